@@ -1,0 +1,149 @@
+//! Reads a `config.json` key by key, so that no key that changes the computation is passed over.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// A diffusers or transformers config file being taken apart.
+///
+/// Each key is taken once, as something that is honoured ([`or`](Self::or), [`required`](Self::required)), refused unless it has
+/// its neutral value ([`only`](Self::only)), or known to have no effect on inference ([`ignore`](Self::ignore)).
+/// [`finish`](Self::finish) warns of what is left: diffusers ignores keys that it does not know, so do we, but aloud.
+#[derive(Debug)]
+pub struct ConfigFile {
+    path: PathBuf,
+    entries: Map<String, Value>,
+}
+
+/// Config files are a few KB; this bounds what is read of a wrong file.
+const MAX_BYTES: u64 = 16 << 20;
+
+impl ConfigFile {
+    /// Reads and parses `path`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is larger than 16 MiB, or is not a JSON object.
+    pub fn read(path: &Path) -> Result<Self> {
+        let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
+        if size > MAX_BYTES {
+            return Err(Error::bad_file(path, format!("{size} bytes is too large for a config file")));
+        }
+        let text = std::fs::read_to_string(path).map_err(Error::read(path))?;
+        match serde_json::from_str(&text) {
+            Ok(Value::Object(entries)) => Ok(Self::from_entries(path, entries)),
+            Ok(_) => Err(Error::bad_file(path, "not a JSON object")),
+            Err(source) => Err(Error::Json { path: path.to_owned(), source }),
+        }
+    }
+
+    /// A config that is already in memory; `path` names it in errors.
+    pub fn from_entries(path: &Path, entries: Map<String, Value>) -> Self {
+        ConfigFile { path: path.to_owned(), entries }
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The value of `key`, left in place.
+    pub fn peek(&self, key: &str) -> Option<&Value> {
+        self.entries.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Takes `key`; absent or `null` gives `None`.
+    ///
+    /// # Errors
+    /// If the value has another type.
+    pub fn optional<T: DeserializeOwned>(&mut self, key: &str) -> Result<Option<T>> {
+        match self.entries.remove(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => {
+                let shown = value.to_string();
+                serde_json::from_value(value)
+                    .map(Some)
+                    .map_err(|why| self.error(key, format!("cannot be {}: {why}", shorten(&shown))))
+            }
+        }
+    }
+
+    /// Takes `key`; absent or `null` gives `default`, which should be diffusers' own.
+    ///
+    /// # Errors
+    /// If the value has another type.
+    pub fn or<T: DeserializeOwned>(&mut self, key: &str, default: T) -> Result<T> {
+        Ok(self.optional(key)?.unwrap_or(default))
+    }
+
+    /// Takes `key`.
+    ///
+    /// # Errors
+    /// If it is absent or `null`, or the value has another type.
+    pub fn required<T: DeserializeOwned>(&mut self, key: &str) -> Result<T> {
+        self.optional(key)?.ok_or_else(|| self.error(key, "is missing"))
+    }
+
+    /// Takes `key` and refuses every value but the `neutral` ones; absent and `null` are always neutral.
+    ///
+    /// # Errors
+    /// Names the key and what it asks for.
+    pub fn only(&mut self, key: &str, neutral: &[Value]) -> Result<()> {
+        match self.entries.remove(key) {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) if neutral.iter().any(|n| same(n, &value)) => Ok(()),
+            Some(value) => {
+                let known: Vec<String> = neutral.iter().map(Value::to_string).collect();
+                let known = if known.is_empty() { "null".to_owned() } else { known.join(" or ") };
+                Err(self.error(key, format!("= {} is not supported (only {known} is)", shorten(&value.to_string()))))
+            }
+        }
+    }
+
+    /// Takes `key` and refuses every value but `expected`; absent means `default`, and `null` is a value like any other.
+    ///
+    /// # Errors
+    /// Names the key and what it asks for.
+    pub fn exactly(&mut self, key: &str, expected: &Value, default: &Value) -> Result<()> {
+        let value = self.entries.remove(key).unwrap_or_else(|| default.clone());
+        if same(&value, expected) {
+            return Ok(());
+        }
+        Err(self.error(key, format!("= {} is not supported (only {expected} is)", shorten(&value.to_string()))))
+    }
+
+    /// Takes keys that have no effect on inference, whatever their value.
+    pub fn ignore(&mut self, keys: &[&str]) {
+        for key in keys {
+            self.entries.remove(*key);
+        }
+    }
+
+    /// Warns of the keys that nobody took. Names with a leading underscore are diffusers' notes to itself.
+    pub fn finish(self) {
+        for (key, value) in &self.entries {
+            if !key.starts_with('_') {
+                let value = shorten(&value.to_string());
+                tracing::warn!("{}: unknown key `{key}` = {value} is ignored, as diffusers does", self.path.display());
+            }
+        }
+    }
+
+    /// An error about `key`.
+    pub fn error(&self, key: &str, problem: impl Into<String>) -> Error {
+        Error::ConfigKey { path: self.path.clone(), key: key.to_owned(), problem: problem.into() }
+    }
+}
+
+/// Equality in which `1` and `1.0` are the same number.
+fn same(a: &Value, b: &Value) -> bool {
+    a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b)
+}
+
+/// A value's text, cut to what fits in one line.
+fn shorten(text: &str) -> String {
+    const KEEP: usize = 60;
+    if text.chars().count() <= KEEP { text.to_owned() } else { text.chars().take(KEEP).chain("…".chars()).collect() }
+}

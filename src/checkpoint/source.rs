@@ -1,0 +1,56 @@
+//! Where a network's tensors come from while it is being built.
+
+use std::cell::RefCell;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+
+/// Gives tensors by their checkpoint name. Building a network from a source asks for each of its tensors once, in execution order.
+pub trait TensorSource {
+    /// The tensor `name` of `shape`, placed and converted as the source is set to.
+    ///
+    /// # Errors
+    /// If the source does not have it, or has it in another shape.
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor>;
+}
+
+/// A tensor that an architecture has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its checkpoint name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+}
+
+impl TensorSpec {
+    /// The number of elements.
+    pub fn numel(&self) -> u64 {
+        self.shape.iter().map(|n| *n as u64).product()
+    }
+}
+
+/// A source without weights: what is built from it has every shape and name and no memory, and it remembers what was asked for.
+///
+/// So the code that builds a network is also the one list of its tensors: for checking a checkpoint before anything is read, for
+/// `inspect`, and for `synth`.
+#[derive(Debug, Default)]
+pub struct Blueprint {
+    asked: RefCell<Vec<TensorSpec>>,
+}
+
+impl Blueprint {
+    /// Everything that was asked for, in that order.
+    pub fn into_tensors(self) -> Vec<TensorSpec> {
+        self.asked.into_inner()
+    }
+}
+
+impl TensorSource for Blueprint {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        self.asked.borrow_mut().push(TensorSpec { name: name.to_owned(), shape: shape.to_vec() });
+        // One zero, seen at every position.
+        Ok(Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?.f_expand(shape, false)?)
+    }
+}

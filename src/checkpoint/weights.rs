@@ -1,0 +1,192 @@
+//! The safetensors of one part of a pipeline: one file or shards with an index.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde::Deserialize;
+use tch::Tensor;
+
+use super::safetensors_file::{Entry, SafetensorsFile, float_kind};
+use super::source::{TensorSource, TensorSpec};
+use crate::device::Placement;
+use crate::error::{Error, Result};
+
+/// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
+#[derive(Debug)]
+pub struct Weights {
+    folder: PathBuf,
+    files: Vec<SafetensorsFile>,
+    /// Network name -> (file, name in the file).
+    index: BTreeMap<String, (usize, String)>,
+}
+
+/// `*.index.json` as diffusers and transformers write it.
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// Opens `folder/stem.safetensors`, its shards (`stem.safetensors.index.json`), or the `.fp16` variant of either, the plain ones
+    /// first. `rename` turns a name in the file into the network's name for it.
+    ///
+    /// # Errors
+    /// If there are none, or one is damaged, or an index disagrees with its shards.
+    pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
+        let found = |name: String| Some(folder.join(name)).filter(|path| path.is_file());
+        for variant in ["", ".fp16"] {
+            if let Some(path) = found(format!("{stem}{variant}.safetensors")) {
+                let file = SafetensorsFile::open(&path)?;
+                let owner = file.entries().keys().map(|name| (name.clone(), 0)).collect();
+                return Self::new(folder, vec![file], owner, rename);
+            }
+            let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
+            if let Some(path) = names.into_iter().find_map(found) {
+                let (files, owner) = open_shards(folder, &path)?;
+                return Self::new(folder, files, owner, rename);
+            }
+        }
+        let pickled = std::fs::read_dir(folder).map_err(Error::read(folder))?.flatten().any(|e| e.path().extension() == Some("bin".as_ref()));
+        let hint = if pickled { "; pickled .bin weights are not read" } else { "" };
+        Err(Error::bad_file(folder, format!("no {stem}.safetensors in this folder{hint}")))
+    }
+
+    fn new(
+        folder: &Path,
+        files: Vec<SafetensorsFile>,
+        owner: BTreeMap<String, usize>,
+        rename: impl Fn(&str) -> String,
+    ) -> Result<Self> {
+        let mut index = BTreeMap::new();
+        for (name, file) in owner {
+            let renamed = rename(&name);
+            if let Some((_, other)) = index.insert(renamed.clone(), (file, name.clone())) {
+                return Err(Error::bad_file(folder, format!("`{name}` and `{other}` are both read as `{renamed}`")));
+            }
+        }
+        Ok(Weights { folder: folder.to_owned(), files, index })
+    }
+
+    /// The part's folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The files that the tensors lie in.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(SafetensorsFile::path)
+    }
+
+    /// The tensors' names and where they lie.
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.index.iter().filter_map(|(name, (file, stored))| Some((name.as_str(), self.files[*file].entries().get(stored)?)))
+    }
+
+    /// The dtype that most of the elements are stored in.
+    pub fn dtype(&self) -> Option<Dtype> {
+        let mut elements: Vec<(Dtype, i64)> = Vec::new();
+        for (_, entry) in self.entries() {
+            let numel = entry.shape.iter().product::<i64>();
+            match elements.iter_mut().find(|(dtype, _)| *dtype == entry.dtype) {
+                Some((_, sum)) => *sum += numel,
+                None => elements.push((entry.dtype, numel)),
+            }
+        }
+        elements.into_iter().max_by_key(|(_, sum)| *sum).map(|(dtype, _)| dtype)
+    }
+
+    /// Compares names, shapes and dtypes with what the architecture has, before anything is read. `unused` says which surplus tensors
+    /// are known and not needed.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
+    pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
+        let (mut missing, mut misshapen, mut mistyped) = (Vec::new(), Vec::new(), Vec::new());
+        let mut surplus: BTreeMap<&str, &Entry> = self.entries().collect();
+        for spec in expected {
+            match surplus.remove(spec.name.as_str()) {
+                None => missing.push(format!("{} {:?}", spec.name, spec.shape)),
+                Some(entry) if entry.shape != spec.shape => {
+                    misshapen.push(format!("{} is {:?}, not {:?}", spec.name, entry.shape, spec.shape));
+                }
+                Some(entry) if float_kind(entry.dtype).is_none() => {
+                    mistyped.push(format!("{} is {:?}, not F32, F16 or BF16", spec.name, entry.dtype));
+                }
+                Some(_) => {}
+            }
+        }
+        let surplus: Vec<String> = surplus.into_keys().filter(|name| !unused(name)).map(str::to_owned).collect();
+        let lists = [("missing", missing), ("of another shape", misshapen), ("of another dtype", mistyped), ("unknown to this architecture", surplus)];
+        let problems: Vec<String> = lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| some(what, names)).collect();
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Tensors { path: self.folder.clone(), problem: format!("tensors disagree with config.json: {}", problems.join("; ")) })
+    }
+
+    /// A source that reads from here and places each tensor.
+    pub fn source(&self, placement: Placement) -> WeightsSource<'_> {
+        WeightsSource { weights: self, placement }
+    }
+}
+
+/// "3 missing (a, b, c)", with the first few names of a long list.
+fn some(what: &str, names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let more = if names.len() > SHOWN { format!(", and {} more", names.len() - SHOWN) } else { String::new() };
+    format!("{} {what} ({}{more})", names.len(), names[..names.len().min(SHOWN)].join(", "))
+}
+
+/// Opens the shards that an index names, each once.
+fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
+    const MAX_BYTES: u64 = 64 << 20;
+    let size = std::fs::metadata(index_path).map_err(Error::read(index_path))?.len();
+    if size > MAX_BYTES {
+        return Err(Error::bad_file(index_path, format!("{size} bytes is too large for an index")));
+    }
+    let text = std::fs::read_to_string(index_path).map_err(Error::read(index_path))?;
+    let index: ShardIndex =
+        serde_json::from_str(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
+    let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut files: Vec<SafetensorsFile> = Vec::new();
+    let mut owner = BTreeMap::new();
+    for (tensor, shard) in &index.weight_map {
+        let number = match numbers.get(shard.as_str()) {
+            Some(number) => *number,
+            None => {
+                // An index is data: it may name files of its own folder, nothing else.
+                if Path::new(shard).file_name() != Some(shard.as_ref()) {
+                    return Err(Error::bad_file(index_path, format!("`{shard}` is not a file name")));
+                }
+                files.push(SafetensorsFile::open(&folder.join(shard))?);
+                numbers.insert(shard, files.len() - 1);
+                files.len() - 1
+            }
+        };
+        if !files[number].entries().contains_key(tensor) {
+            return Err(Error::bad_file(index_path, format!("`{tensor}` is said to be in {shard}, but is not")));
+        }
+        owner.insert(tensor.clone(), number);
+    }
+    Ok((files, owner))
+}
+
+/// [`Weights`] as a [`TensorSource`].
+#[derive(Debug, Clone, Copy)]
+pub struct WeightsSource<'a> {
+    weights: &'a Weights,
+    placement: Placement,
+}
+
+impl TensorSource for WeightsSource<'_> {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let wrong = |problem: String| Error::Tensors { path: self.weights.folder.clone(), problem };
+        let (file, stored) = self.weights.index.get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
+        let tensor = self.weights.files[*file].tensor(stored, self.placement)?;
+        if tensor.size() != shape {
+            return Err(wrong(format!("tensor `{name}` is {:?}, not {shape:?}", tensor.size())));
+        }
+        Ok(tensor)
+    }
+}

@@ -1,0 +1,132 @@
+//! `sdxl-squeeze generate`.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use safetensors::tensor::TensorView;
+use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
+use sdxl_squeeze::output::write_file;
+use sdxl_squeeze::pipeline::{GenerateRequest, Generated, PipelineFolder, generate};
+use sdxl_squeeze::{Error, Result};
+use serde_json::json;
+use tch::{Device, Kind};
+
+use super::progress::Reporter;
+use super::units;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The pipeline: a folder in diffusers layout
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// What to draw
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// What not to draw; without it the pipeline's own rule holds (zeros for SDXL base)
+    #[arg(long, value_name = "TEXT")]
+    negative_prompt: Option<String>,
+    /// Seed of the noise: the same as `torch.Generator().manual_seed(N)` on a CPU
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Denoising steps
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    steps: usize,
+    /// Guidance scale; 1 is none
+    #[arg(long, value_name = "G", default_value_t = 5.0, allow_negative_numbers = true)]
+    guidance: f64,
+    /// Height in pixels [default: what the model was made for]
+    #[arg(long, value_name = "H", requires = "width", allow_negative_numbers = true)]
+    height: Option<i64>,
+    /// Width in pixels
+    #[arg(long, value_name = "W", requires = "height", allow_negative_numbers = true)]
+    width: Option<i64>,
+    /// Another sampler than the pipeline's: euler, ddim, dpmpp-2m, with -karras for Karras sigmas
+    #[arg(long, value_name = "NAME")]
+    scheduler: Option<String>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
+    /// Precision: f32, f16 or bf16 (the VAE always decodes in f32)
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    dtype: String,
+    /// Hold one UNet stage at a time in memory; slower, as weights are read again at every step
+    #[arg(long)]
+    low_memory: bool,
+    /// Write the final latents too
+    #[arg(long, value_name = "FILE.safetensors")]
+    latents_out: Option<PathBuf>,
+    /// The picture
+    #[arg(long, short, value_name = "OUT.png")]
+    output: PathBuf,
+}
+
+pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let start = Instant::now();
+    let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
+    for path in [Some(&args.output), args.latents_out.as_ref()].into_iter().flatten() {
+        check_writable(path)?;
+    }
+    let folder = PipelineFolder::open(&args.model)?;
+    let request = GenerateRequest {
+        prompt: args.prompt,
+        negative_prompt: args.negative_prompt,
+        seed: args.seed,
+        steps: args.steps,
+        guidance: args.guidance,
+        size: args.height.zip(args.width),
+        scheduler: args.scheduler,
+        low_memory: args.low_memory,
+    };
+    let generated = generate(&folder, &request, placement, reporter)?;
+    generated.picture.write_png(&args.output, &metadata(&request, &generated, &args.model, &args.dtype))?;
+    if let Some(path) = &args.latents_out {
+        write_latents(path, &generated)?;
+    }
+    let (height, width) = generated.size;
+    let peak = units::peak_memory().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    super::print(&format!(
+        "{}: {width}x{height}, {} steps of {}, seed {}, {}{peak}\n",
+        args.output.display(),
+        request.steps,
+        generated.scheduler,
+        request.seed,
+        units::time(start.elapsed()),
+    ))
+}
+
+/// Before minutes of work: is there a folder to write to?
+fn check_writable(path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    match parent {
+        Some(parent) if !parent.is_dir() => Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), parent.display()))),
+        _ if path.is_dir() => Err(Error::Argument(format!("cannot write {}: it is a folder", path.display()))),
+        _ => Ok(()),
+    }
+}
+
+/// What the PNG says of itself: the prompt for viewers, and everything that it takes to draw it again.
+fn metadata(request: &GenerateRequest, generated: &Generated, model: &Path, dtype: &str) -> Vec<(&'static str, String)> {
+    let (height, width) = generated.size;
+    let settings = json!({
+        "model": model.display().to_string(), "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+        "seed": request.seed, "steps": request.steps, "guidance": request.guidance, "height": height, "width": width,
+        "scheduler": generated.scheduler, "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
+    });
+    vec![
+        ("Software", concat!("sdxl-squeeze ", env!("CARGO_PKG_VERSION")).to_owned()),
+        ("Description", request.prompt.clone()),
+        ("sdxl-squeeze", settings.to_string()),
+    ]
+}
+
+/// One tensor, `latents` [1, c, h, w], in fp32.
+fn write_latents(path: &Path, generated: &Generated) -> Result<()> {
+    let latents = generated.latents.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+    let mut bytes = vec![0; latents.numel() * 4];
+    latents.f_copy_data_u8(&mut bytes, latents.numel())?;
+    let shape = latents.size().iter().map(|n| *n as usize).collect();
+    let refused = |why: safetensors::SafeTensorError| Error::write(path)(std::io::Error::other(why));
+    let view = TensorView::new(safetensors::Dtype::F32, shape, &bytes).map_err(refused)?;
+    let file = safetensors::serialize([("latents", view)], None).map_err(refused)?;
+    write_file(path, |out| out.write_all(&file))
+}

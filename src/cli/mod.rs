@@ -1,0 +1,118 @@
+//! Everything that knows of a terminal: arguments, progress bars, tables, error messages, exit codes.
+
+mod generate;
+mod inspect;
+mod progress;
+mod synth;
+mod units;
+
+use std::any::Any;
+use std::error::Error as _;
+use std::io::{self, Write};
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use sdxl_squeeze::Error;
+use tracing::Level;
+
+use progress::{Mode, Reporter};
+
+/// Makes the SDXL UNet small enough for a phone and keeps its pictures.
+#[derive(Debug, Parser)]
+#[command(name = "sdxl-squeeze", version, max_term_width = 100)]
+struct Args {
+    /// Say nothing but errors and the result
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// How progress is shown, on standard error: bars on a terminal and lines elsewhere, or JSON lines for programs
+    #[arg(long, global = true, value_name = "auto|json|none", default_value = "auto")]
+    progress: Mode,
+    /// Log more: -v what is done, -vv everything
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Draw a picture from a prompt
+    Generate(generate::Args),
+    /// Show what a model consists of: stages, layers, shapes, parameters, bytes
+    Inspect(inspect::Args),
+    /// Write a whole pipeline with made-up weights, for tests and benchmarks
+    Synth(synth::Args),
+}
+
+/// Runs the program: what fails ends in one line on standard error and an exit code.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    // A panic is a bug of ours; it still ends in one line.
+    panic::set_hook(Box::new(|_| {}));
+    match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            complain(&chain(&error));
+            ExitCode::from(if error.is_bad_input() { 2 } else { 1 })
+        }
+        Err(panic) => {
+            complain(&format!("internal error, please report it: {}", message(&*panic)));
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Error> {
+    let reporter = Reporter::new(if args.quiet { Mode::None } else { args.progress });
+    let level = match (args.quiet, args.verbose) {
+        (true, _) => Level::ERROR,
+        (false, 0) => Level::WARN,
+        (false, 1) => Level::INFO,
+        (false, _) => Level::DEBUG,
+    };
+    let log = reporter.log_writer();
+    tracing_subscriber::fmt().with_max_level(level).with_writer(move || log.clone()).without_time().with_target(false).init();
+    match args.command {
+        Command::Generate(args) => generate::run(args, &reporter),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Synth(args) => synth::run(args, &reporter),
+    }
+}
+
+/// Writes a command's result to standard output. A reader that has gone away is no error.
+fn print(text: &str) -> Result<(), Error> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(Error::write("standard output".as_ref())(why)),
+        _ => Ok(()),
+    }
+}
+
+fn complain(what: &str) {
+    // There is nobody left to tell if this fails.
+    let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {what}");
+}
+
+/// An error and its causes in one line.
+fn chain(error: &Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        // libtorch's errors are transparent: they say the same again, with a C++ stack.
+        if !line.contains(text.lines().next().unwrap_or_default()) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = error.source();
+    }
+    line.replace('\n', " ")
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
+        (Some(text), _) => text,
+        (_, Some(text)) => text,
+        _ => "unknown",
+    }
+}

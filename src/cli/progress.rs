@@ -1,0 +1,195 @@
+//! Shows the library's progress: bars, lines or JSON.
+
+use std::cell::RefCell;
+use std::io::{self, IsTerminal, Write};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use sdxl_squeeze::progress::Progress;
+use serde_json::json;
+
+use super::units;
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Bars on a terminal, a line now and then elsewhere.
+    Auto,
+    /// One JSON object a line.
+    Json,
+    /// Not at all.
+    None,
+}
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(Mode::Auto),
+            "json" => Ok(Mode::Json),
+            "none" => Ok(Mode::None),
+            _ => Err("known: auto, json, none".into()),
+        }
+    }
+}
+
+/// Takes what the library reports to standard error.
+pub struct Reporter {
+    how: How,
+    bars: MultiProgress,
+    tasks: RefCell<Vec<Running>>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    Bars,
+    Lines,
+    Json,
+    Nothing,
+}
+
+/// A task that has begun and not ended.
+struct Running {
+    task: String,
+    unit: String,
+    total: u64,
+    /// Pieces begun; the last of them is under way.
+    begun: u64,
+    start: Instant,
+    said: Instant,
+    bar: Option<ProgressBar>,
+}
+
+/// Lines come at most this often.
+const PAUSE: Duration = Duration::from_secs(5);
+
+impl Reporter {
+    pub fn new(mode: Mode) -> Self {
+        let how = match mode {
+            Mode::Auto if io::stderr().is_terminal() => How::Bars,
+            Mode::Auto => How::Lines,
+            Mode::Json => How::Json,
+            Mode::None => How::Nothing,
+        };
+        Reporter { how, bars: MultiProgress::new(), tasks: RefCell::new(Vec::new()) }
+    }
+
+    /// A writer for log lines that keeps them and the bars out of each other's way.
+    pub fn log_writer(&self) -> LogWriter {
+        LogWriter(self.bars.clone())
+    }
+
+    fn say(&self, line: &str) {
+        // Progress that cannot be shown is no reason to stop.
+        let _ = writeln!(io::stderr().lock(), "{line}");
+    }
+}
+
+impl Running {
+    fn done(&self) -> u64 {
+        self.begun.saturating_sub(1)
+    }
+
+    /// Pieces a second and seconds left, once there is something to tell from.
+    fn pace(&self) -> Option<(f64, f64)> {
+        let seconds = self.start.elapsed().as_secs_f64();
+        if self.done() == 0 || seconds < 0.05 {
+            return None;
+        }
+        let rate = self.done() as f64 / seconds;
+        Some((rate, self.total.saturating_sub(self.done()) as f64 / rate))
+    }
+
+    fn status(&self) -> String {
+        let mut text = String::new();
+        if let Some((rate, left)) = self.pace() {
+            let rate = if rate < 1.0 { format!("{:.1} s each", 1.0 / rate) } else { format!("{rate:.1} {}/s", self.unit) };
+            text = format!("{rate}, {} left, ", units::time(Duration::from_secs_f64(left)));
+        }
+        if let Some(peak) = units::peak_memory() {
+            text.push_str(&format!("peak {}", units::bytes(peak)));
+        }
+        text
+    }
+}
+
+impl Progress for Reporter {
+    fn begin(&self, task: &str, unit: &str, total: u64) {
+        let now = Instant::now();
+        let bar = (self.how == How::Bars).then(|| {
+            let bar = self.bars.add(ProgressBar::new(total));
+            let style = ProgressStyle::with_template("{prefix:>22} {bar:28.cyan/dim} {pos:>4}/{len} {wide_msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_prefix(task.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        if self.how == How::Json {
+            self.say(&json!({"event": "begin", "task": task, "unit": unit, "total": total}).to_string());
+        }
+        let (task, unit) = (task.to_owned(), unit.to_owned());
+        self.tasks.borrow_mut().push(Running { task, unit, total, begun: 0, start: now, said: now, bar });
+    }
+
+    fn advance(&self, item: &str) {
+        let mut tasks = self.tasks.borrow_mut();
+        let Some(running) = tasks.last_mut() else { return };
+        running.begun += 1;
+        match self.how {
+            How::Bars => {
+                if let Some(bar) = &running.bar {
+                    bar.set_position(running.done());
+                    bar.set_message(format!("{item}  {}", running.status()));
+                }
+            }
+            How::Lines if running.said.elapsed() >= PAUSE => {
+                running.said = Instant::now();
+                let (done, total) = (running.done(), running.total);
+                self.say(&format!("{}: {done}/{total} {}, {item}, {}", running.task, running.unit, running.status()));
+            }
+            How::Json => {
+                let (rate, left) = running.pace().unzip();
+                let line = json!({
+                    "event": "advance", "task": running.task, "item": item, "done": running.done(), "total": running.total,
+                    "per_second": rate, "seconds_left": left, "peak_bytes": units::peak_memory(),
+                });
+                self.say(&line.to_string());
+            }
+            How::Lines | How::Nothing => {}
+        }
+    }
+
+    fn end(&self) {
+        let Some(running) = self.tasks.borrow_mut().pop() else { return };
+        if let Some(bar) = running.bar {
+            bar.finish_and_clear();
+        }
+        match self.how {
+            How::Json => {
+                let seconds = running.start.elapsed().as_secs_f64();
+                self.say(&json!({"event": "end", "task": running.task, "seconds": seconds}).to_string());
+            }
+            // What was short has no need to be told of.
+            How::Lines if running.start.elapsed() >= PAUSE => {
+                self.say(&format!("{}: {}", running.task, units::time(running.start.elapsed())));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Writes log lines to standard error, above the bars.
+#[derive(Clone)]
+pub struct LogWriter(MultiProgress);
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.suspend(|| io::stderr().lock().write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().lock().flush()
+    }
+}

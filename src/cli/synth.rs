@@ -1,0 +1,35 @@
+//! `sdxl-squeeze synth`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use sdxl_squeeze::Result;
+use sdxl_squeeze::device::parse_dtype;
+use sdxl_squeeze::synth::{Preset, synthesize};
+
+use super::progress::Reporter;
+use super::units;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The architecture: sdxl-base, sdxl-refiner or tiny
+    #[arg(long, value_name = "NAME")]
+    preset: String,
+    /// The new folder
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Seed of the weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Dtype of the weights: f32, f16 or bf16
+    #[arg(long, value_name = "DTYPE", default_value = "f16")]
+    dtype: String,
+}
+
+pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let start = Instant::now();
+    let preset: Preset = args.preset.parse()?;
+    synthesize(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
+    let peak = units::peak_memory().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    super::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, units::time(start.elapsed())))
+}

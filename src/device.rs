@@ -1,0 +1,109 @@
+//! Where tensors live and in what precision.
+
+use std::sync::OnceLock;
+
+use tch::{Cuda, Device, Kind};
+
+use crate::error::{Error, Result};
+
+/// A device and a dtype: where a part of a model is put, and in what precision it computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Placement {
+    /// The device.
+    pub device: Device,
+    /// The dtype of weights and activations.
+    pub kind: Kind,
+}
+
+impl Placement {
+    /// fp32 on the CPU.
+    pub const CPU: Placement = Placement { device: Device::Cpu, kind: Kind::Float };
+}
+
+/// Reads a device name: `cpu`, `cuda` (the first GPU) or `cuda:N`.
+///
+/// # Errors
+/// [`Error::Argument`] for another name, and for a GPU that this machine or this libtorch does not have.
+pub fn parse_device(name: &str) -> Result<Device> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "cuda" => 0,
+        _ => match name.strip_prefix("cuda:").and_then(|n| n.parse::<u16>().ok()) {
+            Some(index) => usize::from(index),
+            None => return Err(Error::Argument(format!("unknown device `{name}` (known: cpu, cuda, cuda:N)"))),
+        },
+    };
+    match cuda_devices() {
+        Ok(count) if index < count => Ok(Device::Cuda(index)),
+        Ok(count) => Err(Error::Argument(format!("device `{name}` is not there: this machine has {count} CUDA device(s)"))),
+        Err(why) => Err(Error::Argument(format!("device `{name}` is not there: {why}"))),
+    }
+}
+
+/// The number of CUDA devices, or why there are none.
+///
+/// The CUDA half of libtorch is loaded here, on first use: runs on a CPU are spared its start-up time and memory, and the same
+/// binary works on a libtorch that has none.
+///
+/// # Errors
+/// A sentence for people.
+pub fn cuda_devices() -> Result<usize, &'static str> {
+    static COUNT: OnceLock<Result<usize, String>> = OnceLock::new();
+    let count = COUNT.get_or_init(|| {
+        load_cuda().map_err(|why| format!("this libtorch has no CUDA ({why})"))?;
+        match Cuda::device_count() {
+            count if count > 0 => Ok(count as usize),
+            _ => Err("libtorch finds no NVIDIA GPU or driver".to_owned()),
+        }
+    });
+    count.as_ref().map(|count| *count).map_err(String::as_str)
+}
+
+/// Loads libtorch's CUDA backend, which registers itself with the libtorch that is already there.
+fn load_cuda() -> Result<(), libloading::Error> {
+    // SAFETY: the library comes from the rpath or the folder that this process's own libtorch comes from, and is of one build with
+    // it; its initializers only register kernels and hooks. It is never unloaded.
+    let library = unsafe { libloading::Library::new(libloading::library_filename("torch_cuda")) }?;
+    std::mem::forget(library);
+    Ok(())
+}
+
+/// Reads a dtype name: `f32`, `f16` or `bf16` (and `float32`, `float16`, `bfloat16`, `fp32`, `fp16`).
+///
+/// # Errors
+/// [`Error::Argument`] for another name.
+pub fn parse_dtype(name: &str) -> Result<Kind> {
+    match name {
+        "f32" | "fp32" | "float32" => Ok(Kind::Float),
+        "f16" | "fp16" | "float16" => Ok(Kind::Half),
+        "bf16" | "bfloat16" => Ok(Kind::BFloat16),
+        _ => Err(Error::Argument(format!("unknown dtype `{name}` (known: f32, f16, bf16)"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        assert_eq!(parse_device("cpu").unwrap(), Device::Cpu);
+        for bad in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:99999999999"] {
+            let message = parse_device(bad).unwrap_err().to_string();
+            assert!(message.contains("unknown device"), "{bad}: {message}");
+        }
+        assert_eq!(parse_dtype("bf16").unwrap(), Kind::BFloat16);
+        assert!(parse_dtype("int8").is_err());
+    }
+
+    #[test]
+    fn cuda_backend_registers_or_says_why() {
+        // Loading must be harmless after CPU work has been done, with and without a GPU.
+        let one = tch::Tensor::from(1.0f32);
+        match cuda_devices() {
+            Ok(count) => assert!(parse_device(&format!("cuda:{count}")).unwrap_err().to_string().contains("this machine has")),
+            Err(why) => assert!(why.contains("no NVIDIA GPU") || why.contains("no CUDA"), "{why}"),
+        }
+        assert_eq!(one.double_value(&[]), 1.0);
+    }
+}

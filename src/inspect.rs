@@ -1,0 +1,194 @@
+//! What a model consists of.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::checkpoint::{Blueprint, TensorSpec, Weights};
+use crate::error::{Error, Result};
+use crate::model::text::ClipText;
+use crate::model::unet::{UnetChain, UnetConfig};
+use crate::model::vae::VaeDecoder;
+use crate::model::{ConvGeometry, Layer, LayerKind};
+use crate::pipeline::PipelineFolder;
+
+/// The bytes of an fp16 element, which are counted where there are no weights to measure.
+const FP16: u64 = 2;
+
+/// A UNet's stages and layers, and the pipeline's other parts.
+#[derive(Debug, Serialize)]
+pub struct Inspection {
+    /// Parameters of the UNet.
+    pub parameters: u64,
+    /// Bytes of the UNet's tensors as stored; as fp16 if there are no weights.
+    pub bytes: u64,
+    /// The dtype of most of the UNet's elements; absent if there are no weights.
+    pub dtype: Option<String>,
+    /// The UNet in execution order; the first is what comes before the stages, the last what comes after.
+    pub stages: Vec<StageRow>,
+    /// The other parts of the pipeline; none if a UNet's own folder was inspected.
+    pub parts: Vec<PartRow>,
+}
+
+/// A stage, or one of the ends.
+#[derive(Debug, Serialize)]
+pub struct StageRow {
+    /// `down_blocks.0`, …; the ends are `head` and `tail`.
+    pub name: String,
+    /// All parameters, with norms and biases.
+    pub parameters: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Conv2d and Linear layers in execution order.
+    pub layers: Vec<LayerRow>,
+}
+
+/// A Conv2d or Linear.
+#[derive(Debug, Serialize)]
+pub struct LayerRow {
+    /// The checkpoint name, without `.weight`.
+    pub name: String,
+    /// `Linear`, or `Conv2d` with what its window does.
+    pub kind: String,
+    /// The weight's shape.
+    pub shape: Vec<i64>,
+    /// Elements of weight and bias.
+    pub parameters: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// A part of a pipeline.
+#[derive(Debug, Serialize)]
+pub struct PartRow {
+    /// The folder's name.
+    pub name: String,
+    /// Parameters; of the VAE, the decoder's.
+    pub parameters: u64,
+    /// Their bytes as stored, or as fp16.
+    pub bytes: u64,
+    /// The dtype of most elements; absent if there are no weights.
+    pub dtype: Option<String>,
+}
+
+/// Inspects a pipeline folder, or the folder of a UNet alone. Only configs and headers are read; weights may be absent.
+///
+/// # Errors
+/// If a config cannot be read, or weights that are there disagree with it.
+pub fn inspect(path: &Path) -> Result<Inspection> {
+    if path.join("model_index.json").is_file() {
+        let folder = PipelineFolder::open(path)?;
+        let mut parts = Vec::new();
+        for part in &folder.text_encoders {
+            let weights = if_there(folder.text_weights(part), &path.join(part.encoder))?;
+            parts.push(part_row(part.encoder, &ClipText::tensors(&part.config)?, weights.as_ref()));
+        }
+        let weights = if_there(folder.vae_weights(), &path.join("vae"))?;
+        parts.push(part_row("vae", &VaeDecoder::tensors(&folder.vae)?, weights.as_ref()));
+        let weights = if_there(folder.unet_weights(), &path.join("unet"))?;
+        return inspect_unet(&folder.unet, weights.as_ref(), parts);
+    }
+    let config = path.join("config.json");
+    if !config.is_file() {
+        let problem = if path.is_dir() { "has neither model_index.json nor config.json" } else { "is not a folder" };
+        return Err(Error::bad_file(path, problem));
+    }
+    let chain = UnetChain::new(UnetConfig::read(&config)?);
+    let open = || {
+        let weights = Weights::open(path, "diffusion_pytorch_model", str::to_owned)?;
+        weights.check(&chain.tensors()?, |_| false)?;
+        Ok(weights)
+    };
+    inspect_unet(&chain, if_there(open(), path)?.as_ref(), Vec::new())
+}
+
+/// Weights that are absent altogether are no error here; damaged ones are.
+fn if_there(opened: Result<Weights>, folder: &Path) -> Result<Option<Weights>> {
+    let has_weights = std::fs::read_dir(folder)
+        .map_err(Error::read(folder))?
+        .flatten()
+        .any(|entry| entry.file_name().to_string_lossy().contains(".safetensors"));
+    match opened {
+        Err(_) if !has_weights => Ok(None),
+        opened => opened.map(Some),
+    }
+}
+
+/// Bytes of tensors by name, as stored or as fp16.
+struct Bytes<'a>(BTreeMap<&'a str, u64>);
+
+impl<'a> Bytes<'a> {
+    fn new(weights: Option<&'a Weights>) -> Self {
+        Bytes(weights.into_iter().flat_map(Weights::entries).map(|(name, entry)| (name, entry.bytes())).collect())
+    }
+
+    fn of(&self, spec: &TensorSpec) -> u64 {
+        self.0.get(spec.name.as_str()).copied().unwrap_or(spec.numel() * FP16)
+    }
+
+    fn sum(&self, specs: &[TensorSpec]) -> u64 {
+        specs.iter().map(|spec| self.of(spec)).sum()
+    }
+}
+
+fn parameters(specs: &[TensorSpec]) -> u64 {
+    specs.iter().map(TensorSpec::numel).sum()
+}
+
+fn dtype(weights: Option<&Weights>) -> Option<String> {
+    weights.and_then(Weights::dtype).map(|dtype| format!("{dtype:?}"))
+}
+
+fn part_row(name: &str, tensors: &[TensorSpec], weights: Option<&Weights>) -> PartRow {
+    let bytes = Bytes::new(weights).sum(tensors);
+    PartRow { name: name.to_owned(), parameters: parameters(tensors), bytes, dtype: dtype(weights) }
+}
+
+fn inspect_unet(chain: &UnetChain, weights: Option<&Weights>, parts: Vec<PartRow>) -> Result<Inspection> {
+    let bytes = Bytes::new(weights);
+    let mut stages = Vec::new();
+    let mut add = |name: String, blueprint: Blueprint, layers: &[Layer]| {
+        let tensors = blueprint.into_tensors();
+        let layers = layers.iter().map(|layer| layer_row(layer, &tensors, &bytes)).collect();
+        stages.push(StageRow { name, parameters: parameters(&tensors), bytes: bytes.sum(&tensors), layers });
+    };
+    let blueprint = Blueprint::default();
+    let head = chain.load_head(&blueprint)?;
+    add("head".into(), blueprint, head.layers());
+    for spec in chain.stages() {
+        let blueprint = Blueprint::default();
+        let stage = spec.load(&blueprint)?;
+        add(spec.name().to_string(), blueprint, stage.layers());
+    }
+    let blueprint = Blueprint::default();
+    let tail = chain.load_tail(&blueprint)?;
+    add("tail".into(), blueprint, tail.layers());
+    Ok(Inspection {
+        parameters: stages.iter().map(|stage| stage.parameters).sum(),
+        bytes: stages.iter().map(|stage| stage.bytes).sum(),
+        dtype: dtype(weights),
+        stages,
+        parts,
+    })
+}
+
+fn layer_row(layer: &Layer, tensors: &[TensorSpec], bytes: &Bytes) -> LayerRow {
+    let own = |spec: &&TensorSpec| spec.name.strip_prefix(layer.name()).is_some_and(|leaf| leaf == ".weight" || leaf == ".bias");
+    let own: Vec<TensorSpec> = tensors.iter().filter(own).cloned().collect();
+    LayerRow {
+        name: layer.name().to_owned(),
+        kind: describe(layer.kind()),
+        shape: layer.weight().size(),
+        parameters: parameters(&own),
+        bytes: bytes.sum(&own),
+    }
+}
+
+fn describe(kind: LayerKind) -> String {
+    match kind {
+        LayerKind::Linear => "Linear".into(),
+        LayerKind::Conv2d(ConvGeometry { stride: [1, 1], .. }) => "Conv2d".into(),
+        LayerKind::Conv2d(ConvGeometry { stride: [down, right], .. }) => format!("Conv2d stride {down}x{right}"),
+    }
+}

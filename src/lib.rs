@@ -1,0 +1,15 @@
+//! Makes the SDXL UNet small enough for a phone and keeps its pictures.
+
+pub mod checkpoint;
+pub mod device;
+mod error;
+pub mod inspect;
+pub mod model;
+pub mod output;
+pub mod pattern;
+pub mod picture;
+pub mod pipeline;
+pub mod progress;
+pub mod synth;
+
+pub use error::{Error, Result};

@@ -1,0 +1,112 @@
+//! The layers that have weights worth compressing: Conv2d and Linear.
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+
+/// A Conv2d or Linear under its checkpoint name.
+#[derive(Debug)]
+pub struct Layer {
+    name: String,
+    kind: LayerKind,
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+/// What a [`Layer`] computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerKind {
+    /// `x W^T + b` over the last dimension; weight [o, d].
+    Linear,
+    /// A convolution of [b, c, h, w]; weight [o, c / groups, kh, kw].
+    Conv2d(ConvGeometry),
+}
+
+/// How a convolution's window moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvGeometry {
+    /// Steps down and right.
+    pub stride: [i64; 2],
+    /// Zeros around the input, above and below, left and right.
+    pub padding: [i64; 2],
+    /// Distance between a kernel's taps.
+    pub dilation: [i64; 2],
+    /// Input and output channels are split into this many independent parts.
+    pub groups: i64,
+}
+
+impl ConvGeometry {
+    /// A square window: stride and padding as given, no dilation, one group.
+    pub fn new(stride: i64, padding: i64) -> Self {
+        ConvGeometry { stride: [stride; 2], padding: [padding; 2], dilation: [1; 2], groups: 1 }
+    }
+}
+
+/// Sees the input of every layer during a forward, before the layer computes. It must not change it.
+pub trait Observer {
+    /// `layer` is about to be given `input`: [.., d] for a Linear, [b, c, h, w] for a Conv2d.
+    ///
+    /// # Errors
+    /// What it returns ends the forward.
+    fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()>;
+}
+
+/// Sees nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Unobserved;
+
+impl Observer for Unobserved {
+    fn input(&mut self, _layer: &Layer, _input: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Layer {
+    pub(super) fn new(name: String, kind: LayerKind, weight: Tensor, bias: Option<Tensor>) -> Self {
+        Layer { name, kind, weight, bias }
+    }
+
+    /// The checkpoint name without `.weight`, e.g. `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it computes.
+    pub fn kind(&self) -> LayerKind {
+        self.kind
+    }
+
+    /// The weight: [o, d] or [o, c / groups, kh, kw].
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The bias [o], if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// Puts `weight` in the place of the layer's own; it is converted to the layer's dtype and device.
+    ///
+    /// # Errors
+    /// If its shape is another.
+    pub fn replace_weight(&mut self, weight: &Tensor) -> Result<()> {
+        if weight.size() != self.weight.size() {
+            let (new, old) = (weight.size(), self.weight.size());
+            return Err(Error::Argument(format!("`{}`: a weight {new:?} cannot replace one of {old:?}", self.name)));
+        }
+        self.weight = weight.f_to_device(self.weight.device())?.f_to_kind(self.weight.f_kind()?)?;
+        Ok(())
+    }
+
+    pub(super) fn forward(&self, input: &Tensor, observer: &mut dyn Observer) -> Result<Tensor> {
+        observer.input(self, input)?;
+        let bias = self.bias.as_ref();
+        Ok(match self.kind {
+            LayerKind::Linear => input.f_linear(&self.weight, bias)?,
+            LayerKind::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
+                input.f_conv2d(&self.weight, bias, stride, padding, dilation, groups)?
+            }
+        })
+    }
+}

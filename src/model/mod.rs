@@ -1,0 +1,11 @@
+//! SDXL's networks and samplers. Nothing in here knows of compression.
+
+mod layer;
+mod network;
+mod resnet;
+pub mod scheduler;
+pub mod text;
+pub mod unet;
+pub mod vae;
+
+pub use layer::{ConvGeometry, Layer, LayerKind, Observer, Unobserved};

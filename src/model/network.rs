@@ -1,0 +1,138 @@
+//! How networks are put together: a builder that follows checkpoint names, and the arena that a network's layers lie in.
+//!
+//! A network keeps its layers in one list, in execution order, and its blocks hold places in that list. So "every layer by name",
+//! "observe every input" and "replace a weight" are properties of the list, and no block has to know of them.
+
+use std::fmt::Display;
+
+use tch::Tensor;
+
+use super::layer::{ConvGeometry, Layer, LayerKind, Observer};
+use crate::checkpoint::TensorSource;
+use crate::error::Result;
+
+/// A layer's place in its network's list.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LayerId(usize);
+
+/// Builds blocks from a source at a path of checkpoint names.
+pub(super) struct Builder<'a> {
+    source: &'a dyn TensorSource,
+    path: String,
+    layers: &'a mut Vec<Layer>,
+}
+
+impl<'a> Builder<'a> {
+    /// A builder at `path` ("" for the top), which adds to `layers`.
+    pub fn new(source: &'a dyn TensorSource, path: impl Into<String>, layers: &'a mut Vec<Layer>) -> Self {
+        Builder { source, path: path.into(), layers }
+    }
+
+    /// The builder one name further down.
+    pub fn at(&mut self, name: impl Display) -> Builder<'_> {
+        Builder { source: self.source, path: self.name(name), layers: self.layers }
+    }
+
+    fn name(&self, leaf: impl Display) -> String {
+        if self.path.is_empty() { leaf.to_string() } else { format!("{}.{leaf}", self.path) }
+    }
+
+    /// A tensor of this path.
+    pub fn tensor(&self, leaf: &str, shape: &[i64]) -> Result<Tensor> {
+        self.source.tensor(&self.name(leaf), shape)
+    }
+
+    /// The Linear `leaf`: weight [`output`, `input`].
+    pub fn linear(&mut self, leaf: &str, input: i64, output: i64, bias: bool) -> Result<LayerId> {
+        self.layer(leaf, LayerKind::Linear, &[output, input], bias)
+    }
+
+    /// The Conv2d `leaf`, with a bias: weight [`output`, `input`, `kernel`, `kernel`].
+    pub fn conv2d(&mut self, leaf: &str, input: i64, output: i64, kernel: i64, geometry: ConvGeometry) -> Result<LayerId> {
+        self.layer(leaf, LayerKind::Conv2d(geometry), &[output, input, kernel, kernel], true)
+    }
+
+    fn layer(&mut self, leaf: &str, kind: LayerKind, shape: &[i64], bias: bool) -> Result<LayerId> {
+        let weight = self.at(leaf).tensor("weight", shape)?;
+        let bias = if bias { Some(self.at(leaf).tensor("bias", &shape[..1])?) } else { None };
+        self.layers.push(Layer::new(self.name(leaf), kind, weight, bias));
+        Ok(LayerId(self.layers.len() - 1))
+    }
+
+    /// The GroupNorm `leaf`.
+    pub fn group_norm(&mut self, leaf: &str, groups: i64, channels: i64, eps: f64) -> Result<GroupNorm> {
+        let (weight, bias) = self.affine(leaf, channels)?;
+        Ok(GroupNorm { groups, weight, bias, eps })
+    }
+
+    /// The LayerNorm `leaf`.
+    pub fn layer_norm(&mut self, leaf: &str, width: i64, eps: f64) -> Result<LayerNorm> {
+        let (weight, bias) = self.affine(leaf, width)?;
+        Ok(LayerNorm { weight, bias, eps })
+    }
+
+    fn affine(&mut self, leaf: &str, width: i64) -> Result<(Tensor, Tensor)> {
+        let here = self.at(leaf);
+        Ok((here.tensor("weight", &[width])?, here.tensor("bias", &[width])?))
+    }
+}
+
+/// One forward: the layers, and who watches them.
+pub(super) struct Run<'a> {
+    layers: &'a [Layer],
+    observer: &'a mut dyn Observer,
+}
+
+impl<'a> Run<'a> {
+    pub fn new(layers: &'a [Layer], observer: &'a mut dyn Observer) -> Self {
+        Run { layers, observer }
+    }
+
+    /// Runs one layer.
+    pub fn layer(&mut self, id: LayerId, input: &Tensor) -> Result<Tensor> {
+        self.layers[id.0].forward(input, self.observer)
+    }
+}
+
+/// Group normalization over [b, c, ..] (Wu and He 2018; `torch.nn.GroupNorm`).
+#[derive(Debug)]
+pub(super) struct GroupNorm {
+    groups: i64,
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl GroupNorm {
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(input.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)?)
+    }
+}
+
+/// Layer normalization over the last dimension (Ba et al. 2016; `torch.nn.LayerNorm`).
+#[derive(Debug)]
+pub(super) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(input.f_layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)?)
+    }
+}
+
+/// [b, s, heads x width] to [b, heads, s, width].
+pub(super) fn split_heads(states: &Tensor, heads: i64) -> Result<Tensor> {
+    let (batch, length, width) = states.size3()?;
+    Ok(states.f_view([batch, length, heads, width / heads])?.f_transpose(1, 2)?)
+}
+
+/// Softmax attention, scaled by 1/sqrt(width): [b, heads, s, width] each, to [b, s, heads x width].
+pub(super) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, causal: bool) -> Result<Tensor> {
+    let mixed =
+        Tensor::f_scaled_dot_product_attention::<Tensor>(query, key, value, None, 0.0, causal, None, false)?.f_transpose(1, 2)?;
+    let (batch, length, heads, width) = mixed.size4()?;
+    Ok(mixed.f_reshape([batch, length, heads * width])?)
+}

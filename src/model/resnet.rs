@@ -1,0 +1,59 @@
+//! The residual block of UNet and VAE.
+
+use tch::Tensor;
+
+use super::layer::ConvGeometry;
+use super::network::{Builder, GroupNorm, LayerId, Run};
+use crate::error::Result;
+
+/// The sizes of a [`Resnet`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ResnetShape {
+    pub input: i64,
+    pub output: i64,
+    /// The width of the time embedding; `None` where there is no time (VAE).
+    pub temb: Option<i64>,
+    pub groups: i64,
+    pub eps: f64,
+}
+
+/// `diffusers.models.resnet.ResnetBlock2D` with SiLU and the default time shift: two 3x3 convolutions around a skip.
+#[derive(Debug)]
+pub(super) struct Resnet {
+    norm1: GroupNorm,
+    conv1: LayerId,
+    time_emb_proj: Option<LayerId>,
+    norm2: GroupNorm,
+    conv2: LayerId,
+    conv_shortcut: Option<LayerId>,
+}
+
+impl Resnet {
+    pub fn build(b: &mut Builder, shape: ResnetShape) -> Result<Self> {
+        let ResnetShape { input, output, temb, groups, eps } = shape;
+        let same = ConvGeometry::new(1, 1);
+        Ok(Resnet {
+            norm1: b.group_norm("norm1", groups, input, eps)?,
+            conv1: b.conv2d("conv1", input, output, 3, same)?,
+            time_emb_proj: temb.map(|width| b.linear("time_emb_proj", width, output, true)).transpose()?,
+            norm2: b.group_norm("norm2", groups, output, eps)?,
+            conv2: b.conv2d("conv2", output, output, 3, same)?,
+            conv_shortcut: (input != output)
+                .then(|| b.conv2d("conv_shortcut", input, output, 1, ConvGeometry::new(1, 0)))
+                .transpose()?,
+        })
+    }
+
+    /// `silu_temb` is SiLU(temb), which all resnets of a UNet share: [b, temb].
+    pub fn forward(&self, input: &Tensor, silu_temb: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
+        let mut hidden = run.layer(self.conv1, &self.norm1.forward(input)?.f_silu_()?)?;
+        if let (Some(projection), Some(temb)) = (self.time_emb_proj, silu_temb) {
+            hidden = hidden.f_add_(&run.layer(projection, temb)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
+        }
+        let mut hidden = run.layer(self.conv2, &self.norm2.forward(&hidden)?.f_silu_()?)?;
+        Ok(match self.conv_shortcut {
+            Some(shortcut) => run.layer(shortcut, input)?.f_add_(&hidden)?,
+            None => hidden.f_add_(input)?,
+        })
+    }
+}

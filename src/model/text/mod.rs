@@ -1,0 +1,9 @@
+//! Text encoders and their tokenizers.
+
+mod clip;
+mod config;
+mod tokenizer;
+
+pub use clip::{ClipText, TextStates};
+pub use config::{Activation, EndOfText, TextConfig};
+pub use tokenizer::{ClipTokenizer, Tokens};

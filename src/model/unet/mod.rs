@@ -1,0 +1,144 @@
+//! The UNet as a chain of stages.
+
+mod carry;
+mod config;
+mod ends;
+mod stage;
+mod transformer;
+
+use tch::Tensor;
+
+pub use carry::Carry;
+pub use config::{Depth, UnetConfig};
+pub use ends::{Conditioning, Head, Tail};
+pub use stage::{Stage, StageName, StageSpec};
+
+use super::layer::Observer;
+use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
+use crate::error::Result;
+use crate::pattern::NamePattern;
+use crate::progress::{Progress, Task};
+
+/// The UNet without weights: what it consists of, in the order in which it runs.
+///
+/// conv_in and the embeddings ([`Head`]), then the stages, then norm and conv_out ([`Tail`]).
+#[derive(Debug, Clone)]
+pub struct UnetChain {
+    config: UnetConfig,
+    stages: Vec<StageSpec>,
+}
+
+impl UnetChain {
+    /// The chain that a config describes.
+    pub fn new(config: UnetConfig) -> Self {
+        UnetChain { stages: StageSpec::chain(&config), config }
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    /// The stages, in the order in which they run.
+    pub fn stages(&self) -> &[StageSpec] {
+        &self.stages
+    }
+
+    /// The stages that one of `patterns` matches, in the order in which they run, whatever the order of the patterns.
+    pub fn matching<'a>(&'a self, patterns: &'a [NamePattern]) -> impl Iterator<Item = &'a StageSpec> {
+        self.stages.iter().filter(|stage| {
+            let name = stage.name().to_string();
+            patterns.iter().any(|pattern| pattern.matches(&name))
+        })
+    }
+
+    /// Loads what comes before the stages.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn load_head(&self, source: &dyn TensorSource) -> Result<Head> {
+        Head::load(&self.config, source)
+    }
+
+    /// Loads what comes after the stages.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn load_tail(&self, source: &dyn TensorSource) -> Result<Tail> {
+        Tail::load(&self.config, source)
+    }
+
+    /// Every tensor of the UNet, in execution order.
+    ///
+    /// # Errors
+    /// If libtorch cannot make a tensor at all.
+    pub fn tensors(&self) -> Result<Vec<TensorSpec>> {
+        let blueprint = Blueprint::default();
+        self.load_head(&blueprint)?;
+        for stage in &self.stages {
+            stage.load(&blueprint)?;
+        }
+        self.load_tail(&blueprint)?;
+        Ok(blueprint.into_tensors())
+    }
+}
+
+/// A UNet that predicts.
+pub struct Unet<'a> {
+    chain: UnetChain,
+    head: Head,
+    stages: Stages<'a>,
+    tail: Tail,
+}
+
+/// Where a UNet's stages are between two forwards.
+enum Stages<'a> {
+    Resident(Vec<Stage>),
+    /// Loaded when their turn comes, and dropped after it: memory for one stage, a reading of the weights at every forward.
+    OneAtATime(Box<dyn TensorSource + 'a>),
+}
+
+impl<'a> Unet<'a> {
+    /// Loads every stage.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn resident(chain: UnetChain, source: impl TensorSource, progress: &dyn Progress) -> Result<Self> {
+        let task = Task::begin(progress, "loading the UNet", "stages", chain.stages.len());
+        let mut stages = Vec::new();
+        for spec in &chain.stages {
+            task.advance(&spec.name().to_string());
+            stages.push(spec.load(&source)?);
+        }
+        Ok(Unet { head: chain.load_head(&source)?, tail: chain.load_tail(&source)?, stages: Stages::Resident(stages), chain })
+    }
+
+    /// Keeps only the ends, and loads each stage when its turn comes.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn one_at_a_time(chain: UnetChain, source: impl TensorSource + 'a) -> Result<Self> {
+        let (head, tail) = (chain.load_head(&source)?, chain.load_tail(&source)?);
+        Ok(Unet { head, tail, stages: Stages::OneAtATime(Box::new(source)), chain })
+    }
+
+    /// The architecture.
+    pub fn chain(&self) -> &UnetChain {
+        &self.chain
+    }
+
+    /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`: [b, out_channels, h, w].
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation, a stage cannot be loaded, or the observer ends the run.
+    pub fn forward(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning, observer: &mut dyn Observer) -> Result<Tensor> {
+        let mut carry = self.head.forward(sample, timestep, conditioning, observer)?;
+        for (index, spec) in self.chain.stages.iter().enumerate() {
+            carry = match &self.stages {
+                Stages::Resident(stages) => stages[index].forward(carry, observer)?,
+                Stages::OneAtATime(source) => spec.load(source.as_ref())?.forward(carry, observer)?,
+            };
+        }
+        self.tail.forward(&carry, observer)
+    }
+}

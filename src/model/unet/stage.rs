@@ -1,0 +1,242 @@
+//! A stage of the chain: a down block, the mid block or an up block.
+
+use std::fmt::{self, Display};
+
+use tch::Tensor;
+
+use super::carry::Carry;
+use super::config::{Depth, UnetConfig};
+use super::transformer::{Transformer, TransformerShape};
+use crate::checkpoint::TensorSource;
+use crate::error::{Error, Result};
+use crate::model::layer::{ConvGeometry, Layer, Observer};
+use crate::model::network::{Builder, LayerId, Run};
+use crate::model::resnet::{Resnet, ResnetShape};
+
+/// A stage's name, as in the checkpoint: `down_blocks.0`, `mid_block`, `up_blocks.2`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StageName {
+    /// `down_blocks.N`
+    Down(usize),
+    /// `mid_block`
+    Mid,
+    /// `up_blocks.N`
+    Up(usize),
+}
+
+impl Display for StageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StageName::Down(index) => write!(f, "down_blocks.{index}"),
+            StageName::Mid => f.write_str("mid_block"),
+            StageName::Up(index) => write!(f, "up_blocks.{index}"),
+        }
+    }
+}
+
+/// What a stage consists of, without weights: enough to list it and to load it.
+#[derive(Debug, Clone)]
+pub struct StageSpec {
+    name: StageName,
+    resnets: Vec<ResnetShape>,
+    /// The transformer that follows each resnet; none for plain stages.
+    transformers: Vec<TransformerShape>,
+    resample: Option<Resample>,
+}
+
+/// The convolution that ends a stage with another resolution.
+#[derive(Debug, Clone, Copy)]
+enum Resample {
+    Down { channels: i64, padding: i64 },
+    Up { channels: i64 },
+}
+
+impl StageSpec {
+    /// The stages of a UNet, in the order in which they run. That order is made here and nowhere else: diffusers registers
+    /// `up_blocks` before `mid_block`, so the order of names in a file is not it.
+    pub fn chain(config: &UnetConfig) -> Vec<StageSpec> {
+        let levels = config.block_out_channels.len();
+        let down = (0..levels).map(|level| Self::down(config, level));
+        let up = (0..levels).map(|index| Self::up(config, index));
+        down.chain([Self::mid(config)]).chain(up).collect()
+    }
+
+    fn down(config: &UnetConfig, level: usize) -> StageSpec {
+        let output = config.block_out_channels[level];
+        let input = config.block_out_channels[level.saturating_sub(1)];
+        let layers = config.layers_per_block[level];
+        let last = level + 1 == config.block_out_channels.len();
+        StageSpec {
+            name: StageName::Down(level),
+            resnets: (0..layers).map(|i| resnet(config, if i == 0 { input } else { output }, output)).collect(),
+            transformers: transformers(config, config.down_attention[level], level, &config.transformer_layers_per_block[level], layers),
+            resample: (!last).then_some(Resample::Down { channels: output, padding: config.downsample_padding }),
+        }
+    }
+
+    fn mid(config: &UnetConfig) -> StageSpec {
+        let level = config.block_out_channels.len() - 1;
+        let channels = config.block_out_channels[level];
+        StageSpec {
+            name: StageName::Mid,
+            resnets: vec![resnet(config, channels, channels); 2],
+            transformers: transformers(config, true, level, &config.transformer_layers_per_block[level], 1),
+            resample: None,
+        }
+    }
+
+    fn up(config: &UnetConfig, index: usize) -> StageSpec {
+        let levels = config.block_out_channels.len();
+        let level = levels - 1 - index;
+        let output = config.block_out_channels[level];
+        // The stage's first resnet follows the level below; its residuals are the down stage's outputs in reverse, the last of them
+        // the input of that stage.
+        let below = config.block_out_channels[(level + 1).min(levels - 1)];
+        let above = config.block_out_channels[level.saturating_sub(1)];
+        let layers = config.layers_per_block[level] + 1;
+        let resnets = (0..layers)
+            .map(|i| {
+                let hidden = if i == 0 { below } else { output };
+                let residual = if i + 1 == layers { above } else { output };
+                resnet(config, hidden + residual, output)
+            })
+            .collect();
+        let depth = match &config.reverse_transformer_layers_per_block {
+            Some(depths) => &depths[index],
+            None => &config.transformer_layers_per_block[level],
+        };
+        StageSpec {
+            name: StageName::Up(index),
+            resnets,
+            transformers: transformers(config, config.up_attention[index], level, depth, layers),
+            resample: (index + 1 < levels).then_some(Resample::Up { channels: output }),
+        }
+    }
+
+    /// The stage's name.
+    pub fn name(&self) -> StageName {
+        self.name
+    }
+
+    /// Builds the stage, reading its weights from `source`.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn load(&self, source: &dyn TensorSource) -> Result<Stage> {
+        let mut layers = Vec::new();
+        let mut top = Builder::new(source, self.name.to_string(), &mut layers);
+        let mut resnets = Vec::new();
+        let mut transformers = Vec::new();
+        for (i, shape) in self.resnets.iter().enumerate() {
+            resnets.push(Resnet::build(&mut top.at("resnets").at(i), *shape)?);
+            if let Some(shape) = self.transformers.get(i) {
+                transformers.push(Transformer::build(&mut top.at("attentions").at(i), *shape)?);
+            }
+        }
+        let resampler = match self.resample {
+            None => Resampler::None,
+            Some(Resample::Down { channels, padding }) => {
+                let conv = top.at("downsamplers").at(0).conv2d("conv", channels, channels, 3, ConvGeometry::new(2, padding))?;
+                Resampler::Down { conv, pad_after: padding == 0 }
+            }
+            Some(Resample::Up { channels }) => {
+                Resampler::Up(top.at("upsamplers").at(0).conv2d("conv", channels, channels, 3, ConvGeometry::new(1, 1))?)
+            }
+        };
+        Ok(Stage { name: self.name, layers, resnets, transformers, resampler })
+    }
+}
+
+fn resnet(config: &UnetConfig, input: i64, output: i64) -> ResnetShape {
+    ResnetShape { input, output, temb: Some(config.time_embed_dim), groups: config.norm_num_groups, eps: config.norm_eps }
+}
+
+fn transformers(config: &UnetConfig, wanted: bool, level: usize, depth: &Depth, count: usize) -> Vec<TransformerShape> {
+    let shape = |index| TransformerShape {
+        channels: config.block_out_channels[level],
+        heads: config.heads[level],
+        depth: depth.of(index),
+        cross_attention_dim: config.cross_attention_dim,
+        linear_projection: config.use_linear_projection,
+        groups: config.norm_num_groups,
+    };
+    (0..if wanted { count } else { 0 }).map(shape).collect()
+}
+
+/// A stage with its weights.
+#[derive(Debug)]
+pub struct Stage {
+    name: StageName,
+    layers: Vec<Layer>,
+    resnets: Vec<Resnet>,
+    transformers: Vec<Transformer>,
+    resampler: Resampler,
+}
+
+#[derive(Debug)]
+enum Resampler {
+    None,
+    /// A convolution of stride 2, after one row and column of zeros at the end if it has no padding of its own.
+    Down { conv: LayerId, pad_after: bool },
+    /// Nearest-neighbour to the size of the next residual, then a convolution.
+    Up(LayerId),
+}
+
+impl Stage {
+    /// The stage's name.
+    pub fn name(&self) -> StageName {
+        self.name
+    }
+
+    /// Every Conv2d and Linear of the stage, in execution order.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The same, for replacing weights.
+    pub fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
+    }
+
+    /// Runs the stage (`CrossAttnDownBlock2D`, `UNetMidBlock2DCrossAttn`, `CrossAttnUpBlock2D` and their plain kinds).
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation, or the observer ends the run.
+    pub fn forward(&self, mut carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
+        let mut run = Run::new(&self.layers, observer);
+        let silu_temb = carry.temb.f_silu()?;
+        let mut hidden = carry.hidden_states.shallow_clone();
+        for (i, resnet) in self.resnets.iter().enumerate() {
+            if let StageName::Up(_) = self.name {
+                hidden = carry.pop_residual(&hidden)?;
+            }
+            hidden = resnet.forward(&hidden, Some(&silu_temb), &mut run)?;
+            if let Some(transformer) = self.transformers.get(i) {
+                hidden = transformer.forward(&hidden, &carry.encoder_hidden_states, &mut run)?;
+            }
+            if let StageName::Down(_) = self.name {
+                carry.down_block_res_samples.push(hidden.shallow_clone());
+            }
+        }
+        hidden = match self.resampler {
+            Resampler::None => hidden,
+            Resampler::Down { conv, pad_after } => {
+                let padded = if pad_after { hidden.f_constant_pad_nd([0, 1, 0, 1])? } else { hidden };
+                let smaller = run.layer(conv, &padded)?;
+                carry.down_block_res_samples.push(smaller.shallow_clone());
+                smaller
+            }
+            Resampler::Up(conv) => run.layer(conv, &upsample(&hidden, &carry)?)?,
+        };
+        Ok(Carry { hidden_states: hidden, ..carry })
+    }
+}
+
+/// Doubles the resolution, or what the next residual asks for where a size was odd on the way down.
+fn upsample(hidden: &Tensor, carry: &Carry) -> Result<Tensor> {
+    let Some(next) = carry.down_block_res_samples.last() else {
+        return Err(Error::Argument("an up stage was given a carry without residuals: the stages ran out of order".into()));
+    };
+    let (_, _, height, width) = next.size4()?;
+    Ok(hidden.f_upsample_nearest2d([height, width], None, None)?)
+}

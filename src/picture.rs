@@ -1,0 +1,67 @@
+//! Pictures and PNG files.
+
+use std::io::Write;
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::output::write_file;
+
+/// A picture of 8-bit red, green and blue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    /// Pixels to a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Row by row, three bytes a pixel.
+    pub rgb: Vec<u8>,
+}
+
+impl Picture {
+    /// Turns what a VAE decodes, [1, 3, h, w] in [-1, 1], into bytes as `diffusers.VaeImageProcessor` does.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if there is NaN in it.
+    pub fn from_decoded(decoded: &Tensor) -> Result<Self> {
+        let unit = Self::to_unit(decoded)?;
+        if unit.f_isnan()?.f_any()?.f_int64_value(&[])? != 0 {
+            return Err(Error::NotFinite("the decoded picture has NaN in it".into()));
+        }
+        let bytes = unit.f_mul_scalar(255.0)?.f_round()?.f_to_kind(Kind::Uint8)?;
+        let (_, _, height, width) = bytes.size4()?;
+        let rows = bytes.f_squeeze_dim(0)?.f_permute([1, 2, 0])?.f_contiguous()?.f_to_device(Device::Cpu)?;
+        let mut rgb = vec![0; rows.numel()];
+        rows.f_copy_data(&mut rgb, rows.numel())?;
+        Ok(Picture { width: width as u32, height: height as u32, rgb })
+    }
+
+    /// [-1, 1] to [0, 1], cut at both ends.
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation.
+    pub fn to_unit(decoded: &Tensor) -> Result<Tensor> {
+        Ok(decoded.f_mul_scalar(0.5)?.f_add_scalar(0.5)?.f_clamp(0.0, 1.0)?)
+    }
+
+    /// Writes a PNG; `texts` (keyword, text) become its metadata.
+    ///
+    /// # Errors
+    /// [`Error::Write`]; then an older file is left as it was.
+    pub fn write_png(&self, path: &Path, texts: &[(&str, String)]) -> Result<()> {
+        write_file(path, |out| self.encode(out, texts).map_err(std::io::Error::other))
+    }
+
+    fn encode(&self, out: &mut dyn Write, texts: &[(&str, String)]) -> Result<(), png::EncodingError> {
+        let mut encoder = png::Encoder::new(out, self.width, self.height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        for (keyword, text) in texts {
+            encoder.add_itxt_chunk((*keyword).to_owned(), text.clone())?;
+        }
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&self.rgb)?;
+        writer.finish()
+    }
+}

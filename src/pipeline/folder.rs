@@ -1,0 +1,179 @@
+//! A diffusers SDXL folder.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::checkpoint::{ConfigFile, Weights};
+use crate::error::{Error, Result};
+use crate::model::scheduler::SchedulerConfig;
+use crate::model::text::{ClipText, ClipTokenizer, TextConfig};
+use crate::model::unet::{UnetChain, UnetConfig};
+use crate::model::vae::{VaeConfig, VaeDecoder};
+
+/// A pipeline in diffusers layout: `model_index.json` and a folder for each part. Opening it reads configs only.
+#[derive(Debug)]
+pub struct PipelineFolder {
+    root: PathBuf,
+    /// Whether an absent negative prompt means zeros; otherwise it means the encoded empty text.
+    pub force_zeros_for_empty_prompt: bool,
+    /// Whether the UNet is told an aesthetic score in place of the target size (the refiner).
+    pub requires_aesthetics_score: bool,
+    /// The text encoders that are there, by folder name.
+    pub text_encoders: Vec<TextPart>,
+    /// The UNet's architecture.
+    pub unet: UnetChain,
+    /// The VAE's architecture.
+    pub vae: VaeConfig,
+    /// The pipeline's own sampler.
+    pub scheduler: SchedulerConfig,
+}
+
+/// A tokenizer and the encoder that its ids are for.
+#[derive(Debug)]
+pub struct TextPart {
+    /// `tokenizer` or `tokenizer_2`.
+    pub tokenizer: &'static str,
+    /// `text_encoder` or `text_encoder_2`.
+    pub encoder: &'static str,
+    /// The encoder's architecture.
+    pub config: TextConfig,
+}
+
+impl PipelineFolder {
+    /// Reads the configs of the pipeline in `root`, and checks that its parts fit together.
+    ///
+    /// # Errors
+    /// If a config cannot be read or asks for something that is not implemented.
+    pub fn open(root: &Path) -> Result<Self> {
+        let mut index = ConfigFile::read(&root.join("model_index.json"))?;
+        index.only("_class_name", &[json!("StableDiffusionXLPipeline"), json!("StableDiffusionXLImg2ImgPipeline")])?;
+        component(&mut index, "unet", &["UNet2DConditionModel"])?;
+        component(&mut index, "vae", &["AutoencoderKL"])?;
+        // Any: the sampler's own config says which it is.
+        index.ignore(&["scheduler", "feature_extractor", "image_encoder", "add_watermarker"]);
+        let mut text_encoders = Vec::new();
+        for (tokenizer, encoder) in [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")] {
+            let has_tokenizer = component(&mut index, tokenizer, &["CLIPTokenizer", "CLIPTokenizerFast"])?;
+            let has_encoder = component(&mut index, encoder, &["CLIPTextModel", "CLIPTextModelWithProjection"])?;
+            match (has_tokenizer, has_encoder) {
+                (false, false) => {}
+                (true, true) => {
+                    let config = TextConfig::read(&root.join(encoder).join("config.json"))?;
+                    text_encoders.push(TextPart { tokenizer, encoder, config });
+                }
+                _ => return Err(index.error(encoder, format!("and `{tokenizer}` must both be there or both be absent"))),
+            }
+        }
+        let folder = PipelineFolder {
+            force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
+            requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
+            text_encoders,
+            unet: UnetChain::new(UnetConfig::read(&root.join("unet/config.json"))?),
+            vae: VaeConfig::read(&root.join("vae/config.json"))?,
+            scheduler: SchedulerConfig::read(&root.join("scheduler/scheduler_config.json"))?,
+            root: root.to_owned(),
+        };
+        folder.check(&index)?;
+        index.finish();
+        Ok(folder)
+    }
+
+    /// Whether the parts' sizes fit together.
+    fn check(&self, index: &ConfigFile) -> Result<()> {
+        let unet = self.unet.config();
+        let Some(pooled) = self.text_encoders.last().and_then(|part| part.config.projection_dim) else {
+            return Err(index.error("text_encoder_2", "must be a CLIPTextModelWithProjection: the UNet is told its pooled text"));
+        };
+        let states: i64 = self.text_encoders.iter().map(|part| part.config.hidden_size).sum();
+        let fits = [
+            ("the text encoders' states", states, "cross_attention_dim", unet.cross_attention_dim),
+            (
+                "pooled text and time ids",
+                pooled + self.time_ids() * unet.addition_time_embed_dim,
+                "projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+            ),
+            ("the VAE's latent channels", self.vae.latent_channels, "in_channels", unet.in_channels),
+            ("the VAE's latent channels", self.vae.latent_channels, "out_channels", unet.out_channels),
+        ];
+        for (what, have, key, want) in fits {
+            if have != want {
+                let path = self.root.join("unet/config.json");
+                return Err(Error::ConfigKey { path, key: key.into(), problem: format!("= {want}, but {what} make {have}") });
+            }
+        }
+        Ok(())
+    }
+
+    /// How many numbers of size, crop and score the UNet is told.
+    pub fn time_ids(&self) -> i64 {
+        if self.requires_aesthetics_score { 5 } else { 6 }
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The UNet's weights, checked against its config.
+    ///
+    /// # Errors
+    /// If they are not there, damaged, or tensors disagree with the config.
+    pub fn unet_weights(&self) -> Result<Weights> {
+        let weights = Weights::open(&self.root.join("unet"), "diffusion_pytorch_model", str::to_owned)?;
+        weights.check(&self.unet.tensors()?, |_| false)?;
+        Ok(weights)
+    }
+
+    /// The VAE's weights, checked against its config.
+    ///
+    /// # Errors
+    /// As [`unet_weights`](Self::unet_weights).
+    pub fn vae_weights(&self) -> Result<Weights> {
+        let weights = Weights::open(&self.root.join("vae"), "diffusion_pytorch_model", VaeDecoder::rename)?;
+        weights.check(&VaeDecoder::tensors(&self.vae)?, VaeDecoder::is_unused)?;
+        Ok(weights)
+    }
+
+    /// A text encoder's weights, checked against its config.
+    ///
+    /// # Errors
+    /// As [`unet_weights`](Self::unet_weights).
+    pub fn text_weights(&self, part: &TextPart) -> Result<Weights> {
+        let weights = Weights::open(&self.root.join(part.encoder), "model", ClipText::rename)?;
+        let pools = part.config.projection_dim.is_some();
+        // An encoder without a projection may come with its final norm, or a projection, that nothing reads.
+        weights.check(&ClipText::tensors(&part.config)?, |name| ClipText::is_unused(name) || (!pools && name == "text_projection.weight"))?;
+        Ok(weights)
+    }
+
+    /// A part's tokenizer.
+    ///
+    /// # Errors
+    /// If it cannot be read, or makes more ids than the encoder has positions, or ids that it has no embedding for.
+    pub fn tokenizer(&self, part: &TextPart) -> Result<ClipTokenizer> {
+        let folder = self.root.join(part.tokenizer);
+        let tokenizer = ClipTokenizer::open(&folder)?;
+        let (positions, vocabulary) = (part.config.max_position_embeddings, part.config.vocab_size);
+        if tokenizer.length() as i64 > positions {
+            let problem = format!("makes {} tokens, but {} has {positions} positions", tokenizer.length(), part.encoder);
+            return Err(Error::bad_file(&folder, problem));
+        }
+        if tokenizer.vocabulary() > vocabulary {
+            let problem = format!("has ids up to {}, but {} has {vocabulary} embeddings", tokenizer.vocabulary() - 1, part.encoder);
+            return Err(Error::bad_file(&folder, problem));
+        }
+        Ok(tokenizer)
+    }
+}
+
+/// Takes a component's entry, `[library, class]`; `[null, null]`, `null` and absence mean that it is not there.
+fn component(index: &mut ConfigFile, key: &str, known: &[&str]) -> Result<bool> {
+    let Some(entry) = index.optional::<Value>(key)? else { return Ok(false) };
+    match entry.get(1) {
+        Some(Value::Null) => Ok(false),
+        Some(Value::String(class)) if known.contains(&class.as_str()) => Ok(true),
+        _ => Err(index.error(key, format!("= {entry} is not supported (known: {})", known.join(", ")))),
+    }
+}

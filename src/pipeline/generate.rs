@@ -1,0 +1,125 @@
+//! From a prompt to a picture.
+
+use tch::{Kind, Tensor};
+
+use super::folder::PipelineFolder;
+use super::prompt::{Guidance, PromptEncoder, noise};
+use super::sampling::sample;
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::model::Unobserved;
+use crate::model::scheduler::SchedulerConfig;
+use crate::model::unet::Unet;
+use crate::model::vae::VaeDecoder;
+use crate::picture::Picture;
+use crate::progress::{Progress, Task};
+
+/// What is to be drawn, and how.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// What to draw.
+    pub prompt: String,
+    /// What not to draw; `None` is what the pipeline's config says, `Some("")` is the encoded empty text.
+    pub negative_prompt: Option<String>,
+    /// The noise's seed.
+    pub seed: u64,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Guidance scale; 1 is none.
+    pub guidance: f64,
+    /// Height and width in pixels; `None` is what the model was made for.
+    pub size: Option<(i64, i64)>,
+    /// A sampler other than the pipeline's own.
+    pub scheduler: Option<String>,
+    /// Whether the UNet's stages are loaded one at a time and dropped after use.
+    pub low_memory: bool,
+}
+
+/// A picture and how it came about.
+#[derive(Debug)]
+pub struct Generated {
+    /// The latents before the VAE: [1, c, h, w].
+    pub latents: Tensor,
+    /// The picture.
+    pub picture: Picture,
+    /// Its size in pixels: height, width.
+    pub size: (i64, i64),
+    /// The sampler's class.
+    pub scheduler: String,
+}
+
+/// Checks a request against a pipeline, before anything is loaded: the size in pixels and the sampler.
+fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, i64), SchedulerConfig)> {
+    if request.prompt.trim().is_empty() {
+        return Err(Error::Argument("the prompt is empty".into()));
+    }
+    if !request.guidance.is_finite() {
+        return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
+    }
+    let scale = folder.vae.scale();
+    let [sample_height, sample_width] = folder.unet.config().sample_size;
+    let (height, width) = request.size.unwrap_or((sample_height * scale, sample_width * scale));
+    const LARGEST: i64 = 16_384;
+    for (name, value) in [("height", height), ("width", width)] {
+        if value % 8 != 0 || value % scale != 0 || !(8..=LARGEST).contains(&value) {
+            let step = scale.max(8);
+            return Err(Error::Argument(format!("{name} {value} is not a multiple of {step} between {step} and {LARGEST}")));
+        }
+    }
+    let config = match &request.scheduler {
+        Some(name) => folder.scheduler.with_override(name)?,
+        None => folder.scheduler.clone(),
+    };
+    Ok(((height, width), config))
+}
+
+/// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders, UNet, VAE.
+///
+/// # Errors
+/// [`Error::Argument`] for a request that cannot be honoured; otherwise if a part cannot be read or run.
+pub fn generate(
+    folder: &PipelineFolder,
+    request: &GenerateRequest,
+    placement: Placement,
+    progress: &dyn Progress,
+) -> Result<Generated> {
+    let (size, config) = resolve(folder, request)?;
+    let mut scheduler = config.scheduler(request.steps)?;
+
+    let guidance = {
+        let task = Task::begin(progress, "reading the prompt", "encoders", folder.text_encoders.len());
+        let encoder = PromptEncoder::load(folder, placement)?;
+        task.advance("encoding");
+        Guidance::encode(&encoder, folder, &request.prompt, request.negative_prompt.as_deref(), request.guidance, size)?
+    };
+
+    let latents = {
+        let weights = folder.unet_weights()?;
+        let source = weights.source(placement);
+        let unet = if request.low_memory {
+            Unet::one_at_a_time(folder.unet.clone(), source)?
+        } else {
+            Unet::resident(folder.unet.clone(), source, progress)?
+        };
+        let scale = folder.vae.scale();
+        let shape = [1, folder.vae.latent_channels, size.0 / scale, size.1 / scale];
+        let noise = noise(&shape, request.seed, placement.kind)?.f_to_device(placement.device)?;
+        sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut Unobserved, progress)?
+    };
+
+    let picture = decode(folder, &latents, placement, progress)?;
+    Ok(Generated { latents, picture, size, scheduler: config.class().to_owned() })
+}
+
+/// Decodes latents [1, c, h, w], in fp32 whatever the model's dtype: SDXL's VAE overflows in fp16.
+///
+/// # Errors
+/// If the VAE cannot be read or run, or the picture has NaN in it.
+pub fn decode(folder: &PipelineFolder, latents: &Tensor, placement: Placement, progress: &dyn Progress) -> Result<Picture> {
+    let task = Task::begin(progress, "decoding the picture", "pictures", 1);
+    let weights = folder.vae_weights()?;
+    let vae = VaeDecoder::load(&folder.vae, &weights.source(Placement { kind: Kind::Float, ..placement }))?;
+    task.advance("decoding");
+    let decoded = vae.forward(&vae.unscale(&latents.f_to_kind(Kind::Float)?)?)?;
+    Picture::from_decoded(&decoded)
+}

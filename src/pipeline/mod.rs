@@ -1,0 +1,11 @@
+//! The whole way from a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` goes it.
+
+mod folder;
+mod generate;
+mod prompt;
+mod sampling;
+
+pub use folder::{PipelineFolder, TextPart};
+pub use generate::{GenerateRequest, Generated, decode, generate};
+pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, noise, time_ids};
+pub use sampling::sample;

@@ -1,0 +1,49 @@
+//! The denoising loop.
+
+use tch::Tensor;
+
+use super::prompt::Guidance;
+use crate::error::{Error, Result};
+use crate::model::scheduler::Scheduler;
+use crate::model::unet::Unet;
+use crate::model::Observer;
+use crate::progress::{Progress, Task};
+
+/// Takes `noise` [1, c, h, w] through every timestep of `scheduler`: the final latents, of the same shape.
+///
+/// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided prediction.
+///
+/// # Errors
+/// If the UNet cannot run, the observer ends the run, or the latents become NaN or infinite.
+pub fn sample(
+    unet: &Unet,
+    scheduler: &mut dyn Scheduler,
+    guidance: &Guidance,
+    noise: &Tensor,
+    observer: &mut dyn Observer,
+    progress: &dyn Progress,
+) -> Result<Tensor> {
+    let kind = noise.f_kind()?;
+    let timesteps = scheduler.timesteps().to_vec();
+    let task = Task::begin(progress, "denoising", "steps", timesteps.len());
+    let mut latents = noise.f_mul_scalar(scheduler.init_noise_sigma())?;
+    for (index, timestep) in timesteps.into_iter().enumerate() {
+        task.advance(&format!("timestep {timestep:.0}"));
+        let rows = if guidance.scale.is_some() { 2 } else { 1 };
+        let input = scheduler.scale_model_input(&latents.f_repeat([rows, 1, 1, 1])?, index)?;
+        let prediction = unet.forward(&input, timestep, &guidance.conditioning, observer)?;
+        let guided = match guidance.scale {
+            None => prediction,
+            Some(scale) => {
+                let (negative, positive) = (prediction.f_narrow(0, 0, 1)?, prediction.f_narrow(0, 1, 1)?);
+                negative.f_add(&positive.f_sub(&negative)?.f_mul_scalar(scale)?)?
+            }
+        };
+        latents = scheduler.step(index, &guided, &latents)?.f_to_kind(kind)?;
+        if latents.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            let hint = if kind == tch::Kind::Half { " (fp16 overflows in some models; try --dtype bf16 or f32)" } else { "" };
+            return Err(Error::NotFinite(format!("the latents became NaN or infinite at timestep {timestep:.0}{hint}")));
+        }
+    }
+    Ok(latents)
+}
