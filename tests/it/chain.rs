@@ -1,0 +1,156 @@
+//! The UNet as a chain: one stage at a time, observed, listed, replaced.
+
+use std::collections::BTreeMap;
+
+use sdxl_squeeze::Result;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::unet::{Conditioning, StageName, Unet, UnetChain};
+use sdxl_squeeze::model::{Layer, LayerKind, Observer, Unobserved};
+use sdxl_squeeze::pattern::NamePattern;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::progress::Silent;
+use tch::{Device, Kind, Tensor};
+
+use crate::support::emoji;
+
+fn inputs(chain: &UnetChain, batch: i64, kind: Kind) -> (Tensor, Conditioning) {
+    let config = chain.config();
+    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+    let ids = Tensor::from_slice(&[64f32, 64.0, 0.0, 0.0, 64.0, 64.0]).to_kind(kind);
+    let pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim;
+    let conditioning = Conditioning {
+        encoder_hidden_states: random(&[batch, 77, config.cross_attention_dim]),
+        text_embeds: random(&[batch, pooled]),
+        time_ids: ids.unsqueeze(0).repeat([batch, 1]),
+    };
+    (random(&[batch, 4, 16, 16]), conditioning)
+}
+
+/// Counts the layers that it sees, and keeps the sums of their inputs.
+#[derive(Default)]
+struct Seen(BTreeMap<String, (usize, f64)>);
+
+impl Observer for Seen {
+    fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
+        let width = match layer.kind() {
+            LayerKind::Linear => *input.size().last().unwrap(),
+            LayerKind::Conv2d(_) => input.size()[1],
+        };
+        assert_eq!(width, layer.weight().size()[1], "{}", layer.name());
+        let seen = self.0.entry(layer.name().to_owned()).or_default();
+        *seen = (seen.0 + 1, input.to_kind(Kind::Double).sum(Kind::Double).double_value(&[]));
+        Ok(())
+    }
+}
+
+#[test]
+fn stage_by_stage_equals_the_whole_bit_for_bit_and_watching_changes_nothing() {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let placement = Placement { kind, ..Placement::CPU };
+        let whole = Unet::resident(folder.unet.clone(), weights.source(placement), &Silent).unwrap();
+        let single = Unet::one_at_a_time(folder.unet.clone(), weights.source(placement)).unwrap();
+        let (sample, conditioning) = inputs(&folder.unet, 2, kind);
+        let expected = whole.forward(&sample, 321.0, &conditioning, &mut Unobserved).unwrap();
+        assert_eq!(expected.kind(), kind);
+        assert_eq!(single.forward(&sample, 321.0, &conditioning, &mut Unobserved).unwrap(), expected);
+
+        let mut seen = Seen::default();
+        assert_eq!(whole.forward(&sample, 321.0, &conditioning, &mut seen).unwrap(), expected);
+        assert_eq!(seen.0.len(), 264);
+        assert!(seen.0.values().all(|(times, sum)| *times == 1 && sum.is_finite()));
+
+        let source = weights.source(placement);
+        let mut carry = folder.unet.load_head(&source).unwrap().forward(&sample, 321.0, &conditioning, &mut Unobserved).unwrap();
+        for spec in folder.unet.stages() {
+            let stage = spec.load(&source).unwrap();
+            // A carry can be used again: a stage leaves its tensors as they were.
+            let first = stage.forward(carry.shallow_clone(), &mut Unobserved).unwrap();
+            let second = stage.forward(carry, &mut Unobserved).unwrap();
+            assert_eq!(first.hidden_states, second.hidden_states, "{}", spec.name());
+            carry = second;
+        }
+        assert!(carry.down_block_res_samples.is_empty());
+        assert_eq!(folder.unet.load_tail(&source).unwrap().forward(&carry, &mut Unobserved).unwrap(), expected);
+    }
+}
+
+#[test]
+fn the_order_is_the_chains_and_patterns_match_whole_names() {
+    let chain = PipelineFolder::open(&emoji()).unwrap().unet;
+    let names: Vec<String> = chain.stages().iter().map(|stage| stage.name().to_string()).collect();
+    let expected = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2"];
+    assert_eq!(names, expected);
+    // Neither the order of patterns nor that of names in a file (up before mid) is the order of execution.
+    let patterns = ["up_blocks.*", "mid_block", "down_blocks\\.2"].map(|p| NamePattern::parse(p).unwrap());
+    let matched: Vec<StageName> = chain.matching(&patterns).map(|stage| stage.name()).collect();
+    assert_eq!(matched, [StageName::Down(2), StageName::Mid, StageName::Up(0), StageName::Up(1), StageName::Up(2)]);
+    let partial = [NamePattern::parse("down_blocks").unwrap()];
+    assert_eq!(chain.matching(&partial).count(), 0);
+}
+
+#[test]
+fn layers_are_listed_by_checkpoint_name_in_execution_order() {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let source = weights.source(Placement::CPU);
+    let stored: BTreeMap<&str, Vec<i64>> = weights.entries().map(|(name, entry)| (name, entry.shape.clone())).collect();
+
+    struct Order(Vec<String>);
+    impl Observer for Order {
+        fn input(&mut self, layer: &Layer, _input: &Tensor) -> Result<()> {
+            self.0.push(layer.name().to_owned());
+            Ok(())
+        }
+    }
+    let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
+    let mut carry = folder.unet.load_head(&source).unwrap().forward(&sample, 1.0, &conditioning, &mut Unobserved).unwrap();
+    for spec in folder.unet.stages() {
+        let stage = spec.load(&source).unwrap();
+        let mut order = Order(Vec::new());
+        carry = stage.forward(carry, &mut order).unwrap();
+        let listed: Vec<&str> = stage.layers().iter().map(Layer::name).collect();
+        assert_eq!(listed, order.0);
+        for layer in stage.layers() {
+            assert_eq!(stored[format!("{}.weight", layer.name()).as_str()], layer.weight().size());
+        }
+    }
+}
+
+#[test]
+fn a_weight_can_be_replaced_and_must_fit() {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let source = weights.source(Placement::CPU);
+    let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
+    let carry = folder.unet.load_head(&source).unwrap().forward(&sample, 1.0, &conditioning, &mut Unobserved).unwrap();
+    let mut stage = folder.unet.stages()[0].load(&source).unwrap();
+    let before = stage.forward(carry.shallow_clone(), &mut Unobserved).unwrap().hidden_states;
+
+    let layer = stage.layers_mut().iter_mut().find(|layer| layer.name() == "down_blocks.0.resnets.1.conv1").unwrap();
+    let original = layer.weight().copy();
+    layer.replace_weight(&(&original * 0.5)).unwrap();
+    assert!(layer.replace_weight(&Tensor::zeros([1, 2], (Kind::Float, Device::Cpu))).is_err());
+    assert_ne!(stage.forward(carry.shallow_clone(), &mut Unobserved).unwrap().hidden_states, before);
+
+    let layer = stage.layers_mut().iter_mut().find(|layer| layer.name() == "down_blocks.0.resnets.1.conv1").unwrap();
+    layer.replace_weight(&original).unwrap();
+    assert_eq!(stage.forward(carry, &mut Unobserved).unwrap().hidden_states, before);
+}
+
+#[test]
+fn an_observer_can_stop_a_forward() {
+    struct Stop;
+    impl Observer for Stop {
+        fn input(&mut self, layer: &Layer, _input: &Tensor) -> Result<()> {
+            Err(sdxl_squeeze::Error::NotFinite(format!("stopped at {}", layer.name())))
+        }
+    }
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let unet = Unet::one_at_a_time(folder.unet.clone(), weights.source(Placement::CPU)).unwrap();
+    let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
+    let stopped = unet.forward(&sample, 1.0, &conditioning, &mut Stop).unwrap_err();
+    assert_eq!(stopped.to_string(), "stopped at time_embedding.linear_1");
+}

@@ -1,0 +1,10 @@
+//! Tests from outside: against golden values, through the public interface and through the binary.
+
+mod bad_input;
+mod chain;
+mod cli;
+mod pipelines;
+mod schedulers;
+mod support;
+mod synth;
+mod tokens;

@@ -1,0 +1,109 @@
+//! What the tests share.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tch::{Kind, Tensor};
+
+/// A path of the repository.
+pub fn repo(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The bundled model.
+pub fn emoji() -> PathBuf {
+    repo("models/emoji-sdxl")
+}
+
+/// All tensors of a file, as they are stored.
+pub fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
+    Tensor::read_safetensors(path).unwrap().into_iter().collect()
+}
+
+/// ‖a - b‖ / ‖b‖ in fp64; ‖a‖ where b is zero.
+pub fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
+    assert_eq!(ours.size(), theirs.size());
+    let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
+    let norm = |x: &Tensor| x.square().sum(Kind::Double).sqrt().double_value(&[]);
+    let scale = norm(&theirs);
+    norm(&(&ours - &theirs)) / if scale > 0.0 { scale } else { 1.0 }
+}
+
+/// Compares tensors with a reference file, keeps account of which have been compared, and reports all that differ at once.
+pub struct Checker {
+    pub reference: BTreeMap<String, Tensor>,
+    bound: f64,
+    seen: BTreeSet<String>,
+    failures: Vec<String>,
+    worst: f64,
+}
+
+impl Checker {
+    pub fn new(file: &Path, bound: f64) -> Self {
+        Checker { reference: tensors(file), bound, seen: BTreeSet::new(), failures: Vec::new(), worst: 0.0 }
+    }
+
+    pub fn has(&self, key: &str) -> bool {
+        self.reference.contains_key(key)
+    }
+
+    pub fn get(&self, key: &str) -> &Tensor {
+        self.reference.get(key).unwrap_or_else(|| panic!("the reference has no {key}"))
+    }
+
+    /// Within the bound, in the mean and at the worst element.
+    pub fn close(&mut self, key: &str, ours: &Tensor) {
+        let theirs = self.get(key).shallow_clone();
+        self.seen.insert(key.to_owned());
+        if ours.size() != theirs.size() {
+            self.failures.push(format!("{key}: {:?}, not {:?}", ours.size(), theirs.size()));
+            return;
+        }
+        let error = relative_error(ours, &theirs);
+        let difference = (ours.to_kind(Kind::Double) - theirs.to_kind(Kind::Double)).abs().max().double_value(&[]);
+        let at_worst = difference / theirs.abs().max().double_value(&[]).max(1e-30);
+        self.worst = self.worst.max(error);
+        if !(error <= self.bound && at_worst <= self.bound) && difference > 0.0 {
+            self.failures.push(format!("{key}: relative error {error:.2e}, at worst {at_worst:.2e}"));
+        }
+    }
+
+    /// Equal to the last bit.
+    pub fn equal(&mut self, key: &str, ours: &Tensor) {
+        self.seen.insert(key.to_owned());
+        if ours != self.get(key) {
+            self.failures.push(format!("{key}: not equal"));
+        }
+    }
+
+    /// Fails with everything that differed, and with every reference tensor that nothing was compared with.
+    pub fn finish(mut self, name: &str, uncompared: impl Fn(&str) -> bool) {
+        let forgotten = self.reference.keys().filter(|key| !self.seen.contains(*key) && !uncompared(key));
+        self.failures.extend(forgotten.map(|key| format!("{key}: not compared")));
+        assert!(self.failures.is_empty(), "{name}:\n{}", self.failures.join("\n"));
+        println!("{name}: {} tensors, largest relative error {:.1e}", self.seen.len(), self.worst);
+    }
+}
+
+/// Runs the binary.
+pub fn squeeze(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze")).args(args).output().unwrap()
+}
+
+/// What a command printed, which must have ended with `code`.
+pub fn ended_with(code: i32, output: &Output) -> String {
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    text
+}
+
+/// Copies a folder.
+pub fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() { copy(&path, &target) } else { std::fs::copy(&path, &target).map(drop).unwrap() }
+    }
+}

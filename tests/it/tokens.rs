@@ -1,0 +1,52 @@
+//! Tokenizers against transformers, prompt by prompt.
+
+use std::path::Path;
+
+use sdxl_squeeze::model::text::ClipTokenizer;
+use serde_json::Value;
+
+use crate::support::{copy, emoji, repo};
+
+fn ids(value: &Value) -> Vec<i64> {
+    value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+}
+
+/// Every prompt of a golden file, with the tokenizer in `folder`.
+fn equal(golden: &str, name: &str, folder: &Path) {
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(repo(golden)).unwrap()).unwrap();
+    let tokenizer = ClipTokenizer::open(folder).unwrap();
+    let prompts = golden["prompts"].as_array().unwrap();
+    assert!(prompts.len() > 30);
+    for (i, prompt) in prompts.iter().enumerate() {
+        let prompt = prompt.as_str().unwrap();
+        let tokens = tokenizer.encode(prompt).unwrap();
+        assert_eq!(tokens.ids, ids(&golden[name]["ids"][i]), "{name}: {prompt:?}");
+        // `raw` has the begin and the end, and no cut.
+        let fits = ids(&golden[name]["raw"][i]).len() <= 77;
+        assert_eq!(tokens.dropped.is_none(), fits, "{name}: {prompt:?}");
+    }
+}
+
+#[test]
+fn tokenizer_json_equals_transformers() {
+    equal("tests/golden/tokens.json", "tokenizer", &emoji().join("tokenizer"));
+    equal("tests/golden/tokens.json", "tokenizer_2", &emoji().join("tokenizer_2"));
+}
+
+#[test]
+fn vocab_and_merges_equal_transformers() {
+    for name in ["tokenizer", "tokenizer_2"] {
+        let folder = tempfile::tempdir().unwrap();
+        copy(&emoji().join(name), folder.path());
+        std::fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
+        equal("tests/golden/tokens.json", name, folder.path());
+        equal("tests/golden/tokens-base-like.json", name, &repo("tests/golden/base-like").join(name));
+    }
+}
+
+#[test]
+fn what_is_cut_is_told() {
+    let tokenizer = ClipTokenizer::open(&emoji().join("tokenizer")).unwrap();
+    let long = format!("{}and a violin", "cat ".repeat(75));
+    assert_eq!(tokenizer.encode(&long).unwrap().dropped.as_deref(), Some("and a violin"));
+}
