@@ -173,7 +173,9 @@ fn run(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, encoder: &Prom
     };
     if check.has(&timesteps) {
         let ours = Tensor::from_slice(scheduler.timesteps()).to_kind(check.get(&timesteps).kind());
-        check.equal(&timesteps, &ours);
+        // Fractions come out of fp32 logarithms.
+        let whole = scheduler.timesteps().iter().all(|timestep| timestep.fract() == 0.0);
+        if whole { check.equal(&timesteps, &ours) } else { check.close(&timesteps, &ours) }
     }
     let scale = folder.vae.scale();
     let shape = [1, 4, run.size.0 / scale, run.size.1 / scale];

@@ -80,20 +80,24 @@ impl ClipTokenizer {
         };
 
         let mut specials = Specials::read(folder)?;
+        let mut added: Vec<AddedToken> = Vec::new();
         let mut special = |name: &str, default: &str| -> Result<i64> {
             let token = specials.take(name)?.unwrap_or(SpecialToken::Text(default.to_owned())).added();
             let id = tokenizer.token_to_id(&token.content).ok_or_else(|| {
                 Error::bad_file(folder, format!("the vocabulary does not have the {name} `{}`", token.content))
             })?;
-            // A special token is cut out of the text before anything else is done to it. That holds for the padding token too: where
-            // that is "!", as in SDXL's second tokenizer, every "!" of a prompt becomes padding. Models were trained so.
-            tokenizer.add_special_tokens(&[token]);
+            // One text can be two tokens ("<|endoftext|>" ends and pads); the flags that come last hold, as in transformers.
+            added.retain(|other| other.content != token.content);
+            added.push(token);
             Ok(i64::from(id))
         };
         let begin = special("bos_token", "<|startoftext|>")?;
         let end = special("eos_token", "<|endoftext|>")?;
         special("unk_token", "<|endoftext|>")?;
         let pad = special("pad_token", "<|endoftext|>")?;
+        // A special token is cut out of the text before anything else is done to it. That holds for the padding token too: where that
+        // is "!", as in SDXL's second tokenizer, every "!" of a prompt becomes padding. Models were trained so.
+        tokenizer.add_special_tokens(&added);
         let length = specials.length()?;
         Ok(ClipTokenizer { tokenizer, folder: folder.to_owned(), begin, end, pad, length })
     }

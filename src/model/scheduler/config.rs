@@ -1,0 +1,227 @@
+//! `scheduler/scheduler_config.json`: which sampler, made how.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use regex::{Captures, Regex};
+use serde_json::{Map, Value};
+
+use super::Scheduler;
+use super::ddim::Ddim;
+use super::dpm::DpmSolver;
+use super::euler::Euler;
+use super::noise::NoiseSchedule;
+use crate::checkpoint::ConfigFile;
+use crate::error::{Error, Result};
+
+/// A sampler that is implemented.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SchedulerKind {
+    /// Euler's method (Karras et al. 2022; `EulerDiscreteScheduler`).
+    Euler,
+    /// DDIM, deterministic (Song et al. 2021; `DDIMScheduler`).
+    Ddim,
+    /// DPM-Solver++ 2M (Lu et al. 2022; `DPMSolverMultistepScheduler`).
+    DpmSolverMultistep,
+}
+
+impl SchedulerKind {
+    const ALL: [SchedulerKind; 3] = [SchedulerKind::Euler, SchedulerKind::Ddim, SchedulerKind::DpmSolverMultistep];
+
+    /// diffusers' name for it.
+    pub fn class(self) -> &'static str {
+        match self {
+            SchedulerKind::Euler => "EulerDiscreteScheduler",
+            SchedulerKind::Ddim => "DDIMScheduler",
+            SchedulerKind::DpmSolverMultistep => "DPMSolverMultistepScheduler",
+        }
+    }
+}
+
+/// A sampler picked by name.
+///
+/// The names are [`NAMES`](Self::NAMES) and diffusers' class names, in upper or lower case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerChoice {
+    /// The sampler.
+    pub kind: SchedulerKind,
+    /// Whether Karras's sigmas are asked for; if not, the config decides.
+    pub karras: bool,
+}
+
+const CHOICES: [(&str, SchedulerKind, bool); 5] = [
+    ("euler", SchedulerKind::Euler, false),
+    ("euler-karras", SchedulerKind::Euler, true),
+    ("ddim", SchedulerKind::Ddim, false),
+    ("dpmpp-2m", SchedulerKind::DpmSolverMultistep, false),
+    ("dpmpp-2m-karras", SchedulerKind::DpmSolverMultistep, true),
+];
+
+impl SchedulerChoice {
+    /// The short names.
+    pub const NAMES: [&'static str; 5] = [CHOICES[0].0, CHOICES[1].0, CHOICES[2].0, CHOICES[3].0, CHOICES[4].0];
+}
+
+impl FromStr for SchedulerChoice {
+    type Err = Error;
+
+    /// # Errors
+    /// [`Error::Argument`] with the known names and the nearest of them.
+    fn from_str(name: &str) -> Result<Self> {
+        let classes = SchedulerKind::ALL.map(|kind| (kind.class(), kind, false));
+        if let Some((_, kind, karras)) = CHOICES.iter().chain(&classes).find(|choice| choice.0.eq_ignore_ascii_case(name)) {
+            return Ok(SchedulerChoice { kind: *kind, karras: *karras });
+        }
+        let likeness = |known: &str| strsim::jaro_winkler(&name.to_lowercase(), &known.to_lowercase());
+        let known = CHOICES.iter().chain(&classes).map(|choice| choice.0);
+        let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default();
+        let names = Self::NAMES.join(", ");
+        Err(Error::Argument(format!("unknown scheduler `{name}`: did you mean `{nearest}`? (known: {names})")))
+    }
+}
+
+/// A sampler's config, as it is in the file.
+///
+/// Reading takes any of diffusers' classes, so that a pipeline with one that is not implemented can still be opened, and used with
+/// another. Keys are checked when the sampler is made.
+#[derive(Debug, Clone)]
+pub struct SchedulerConfig {
+    path: PathBuf,
+    class: String,
+    entries: Map<String, Value>,
+}
+
+/// The parameters of the classes that diffusers holds to be compatible. Those that a class does not know it drops in silence.
+const COMPATIBLE_KEYS: [&str; 43] = [
+    "algorithm_type",
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "clip_sample",
+    "clip_sample_range",
+    "disable_corrector",
+    "dynamic_thresholding_ratio",
+    "euler_at_final",
+    "final_sigmas_type",
+    "flow_shift",
+    "interpolation_type",
+    "lambda_min_clipped",
+    "lower_order_final",
+    "num_train_timesteps",
+    "predict_x0",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "rho",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "shift_terminal",
+    "sigma_data",
+    "sigma_max",
+    "sigma_min",
+    "sigma_schedule",
+    "skip_prk_steps",
+    "solver_order",
+    "solver_p",
+    "solver_type",
+    "steps_offset",
+    "thresholding",
+    "time_shift_type",
+    "timestep_spacing",
+    "timestep_type",
+    "trained_betas",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_flow_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+    "variance_type",
+];
+
+/// Config files are a few KB, or tens with `trained_betas`; this bounds what is read of a wrong file.
+const MAX_BYTES: u64 = 16 << 20;
+
+impl SchedulerConfig {
+    /// Reads `path`, of any class.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is larger than 16 MiB, is not a JSON object, or does not name its class.
+    pub fn read(path: &Path) -> Result<Self> {
+        let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
+        if size > MAX_BYTES {
+            return Err(Error::bad_file(path, format!("{size} bytes is too large for a config file")));
+        }
+        let text = std::fs::read_to_string(path).map_err(Error::read(path))?;
+        let text = quote_non_finite(path, &text)?;
+        let mut entries = match serde_json::from_str(&text) {
+            Ok(Value::Object(entries)) => entries,
+            Ok(_) => return Err(Error::bad_file(path, "not a JSON object")),
+            Err(source) => return Err(Error::Json { path: path.to_owned(), source }),
+        };
+        // Where diffusers notes that values are only its defaults, it does not hand them on to another class.
+        let mut file = ConfigFile::from_entries(path, entries.clone());
+        for key in file.or("_use_default_values", Vec::<String>::new())? {
+            entries.remove(&key);
+        }
+        Ok(SchedulerConfig { path: path.to_owned(), class: file.required("_class_name")?, entries })
+    }
+
+    /// diffusers' name for the sampler.
+    pub fn class(&self) -> &str {
+        &self.class
+    }
+
+    /// The config for the sampler called `name` (see [`SchedulerChoice`]), as by diffusers' `from_config`.
+    ///
+    /// That class takes the keys that it knows from this file; the others have its own defaults, not those of the file's class. A
+    /// Karras name also sets `use_karras_sigmas`; the plain one leaves it as it is.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no such sampler.
+    pub fn with_override(&self, name: &str) -> Result<Self> {
+        let choice: SchedulerChoice = name.parse()?;
+        let mut config = SchedulerConfig { class: choice.kind.class().to_owned(), ..self.clone() };
+        if choice.karras {
+            config.entries.insert("use_karras_sigmas".to_owned(), Value::Bool(true));
+        }
+        Ok(config)
+    }
+
+    /// The sampler, set to take `steps` steps.
+    ///
+    /// # Errors
+    /// [`Error::ConfigKey`] if the class or the value of a key is not implemented, naming it; [`Error::Argument`] if `steps` is not
+    /// between 1 and the training timesteps, or the class cannot take so many with this spacing.
+    pub fn scheduler(&self, steps: usize) -> Result<Box<dyn Scheduler>> {
+        let mut file = ConfigFile::from_entries(&self.path, self.entries.clone());
+        let kind = SchedulerKind::ALL.into_iter().find(|kind| kind.class() == self.class).ok_or_else(|| {
+            let known = SchedulerKind::ALL.map(SchedulerKind::class).join(", ");
+            let names = SchedulerChoice::NAMES.join(", ");
+            file.error("_class_name", format!("= \"{}\" is not supported ({known} are; pick {names} instead)", self.class))
+        })?;
+        let noise = NoiseSchedule::read(&mut file)?;
+        if !(1..=noise.len()).contains(&steps) {
+            return Err(Error::Argument(format!("cannot take {steps} steps: the model has timesteps for 1 to {}", noise.len())));
+        }
+        let scheduler: Box<dyn Scheduler> = match kind {
+            SchedulerKind::Euler => Box::new(Euler::new(&mut file, &noise, steps)?),
+            SchedulerKind::Ddim => Box::new(Ddim::new(&mut file, &noise, steps)?),
+            SchedulerKind::DpmSolverMultistep => Box::new(DpmSolver::new(&mut file, &noise, steps)?),
+        };
+        file.ignore(&COMPATIBLE_KEYS);
+        file.finish();
+        Ok(scheduler)
+    }
+}
+
+/// Turns Python's `-Infinity`, `Infinity` and `NaN`, which are not JSON, into strings.
+///
+/// diffusers writes `"lambda_min_clipped": -Infinity` into every config of DPM-Solver.
+fn quote_non_finite(path: &Path, text: &str) -> Result<String> {
+    let token = Regex::new(r#""(?:[^"\\]|\\.)*"|-?Infinity|NaN"#).map_err(|why| Error::bad_file(path, why.to_string()))?;
+    let quote = |found: &Captures| {
+        let found = &found[0];
+        if found.starts_with('"') { found.to_owned() } else { format!("\"{found}\"") }
+    };
+    Ok(token.replace_all(text, quote).into_owned())
+}
