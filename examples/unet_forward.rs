@@ -18,6 +18,7 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 fn main() -> Result<()> {
+    sdxl_squeeze::allocator::reuse_large_blocks();
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     let low_memory = take_flag(&mut args, "--low-memory");
     let repeat = take_value(&mut args, "--repeat").and_then(|n| n.parse().ok()).unwrap_or(1);

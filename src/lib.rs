@@ -1,5 +1,7 @@
 //! Makes the SDXL UNet small enough for a phone and keeps its pictures.
 
+pub mod allocator;
+pub mod calibration;
 pub mod checkpoint;
 pub mod device;
 mod error;

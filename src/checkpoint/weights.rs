@@ -47,7 +47,10 @@ impl Weights {
                 return Self::new(folder, files, owner, rename);
             }
         }
-        let pickled = std::fs::read_dir(folder).map_err(Error::read(folder))?.flatten().any(|e| e.path().extension() == Some("bin".as_ref()));
+        let pickled = std::fs::read_dir(folder)
+            .map_err(Error::read(folder))?
+            .flatten()
+            .any(|e| e.path().extension() == Some("bin".as_ref()));
         let hint = if pickled { "; pickled .bin weights are not read" } else { "" };
         Err(Error::bad_file(folder, format!("no {stem}.safetensors in this folder{hint}")))
     }
@@ -117,12 +120,21 @@ impl Weights {
             }
         }
         let surplus: Vec<String> = surplus.into_keys().filter(|name| !unused(name)).map(str::to_owned).collect();
-        let lists = [("missing", missing), ("of another shape", misshapen), ("of another dtype", mistyped), ("unknown to this architecture", surplus)];
-        let problems: Vec<String> = lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| some(what, names)).collect();
+        let lists = [
+            ("missing", missing),
+            ("of another shape", misshapen),
+            ("of another dtype", mistyped),
+            ("unknown to this architecture", surplus),
+        ];
+        let problems: Vec<String> =
+            lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| some(what, names)).collect();
         if problems.is_empty() {
             return Ok(());
         }
-        Err(Error::Tensors { path: self.folder.clone(), problem: format!("tensors disagree with config.json: {}", problems.join("; ")) })
+        Err(Error::Tensors {
+            path: self.folder.clone(),
+            problem: format!("tensors disagree with config.json: {}", problems.join("; ")),
+        })
     }
 
     /// A source that reads from here and places each tensor.
@@ -146,8 +158,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>
         return Err(Error::bad_file(index_path, format!("{size} bytes is too large for an index")));
     }
     let text = std::fs::read_to_string(index_path).map_err(Error::read(index_path))?;
-    let index: ShardIndex =
-        serde_json::from_str(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
+    let index: ShardIndex = serde_json::from_str(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
     let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
     let mut files: Vec<SafetensorsFile> = Vec::new();
     let mut owner = BTreeMap::new();

@@ -98,7 +98,9 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
 fn check_writable(path: &Path) -> Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     match parent {
-        Some(parent) if !parent.is_dir() => Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), parent.display()))),
+        Some(parent) if !parent.is_dir() => {
+            Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), parent.display())))
+        }
         _ if path.is_dir() => Err(Error::Argument(format!("cannot write {}: it is a folder", path.display()))),
         _ => Ok(()),
     }

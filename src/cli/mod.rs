@@ -48,6 +48,7 @@ enum Command {
 /// Runs the program: what fails ends in one line on standard error and an exit code.
 pub fn main() -> ExitCode {
     let args = Args::parse();
+    sdxl_squeeze::allocator::reuse_large_blocks();
     // A panic is a bug of ours; it still ends in one line.
     panic::set_hook(Box::new(|_| {}));
     match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {

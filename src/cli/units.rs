@@ -13,7 +13,7 @@ pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut spaced = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             spaced.push(',');
         }
         spaced.push(digit);

@@ -81,7 +81,7 @@ impl Layer {
         &self.weight
     }
 
-    /// The bias [o], if there is one.
+    /// The bias `[o]`, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }

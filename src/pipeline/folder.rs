@@ -144,7 +144,9 @@ impl PipelineFolder {
         let weights = Weights::open(&self.root.join(part.encoder), "model", ClipText::rename)?;
         let pools = part.config.projection_dim.is_some();
         // An encoder without a projection may come with its final norm, or a projection, that nothing reads.
-        weights.check(&ClipText::tensors(&part.config)?, |name| ClipText::is_unused(name) || (!pools && name == "text_projection.weight"))?;
+        weights.check(&ClipText::tensors(&part.config)?, |name| {
+            ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
+        })?;
         Ok(weights)
     }
 
@@ -161,7 +163,8 @@ impl PipelineFolder {
             return Err(Error::bad_file(&folder, problem));
         }
         if tokenizer.vocabulary() > vocabulary {
-            let problem = format!("has ids up to {}, but {} has {vocabulary} embeddings", tokenizer.vocabulary() - 1, part.encoder);
+            let problem =
+                format!("has ids up to {}, but {} has {vocabulary} embeddings", tokenizer.vocabulary() - 1, part.encoder);
             return Err(Error::bad_file(&folder, problem));
         }
         Ok(tokenizer)

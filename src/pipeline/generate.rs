@@ -7,7 +7,6 @@ use super::prompt::{Guidance, PromptEncoder, noise};
 use super::sampling::sample;
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::model::Unobserved;
 use crate::model::scheduler::SchedulerConfig;
 use crate::model::unet::Unet;
 use crate::model::vae::VaeDecoder;
@@ -104,7 +103,7 @@ pub fn generate(
         let scale = folder.vae.scale();
         let shape = [1, folder.vae.latent_channels, size.0 / scale, size.1 / scale];
         let noise = noise(&shape, request.seed, placement.kind)?.f_to_device(placement.device)?;
-        sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut Unobserved, progress)?
+        sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), progress)?
     };
 
     let picture = decode(folder, &latents, placement, progress)?;

@@ -8,4 +8,4 @@ mod sampling;
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, decode, generate};
 pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, noise, time_ids};
-pub use sampling::sample;
+pub use sampling::{Predictor, sample};

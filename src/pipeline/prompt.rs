@@ -125,7 +125,8 @@ impl Guidance {
         let positive = encoder.encode(&[prompt])?;
         let ids = time_ids(folder, height, width, false, placement)?;
         if scale <= 1.0 {
-            let conditioning = Conditioning { encoder_hidden_states: positive.states, text_embeds: positive.pooled, time_ids: ids };
+            let conditioning =
+                Conditioning { encoder_hidden_states: positive.states, text_embeds: positive.pooled, time_ids: ids };
             return Ok(Guidance { conditioning, scale: None });
         }
         let negative = encoder.negative(folder, negative_prompt, &positive)?;

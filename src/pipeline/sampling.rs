@@ -4,23 +4,39 @@ use tch::Tensor;
 
 use super::prompt::Guidance;
 use crate::error::{Error, Result};
+use crate::model::Unobserved;
 use crate::model::scheduler::Scheduler;
-use crate::model::unet::Unet;
-use crate::model::Observer;
+use crate::model::unet::{Conditioning, Unet};
 use crate::progress::{Progress, Task};
+
+/// Something that predicts as a UNet does: a UNet, or one that is being watched.
+pub trait Predictor {
+    /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`.
+    ///
+    /// # Errors
+    /// If it cannot be computed.
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor>;
+}
+
+impl Predictor for Unet<'_> {
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+        self.forward(sample, timestep, conditioning, &mut Unobserved)
+    }
+}
 
 /// Takes `noise` [1, c, h, w] through every timestep of `scheduler`: the final latents, of the same shape.
 ///
-/// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided prediction.
+/// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided prediction. `on_step` is given the
+/// latents after each step.
 ///
 /// # Errors
-/// If the UNet cannot run, the observer ends the run, or the latents become NaN or infinite.
+/// If the UNet cannot run, `on_step` fails, or the latents become NaN or infinite.
 pub fn sample(
-    unet: &Unet,
+    unet: &dyn Predictor,
     scheduler: &mut dyn Scheduler,
     guidance: &Guidance,
     noise: &Tensor,
-    observer: &mut dyn Observer,
+    on_step: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<Tensor> {
     let kind = noise.f_kind()?;
@@ -31,7 +47,7 @@ pub fn sample(
         task.advance(&format!("timestep {timestep:.0}"));
         let rows = if guidance.scale.is_some() { 2 } else { 1 };
         let input = scheduler.scale_model_input(&latents.f_repeat([rows, 1, 1, 1])?, index)?;
-        let prediction = unet.forward(&input, timestep, &guidance.conditioning, observer)?;
+        let prediction = unet.predict(&input, timestep, &guidance.conditioning)?;
         let guided = match guidance.scale {
             None => prediction,
             Some(scale) => {
@@ -44,6 +60,7 @@ pub fn sample(
             let hint = if kind == tch::Kind::Half { " (fp16 overflows in some models; try --dtype bf16 or f32)" } else { "" };
             return Err(Error::NotFinite(format!("the latents became NaN or infinite at timestep {timestep:.0}{hint}")));
         }
+        on_step(index, &latents)?;
     }
     Ok(latents)
 }

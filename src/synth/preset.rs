@@ -17,7 +17,8 @@ pub enum Preset {
     Tiny,
 }
 
-const NAMES: [(&str, Preset); 3] = [("sdxl-base", Preset::SdxlBase), ("sdxl-refiner", Preset::SdxlRefiner), ("tiny", Preset::Tiny)];
+const NAMES: [(&str, Preset); 3] =
+    [("sdxl-base", Preset::SdxlBase), ("sdxl-refiner", Preset::SdxlRefiner), ("tiny", Preset::Tiny)];
 
 impl FromStr for Preset {
     type Err = Error;

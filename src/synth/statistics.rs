@@ -42,7 +42,8 @@ impl Statistics {
 
     fn generator(self, name: &str, stream: u64) -> ChaCha8Rng {
         // FNV-1a: any hash that stays the same does.
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+        let hash =
+            name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
         let mut generator = ChaCha8Rng::seed_from_u64(self.seed ^ hash);
         generator.set_stream(stream);
         generator
@@ -68,7 +69,8 @@ impl Law {
         if shape.len() < 2 || name.contains("token_embedding") || name.contains("position_embedding") {
             return flat(0.0, 0.02);
         }
-        let writes_residual = ["to_out.0.weight", "net.2.weight", "proj_out.weight", "conv2.weight", "out_proj.weight", "fc2.weight"];
+        let writes_residual =
+            ["to_out.0.weight", "net.2.weight", "proj_out.weight", "conv2.weight", "out_proj.weight", "fc2.weight"];
         let gain = if writes_residual.iter().any(|end| name.ends_with(end)) { 0.3 } else { 1.0 };
         let fan_in: usize = shape[1..].iter().product();
         Law { mean: 0.0, deviation: gain / (fan_in as f32).sqrt(), fan_in, taps: shape[2..].iter().product() }

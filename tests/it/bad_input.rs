@@ -109,7 +109,12 @@ fn tensors_of_a_wrong_dtype_shape_or_name() {
 #[test]
 fn configs_that_ask_for_what_is_not_implemented() {
     let cases = [
-        ("unet/config.json", "down_block_types", json!(["DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"]), "AttnDownBlock2D"),
+        (
+            "unet/config.json",
+            "down_block_types",
+            json!(["DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"]),
+            "AttnDownBlock2D",
+        ),
         ("unet/config.json", "class_embed_type", json!("timestep"), "class_embed_type"),
         ("unet/config.json", "addition_embed_type", json!("text"), "addition_embed_type"),
         ("unet/config.json", "mid_block_type", json!(null), "mid_block_type"),
@@ -123,7 +128,12 @@ fn configs_that_ask_for_what_is_not_implemented() {
         ("scheduler/scheduler_config.json", "_class_name", json!("LCMScheduler"), "LCMScheduler"),
         ("scheduler/scheduler_config.json", "use_beta_sigmas", json!(true), "use_beta_sigmas"),
         ("text_encoder/config.json", "hidden_act", json!("relu"), "hidden_act"),
-        ("vae/config.json", "up_block_types", json!(["UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]), "AttnUpDecoderBlock2D"),
+        (
+            "vae/config.json",
+            "up_block_types",
+            json!(["UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]),
+            "AttnUpDecoderBlock2D",
+        ),
         ("model_index.json", "_class_name", json!("StableDiffusionPipeline"), "StableDiffusionPipeline"),
         ("model_index.json", "text_encoder_2", json!([null, null]), "text_encoder_2"),
     ];
@@ -181,7 +191,11 @@ fn shard_indexes_that_lie() {
     let folder = tempfile::tempdir().unwrap();
     copy(&repo("tests/golden/v-prediction"), folder.path());
     let unet = folder.path().join("unet");
-    let index = std::fs::read_dir(&unet).unwrap().map(|e| e.unwrap().path()).find(|p| p.to_string_lossy().ends_with("index.json")).unwrap();
+    let index = std::fs::read_dir(&unet)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.to_string_lossy().ends_with("index.json"))
+        .unwrap();
     edit(&index, |value| value["weight_map"]["conv_in.bias"] = json!("../../../etc/passwd"));
     refused(folder.path(), &[], &["is not a file name"]);
     edit(&index, |value| value["weight_map"]["conv_in.bias"] = json!("absent.safetensors"));
@@ -203,5 +217,8 @@ fn synth_refuses_what_it_cannot_write() {
 fn inspect_refuses_what_is_no_model() {
     assert!(ended_with(2, &squeeze(&["inspect", "/nowhere"])).contains("is not a folder"));
     let folder = tempfile::tempdir().unwrap();
-    assert!(ended_with(2, &squeeze(&["inspect", folder.path().to_str().unwrap()])).contains("neither model_index.json nor config.json"));
+    assert!(
+        ended_with(2, &squeeze(&["inspect", folder.path().to_str().unwrap()]))
+            .contains("neither model_index.json nor config.json")
+    );
 }

@@ -15,8 +15,19 @@ fn generate_draws_the_reference_picture_and_says_how() {
     let said = ended_with(
         0,
         &squeeze(&[
-            "generate", "--model", root.to_str().unwrap(), "--prompt", "a picture of a cat face!", "--seed", "231", "--guidance", "4",
-            "--latents-out", latents.to_str().unwrap(), "-o", picture.to_str().unwrap(),
+            "generate",
+            "--model",
+            root.to_str().unwrap(),
+            "--prompt",
+            "a picture of a cat face!",
+            "--seed",
+            "231",
+            "--guidance",
+            "4",
+            "--latents-out",
+            latents.to_str().unwrap(),
+            "-o",
+            picture.to_str().unwrap(),
         ]),
     );
     assert!(said.contains("64x64, 30 steps of EulerDiscreteScheduler, seed 231"), "{said}");
@@ -37,7 +48,10 @@ fn generate_draws_the_reference_picture_and_says_how() {
     let text = |keyword: &str| texts.iter().find(|text| text.keyword == keyword).unwrap().get_text().unwrap();
     assert_eq!(text("Description"), "a picture of a cat face!");
     let settings: Value = serde_json::from_str(&text("sdxl-squeeze")).unwrap();
-    assert_eq!((settings["seed"].as_u64(), settings["steps"].as_u64(), settings["guidance"].as_f64()), (Some(231), Some(30), Some(4.0)));
+    assert_eq!(
+        (settings["seed"].as_u64(), settings["steps"].as_u64(), settings["guidance"].as_f64()),
+        (Some(231), Some(30), Some(4.0))
+    );
 }
 
 #[test]
@@ -46,7 +60,8 @@ fn one_stage_in_memory_draws_the_same_picture() {
     let root = emoji();
     let draw = |name: &str, more: &[&str]| {
         let path = out.path().join(name);
-        let mut args = vec!["generate", "--model", root.to_str().unwrap(), "--prompt", "owl", "--steps", "3", "-o", path.to_str().unwrap()];
+        let mut args =
+            vec!["generate", "--model", root.to_str().unwrap(), "--prompt", "owl", "--steps", "3", "-o", path.to_str().unwrap()];
         args.extend(more);
         ended_with(0, &squeeze(&args));
         let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
@@ -78,7 +93,18 @@ fn progress_as_json_and_not_at_all() {
     let root = emoji();
     let path = out.path().join("x.png");
     let run = |flag: &str| {
-        let args = [flag, "generate", "--model", root.to_str().unwrap(), "--prompt", "owl", "--steps", "4", "-o", path.to_str().unwrap()];
+        let args = [
+            flag,
+            "generate",
+            "--model",
+            root.to_str().unwrap(),
+            "--prompt",
+            "owl",
+            "--steps",
+            "4",
+            "-o",
+            path.to_str().unwrap(),
+        ];
         squeeze(&args)
     };
     let output = run("--progress=json");
@@ -96,7 +122,8 @@ fn progress_as_json_and_not_at_all() {
 
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
-    let command = format!("'{}' inspect '{}' | head -n 1; exit ${{PIPESTATUS[0]}}", env!("CARGO_BIN_EXE_sdxl-squeeze"), emoji().display());
+    let command =
+        format!("'{}' inspect '{}' | head -n 1; exit ${{PIPESTATUS[0]}}", env!("CARGO_BIN_EXE_sdxl-squeeze"), emoji().display());
     let output = Command::new("bash").args(["-c", &command]).output().unwrap();
     ended_with(0, &output);
 }

@@ -1,4 +1,5 @@
 //! Tests from outside: against golden values, through the public interface and through the binary.
+#![allow(clippy::print_stdout)]
 
 mod bad_input;
 mod chain;

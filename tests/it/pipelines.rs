@@ -67,7 +67,13 @@ fn texts(check: &mut Checker, folder: &PipelineFolder, encoder: &PromptEncoder, 
     let negative = encoder.negative(folder, None, &positive).unwrap();
     check.close("negative_prompt_embeds", &negative.states);
     check.close("negative_pooled_prompt_embeds", &negative.pooled);
-    for (at, key) in [("", "prompt"), ("negative/", "negative/prompt"), ("empty/", "empty/prompt"), ("typed_eos/", "typed_eos/prompt"), ("long/", "long/prompt")] {
+    for (at, key) in [
+        ("", "prompt"),
+        ("negative/", "negative/prompt"),
+        ("empty/", "empty/prompt"),
+        ("typed_eos/", "typed_eos/prompt"),
+        ("long/", "long/prompt"),
+    ] {
         let Some(prompt) = text(notes, key) else { continue };
         for part in &folder.text_encoders {
             let ids = folder.tokenizer(part).unwrap().encode(prompt).unwrap().ids;
@@ -147,11 +153,19 @@ fn runs(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, encoder: &Pro
     run(check, folder, unet, encoder, notes, &usual);
     if check.has("odd/final_latents") {
         run(check, folder, unet, encoder, notes, &Run { at: "odd/", size: size(notes, "odd/"), ..usual });
-        run(check, folder, unet, encoder, notes, &Run { at: "negative/", negative_prompt: text(notes, "negative/prompt"), ..usual });
+        run(
+            check,
+            folder,
+            unet,
+            encoder,
+            notes,
+            &Run { at: "negative/", negative_prompt: text(notes, "negative/prompt"), ..usual },
+        );
         run(check, folder, unet, encoder, notes, &Run { at: "empty/", negative_prompt: Some(""), ..usual });
         run(check, folder, unet, encoder, notes, &Run { at: "noguidance/", guidance: 1.0, ..usual });
     }
-    let schedulers: Vec<String> = check.reference.keys().filter(|key| key.starts_with("scheduler/") && key.ends_with("/final_latents")).cloned().collect();
+    let schedulers: Vec<String> =
+        check.reference.keys().filter(|key| key.starts_with("scheduler/") && key.ends_with("/final_latents")).cloned().collect();
     for key in schedulers {
         let at = key.strip_suffix("final_latents").unwrap();
         let (name, steps) = at.trim_start_matches("scheduler/").trim_end_matches('/').split_once('@').unwrap();
@@ -180,7 +194,7 @@ fn run(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, encoder: &Prom
     let scale = folder.vae.scale();
     let shape = [1, 4, run.size.0 / scale, run.size.1 / scale];
     let noise = noise(&shape, notes["seed"].as_u64().unwrap(), Kind::Float).unwrap();
-    let latents = sample(unet, scheduler.as_mut(), &guidance, &noise, &mut Unobserved, &Silent).unwrap();
+    let latents = sample(unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent).unwrap();
     check.close(&format!("{}final_latents", run.at), &latents);
 
     let image = format!("{}image", run.at);

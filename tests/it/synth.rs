@@ -64,7 +64,17 @@ fn a_tiny_pipeline_draws_and_is_the_same_every_time() {
     assert_ne!(weights("a"), weights("c"));
     for name in ["a", "c"] {
         let (model, picture) = (path(name), path(&format!("{name}.png")));
-        let args = ["generate", "--model", model.to_str().unwrap(), "--prompt", "a cat", "--steps", "2", "-o", picture.to_str().unwrap()];
+        let args = [
+            "generate",
+            "--model",
+            model.to_str().unwrap(),
+            "--prompt",
+            "a cat",
+            "--steps",
+            "2",
+            "-o",
+            picture.to_str().unwrap(),
+        ];
         let said = ended_with(0, &squeeze(&args));
         assert!(!said.contains("WARN"), "{said}");
     }

@@ -76,13 +76,9 @@ impl Scheduler for Ddim {
         let (before, after) = self.signal[index];
         let (signal, noise) = (before.sqrt(), (1.0 - before).sqrt());
         let (picture, epsilon) = match self.prediction {
-            Prediction::Epsilon => {
-                (over(&sample.f_sub(&times(model_output, noise)?)?, signal)?, model_output.shallow_clone())
-            }
-            Prediction::Sample => {
-                (model_output.shallow_clone(), over(&sample.f_sub(&times(model_output, signal)?)?, noise)?)
-            }
-            Prediction::VPrediction => (
+            Prediction::Epsilon => (over(&sample.f_sub(&times(model_output, noise)?)?, signal)?, model_output.shallow_clone()),
+            Prediction::Sample => (model_output.shallow_clone(), over(&sample.f_sub(&times(model_output, signal)?)?, noise)?),
+            Prediction::Velocity => (
                 times(sample, signal)?.f_sub(&times(model_output, noise)?)?,
                 times(model_output, signal)?.f_add(&times(sample, noise)?)?,
             ),

@@ -94,7 +94,7 @@ impl DpmSolver {
         match self.prediction {
             Prediction::Epsilon => over(&sample.f_sub(&times(model_output, noise)?)?, signal),
             Prediction::Sample => Ok(model_output.shallow_clone()),
-            Prediction::VPrediction => Ok(times(sample, signal)?.f_sub(&times(model_output, noise)?)?),
+            Prediction::Velocity => Ok(times(sample, signal)?.f_sub(&times(model_output, noise)?)?),
         }
     }
 }

@@ -61,8 +61,9 @@ impl Euler {
         let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| sigma as f32).collect();
         sigmas.push(if end == FinalSigma::Zero { 0.0 } else { table[0] });
         // Only for this prediction type does diffusers heed the key.
-        if timestep_type == TimestepType::Continuous && prediction == Prediction::VPrediction {
-            timesteps = sigmas[..sigmas.len() - 1].iter().map(|sigma| Ok(f64::from(0.25 * log(*sigma)?))).collect::<Result<_>>()?;
+        if timestep_type == TimestepType::Continuous && prediction == Prediction::Velocity {
+            timesteps =
+                sigmas[..sigmas.len() - 1].iter().map(|sigma| Ok(f64::from(0.25 * log(*sigma)?))).collect::<Result<_>>()?;
         }
         let max = sigmas.iter().copied().fold(0.0, f32::max);
         let init_noise_sigma = if spacing.kind == SpacingKind::Leading { (max * max + 1.0).sqrt() } else { max };
@@ -93,7 +94,7 @@ impl Scheduler for Euler {
         let denoised = match self.prediction {
             Prediction::Epsilon => sample.f_sub(&times(model_output, sigma)?)?,
             Prediction::Sample => model_output.shallow_clone(),
-            Prediction::VPrediction => times(model_output, -sigma / variance.sqrt())?.f_add(&over(&sample, variance)?)?,
+            Prediction::Velocity => times(model_output, -sigma / variance.sqrt())?.f_add(&over(&sample, variance)?)?,
         };
         let derivative = over(&sample.f_sub(&denoised)?, sigma)?;
         Ok(sample.f_add(&times(&derivative, next - sigma)?)?.f_to_kind(model_output.f_kind()?)?)

@@ -55,7 +55,8 @@ enum Prediction {
     /// The picture without its noise.
     Sample,
     /// The velocity of Salimans & Ho 2022: √ᾱ·noise - √(1-ᾱ)·picture.
-    VPrediction,
+    #[serde(rename = "v_prediction")]
+    Velocity,
 }
 
 /// A tensor times a coefficient; its kind stays, as with torch's zero-dimensional tensors.

@@ -46,12 +46,14 @@ impl ClipText {
         let mut model = top.at("text_model");
         let mut embeddings = model.at("embeddings");
         let token_embedding = embeddings.at("token_embedding").tensor("weight", &[config.vocab_size, width])?;
-        let position_embedding = embeddings.at("position_embedding").tensor("weight", &[config.max_position_embeddings, width])?;
+        let position_embedding =
+            embeddings.at("position_embedding").tensor("weight", &[config.max_position_embeddings, width])?;
         let blocks = (0..config.num_hidden_layers)
             .map(|i| Block::build(&mut model.at("encoder").at("layers").at(i), config))
             .collect::<Result<_>>()?;
         let final_layer_norm = model.layer_norm("final_layer_norm", width, config.layer_norm_eps)?;
-        let text_projection = config.projection_dim.map(|output| top.linear("text_projection", width, output, false)).transpose()?;
+        let text_projection =
+            config.projection_dim.map(|output| top.linear("text_projection", width, output, false)).transpose()?;
         Ok(ClipText {
             pooling: text_projection.map(|text_projection| Pooling { final_layer_norm, text_projection }),
             config: config.clone(),

@@ -71,7 +71,9 @@ impl TextConfig {
             Some("CLIPTextModelWithProjection") => true,
             other => {
                 let name = other.unwrap_or("nothing");
-                return Err(file.error("architectures", format!("names {name} (known: CLIPTextModel, CLIPTextModelWithProjection)")));
+                return Err(
+                    file.error("architectures", format!("names {name} (known: CLIPTextModel, CLIPTextModelWithProjection)"))
+                );
             }
         };
         let act: String = file.or("hidden_act", "quick_gelu".to_owned())?;
@@ -119,8 +121,18 @@ impl TextConfig {
         }
         // Training, generation, files and notes.
         file.ignore(&[
-            "attention_dropout", "dropout", "initializer_factor", "initializer_range", "torch_dtype", "dtype", "transformers_version",
-            "bos_token_id", "pad_token_id", "gradient_checkpointing", "use_cache", "tie_word_embeddings",
+            "attention_dropout",
+            "dropout",
+            "initializer_factor",
+            "initializer_range",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+            "bos_token_id",
+            "pad_token_id",
+            "gradient_checkpointing",
+            "use_cache",
+            "tie_word_embeddings",
         ]);
         file.finish();
         Ok(config)

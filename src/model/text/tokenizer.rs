@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::models::bpe::BPE;
-use tokenizers::normalizers::{NFC, Lowercase, Replace, Sequence as NormalizerSequence};
+use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -83,9 +83,9 @@ impl ClipTokenizer {
         let mut added: Vec<AddedToken> = Vec::new();
         let mut special = |name: &str, default: &str| -> Result<i64> {
             let token = specials.take(name)?.unwrap_or(SpecialToken::Text(default.to_owned())).added();
-            let id = tokenizer.token_to_id(&token.content).ok_or_else(|| {
-                Error::bad_file(folder, format!("the vocabulary does not have the {name} `{}`", token.content))
-            })?;
+            let id = tokenizer
+                .token_to_id(&token.content)
+                .ok_or_else(|| Error::bad_file(folder, format!("the vocabulary does not have the {name} `{}`", token.content)))?;
             // One text can be two tokens ("<|endoftext|>" ends and pads); the flags that come last hold, as in transformers.
             added.retain(|other| other.content != token.content);
             added.push(token);

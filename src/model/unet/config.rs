@@ -128,7 +128,8 @@ impl UnetConfig {
         let down_attention = block_types(&mut file, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", levels)?;
         let up_attention = block_types(&mut file, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", levels)?;
         let layers_per_block = file.or("layers_per_block", PerLevel::Same(2))?.spread(levels);
-        let transformer_layers_per_block = file.or("transformer_layers_per_block", PerLevel::Same(Depth::Same(1)))?.spread(levels);
+        let transformer_layers_per_block =
+            file.or("transformer_layers_per_block", PerLevel::Same(Depth::Same(1)))?.spread(levels);
         let reverse_transformer_layers_per_block: Option<Vec<Depth>> = file.optional("reverse_transformer_layers_per_block")?;
         let heads = file.or("attention_head_dim", PerLevel::Same(8))?.spread(levels);
         let sample_size = match file.or("sample_size", PerLevel::Same(128))? {
@@ -231,10 +232,15 @@ impl UnetConfig {
         for (level, (channels, heads)) in self.block_out_channels.iter().zip(&self.heads).enumerate() {
             if channels % self.norm_num_groups != 0 {
                 let groups = self.norm_num_groups;
-                return Err(file.error("norm_num_groups", format!("= {groups} does not divide the {channels} channels of level {level}")));
+                return Err(
+                    file.error("norm_num_groups", format!("= {groups} does not divide the {channels} channels of level {level}"))
+                );
             }
             if channels % heads != 0 {
-                return Err(file.error("attention_head_dim", format!("= {heads} heads do not divide the {channels} channels of level {level}")));
+                return Err(file.error(
+                    "attention_head_dim",
+                    format!("= {heads} heads do not divide the {channels} channels of level {level}"),
+                ));
             }
         }
         Ok(())
@@ -251,7 +257,13 @@ fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
     file.only("attention_type", &[json!("default")])?;
     file.only("mid_block_scale_factor", &[json!(1)])?;
     file.only("resnet_out_scale_factor", &[json!(1)])?;
-    for key in ["only_cross_attention", "dual_cross_attention", "mid_block_only_cross_attention", "class_embeddings_concat", "resnet_skip_time_act"] {
+    for key in [
+        "only_cross_attention",
+        "dual_cross_attention",
+        "mid_block_only_cross_attention",
+        "class_embeddings_concat",
+        "resnet_skip_time_act",
+    ] {
         file.only(key, &[json!(false)])?;
     }
     for key in [

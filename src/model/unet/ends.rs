@@ -20,6 +20,17 @@ pub struct Conditioning {
     pub time_ids: Tensor,
 }
 
+impl Conditioning {
+    /// The same tensors (no data is copied).
+    pub fn shallow_clone(&self) -> Self {
+        Conditioning {
+            encoder_hidden_states: self.encoder_hidden_states.shallow_clone(),
+            text_embeds: self.text_embeds.shallow_clone(),
+            time_ids: self.time_ids.shallow_clone(),
+        }
+    }
+}
+
 /// conv_in and the embeddings of timestep, pooled text and time ids: makes the first carry.
 #[derive(Debug)]
 pub struct Head {
@@ -60,7 +71,13 @@ impl Head {
     ///
     /// # Errors
     /// If libtorch refuses an operation (usually a shape), or the observer ends the run.
-    pub fn forward(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning, observer: &mut dyn Observer) -> Result<Carry> {
+    pub fn forward(
+        &self,
+        sample: &Tensor,
+        timestep: f64,
+        conditioning: &Conditioning,
+        observer: &mut dyn Observer,
+    ) -> Result<Carry> {
         let mut run = Run::new(&self.layers, observer);
         let kind = sample.f_kind()?;
         let batch = sample.size4()?.0;

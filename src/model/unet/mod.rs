@@ -131,7 +131,13 @@ impl<'a> Unet<'a> {
     ///
     /// # Errors
     /// If libtorch refuses an operation, a stage cannot be loaded, or the observer ends the run.
-    pub fn forward(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning, observer: &mut dyn Observer) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        sample: &Tensor,
+        timestep: f64,
+        conditioning: &Conditioning,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor> {
         let mut carry = self.head.forward(sample, timestep, conditioning, observer)?;
         for (index, spec) in self.chain.stages.iter().enumerate() {
             carry = match &self.stages {

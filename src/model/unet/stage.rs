@@ -69,7 +69,13 @@ impl StageSpec {
         StageSpec {
             name: StageName::Down(level),
             resnets: (0..layers).map(|i| resnet(config, if i == 0 { input } else { output }, output)).collect(),
-            transformers: transformers(config, config.down_attention[level], level, &config.transformer_layers_per_block[level], layers),
+            transformers: transformers(
+                config,
+                config.down_attention[level],
+                level,
+                &config.transformer_layers_per_block[level],
+                layers,
+            ),
             resample: (!last).then_some(Resample::Down { channels: output, padding: config.downsample_padding }),
         }
     }
@@ -177,7 +183,10 @@ pub struct Stage {
 enum Resampler {
     None,
     /// A convolution of stride 2, after one row and column of zeros at the end if it has no padding of its own.
-    Down { conv: LayerId, pad_after: bool },
+    Down {
+        conv: LayerId,
+        pad_after: bool,
+    },
     /// Nearest-neighbour to the size of the next residual, then a convolution.
     Up(LayerId),
 }

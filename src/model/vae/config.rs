@@ -73,14 +73,21 @@ impl VaeConfig {
             }
         }
         if config.out_channels != 3 {
-            return Err(file.error("out_channels", format!("= {} is not supported (only 3, red, green and blue, are)", config.out_channels)));
+            return Err(file.error(
+                "out_channels",
+                format!("= {} is not supported (only 3, red, green and blue, are)", config.out_channels),
+            ));
         }
         if !(1..=64).contains(&config.layers_per_block) {
             return Err(file.error("layers_per_block", format!("= {} is not between 1 and 64", config.layers_per_block)));
         }
         let groups = config.norm_num_groups;
-        if let Some(width) = config.block_out_channels.iter().find(|width| !(1..=1 << 16).contains(*width) || *width % groups != 0) {
-            return Err(file.error("block_out_channels", format!("has {width}, which norm_num_groups = {groups} does not divide")));
+        if let Some(width) =
+            config.block_out_channels.iter().find(|width| !(1..=1 << 16).contains(*width) || *width % groups != 0)
+        {
+            return Err(
+                file.error("block_out_channels", format!("has {width}, which norm_num_groups = {groups} does not divide"))
+            );
         }
         if !config.scaling_factor.is_finite() || config.scaling_factor == 0.0 {
             return Err(file.error("scaling_factor", format!("= {} is not a scale", config.scaling_factor)));

@@ -64,9 +64,8 @@ impl VaeDecoder {
             let resnets = (0..=config.layers_per_block)
                 .map(|k| Resnet::build(&mut block.at("resnets").at(k), shape(if k == 0 { before } else { width }, width)))
                 .collect::<Result<_>>()?;
-            let upsampler = (i + 1 < widths.len())
-                .then(|| block.at("upsamplers").at(0).conv2d("conv", width, width, 3, same))
-                .transpose()?;
+            let upsampler =
+                (i + 1 < widths.len()).then(|| block.at("upsamplers").at(0).conv2d("conv", width, width, 3, same)).transpose()?;
             up_blocks.push(UpBlock { resnets, upsampler });
         }
         let conv_norm_out = decoder.group_norm("conv_norm_out", groups, first, EPS)?;
@@ -127,8 +126,12 @@ impl VaeDecoder {
         Ok(match &self.config.latents_mean_std {
             None => latents.f_div_scalar(factor)?,
             Some((mean, std)) => {
-                let across =
-                    |values: &[f64]| Tensor::f_from_slice(values)?.f_view([1, -1, 1, 1])?.f_to_device(latents.device())?.f_to_kind(latents.f_kind()?);
+                let across = |values: &[f64]| {
+                    Tensor::f_from_slice(values)?
+                        .f_view([1, -1, 1, 1])?
+                        .f_to_device(latents.device())?
+                        .f_to_kind(latents.f_kind()?)
+                };
                 latents.f_mul(&across(std)?)?.f_div_scalar(factor)?.f_add(&across(mean)?)?
             }
         })

@@ -1,0 +1,128 @@
+//! Samples in a file, so that calibration made elsewhere can be used, and made once.
+
+use std::path::Path;
+
+use safetensors::tensor::TensorView;
+use tch::{Device, Kind, Tensor};
+
+use super::{Sample, Samples};
+use crate::checkpoint::SafetensorsFile;
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::model::unet::{Conditioning, UnetConfig};
+use crate::output::write_file;
+
+/// The file's tensors, n samples of batch b each, in any floating dtype.
+const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
+
+impl Samples {
+    /// Writes the samples as safetensors in fp32: `sample` [n, b, c, h, w], `timestep` [n], `encoder_hidden_states` [n, b, s, d],
+    /// `text_embeds` [n, b, p], `time_ids` [n, b, k].
+    ///
+    /// # Errors
+    /// If there are none, they differ in shape, or the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let stacked = |pick: fn(&Sample) -> &Tensor| -> Result<Tensor> {
+            let rows: Vec<Tensor> = self
+                .calls
+                .iter()
+                .map(|call| Ok(pick(call).f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?))
+                .collect::<Result<_>>()?;
+            Ok(Tensor::f_stack(&rows, 0)?)
+        };
+        let timesteps: Vec<f32> = self.calls.iter().map(|call| call.timestep as f32).collect();
+        let tensors = [
+            stacked(|call| &call.sample)?,
+            Tensor::f_from_slice(&timesteps)?,
+            stacked(|call| &call.conditioning.encoder_hidden_states)?,
+            stacked(|call| &call.conditioning.text_embeds)?,
+            stacked(|call| &call.conditioning.time_ids)?,
+        ];
+        let mut parts = Vec::new();
+        for tensor in &tensors {
+            let tensor = tensor.f_contiguous()?;
+            let mut bytes = vec![0; tensor.numel() * 4];
+            tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+            parts.push((tensor.size().iter().map(|n| *n as usize).collect::<Vec<_>>(), bytes));
+        }
+        let refused = |why: safetensors::SafeTensorError| Error::write(path)(std::io::Error::other(why));
+        let views = NAMES
+            .iter()
+            .zip(&parts)
+            .map(|(name, (shape, bytes))| {
+                Ok((*name, TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).map_err(refused)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let bytes = safetensors::serialize(views, None).map_err(refused)?;
+        write_file(path, |out| out.write_all(&bytes))
+    }
+
+    /// Reads samples written by [`write`](Self::write), or by anybody who knows the layout, for a UNet of this architecture; the
+    /// first `wanted` of them.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] or [`Error::Tensors`] naming what is missing or misshapen.
+    pub fn read(path: &Path, config: &UnetConfig, wanted: usize) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let shape = |name: &str| -> Result<Vec<i64>> {
+            let entry = file.entries().get(name);
+            entry.map(|entry| entry.shape.clone()).ok_or_else(|| {
+                Error::bad_file(path, format!("has no tensor `{name}`; calibration samples are {}", NAMES.join(", ")))
+            })
+        };
+        let [count, batch, channels, height, width] = shape("sample")?[..] else {
+            return Err(Error::bad_file(path, format!("`sample` is {:?}, not [n, b, c, h, w]", shape("sample")?)));
+        };
+        let states = shape("encoder_hidden_states")?;
+        let length = states.get(2).copied().unwrap_or(0);
+        let pooled = shape("text_embeds")?.get(2).copied().unwrap_or(0);
+        let ids = shape("time_ids")?.get(2).copied().unwrap_or(0);
+        let expected = [
+            ("sample", vec![count, batch, config.in_channels, height, width]),
+            ("timestep", vec![count]),
+            ("encoder_hidden_states", vec![count, batch, length, config.cross_attention_dim]),
+            ("text_embeds", vec![count, batch, pooled]),
+            ("time_ids", vec![count, batch, ids]),
+        ];
+        for (name, expected) in expected {
+            if shape(name)? != expected {
+                return Err(Error::bad_file(path, format!("`{name}` is {:?}, not {expected:?}", shape(name)?)));
+            }
+        }
+        let told = pooled + ids * config.addition_time_embed_dim;
+        if told != config.projection_class_embeddings_input_dim {
+            let want = config.projection_class_embeddings_input_dim;
+            return Err(Error::bad_file(path, format!("pooled text and time ids make {told} numbers; the UNet takes {want}")));
+        }
+        if count == 0 || batch == 0 || length == 0 || height * width * channels == 0 {
+            return Err(Error::bad_file(path, "has no samples in it"));
+        }
+        if let Some(extra) = file.entries().keys().find(|name| !NAMES.contains(&name.as_str())) {
+            return Err(Error::bad_file(path, format!("has the unknown tensor `{extra}`")));
+        }
+        let tensors = NAMES.map(|name| file.tensor(name, Placement::CPU));
+        let [sample, timestep, states, pooled, ids] = tensors;
+        let (sample, timestep, states, pooled, ids) = (sample?, timestep?, states?, pooled?, ids?);
+        for (name, tensor) in NAMES.iter().zip([&sample, &timestep, &states, &pooled, &ids]) {
+            if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                return Err(Error::bad_file(path, format!("`{name}` has NaN or infinity in it")));
+            }
+        }
+        let mut samples = Samples::default();
+        if (count as usize) < wanted {
+            samples.notes.push(format!("{wanted} samples were asked for; {} has {count}", path.display()));
+        }
+        for index in 0..count.min(wanted as i64) {
+            samples.calls.push(Sample {
+                sample: sample.f_get(index)?,
+                timestep: timestep.f_double_value(&[index])?,
+                conditioning: Conditioning {
+                    encoder_hidden_states: states.f_get(index)?,
+                    text_embeds: pooled.f_get(index)?,
+                    time_ids: ids.f_get(index)?,
+                },
+            });
+        }
+        Ok(samples)
+    }
+}

@@ -1,0 +1,89 @@
+//! Records samples from runs of the dense pipeline.
+
+use std::cell::RefCell;
+
+use tch::Tensor;
+
+use super::{Sample, Samples, spread};
+use crate::error::{Error, Result};
+use crate::model::unet::{Conditioning, Unet};
+use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, noise, sample};
+use crate::progress::{Progress, Silent, Task};
+
+/// Prompts, and how they are run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptSet {
+    /// What to draw.
+    pub prompts: Vec<String>,
+    /// Seed of the first prompt's noise; each further prompt has the next.
+    pub seed: u64,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Guidance scale; 1 is none.
+    pub guidance: f64,
+    /// Height and width in pixels.
+    pub size: (i64, i64),
+}
+
+/// Runs every prompt through the dense pipeline with its own sampler and keeps `wanted` calls of the UNet, spread evenly over
+/// prompts and timesteps.
+///
+/// # Errors
+/// If there are no prompts, or the pipeline cannot run.
+pub fn record(
+    folder: &PipelineFolder,
+    encoder: &PromptEncoder,
+    unet: &Unet,
+    set: &PromptSet,
+    wanted: usize,
+    progress: &dyn Progress,
+) -> Result<Samples> {
+    if set.prompts.is_empty() {
+        return Err(Error::Argument("there are no calibration prompts".into()));
+    }
+    let placement = encoder.placement();
+    let scale = folder.vae.scale();
+    let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
+    let mut samples = Samples::default();
+    // A sampler may take a step more or less than asked for.
+    let steps = folder.scheduler.scheduler(set.steps)?.timesteps().len();
+    let available = set.prompts.len() * steps;
+    if available < wanted {
+        samples
+            .notes
+            .push(format!("{wanted} samples were asked for; {} prompts of {steps} steps have {available}", set.prompts.len()));
+    }
+    let kept = spread(set.prompts.len(), steps, wanted);
+    let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
+    for (index, (prompt, steps)) in set.prompts.iter().zip(kept).enumerate() {
+        task.advance(prompt);
+        if steps.is_empty() {
+            continue;
+        }
+        let guidance = Guidance::encode(encoder, folder, prompt, None, set.guidance, set.size)?;
+        let mut scheduler = folder.scheduler.scheduler(set.steps)?;
+        let noise = noise(&shape, set.seed.wrapping_add(index as u64), placement.kind)?.f_to_device(placement.device)?;
+        let recorder = Recorder { unet, steps: &steps, calls: RefCell::new((0, Vec::new())) };
+        let _latents = sample(&recorder, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent)?;
+        samples.calls.extend(recorder.calls.into_inner().1);
+    }
+    Ok(samples)
+}
+
+/// A UNet that keeps some of its calls.
+struct Recorder<'a, 'b> {
+    unet: &'a Unet<'b>,
+    steps: &'a [usize],
+    calls: RefCell<(usize, Vec<Sample>)>,
+}
+
+impl Predictor for Recorder<'_, '_> {
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+        let (step, calls) = &mut *self.calls.borrow_mut();
+        if self.steps.contains(step) {
+            calls.push(Sample { sample: sample.shallow_clone(), timestep, conditioning: conditioning.shallow_clone() });
+        }
+        *step += 1;
+        self.unet.predict(sample, timestep, conditioning)
+    }
+}
