@@ -8,6 +8,8 @@ pub trait Progress {
     fn begin(&self, task: &str, unit: &str, total: u64);
     /// One piece is done or at hand, named for people ("timestep 981").
     fn advance(&self, item: &str);
+    /// Something that is worth a line of its own.
+    fn note(&self, _line: &str) {}
     /// The innermost task has ended, finished or not.
     fn end(&self);
 }
@@ -35,6 +37,11 @@ impl<'a> Task<'a> {
     /// One piece is done or at hand.
     pub fn advance(&self, item: &str) {
         self.0.advance(item);
+    }
+
+    /// Something that is worth a line of its own.
+    pub fn note(&self, line: &str) {
+        self.0.note(line);
     }
 }
 

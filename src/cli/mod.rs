@@ -47,8 +47,11 @@ enum Command {
 
 /// Runs the program: what fails ends in one line on standard error and an exit code.
 pub fn main() -> ExitCode {
-    let args = Args::parse();
+    // TF32 would cut fp32 to ten bits of mantissa on a GPU. libtorch has it on for convolutions, and tch no switch for it.
+    // SAFETY: this is the program's first statement; no other thread reads the environment yet.
+    unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
+    let args = Args::parse();
     // A panic is a bug of ours; it still ends in one line.
     panic::set_hook(Box::new(|_| {}));
     match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {

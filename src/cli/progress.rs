@@ -161,6 +161,15 @@ impl Progress for Reporter {
         }
     }
 
+    fn note(&self, line: &str) {
+        match self.how {
+            How::Bars => self.bars.suspend(|| self.say(line)),
+            How::Lines => self.say(line),
+            How::Json => self.say(&json!({"event": "note", "text": line}).to_string()),
+            How::Nothing => {}
+        }
+    }
+
     fn end(&self) {
         let Some(running) = self.tasks.borrow_mut().pop() else { return };
         if let Some(bar) = running.bar {

@@ -106,19 +106,28 @@ pub fn generate(
         sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), progress)?
     };
 
-    let picture = decode(folder, &latents, placement, progress)?;
+    let picture = {
+        let task = Task::begin(progress, "decoding the picture", "pictures", 1);
+        let vae = load_vae(folder, placement)?;
+        task.advance("decoding");
+        decode_with(&vae, &latents)?
+    };
     Ok(Generated { latents, picture, size, scheduler: config.class().to_owned() })
 }
 
-/// Decodes latents [1, c, h, w], in fp32 whatever the model's dtype: SDXL's VAE overflows in fp16.
+/// Loads a pipeline's VAE decoder, in fp32 whatever the model's dtype: SDXL's VAE overflows in fp16.
 ///
 /// # Errors
-/// If the VAE cannot be read or run, or the picture has NaN in it.
-pub fn decode(folder: &PipelineFolder, latents: &Tensor, placement: Placement, progress: &dyn Progress) -> Result<Picture> {
-    let task = Task::begin(progress, "decoding the picture", "pictures", 1);
+/// If it cannot be read.
+pub fn load_vae(folder: &PipelineFolder, placement: Placement) -> Result<VaeDecoder> {
     let weights = folder.vae_weights()?;
-    let vae = VaeDecoder::load(&folder.vae, &weights.source(Placement { kind: Kind::Float, ..placement }))?;
-    task.advance("decoding");
-    let decoded = vae.forward(&vae.unscale(&latents.f_to_kind(Kind::Float)?)?)?;
-    Picture::from_decoded(&decoded)
+    VaeDecoder::load(&folder.vae, &weights.source(Placement { kind: Kind::Float, ..placement }))
+}
+
+/// Decodes latents [1, c, h, w] to a picture.
+///
+/// # Errors
+/// If the VAE cannot run, or the picture has NaN in it.
+pub fn decode_with(vae: &VaeDecoder, latents: &Tensor) -> Result<Picture> {
+    Picture::from_decoded(&vae.forward(&vae.unscale(&latents.f_to_kind(Kind::Float)?)?)?)
 }

@@ -6,6 +6,6 @@ mod prompt;
 mod sampling;
 
 pub use folder::{PipelineFolder, TextPart};
-pub use generate::{GenerateRequest, Generated, decode, generate};
+pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
 pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, noise, time_ids};
 pub use sampling::{Predictor, sample};

@@ -4,6 +4,7 @@
 mod bad_input;
 mod chain;
 mod cli;
+mod gpu;
 mod pipelines;
 mod schedulers;
 mod support;

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::noise::NoiseSchedule;
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, over, times};
+use super::{Prediction, Scheduler, check_index, over, sqrt, times};
 use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
 
@@ -45,9 +45,9 @@ impl Ddim {
                     table.len()
                 )));
             }
-            // The next timestep visited need not be a stride away, but diffusers steps by one.
+            // diffusers steps down by a whole stride, whatever the spacing and wherever the next timestep is.
             let after = if index >= stride { table[index - stride] } else { last };
-            if prediction == Prediction::Epsilon && table[index] <= 0.0 {
+            if prediction == Prediction::Epsilon && table[index] <= 0.0 && !clips {
                 let problem = "= epsilon cannot be sampled from a timestep that is pure noise (rescale_betas_zero_snr)";
                 return Err(file.error("prediction_type", problem));
             }
@@ -74,13 +74,13 @@ impl Scheduler for Ddim {
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         let (before, after) = self.signal[index];
-        let (signal, noise) = (before.sqrt(), (1.0 - before).sqrt());
+        let (signal, noise) = (sqrt(before)?, sqrt(1.0 - before)?);
         let (picture, epsilon) = match self.prediction {
-            Prediction::Epsilon => (over(&sample.f_sub(&times(model_output, noise)?)?, signal)?, model_output.shallow_clone()),
-            Prediction::Sample => (model_output.shallow_clone(), over(&sample.f_sub(&times(model_output, signal)?)?, noise)?),
+            Prediction::Epsilon => (over(&sample.f_sub(&times(noise, model_output)?)?, signal)?, model_output.shallow_clone()),
+            Prediction::Sample => (model_output.shallow_clone(), over(&sample.f_sub(&times(signal, model_output)?)?, noise)?),
             Prediction::Velocity => (
-                times(sample, signal)?.f_sub(&times(model_output, noise)?)?,
-                times(model_output, signal)?.f_add(&times(sample, noise)?)?,
+                times(signal, sample)?.f_sub(&times(noise, model_output)?)?,
+                times(signal, model_output)?.f_add(&times(noise, sample)?)?,
             ),
         };
         // The noise stays that of the picture before clipping, as diffusers has it by default.
@@ -88,6 +88,6 @@ impl Scheduler for Ddim {
             Some(range) => picture.f_clamp(-range, range)?,
             None => picture,
         };
-        Ok(times(&picture, after.sqrt())?.f_add(&times(&epsilon, (1.0 - after).sqrt())?)?)
+        Ok(times(sqrt(after)?, &picture)?.f_add(&times(sqrt(1.0 - after)?, &epsilon)?)?)
     }
 }

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::noise::{NoiseSchedule, sigmas};
 use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind, countdown, linspace, reversed};
-use super::{Prediction, Scheduler, check_index, exp, log, over, times};
+use super::{Prediction, Scheduler, check_index, exp, log, over, sqrt, times};
 use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
 
@@ -52,15 +52,21 @@ impl DpmSolver {
         let lower_order_final: bool = file.or("lower_order_final", true)?;
         let euler_at_final: bool = file.or("euler_at_final", false)?;
         let lambda_min = lambda_min_clipped(file)?;
-        // diffusers reads "deis" as "dpmsolver++".
-        file.only("algorithm_type", &[json!("dpmsolver++"), json!("deis")])?;
-        file.only("thresholding", &[json!(false)])?;
+        // diffusers reads "deis" as "dpmsolver++", but refuses to end it at zero.
+        let names = [json!("dpmsolver++"), json!("deis")];
+        file.only("algorithm_type", if end == FinalSigma::Zero { &names[..1] } else { &names })?;
+        for key in ["thresholding", "use_lu_lambdas", "use_flow_sigmas"] {
+            file.only(key, &[json!(false)])?;
+        }
         file.only("variance_type", &[])?;
 
         let signal = noise.positive_signal(file)?;
-        let table = sigmas(&signal);
+        let table = sigmas(&signal)?;
         let logs = logarithms(&table);
         let noisiest = usable(&signal, lambda_min)?;
+        if noisiest == 0 {
+            return Err(file.error("lambda_min_clipped", format!("= {lambda_min} leaves no timestep")));
+        }
         let (max, min) = (f64::from(table[table.len() - 1]), f64::from(table[0]));
         let (timesteps, sigmas) = match curve.sigmas(max, min, steps) {
             Some(curved) => {
@@ -92,9 +98,9 @@ impl DpmSolver {
     fn picture(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         let Level { signal, noise, .. } = Level::of(self.sigmas[index])?;
         match self.prediction {
-            Prediction::Epsilon => over(&sample.f_sub(&times(model_output, noise)?)?, signal),
+            Prediction::Epsilon => over(&sample.f_sub(&times(noise, model_output)?)?, signal),
             Prediction::Sample => Ok(model_output.shallow_clone()),
-            Prediction::Velocity => Ok(times(sample, signal)?.f_sub(&times(model_output, noise)?)?),
+            Prediction::Velocity => Ok(times(signal, sample)?.f_sub(&times(noise, model_output)?)?),
         }
     }
 }
@@ -123,7 +129,7 @@ impl Scheduler for DpmSolver {
         let (from, to) = (Level::of(self.sigmas[index])?, Level::of(self.sigmas[index + 1])?);
         let h = to.lambda - from.lambda;
         let decay = exp(-h)? - 1.0;
-        let mut next = times(&sample, to.noise / from.noise)?.f_sub(&times(&picture, to.signal * decay)?)?;
+        let mut next = times(to.noise / from.noise, &sample)?.f_sub(&times(to.signal * decay, &picture)?)?;
 
         let previous = if index == 0 { None } else { self.previous.as_ref() };
         let is_last = index + 1 == self.timesteps.len();
@@ -132,10 +138,10 @@ impl Scheduler for DpmSolver {
             && !(is_last && self.first_order_last)
         {
             let ratio = (from.lambda - Level::of(self.sigmas[index - 1])?.lambda) / h;
-            let change = times(&picture.f_sub(previous)?, 1.0 / ratio)?;
+            let change = times(1.0 / ratio, &picture.f_sub(previous)?)?;
             next = match self.solver {
-                SolverType::Midpoint => next.f_sub(&times(&change, 0.5 * (to.signal * decay))?)?,
-                SolverType::Heun => next.f_add(&times(&change, to.signal * (decay / h + 1.0))?)?,
+                SolverType::Midpoint => next.f_sub(&times(0.5 * (to.signal * decay), &change)?)?,
+                SolverType::Heun => next.f_add(&times(to.signal * (decay / h + 1.0), &change)?)?,
             };
         }
         let next = next.f_to_kind(picture.f_kind()?)?;
@@ -157,7 +163,7 @@ struct Level {
 
 impl Level {
     fn of(sigma: f32) -> Result<Self> {
-        let signal = 1.0 / (sigma * sigma + 1.0).sqrt();
+        let signal = 1.0 / sqrt(sigma * sigma + 1.0)?;
         let noise = sigma * signal;
         Ok(Level { signal, noise, lambda: log(signal)? - log(noise)? })
     }
@@ -181,10 +187,9 @@ fn lambda_min_clipped(file: &mut ConfigFile) -> Result<f32> {
 
 /// How many training timesteps have a λ of at least `lambda_min`. They are the first ones, as λ falls.
 fn usable(signal: &[f32], lambda_min: f32) -> Result<usize> {
-    let root = |values: Vec<f32>| -> Result<Tensor> { Ok(Tensor::f_from_slice(&values)?.f_sqrt()?.f_log()?) };
-    let alpha = root(signal.to_vec())?;
-    let sigma = root(signal.iter().map(|alpha| 1.0 - alpha).collect())?;
-    let lambdas: Vec<f32> = Vec::try_from(&alpha.f_sub(&sigma)?)?;
+    let log_root = |values: &[f32]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_sqrt()?.f_log()?) };
+    let noise: Vec<f32> = signal.iter().map(|alpha| 1.0 - alpha).collect();
+    let lambdas: Vec<f32> = Vec::try_from(&log_root(signal)?.f_sub(&log_root(&noise)?)?)?;
     Ok(lambdas.len() - lambdas.iter().rev().take_while(|lambda| **lambda < lambda_min).count())
 }
 

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::noise::{NoiseSchedule, sigmas};
 use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, log, over, times};
+use super::{Prediction, Scheduler, check_index, log, over, scalar, sqrt, times};
 use crate::checkpoint::ConfigFile;
 use crate::error::Result;
 
@@ -45,7 +45,7 @@ impl Euler {
         let end = file.or("final_sigmas_type", FinalSigma::Zero)?;
         let timestep_type = file.or("timestep_type", TimestepType::Discrete)?;
 
-        let table = sigmas(&noise.positive_signal(file)?);
+        let table = sigmas(&noise.positive_signal(file)?)?;
         let mut timesteps: Vec<f64> = spacing.timesteps(table.len(), steps).into_iter().map(single).collect();
         let logs = logarithms(&table);
         let mut sigmas = match interpolation {
@@ -66,7 +66,7 @@ impl Euler {
                 sigmas[..sigmas.len() - 1].iter().map(|sigma| Ok(f64::from(0.25 * log(*sigma)?))).collect::<Result<_>>()?;
         }
         let max = sigmas.iter().copied().fold(0.0, f32::max);
-        let init_noise_sigma = if spacing.kind == SpacingKind::Leading { (max * max + 1.0).sqrt() } else { max };
+        let init_noise_sigma = if spacing.kind == SpacingKind::Leading { sqrt(max * max + 1.0)? } else { max };
         Ok(Euler { timesteps, sigmas, init_noise_sigma, prediction })
     }
 }
@@ -83,7 +83,7 @@ impl Scheduler for Euler {
     fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         let sigma = self.sigmas[index];
-        over(sample, (sigma * sigma + 1.0).sqrt())
+        over(sample, sqrt(sigma * sigma + 1.0)?)
     }
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
@@ -92,12 +92,15 @@ impl Scheduler for Euler {
         let sample = sample.f_to_kind(Kind::Float)?;
         let variance = sigma * sigma + 1.0;
         let denoised = match self.prediction {
-            Prediction::Epsilon => sample.f_sub(&times(model_output, sigma)?)?,
+            Prediction::Epsilon => sample.f_sub(&times(sigma, model_output)?)?,
             Prediction::Sample => model_output.shallow_clone(),
-            Prediction::Velocity => times(model_output, -sigma / variance.sqrt())?.f_add(&over(&sample, variance)?)?,
+            Prediction::Velocity => {
+                let removed = model_output.f_mul(&scalar(-sigma / sqrt(variance)?)?)?;
+                removed.f_add(&over(&sample, variance)?)?
+            }
         };
         let derivative = over(&sample.f_sub(&denoised)?, sigma)?;
-        Ok(sample.f_add(&times(&derivative, next - sigma)?)?.f_to_kind(model_output.f_kind()?)?)
+        Ok(sample.f_add(&times(next - sigma, &derivative)?)?.f_to_kind(model_output.f_kind()?)?)
     }
 }
 

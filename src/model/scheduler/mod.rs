@@ -59,24 +59,37 @@ enum Prediction {
     Velocity,
 }
 
-/// A tensor times a coefficient; its kind stays, as with torch's zero-dimensional tensors.
-fn times(tensor: &Tensor, coefficient: f32) -> Result<Tensor> {
-    Ok(tensor.f_mul_scalar(f64::from(coefficient))?)
+/// A number as diffusers holds it: an fp32 tensor of no dimensions on the CPU, which works with tensors of any device and kind.
+fn scalar(value: f32) -> Result<Tensor> {
+    Ok(Tensor::f_from_slice(&[value])?.f_squeeze()?)
+}
+
+/// A coefficient times a tensor, whose kind stays.
+///
+/// On the left, as mostly in diffusers: for fp16 and bf16 on the CPU, libtorch first rounds it to the tensor's kind, which it does
+/// not do with a factor on the right.
+fn times(coefficient: f32, tensor: &Tensor) -> Result<Tensor> {
+    Ok(scalar(coefficient)?.f_mul(tensor)?)
 }
 
 /// A tensor divided by a coefficient: not the same, to the last bit, as multiplying by its inverse.
 fn over(tensor: &Tensor, coefficient: f32) -> Result<Tensor> {
-    Ok(tensor.f_div_scalar(f64::from(coefficient))?)
+    Ok(tensor.f_div(&scalar(coefficient)?)?)
 }
 
-/// libtorch's fp32 logarithm, which is not libm's to the last bit.
+/// libtorch's fp32 square root. Rust's is the nearest fp32; libtorch's need not be, nor its logarithm and exponential.
+fn sqrt(x: f32) -> Result<f32> {
+    Ok(f32::try_from(&scalar(x)?.f_sqrt()?)?)
+}
+
+/// libtorch's fp32 logarithm.
 fn log(x: f32) -> Result<f32> {
-    Ok(f32::try_from(&Tensor::f_from_slice(&[x])?.f_log()?)?)
+    Ok(f32::try_from(&scalar(x)?.f_log()?)?)
 }
 
 /// libtorch's fp32 exponential.
 fn exp(x: f32) -> Result<f32> {
-    Ok(f32::try_from(&Tensor::f_from_slice(&[x])?.f_exp()?)?)
+    Ok(f32::try_from(&scalar(x)?.f_exp()?)?)
 }
 
 /// Refuses a step beyond the last.

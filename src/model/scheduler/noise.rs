@@ -78,8 +78,14 @@ impl NoiseSchedule {
 }
 
 /// σ of every timestep, √((1-ᾱ)/ᾱ): the noise relative to the picture.
-pub(super) fn sigmas(signal: &[f32]) -> Vec<f32> {
-    signal.iter().map(|alpha| ((1.0 - alpha) / alpha).sqrt()).collect()
+pub(super) fn sigmas(signal: &[f32]) -> Result<Vec<f32>> {
+    let ratios: Vec<f32> = signal.iter().map(|alpha| (1.0 - alpha) / alpha).collect();
+    roots(&ratios)
+}
+
+/// libtorch's fp32 square roots.
+fn roots(values: &[f32]) -> Result<Vec<f32>> {
+    Ok(Vec::try_from(&Tensor::f_from_slice(values)?.f_sqrt()?)?)
 }
 
 /// A key that lies between 0 and 1.
@@ -111,7 +117,7 @@ fn cumulative(betas: &[f32]) -> Result<Vec<f32>> {
 
 /// Betas whose √ᾱ is shifted and scaled to end at zero and start where it did.
 fn without_terminal_signal(betas: &[f32]) -> Result<Vec<f32>> {
-    let roots: Vec<f32> = cumulative(betas)?.iter().map(|alpha| alpha.sqrt()).collect();
+    let roots = roots(&cumulative(betas)?)?;
     let (Some(&first), Some(&last)) = (roots.first(), roots.last()) else { return Ok(Vec::new()) };
     let scale = first / (first - last);
     let signal: Vec<f32> = roots.iter().map(|root| (root - last) * scale).map(|root| root * root).collect();

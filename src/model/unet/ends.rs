@@ -67,6 +67,11 @@ impl Head {
         &self.layers
     }
 
+    /// The same, for replacing weights.
+    pub fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
+    }
+
     /// Embeds noisy latents `sample` [b, c, h, w] at `timestep` (in training steps, 0 to 999).
     ///
     /// # Errors
@@ -168,6 +173,11 @@ impl Tail {
     /// The layers, in execution order.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
+    }
+
+    /// The same, for replacing weights.
+    pub fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
     }
 
     /// The prediction: [b, out_channels, h, w].

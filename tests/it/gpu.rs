@@ -1,0 +1,73 @@
+//! On a GPU, where there is one: the same values as on the CPU. Elsewhere these tests skip themselves, and say so.
+
+use sdxl_squeeze::device::{Placement, cuda_devices};
+use sdxl_squeeze::model::unet::Unet;
+use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, noise, sample};
+use sdxl_squeeze::progress::Silent;
+use tch::{Device, Kind, Tensor};
+
+use crate::support::{emoji, ended_with, relative_error, squeeze, tensors};
+
+/// Whether to go on.
+fn has_gpu(test: &str) -> bool {
+    match cuda_devices() {
+        Ok(_) => true,
+        Err(why) => {
+            println!("{test}: skipped, {why}");
+            false
+        }
+    }
+}
+
+fn final_latents(device: Device) -> Tensor {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let placement = Placement { device, kind: Kind::Float };
+    let encoder = PromptEncoder::load(&folder, placement).unwrap();
+    let guidance = Guidance::encode(&encoder, &folder, "a picture of a cat face!", None, 4.0, (64, 64)).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let unet = Unet::resident(folder.unet.clone(), weights.source(placement), &Silent).unwrap();
+    let noise = noise(&[1, 4, 16, 16], 231, Kind::Float).unwrap().to_device(device);
+    let mut scheduler = folder.scheduler.scheduler(30).unwrap();
+    sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent).unwrap().to_device(Device::Cpu)
+}
+
+#[test]
+fn a_gpu_draws_what_the_cpu_draws() {
+    if !has_gpu("a_gpu_draws_what_the_cpu_draws") {
+        return;
+    }
+    // In a process of its own, where TF32 is off from the start.
+    let out = tempfile::tempdir().unwrap();
+    let path = |name: &str| out.path().join(name);
+    let (picture, latents) = (path("cat.png"), path("cat.safetensors"));
+    let root = emoji();
+    let args = [
+        "generate",
+        "--model",
+        root.to_str().unwrap(),
+        "--prompt",
+        "a picture of a cat face!",
+        "--seed",
+        "231",
+        "--guidance",
+        "4",
+        "--device",
+        "cuda",
+        "--latents-out",
+        latents.to_str().unwrap(),
+        "-o",
+        picture.to_str().unwrap(),
+    ];
+    ended_with(0, &squeeze(&args));
+    let error = relative_error(&tensors(&latents)["latents"], &final_latents(Device::Cpu));
+    println!("GPU against CPU: {error:.1e}");
+    assert!(error < 1e-3, "{error}");
+}
+
+#[test]
+fn a_gpu_draws_the_same_twice() {
+    if !has_gpu("a_gpu_draws_the_same_twice") {
+        return;
+    }
+    assert_eq!(final_latents(Device::Cuda(0)), final_latents(Device::Cuda(0)));
+}
