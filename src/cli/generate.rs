@@ -112,7 +112,7 @@ fn metadata(request: &GenerateRequest, generated: &Generated, model: &Path, dtyp
     let settings = json!({
         "model": model.display().to_string(), "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "seed": request.seed, "steps": request.steps, "guidance": request.guidance, "height": height, "width": width,
-        "scheduler": generated.scheduler, "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
+        "scheduler": request.scheduler.as_ref().unwrap_or(&generated.scheduler), "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
     });
     vec![
         ("Software", concat!("sdxl-squeeze ", env!("CARGO_PKG_VERSION")).to_owned()),

@@ -50,8 +50,14 @@ impl PipelineFolder {
         index.only("_class_name", &[json!("StableDiffusionXLPipeline"), json!("StableDiffusionXLImg2ImgPipeline")])?;
         component(&mut index, "unet", &["UNet2DConditionModel"])?;
         component(&mut index, "vae", &["AutoencoderKL"])?;
-        // Any: the sampler's own config says which it is.
-        index.ignore(&["scheduler", "feature_extractor", "image_encoder", "add_watermarker"]);
+        index.ignore(&["feature_extractor", "image_encoder", "add_watermarker"]);
+        let mut scheduler = SchedulerConfig::read(&root.join("scheduler/scheduler_config.json"))?;
+        // Where the two disagree, diffusers builds the class that the index names.
+        if let Some((_library, class)) = index.optional::<(String, String)>("scheduler")?
+            && class != scheduler.class()
+        {
+            scheduler = scheduler.with_override(&class)?;
+        }
         let mut text_encoders = Vec::new();
         for (tokenizer, encoder) in [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")] {
             let has_tokenizer = component(&mut index, tokenizer, &["CLIPTokenizer", "CLIPTokenizerFast"])?;
@@ -71,7 +77,7 @@ impl PipelineFolder {
             text_encoders,
             unet: UnetChain::new(UnetConfig::read(&root.join("unet/config.json"))?),
             vae: VaeConfig::read(&root.join("vae/config.json"))?,
-            scheduler: SchedulerConfig::read(&root.join("scheduler/scheduler_config.json"))?,
+            scheduler,
             root: root.to_owned(),
         };
         folder.check(&index)?;
