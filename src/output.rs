@@ -75,7 +75,8 @@ impl NewFolder {
     }
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder that `path` is in.
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -8,4 +8,5 @@ mod weights;
 pub use config_file::ConfigFile;
 pub use safetensors_file::{Entry, SafetensorsFile};
 pub use source::{Blueprint, TensorSource, TensorSpec};
+pub(crate) use weights::check_tensors;
 pub use weights::{Weights, WeightsSource};

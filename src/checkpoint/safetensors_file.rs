@@ -27,6 +27,11 @@ impl Entry {
     pub fn bytes(&self) -> u64 {
         (self.end - self.start) as u64
     }
+
+    /// Where its data begins, in bytes from the file's beginning.
+    pub fn start(&self) -> u64 {
+        self.start as u64
+    }
 }
 
 /// A safetensors file whose header has been read and checked, and whose data is read from the map when asked for.
@@ -94,6 +99,14 @@ impl SafetensorsFile {
         let tensor = stored.f_to_device(placement.device)?.f_to_kind(placement.kind)?;
         self.release(entry);
         Ok(tensor)
+    }
+
+    /// The bytes of a tensor. The file's pages are given back, as by [`tensor`](Self::tensor).
+    pub fn read(&self, name: &str) -> Option<Vec<u8>> {
+        let entry = self.entries.get(name)?;
+        let bytes = self.map.get(entry.start..entry.end)?.to_vec();
+        self.release(entry);
+        Some(bytes)
     }
 
     /// Tells the system that a tensor's pages are not needed any more; they can be read again.

@@ -105,42 +105,54 @@ impl Weights {
     /// # Errors
     /// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
     pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
-        let (mut missing, mut misshapen, mut mistyped) = (Vec::new(), Vec::new(), Vec::new());
-        let mut surplus: BTreeMap<&str, &Entry> = self.entries().collect();
-        for spec in expected {
-            match surplus.remove(spec.name.as_str()) {
-                None => missing.push(format!("{} {:?}", spec.name, spec.shape)),
-                Some(entry) if entry.shape != spec.shape => {
-                    misshapen.push(format!("{} is {:?}, not {:?}", spec.name, entry.shape, spec.shape));
-                }
-                Some(entry) if float_kind(entry.dtype).is_none() => {
-                    mistyped.push(format!("{} is {:?}, not F32, F16 or BF16", spec.name, entry.dtype));
-                }
-                Some(_) => {}
-            }
-        }
-        let surplus: Vec<String> = surplus.into_keys().filter(|name| !unused(name)).map(str::to_owned).collect();
-        let lists = [
-            ("missing", missing),
-            ("of another shape", misshapen),
-            ("of another dtype", mistyped),
-            ("unknown to this architecture", surplus),
-        ];
-        let problems: Vec<String> =
-            lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| some(what, names)).collect();
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Tensors {
-            path: self.folder.clone(),
-            problem: format!("tensors disagree with config.json: {}", problems.join("; ")),
-        })
+        let found = self.entries().map(|(name, entry)| (name, (entry.shape.as_slice(), entry.dtype))).collect();
+        check_tensors(&self.folder, expected, found, unused)
     }
 
     /// A source that reads from here and places each tensor.
     pub fn source(&self, placement: Placement) -> WeightsSource<'_> {
         WeightsSource { weights: self, placement }
     }
+}
+
+/// Compares tensors by name, shape and dtype with what an architecture has. `path` names them in errors, `unused` says which surplus
+/// tensors are known and not needed.
+///
+/// # Errors
+/// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
+pub(crate) fn check_tensors(
+    path: &Path,
+    expected: &[TensorSpec],
+    found: BTreeMap<&str, (&[i64], Dtype)>,
+    unused: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let (mut missing, mut misshapen, mut mistyped) = (Vec::new(), Vec::new(), Vec::new());
+    let mut surplus = found;
+    for spec in expected {
+        match surplus.remove(spec.name.as_str()) {
+            None => missing.push(format!("{} {:?}", spec.name, spec.shape)),
+            Some((shape, _)) if shape != spec.shape => {
+                misshapen.push(format!("{} is {shape:?}, not {:?}", spec.name, spec.shape));
+            }
+            Some((_, dtype)) if float_kind(dtype).is_none() => {
+                mistyped.push(format!("{} is {dtype:?}, not F32, F16 or BF16", spec.name));
+            }
+            Some(_) => {}
+        }
+    }
+    let surplus: Vec<String> = surplus.into_keys().filter(|name| !unused(name)).map(str::to_owned).collect();
+    let lists = [
+        ("missing", missing),
+        ("of another shape", misshapen),
+        ("of another dtype", mistyped),
+        ("unknown to this architecture", surplus),
+    ];
+    let problems: Vec<String> =
+        lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| some(what, names)).collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Tensors { path: path.to_owned(), problem: format!("tensors disagree with config.json: {}", problems.join("; ")) })
 }
 
 /// "3 missing (a, b, c)", with the first few names of a long list.

@@ -1,0 +1,245 @@
+//! Small numbers as a stream of bits, the way Core ML packs its sub-byte types.
+//!
+//! Number i of b bits occupies bits [i b, (i + 1) b) of the stream, lowest bit first; bit k of the stream is bit k % 8 of byte
+//! k / 8. The last byte is filled up with zeros. (coremltools: `optimize/_utils.py`, `pack_elements_into_bits`.)
+
+use crate::error::{Error, Result};
+
+/// The widths of a palette index that Core ML has types for.
+pub const BIT_WIDTHS: [u8; 6] = [1, 2, 3, 4, 6, 8];
+
+/// Numbers of 1, 2, 3, 4, 6 or 8 bits, packed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packed {
+    bytes: Vec<u8>,
+    bits: u8,
+    len: usize,
+}
+
+impl Packed {
+    /// Packs `values`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `bits` is not one of [`BIT_WIDTHS`], or a value needs more bits.
+    pub fn pack(values: impl ExactSizeIterator<Item = u8>, bits: u8) -> Result<Self> {
+        let len = values.len();
+        let mut bytes = Vec::with_capacity(byte_count(len, bits).map_err(Error::Argument)?);
+        let (mut window, mut filled) = (0u32, 0);
+        for value in values {
+            if u32::from(value) >> bits != 0 {
+                return Err(Error::Argument(format!("index {value} does not fit in {bits} bits")));
+            }
+            window |= u32::from(value) << filled;
+            filled += bits;
+            if filled >= 8 {
+                bytes.push(window as u8);
+                window >>= 8;
+                filled -= 8;
+            }
+        }
+        if filled > 0 {
+            bytes.push(window as u8);
+        }
+        Ok(Packed { bytes, bits, len })
+    }
+
+    /// Takes bytes that are packed already.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `bits` is not one of [`BIT_WIDTHS`], the number of bytes is not that of `len` numbers, or bits after
+    /// the last number are set.
+    pub fn from_bytes(bytes: Vec<u8>, bits: u8, len: usize) -> Result<Self> {
+        Self::checked(bytes, bits, len).map_err(Error::Argument)
+    }
+
+    pub(super) fn checked(bytes: Vec<u8>, bits: u8, len: usize) -> Result<Self, String> {
+        let expected = byte_count(len, bits)?;
+        if bytes.len() != expected {
+            return Err(format!("has {} bytes; {len} numbers of {bits} bits have {expected}", bytes.len()));
+        }
+        // No overflow: the bytes are there.
+        let used = (len as u64 * u64::from(bits)) % 8;
+        if used != 0 && bytes.last().is_some_and(|last| last >> used != 0) {
+            return Err("has bits set after its last number".into());
+        }
+        Ok(Packed { bytes, bits, len })
+    }
+
+    /// Number `i`; zero beyond the end.
+    pub fn get(&self, i: usize) -> u8 {
+        let bit = i.saturating_mul(usize::from(self.bits));
+        let byte = |at: usize| u16::from(self.bytes.get(at).copied().unwrap_or(0));
+        let window = byte(bit / 8) | byte(bit / 8 + 1) << 8;
+        (window >> (bit % 8)) as u8 & (0xff >> (8 - self.bits))
+    }
+
+    /// All numbers.
+    pub fn unpack(&self) -> Vec<u8> {
+        (0..self.len).map(|i| self.get(i)).collect()
+    }
+
+    /// The packed bytes: ceil(len * bits / 8).
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The width of a number.
+    pub fn bits(&self) -> u8 {
+        self.bits
+    }
+
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// The bytes that `len` numbers take.
+pub(super) fn byte_count(len: usize, bits: u8) -> Result<usize, String> {
+    if !BIT_WIDTHS.contains(&bits) {
+        return Err(format!("{bits} bits are not supported (1, 2, 3, 4, 6 and 8 are)"));
+    }
+    let bits = len.checked_mul(usize::from(bits)).ok_or_else(|| format!("{len} numbers are too many"))?;
+    Ok(bits.div_ceil(8))
+}
+
+/// Which elements of a weight are kept: one bit an element in row-major order, 1 = kept, packed as [`Packed`] of one bit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mask(Packed);
+
+impl Mask {
+    /// Packs `keep`.
+    pub fn from_bools(keep: &[bool]) -> Self {
+        let bit = |(at, kept): (usize, &bool)| u8::from(*kept) << at;
+        let bytes = keep.chunks(8).map(|eight| eight.iter().enumerate().map(bit).sum()).collect();
+        Mask(Packed { bytes, bits: 1, len: keep.len() })
+    }
+
+    /// Takes a mask of `len` elements that is packed already.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the number of bytes is not ceil(len / 8), or bits after the last element are set.
+    pub fn from_bytes(bytes: Vec<u8>, len: usize) -> Result<Self> {
+        Ok(Mask(Packed::from_bytes(bytes, 1, len)?))
+    }
+
+    pub(super) fn checked(bytes: Vec<u8>, len: usize) -> Result<Self, String> {
+        Ok(Mask(Packed::checked(bytes, 1, len)?))
+    }
+
+    /// One bool an element.
+    pub fn to_bools(&self) -> Vec<bool> {
+        (0..self.len()).map(|i| self.get(i)).collect()
+    }
+
+    /// Whether element `i` is kept; false beyond the end.
+    pub fn get(&self, i: usize) -> bool {
+        self.0.bytes.get(i / 8).is_some_and(|byte| byte >> (i % 8) & 1 == 1)
+    }
+
+    /// How many elements are kept.
+    pub fn kept(&self) -> usize {
+        count_ones(&self.0.bytes)
+    }
+
+    /// The packed bytes: ceil(len / 8).
+    pub fn bytes(&self) -> &[u8] {
+        self.0.bytes()
+    }
+
+    /// The number of elements, kept and pruned.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// The set bits of `bytes`.
+pub(super) fn count_ones(bytes: &[u8]) -> usize {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let words: usize = words.iter().map(|word| u64::from_le_bytes(*word).count_ones() as usize).sum();
+    words + rest.iter().map(|byte| byte.count_ones() as usize).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The stream's definition, a bit at a time.
+    fn pack_by_bits(values: &[u8], bits: u8) -> Vec<u8> {
+        let width = usize::from(bits);
+        let mut bytes = vec![0; (values.len() * width).div_ceil(8)];
+        for k in 0..values.len() * width {
+            bytes[k / 8] |= (values[k / width] >> (k % width) & 1) << (k % 8);
+        }
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn packing_follows_the_definition_and_comes_back(width in 0..BIT_WIDTHS.len(), values in prop::collection::vec(any::<u8>(), 0..70)) {
+            let bits = BIT_WIDTHS[width];
+            let values: Vec<u8> = values.iter().map(|value| value & (0xff >> (8 - bits))).collect();
+            let packed = Packed::pack(values.iter().copied(), bits).unwrap();
+            prop_assert_eq!(packed.bytes(), pack_by_bits(&values, bits));
+            prop_assert_eq!(packed.unpack(), values.clone());
+            prop_assert_eq!((packed.len(), packed.is_empty(), packed.bits()), (values.len(), values.is_empty(), bits));
+            let again = Packed::from_bytes(packed.bytes().to_vec(), bits, values.len()).unwrap();
+            prop_assert_eq!(again, packed);
+        }
+
+        #[test]
+        fn masks_come_back(keep in prop::collection::vec(any::<bool>(), 0..300)) {
+            let mask = Mask::from_bools(&keep);
+            prop_assert_eq!(mask.to_bools(), keep.clone());
+            prop_assert_eq!(mask.kept(), keep.iter().filter(|kept| **kept).count());
+            prop_assert_eq!(mask.bytes(), pack_by_bits(&keep.iter().map(|kept| u8::from(*kept)).collect::<Vec<_>>(), 1));
+            prop_assert_eq!(Mask::from_bytes(mask.bytes().to_vec(), keep.len()).unwrap(), mask);
+        }
+
+        #[test]
+        fn wrong_sizes_and_stray_bits_are_refused(width in 0..BIT_WIDTHS.len(), len in 0usize..40, bit in 0u8..8) {
+            let bits = BIT_WIDTHS[width];
+            let count = byte_count(len, bits).unwrap();
+            prop_assert!(Packed::from_bytes(vec![0; count + 1], bits, len).is_err());
+            prop_assert!(count == 0 || Packed::from_bytes(vec![0; count - 1], bits, len).is_err());
+            let used = (len * usize::from(bits)) % 8;
+            if count > 0 {
+                let mut bytes = vec![0; count];
+                bytes[count - 1] = 1 << bit;
+                prop_assert_eq!(Packed::from_bytes(bytes, bits, len).is_ok(), used == 0 || usize::from(bit) < used);
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_packed_is_refused() {
+        for bits in [0, 5, 7, 9, 255] {
+            assert!(Packed::pack([0].into_iter(), bits).is_err(), "{bits}");
+            assert!(Packed::from_bytes(vec![0], bits, 1).is_err(), "{bits}");
+        }
+        assert!(Packed::pack([8].into_iter(), 3).is_err());
+        assert!(Packed::from_bytes(vec![], 8, usize::MAX).is_err());
+        assert!(Mask::from_bytes(vec![0], usize::MAX).is_err());
+        assert!(Packed::from_bytes(vec![], 6, usize::MAX).is_err());
+    }
+
+    /// As in coremltools' files: mask bits 0111 0001, 0000 1100 are 8e 30; indices 3, 0, 1, 3, 0, 1, 3, 1 of two bits are d3 74.
+    #[test]
+    fn bytes_of_a_core_ml_file() {
+        let keep: Vec<bool> = "0111000100001100".chars().map(|bit| bit == '1').collect();
+        assert_eq!(Mask::from_bools(&keep).bytes(), [0x8e, 0x30]);
+        assert_eq!(Packed::pack([3, 0, 1, 3, 0, 1, 3, 1].into_iter(), 2).unwrap().bytes(), [0xd3, 0x74]);
+    }
+}

@@ -1,0 +1,286 @@
+//! Reads a container.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use half::f16;
+use safetensors::Dtype;
+use serde::Serialize;
+use serde_json::Value;
+use tch::Tensor;
+
+use super::half_bytes;
+use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
+use super::packed::{Mask, Packed};
+use super::weight::{CompressedWeight, Values, numel};
+use crate::checkpoint::{ConfigFile, SafetensorsFile, TensorSource, TensorSpec, check_tensors};
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::model::unet::{UnetChain, UnetConfig};
+
+/// A container whose header has been read and checked. The data stays in the file until it is asked for.
+#[derive(Debug)]
+pub struct Container {
+    file: SafetensorsFile,
+    metadata: Metadata,
+}
+
+/// How a compressed weight is stored.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StoredLayer {
+    /// The weight's checkpoint name, with `.weight`.
+    pub name: String,
+    /// The dense weight's shape.
+    pub shape: Vec<i64>,
+    /// The width of a palette index; absent if the weight is only pruned.
+    pub bits: Option<u8>,
+    /// The axis whose channels are grouped, if palettized.
+    pub axis: Option<usize>,
+    /// Channels in a group, if palettized.
+    pub group_size: Option<usize>,
+    /// Whether palette entries are multiplied by a scale for each output channel.
+    pub scaled: bool,
+    /// Elements that are kept.
+    pub kept: u64,
+    /// The pruned elements' share, 0 to 1.
+    pub sparsity: f64,
+    /// Stored bits for each element, kept and pruned.
+    pub bits_per_weight: f64,
+    /// The bytes of all parts.
+    pub bytes: u64,
+    /// What the compressor had to say; null if nothing.
+    pub report: Value,
+}
+
+impl Container {
+    /// Maps `path` and checks its header: version, metadata, and of every compressed weight which parts it has, their dtypes and sizes.
+    /// What the parts contain is checked when a weight is read.
+    ///
+    /// # Errors
+    /// [`Error::Read`], or [`Error::BadFile`] naming what is wrong, and with which weight.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let metadata = Metadata::from_entries(path, file.metadata())?;
+        let container = Container { file, metadata };
+        container.check_parts()?;
+        container.check_table()?;
+        Ok(container)
+    }
+
+    /// Whether the file has exactly the parts that the metadata says, and else nothing but fp16 tensors.
+    fn check_parts(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut rest: BTreeMap<&str, _> = self.file.entries().iter().map(|(name, entry)| (name.as_str(), entry)).collect();
+        for (name, row) in &self.metadata.weights {
+            let parts = row.parts().unwrap_or_else(|problem| {
+                problems.push(format!("`{name}` {problem}"));
+                Vec::new()
+            });
+            for (part, dtype, shape) in parts {
+                let part = part.of(name);
+                match rest.remove(part.as_str()) {
+                    None => problems.push(format!("`{part}` is missing")),
+                    Some(entry) if entry.dtype != dtype || entry.shape != shape => {
+                        let (have, is) = (entry.dtype, &entry.shape);
+                        problems.push(format!("`{part}` is {have} {is:?}, but must be {dtype} {shape:?}"));
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        for (name, entry) in rest {
+            let weights = &self.metadata.weights;
+            if weights.contains_key(name) || Part::owner(name).is_some_and(|owner| weights.contains_key(owner)) {
+                problems.push(format!("`{name}` does not belong there"));
+            } else if entry.dtype != Dtype::F16 {
+                problems.push(format!("`{name}` is {}; tensors that are no part of a compressed weight are F16", entry.dtype));
+            } else if entry.shape.iter().any(|n| *n <= 0) {
+                problems.push(format!("`{name}` is of shape {:?}", entry.shape));
+            }
+        }
+        self.no_problems(problems)
+    }
+
+    /// Whether the table of tensors is the one that was written. It comes last: where something more precise can be said, it has been.
+    fn check_table(&self) -> Result<()> {
+        let entries = self.file.entries().iter();
+        let places = entries.map(|(name, entry)| {
+            let place = [entry.start(), entry.start() + entry.bytes()];
+            (name.as_str(), entry.dtype, entry.shape.as_slice(), place)
+        });
+        if table_hash(places) != self.metadata.tensors_sha256 {
+            let problem = "the table of tensors is damaged: it does not have the hash that `tensors_sha256` says";
+            return Err(Error::bad_file(self.path(), problem));
+        }
+        Ok(())
+    }
+
+    /// An error if there are any.
+    pub(super) fn no_problems(&self, problems: Vec<String>) -> Result<()> {
+        const SHOWN: usize = 4;
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let more = if problems.len() > SHOWN { format!("; and {} more", problems.len() - SHOWN) } else { String::new() };
+        let shown: Vec<&str> = problems.iter().take(SHOWN).map(String::as_str).collect();
+        Err(Error::bad_file(self.path(), format!("{}{more}", shown.join("; "))))
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// What it says about itself: architecture, recipe, sources.
+    pub fn info(&self) -> &ContainerInfo {
+        &self.metadata.info
+    }
+
+    /// The UNet's architecture.
+    ///
+    /// # Errors
+    /// As [`UnetConfig::parse`]; the path in the error is the container's.
+    pub fn unet_config(&self) -> Result<UnetConfig> {
+        UnetConfig::parse(ConfigFile::from_entries(self.path(), self.metadata.info.unet_config.clone()))
+    }
+
+    /// The UNet's chain of stages, after a check that the container has exactly its tensors.
+    ///
+    /// # Errors
+    /// As [`unet_config`](Self::unet_config); [`Error::Tensors`] naming what is missing, misshapen or surplus.
+    pub fn unet(&self) -> Result<UnetChain> {
+        let chain = UnetChain::new(self.unet_config()?);
+        self.check(&chain.tensors()?)?;
+        Ok(chain)
+    }
+
+    /// Compares the weights' names and shapes with what an architecture has.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming what is missing, misshapen or surplus.
+    pub fn check(&self, expected: &[TensorSpec]) -> Result<()> {
+        let compressed = self.metadata.weights.iter().map(|(name, row)| (name.as_str(), (row.shape.as_slice(), Dtype::F16)));
+        let found = self.tensors().map(|(name, shape, _)| (name, (shape, Dtype::F16))).chain(compressed).collect();
+        check_tensors(self.path(), expected, found, |_| false)
+    }
+
+    /// The compressed weights by name.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = StoredLayer> {
+        self.metadata.weights.iter().map(|(name, row)| self.layer(name, row))
+    }
+
+    fn layer(&self, name: &str, row: &WeightRow) -> StoredLayer {
+        let parts = row.parts().unwrap_or_default();
+        let bytes = parts.iter().filter_map(|(part, ..)| Some(self.file.entries().get(&part.of(name))?.bytes())).sum();
+        let numel = numel(&row.shape).unwrap_or(1) as f64;
+        StoredLayer {
+            name: name.to_owned(),
+            shape: row.shape.clone(),
+            bits: row.bits,
+            axis: row.axis,
+            group_size: row.group_size,
+            scaled: row.scaled,
+            kept: row.kept as u64,
+            sparsity: 1.0 - row.kept as f64 / numel,
+            bits_per_weight: 8.0 * bytes as f64 / numel,
+            bytes,
+            report: row.report.clone(),
+        }
+    }
+
+    /// The uncompressed tensors by name: shape and bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[i64], u64)> {
+        let weights = &self.metadata.weights;
+        let is_part = |name: &str| Part::owner(name).is_some_and(|owner| weights.contains_key(owner));
+        let plain = self.file.entries().iter().filter(move |(name, _)| !is_part(name));
+        plain.map(|(name, entry)| (name.as_str(), entry.shape.as_slice(), entry.bytes()))
+    }
+
+    /// Reads the compressed weight `name`.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] naming the weight if there is none, or its mask, indices, palettes, scales or values are not what they must
+    /// be.
+    pub fn weight(&self, name: &str) -> Result<CompressedWeight> {
+        self.read(name).map_err(|problem| Error::bad_file(self.path(), format!("`{name}`: {problem}")))
+    }
+
+    /// Reads and decodes the compressed weight `name`: the dense weight in row-major order.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn decode(&self, name: &str) -> Result<Vec<f16>> {
+        self.weight(name)?.decode().map_err(|why| Error::bad_file(self.path(), format!("`{name}`: {why}")))
+    }
+
+    fn read(&self, name: &str) -> Result<CompressedWeight, String> {
+        let row = self.metadata.weights.get(name).ok_or("is not a compressed weight of this file")?;
+        let part = |part: Part| self.file.read(&part.of(name)).ok_or_else(|| format!("{part:?} is missing"));
+        let halves = |which: Part| part(which).map(|bytes| half_bytes::from_bytes(&bytes));
+        let numel = numel(&row.shape)?;
+        let mask = match row.masked {
+            true => Some(Mask::checked(part(Part::Mask)?, numel).map_err(|problem| format!("the mask {problem}"))?),
+            false => None,
+        };
+        if let Some(kept) = mask.as_ref().map(Mask::kept).filter(|kept| *kept != row.kept) {
+            return Err(format!("the mask keeps {kept} elements, but there are {} values", row.kept));
+        }
+        let values = match (row.bits, row.axis, row.group_size) {
+            (Some(bits), Some(axis), Some(group_size)) => Values::Palettized {
+                bits,
+                axis,
+                group_size,
+                palettes: halves(Part::Palettes)?,
+                indices: Packed::checked(part(Part::Indices)?, bits, row.kept)
+                    .map_err(|problem| format!("the indices' part {problem}"))?,
+                scales: row.scaled.then(|| halves(Part::Scales)).transpose()?,
+            },
+            _ => Values::Plain(halves(Part::Values)?),
+        };
+        let weight = CompressedWeight { shape: row.shape.clone(), mask, values };
+        weight.check_structure()?;
+        weight.check_finite()?;
+        Ok(weight)
+    }
+
+    pub(super) fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    pub(super) fn file(&self) -> &SafetensorsFile {
+        &self.file
+    }
+
+    /// A source of decoded weights, each placed as given. It builds a UNet that computes with exactly what the container holds.
+    pub fn source(&self, placement: Placement) -> ContainerSource<'_> {
+        ContainerSource { container: self, placement }
+    }
+}
+
+/// A [`Container`] as a [`TensorSource`].
+#[derive(Debug, Clone, Copy)]
+pub struct ContainerSource<'a> {
+    container: &'a Container,
+    placement: Placement,
+}
+
+impl TensorSource for ContainerSource<'_> {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let ContainerSource { container, placement } = *self;
+        let tensor = if container.metadata.weights.contains_key(name) {
+            let weight = container.weight(name)?;
+            let dense = weight.decode().map_err(|why| Error::bad_file(container.path(), format!("`{name}`: {why}")))?;
+            Tensor::f_from_slice(&dense)?
+                .f_view(weight.shape.as_slice())?
+                .f_to_device(placement.device)?
+                .f_to_kind(placement.kind)?
+        } else {
+            container.file.tensor(name, placement)?
+        };
+        if tensor.size() != shape {
+            let problem = format!("tensor `{name}` is {:?}, not {shape:?}", tensor.size());
+            return Err(Error::Tensors { path: container.path().to_owned(), problem });
+        }
+        Ok(tensor)
+    }
+}

@@ -1,0 +1,125 @@
+//! Checks a container to the last bit.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::metadata::{SourceFile, VERSION};
+use super::reader::{Container, StoredLayer};
+use super::{digest, half_bytes};
+use crate::error::{Error, Result};
+
+/// A container that holds what was written, in numbers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verification {
+    /// The file.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// The bytes of tensors; the rest is the header with names and metadata.
+    pub payload_bytes: u64,
+    /// The format's version.
+    pub version: u32,
+    /// Compressed weights.
+    pub weights: usize,
+    /// Their elements, kept and pruned.
+    pub weight_elements: u64,
+    /// Their kept elements.
+    pub kept: u64,
+    /// Their bytes.
+    pub weight_bytes: u64,
+    /// The pruned elements' share among them, 0 to 1.
+    pub sparsity: f64,
+    /// Stored bits for each of their elements.
+    pub bits_per_weight: f64,
+    /// Uncompressed tensors.
+    pub tensors: usize,
+    /// Their elements.
+    pub tensor_elements: u64,
+    /// Their bytes.
+    pub tensor_bytes: u64,
+    /// The files that the weights came from.
+    pub sources: Vec<SourceFile>,
+}
+
+/// Checks the container `path`: that it has exactly the tensors of its architecture, and all that [`Container::verify`] checks.
+///
+/// # Errors
+/// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming what is wrong, and with which weight.
+pub fn verify(path: &Path) -> Result<Verification> {
+    let container = Container::open(path)?;
+    container.unet()?;
+    container.verify()
+}
+
+impl Container {
+    /// Checks the content of every weight: the mask's count, bits that must be zero, that all values are finite, that it decodes to the
+    /// weight that was written, and that the data is the written data to the last bit.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] naming the weights that are damaged; [`Error::Read`].
+    pub fn verify(&self) -> Result<Verification> {
+        let rows: Vec<_> = self.metadata().weights.iter().collect();
+        let damaged: Vec<Option<String>> = rows
+            .par_iter()
+            .map(|(name, row)| match self.weight(name).and_then(|weight| weight.decode()) {
+                Err(Error::BadFile { problem, .. }) => Some(problem),
+                Err(why) => Some(format!("`{name}`: {why}")),
+                Ok(dense) if digest::of_values(&dense) != row.sha256 => {
+                    Some(format!("`{name}` is not the weight that was written (its hash differs)"))
+                }
+                Ok(_) => None,
+            })
+            .collect();
+        let tensors: Vec<_> = self.tensors().collect();
+        let not_finite = |name: &str| {
+            let bytes = self.file().read(name).unwrap_or_default();
+            half_bytes::from_bytes(&bytes).iter().any(|value| !value.is_finite())
+        };
+        let strange =
+            tensors.iter().filter(|(name, ..)| not_finite(name)).map(|(name, ..)| format!("`{name}` has NaN or infinite values"));
+        self.no_problems(damaged.into_iter().flatten().chain(strange).collect())?;
+
+        let (data_sha256, payload_bytes, bytes) = hash_data(self.path()).map_err(Error::read(self.path()))?;
+        if data_sha256 != self.metadata().data_sha256 {
+            let problem = "the data is damaged: it does not have the hash that `data_sha256` says";
+            return Err(Error::bad_file(self.path(), problem));
+        }
+        let layers: Vec<StoredLayer> = self.layers().collect();
+        let elements = |shape: &[i64]| shape.iter().map(|n| *n as u64).product::<u64>();
+        let weight_elements = layers.iter().map(|layer| elements(&layer.shape)).sum::<u64>();
+        let kept = layers.iter().map(|layer| layer.kept).sum::<u64>();
+        let weight_bytes = layers.iter().map(|layer| layer.bytes).sum::<u64>();
+        let per_element = |n: f64| if weight_elements == 0 { 0.0 } else { n / weight_elements as f64 };
+        Ok(Verification {
+            path: self.path().to_owned(),
+            bytes,
+            payload_bytes,
+            version: VERSION,
+            weights: layers.len(),
+            weight_elements,
+            kept,
+            weight_bytes,
+            sparsity: per_element((weight_elements - kept) as f64),
+            bits_per_weight: per_element(8.0 * weight_bytes as f64),
+            tensors: tensors.len(),
+            tensor_elements: tensors.iter().map(|(_, shape, _)| elements(shape)).sum(),
+            tensor_bytes: tensors.iter().map(|(.., bytes)| bytes).sum(),
+            sources: self.info().sources.clone(),
+        })
+    }
+}
+
+/// The hash of what follows the header, its length, and the file's. It is read, not mapped: a map's pages would count as memory.
+fn hash_data(path: &Path) -> std::io::Result<(String, u64, u64)> {
+    let mut file = File::open(path)?;
+    let mut header = [0; 8];
+    file.read_exact(&mut header)?;
+    let start = u64::from_le_bytes(header).saturating_add(8);
+    file.seek(SeekFrom::Start(start))?;
+    let (hash, length) = digest::of_reader(&mut file)?;
+    Ok((hash, length, start.saturating_add(length)))
+}

@@ -1,0 +1,440 @@
+//! One compressed weight in memory.
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::packed::{BIT_WIDTHS, Mask, Packed, count_ones};
+use crate::error::{Error, Result};
+
+/// A Conv2d or Linear weight of `shape` [o, i, …]: which elements are kept, and their values. Everything is in row-major order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompressedWeight {
+    /// The dense weight's shape, output channels first.
+    pub shape: Vec<i64>,
+    /// Which elements are kept; all of them if absent. Pruned elements are +0.0.
+    pub mask: Option<Mask>,
+    /// The values of the kept elements.
+    pub values: Values,
+}
+
+/// The values of a weight's kept elements, in row-major order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    /// Each as it is.
+    Plain(Vec<f16>),
+    /// Each an index into the palette of its group. The group of an element is its channel on `axis` / `group_size`.
+    Palettized {
+        /// The width of an index: 1, 2, 3, 4, 6 or 8. A palette has 2^bits entries.
+        bits: u8,
+        /// The axis whose channels are grouped: 0 (output) or 1 (input).
+        axis: usize,
+        /// Channels in a group; it divides their number. One palette for the whole weight has all channels in one group.
+        group_size: usize,
+        /// The palettes, [groups, 2^bits].
+        palettes: Vec<f16>,
+        /// An index for each kept element.
+        indices: Packed,
+        /// A factor for each of the o output channels: a value is palette entry * factor, rounded once to fp16.
+        scales: Option<Vec<f16>>,
+    },
+}
+
+impl CompressedWeight {
+    /// A palettized weight. `indices` has an entry for each element; those of elements that `keep` leaves out are not read.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if sizes disagree, `bits` or `axis` is not supported, `group_size` does not divide the channels, or an
+    /// index is too large. [`Error::NotFinite`] if a palette or scale has NaN or infinite values.
+    #[expect(clippy::too_many_arguments, reason = "each is a part of the format, and all but two may be mistaken for no other")]
+    pub fn palettized(
+        shape: Vec<i64>,
+        keep: Option<&[bool]>,
+        bits: u8,
+        axis: usize,
+        group_size: usize,
+        palettes: Vec<f16>,
+        indices: &[u8],
+        scales: Option<Vec<f16>>,
+    ) -> Result<Self> {
+        let numel = numel(&shape).map_err(Error::Argument)?;
+        if indices.len() != numel {
+            return Err(Error::Argument(format!("{} indices for a weight of {shape:?}", indices.len())));
+        }
+        let indices = match keep {
+            None => Packed::pack(indices.iter().copied(), bits)?,
+            Some(keep) => Packed::pack(kept(keep, indices)?.into_iter(), bits)?,
+        };
+        let values = Values::Palettized { bits, axis, group_size, palettes, indices, scales };
+        Self { shape, mask: keep.map(Mask::from_bools), values }.checked()
+    }
+
+    /// A weight that is only pruned. `weight` has a value for each element; those that `keep` leaves out are not read.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if sizes disagree, [`Error::NotFinite`] if a kept value is NaN or infinite.
+    pub fn sparse(shape: Vec<i64>, keep: &[bool], weight: &[f16]) -> Result<Self> {
+        let values = Values::Plain(kept(keep, weight)?);
+        Self { shape, mask: Some(Mask::from_bools(keep)), values }.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        self.check_structure().map_err(Error::Argument)?;
+        self.check_finite().map_err(Error::NotFinite)?;
+        Ok(self)
+    }
+
+    /// The dense weight, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the parts disagree; [`Error::NotFinite`] if a value is NaN or infinite.
+    pub fn decode(&self) -> Result<Vec<f16>> {
+        self.check_structure().map_err(Error::Argument)?;
+        self.check_finite().map_err(Error::NotFinite)?;
+        let dense = self.decode_checked();
+        let overflows =
+            matches!(self.values, Values::Palettized { scales: Some(_), .. }) && !dense.par_iter().all(|value| value.is_finite());
+        if overflows {
+            return Err(Error::NotFinite("a palette entry times its scale is beyond fp16".into()));
+        }
+        Ok(dense)
+    }
+
+    /// Blocks of elements are decoded in parallel; a count of the mask's bits says where the values of each begin.
+    fn decode_checked(&self) -> Vec<f16> {
+        const BLOCK: usize = 1 << 16;
+        let mut dense = vec![f16::ZERO; self.numel()];
+        let mut first_values = Vec::with_capacity(dense.len().div_ceil(BLOCK));
+        match &self.mask {
+            None => first_values.extend((0..dense.len()).step_by(BLOCK)),
+            Some(mask) => first_values.extend(mask.bytes().chunks(BLOCK / 8).scan(0, |before, bytes| {
+                let first = *before;
+                *before += count_ones(bytes);
+                Some(first)
+            })),
+        }
+        // Elements of one run share palette and scale.
+        let run = self.run();
+        dense.par_chunks_mut(BLOCK).zip(first_values).enumerate().for_each(|(block, (elements, mut value))| {
+            let mut at = block * BLOCK;
+            let mut left = elements;
+            while !left.is_empty() {
+                let length = (run - at % run).min(left.len());
+                let (these, rest) = left.split_at_mut(length);
+                value = self.decode_run(at, at / run, these, value);
+                at += length;
+                left = rest;
+            }
+        });
+        dense
+    }
+
+    /// Decodes a part of run number `run`, which begins at element `at` and value number `value`; returns the next value's number.
+    fn decode_run(&self, at: usize, run: usize, elements: &mut [f16], mut value: usize) -> usize {
+        let level = self.level(run);
+        for (i, element) in elements.iter_mut().enumerate() {
+            if self.mask.as_ref().is_none_or(|mask| mask.get(at + i)) {
+                *element = match (&self.values, &level) {
+                    (Values::Plain(values), _) => values.get(value).copied().unwrap_or_default(),
+                    (Values::Palettized { indices, .. }, (palette, scale)) => {
+                        let entry = palette.get(usize::from(indices.get(value))).copied().unwrap_or_default();
+                        // The product of two fp16 numbers is exact in fp32, so that it is rounded once.
+                        scale.map_or(entry, |scale| f16::from_f32(entry.to_f32() * scale.to_f32()))
+                    }
+                };
+                value += 1;
+            }
+        }
+        value
+    }
+
+    /// The palette and the scale of a run.
+    fn level(&self, run: usize) -> (&[f16], Option<f16>) {
+        let Values::Palettized { bits, axis, group_size, palettes, scales, .. } = &self.values else { return (&[], None) };
+        let groups = palettes.len() >> bits;
+        let (row, group) = if *axis == 0 { (run, run / group_size) } else { (run / groups, run % groups) };
+        let scale = scales.as_ref().and_then(|scales| scales.get(row)).copied();
+        (palettes.get(group << bits..(group + 1) << bits).unwrap_or_default(), scale)
+    }
+
+    /// How many consecutive elements lie in one row and one group: a row for axis 0, a row's part of a group for axis 1.
+    fn run(&self) -> usize {
+        let after = |axis: usize| self.shape.iter().skip(axis + 1).map(|n| *n as usize).product::<usize>();
+        match &self.values {
+            Values::Palettized { axis: 0, .. } => after(0),
+            Values::Palettized { axis, group_size, .. } => group_size * after(*axis),
+            Values::Plain(_) => self.numel(),
+        }
+    }
+
+    /// The number of elements, kept and pruned.
+    pub fn numel(&self) -> usize {
+        numel(&self.shape).unwrap_or(0)
+    }
+
+    /// The number of kept elements.
+    pub fn kept(&self) -> usize {
+        self.mask.as_ref().map_or(self.numel(), Mask::kept)
+    }
+
+    /// The bytes of mask, indices, palettes, scales and values in a file, without names and metadata.
+    pub fn stored_bytes(&self) -> u64 {
+        let mask = self.mask.as_ref().map_or(0, |mask| mask.bytes().len());
+        let values = match &self.values {
+            Values::Plain(values) => 2 * values.len(),
+            Values::Palettized { palettes, indices, scales, .. } => {
+                indices.bytes().len() + 2 * (palettes.len() + scales.as_ref().map_or(0, Vec::len))
+            }
+        };
+        (mask + values) as u64
+    }
+
+    /// Stored bits for each element, kept and pruned.
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.stored_bytes() as f64 / self.numel().max(1) as f64
+    }
+
+    /// The pruned elements' share, 0 to 1.
+    pub fn sparsity(&self) -> f64 {
+        1.0 - self.kept() as f64 / self.numel().max(1) as f64
+    }
+
+    /// Whether the sizes of all parts agree. Nothing is allocated.
+    pub(super) fn check_structure(&self) -> Result<(), String> {
+        let numel = numel(&self.shape)?;
+        if let Some(mask) = self.mask.as_ref().filter(|mask| mask.len() != numel) {
+            return Err(format!("a mask of {} elements for a weight of {:?}", mask.len(), self.shape));
+        }
+        let kept = self.kept();
+        let agree = |what: &str, have: usize, want: usize| {
+            if have == want { Ok(()) } else { Err(format!("{have} {what} where there should be {want}")) }
+        };
+        match &self.values {
+            Values::Plain(values) => agree("values", values.len(), kept),
+            Values::Palettized { bits, axis, group_size, palettes, indices, scales } => {
+                let groups = groups(&self.shape, *bits, *axis, *group_size)?;
+                let entries = groups.checked_mul(1 << bits).ok_or("too many palettes")?;
+                agree("palette entries", palettes.len(), entries)?;
+                agree("indices", indices.len(), kept)?;
+                agree("bits an index", usize::from(indices.bits()), usize::from(*bits))?;
+                let rows = self.shape.first().map_or(0, |rows| *rows as usize);
+                scales.as_ref().map_or(Ok(()), |scales| agree("scales", scales.len(), rows))
+            }
+        }
+    }
+
+    /// Whether all values are numbers.
+    pub(super) fn check_finite(&self) -> Result<(), String> {
+        let finite = |what: &str, values: &[f16]| {
+            if values.iter().all(|value| value.is_finite()) { Ok(()) } else { Err(format!("NaN or infinite {what}")) }
+        };
+        match &self.values {
+            Values::Plain(values) => finite("values", values),
+            Values::Palettized { palettes, scales, .. } => {
+                finite("palette entries", palettes)?;
+                finite("scales", scales.as_deref().unwrap_or_default())
+            }
+        }
+    }
+}
+
+/// The number of elements of a weight.
+pub(super) fn numel(shape: &[i64]) -> Result<usize, String> {
+    let product = shape.iter().try_fold(1usize, |product, n| product.checked_mul(usize::try_from(*n).ok().filter(|n| *n > 0)?));
+    // Of two bytes each, in one allocation.
+    product
+        .filter(|numel| !shape.is_empty() && *numel <= isize::MAX as usize / 2)
+        .ok_or_else(|| format!("{shape:?} is not the shape of a weight"))
+}
+
+/// The number of palettes of a weight.
+pub(super) fn groups(shape: &[i64], bits: u8, axis: usize, group_size: usize) -> Result<usize, String> {
+    if !BIT_WIDTHS.contains(&bits) {
+        return Err(format!("{bits} bits are not supported (1, 2, 3, 4, 6 and 8 are)"));
+    }
+    let channels = shape.get(axis).filter(|_| axis < 2).and_then(|n| usize::try_from(*n).ok());
+    let channels = channels.ok_or_else(|| format!("axis {axis} cannot be grouped in a weight of {shape:?}"))?;
+    if group_size == 0 || !channels.is_multiple_of(group_size) {
+        return Err(format!("groups of {group_size} do not divide the {channels} channels of axis {axis}"));
+    }
+    Ok(channels / group_size)
+}
+
+/// What `keep` keeps.
+fn kept<T: Copy>(keep: &[bool], all: &[T]) -> Result<Vec<T>> {
+    if keep.len() != all.len() {
+        return Err(Error::Argument(format!("a mask of {} elements for {} values", keep.len(), all.len())));
+    }
+    Ok(keep.iter().zip(all).filter(|(kept, _)| **kept).map(|(_, value)| *value).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A weight's parts, as a caller has them.
+    #[derive(Debug, Clone)]
+    struct Parts {
+        shape: Vec<i64>,
+        keep: Option<Vec<bool>>,
+        bits: u8,
+        axis: usize,
+        group_size: usize,
+        palettes: Vec<f16>,
+        indices: Vec<u8>,
+        scales: Option<Vec<f16>>,
+    }
+
+    impl Parts {
+        fn build(&self) -> Result<CompressedWeight> {
+            let Parts { shape, keep, bits, axis, group_size, palettes, indices, scales } = self.clone();
+            CompressedWeight::palettized(shape, keep.as_deref(), bits, axis, group_size, palettes, &indices, scales)
+        }
+
+        /// The definition, an element at a time.
+        fn value(&self, element: usize) -> f16 {
+            if self.keep.as_ref().is_some_and(|keep| !keep[element]) {
+                return f16::ZERO;
+            }
+            let inner: usize = self.shape[2..].iter().map(|n| *n as usize).product();
+            let (row, column) = (element / inner / self.shape[1] as usize, element / inner % self.shape[1] as usize);
+            let group = if self.axis == 0 { row } else { column } / self.group_size;
+            let entry = self.palettes[(group << self.bits) + usize::from(self.indices[element])];
+            match &self.scales {
+                None => entry,
+                Some(scales) => f16::from_f64(entry.to_f64() * scales[row].to_f64()),
+            }
+        }
+    }
+
+    fn halves(count: usize) -> impl Strategy<Value = Vec<f16>> {
+        prop::collection::vec((-100f32..100.0).prop_map(f16::from_f32), count)
+    }
+
+    fn parts() -> impl Strategy<Value = Parts> {
+        let sizes = (1..4usize, 1..4usize, 1..4usize, 1..4usize, prop::option::of((1..4i64, 1..4i64)));
+        (sizes, 0..BIT_WIDTHS.len(), 0..2usize, any::<[bool; 2]>())
+            .prop_flat_map(|((groups, group_size, others, more, kernel), width, axis, [masked, scaled])| {
+                let bits = BIT_WIDTHS[width];
+                let (grouped, other) = (groups * group_size, others * more);
+                let mut shape = if axis == 0 { vec![grouped as i64, other as i64] } else { vec![other as i64, grouped as i64] };
+                shape.extend(kernel.into_iter().flat_map(|(height, width)| [height, width]));
+                let numel = shape.iter().product::<i64>() as usize;
+                let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & (0xff >> (8 - bits))), numel);
+                let keep = prop::collection::vec(any::<bool>(), numel).prop_map(move |keep| masked.then_some(keep));
+                let scales = halves(shape[0] as usize).prop_map(move |scales| scaled.then_some(scales));
+                (Just((shape, bits, axis, group_size)), halves(groups << bits), indices, keep, scales)
+            })
+            .prop_map(|((shape, bits, axis, group_size), palettes, indices, keep, scales)| Parts {
+                shape,
+                keep,
+                bits,
+                axis,
+                group_size,
+                palettes,
+                indices,
+                scales,
+            })
+    }
+
+    /// NaN-free bits, in which -0 and +0 differ.
+    fn bits(values: &[f16]) -> Vec<u16> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_follows_the_definition(parts in parts()) {
+            let weight = parts.build().unwrap();
+            let numel = parts.indices.len();
+            let expected: Vec<f16> = (0..numel).map(|element| parts.value(element)).collect();
+            prop_assert_eq!(bits(&weight.decode().unwrap()), bits(&expected));
+            let kept = parts.keep.as_ref().map_or(numel, |keep| keep.iter().filter(|kept| **kept).count());
+            let mask = if parts.keep.is_some() { numel.div_ceil(8) } else { 0 };
+            let scales = parts.scales.as_ref().map_or(0, Vec::len);
+            let bytes = mask + (kept * usize::from(parts.bits)).div_ceil(8) + 2 * (parts.palettes.len() + scales);
+            prop_assert_eq!(weight.stored_bytes(), bytes as u64);
+            prop_assert_eq!(weight.kept(), kept);
+            prop_assert!((weight.sparsity() - (1.0 - kept as f64 / numel as f64)).abs() < 1e-12);
+            prop_assert!((weight.bits_per_weight() - 8.0 * bytes as f64 / numel as f64).abs() < 1e-12);
+        }
+
+        #[test]
+        fn a_pruned_weight_comes_back(values in halves(60), keep in prop::collection::vec(any::<bool>(), 60)) {
+            let weight = CompressedWeight::sparse(vec![5, 3, 2, 2], &keep, &values).unwrap();
+            let expected: Vec<f16> = values.iter().zip(&keep).map(|(value, kept)| if *kept { *value } else { f16::ZERO }).collect();
+            prop_assert_eq!(bits(&weight.decode().unwrap()), bits(&expected));
+            prop_assert_eq!(weight.stored_bytes(), 8 + 2 * weight.kept() as u64);
+        }
+
+        #[test]
+        fn parts_that_disagree_are_refused(parts in parts(), which in 0..8) {
+            let mut wrong = parts.clone();
+            match which {
+                0 => wrong.palettes.push(f16::ONE),
+                1 => wrong.indices.push(0),
+                2 => wrong.keep = Some(vec![true; parts.indices.len() + 1]),
+                3 => wrong.scales = Some(vec![f16::ONE; parts.shape[0] as usize + 1]),
+                4 => wrong.group_size = parts.shape[parts.axis] as usize + 1,
+                5 => wrong.axis = 2,
+                6 => wrong.palettes[0] = f16::NAN,
+                _ => wrong.shape.push(2),
+            }
+            prop_assert!(wrong.build().is_err());
+            // The same through the public fields.
+            let mut weight = parts.build().unwrap();
+            if let Values::Palettized { palettes, .. } = &mut weight.values {
+                palettes.pop();
+            }
+            prop_assert!(weight.decode().is_err());
+        }
+    }
+
+    /// More than one block, so that the mask's counts between blocks matter, on any number of threads.
+    #[test]
+    fn blocks_join() {
+        let (rows, columns) = (517, 389);
+        let random = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        for (axis, group_size) in [(0, 47), (1, 389)] {
+            let groups = if axis == 0 { rows / group_size } else { columns / group_size };
+            let parts = Parts {
+                shape: vec![rows as i64, columns as i64],
+                keep: Some((0..rows * columns).map(|i| random(i) % 5 > 1).collect()),
+                bits: 3,
+                axis,
+                group_size,
+                palettes: (0..groups << 3).map(|i| f16::from_f32(i as f32 / 7.0 - 3.0)).collect(),
+                indices: (0..rows * columns).map(|i| (random(i) >> 8) as u8 & 7).collect(),
+                scales: (axis == 1).then(|| (0..rows).map(|i| f16::from_f32(1.0 + i as f32 / 100.0)).collect()),
+            };
+            let expected: Vec<f16> = (0..rows * columns).map(|element| parts.value(element)).collect();
+            let weight = parts.build().unwrap();
+            for threads in [1, 2, 5] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert_eq!(bits(&pool.install(|| weight.decode()).unwrap()), bits(&expected));
+            }
+        }
+    }
+
+    #[test]
+    fn extremes() {
+        // Nothing kept; a product beyond fp16; shapes that are none.
+        let keep = [false; 4];
+        let none = CompressedWeight::palettized(vec![2, 2], Some(&keep), 1, 0, 2, vec![f16::ONE; 2], &[1; 4], None).unwrap();
+        assert_eq!((none.decode().unwrap(), none.sparsity(), none.stored_bytes()), (vec![f16::ZERO; 4], 1.0, 5));
+        let large = |scale| {
+            let scales = Some(vec![f16::from_f32(scale)]);
+            CompressedWeight::palettized(vec![1, 1], None, 1, 0, 1, vec![f16::MAX; 2], &[1], scales).unwrap().decode()
+        };
+        assert!(matches!(large(2.0), Err(Error::NotFinite(_))));
+        assert_eq!(large(-1.0).unwrap(), [f16::MIN]);
+        for shape in [vec![], vec![0, 4], vec![-2, -2], vec![1 << 40, 1 << 40], vec![i64::MAX], vec![1 << 62]] {
+            let weight = CompressedWeight { shape, mask: None, values: Values::Plain(Vec::new()) };
+            assert!(weight.decode().is_err(), "{weight:?}");
+        }
+        for bits in [0, 5, 7, 16] {
+            assert!(CompressedWeight::palettized(vec![1, 1], None, bits, 0, 1, vec![f16::ONE; 32], &[0], None).is_err());
+        }
+    }
+}

@@ -1,0 +1,266 @@
+"""A container written and read with numpy and the standard library, as docs/container.md says.
+
+    python make_container.py make container                 # write the golden files into the folder `container`
+    python make_container.py packing container/packing.json # packed bits from coremltools 9.0 (needs coremltools)
+    python make_container.py compare FILE DECODED           # decode FILE, compare with a plain safetensors file, check all hashes
+
+`cargo test container` leaves a container and its decoded weights for `compare` in target/tmp.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import struct
+import sys
+
+import numpy as np
+
+WIDTHS = (1, 2, 3, 4, 6, 8)
+DTYPES = {"F16": "<f2", "U8": "u1"}
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def compact(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def pack(values, bits):
+    """A bit at a time, so that nothing but the definition is in it."""
+    out = bytearray(math.ceil(len(values) * bits / 8))
+    for i, value in enumerate(values):
+        assert 0 <= value < 2**bits
+        for b in range(bits):
+            k = i * bits + b
+            out[k // 8] |= ((int(value) >> b) & 1) << (k % 8)
+    return bytes(out)
+
+
+def unpack(data, bits, count):
+    stream = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    assert len(data) == math.ceil(count * bits / 8) and not stream[count * bits :].any(), "padding"
+    return (stream[: count * bits].reshape(count, bits).astype(np.int64) << np.arange(bits)).sum(axis=1)
+
+
+# Safetensors
+
+
+def read_safetensors(path):
+    blob = pathlib.Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", blob[:8])
+    header = json.loads(blob[8 : 8 + length])
+    metadata = header.pop("__metadata__", {})
+    return metadata, header, blob[8 + length :]
+
+
+def write_safetensors(path, metadata, tensors):
+    """`tensors`: (name, dtype, shape, bytes) in the order of their data."""
+    header, data = {}, b""
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, dtype, shape, content in tensors:
+        header[name] = {"data_offsets": [len(data), len(data) + len(content)], "dtype": dtype, "shape": list(shape)}
+        data += content
+    text = compact(header).encode()
+    text += b" " * (-len(text) % 8)
+    pathlib.Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def lines_hash(pairs):
+    return sha256("".join(f"{key}={value}\n" for key, value in pairs).encode())
+
+
+def table_hash(table):
+    order = sorted(table, key=lambda name: (table[name]["data_offsets"], name))
+    return lines_hash((name, f"{table[name]['dtype']} {table[name]['shape']}") for name in order)
+
+
+# Reading
+
+
+def read_container(path):
+    """Decoded weights and uncompressed tensors by name, as fp16 arrays. Every hash is checked."""
+    metadata, table, data = read_safetensors(path)
+    assert metadata["format"] == "sdxl-squeeze" and metadata["version"] == "1"
+    assert metadata["metadata_sha256"] == lines_hash((k, metadata[k]) for k in sorted(metadata) if k != "metadata_sha256")
+    assert metadata["data_sha256"] == sha256(data)
+    assert metadata["tensors_sha256"] == table_hash(table)
+
+    def content(name):
+        entry = table.pop(name)
+        start, end = entry["data_offsets"]
+        return np.frombuffer(data[start:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    out = {}
+    for name, row in json.loads(metadata["weights"]).items():
+        shape = row["shape"]
+        numel = math.prod(shape)
+        keep = np.ones(numel, bool)
+        if row["masked"]:
+            keep = unpack(content(f"{name}.mask").tobytes(), 1, numel).astype(bool)
+        assert keep.sum() == row["kept"]
+        if "bits" in row:
+            groups = shape[row["axis"]] // row["group_size"]
+            indices = unpack(content(f"{name}.indices").tobytes(), row["bits"], row["kept"])
+            palettes = content(f"{name}.palettes")
+            assert palettes.shape == (groups, 2 ** row["bits"])
+            position = np.unravel_index(np.nonzero(keep)[0], shape)
+            values = palettes[position[row["axis"]] // row["group_size"], indices]
+            if row.get("scaled", False):
+                scales = content(f"{name}.scales")
+                values = (values.astype(np.float32) * scales[position[0]].astype(np.float32)).astype(np.float16)
+        else:
+            values = content(f"{name}.values")
+        dense = np.zeros(numel, np.float16)
+        dense[keep] = values
+        assert sha256(dense.astype("<f2").tobytes()) == row["sha256"], name
+        out[name] = dense.reshape(shape)
+    for name in list(table):
+        assert table[name]["dtype"] == "F16"
+        out[name] = content(name)
+    return out
+
+
+# Writing
+
+
+class Writer:
+    def __init__(self, config, recipe, sources):
+        self.info = {"unet_config": config, "recipe": recipe, "sources": sources}
+        self.halves, self.bytes, self.weights, self.dense = [], [], {}, []
+
+    def half(self, name, values):
+        self.halves.append((name, "F16", values.shape, values.astype("<f2").tobytes()))
+
+    def byte(self, name, content):
+        self.bytes.append((name, "U8", [len(content)], content))
+
+    def tensor(self, name, values):
+        self.half(name, values)
+        self.dense.append((name, "F16", values.shape, values.astype("<f2").tobytes()))
+
+    def weight(self, name, shape, keep=None, values=None, bits=None, axis=0, group_size=1, palettes=None, indices=None, scales=None, report=None):
+        """`values` or `palettes` and `indices`, which have an entry for each element."""
+        numel = math.prod(shape)
+        kept = np.ones(numel, bool) if keep is None else keep
+        row = {"kept": int(kept.sum()), "masked": keep is not None, "shape": list(shape)}
+        if report is not None:
+            row["report"] = report
+        if keep is not None:
+            self.byte(f"{name}.mask", pack(keep, 1))
+        dense = np.zeros(numel, np.float16)
+        if palettes is None:
+            self.half(f"{name}.values", values[kept])
+            dense[kept] = values[kept]
+        else:
+            row |= {"bits": bits, "axis": axis, "group_size": group_size}
+            self.byte(f"{name}.indices", pack(indices[kept], bits))
+            self.half(f"{name}.palettes", palettes)
+            inner = math.prod(shape[2:])
+            for e in np.nonzero(kept)[0]:
+                r, c = e // (shape[1] * inner), e // inner % shape[1]
+                entry = palettes[(r if axis == 0 else c) // group_size, indices[e]]
+                # In double: exact, then rounded once.
+                dense[e] = np.float16(np.float64(entry) * np.float64(1 if scales is None else scales[r]))
+            if scales is not None:
+                row["scaled"] = True
+                self.half(f"{name}.scales", scales)
+        content = dense.astype("<f2").tobytes()
+        row["sha256"] = sha256(content)
+        self.weights[name] = row
+        self.dense.append((name, "F16", shape, content))
+
+    def finish(self, path, decoded):
+        tensors = self.halves + self.bytes
+        data = b"".join(content for *_, content in tensors)
+        metadata = {"format": "sdxl-squeeze", "version": "1", "weights": compact(self.weights), "data_sha256": sha256(data)}
+        metadata |= {key: compact(value) for key, value in self.info.items()}
+        table, end = {}, 0
+        for name, dtype, shape, content in tensors:
+            table[name] = {"data_offsets": [end, end + len(content)], "dtype": dtype, "shape": list(shape)}
+            end += len(content)
+        metadata["tensors_sha256"] = table_hash(table)
+        metadata["metadata_sha256"] = lines_hash(sorted(metadata.items()))
+        write_safetensors(path, metadata, tensors)
+        write_safetensors(decoded, {}, self.dense)
+
+
+def make(folder):
+    folder = pathlib.Path(folder)
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(3)
+    halves = lambda *shape: random.normal(size=shape).astype(np.float16)
+    sources = [{"file": "unet/diffusion_pytorch_model.safetensors", "bytes": 12345, "sha256": sha256(b"source")}]
+    writer = Writer({"_class_name": "UNet2DConditionModel", "sample_size": 16}, {"palettize": {"n_bits": 4}, "note": "Größe"}, sources)
+
+    def palettized(name, shape, bits, axis, group_size, sparsity=None, scaled=False, report=None):
+        numel = math.prod(shape)
+        keep = None if sparsity is None else random.random(numel) >= sparsity
+        writer.weight(
+            name,
+            shape,
+            keep,
+            bits=bits,
+            axis=axis,
+            group_size=group_size,
+            palettes=halves(shape[axis] // group_size, 2**bits),
+            indices=random.integers(0, 2**bits, numel),
+            scales=halves(shape[0]) if scaled else None,
+            report=report,
+        )
+
+    writer.tensor("conv_in.bias", halves(6))
+    for bits in WIDTHS:
+        palettized(f"linear_{bits}.weight", [6, 11], bits, 0, 2)
+        palettized(f"pruned_{bits}.weight", [6, 11], bits, 0, 3, sparsity=0.4, report={"error": 0.25, "warnings": []})
+    palettized("conv.weight", [8, 5, 3, 3], 4, 0, 4, sparsity=0.5)
+    palettized("conv_inputs.weight", [3, 6, 3, 3], 3, 1, 2, sparsity=0.5)
+    palettized("linear_inputs.weight", [5, 9], 2, 1, 3)
+    palettized("tensor_wide.weight", [7, 9], 6, 0, 7, sparsity=0.3)
+    palettized("scaled.weight", [4, 10], 4, 0, 2, scaled=True)
+    palettized("scaled_inputs.weight", [4, 10, 1, 1], 3, 1, 5, sparsity=0.4, scaled=True)
+    values = halves(60)
+    keep = random.random(60) >= 0.4
+    writer.weight("sparse.weight", [4, 5, 1, 3], keep, values=values)
+    # Nothing kept; everything kept and a mask that says so.
+    palettized("empty.weight", [2, 4], 4, 0, 2, sparsity=1.0)
+    palettized("full.weight", [2, 4], 4, 0, 2, sparsity=0.0)
+    # A kept value may be zero, of either sign.
+    writer.weight("zeros.weight", [1, 3], np.array([True, True, False]), values=np.array([0.0, -0.0, 1.0], np.float16))
+    writer.tensor("norm.weight", halves(2, 3))
+    writer.finish(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")
+    compare(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")
+
+
+def packing(path):
+    from coremltools.optimize._utils import pack_elements_into_bits
+
+    random = np.random.default_rng(4)
+    cases = []
+    for bits in WIDTHS:
+        for count in (1, 2, 3, 5, 8, 13, 64, 101):
+            values = random.integers(0, 2**bits, count).astype(np.uint8)
+            packed = pack_elements_into_bits(values, bits).tobytes()
+            assert packed == pack(values, bits)
+            assert (unpack(packed, bits, count) == values).all()
+            cases.append({"bits": bits, "values": values.tolist(), "packed": packed.hex()})
+    pathlib.Path(path).write_text(json.dumps(cases) + "\n")
+
+
+def compare(path, decoded):
+    ours = read_container(path)
+    _, table, data = read_safetensors(decoded)
+    assert sorted(ours) == sorted(table), set(ours) ^ set(table)
+    for name, entry in table.items():
+        start, end = entry["data_offsets"]
+        assert list(ours[name].shape) == entry["shape"], name
+        assert ours[name].astype("<f2").tobytes() == data[start:end], name
+    print(f"{path}: {len(ours)} tensors equal to the last bit")
+
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    {"make": make, "packing": packing, "compare": compare}[command](*arguments)

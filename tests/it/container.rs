@@ -1,0 +1,473 @@
+//! The container against a reader and writer in Python, on a whole UNet, and against hostile files.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use safetensors::{Dtype, SafeTensors};
+use sdxl_squeeze::checkpoint::{SafetensorsFile, TensorSource, TensorSpec, Weights};
+use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Packed, SourceFile, verify};
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::unet::{Unet, UnetChain, UnetConfig};
+use sdxl_squeeze::progress::Silent;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use crate::support::{emoji, repo};
+
+const AS_STORED: Placement = Placement { device: Device::Cpu, kind: Kind::Half };
+
+fn golden() -> PathBuf {
+    repo("tests/golden/container/unet.squeezed.safetensors")
+}
+
+fn halves(bytes: &[u8]) -> Vec<f16> {
+    bytes.chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect()
+}
+
+fn bits(values: &[f16]) -> Vec<u16> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// The bits of an fp16 tensor, in which the zeros differ.
+fn tensor_bits(tensor: &Tensor) -> Vec<u16> {
+    bits(&Vec::<f16>::try_from(&tensor.f_view([-1]).unwrap()).unwrap())
+}
+
+#[test]
+fn a_container_from_python_decodes_to_what_python_says() {
+    let container = Container::open(&golden()).unwrap();
+    let decoded = SafetensorsFile::open(&repo("tests/golden/container/decoded.safetensors")).unwrap();
+    let source = container.source(AS_STORED);
+    for (name, entry) in decoded.entries() {
+        let ours = source.tensor(name, &entry.shape).unwrap();
+        assert_eq!(tensor_bits(&ours), bits(&halves(&decoded.read(name).unwrap())), "{name}");
+        assert!(source.tensor(name, &[entry.shape.as_slice(), &[1]].concat()).is_err());
+    }
+    assert!(source.tensor("other.weight", &[1]).unwrap_err().to_string().contains("other.weight"));
+    assert_eq!(container.layers().len() + container.tensors().count(), decoded.entries().len());
+
+    let verification = container.verify().unwrap();
+    assert_eq!((verification.weights, verification.tensors, verification.version), (22, 2, 1));
+    assert_eq!(verification.bytes, std::fs::metadata(golden()).unwrap().len());
+    assert_eq!(verification.payload_bytes, verification.weight_bytes + verification.tensor_bytes);
+    assert_eq!(verification.sources, container.info().sources);
+    assert_eq!(container.info().recipe["note"], "Größe");
+    let pruned = container.layers().find(|layer| layer.name == "pruned_4.weight").unwrap();
+    assert_eq!(
+        (pruned.bits, pruned.axis, pruned.group_size, pruned.report["error"].as_f64()),
+        (Some(4), Some(0), Some(3), Some(0.25))
+    );
+    let weight = container.weight("pruned_4.weight").unwrap();
+    assert_eq!((pruned.bytes, pruned.sparsity, pruned.kept), (weight.stored_bytes(), weight.sparsity(), weight.kept() as u64));
+}
+
+#[test]
+fn bits_are_packed_as_by_coremltools() {
+    let cases: Value = serde_json::from_slice(&std::fs::read(repo("tests/golden/container/packing.json")).unwrap()).unwrap();
+    for case in cases.as_array().unwrap() {
+        let values: Vec<u8> = serde_json::from_value(case["values"].clone()).unwrap();
+        let packed = Packed::pack(values.into_iter(), case["bits"].as_u64().unwrap() as u8).unwrap();
+        let hex: String = packed.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, case["packed"].as_str().unwrap(), "{case}");
+    }
+    assert_eq!(cases.as_array().unwrap().len(), 48);
+}
+
+/// Reads all of `from` and writes it again, weights and tensors in the order that they have in the file.
+fn rewrite(from: &Path, order: &Path, to: &Path) {
+    let container = Container::open(from).unwrap();
+    let order = SafetensorsFile::open(order).unwrap();
+    let mut names: Vec<_> = order.entries().iter().map(|(name, entry)| (entry.start(), name)).collect();
+    names.sort();
+    let reports: BTreeMap<String, Value> = container.layers().map(|layer| (layer.name, layer.report)).collect();
+    let mut writer = ContainerWriter::create(to, container.info().clone()).unwrap();
+    for (_, name) in names {
+        match reports.get(name) {
+            Some(report) => writer.add_weight(name, &container.weight(name).unwrap(), report.clone()).unwrap(),
+            None => {
+                let shape = &order.entries()[name].shape;
+                writer.add_tensor(name, &container.source(Placement::CPU).tensor(name, shape).unwrap()).unwrap();
+            }
+        }
+    }
+    let written = writer.finish().unwrap();
+    assert_eq!(written.bytes, std::fs::metadata(to).unwrap().len());
+}
+
+#[test]
+fn the_same_container_is_the_same_bytes_as_from_python() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("again.safetensors");
+    rewrite(&golden(), &repo("tests/golden/container/decoded.safetensors"), &path);
+    assert!(std::fs::read(&path).unwrap() == std::fs::read(golden()).unwrap());
+}
+
+/// A weight on 2^bits levels, its smallest elements pruned: cheap, and good enough to try the format on.
+fn crush(weight: &Tensor, bits: u8, group_size: usize, sparsity: Option<f64>) -> CompressedWeight {
+    let shape = weight.size();
+    let values = Vec::<f16>::try_from(&weight.to_kind(Kind::Half).view([-1])).unwrap();
+    let levels = 1usize << bits;
+    let row = values.len() / shape[0] as usize;
+    let (mut palettes, mut indices) = (Vec::new(), Vec::new());
+    for group in values.chunks(row * group_size) {
+        let top = group.iter().fold(0f32, |top, value| top.max(value.to_f32().abs()));
+        let step = 2.0 * top / (levels - 1).max(1) as f32;
+        palettes.extend((0..levels).map(|level| f16::from_f32(level as f32 * step - top)));
+        indices.extend(
+            group.iter().map(|value| ((value.to_f32() + top) / step.max(1e-9)).round().clamp(0.0, levels as f32 - 1.0) as u8),
+        );
+    }
+    let keep: Option<Vec<bool>> = sparsity.map(|sparsity| {
+        let mut sizes: Vec<f32> = values.iter().map(|value| value.to_f32().abs()).collect();
+        sizes.sort_by(f32::total_cmp);
+        let threshold = sizes[(sparsity * sizes.len() as f64) as usize];
+        values.iter().map(|value| value.to_f32().abs() >= threshold).collect()
+    });
+    CompressedWeight::palettized(shape, keep.as_deref(), bits, 0, group_size, palettes, &indices, None).unwrap()
+}
+
+/// The bundled UNet, compressed; what it must decode to is left beside it.
+fn squeeze_emoji(path: &Path) -> (UnetChain, BTreeMap<String, Vec<f16>>) {
+    let folder = emoji().join("unet");
+    let chain = UnetChain::new(UnetConfig::read(&folder.join("config.json")).unwrap());
+    let weights = Weights::open(&folder, "diffusion_pytorch_model", str::to_owned).unwrap();
+    let source = weights.source(Placement::CPU);
+    let mut writer = ContainerWriter::create(path, emoji_info()).unwrap();
+    let mut dense = BTreeMap::new();
+    for TensorSpec { name, shape } in chain.tensors().unwrap() {
+        let tensor = source.tensor(&name, &shape).unwrap();
+        let values = if shape.len() > 1 && tensor.numel() > 2048 && shape[0] % 16 == 0 {
+            let weight = match name.len() % 3 {
+                0 => crush(&tensor, 4, 16, Some(0.4)),
+                1 => crush(&tensor, 6, shape[0] as usize, None),
+                _ => {
+                    let values = Vec::<f16>::try_from(&tensor.to_kind(Kind::Half).view([-1])).unwrap();
+                    let keep: Vec<bool> = values.iter().map(|value| value.to_f32() > 0.0).collect();
+                    CompressedWeight::sparse(shape.clone(), &keep, &values).unwrap()
+                }
+            };
+            writer.add_weight(&name, &weight, json!({ "error": 0.5 })).unwrap();
+            weight.decode().unwrap()
+        } else {
+            writer.add_tensor(&name, &tensor).unwrap();
+            Vec::<f16>::try_from(&tensor.to_kind(Kind::Half).view([-1])).unwrap()
+        };
+        dense.insert(name, values);
+    }
+    let written = writer.finish().unwrap();
+    // Names, shapes and hashes cost little even here, where layers are small.
+    assert!(written.bytes - written.payload_bytes < 320 * dense.len() as u64);
+    (chain, dense)
+}
+
+fn emoji_info() -> ContainerInfo {
+    let folder = emoji().join("unet");
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let weights = "diffusion_pytorch_model.safetensors";
+    ContainerInfo {
+        unet_config: config.as_object().unwrap().clone(),
+        recipe: json!({ "palettize": { "n_bits": 4, "sparsity": 0.4 } }),
+        sources: vec![SourceFile::read(&folder.join(weights), format!("unet/{weights}")).unwrap()],
+    }
+}
+
+#[test]
+fn a_unet_comes_back_from_its_container() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("unet.squeezed.safetensors");
+    let (chain, dense) = squeeze_emoji(&path);
+    let verification = verify(&path).unwrap();
+    assert_eq!(verification.sources[0].bytes, 16_816_880);
+    assert_eq!(verification.weight_elements + verification.tensor_elements, 8_371_780);
+    assert!(verification.sparsity > 0.2 && verification.bits_per_weight < 10.0);
+
+    let container = Container::open(&path).unwrap();
+    let source = container.source(AS_STORED);
+    for TensorSpec { name, shape } in chain.tensors().unwrap() {
+        assert_eq!(tensor_bits(&source.tensor(&name, &shape).unwrap()), bits(&dense[&name]), "{name}");
+    }
+    Unet::resident(container.unet().unwrap(), container.source(Placement::CPU), &Silent).unwrap();
+
+    // The same bytes again, whatever the number of threads; and nothing is left beside the file.
+    let again = folder.path().join("again.safetensors");
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| squeeze_emoji(&again));
+    assert!(std::fs::read(&again).unwrap() == std::fs::read(&path).unwrap());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+
+    // For make_container.py compare.
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::copy(&path, kept.join("unet.squeezed.safetensors")).unwrap();
+    let decoded: Vec<_> = chain
+        .tensors()
+        .unwrap()
+        .into_iter()
+        .map(|spec| (spec.name.clone(), source.tensor(&spec.name, &spec.shape).unwrap()))
+        .collect();
+    Tensor::write_safetensors(&decoded, kept.join("decoded.safetensors")).unwrap();
+}
+
+#[test]
+fn a_container_of_another_architecture_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("some.safetensors");
+    let mut writer = ContainerWriter::create(&path, emoji_info()).unwrap();
+    writer.add_values("conv_in.bias", &[7], &[f16::ONE; 7]).unwrap();
+    writer.add_values("surplus", &[7], &[f16::ONE; 7]).unwrap();
+    writer.finish().unwrap();
+    let error = verify(&path).unwrap_err();
+    let message = error.to_string();
+    for part in ["some.safetensors", "missing", "conv_in.bias is [7], not [32]", "surplus"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(error.is_bad_input());
+}
+
+#[test]
+fn what_cannot_be_written_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let mut writer = ContainerWriter::create(&path, emoji_info()).unwrap();
+    let weight = CompressedWeight::sparse(vec![1, 2], &[true, false], &[f16::ONE; 2]).unwrap();
+    writer.add_weight("a.weight", &weight, Value::Null).unwrap();
+    assert!(writer.add_weight("a.weight", &weight, Value::Null).is_err());
+    assert!(writer.add_values("a.weight", &[1], &[f16::ONE]).is_err());
+    assert!(writer.add_values("a.weight.mask", &[1], &[f16::ONE]).is_err());
+    assert!(writer.add_values("b", &[2], &[f16::ONE]).is_err());
+    assert!(writer.add_values("b", &[0], &[]).is_err());
+    assert!(writer.add_values("b", &[1], &[f16::NAN]).is_err());
+    assert!(writer.add_tensor("b", &Tensor::from_slice(&[70_000f32])).is_err());
+    assert!(writer.add_values("__metadata__", &[1], &[f16::ONE]).is_err());
+    let dense = CompressedWeight { mask: None, ..weight.clone() };
+    assert!(writer.add_weight("c.weight", &dense, Value::Null).unwrap_err().to_string().contains("c.weight"));
+    writer.add_values("a.weight.scales", &[1], &[f16::ONE]).unwrap();
+    assert!(writer.finish().unwrap_err().to_string().contains("a.weight.scales"));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert!(ContainerWriter::create(&folder.path().join("no/such/x.safetensors"), emoji_info()).is_err());
+}
+
+/// A container taken apart, to be put together wrong.
+#[derive(Clone)]
+struct Raw {
+    metadata: BTreeMap<String, String>,
+    tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Raw {
+    fn read(path: &Path) -> Self {
+        let bytes = std::fs::read(path).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let names = header.offset_keys();
+        let tensors = names.into_iter().map(|name| {
+            let view = file.tensor(&name).unwrap();
+            (name, view.dtype(), view.shape().to_vec(), view.data().to_vec())
+        });
+        Raw { metadata: header.metadata().clone().unwrap().into_iter().collect(), tensors: tensors.collect() }
+    }
+
+    fn tensor(&mut self, name: &str) -> &mut (String, Dtype, Vec<usize>, Vec<u8>) {
+        self.tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap()
+    }
+
+    fn bytes(&mut self, name: &str) -> &mut Vec<u8> {
+        &mut self.tensor(name).3
+    }
+
+    fn drop(&mut self, name: &str) {
+        let before = self.tensors.len();
+        self.tensors.retain(|tensor| tensor.0 != name);
+        assert_eq!(self.tensors.len() + 1, before);
+    }
+
+    fn row(&mut self, name: &str, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+        let mut rows: Value = serde_json::from_str(&self.metadata["weights"]).unwrap();
+        change(rows[name].as_object_mut().unwrap());
+        self.metadata.insert("weights".into(), rows.to_string());
+    }
+
+    /// Makes the hashes over data, table and metadata right, so that other checks have to find what is wrong.
+    fn seal(mut self) -> Self {
+        let hash = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let data: Vec<u8> = self.tensors.iter().flat_map(|tensor| tensor.3.clone()).collect();
+        // Tensors without data stand in the order of their names; there is one at most between two others here.
+        let table: String = self.tensors.iter().map(|(name, dtype, shape, _)| format!("{name}={dtype} {shape:?}\n")).collect();
+        self.metadata.insert("data_sha256".into(), hash(&data));
+        self.metadata.insert("tensors_sha256".into(), hash(table.as_bytes()));
+        self.metadata.remove("metadata_sha256");
+        let lines: String = self.metadata.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
+        self.metadata.insert("metadata_sha256".into(), hash(lines.as_bytes()));
+        self
+    }
+
+    fn write(&self, path: &Path) {
+        let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), json!(self.metadata))]);
+        let mut data = Vec::new();
+        for (name, dtype, shape, bytes) in &self.tensors {
+            let start = data.len();
+            data.extend(bytes);
+            header
+                .insert(name.clone(), json!({ "dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, data.len()] }));
+        }
+        let header = Value::Object(header).to_string();
+        std::fs::write(path, [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()).unwrap();
+    }
+}
+
+#[test]
+fn lies_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lies.safetensors");
+    let good = Raw::read(&golden());
+    good.clone().seal().write(&path);
+    Container::open(&path).unwrap().verify().unwrap();
+
+    let (pruned, scaled, sparse) = ("pruned_4.weight", "scaled.weight", "sparse.weight");
+    type Lie<'a> = (&'a str, Box<dyn Fn(&mut Raw) + 'a>);
+    let part = |weight: &str, part: &str| format!("{weight}.{part}");
+    let set = |name: &'static str, key: &'static str, value: Value| {
+        Box::new(move |raw: &mut Raw| raw.row(name, |row| drop(row.insert(key.into(), value.clone())))) as Box<dyn Fn(&mut Raw)>
+    };
+    let entry = |key: &'static str, value: &'static str| {
+        Box::new(move |raw: &mut Raw| drop(raw.metadata.insert(key.into(), value.into()))) as Box<dyn Fn(&mut Raw)>
+    };
+    let resize = |name: String, by: isize| {
+        Box::new(move |raw: &mut Raw| {
+            let tensor = raw.tensor(&name);
+            tensor.3.resize(tensor.3.len().strict_add_signed(by), 0);
+            tensor.2[0] = tensor.3.len();
+        }) as Box<dyn Fn(&mut Raw)>
+    };
+    let mut lies: Vec<Lie> = vec![
+        ("version `2`", entry("version", "2")),
+        ("not a compressed UNet", entry("format", "pt")),
+        ("`weights`", entry("weights", "[1]")),
+        ("`unet_config`", entry("unet_config", "7")),
+        ("`sources`", entry("sources", "{")),
+        ("`recipe`", entry("recipe", "")),
+        ("unknown field `vector_dim`", set(pruned, "vector_dim", json!(2))),
+        ("`pruned_4.weight` 5 bits are not supported", set(pruned, "bits", json!(5))),
+        ("`pruned_4.weight` axis 2", set(pruned, "axis", json!(2))),
+        ("`pruned_4.weight` groups of 4 do not divide the 6 channels", set(pruned, "group_size", json!(4))),
+        ("`pruned_4.weight` groups of 0", set(pruned, "group_size", json!(0))),
+        ("`pruned_4.weight.palettes` is F16 [2, 16]", set(pruned, "group_size", json!(2))),
+        ("`pruned_4.weight.mask` is U8 [9]", set(pruned, "shape", json!([6, 20]))),
+        ("is not the shape of a weight", set(pruned, "shape", json!([1i64 << 40, 1i64 << 40]))),
+        ("is not the shape of a weight", set(pruned, "shape", json!([-6, -11]))),
+        ("is not the shape of a weight", set(pruned, "shape", json!([]))),
+        ("is not the shape of a weight", set(pruned, "shape", json!([i64::MAX, 1]))),
+        ("elements are said to be kept of 66", set(pruned, "kept", json!(67))),
+        ("elements are said to be kept of 66", set(pruned, "kept", json!(u64::MAX))),
+        ("`pruned_4.weight.indices` is U8", set(pruned, "kept", json!(2))),
+        ("must have all of bits, axis and group_size", set(pruned, "bits", Value::Null)),
+        ("`pruned_4.weight.scales` is missing", set(pruned, "scaled", json!(true))),
+        ("`scaled.weight.scales` does not belong", set(scaled, "scaled", json!(false))),
+        ("`scaled.weight.mask` is missing", set(scaled, "masked", json!(true))),
+        ("`sparse.weight` has scales but no palettes", set(sparse, "scaled", json!(true))),
+        ("is not the weight that was written", set(pruned, "sha256", json!("0".repeat(64)))),
+    ];
+    for key in ["version", "unet_config", "recipe", "sources", "weights"] {
+        lies.push((key, Box::new(move |raw| drop(raw.metadata.remove(key)))));
+    }
+    for (weight, kind, word) in [
+        (pruned, "mask", "mask"),
+        (pruned, "indices", "indices"),
+        (pruned, "palettes", "palettes"),
+        (scaled, "scales", "scales"),
+        (sparse, "values", "values"),
+    ] {
+        let name = part(weight, kind);
+        lies.push((
+            "is missing",
+            Box::new({
+                let name = name.clone();
+                move |raw| raw.drop(&name)
+            }),
+        ));
+        if matches!(kind, "mask" | "indices") {
+            lies.push((word, resize(name.clone(), 1)));
+            lies.push((word, resize(name.clone(), -1)));
+            // 66 elements: 6 bits of the mask's last byte are unused.
+            if kind == "mask" {
+                lies.push(("bits set after its last number", Box::new(move |raw| *raw.bytes(&name).last_mut().unwrap() |= 0x80)));
+            }
+        } else {
+            // fp16 NaN.
+            lies.push(("NaN or infinite", Box::new(move |raw| raw.bytes(&name)[..2].copy_from_slice(&[0x01, 0x7e]))));
+        }
+    }
+    let lone = |name: &'static str, dtype: Dtype, bytes: usize| {
+        Box::new(move |raw: &mut Raw| raw.tensors.push((name.into(), dtype, vec![bytes / 2], vec![0; bytes])))
+            as Box<dyn Fn(&mut Raw)>
+    };
+    lies.extend([
+        ("the mask keeps", Box::new(|raw: &mut Raw| raw.bytes("pruned_4.weight.mask")[0] ^= 1) as Box<dyn Fn(&mut Raw)>),
+        ("`norm.weight` has NaN", Box::new(|raw: &mut Raw| raw.bytes("norm.weight")[1] = 0x7e)),
+        ("is not the weight that was written", Box::new(|raw: &mut Raw| raw.bytes("linear_4.weight.indices")[0] ^= 1)),
+        ("is BF16", Box::new(|raw: &mut Raw| raw.tensor("norm.weight").1 = Dtype::BF16)),
+        ("`pruned_4.weight.palettes` is BF16", Box::new(|raw: &mut Raw| raw.tensor("pruned_4.weight.palettes").1 = Dtype::BF16)),
+        ("`odd` is I16", lone("odd", Dtype::I16, 4)),
+        ("`sparse.weight.indices` does not belong", lone("sparse.weight.indices", Dtype::F16, 4)),
+        ("`sparse.weight` does not belong", lone("sparse.weight", Dtype::F16, 4)),
+        ("`none` is of shape", lone("none", Dtype::F16, 0)),
+    ]);
+    for (expected, lie) in &lies {
+        let mut raw = good.clone();
+        lie(&mut raw);
+        raw.seal().write(&path);
+        let error = Container::open(&path).and_then(|container| container.verify()).expect_err(expected);
+        let message = error.to_string();
+        assert!(message.contains(expected) && message.contains("lies.safetensors"), "{expected}: {message}");
+        assert!(error.is_bad_input(), "{message}");
+        // Reading it without verifying may succeed, but does not panic.
+        if let Ok(container) = Container::open(&path) {
+            container.layers().for_each(|layer| drop(container.decode(&layer.name)));
+        }
+    }
+
+    // Hashes that do not fit, where nothing else is wrong.
+    for (expected, key) in [("metadata is damaged", "metadata_sha256"), ("lacks `metadata_sha256`", "")] {
+        let mut raw = good.clone();
+        raw.metadata.remove("metadata_sha256");
+        if !key.is_empty() {
+            raw.metadata.insert(key.into(), "0".repeat(64));
+        }
+        raw.write(&path);
+        assert!(Container::open(&path).unwrap_err().to_string().contains(expected));
+    }
+    let mut raw = good.clone();
+    raw.tensor("norm.weight").0 = "worm.weight".into();
+    raw.write(&path);
+    assert!(Container::open(&path).unwrap_err().to_string().contains("table of tensors is damaged"));
+    // A palette entry that no index names.
+    let mut raw = good.clone();
+    raw.bytes("empty.weight.palettes")[0] ^= 1;
+    raw.write(&path);
+    let container = Container::open(&path).unwrap();
+    assert!(container.decode("empty.weight").is_ok());
+    assert!(container.verify().unwrap_err().to_string().contains("the data is damaged"));
+}
+
+#[test]
+fn damage_anywhere_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("damaged.safetensors");
+    let good = std::fs::read(golden()).unwrap();
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        Container::open(&path).and_then(|container| container.verify()).is_err()
+    };
+    assert!(!refused(&good));
+    for at in 0..good.len() {
+        let mut bytes = good.clone();
+        bytes[at] ^= 1 << (at % 8);
+        assert!(refused(&bytes), "byte {at}");
+    }
+    for length in (0..good.len()).filter(|length| *length < 64 || *length % 37 == 0 || length + 64 > good.len()) {
+        assert!(refused(&good[..length]), "cut to {length}");
+    }
+    assert!(refused(&[&good[..], &[0]].concat()));
+    assert!(refused(&[&u64::MAX.to_le_bytes(), &good[8..]].concat()));
+}
