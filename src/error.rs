@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::config::Mistake;
+
 /// The result of everything in this library that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -51,6 +53,12 @@ pub enum Error {
         /// What is wrong with its value.
         problem: String,
     },
+    /// A run config, or the flags that override it, with all their mistakes: one line each.
+    #[error("{}", one_a_line(mistakes))]
+    Config {
+        /// At least one, in the order of the file.
+        mistakes: Vec<Mistake>,
+    },
     /// Tensors of a checkpoint that disagree with the architecture.
     #[error("{}: {problem}", path.display())]
     Tensors {
@@ -78,6 +86,7 @@ impl Error {
             | Error::BadFile { .. }
             | Error::Json { .. }
             | Error::ConfigKey { .. }
+            | Error::Config { .. }
             | Error::Tensors { .. }
             | Error::Argument(_) => true,
             Error::Write { .. } | Error::Torch(_) | Error::NotFinite(_) => false,
@@ -105,4 +114,8 @@ impl Error {
 /// libtorch appends a C++ stack to its messages; people need the first line.
 fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+fn one_a_line(mistakes: &[Mistake]) -> String {
+    mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>().join("\n")
 }

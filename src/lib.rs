@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod calibration;
 pub mod checkpoint;
+pub mod config;
 pub mod container;
 pub mod device;
 mod error;

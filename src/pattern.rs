@@ -32,6 +32,16 @@ impl NamePattern {
     }
 }
 
+impl PartialEq for NamePattern {
+    fn eq(&self, other: &Self) -> bool {
+        // What it compiles to follows from what is written.
+        let NamePattern { written, whole: _ } = self;
+        *written == other.written
+    }
+}
+
+impl Eq for NamePattern {}
+
 impl Display for NamePattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.written)

@@ -57,7 +57,11 @@ pub fn main() -> ExitCode {
     match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            complain(&chain(&error));
+            match &error {
+                // Every mistake of a config, each on a line of its own.
+                Error::Config { mistakes } => mistakes.iter().for_each(|mistake| complain(&mistake.to_string())),
+                error => complain(&chain(error)),
+            }
             ExitCode::from(if error.is_bad_input() { 2 } else { 1 })
         }
         Err(panic) => {

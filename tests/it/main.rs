@@ -4,6 +4,7 @@
 mod bad_input;
 mod chain;
 mod cli;
+mod config;
 mod container;
 mod gpu;
 mod pipelines;

@@ -1,0 +1,243 @@
+//! What there is to say of a config once the model's layers are known.
+
+use std::fmt::{self, Display};
+
+use super::mistake::{Mistake, Place};
+use super::rules::ModuleType;
+use super::settings::NmRatio;
+
+/// The sections that have rules for layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Section {
+    /// `prune`
+    Prune,
+    /// `palettize`
+    Palettize,
+}
+
+impl Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Section::Prune => "prune",
+            Section::Palettize => "palettize",
+        })
+    }
+}
+
+/// How much a [`Finding`] weighs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// The config says so; worth listing.
+    Note,
+    /// Probably not what was meant.
+    Warning,
+    /// The run must not begin.
+    Error,
+}
+
+/// Why a layer is left alone by a section.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Why {
+    /// The config has no such section.
+    NoSection,
+    /// Its stage is none of `prune.layers`, or it is in no stage.
+    OutsideLayers,
+    /// The rule that decides, named here, is `null` or absent.
+    NoSettings(String),
+    /// Its weight has at most `weight_threshold` elements.
+    Small {
+        /// The threshold.
+        weight_threshold: u64,
+    },
+    /// Its channels are no multiple of the group size, or its columns no multiple of m.
+    Misfit,
+}
+
+/// What becomes of a layer whose channels its group size does not divide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Misfit {
+    /// It gets groups of this size.
+    SmallerGroup(usize),
+    /// It stays fp16.
+    Dense,
+    /// The config forbids it.
+    Error,
+}
+
+/// Something that the config means for the model at hand, and that people should know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Finding {
+    /// A pattern of `prune.layers` that is no stage's name. An error.
+    NoStage {
+        /// The pattern.
+        pattern: String,
+        /// Where it was written.
+        place: Place,
+        /// The stages that there are.
+        stages: Vec<String>,
+    },
+    /// A pattern of `module_name_configs` that is no layer's name. An error.
+    NoLayer {
+        /// Whose pattern.
+        section: Section,
+        /// The pattern.
+        pattern: String,
+        /// Where it was written.
+        place: Place,
+        /// The layer's name that is most like it.
+        nearest: Option<String>,
+    },
+    /// A pattern that matches only what earlier ones have matched. A warning.
+    Shadowed {
+        /// Whose pattern.
+        section: Section,
+        /// The pattern.
+        pattern: String,
+        /// Where it was written.
+        place: Place,
+        /// The earlier patterns.
+        by: Vec<String>,
+    },
+    /// A pattern of `prune.module_name_configs` whose layers all lie outside `prune.layers`. A warning.
+    OutOfReach {
+        /// The pattern.
+        pattern: String,
+        /// Where it was written.
+        place: Place,
+    },
+    /// A rule for a type of which the model has no layer. A warning.
+    NoLayerOfType {
+        /// Whose rule.
+        section: Section,
+        /// The type.
+        module_type: ModuleType,
+    },
+    /// A section that leaves every layer alone. A warning.
+    Idle {
+        /// The section.
+        section: Section,
+    },
+    /// A layer whose channels its group size does not divide. An error or a warning, as `on_misfit` says.
+    GroupMisfit {
+        /// The layer.
+        layer: String,
+        /// Its channels along `channel_axis`.
+        channels: i64,
+        /// The group size.
+        group_size: usize,
+        /// What becomes of it.
+        becomes: Misfit,
+    },
+    /// A layer whose rows are no whole number of n:m groups. An error.
+    RatioMisfit {
+        /// The layer.
+        layer: String,
+        /// The weights in a row: d of [o, d].
+        columns: i64,
+        /// The ratio.
+        ratio: NmRatio,
+    },
+    /// Layers that a section leaves alone. A note.
+    LeftAlone {
+        /// The section.
+        section: Section,
+        /// For what reason.
+        why: Why,
+        /// The layers, in the model's order.
+        layers: Vec<String>,
+    },
+}
+
+impl Finding {
+    /// How much it weighs.
+    pub fn severity(&self) -> Severity {
+        match self {
+            Finding::NoStage { .. } | Finding::NoLayer { .. } | Finding::RatioMisfit { .. } => Severity::Error,
+            Finding::GroupMisfit { becomes: Misfit::Error, .. } => Severity::Error,
+            Finding::GroupMisfit { becomes: Misfit::SmallerGroup(_) | Misfit::Dense, .. } => Severity::Warning,
+            Finding::Shadowed { .. } | Finding::OutOfReach { .. } | Finding::NoLayerOfType { .. } | Finding::Idle { .. } => {
+                Severity::Warning
+            }
+            Finding::LeftAlone { .. } => Severity::Note,
+        }
+    }
+
+    /// Where the config says it, as far as that is one place.
+    pub fn place(&self) -> Place {
+        match self {
+            Finding::NoStage { place, .. }
+            | Finding::NoLayer { place, .. }
+            | Finding::Shadowed { place, .. }
+            | Finding::OutOfReach { place, .. } => place.clone(),
+            Finding::NoLayerOfType { .. }
+            | Finding::Idle { .. }
+            | Finding::GroupMisfit { .. }
+            | Finding::RatioMisfit { .. }
+            | Finding::LeftAlone { .. } => Place::Default,
+        }
+    }
+
+    /// As a mistake, which puts the place in front.
+    pub fn mistake(&self) -> Mistake {
+        Mistake { place: self.place(), problem: self.to_string() }
+    }
+}
+
+impl Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Finding::NoStage { pattern, stages, place: _ } => {
+                write!(f, "prune: `{pattern}` in `layers` is no stage's whole name (there are {})", stages.join(", "))
+            }
+            Finding::NoLayer { section, pattern, nearest, place: _ } => {
+                write!(f, "{section}: `{pattern}` in `module_name_configs` is no layer's whole name")?;
+                nearest.as_ref().map_or(Ok(()), |name| write!(f, "; the nearest is `{name}`"))
+            }
+            Finding::Shadowed { section, pattern, by, place: _ } => {
+                write!(f, "{section}: `{pattern}` decides nothing, as all its layers match earlier patterns: {}", some(by))
+            }
+            Finding::OutOfReach { pattern, place: _ } => {
+                write!(f, "prune: `{pattern}` decides nothing, as all its layers are outside `layers`")
+            }
+            Finding::NoLayerOfType { section, module_type } => {
+                write!(f, "{section}: `module_type_configs` has a rule for {module_type}, but the model has no such layer")
+            }
+            Finding::Idle { section } => write!(f, "{section}: no layer is left to {section}"),
+            Finding::GroupMisfit { layer, channels, group_size, becomes } => {
+                write!(f, "palettize: `{layer}` has {channels} channels, which groups of {group_size} do not divide; ")?;
+                match becomes {
+                    Misfit::SmallerGroup(size) => write!(f, "it gets groups of {size}"),
+                    Misfit::Dense => f.write_str("it stays fp16"),
+                    Misfit::Error => f.write_str("say `on_misfit: smaller_group` or `dense`, or give it a rule of its own"),
+                }
+            }
+            Finding::RatioMisfit { layer, columns, ratio: NmRatio { n, m } } => {
+                write!(
+                    f,
+                    "prune: `{layer}` has rows of {columns} weights, which {n}:{m} does not divide; give it a rule of its own"
+                )
+            }
+            Finding::LeftAlone { section, why, layers } => {
+                let (one, many) = if let Why::Small { .. } = why { ("weight", "weights") } else { ("layer", "layers") };
+                let count = if layers.len() == 1 { format!("1 {one}") } else { format!("{} {many}", layers.len()) };
+                let layers = some(layers);
+                match why {
+                    Why::NoSection => write!(f, "{section}: no such section, which leaves alone {count}: {layers}"),
+                    Why::OutsideLayers => write!(f, "{section}: left alone as outside `layers`, {count}: {layers}"),
+                    Why::NoSettings(rule) => write!(f, "{section}: left alone as {rule} is null, {count}: {layers}"),
+                    Why::Small { weight_threshold } => {
+                        write!(f, "{section}: left in fp16 as of at most {weight_threshold} elements, {count}: {layers}")
+                    }
+                    Why::Misfit => write!(f, "{section}: left alone as they do not fit, {count}: {layers}"),
+                }
+            }
+        }
+    }
+}
+
+/// The first few names of a list, and how many more there are.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
+}

@@ -1,0 +1,92 @@
+//! What each value may be, for the file and for the flags alike. A refusal reads on from the key's name: "must be …".
+
+use super::settings::NmRatio;
+use crate::device::parse_dtype;
+
+type Checked<T> = Result<T, String>;
+
+/// A share of weights to set to zero: [0, 1). At 1 nothing would be left.
+pub(super) fn target_sparsity(value: f64) -> Checked<f64> {
+    if (0.0..1.0).contains(&value) { Ok(value) } else { Err("must be at least 0 and less than 1".into()) }
+}
+
+/// The palette sizes that Core ML stores: 2^n entries.
+pub(super) fn n_bits(value: i128) -> Checked<u8> {
+    match value {
+        1 | 2 | 3 | 4 | 6 | 8 => Ok(value as u8),
+        _ => Err("must be 1, 2, 3, 4, 6 or 8".into()),
+    }
+}
+
+/// The weight's dimension whose channels are grouped: 0 for output, 1 for input channels.
+pub(super) fn channel_axis(value: i128) -> Checked<usize> {
+    match value {
+        0 => Ok(0),
+        1 => Ok(1),
+        _ => Err("must be 0 (output channels) or 1 (input channels)".into()),
+    }
+}
+
+/// A count of at least 1 that fits a tensor's dimension.
+pub(super) fn count(value: i128) -> Checked<usize> {
+    match u32::try_from(value) {
+        Ok(value) if value > 0 => usize::try_from(value).map_err(|_| "is too large".into()),
+        _ => Err(format!("must be between 1 and {}", u32::MAX)),
+    }
+}
+
+/// A number of elements, 0 included.
+pub(super) fn elements(value: i128) -> Checked<u64> {
+    u64::try_from(value).map_err(|_| format!("must be between 0 and {}", u64::MAX))
+}
+
+/// A picture's height or width.
+pub(super) fn pixels(value: i128) -> Checked<i64> {
+    count(value).and_then(|value| i64::try_from(value).map_err(|_| "is too large".into()))
+}
+
+/// A finite number of at least 0.
+pub(super) fn not_negative(value: f64) -> Checked<f64> {
+    // Adding 0 makes -0 a plain 0.
+    if value >= 0.0 && value.is_finite() { Ok(value + 0.0) } else { Err("must be at least 0 and finite".into()) }
+}
+
+/// Of every `m` columns, `n` are zero.
+pub(super) fn n_m_ratio(n: i128, m: i128) -> Checked<NmRatio> {
+    match (usize::try_from(n), u32::try_from(m)) {
+        (Ok(n), Ok(m)) if 0 < n && n < m as usize => Ok(NmRatio { n, m: m as usize }),
+        _ => Err("must be n:m with 0 < n < m (of every m weights in a row, n are zero)".into()),
+    }
+}
+
+/// `2:4`.
+pub(super) fn n_m_text(text: &str) -> Checked<NmRatio> {
+    let pair = text.split_once(':').and_then(|(n, m)| Some((n.trim().parse().ok()?, m.trim().parse().ok()?)));
+    let (n, m) = pair.ok_or("must be n:m, such as 2:4")?;
+    n_m_ratio(n, m)
+}
+
+/// Groups of m columns must not straddle the solver's blocks: coremltools gets the counts wrong there.
+pub(super) fn whole_groups(NmRatio { n, m }: NmRatio, block: usize) -> Checked<()> {
+    if block.is_multiple_of(m) {
+        Ok(())
+    } else {
+        Err(format!("{n}:{m} needs a `processing_group_size` that is a multiple of {m}, not {block}"))
+    }
+}
+
+/// A device's name; whether this machine has it is asked when it is used.
+pub(super) fn device(name: &str) -> Checked<String> {
+    let numbered = |name: &str| name.strip_prefix("cuda:").is_some_and(|index| index.parse::<u16>().is_ok());
+    if matches!(name, "cpu" | "cuda") || numbered(name) { Ok(name.to_owned()) } else { Err("must be cpu, cuda or cuda:N".into()) }
+}
+
+/// A dtype's name.
+pub(super) fn dtype(name: &str) -> Checked<String> {
+    parse_dtype(name).map(|_| name.to_owned()).map_err(|_| "must be f32, f16 or bf16".into())
+}
+
+/// A path or a prompt: anything but nothing.
+pub(super) fn not_blank(text: &str) -> Checked<&str> {
+    if text.trim().is_empty() { Err("must not be empty".into()) } else { Ok(text) }
+}

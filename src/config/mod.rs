@@ -1,0 +1,132 @@
+//! The config of a run: a YAML file of four sections, `model`, `calibration`, `prune` and `palettize`, in coremltools' own words
+//! where it has them.
+//!
+//! A file is first parsed into a tree whose values know their places and then walked to the end, so that all its mistakes
+//! are found at once. Once a model's layers are known, [`RunConfig::resolve`] says what becomes of each.
+
+mod emit;
+mod fields;
+mod finding;
+mod limits;
+mod mistake;
+mod overrides;
+mod prompts;
+mod resolve;
+mod rules;
+mod sections;
+mod settings;
+mod tree;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+pub use finding::{Finding, Misfit, Section, Severity, Why};
+pub use mistake::{Mistake, Place, Written};
+pub use overrides::Overrides;
+pub use prompts::read_prompts;
+pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
+pub use rules::{ModuleType, RuleIndex, Rules};
+pub use sections::{CalibrationSection, ModelSection, OnMisfit, PalettizeSection, Prompts, PruneAlgorithm, PruneSection};
+pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
+
+use crate::error::{Error, Result};
+use emit::Yaml;
+use fields::Fields;
+use mistake::Mistakes;
+use tree::Value;
+
+/// Everything that decides what a run does.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RunConfig {
+    /// The model and where it is computed.
+    pub model: ModelSection,
+    /// The calibration samples.
+    pub calibration: CalibrationSection,
+    /// Pruning; `None` prunes nothing.
+    pub prune: Option<PruneSection>,
+    /// Palettization; `None` palettizes nothing.
+    pub palettize: Option<PalettizeSection>,
+}
+
+impl RunConfig {
+    /// Reads a config.
+    ///
+    /// # Errors
+    /// [`Error::Read`]; [`Error::Config`] with all mistakes of the file.
+    pub fn read(path: &Path) -> Result<RunConfig> {
+        let mut bytes = Vec::new();
+        let file = File::open(path).map_err(Error::read(path))?;
+        // One byte more than is allowed, so that too much is seen to be too much.
+        file.take(tree::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Error::read(path))?;
+        RunConfig::parse(path, &bytes)
+    }
+
+    /// Reads a config from memory; `path` names it in mistakes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with all mistakes. After a mistake of YAML's syntax nothing more is found.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<RunConfig> {
+        let mut mistakes = Mistakes::new(path);
+        let config = match tree::parse(bytes) {
+            Ok(tree::Node { value: Value::Null, position }) => {
+                mistakes.add(position, "the config is empty; it needs `prune`, `palettize` or both");
+                RunConfig::default()
+            }
+            Ok(root) => RunConfig::from_tree(&root, &mut mistakes),
+            Err((position, why)) => {
+                mistakes.add(position, why);
+                RunConfig::default()
+            }
+        };
+        let mistakes = mistakes.into_sorted();
+        if mistakes.is_empty() { Ok(config) } else { Err(Error::Config { mistakes }) }
+    }
+
+    fn from_tree(root: &tree::Node, mistakes: &mut Mistakes<'_>) -> RunConfig {
+        let mut sections = Fields::new("the config", root, mistakes);
+        let config = RunConfig {
+            model: section(&mut sections, "model", mistakes, ModelSection::read).unwrap_or_default(),
+            calibration: section(&mut sections, "calibration", mistakes, CalibrationSection::read).unwrap_or_default(),
+            prune: section(&mut sections, "prune", mistakes, PruneSection::read),
+            palettize: section(&mut sections, "palettize", mistakes, PalettizeSection::read),
+        };
+        sections.finish(mistakes);
+        config
+    }
+
+    /// The config as YAML with every default spelt out; it parses to an equal config.
+    pub fn to_yaml(&self) -> String {
+        let RunConfig { model, calibration, prune, palettize } = self;
+        let mut yaml = Yaml::default();
+        yaml.line(concat!(
+            "# The config as resolved by sdxl-squeeze ",
+            env!("CARGO_PKG_VERSION"),
+            ", with all defaults and flags."
+        ));
+        yaml.block("model", |yaml| model.write(yaml));
+        yaml.block("calibration", |yaml| calibration.write(yaml));
+        match prune {
+            Some(section) => yaml.block("prune", |yaml| section.write(yaml)),
+            None => yaml.entry("prune", "null"),
+        }
+        match palettize {
+            Some(section) => yaml.block("palettize", |yaml| section.write(yaml)),
+            None => yaml.entry("palettize", "null"),
+        }
+        yaml.into_text()
+    }
+}
+
+/// A section, if it is there and not `null`.
+fn section<T>(
+    sections: &mut Fields<'_>,
+    key: &'static str,
+    mistakes: &mut Mistakes<'_>,
+    read: impl FnOnce(&mut Fields<'_>, &mut Mistakes<'_>) -> T,
+) -> Option<T> {
+    let mut fields = Fields::new(key, sections.given(key)?, mistakes);
+    let section = read(&mut fields, mistakes);
+    fields.finish(mistakes);
+    Some(section)
+}

@@ -1,0 +1,302 @@
+//! A config and a model's layers make settings for each layer.
+
+use std::collections::BTreeSet;
+
+use super::RunConfig;
+use super::finding::{Finding, Misfit, Section, Severity, Why};
+use super::mistake::{Written, nearest};
+use super::rules::{ModuleType, RuleIndex, Rules};
+use super::sections::{OnMisfit, PalettizeSection, PruneSection};
+use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
+use crate::error::{Error, Result};
+use crate::pattern::NamePattern;
+
+/// What resolution needs to know of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerInfo {
+    /// The checkpoint name without `.weight`.
+    pub name: String,
+    /// The stage that it belongs to (`down_blocks.0`); `None` for the UNet's two ends.
+    pub stage: Option<String>,
+    /// Its type.
+    pub module_type: ModuleType,
+    /// The weight's shape: [o, d] or [o, c / groups, kh, kw].
+    pub shape: Vec<i64>,
+}
+
+impl LayerInfo {
+    fn elements(&self) -> u64 {
+        self.shape.iter().map(|n| u64::try_from(*n).unwrap_or(0)).fold(1, u64::saturating_mul)
+    }
+
+    /// d of [o, d], convolutions flattened to [o, c kh kw].
+    fn columns(&self) -> i64 {
+        self.shape.iter().skip(1).copied().fold(1, i64::saturating_mul)
+    }
+}
+
+/// What is done to each layer, by which rule, and what should be known of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolution {
+    /// One for each layer, in the order given.
+    pub layers: Vec<LayerResolution>,
+    /// What each rule did, section by section in the order in which rules are tried.
+    pub rules: Vec<RuleUse>,
+    /// Errors first, then warnings, then notes.
+    pub findings: Vec<Finding>,
+}
+
+/// What is done to a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerResolution {
+    /// The layer's name.
+    pub name: String,
+    /// How it is pruned.
+    pub prune: Choice<PruneSettings>,
+    /// How it is palettized. A group size that `on_misfit` changed is the changed one.
+    pub palettize: Choice<PaletteSettings>,
+}
+
+/// Settings, or why there are none.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Choice<S> {
+    /// The layer gets these.
+    Apply(S),
+    /// The layer is left alone.
+    Leave(Why),
+}
+
+impl<S> Choice<S> {
+    /// The settings, if the layer gets any.
+    pub fn settings(&self) -> Option<&S> {
+        match self {
+            Choice::Apply(settings) => Some(settings),
+            Choice::Leave(_) => None,
+        }
+    }
+}
+
+/// How far a rule reaches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuleUse {
+    /// The rule's section.
+    pub section: Section,
+    /// The rule in words: `` `conv_out` `` of `module_name_configs`, a type, `global_config`; an entry of `layers`.
+    pub rule: String,
+    /// Layers that it matches.
+    pub matched: usize,
+    /// Layers for which it is the one that decides.
+    pub decided: usize,
+}
+
+impl Resolution {
+    /// The resolution, if nothing in it is an error.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with all findings that are errors.
+    pub fn checked(self) -> Result<Resolution> {
+        let errors = self.findings.iter().filter(|finding| finding.severity() == Severity::Error);
+        let mistakes: Vec<_> = errors.map(Finding::mistake).collect();
+        if mistakes.is_empty() { Ok(self) } else { Err(Error::Config { mistakes }) }
+    }
+}
+
+impl RunConfig {
+    /// Gives each of a model's layers its settings, by coremltools' order of rules (see [`Rules`]).
+    ///
+    /// Patterns that match nothing, groups that do not divide the channels and all else that is not as written are findings;
+    /// warnings are logged too. [`Resolution::checked`] turns findings that are errors into one.
+    pub fn resolve(&self, layers: &[LayerInfo]) -> Resolution {
+        let RunConfig { model: _, calibration: _, prune, palettize } = self;
+        let mut findings = Vec::new();
+        let mut rules = Vec::new();
+        let pruned = match prune {
+            Some(section) => resolve_prune(section, layers, &mut rules, &mut findings),
+            None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
+        };
+        let palettized = match palettize {
+            Some(section) => resolve_palettize(section, layers, &mut rules, &mut findings),
+            None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
+        };
+        // A stable sort keeps the order of the config and of the model among equals.
+        findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity()));
+        for finding in findings.iter().filter(|finding| finding.severity() == Severity::Warning) {
+            tracing::warn!("{}", finding.mistake());
+        }
+        let layers = layers.iter().zip(pruned).zip(palettized);
+        let layers = layers.map(|((layer, prune), palettize)| LayerResolution { name: layer.name.clone(), prune, palettize });
+        Resolution { layers: layers.collect(), rules, findings }
+    }
+}
+
+fn resolve_prune(
+    section: &PruneSection,
+    layers: &[LayerInfo],
+    uses: &mut Vec<RuleUse>,
+    findings: &mut Vec<Finding>,
+) -> Vec<Choice<PruneSettings>> {
+    let PruneSection { layers: stages, algorithm: _, rules } = section;
+    check_stages(stages, layers, uses, findings);
+    let inside =
+        |layer: &LayerInfo| layer.stage.as_ref().is_some_and(|stage| stages.iter().any(|listed| listed.value.matches(stage)));
+    let in_scope: Vec<bool> = layers.iter().map(inside).collect();
+    check_rules(Section::Prune, rules, layers, &in_scope, uses, findings);
+    let choose = |(layer, inside): (&LayerInfo, &bool)| {
+        if !inside {
+            return Choice::Leave(Why::OutsideLayers);
+        }
+        let settings = match rules.decide(&layer.name, layer.module_type) {
+            (_, Some(settings)) => *settings,
+            (rule, None) => return Choice::Leave(Why::NoSettings(describe(rules, rule))),
+        };
+        match settings.sparsity {
+            Sparsity::NOfM(ratio) if !divides(ratio.m, layer.columns()) => {
+                findings.push(Finding::RatioMisfit { layer: layer.name.clone(), columns: layer.columns(), ratio });
+                Choice::Leave(Why::Misfit)
+            }
+            Sparsity::NOfM(_) | Sparsity::Unstructured(_) => Choice::Apply(settings),
+        }
+    };
+    let choices: Vec<_> = layers.iter().zip(&in_scope).map(choose).collect();
+    left_alone(Section::Prune, layers, &choices, findings);
+    choices
+}
+
+fn resolve_palettize(
+    section: &PalettizeSection,
+    layers: &[LayerInfo],
+    uses: &mut Vec<RuleUse>,
+    findings: &mut Vec<Finding>,
+) -> Vec<Choice<PaletteSettings>> {
+    let PalettizeSection { rules, on_misfit, weight_threshold } = section;
+    check_rules(Section::Palettize, rules, layers, &vec![true; layers.len()], uses, findings);
+    let choose = |layer: &LayerInfo| {
+        let settings = match rules.decide(&layer.name, layer.module_type) {
+            (_, Some(settings)) => *settings,
+            (rule, None) => return Choice::Leave(Why::NoSettings(describe(rules, rule))),
+        };
+        if layer.elements() <= *weight_threshold {
+            return Choice::Leave(Why::Small { weight_threshold: *weight_threshold });
+        }
+        let channels = layer.shape.get(settings.channel_axis).copied().unwrap_or(1);
+        let Some(group_size) = settings.granularity.group_size().filter(|size| !divides(*size, channels)) else {
+            return Choice::Apply(settings);
+        };
+        let becomes = match on_misfit {
+            OnMisfit::SmallerGroup => Misfit::SmallerGroup(largest_divisor(channels, group_size)),
+            OnMisfit::Dense => Misfit::Dense,
+            OnMisfit::Error => Misfit::Error,
+        };
+        findings.push(Finding::GroupMisfit { layer: layer.name.clone(), channels, group_size, becomes });
+        match becomes {
+            Misfit::SmallerGroup(group_size) => {
+                Choice::Apply(PaletteSettings { granularity: Granularity::PerGroupedChannel { group_size }, ..settings })
+            }
+            Misfit::Dense | Misfit::Error => Choice::Leave(Why::Misfit),
+        }
+    };
+    let choices: Vec<_> = layers.iter().map(choose).collect();
+    left_alone(Section::Palettize, layers, &choices, findings);
+    choices
+}
+
+fn divides(part: usize, whole: i64) -> bool {
+    i64::try_from(part).is_ok_and(|part| whole.checked_rem(part) == Some(0))
+}
+
+/// The largest divisor of `channels` that is at most `limit`.
+fn largest_divisor(channels: i64, limit: usize) -> usize {
+    let limit = limit.min(usize::try_from(channels).unwrap_or(1));
+    (1..=limit).rev().find(|size| divides(*size, channels)).unwrap_or(1)
+}
+
+fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mut Vec<RuleUse>, findings: &mut Vec<Finding>) {
+    let names: BTreeSet<&String> = layers.iter().filter_map(|layer| layer.stage.as_ref()).collect();
+    for Written { value: pattern, place } in stages {
+        let matched = layers.iter().filter(|layer| layer.stage.as_ref().is_some_and(|stage| pattern.matches(stage))).count();
+        uses.push(RuleUse { section: Section::Prune, rule: format!("layers `{pattern}`"), matched, decided: matched });
+        if matched == 0 {
+            let stages = names.iter().map(|name| (*name).clone()).collect();
+            findings.push(Finding::NoStage { pattern: pattern.to_string(), place: place.clone(), stages });
+        }
+    }
+}
+
+/// Counts what each rule matches and decides, and complains of those that are idle.
+fn check_rules<S>(
+    section: Section,
+    rules: &Rules<S>,
+    layers: &[LayerInfo],
+    in_scope: &[bool],
+    uses: &mut Vec<RuleUse>,
+    findings: &mut Vec<Finding>,
+) {
+    let decided: Vec<RuleIndex> = layers.iter().map(|layer| rules.decide(&layer.name, layer.module_type).0).collect();
+    let decides = |rule: RuleIndex| decided.iter().zip(in_scope).filter(|(by, inside)| **by == rule && **inside).count();
+    let Rules { global_config: _, module_type_configs, module_name_configs } = rules;
+    for (index, (Written { value: pattern, place }, _)) in module_name_configs.iter().enumerate() {
+        let rule = RuleIndex::Name(index);
+        let matched = layers.iter().zip(&decided).filter(|(layer, _)| pattern.matches(&layer.name)).map(|(_, by)| *by);
+        let matched: Vec<RuleIndex> = matched.collect();
+        uses.push(RuleUse { section, rule: describe(rules, rule), matched: matched.len(), decided: decides(rule) });
+        let (pattern, place) = (pattern.to_string(), place.clone());
+        let by: BTreeSet<RuleIndex> = matched.iter().copied().collect();
+        if matched.is_empty() {
+            let nearest = nearest(&literal(&pattern), layers.iter().map(|layer| layer.name.as_str())).map(str::to_owned);
+            findings.push(Finding::NoLayer { section, pattern, place, nearest });
+        } else if !by.contains(&rule) {
+            let name = |by: &RuleIndex| match by {
+                RuleIndex::Name(index) => module_name_configs.get(*index).map(|(earlier, _)| earlier.value.to_string()),
+                RuleIndex::Type(_) | RuleIndex::Global => None,
+            };
+            findings.push(Finding::Shadowed { section, pattern, place, by: by.iter().filter_map(name).collect() });
+        } else if decides(rule) == 0 {
+            findings.push(Finding::OutOfReach { pattern, place });
+        }
+    }
+    for (module_type, _) in module_type_configs {
+        let rule = RuleIndex::Type(*module_type);
+        let matched = layers.iter().filter(|layer| layer.module_type == *module_type).count();
+        uses.push(RuleUse { section, rule: describe(rules, rule), matched, decided: decides(rule) });
+        if matched == 0 {
+            findings.push(Finding::NoLayerOfType { section, module_type: *module_type });
+        }
+    }
+    let rule = RuleIndex::Global;
+    uses.push(RuleUse { section, rule: describe(rules, rule), matched: layers.len(), decided: decides(rule) });
+}
+
+/// A pattern with its escapes taken off: near enough to a name to look for one that is like it.
+fn literal(pattern: &str) -> String {
+    pattern.replace(r"\d+", "0").replace(".*", "").replace('\\', "")
+}
+
+fn describe<S>(rules: &Rules<S>, rule: RuleIndex) -> String {
+    match rule {
+        RuleIndex::Name(index) => {
+            let pattern = rules.module_name_configs.get(index).map(|(pattern, _)| pattern.value.to_string());
+            format!("module_name_configs `{}`", pattern.unwrap_or_default())
+        }
+        RuleIndex::Type(module_type) => format!("module_type_configs `{module_type}`"),
+        RuleIndex::Global => "global_config".to_owned(),
+    }
+}
+
+/// Lists the layers that are left alone, by reason. Misfits have findings of their own.
+fn left_alone<S>(section: Section, layers: &[LayerInfo], choices: &[Choice<S>], findings: &mut Vec<Finding>) {
+    let mut groups: Vec<(&Why, Vec<String>)> = Vec::new();
+    for (layer, choice) in layers.iter().zip(choices) {
+        let Choice::Leave(why) = choice else { continue };
+        if *why == Why::Misfit {
+            continue;
+        }
+        match groups.iter_mut().find(|(other, _)| *other == why) {
+            Some((_, names)) => names.push(layer.name.clone()),
+            None => groups.push((why, vec![layer.name.clone()])),
+        }
+    }
+    findings.extend(groups.into_iter().map(|(why, layers)| Finding::LeftAlone { section, why: why.clone(), layers }));
+    if choices.iter().all(|choice| choice.settings().is_none()) {
+        findings.push(Finding::Idle { section });
+    }
+}

@@ -1,0 +1,190 @@
+//! Which settings hold for which layer, by coremltools' order of rules.
+
+use std::fmt::{self, Display};
+
+use super::emit::{self, Yaml};
+use super::fields::{Fields, entries};
+use super::mistake::{Mistakes, Written, nearest};
+use super::settings::Settings;
+use super::tree::{Node, Value};
+use crate::error::Error;
+use crate::model::LayerKind;
+use crate::pattern::NamePattern;
+
+/// The rules of a section, as coremltools' `OptimizationConfig.get_module_config` applies them: the first pattern of
+/// `module_name_configs` that matches the whole of a layer's name, else the layer's type in `module_type_configs`, else
+/// `global_config`. Where the one that is found is `None` (`null` in the file), the layer is left alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rules<S> {
+    /// For every layer that no other rule names.
+    pub global_config: Option<S>,
+    /// By type; at most one rule for each type.
+    pub module_type_configs: Vec<(ModuleType, Option<S>)>,
+    /// By name, in the order of the file.
+    pub module_name_configs: Vec<(Written<NamePattern>, Option<S>)>,
+}
+
+/// A rule: where in [`Rules`] it is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RuleIndex {
+    /// This one of `module_name_configs`.
+    Name(usize),
+    /// `module_type_configs` for this type.
+    Type(ModuleType),
+    /// `global_config`.
+    Global,
+}
+
+/// The types of layers that have weights to compress, under torch's class names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ModuleType {
+    /// `torch.nn.Conv2d`
+    Conv2d,
+    /// `torch.nn.Linear`
+    Linear,
+}
+
+impl ModuleType {
+    /// All of them.
+    pub const ALL: [ModuleType; 2] = [ModuleType::Conv2d, ModuleType::Linear];
+
+    /// The name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            ModuleType::Conv2d => "Conv2d",
+            ModuleType::Linear => "Linear",
+        }
+    }
+}
+
+impl Display for ModuleType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl From<LayerKind> for ModuleType {
+    fn from(kind: LayerKind) -> Self {
+        match kind {
+            LayerKind::Linear => ModuleType::Linear,
+            LayerKind::Conv2d(_) => ModuleType::Conv2d,
+        }
+    }
+}
+
+impl<S> Rules<S> {
+    /// `global_config` alone.
+    pub fn global(settings: S) -> Self {
+        Rules { global_config: Some(settings), module_type_configs: Vec::new(), module_name_configs: Vec::new() }
+    }
+
+    /// The rule that decides for a layer, and its settings; `None` leaves the layer alone.
+    pub fn decide(&self, name: &str, module_type: ModuleType) -> (RuleIndex, Option<&S>) {
+        let by_name = self.module_name_configs.iter().enumerate().find(|(_, (pattern, _))| pattern.value.matches(name));
+        if let Some((index, (_, settings))) = by_name {
+            return (RuleIndex::Name(index), settings.as_ref());
+        }
+        if let Some((_, settings)) = self.module_type_configs.iter().find(|(listed, _)| *listed == module_type) {
+            return (RuleIndex::Type(module_type), settings.as_ref());
+        }
+        (RuleIndex::Global, self.global_config.as_ref())
+    }
+
+    /// Every rule that is not `null`.
+    pub fn settings_mut(&mut self) -> impl Iterator<Item = &mut S> {
+        let Rules { global_config, module_type_configs, module_name_configs } = self;
+        let types = module_type_configs.iter_mut().filter_map(|(_, settings)| settings.as_mut());
+        let names = module_name_configs.iter_mut().filter_map(|(_, settings)| settings.as_mut());
+        global_config.iter_mut().chain(types).chain(names)
+    }
+}
+
+/// Takes the three keys out of a section. Without any of them, `global_config` has its defaults; with rules for types or
+/// names only, the other layers are left alone, as in coremltools.
+pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Rules<S> {
+    let name = section.name().to_owned();
+    let global = section.entry("global_config");
+    let types = section.given("module_type_configs");
+    let names = section.given("module_name_configs");
+    let global_config = match global {
+        Some(entry) => settings(&format!("{name}.global_config"), entry.value, mistakes),
+        None if types.is_none() && names.is_none() => Some(S::default()),
+        None => None,
+    };
+    let mut module_type_configs = Vec::new();
+    for entry in types.map(|node| entries(&format!("{name}.module_type_configs"), node, mistakes)).unwrap_or_default() {
+        let settings = settings(&format!("{name}.module_type_configs.{}", entry.key), entry.value, mistakes);
+        match ModuleType::ALL.into_iter().find(|listed| listed.name() == entry.key) {
+            Some(module_type) => module_type_configs.push((module_type, settings)),
+            None => {
+                let known = ModuleType::ALL.map(ModuleType::name);
+                let near = nearest(entry.key, known).map_or(String::new(), |near| format!("; did you mean `{near}`?"));
+                let known = known.join(" and ");
+                mistakes.add(
+                    entry.position,
+                    format!("unknown module type `{}`: {known} are compressed{near}", super::tree::shorten(entry.key)),
+                );
+            }
+        }
+    }
+    let mut module_name_configs = Vec::new();
+    for entry in names.map(|node| entries(&format!("{name}.module_name_configs"), node, mistakes)).unwrap_or_default() {
+        let settings = settings(&format!("{name}.module_name_configs.{}", entry.key), entry.value, mistakes);
+        match pattern(entry.key) {
+            Ok(value) => module_name_configs.push((Written { value, place: mistakes.place(entry.position) }, settings)),
+            Err(why) => mistakes.add(entry.position, why),
+        }
+    }
+    Rules { global_config, module_type_configs, module_name_configs }
+}
+
+/// Writes the three keys of a section.
+pub(super) fn write<S: Settings>(rules: &Rules<S>, yaml: &mut Yaml) {
+    let Rules { global_config, module_type_configs, module_name_configs } = rules;
+    let write = |yaml: &mut Yaml, key: &str, settings: &Option<S>| match settings {
+        Some(settings) => yaml.block(key, |yaml| settings.write(yaml)),
+        None => yaml.entry(key, "null"),
+    };
+    write(yaml, "global_config", global_config);
+    if module_type_configs.is_empty() {
+        yaml.entry("module_type_configs", "{}");
+    } else {
+        yaml.block("module_type_configs", |yaml| {
+            module_type_configs.iter().for_each(|(module_type, settings)| write(yaml, module_type.name(), settings));
+        });
+    }
+    if module_name_configs.is_empty() {
+        yaml.entry("module_name_configs", "{}");
+    } else {
+        yaml.block("module_name_configs", |yaml| {
+            module_name_configs.iter().for_each(|(pattern, settings)| {
+                write(yaml, &emit::text(&pattern.value.to_string()), settings);
+            });
+        });
+    }
+}
+
+/// A rule's settings; `null` is a rule to leave layers alone.
+fn settings<S: Settings>(name: &str, node: &Node, mistakes: &mut Mistakes<'_>) -> Option<S> {
+    if let Value::Null = node.value {
+        return None;
+    }
+    let mut fields = Fields::new(name, node, mistakes);
+    let settings = S::read(&mut fields, mistakes);
+    fields.finish(mistakes);
+    Some(settings)
+}
+
+/// A pattern, or what is wrong with it in one line.
+pub(super) fn pattern(written: &str) -> Result<NamePattern, String> {
+    NamePattern::parse(written).map_err(|why| {
+        let why = match why {
+            Error::Argument(why) => why,
+            other => other.to_string(),
+        };
+        // The regex crate points at the place over several lines; the last one says what is wrong.
+        let last = why.lines().last().unwrap_or_default();
+        let reason = last.trim().trim_start_matches("error: ").rsplit("regular expression: ").next().unwrap_or_default();
+        format!("`{}` is not a regular expression: {reason}", super::tree::shorten(written))
+    })
+}

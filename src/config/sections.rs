@@ -1,0 +1,296 @@
+//! The four sections of a run config.
+
+use std::path::PathBuf;
+
+use super::emit::{self, Yaml};
+use super::fields::{Fields, number, path, text, whole, word};
+use super::limits;
+use super::mistake::{Mistakes, Place, Written};
+use super::rules::{self, Rules, pattern};
+use super::settings::{PaletteSettings, PruneSettings};
+use super::tree::{Node, Position, Value};
+use crate::pattern::NamePattern;
+
+/// What is compressed, and where it is computed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSection {
+    /// The pipeline's folder; absent where the command line names it.
+    pub path: Option<PathBuf>,
+    /// cpu, cuda or cuda:N. Whether this machine has it is not known here.
+    pub device: String,
+    /// The precision of the UNet's runs: f32, f16 or bf16.
+    pub dtype: String,
+}
+
+/// Where the UNet inputs come from that Hessians are built on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CalibrationSection {
+    /// The prompts that are run through the dense pipeline.
+    pub prompts: Prompts,
+    /// A safetensors file of samples that are read instead; then no prompt is run.
+    pub samples: Option<PathBuf>,
+    /// How many UNet calls are taken, evenly over prompts and timesteps. At least 1.
+    pub calibration_nsamples: usize,
+    /// Denoising steps for each prompt. At least 1.
+    pub steps: usize,
+    /// Guidance scale; 1 is none. At least 0.
+    pub guidance: f64,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Height and width of the pictures in pixels; absent: what the model was made for.
+    pub size: Option<(i64, i64)>,
+}
+
+/// Prompts, or the file that they are in.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompts {
+    /// A file for [`read_prompts`](super::read_prompts). A relative path starts at the current folder.
+    File(PathBuf),
+    /// The prompts themselves; at least one.
+    List(Vec<String>),
+}
+
+/// Which layers are pruned, and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PruneSection {
+    /// The stages that are pruned (coremltools' `layers`); other stages and the UNet's two ends are not.
+    pub layers: Vec<Written<NamePattern>>,
+    /// The solver.
+    pub algorithm: PruneAlgorithm,
+    /// The settings of their layers.
+    pub rules: Rules<PruneSettings>,
+}
+
+/// How masks are chosen and what remains is adjusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PruneAlgorithm {
+    /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor` runs it.
+    SparseGpt,
+}
+
+/// Which layers are palettized, and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PalettizeSection {
+    /// The settings of all the UNet's layers.
+    pub rules: Rules<PaletteSettings>,
+    /// What becomes of a layer whose channels no group of its size divides.
+    pub on_misfit: OnMisfit,
+    /// Weights of at most this many elements stay fp16. coremltools' converter skips those of 2,048 and fewer.
+    pub weight_threshold: u64,
+}
+
+/// What becomes of a layer whose channels are no multiple of its group size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnMisfit {
+    /// The largest group size below that divides them.
+    SmallerGroup,
+    /// The layer stays fp16, which is what coremltools does without a word.
+    Dense,
+    /// An error that names the layer.
+    Error,
+}
+
+impl PruneAlgorithm {
+    const WORDS: [(&str, PruneAlgorithm); 1] = [("sparse_gpt", PruneAlgorithm::SparseGpt)];
+
+    /// The name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            PruneAlgorithm::SparseGpt => "sparse_gpt",
+        }
+    }
+}
+
+impl OnMisfit {
+    const WORDS: [(&str, OnMisfit); 3] =
+        [("smaller_group", OnMisfit::SmallerGroup), ("dense", OnMisfit::Dense), ("error", OnMisfit::Error)];
+
+    /// The name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnMisfit::SmallerGroup => "smaller_group",
+            OnMisfit::Dense => "dense",
+            OnMisfit::Error => "error",
+        }
+    }
+
+    pub(super) fn parse(word: &str) -> Result<Self, String> {
+        let found = Self::WORDS.iter().find(|(name, _)| *name == word);
+        found.map(|(_, value)| *value).ok_or_else(|| format!("must be one of {}", Self::WORDS.map(|(name, _)| name).join(", ")))
+    }
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        ModelSection { path: None, device: "cpu".into(), dtype: "f32".into() }
+    }
+}
+
+impl Default for CalibrationSection {
+    fn default() -> Self {
+        CalibrationSection {
+            prompts: Prompts::File("calibration/tutorial.txt".into()),
+            samples: None,
+            calibration_nsamples: 128,
+            steps: 20,
+            guidance: 5.0,
+            seed: 0,
+            size: None,
+        }
+    }
+}
+
+impl Default for PruneSection {
+    fn default() -> Self {
+        // These compile: a test says so.
+        let stages =
+            [r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"].into_iter().filter_map(|stage| NamePattern::parse(stage).ok());
+        PruneSection {
+            layers: stages.map(|value| Written { value, place: Place::Default }).collect(),
+            algorithm: PruneAlgorithm::SparseGpt,
+            rules: Rules::global(PruneSettings::default()),
+        }
+    }
+}
+
+impl Default for PalettizeSection {
+    fn default() -> Self {
+        PalettizeSection { rules: Rules::global(PaletteSettings::default()), on_misfit: OnMisfit::Error, weight_threshold: 2048 }
+    }
+}
+
+impl ModelSection {
+    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        let default = Self::default();
+        ModelSection {
+            path: fields.get("path", mistakes, path),
+            device: fields.get("device", mistakes, |node| limits::device(text(node)?)).unwrap_or(default.device),
+            dtype: fields.get("dtype", mistakes, |node| limits::dtype(text(node)?)).unwrap_or(default.dtype),
+        }
+    }
+
+    pub(super) fn write(&self, yaml: &mut Yaml) {
+        let ModelSection { path, device, dtype } = self;
+        yaml.entry("path", emit::or_null(path.as_ref(), |path| emit::text(&path.to_string_lossy())));
+        yaml.entry("device", emit::text(device));
+        yaml.entry("dtype", emit::text(dtype));
+    }
+}
+
+impl CalibrationSection {
+    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        let default = Self::default();
+        let (tall, wide) = (fields.given("height"), fields.given("width"));
+        if let (Some(alone), None) | (None, Some(alone)) = (tall, wide) {
+            mistakes.add(alone.position, "`height` and `width` go together; give both or neither");
+        }
+        let height = fields.get("height", mistakes, |node| limits::pixels(whole(node)?));
+        let width = fields.get("width", mistakes, |node| limits::pixels(whole(node)?));
+        CalibrationSection {
+            prompts: prompts(fields, mistakes).unwrap_or(default.prompts),
+            samples: fields.get("samples", mistakes, path),
+            calibration_nsamples: fields
+                .get("calibration_nsamples", mistakes, |node| limits::count(whole(node)?))
+                .unwrap_or(default.calibration_nsamples),
+            steps: fields.get("steps", mistakes, |node| limits::count(whole(node)?)).unwrap_or(default.steps),
+            guidance: fields.get("guidance", mistakes, |node| limits::not_negative(number(node)?)).unwrap_or(default.guidance),
+            seed: fields.get("seed", mistakes, |node| limits::elements(whole(node)?)).unwrap_or(default.seed),
+            size: height.zip(width),
+        }
+    }
+
+    pub(super) fn write(&self, yaml: &mut Yaml) {
+        let CalibrationSection { prompts, samples, calibration_nsamples, steps, guidance, seed, size } = self;
+        match prompts {
+            Prompts::File(path) => yaml.entry("prompts", emit::text(&path.to_string_lossy())),
+            Prompts::List(prompts) => yaml.list("prompts", prompts.iter().map(|prompt| emit::text(prompt))),
+        }
+        yaml.entry("samples", emit::or_null(samples.as_ref(), |path| emit::text(&path.to_string_lossy())));
+        yaml.entry("calibration_nsamples", calibration_nsamples.to_string());
+        yaml.entry("steps", steps.to_string());
+        yaml.entry("guidance", emit::number(*guidance));
+        yaml.entry("seed", seed.to_string());
+        yaml.entry("height", emit::or_null(*size, |(height, _)| height.to_string()));
+        yaml.entry("width", emit::or_null(*size, |(_, width)| width.to_string()));
+    }
+}
+
+/// A path, or a list of prompts.
+fn prompts(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Prompts> {
+    let node = fields.get("prompts", mistakes, |node| match &node.value {
+        Value::List(list) if list.is_empty() => Err("must list at least one prompt".to_owned()),
+        Value::Text(_) | Value::List(_) => Ok(node),
+        _ => Err("must be a file or a list of prompts".to_owned()),
+    })?;
+    if let Value::Text(_) = node.value {
+        return fields.get("prompts", mistakes, path).map(Prompts::File);
+    }
+    Some(Prompts::List(texts("prompts", node, mistakes).into_iter().map(|(prompt, _)| prompt.to_owned()).collect()))
+}
+
+/// The entries of a list that are text. The others are mistakes.
+fn texts<'a>(key: &str, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Vec<(&'a str, Position)> {
+    let Value::List(list) = &node.value else { return Vec::new() };
+    let mut texts = Vec::new();
+    for node in list {
+        match text(node) {
+            Ok(text) => texts.push((text, node.position)),
+            Err(must) => mistakes.add(node.position, format!("an entry of `{key}` {must}, not {}", node.value)),
+        }
+    }
+    texts
+}
+
+impl PruneSection {
+    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        let default = Self::default();
+        PruneSection {
+            layers: layers(fields, mistakes).unwrap_or(default.layers),
+            algorithm: fields.get("algorithm", mistakes, |node| word(node, &PruneAlgorithm::WORDS)).unwrap_or(default.algorithm),
+            rules: rules::read(fields, mistakes),
+        }
+    }
+
+    pub(super) fn write(&self, yaml: &mut Yaml) {
+        let PruneSection { layers, algorithm, rules } = self;
+        yaml.list("layers", layers.iter().map(|stage| emit::text(&stage.value.to_string())));
+        yaml.entry("algorithm", algorithm.name());
+        rules::write(rules, yaml);
+    }
+}
+
+fn layers(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Vec<Written<NamePattern>>> {
+    let node = fields.get("layers", mistakes, |node| match &node.value {
+        Value::List(list) if list.is_empty() => Err("must name at least one stage".to_owned()),
+        Value::List(_) => Ok(node),
+        _ => Err("must be a list of regular expressions".to_owned()),
+    })?;
+    let mut patterns = Vec::new();
+    for (written, position) in texts("layers", node, mistakes) {
+        match pattern(written) {
+            Ok(value) => patterns.push(Written { value, place: mistakes.place(position) }),
+            Err(why) => mistakes.add(position, why),
+        }
+    }
+    Some(patterns)
+}
+
+impl PalettizeSection {
+    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        let default = Self::default();
+        PalettizeSection {
+            rules: rules::read(fields, mistakes),
+            on_misfit: fields.get("on_misfit", mistakes, |node| word(node, &OnMisfit::WORDS)).unwrap_or(default.on_misfit),
+            weight_threshold: fields
+                .get("weight_threshold", mistakes, |node| limits::elements(whole(node)?))
+                .unwrap_or(default.weight_threshold),
+        }
+    }
+
+    pub(super) fn write(&self, yaml: &mut Yaml) {
+        let PalettizeSection { rules, on_misfit, weight_threshold } = self;
+        rules::write(rules, yaml);
+        yaml.entry("on_misfit", on_misfit.name());
+        yaml.entry("weight_threshold", weight_threshold.to_string());
+    }
+}

@@ -1,0 +1,260 @@
+//! A YAML document as a tree whose every node knows its line and column.
+//!
+//! serde would stop at the first mistake; this tree is parsed first and then walked by hand, so that all mistakes are found.
+
+use std::fmt::{self, Display};
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_yaml::{DuplicateKeyPolicy, MergeKeyPolicy, Spanned, options::NonFiniteFloatPolicy};
+
+/// A config is a few KB; this bounds what is parsed of a wrong file.
+pub(super) const MAX_BYTES: usize = 1 << 20;
+
+/// A value and where it stands.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub value: Value,
+    pub position: Position,
+}
+
+/// Line and column, both from 1, the column in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Position {
+    pub line: u64,
+    pub column: u64,
+}
+
+impl Position {
+    pub const START: Position = Position { line: 1, column: 1 };
+
+    fn of(location: serde_yaml::Location) -> Self {
+        // An unknown location is 0:0.
+        Position { line: location.line().max(1), column: location.column().max(1) }
+    }
+}
+
+/// A YAML value by YAML 1.2's rules. Keys are nodes in the order of the file, repeated ones included.
+#[derive(Debug, Clone)]
+pub(super) enum Value {
+    Null,
+    Boolean(bool),
+    Integer(i128),
+    Number(f64),
+    Text(String),
+    List(Vec<Node>),
+    Mapping(Vec<(Node, Node)>),
+}
+
+/// How a value is called in a mistake.
+impl Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Null => f.write_str("null"),
+            Value::Boolean(value) => write!(f, "{value}"),
+            Value::Integer(value) => write!(f, "{value}"),
+            Value::Number(value) => write!(f, "{value:?}"),
+            Value::Text(value) => write!(f, "`{}`", shorten(value)),
+            Value::List(_) => f.write_str("a list"),
+            Value::Mapping(_) => f.write_str("a mapping"),
+        }
+    }
+}
+
+/// Text from a file as it is shown in a message: in one line, and not too much of it.
+pub(super) fn shorten(text: &str) -> String {
+    const KEEP: usize = 60;
+    let mut shown: String = text.chars().take(KEEP).flat_map(char::escape_debug).collect::<String>().replace("\\\\", "\\");
+    if text.chars().nth(KEEP).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+/// Parses one document.
+///
+/// # Errors
+/// The first mistake of syntax, where and what: nothing is known of what follows it.
+pub(super) fn parse(bytes: &[u8]) -> Result<Node, (Position, String)> {
+    if bytes.len() > MAX_BYTES {
+        return Err((Position::START, format!("{} bytes are too many for a config", bytes.len())));
+    }
+    let text =
+        std::str::from_utf8(bytes).map_err(|why| (position_of_byte(bytes, why.valid_up_to()), "not UTF-8 text".to_owned()))?;
+    let options = serde_yaml::options! {
+        budget: serde_yaml::budget! { max_depth: 32, flow_nesting_limit: 32, simple_key_max_lookahead: 1 << 16, max_nodes: 100_000, max_events: 300_000 },
+        alias_limits: serde_yaml::alias_limits! { max_total_replayed_events: 10_000, max_replay_stack_depth: 8 },
+        duplicate_keys: DuplicateKeyPolicy::PassThrough,
+        merge_keys: MergeKeyPolicy::Error,
+        non_finite_float_policy: NonFiniteFloatPolicy::PassThrough,
+        strict_booleans: true,
+        reject_unsupported_tags: true,
+        with_snippet: false,
+    };
+    serde_yaml::from_str_with_options(text, options).map_err(|why| {
+        let position = why.location().map_or(Position::START, Position::of);
+        (position, explain(why.without_snippet()))
+    })
+}
+
+/// The parser's message without the place, which we say in front, and without its advice to programmers.
+fn explain(why: &serde_yaml::Error) -> String {
+    match why {
+        // What is wrong inside an anchor, where an alias brings it in.
+        serde_yaml::Error::AliasError { error, .. } => explain(error.without_snippet()),
+        serde_yaml::Error::Budget { .. } => "nested too deeply, or too large, for a config".into(),
+        serde_yaml::Error::AliasReplayLimitExceeded { .. } | serde_yaml::Error::AliasReplayStackDepthExceeded { .. } => {
+            "aliases make it too large for a config".into()
+        }
+        serde_yaml::Error::MultipleDocuments { .. } => "a config is one YAML document; here a second begins".into(),
+        other => {
+            let message = other.to_string();
+            let first = message.lines().next().unwrap_or_default();
+            format!("not valid YAML: {}", first.split(" at line ").next().unwrap_or(first))
+        }
+    }
+}
+
+fn position_of_byte(bytes: &[u8], at: usize) -> Position {
+    let before = String::from_utf8_lossy(bytes.get(..at).unwrap_or(bytes));
+    let line = before.matches('\n').count() as u64 + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() as u64 + 1;
+    Position { line, column }
+}
+
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Spanned { value, referenced, .. } = Spanned::<Value>::deserialize(deserializer)?;
+        Ok(Node { value, position: Position::of(referenced) })
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor)
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any YAML value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        Value::deserialize(deserializer)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Boolean(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Integer(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Integer(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Value::Number(value))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::Text(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(entry) = entries.next_element()? {
+            list.push(entry);
+        }
+        Ok(Value::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut mapping = Vec::new();
+        while let Some(entry) = entries.next_entry()? {
+            mapping.push(entry);
+        }
+        Ok(Value::Mapping(mapping))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: impl AsRef<[u8]>) -> (u64, u64, String) {
+        let (Position { line, column }, why) = parse(text.as_ref()).unwrap_err();
+        (line, column, why)
+    }
+
+    #[test]
+    fn every_value_has_its_place() {
+        let node = parse("\u{feff}# é\nä: 1\nb:\n  c: [yes, 'é', 2.5]\n  c: null\n".as_bytes()).unwrap();
+        let mut places = Vec::new();
+        fn walk(node: &Node, places: &mut Vec<(String, u64, u64)>) {
+            places.push((node.value.to_string(), node.position.line, node.position.column));
+            match &node.value {
+                Value::List(list) => list.iter().for_each(|node| walk(node, places)),
+                Value::Mapping(pairs) => {
+                    pairs.iter().for_each(|(key, value)| [key, value].into_iter().for_each(|node| walk(node, places)))
+                }
+                _ => {}
+            }
+        }
+        walk(&node, &mut places);
+        let expected = [
+            ("a mapping", 2, 1),
+            ("`ä`", 2, 1),
+            ("1", 2, 4),
+            ("`b`", 3, 1),
+            ("a mapping", 4, 3),
+            ("`c`", 4, 3),
+            ("a list", 4, 6),
+            ("`yes`", 4, 7),
+            ("`é`", 4, 12),
+            ("2.5", 4, 17),
+            ("`c`", 5, 3),
+            ("null", 5, 6),
+        ];
+        assert_eq!(places, expected.map(|(value, line, column)| (value.to_owned(), line, column)));
+    }
+
+    #[test]
+    fn broken_yaml_says_where() {
+        assert_eq!(refused("a: 1\nb: [1\nc: 2"), (3, 2, "not valid YAML: illegal placement of ':' indicator".into()));
+        assert_eq!(refused("a: 1\n---\nb: 2\n"), (3, 1, "a config is one YAML document; here a second begins".into()));
+        assert_eq!(refused("a: !python/object 3"), (1, 19, "not valid YAML: unsupported tag `!python/object`".into()));
+        assert_eq!(refused("a: *nope"), (1, 4, "not valid YAML: alias references unknown anchor".into()));
+        assert_eq!(refused(b"a: 1\nb\xc3\xa4\xff"), (2, 3, "not UTF-8 text".into()));
+        for text in ["a: &a [*a]", "<<: {a: 1}", "a: \"x", "\0", "@x", "a: b: c", "%YAML 9.9\n---\na: 1\n%"] {
+            refused(text);
+        }
+    }
+
+    #[test]
+    fn hostile_yaml_is_refused_in_little_time_and_memory() {
+        for deep in ["[".repeat(500_000), "{a: ".repeat(200_000), "- ".repeat(400_000), "? ".repeat(400_000)] {
+            refused(deep);
+        }
+        let stairs: String = (0..1_000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();
+        assert!(refused(stairs).2.contains("nested too deeply"));
+        let laugh: String = (1..20).map(|i| format!("a{i}: &a{i} [{}]\n", vec![format!("*a{}", i - 1); 9].join(", "))).collect();
+        assert!(refused(format!("a0: &a0 [x, x]\n{laugh}")).2.contains("aliases make it too large"));
+        assert!(refused(vec![b' '; MAX_BYTES + 1]).2.contains("too many"));
+        assert!(refused("a: 1\n".repeat(150_000)).2.contains("too large"));
+    }
+}

@@ -1,0 +1,184 @@
+//! The files in configs/ and calibration/.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use sdxl_squeeze::config::{
+    Choice, Finding, LayerInfo, ModuleType, Prompts, Resolution, RunConfig, Severity, Sparsity, Why, read_prompts,
+};
+use sdxl_squeeze::inspect::{Inspection, inspect};
+
+use crate::support::{emoji, repo};
+use crate::synth::PUBLISHED_SDXL_BASE;
+
+fn configs() -> BTreeMap<String, RunConfig> {
+    let entries = std::fs::read_dir(repo("configs")).unwrap().map(|entry| entry.unwrap().path());
+    let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
+    entries.map(|path| (name(&path), RunConfig::read(&path).unwrap_or_else(|why| panic!("{why}")))).collect()
+}
+
+fn layers(model: &Inspection) -> Vec<LayerInfo> {
+    let ends = [0, model.stages.len() - 1];
+    let rows = model.stages.iter().enumerate().flat_map(|(at, stage)| stage.layers.iter().map(move |layer| (at, stage, layer)));
+    rows.map(|(at, stage, layer)| LayerInfo {
+        name: layer.name.clone(),
+        stage: (!ends.contains(&at)).then(|| stage.name.clone()),
+        module_type: if layer.kind == "Linear" { ModuleType::Linear } else { ModuleType::Conv2d },
+        shape: layer.shape.clone(),
+    })
+    .collect()
+}
+
+fn sdxl() -> Inspection {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), PUBLISHED_SDXL_BASE).unwrap();
+    inspect(folder.path()).unwrap()
+}
+
+/// Bytes of the weights: a mask bit for every pruned layer's element, n bits a non-zero, fp16 palettes, fp16 for all else.
+fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) -> f64 {
+    let mut bytes = 0.0;
+    let mut counted = 0.0;
+    for (layer, resolved) in layers.iter().zip(&resolution.layers) {
+        let elements = layer.shape.iter().product::<i64>() as f64;
+        counted += elements;
+        let pruned = resolved.prune.settings().map(|settings| settings.sparsity.share());
+        let stored = elements * (1.0 - pruned.unwrap_or(0.0));
+        bytes += if pruned.is_some() { elements / 8.0 } else { 0.0 };
+        bytes += match resolved.palettize.settings() {
+            Some(settings) => {
+                let groups = settings.granularity.group_size().map_or(1, |size| layer.shape[settings.channel_axis] / size as i64);
+                stored * f64::from(settings.n_bits) / 8.0 + (groups * 2 * (1 << settings.n_bits)) as f64
+            }
+            None => stored * 2.0,
+        };
+    }
+    bytes + (model.parameters as f64 - counted) * 2.0
+}
+
+#[test]
+fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
+    // GiB, computed apart from this program (design notes) and equal to the tutorial's table but for Core ML's program.
+    let table = [
+        ("dense-8bit", 2.393),
+        ("dense-6bit", 1.795),
+        ("dense-4bit", 1.198),
+        ("dense-4bit-gs4", 1.209),
+        ("dense-4bit-gs16", 1.201),
+        ("dense-4bit-gs32", 1.199),
+        ("joint-s40-4bit-gs4", 1.030),
+        ("joint-s40-4bit-gs16", 1.021),
+        ("joint-s50-4bit-gs4", 0.910),
+        ("joint-s50-4bit-gs16", 0.902),
+        ("joint-2of4-4bit-gs16", 0.902),
+    ];
+    let configs = configs();
+    assert_eq!(configs.keys().map(String::as_str).collect::<BTreeSet<_>>(), table.iter().map(|(name, _)| *name).collect());
+    let model = sdxl();
+    let layers = layers(&model);
+    assert_eq!(layers.len(), 794);
+    for (name, gib) in table {
+        let config = &configs[name];
+        let resolution = config.resolve(&layers).checked().unwrap_or_else(|why| panic!("{name}: {why}"));
+        let found = payload(&model, &layers, &resolution) / (1u64 << 30) as f64;
+        assert!((found - gib).abs() < 0.0011, "{name}: {found:.4} GiB, not {gib}");
+        let header = std::fs::read_to_string(repo(&format!("configs/{name}.yaml"))).unwrap();
+        assert!(header.lines().take(2).all(|line| line.starts_with("# ")), "{name} says what it is");
+        assert!(header.contains(&format!("SDXL's UNet: {gib:.3} GiB")), "{name} says its size");
+        let warnings: Vec<&Finding> =
+            resolution.findings.iter().filter(|finding| finding.severity() == Severity::Warning).collect();
+        let conv_out =
+            |finding: &&Finding| matches!(finding, Finding::GroupMisfit { layer, channels: 4, .. } if layer == "conv_out");
+        assert!(warnings.iter().all(conv_out), "{name}: {warnings:?}");
+        assert_eq!(warnings.len(), usize::from(name.ends_with("gs16") || name.ends_with("gs32")), "{name}: {warnings:?}");
+    }
+}
+
+#[test]
+fn names_say_what_is_in_the_files_and_the_bundled_model_takes_them() {
+    let model = inspect(&emoji()).unwrap();
+    let layers = layers(&model);
+    for (name, config) in configs() {
+        let rules = config.palettize.as_ref().unwrap().rules.clone();
+        let settings = rules.global_config.unwrap();
+        let mut said = String::new();
+        if let Some(prune) = &config.prune {
+            said += &match prune.rules.global_config.unwrap().sparsity {
+                Sparsity::Unstructured(share) => format!("joint-s{:.0}-", share * 100.0),
+                Sparsity::NOfM(ratio) => format!("joint-{}of{}-", ratio.n, ratio.m),
+            };
+        } else {
+            said += "dense-";
+        }
+        said += &format!("{}bit", settings.n_bits);
+        said += &settings.granularity.group_size().map_or(String::new(), |size| format!("-gs{size}"));
+        assert_eq!(name, said);
+        assert_eq!(config.calibration.prompts, Prompts::File("calibration/tutorial.txt".into()), "{name}");
+        assert_eq!((rules.module_type_configs.len(), rules.module_name_configs.len()), (0, 0));
+        let resolution = config.resolve(&layers).checked().unwrap_or_else(|why| panic!("{name}: {why}"));
+        for layer in resolution.layers.iter().filter(|layer| layer.palettize.settings().is_none()) {
+            let small = layer.palettize == Choice::Leave(Why::Small { weight_threshold: 2048 });
+            assert!(small || layer.name == "conv_out", "{name}: {layer:?}");
+        }
+        let pruned = resolution.layers.iter().filter(|layer| layer.prune.settings().is_some()).count();
+        let in_stages = layers.iter().filter(|layer| layer.stage.is_some()).count();
+        assert_eq!(pruned, if config.prune.is_some() { in_stages } else { 0 }, "{name}");
+        let written = RunConfig::parse("x".as_ref(), config.to_yaml().as_bytes()).unwrap();
+        assert_eq!(written, config);
+    }
+}
+
+/// The bundled model's name in a prompt.
+fn subject(prompt: &str) -> String {
+    let prefixes = ["an emoji of an ", "an emoji of a ", "a picture of an ", "a picture of a "];
+    prefixes.iter().find_map(|prefix| prompt.strip_prefix(prefix)).unwrap_or(prompt).to_owned()
+}
+
+fn subjects(file: &str) -> Vec<String> {
+    let known: BTreeSet<String> =
+        std::fs::read_to_string(emoji().join("prompts.txt")).unwrap().lines().map(str::to_owned).collect();
+    let subjects: Vec<String> =
+        read_prompts(&repo("calibration").join(file)).unwrap().iter().map(|prompt| subject(prompt)).collect();
+    for subject in &subjects {
+        assert!(known.contains(subject), "{file}: the bundled model does not know `{subject}`");
+    }
+    assert_eq!(subjects.iter().collect::<BTreeSet<_>>().len(), subjects.len(), "{file}: twice the same");
+    subjects
+}
+
+#[test]
+fn what_is_judged_on_is_never_calibrated_on() {
+    let files: Vec<String> =
+        std::fs::read_dir(repo("calibration")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let calibration: Vec<&String> = files.iter().filter(|file| file.starts_with("emoji") && *file != "emoji-judge.txt").collect();
+    assert_eq!(calibration.len(), 2, "{calibration:?}");
+    let judge = subjects("emoji-judge.txt");
+    assert_eq!(judge.len(), 16);
+    for file in calibration {
+        for subject in subjects(file) {
+            assert!(!judge.contains(&subject), "{file}: `{subject}` is judged on");
+        }
+    }
+    assert_eq!((subjects("emoji.txt").len(), subjects("emoji-varied.txt").len()), (3, 48));
+    assert_eq!(read_prompts(&repo("calibration/tutorial.txt")).unwrap().len(), 3);
+}
+
+#[test]
+fn files_of_prompts() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("p.txt");
+    let read = |content: &[u8]| {
+        std::fs::write(&file, content).unwrap();
+        read_prompts(&file)
+    };
+    assert_eq!(read("\u{feff}# c\r\n a cat \r\n\n  # d\nun été\n".as_bytes()).unwrap(), ["a cat", "un été"]);
+    for (content, words) in [(&b""[..], "no prompts"), (b"# x\n\n", "no prompts"), (b"a\xff", "not UTF-8 text from byte 1")] {
+        let error = read(content).unwrap_err();
+        assert!(error.is_bad_input() && error.to_string().contains(words), "{error}");
+    }
+    let absent = Prompts::File(folder.path().join("absent.txt")).load().unwrap_err();
+    assert!(absent.is_bad_input() && absent.to_string().contains("absent.txt"));
+    assert_eq!(Prompts::List(vec!["a".into()]).load().unwrap(), ["a"]);
+    let absent = RunConfig::read(&folder.path().join("absent.yaml")).unwrap_err();
+    assert!(absent.is_bad_input() && absent.to_string().contains("cannot read"));
+}
