@@ -76,6 +76,20 @@ pub enum Error {
     /// A tensor with NaN or infinite values where finite ones are needed.
     #[error("{0}")]
     NotFinite(String),
+    /// A Hessian without a Cholesky factor.
+    #[error("the Hessian has no Cholesky factor, even with a dampening of {dampening}")]
+    NotPositiveDefinite {
+        /// The most that was tried.
+        dampening: f64,
+    },
+    /// What went wrong with one layer.
+    #[error("`{layer}`")]
+    Layer {
+        /// Its checkpoint name.
+        layer: String,
+        /// What went wrong.
+        source: Box<Error>,
+    },
 }
 
 impl Error {
@@ -89,7 +103,8 @@ impl Error {
             | Error::Config { .. }
             | Error::Tensors { .. }
             | Error::Argument(_) => true,
-            Error::Write { .. } | Error::Torch(_) | Error::NotFinite(_) => false,
+            Error::Write { .. } | Error::Torch(_) | Error::NotFinite(_) | Error::NotPositiveDefinite { .. } => false,
+            Error::Layer { source, .. } => source.is_bad_input(),
         }
     }
 
@@ -103,6 +118,12 @@ impl Error {
     pub fn write(path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_owned();
         |source| Error::Write { path, source }
+    }
+
+    /// For `map_err` on work on `layer`.
+    pub fn layer(layer: &str) -> impl FnOnce(Error) -> Error {
+        let layer = layer.to_owned();
+        |source| Error::Layer { layer, source: Box::new(source) }
     }
 
     /// A [`Error::BadFile`].

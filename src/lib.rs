@@ -3,10 +3,12 @@
 pub mod allocator;
 pub mod calibration;
 pub mod checkpoint;
+pub mod compress;
 pub mod config;
 pub mod container;
 pub mod device;
 mod error;
+pub mod export;
 pub mod inspect;
 pub mod model;
 pub mod output;
@@ -14,6 +16,7 @@ pub mod pattern;
 pub mod picture;
 pub mod pipeline;
 pub mod progress;
+pub mod solver;
 pub mod synth;
 
 pub use error::{Error, Result};

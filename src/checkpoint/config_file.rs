@@ -49,6 +49,11 @@ impl ConfigFile {
         &self.path
     }
 
+    /// All entries, as they are.
+    pub fn into_entries(self) -> Map<String, Value> {
+        self.entries
+    }
+
     /// The value of `key`, left in place.
     pub fn peek(&self, key: &str) -> Option<&Value> {
         self.entries.get(key).filter(|value| !value.is_null())

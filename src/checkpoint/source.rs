@@ -15,6 +15,12 @@ pub trait TensorSource {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor>;
 }
 
+impl<S: TensorSource + ?Sized> TensorSource for &S {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        (**self).tensor(name, shape)
+    }
+}
+
 /// A tensor that an architecture has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {

@@ -52,6 +52,9 @@ pub struct Args {
     /// Hold one UNet stage at a time in memory; slower, as weights are read again at every step
     #[arg(long)]
     low_memory: bool,
+    /// Take the UNet from this container
+    #[arg(long, value_name = "FILE.safetensors")]
+    unet: Option<PathBuf>,
     /// Write the final latents too
     #[arg(long, value_name = "FILE.safetensors")]
     latents_out: Option<PathBuf>,
@@ -76,6 +79,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         size: args.height.zip(args.width),
         scheduler: args.scheduler,
         low_memory: args.low_memory,
+        unet: args.unet,
     };
     let generated = generate(&folder, &request, placement, reporter)?;
     generated.picture.write_png(&args.output, &metadata(&request, &generated, &args.model, &args.dtype))?;

@@ -2,17 +2,17 @@
 
 use std::path::PathBuf;
 
-use comfy_table::presets::NOTHING;
-use comfy_table::{CellAlignment, Table};
 use sdxl_squeeze::Result;
+use sdxl_squeeze::container::Container;
 use sdxl_squeeze::inspect::{Inspection, inspect};
 
+use super::table::{new as table, right_aligned};
 use super::units::{bytes, count};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A pipeline in diffusers layout, or the folder of a UNet alone
-    #[arg(value_name = "DIR")]
+    /// A pipeline in diffusers layout, the folder of a UNet alone, or a container
+    #[arg(value_name = "DIR|FILE")]
     path: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -23,6 +23,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    if args.path.is_file() {
+        return inspect_container(&Container::open(&args.path)?, args.json, args.summary);
+    }
     let mut found = inspect(&args.path)?;
     if args.json {
         if args.summary {
@@ -47,7 +50,7 @@ fn tables(found: &Inspection, summary: bool) -> String {
                 count(layer.bytes),
             ]);
         }
-        text = format!("{}\n\n", right_align(layers, 3));
+        text = format!("{}\n\n", right_aligned(layers, 3));
     }
     let mut stages = table(&["stage", "layers", "parameters", "bytes", ""]);
     for stage in &found.stages {
@@ -63,23 +66,48 @@ fn tables(found: &Inspection, summary: bool) -> String {
         Some(dtype) => format!("stored as {dtype}"),
         None => "no weights here; bytes are those of fp16".to_owned(),
     };
-    format!("{text}{}\n\nUNet: {} parameters, {stored}\n", right_align(stages, 1), count(found.parameters))
+    format!("{text}{}\n\nUNet: {} parameters, {stored}\n", right_aligned(stages, 1), count(found.parameters))
 }
 
 fn shape(sizes: &[i64]) -> String {
     sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(NOTHING).set_header(header);
-    table
-}
-
-/// Numbers end below each other.
-fn right_align(mut table: Table, from: usize) -> String {
-    for column in table.column_iter_mut().skip(from) {
-        column.set_cell_alignment(CellAlignment::Right);
+/// A row a layer: what it is stored as, and what that cost.
+fn inspect_container(container: &Container, json: bool, summary: bool) -> Result<()> {
+    container.unet()?;
+    if json {
+        let layers: Vec<_> = container.layers().collect();
+        return super::print(&format!("{}\n", serde_json::to_string_pretty(&layers).unwrap_or_default()));
     }
-    table.trim_fmt()
+    let mut text = String::new();
+    if !summary {
+        let mut rows =
+            table(&["layer", "shape", "bits", "group", "sparsity", "bits a weight", "bytes", "output error", "weight error"]);
+        for layer in container.layers() {
+            let error = |key: &str| layer.report[key].as_f64().map_or(String::new(), |error| format!("{:.2} %", 100.0 * error));
+            rows.add_row([
+                layer.name.trim_end_matches(".weight").to_owned(),
+                shape(&layer.shape),
+                layer.bits.map_or("16".to_owned(), |bits| bits.to_string()),
+                layer.group_size.map_or(String::new(), |size| size.to_string()),
+                format!("{:.2} %", 100.0 * layer.sparsity),
+                format!("{:.3}", layer.bits_per_weight),
+                count(layer.bytes),
+                error("output"),
+                error("weight"),
+            ]);
+        }
+        text = format!("{}\n\n", right_aligned(rows, 2));
+    }
+    let stored: u64 = container.layers().map(|layer| layer.bytes).sum();
+    let (tensors, halves) = container.tensors().fold((0u64, 0u64), |(n, sum), (_, _, bytes)| (n + 1, sum + bytes));
+    text.push_str(&format!(
+        "{} compressed weights, {} ({}); {tensors} tensors in fp16, {}\n",
+        container.layers().len(),
+        bytes(stored),
+        count(stored),
+        bytes(halves),
+    ));
+    super::print(&text)
 }

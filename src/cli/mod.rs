@@ -1,10 +1,14 @@
 //! Everything that knows of a terminal: arguments, progress bars, tables, error messages, exit codes.
 
+mod compress;
+mod export;
 mod generate;
 mod inspect;
 mod progress;
 mod synth;
+mod table;
 mod units;
+mod verify;
 
 use std::any::Any;
 use std::error::Error as _;
@@ -37,6 +41,12 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Compress a UNet as a config says
+    Compress(compress::Args),
+    /// Check a container: structure, counts and hashes
+    Verify(verify::Args),
+    /// Write what other programs load: a diffusers folder
+    Export(export::Args),
     /// Draw a picture from a prompt
     Generate(generate::Args),
     /// Show what a model consists of: stages, layers, shapes, parameters, bytes
@@ -82,6 +92,9 @@ fn run(args: Args) -> Result<(), Error> {
     let log = reporter.log_writer();
     tracing_subscriber::fmt().with_max_level(level).with_writer(move || log.clone()).without_time().with_target(false).init();
     match args.command {
+        Command::Compress(args) => compress::run(args, &reporter),
+        Command::Verify(args) => verify::run(args),
+        Command::Export(args) => export::run(args, &reporter),
         Command::Generate(args) => generate::run(args, &reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, &reporter),

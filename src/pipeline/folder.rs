@@ -117,6 +117,24 @@ impl PipelineFolder {
         if self.requires_aesthetics_score { 5 } else { 6 }
     }
 
+    /// Height and width of pictures in pixels: as asked for, or what the model was made for.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the VAE cannot make such a picture.
+    pub fn picture_size(&self, asked: Option<(i64, i64)>) -> Result<(i64, i64)> {
+        const LARGEST: i64 = 16_384;
+        let scale = self.vae.scale();
+        let [sample_height, sample_width] = self.unet.config().sample_size;
+        let (height, width) = asked.unwrap_or((sample_height * scale, sample_width * scale));
+        for (name, value) in [("height", height), ("width", width)] {
+            if value % 8 != 0 || value % scale != 0 || !(8..=LARGEST).contains(&value) {
+                let step = scale.max(8);
+                return Err(Error::Argument(format!("{name} {value} is not a multiple of {step} between {step} and {LARGEST}")));
+            }
+        }
+        Ok((height, width))
+    }
+
     /// The folder.
     pub fn root(&self) -> &Path {
         &self.root

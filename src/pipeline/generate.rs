@@ -1,10 +1,14 @@
 //! From a prompt to a picture.
 
+use std::path::PathBuf;
+
 use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
 use super::prompt::{Guidance, PromptEncoder, noise};
 use super::sampling::sample;
+use crate::checkpoint::TensorSource;
+use crate::container::Container;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::scheduler::SchedulerConfig;
@@ -32,6 +36,8 @@ pub struct GenerateRequest {
     pub scheduler: Option<String>,
     /// Whether the UNet's stages are loaded one at a time and dropped after use.
     pub low_memory: bool,
+    /// A container to take the UNet from, in place of the pipeline's own.
+    pub unet: Option<PathBuf>,
 }
 
 /// A picture and how it came about.
@@ -55,21 +61,12 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
     if !request.guidance.is_finite() {
         return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
     }
-    let scale = folder.vae.scale();
-    let [sample_height, sample_width] = folder.unet.config().sample_size;
-    let (height, width) = request.size.unwrap_or((sample_height * scale, sample_width * scale));
-    const LARGEST: i64 = 16_384;
-    for (name, value) in [("height", height), ("width", width)] {
-        if value % 8 != 0 || value % scale != 0 || !(8..=LARGEST).contains(&value) {
-            let step = scale.max(8);
-            return Err(Error::Argument(format!("{name} {value} is not a multiple of {step} between {step} and {LARGEST}")));
-        }
-    }
+    let size = folder.picture_size(request.size)?;
     let config = match &request.scheduler {
         Some(name) => folder.scheduler.with_override(name)?,
         None => folder.scheduler.clone(),
     };
-    Ok(((height, width), config))
+    Ok((size, config))
 }
 
 /// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders, UNet, VAE.
@@ -93,12 +90,22 @@ pub fn generate(
     };
 
     let latents = {
-        let weights = folder.unet_weights()?;
-        let source = weights.source(placement);
+        let container = request.unet.as_deref().map(Container::open).transpose()?;
+        let weights = if container.is_none() { Some(folder.unet_weights()?) } else { None };
+        let source: Box<dyn TensorSource> = match (&container, &weights) {
+            (Some(container), _) => {
+                if container.unet()?.config() != folder.unet.config() {
+                    return Err(Error::bad_file(container.path(), "holds another architecture than the pipeline's UNet"));
+                }
+                Box::new(container.source(placement))
+            }
+            (None, Some(weights)) => Box::new(weights.source(placement)),
+            (None, None) => return Err(Error::Argument("there is no UNet".into())),
+        };
         let unet = if request.low_memory {
-            Unet::one_at_a_time(folder.unet.clone(), source)?
+            Unet::one_at_a_time(folder.unet.clone(), source.as_ref())?
         } else {
-            Unet::resident(folder.unet.clone(), source, progress)?
+            Unet::resident(folder.unet.clone(), source.as_ref(), progress)?
         };
         let scale = folder.vae.scale();
         let shape = [1, folder.vae.latent_channels, size.0 / scale, size.1 / scale];

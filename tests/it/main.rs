@@ -4,11 +4,14 @@
 mod bad_input;
 mod chain;
 mod cli;
+mod compress;
 mod config;
 mod container;
 mod gpu;
+mod palettes;
 mod pipelines;
 mod schedulers;
+mod sparsegpt;
 mod support;
 mod synth;
 mod tokens;

@@ -1,0 +1,209 @@
+//! `sdxl-squeeze compress`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use sdxl_squeeze::compress::{JobReport, calibrate, run as run_job};
+use sdxl_squeeze::config::{Overrides, RunConfig};
+use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
+use sdxl_squeeze::output::write_file;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::{Error, Result};
+
+use super::progress::Reporter;
+use super::units;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The run, in YAML (configs/ has the tutorial's)
+    #[arg(long, value_name = "FILE.yaml")]
+    config: PathBuf,
+    /// The folder for the container, the config as resolved, and the report
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Write the calibration samples too
+    #[arg(long, value_name = "FILE.safetensors")]
+    samples_out: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+}
+
+/// Flags that win over the config.
+#[derive(Debug, clap::Args)]
+pub struct OverrideArgs {
+    /// The pipeline: a folder in diffusers layout
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Precision of activations: f32, f16 or bf16
+    #[arg(long, value_name = "DTYPE")]
+    dtype: Option<String>,
+    /// Calibration prompts, one a line
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Calibration samples made before or elsewhere
+    #[arg(long, value_name = "FILE.safetensors")]
+    samples: Option<PathBuf>,
+    /// UNet calls to calibrate with
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    calibration_nsamples: Option<i64>,
+    /// Denoising steps of the calibration runs
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    steps: Option<i64>,
+    /// Guidance scale of the calibration runs
+    #[arg(long, value_name = "G", allow_negative_numbers = true)]
+    guidance: Option<f64>,
+    /// Seed of the calibration runs
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Height of the calibration runs in pixels
+    #[arg(long, value_name = "H", allow_negative_numbers = true)]
+    height: Option<i64>,
+    /// Width of the calibration runs in pixels
+    #[arg(long, value_name = "W", allow_negative_numbers = true)]
+    width: Option<i64>,
+    /// Share of the weights to prune
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
+    target_sparsity: Option<f64>,
+    /// Prune n of every m weights instead, e.g. 2:4
+    #[arg(long, value_name = "N:M")]
+    n_m_ratio: Option<String>,
+    /// Bits of a palette index: 1, 2, 3, 4, 6 or 8
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    n_bits: Option<i64>,
+    /// Channels that share a palette
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    group_size: Option<i64>,
+    /// Where a group does not divide the channels: error, smaller_group or dense
+    #[arg(long, value_name = "WHAT")]
+    on_misfit: Option<String>,
+}
+
+impl OverrideArgs {
+    fn into_overrides(self) -> Overrides {
+        let OverrideArgs {
+            model,
+            device,
+            dtype,
+            prompts,
+            samples,
+            calibration_nsamples,
+            steps,
+            guidance,
+            seed,
+            height,
+            width,
+            target_sparsity,
+            n_m_ratio,
+            n_bits,
+            group_size,
+            on_misfit,
+        } = self;
+        Overrides {
+            model,
+            device,
+            dtype,
+            prompts,
+            samples,
+            calibration_nsamples,
+            steps,
+            guidance,
+            seed,
+            height,
+            width,
+            target_sparsity,
+            n_m_ratio,
+            n_bits,
+            group_size,
+            on_misfit,
+        }
+    }
+
+    /// The config in `path` with the flags applied, its model, and where to compute.
+    pub fn resolve(self, path: &std::path::Path) -> Result<(RunConfig, PipelineFolder, Placement)> {
+        let mut config = RunConfig::read(path)?;
+        config.apply(&self.into_overrides())?;
+        let model = config
+            .model
+            .path
+            .clone()
+            .ok_or_else(|| Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into()))?;
+        let placement = Placement { device: parse_device(&config.model.device)?, kind: parse_dtype(&config.model.dtype)? };
+        let folder = PipelineFolder::open(&model)?;
+        Ok((config, folder, placement))
+    }
+}
+
+pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let start = Instant::now();
+    let (config, folder, placement) = args.overrides.resolve(&args.config)?;
+    std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
+    let container = args.out.join("unet.squeezed.safetensors");
+
+    let samples = match &args.samples_out {
+        None => None,
+        Some(path) => {
+            let samples = calibrate(&folder, &folder.unet_weights()?, &config.calibration, placement, reporter)?;
+            samples.write(path)?;
+            Some(samples)
+        }
+    };
+    let report = run_job(&folder, &config, samples.as_ref(), placement, &container, reporter)?;
+    write_file(&args.out.join("config.yaml"), |out| out.write_all(config.to_yaml().as_bytes()))?;
+    let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Argument(why.to_string()))?;
+    write_file(&args.out.join("report.json"), |out| writeln!(out, "{json}"))?;
+
+    let peak = units::peak_memory().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    super::print(&format!(
+        "{}\n{}: {} ({}), {}{peak}\n",
+        summary(&report),
+        container.display(),
+        units::bytes(report.bytes),
+        units::count(report.bytes),
+        units::time(start.elapsed()),
+    ))
+}
+
+/// The stages in a table, and the warnings again, where they are not scrolled away.
+fn summary(report: &JobReport) -> String {
+    let mut table = super::table::new(&["stage", "layers", "sparsity", "bits", "bytes", "pruned", "stored", "weights"]);
+    let mut stages: Vec<&str> = Vec::new();
+    for layer in &report.layers {
+        if stages.last() != Some(&layer.stage.as_str()) {
+            stages.push(&layer.stage);
+        }
+    }
+    let percent = |value: Option<f64>| value.map_or(String::new(), |value| format!("{:.2} %", 100.0 * value));
+    for stage in stages {
+        let layers: Vec<_> = report.layers.iter().filter(|layer| layer.stage == stage).collect();
+        let elements = |shape: &[i64]| shape.iter().product::<i64>() as f64;
+        let all: f64 = layers.iter().map(|layer| elements(&layer.shape)).sum();
+        // Means over weights, each layer by its size.
+        let mean = |pick: &dyn Fn(&sdxl_squeeze::compress::LayerReport) -> Option<f64>| -> Option<f64> {
+            layers.iter().map(|layer| Some(pick(layer)? * elements(&layer.shape))).sum::<Option<f64>>().map(|sum| sum / all)
+        };
+        table.add_row([
+            stage.to_owned(),
+            layers.len().to_string(),
+            percent(mean(&|layer| Some(layer.sparsity))),
+            format!("{:.2}", mean(&|layer| Some(layer.bits_per_weight)).unwrap_or(0.0)),
+            units::count(layers.iter().map(|layer| layer.bytes).sum()),
+            percent(mean(&|layer| layer.errors.pruned_output)),
+            percent(mean(&|layer| layer.errors.output)),
+            percent(mean(&|layer| Some(layer.errors.weight))),
+        ]);
+    }
+    let mut text = super::table::right_aligned(table, 1);
+    text.push_str("\n(pruned, stored: output error on the calibration inputs; weights: distance of the weights)\n");
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    text.push_str(&format!(
+        "{:.2} % of the compressed weights are zero; {:.3} bits a weight",
+        100.0 * report.sparsity,
+        report.bits_per_weight
+    ));
+    text
+}

@@ -1,0 +1,46 @@
+//! Pruning the smallest weights, whatever their inputs: what SparseGPT is compared with.
+
+use tch::Tensor;
+
+use super::matrix::{flat, to_vec};
+use super::sparsity::{Sparsity, mark_smallest};
+use crate::error::Result;
+
+/// A weight and what of it was kept.
+#[derive(Debug)]
+pub struct Masked {
+    /// [o, d] fp32 on the weight's device, exactly zero where pruned.
+    pub weight: Tensor,
+    /// [o, d] bool, true where kept.
+    pub mask: Tensor,
+}
+
+/// Prunes the smallest magnitudes of `weight` [o, ...]: of the whole weight, as Core ML's `OpMagnitudePrunerConfig` does, or n of
+/// every m in a row. A rest of fewer than m columns stays dense. Of equals the first are pruned; all of them if they are zero.
+///
+/// # Errors
+/// [`crate::Error::Argument`] for a sparsity out of range, [`crate::Error::NotFinite`] for NaN in the weight.
+pub fn magnitude_prune(weight: &Tensor, sparsity: Sparsity) -> Result<Masked> {
+    sparsity.check()?;
+    let flat = flat(weight)?;
+    let columns = flat.size2()?.1 as usize;
+    let magnitudes: Vec<f32> = to_vec(&flat.f_abs()?)?;
+    let mut pruned = vec![false; magnitudes.len()];
+    match sparsity {
+        Sparsity::Unstructured(share) => {
+            let count = (magnitudes.len() as f64 * share) as usize;
+            mark_smallest(&magnitudes, count, &mut pruned);
+        }
+        Sparsity::NM { n, m } => {
+            for (magnitudes, pruned) in magnitudes.chunks(columns).zip(pruned.chunks_mut(columns)) {
+                for (magnitudes, pruned) in magnitudes.chunks_exact(m).zip(pruned.chunks_exact_mut(m)) {
+                    let mut order: Vec<usize> = (0..m).collect();
+                    order.sort_by(|a, b| magnitudes[*a].total_cmp(&magnitudes[*b]));
+                    order.iter().take(n).for_each(|column| pruned[*column] = true);
+                }
+            }
+        }
+    }
+    let pruned = Tensor::f_from_slice(&pruned)?.f_reshape(flat.size())?.f_to_device(flat.device())?;
+    Ok(Masked { weight: flat.f_masked_fill(&pruned, 0.0)?, mask: pruned.f_logical_not()? })
+}

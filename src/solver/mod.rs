@@ -1,0 +1,24 @@
+//! Compresses one weight matrix so that the layer's output changes as little as possible.
+//!
+//! The solver knows matrices, not models. Its measure of a change D [o, d] of a weight is tr(D H D^T), where the [`Hessian`]
+//! H [d, d] sums what the layer's inputs looked like. [`prune`] follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774)
+//! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is what it is compared with.
+
+mod factor;
+mod hessian;
+mod magnitude;
+mod matrix;
+mod note;
+mod output_error;
+pub mod palette;
+mod sparsegpt;
+mod sparsity;
+mod sweep;
+
+pub use factor::InverseFactor;
+pub use hessian::Hessian;
+pub use magnitude::{Masked, magnitude_prune};
+pub use note::Note;
+pub use output_error::output_error;
+pub use sparsegpt::{PruneOptions, Pruned, prune};
+pub use sparsity::Sparsity;

@@ -1,0 +1,68 @@
+//! What a user should know of a weight's compression, as data.
+
+use std::fmt;
+
+/// Something about one weight's pruning that was not as asked, or that makes its result doubtful. The caller knows the layer's
+/// name and puts it in front.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Note {
+    /// The Hessian was built from fewer vectors than it has columns: it is singular but for the dampening, and fits the
+    /// calibration inputs rather than the layer.
+    FewVectors {
+        /// Vectors seen.
+        vectors: u64,
+        /// Columns, d.
+        dimension: u64,
+    },
+    /// Inputs that were zero in every vector; the weight's columns for them are zero now.
+    DeadColumns {
+        /// How many, over all groups.
+        count: u64,
+        /// Of how many.
+        of: u64,
+    },
+    /// The Cholesky factorization failed with the dampening asked for.
+    MoreDampening {
+        /// Asked for.
+        asked: f64,
+        /// What it worked with.
+        used: f64,
+    },
+    /// The sparsity reached is more than 0.1 % off the one asked for: blocks so small that one element counts, or many zeros in
+    /// the weight.
+    SparsityOff {
+        /// Share of zeros asked for.
+        asked: f64,
+        /// Share of masked elements.
+        reached: f64,
+    },
+    /// m does not divide the columns; the last ones were left dense.
+    IncompleteGroup {
+        /// How many columns were left.
+        columns: u64,
+        /// m of n:m.
+        m: u64,
+    },
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Note::FewVectors { vectors, dimension } => {
+                write!(f, "calibrated on {vectors} vectors, fewer than its {dimension} inputs")
+            }
+            Note::DeadColumns { count, of } => {
+                write!(f, "{count} of {of} inputs were always zero in calibration; their weights are zero now")
+            }
+            Note::MoreDampening { asked, used } => {
+                write!(f, "the Hessian needed a dampening of {used:.0e}, not {asked:.0e}")
+            }
+            Note::SparsityOff { asked, reached } => {
+                write!(f, "{:.2} % of the weight is pruned, {:.2} % was asked for", reached * 100.0, asked * 100.0)
+            }
+            Note::IncompleteGroup { columns, m } => {
+                write!(f, "the last {columns} columns are no group of {m} and stay dense")
+            }
+        }
+    }
+}

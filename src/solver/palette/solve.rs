@@ -1,0 +1,245 @@
+//! The palettizer.
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::histogram::{Histogram, Nearest};
+use super::layout::{Fit, Layout, fit, sizes};
+use super::options::PaletteOptions;
+use super::palettized::{Palettized, change, check_mask, squared_error};
+use super::values::{Bucket, optimal_palette};
+use crate::error::{Error, Result};
+
+/// What came of a weight.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// It has palettes now.
+    Palettized(Palettized),
+    /// It was left as it is, as [`OnMisfit::Dense`](super::OnMisfit::Dense) asks for.
+    LeftDense {
+        /// Why, for reports.
+        reason: String,
+    },
+}
+
+/// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group, and the nearest of its
+/// entries for each weight (of two as near, the lower).
+///
+/// `keep` [o, i, ...] says which weights are kept; `None` keeps all. The others have no influence. A kept weight of zero is a
+/// value like others, and -0 is 0. A group with at most 2^bits distinct values is kept without loss.
+///
+/// With per-channel scales, s_o is the largest magnitude among the kept weights of output channel o (1 if that is 0), and
+/// weight / s_o, rounded to fp16, is what is palettized; as in coremltools, all channels of a group then count the same.
+///
+/// The result is the same for any number of rayon threads.
+///
+/// # Errors
+/// All name the layer. [`Error::Argument`]: options that cannot be honoured ([`PaletteOptions`]), a group size that does not
+/// divide the channels where that is [`OnMisfit::Error`](super::OnMisfit::Error), a shape with fewer than two dimensions or
+/// without weights, or one that the lengths of `weight` and `keep` do not fit. [`Error::NotFinite`]: NaN or infinity anywhere
+/// in the weight, even where it is pruned.
+pub fn palettize(
+    name: &str,
+    weight: &[f16],
+    shape: &[usize],
+    keep: Option<&[bool]>,
+    options: &PaletteOptions,
+) -> Result<Outcome> {
+    solve(name, weight, shape, keep, None, options)
+}
+
+/// As [`palettize`], but each palette minimises the sum of importance * error^2. [`Palettized::squared_error`] is still the
+/// sum of errors^2.
+///
+/// `importance` [o, i, ...] must be finite and not negative. Weights of importance 0 get the nearest entry of a palette that
+/// is made without them; in a group where all are 0, all count the same.
+///
+/// # Errors
+/// As [`palettize`], and [`Error::Argument`] for an importance that is negative, not finite or of another length, or if those
+/// of a group sum to more than 1e140.
+pub fn palettize_weighted(
+    name: &str,
+    weight: &[f16],
+    shape: &[usize],
+    keep: Option<&[bool]>,
+    importance: &[f64],
+    options: &PaletteOptions,
+) -> Result<Outcome> {
+    let bad = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));
+    if importance.len() != weight.len() {
+        return bad(format!("{} importances for {} weights", importance.len(), weight.len()));
+    }
+    if let Some(number) = importance.iter().find(|number| !(number.is_finite() && **number >= 0.0)) {
+        return bad(format!("an importance of {number}"));
+    }
+    solve(name, weight, shape, keep, Some(importance), options)
+}
+
+fn solve(
+    name: &str,
+    weight: &[f16],
+    shape: &[usize],
+    keep: Option<&[bool]>,
+    importance: Option<&[f64]>,
+    options: &PaletteOptions,
+) -> Result<Outcome> {
+    let entries = options.entries(name)?;
+    let (count, row) = sizes(name, shape)?;
+    if weight.len() != count {
+        return Err(Error::Argument(format!("`{name}`: {} weights do not fit the shape {shape:?}", weight.len())));
+    }
+    check_mask(name, keep, count)?;
+    if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
+        let value = weight.get(at).copied().unwrap_or(f16::NAN);
+        return Err(Error::NotFinite(format!("`{name}`: weight {at} of {count} is {value}; palettes need finite weights")));
+    }
+    let (layout, misfit) = match fit(name, shape, options)? {
+        Fit::Groups(layout, misfit) => (layout, misfit),
+        Fit::Dense(reason) => {
+            tracing::warn!("`{name}`: {reason}; left dense");
+            return Ok(Outcome::LeftDense { reason });
+        }
+    };
+    if let Some(misfit) = &misfit {
+        tracing::warn!("`{name}`: {misfit}");
+    }
+
+    let scales = options.per_channel_scale.then(|| scales(weight, keep, row));
+    let scaled = scales.as_ref().map(|scales| divided(weight, scales, row));
+    let values = Values { name, values: scaled.as_deref().unwrap_or(weight), keep, importance };
+    let groups: Vec<(Vec<f16>, Vec<u8>)> = (0..layout.groups)
+        .into_par_iter()
+        .map_init(Workspace::default, |workspace, group| workspace.group(values, &layout, group, entries))
+        .collect::<Result<_>>()?;
+
+    let mut palettes = Vec::with_capacity(layout.groups * entries);
+    let mut indices = vec![0; count];
+    for (group, (palette, of_group)) in groups.iter().enumerate() {
+        palettes.extend_from_slice(palette);
+        let mut rest = of_group.as_slice();
+        for run in layout.runs(group) {
+            let (these, others) = rest.split_at_checked(run.len()).unwrap_or_default();
+            rest = others;
+            indices.get_mut(run).unwrap_or_default().copy_from_slice(these);
+        }
+    }
+    drop(groups);
+    let mut palettized = Palettized {
+        name: name.to_owned(),
+        shape: shape.to_owned(),
+        bits: options.bits,
+        axis: layout.axis,
+        group_size: layout.group_size,
+        palettes,
+        indices,
+        scales,
+        squared_error: 0.0,
+        kept: keep.map_or(count, |keep| keep.iter().filter(|keep| **keep).count()),
+        misfit,
+    };
+    palettized.squared_error = squared_error(&palettized.decode(keep)?, weight, keep, row);
+    Ok(Outcome::Palettized(palettized))
+}
+
+/// The largest magnitude in each row, 1 where that is 0.
+fn scales(weight: &[f16], keep: Option<&[bool]>, row: usize) -> Vec<f16> {
+    let largest = |at: usize, weight: &[f16]| {
+        let keep = keep.and_then(|keep| keep.chunks(row).nth(at));
+        // Magnitudes are in the order of their bits.
+        let magnitude = |value: &f16| value.to_bits() & 0x7fff;
+        match keep {
+            Some(keep) => weight.iter().zip(keep).filter(|(_, keep)| **keep).map(|(value, _)| magnitude(value)).max(),
+            None => weight.iter().map(magnitude).max(),
+        }
+    };
+    let scale = |bits: Option<u16>| bits.filter(|bits| *bits > 0).map_or(f16::ONE, f16::from_bits);
+    weight.par_chunks(row).enumerate().map(|(at, weight)| scale(largest(at, weight))).collect()
+}
+
+/// Each row divided by its scale, in fp32, rounded to fp16. Pruned weights may be larger than the scale; they are not used.
+fn divided(weight: &[f16], scales: &[f16], row: usize) -> Vec<f16> {
+    let mut scaled = weight.to_owned();
+    scaled.par_chunks_mut(row).zip(scales).for_each(|(row, scale)| {
+        let scale = scale.to_f32();
+        change(row, |value| value / scale);
+    });
+    scaled
+}
+
+/// What is palettized, by weight.
+#[derive(Debug, Clone, Copy)]
+struct Values<'a> {
+    name: &'a str,
+    values: &'a [f16],
+    keep: Option<&'a [bool]>,
+    importance: Option<&'a [f64]>,
+}
+
+impl Values<'_> {
+    /// Counts the kept values of a group, by importance if `weighted`.
+    fn count(&self, layout: &Layout, group: usize, weighted: bool, histogram: &mut Histogram) {
+        for run in layout.runs(group) {
+            let values = self.values.get(run.clone()).unwrap_or_default();
+            let keep = self.keep.and_then(|keep| keep.get(run.clone()));
+            let importance = self.importance.filter(|_| weighted).and_then(|importance| importance.get(run));
+            match (keep, importance) {
+                (None, None) => values.iter().for_each(|&value| histogram.add(value, 1.0)),
+                _ => {
+                    for (at, &value) in values.iter().enumerate() {
+                        if keep.is_none_or(|keep| keep.get(at) == Some(&true)) {
+                            histogram.add(value, importance.and_then(|all| all.get(at)).copied().unwrap_or(1.0));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The palette entries of a group's weights, in the order of its runs; 0 where pruned.
+    fn look_up(&self, layout: &Layout, group: usize, nearest: &Nearest) -> Vec<u8> {
+        let mut indices = Vec::with_capacity(layout.group_len());
+        for run in layout.runs(group) {
+            let values = self.values.get(run.clone()).unwrap_or_default();
+            match self.keep.and_then(|keep| keep.get(run)) {
+                None => indices.extend(values.iter().map(|&value| nearest.entry(value))),
+                Some(keep) => {
+                    indices.extend(values.iter().zip(keep).map(|(&value, &keep)| if keep { nearest.entry(value) } else { 0 }));
+                }
+            }
+        }
+        indices
+    }
+}
+
+/// What a thread needs for a group, kept for its next one: some 0.6 MB.
+#[derive(Debug)]
+struct Workspace {
+    histogram: Histogram,
+    buckets: Vec<Bucket>,
+    nearest: Nearest,
+}
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Workspace { histogram: Histogram::new(), buckets: Vec::new(), nearest: Nearest::new() }
+    }
+}
+
+impl Workspace {
+    /// The palette of a group, padded to `entries`, and its indices.
+    fn group(&mut self, values: Values<'_>, layout: &Layout, group: usize, entries: usize) -> Result<(Vec<f16>, Vec<u8>)> {
+        values.count(layout, group, true, &mut self.histogram);
+        self.histogram.drain(&mut self.buckets);
+        if self.buckets.is_empty() && values.importance.is_some() {
+            values.count(layout, group, false, &mut self.histogram);
+            self.histogram.drain(&mut self.buckets);
+        }
+        let named = |why| Error::Argument(format!("`{}`: group {group}: {why}", values.name));
+        let mut palette = optimal_palette(&self.buckets, entries).map_err(named)?;
+        self.nearest.set(&palette);
+        let indices = values.look_up(layout, group, &self.nearest);
+        let last = palette.last().copied().unwrap_or(f16::ZERO);
+        palette.resize(entries, last);
+        Ok((palette, indices))
+    }
+}

@@ -1,0 +1,164 @@
+//! SparseGPT: prune, and let the weights that stay make up for those that went.
+
+use tch::{Kind, Tensor};
+
+use super::matrix::{block, copy, flat_for, panels, to_vec};
+use super::sparsity::{Quota, mark_smallest};
+use super::sweep::{Block, score, sweep};
+use super::{Hessian, InverseFactor, Note, Sparsity, output_error};
+use crate::error::{Error, Result};
+
+/// How [`prune`] prunes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PruneOptions {
+    /// How much becomes zero.
+    pub sparsity: Sparsity,
+    /// Share of H's mean diagonal that is added to the diagonal (coremltools' `hessian_dampening`).
+    pub dampening: f64,
+    /// Columns whose mask is chosen together (coremltools' `processing_group_size`). For n:m the next smaller multiple of m.
+    pub block: usize,
+}
+
+impl Default for PruneOptions {
+    /// coremltools' defaults: half of the elements, a dampening of 0.01, blocks of 128 columns.
+    fn default() -> Self {
+        PruneOptions { sparsity: Sparsity::Unstructured(0.5), dampening: 0.01, block: 128 }
+    }
+}
+
+/// A weight pruned by [`prune`].
+#[derive(Debug)]
+pub struct Pruned {
+    /// [o, d] fp32 on the weight's device, exactly zero where pruned.
+    pub weight: Tensor,
+    /// [o, d] bool on the weight's device, true where kept.
+    pub mask: Tensor,
+    /// The share of elements that the mask prunes.
+    pub sparsity: f64,
+    /// [`output_error`] of the pruned weight.
+    pub error: f64,
+    /// What the user should know.
+    pub notes: Vec<Note>,
+}
+
+/// Prunes `weight` [o, ...], flattened to [o, d], as coremltools 9.0 does with `weight_dtype="float32"`
+/// (`SparseGPT._compress_impl` in `optimize/torch/layerwise_compression/algorithms.py`).
+///
+/// Block by block of columns: the elements with the smallest w^2 / U_jj^2 are masked, over all rows at once; each masked element
+/// goes to zero and the columns after it take up its error, e U_j with e = w / U_jj. For n:m sparsity the mask is chosen row by
+/// row, at every m-th column. U is the [`InverseFactor`]. A convolution of several groups has its rows pruned group by group,
+/// each with its own H, and a sparsity that is met over all of them.
+///
+/// It differs from coremltools only where that goes wrong: a target of zero prunes nothing (there, one element a block);
+/// many equal scores do not all go at once; m need not divide the block, nor the columns (the rest stays dense, and a note says
+/// so); a Hessian without a Cholesky factor gets more dampening.
+///
+/// The sweep runs on the CPU, in any number of rayon threads with the same result. A weight or Hessian on a GPU works: products
+/// and factorization stay there and each block goes to the host and back.
+///
+/// # Errors
+/// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or one that has seen no input;
+/// [`Error::NotFinite`] for NaN; [`Error::NotPositiveDefinite`] if no dampening helps.
+pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Result<Pruned> {
+    options.sparsity.check()?;
+    if options.block == 0 {
+        return Err(Error::Argument("a processing group of no columns".into()));
+    }
+    let original = flat_for(weight, hessian)?;
+    let (o, d) = original.size2()?;
+    let new = copy(&original)?;
+    let pruned = Tensor::f_zeros([o, d], (Kind::Bool, original.device()))?;
+    let mut notes = Vec::new();
+    if options.sparsity != Sparsity::Unstructured(0.0) {
+        prune_groups(&new, &pruned, hessian, options, &mut notes)?;
+    }
+
+    let reached = pruned.f_sum(Kind::Int64)?.f_int64_value(&[])? as f64 / (o * d) as f64;
+    let asked = options.sparsity.share(d as usize);
+    if (reached - asked).abs() > 0.001 {
+        notes.push(Note::SparsityOff { asked, reached });
+    }
+    for note in &notes {
+        tracing::warn!("{note}");
+    }
+    Ok(Pruned {
+        error: output_error::of_flat(&original, &new, hessian)?,
+        weight: new.f_to_device(weight.device())?,
+        mask: pruned.f_logical_not()?.f_to_device(weight.device())?,
+        sparsity: reached,
+        notes,
+    })
+}
+
+/// Prunes each group's rows of `weight` [o, d] in place and marks them in `pruned` [o, d].
+fn prune_groups(
+    weight: &Tensor,
+    pruned: &Tensor,
+    hessian: &Hessian,
+    options: &PruneOptions,
+    notes: &mut Vec<Note>,
+) -> Result<()> {
+    let (groups, d) = (hessian.groups(), hessian.dimension());
+    let rows = weight.size2()?.0 / groups;
+    let share = options.sparsity.share(d as usize);
+    let mut quota = Quota::new(share, groups == 1);
+    let (mut dead, mut used) = (0, options.dampening);
+    for group in 0..groups {
+        let factor = InverseFactor::new(hessian, group, options.dampening)?;
+        dead += factor.dead_columns;
+        used = factor.dampening.max(used);
+        let part = |tensor: &Tensor| tensor.f_narrow(0, group * rows, rows);
+        prune_rows(&part(weight)?, &part(pruned)?, &factor, options, &mut quota)?;
+    }
+
+    if hessian.vectors() < d.unsigned_abs() {
+        notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
+    }
+    if dead > 0 {
+        notes.push(Note::DeadColumns { count: dead, of: (groups * d).unsigned_abs() });
+    }
+    if used > options.dampening {
+        notes.push(Note::MoreDampening { asked: options.dampening, used });
+    }
+    if let Sparsity::NM { m, .. } = options.sparsity
+        && !(d as usize).is_multiple_of(m)
+    {
+        notes.push(Note::IncompleteGroup { columns: (d as usize % m) as u64, m: m as u64 });
+    }
+    Ok(())
+}
+
+/// Prunes rows that share a factor, `weight` and `pruned` [o, d] in place.
+fn prune_rows(weight: &Tensor, pruned: &Tensor, factor: &InverseFactor, options: &PruneOptions, quota: &mut Quota) -> Result<()> {
+    let (o, d) = weight.size2()?;
+    let _ = weight.shallow_clone().f_masked_fill_(&factor.dead, 0.0)?;
+    let (ratio, columns) = match options.sparsity {
+        Sparsity::Unstructured(_) => (None, options.block),
+        Sparsity::NM { n, m } => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
+    };
+    for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
+        let size = [o, panel.end - panel.start];
+        let mut place = block(weight, 0..o, panel.clone())?;
+        let mut values = to_vec(&place)?;
+        let upper = to_vec(&block(&factor.upper, panel.clone(), panel.clone())?)?;
+        let mut error = vec![0.0; values.len()];
+        let mut marks = vec![false; values.len()];
+        let columns = size[1] as usize;
+        if ratio.is_none() {
+            let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
+            let scores: Vec<f32> =
+                values.chunks(columns).flat_map(|row| row.iter().zip(&diagonal).map(|(w, u)| score(*w, *u))).collect();
+            mark_smallest(&scores, quota.next(scores.len()), &mut marks);
+        }
+        sweep(Block { weight: &mut values, error: &mut error, pruned: &mut marks, upper: &upper, columns }, ratio);
+
+        place.f_copy_(&Tensor::f_from_slice(&values)?.f_reshape(size)?)?;
+        block(pruned, 0..o, panel.clone())?.f_copy_(&Tensor::f_from_slice(&marks)?.f_reshape(size)?)?;
+        if panel.end < d {
+            let error = Tensor::f_from_slice(&error)?.f_reshape(size)?.f_to_device(weight.device())?;
+            let after = block(&factor.upper, panel.clone(), panel.end..d)?;
+            let _ = block(weight, 0..o, panel.end..d)?.f_addmm_(&error, &after)?;
+        }
+    }
+    Ok(())
+}

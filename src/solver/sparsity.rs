@@ -1,0 +1,137 @@
+//! How much of a weight is to be pruned, and which elements those are.
+
+use crate::error::{Error, Result};
+
+/// How much of a weight becomes zero.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sparsity {
+    /// This share of the elements, 0 <= s < 1, wherever they are (coremltools' `target_sparsity`). Zero prunes nothing.
+    Unstructured(f64),
+    /// `n` of every `m` neighbours in a row, 1 <= n < m (coremltools' `n_m_ratio`). Rows are those of the flattened weight [o, d].
+    NM {
+        /// How many become zero.
+        n: usize,
+        /// Of how many.
+        m: usize,
+    },
+}
+
+impl Sparsity {
+    pub(super) fn check(self) -> Result<()> {
+        match self {
+            Sparsity::Unstructured(share) if !(0.0..1.0).contains(&share) => {
+                Err(Error::Argument(format!("a sparsity of {share}: it must be at least 0 and below 1")))
+            }
+            Sparsity::NM { n, m } if n == 0 || n >= m => {
+                Err(Error::Argument(format!("a sparsity of {n}:{m}: it must be at least 1 and fewer than all of m")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The share of zeros asked for in a row of `columns`.
+    pub(super) fn share(self, columns: usize) -> f64 {
+        match self {
+            Sparsity::Unstructured(share) => share,
+            Sparsity::NM { n, m } => (columns / m * n) as f64 / columns as f64,
+        }
+    }
+}
+
+/// How many elements of each block are to be pruned.
+#[derive(Debug)]
+pub(super) struct Quota {
+    share: f64,
+    as_coremltools: bool,
+    seen: usize,
+    pruned: usize,
+}
+
+impl Quota {
+    /// `as_coremltools`: `int(size * share) + 1` of each block, since its threshold itself is pruned. Otherwise what brings the
+    /// whole nearest to the share, which blocks of a few elements (grouped convolutions, unknown to coremltools) need.
+    pub(super) fn new(share: f64, as_coremltools: bool) -> Self {
+        Quota { share, as_coremltools, seen: 0, pruned: 0 }
+    }
+
+    /// The number for the next block, of `size` elements.
+    pub(super) fn next(&mut self, size: usize) -> usize {
+        self.seen += size;
+        let count = if self.as_coremltools {
+            (size as f64 * self.share) as usize + 1
+        } else {
+            ((self.seen as f64 * self.share).round() as usize).saturating_sub(self.pruned)
+        };
+        self.pruned += count.min(size);
+        count.min(size)
+    }
+}
+
+/// Marks the `count` smallest of `scores` (>= 0) in `pruned`.
+///
+/// Like coremltools it takes all that tie with the last of them, as long as they are zero (nothing is lost) or no more than
+/// 0.1 % of the block; otherwise the first ones in row-major order.
+pub(super) fn mark_smallest(scores: &[f32], count: usize, pruned: &mut [bool]) {
+    pruned.fill(false);
+    if count == 0 || scores.is_empty() {
+        return;
+    }
+    let mut sorted = scores.to_vec();
+    let last = count.min(sorted.len()) - 1;
+    let threshold = *sorted.select_nth_unstable_by(last, f32::total_cmp).1;
+    let (mut below, mut ties) = (0, 0);
+    for score in scores {
+        below += usize::from(score.total_cmp(&threshold).is_lt());
+        ties += usize::from(score.total_cmp(&threshold).is_eq());
+    }
+    let mut room = if threshold == 0.0 || below + ties <= count + scores.len() / 1000 { ties } else { count - below };
+    for (score, pruned) in scores.iter().zip(pruned) {
+        let order = score.total_cmp(&threshold);
+        *pruned = order.is_lt() || (order.is_eq() && room > 0);
+        room -= usize::from(order.is_eq() && *pruned);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn marked(scores: &[f32], count: usize) -> Vec<bool> {
+        let mut pruned = vec![true; scores.len()];
+        mark_smallest(scores, count, &mut pruned);
+        pruned
+    }
+
+    #[test]
+    fn ties_are_zeros_or_few_or_in_order() {
+        assert_eq!(marked(&[0.0, 1.0, 0.0, 0.0], 1), [true, false, true, true]);
+        assert_eq!(marked(&[1.0, 1.0, 0.5, 1.0], 2), [true, false, true, false]);
+        assert_eq!(marked(&[1.0; 2000], 5).iter().filter(|pruned| **pruned).count(), 5);
+        let mut scores = vec![2.0; 2000];
+        scores[3] = 1.0;
+        scores[1500] = 1.0;
+        assert_eq!(marked(&scores, 1).iter().filter(|pruned| **pruned).count(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn marks_the_smallest(scores in prop::collection::vec(0.001f32..1.0, 1..300), share in 0.0..1.0) {
+            let count = (scores.len() as f64 * share) as usize;
+            let pruned = marked(&scores, count);
+            let most = scores.iter().zip(&pruned).filter(|(_, pruned)| **pruned).map(|(score, _)| *score).fold(0.0, f32::max);
+            let least = scores.iter().zip(&pruned).filter(|(_, pruned)| !**pruned).map(|(score, _)| *score).fold(1.0, f32::min);
+            prop_assert_eq!(pruned.iter().filter(|pruned| **pruned).count(), count);
+            prop_assert!(most <= least);
+        }
+
+        #[test]
+        fn an_exact_quota_is_never_off_by_more_than_half(sizes in prop::collection::vec(1usize..50, 1..50), share in 0.0..1.0) {
+            let mut quota = Quota::new(share, false);
+            let pruned: usize = sizes.iter().map(|size| quota.next(*size)).sum();
+            let total: usize = sizes.iter().sum();
+            prop_assert!((pruned as f64 - total as f64 * share).abs() <= 0.5 + 1e-9);
+        }
+    }
+}

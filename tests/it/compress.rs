@@ -1,0 +1,220 @@
+//! The main job through the binary: compress, verify, inspect, export, draw from the container.
+
+use std::path::Path;
+
+use sdxl_squeeze::container::Container;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::unet::Unet;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::progress::Silent;
+use serde_json::Value;
+
+use crate::support::{emoji, ended_with, repo, squeeze, tensors};
+
+/// A small run: the bundled model, few samples.
+fn compress(config: &str, out: &Path, more: &[&str]) -> String {
+    let (config, prompts, model) = (repo(config), repo("calibration/emoji.txt"), emoji());
+    let mut args = vec![
+        "compress",
+        "--config",
+        config.to_str().unwrap(),
+        "--model",
+        model.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    args.extend(["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "6", "--steps", "4"]);
+    args.extend(more);
+    ended_with(0, &squeeze(&args))
+}
+
+fn report(out: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn pruned_and_palettized_end_to_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("s40");
+    let said = compress("configs/joint-s40-4bit-gs16.yaml", &out, &[]);
+    assert!(said.contains("few") || said.contains("fewer than its"), "{said}");
+    let found = report(&out);
+    assert_eq!(found["samples"], 6);
+    let layers = found["layers"].as_array().unwrap();
+    for layer in layers.iter().filter(|layer| layer["vectors"].is_u64()) {
+        let sparsity = layer["sparsity"].as_f64().unwrap();
+        assert!((0.4..0.4025).contains(&sparsity), "{}: {sparsity}", layer["name"]);
+        let errors = &layer["errors"];
+        assert!(errors["pruned_output"].as_f64() <= errors["output"].as_f64(), "{layer}");
+    }
+
+    // The container is whole, and says of itself what was written.
+    let file = out.join("unet.squeezed.safetensors");
+    let file = file.to_str().unwrap();
+    let said = ended_with(0, &squeeze(&["verify", file]));
+    assert!(said.contains("every hash holds"), "{said}");
+    assert_eq!(found["bytes"].as_u64().unwrap(), std::fs::metadata(file).unwrap().len());
+    let said = ended_with(0, &squeeze(&["inspect", file]));
+    assert!(said.contains("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), "{said}");
+
+    // The config as resolved is a config, and gives the same bytes again.
+    let again = folder.path().join("again");
+    let model = emoji();
+    let args = [
+        "compress",
+        "--config",
+        out.join("config.yaml").to_str().unwrap(),
+        "--model",
+        model.to_str().unwrap(),
+        "--out",
+        again.to_str().unwrap(),
+    ]
+    .map(str::to_owned);
+    ended_with(0, &squeeze(&args.iter().map(String::as_str).collect::<Vec<_>>()));
+    assert!(
+        std::fs::read(again.join("unet.squeezed.safetensors")).unwrap() == std::fs::read(file).unwrap(),
+        "another run, other bytes"
+    );
+
+    // A picture straight from the container is that of the exported folder.
+    let exported = folder.path().join("exported");
+    ended_with(
+        0,
+        &squeeze(&["export", file, "--to", "diffusers", "--model", model.to_str().unwrap(), "--out", exported.to_str().unwrap()]),
+    );
+    let draw = |name: &str, more: &[&str]| {
+        let path = folder.path().join(name);
+        let mut args = vec!["generate", "--prompt", "owl", "--steps", "4", "-o", path.to_str().unwrap()];
+        args.extend(more);
+        ended_with(0, &squeeze(&args));
+        let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
+        let mut reader = decoder.read_info().unwrap();
+        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut pixels).unwrap();
+        pixels
+    };
+    let straight = draw("a.png", &["--model", model.to_str().unwrap(), "--unet", file]);
+    assert_eq!(straight, draw("b.png", &["--model", exported.to_str().unwrap()]));
+    assert_ne!(straight, draw("c.png", &["--model", model.to_str().unwrap()]));
+}
+
+#[test]
+fn dense_palettes_need_no_calibration_and_keep_their_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut errors = Vec::new();
+    let mut sizes = Vec::new();
+    for name in ["dense-8bit", "dense-6bit", "dense-4bit-gs4", "dense-4bit-gs16", "dense-4bit-gs32", "dense-4bit"] {
+        let out = folder.path().join(name);
+        compress(&format!("configs/{name}.yaml"), &out, &[]);
+        let found = report(&out);
+        assert_eq!(found["samples"], 0);
+        // Squared weight errors, each layer by its size.
+        let layers = found["layers"].as_array().unwrap();
+        let error: f64 = layers.iter().map(|layer| layer["errors"]["weight"].as_f64().unwrap().powi(2)).sum();
+        errors.push(error);
+        sizes.push(found["payload_bytes"].as_u64().unwrap());
+    }
+    assert!(errors.windows(2).all(|pair| pair[0] < pair[1]), "8 < 6 < 4 bits, gs4 < gs16 < gs32 < per tensor: {errors:?}");
+    assert!(
+        sizes[0] > sizes[1] && sizes[1] > sizes[2] && sizes[2] > sizes[3] && sizes[3] > sizes[4] && sizes[4] > sizes[5],
+        "{sizes:?}"
+    );
+}
+
+#[test]
+fn the_container_decodes_to_the_exported_weights_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    compress("configs/joint-2of4-4bit-gs16.yaml", &out, &[]);
+    let file = out.join("unet.squeezed.safetensors");
+    let exported = folder.path().join("exported");
+    let model = emoji();
+    ended_with(
+        0,
+        &squeeze(&[
+            "export",
+            file.to_str().unwrap(),
+            "--to",
+            "diffusers",
+            "--model",
+            model.to_str().unwrap(),
+            "--out",
+            exported.to_str().unwrap(),
+        ]),
+    );
+    let written = tensors(&exported.join("unet/diffusion_pytorch_model.safetensors"));
+    let container = Container::open(&file).unwrap();
+    for layer in container.layers() {
+        let ours = tch::Tensor::from_slice(&container.decode(&layer.name).unwrap()).view(layer.shape.as_slice());
+        assert_eq!(ours, written[&layer.name], "{}", layer.name);
+        if layer.sparsity > 0.1 {
+            assert_eq!(layer.sparsity, 0.5, "{}: 2 of every 4", layer.name);
+        }
+    }
+    // And the folder is a pipeline.
+    let pipeline = PipelineFolder::open(&exported).unwrap();
+    let weights = pipeline.unet_weights().unwrap();
+    Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
+}
+
+#[test]
+fn samples_can_be_kept_and_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let samples = folder.path().join("samples.safetensors");
+    let out = |name: &str| folder.path().join(name);
+    compress("configs/joint-s50-4bit-gs16.yaml", &out("a"), &["--samples-out", samples.to_str().unwrap()]);
+    let (config, model) = (repo("configs/joint-s50-4bit-gs16.yaml"), emoji());
+    let b = out("b");
+    let args = [
+        "compress",
+        "--config",
+        config.to_str().unwrap(),
+        "--model",
+        model.to_str().unwrap(),
+        "--out",
+        b.to_str().unwrap(),
+        "--samples",
+        samples.to_str().unwrap(),
+        "--calibration-nsamples",
+        "6",
+    ];
+    ended_with(0, &squeeze(&args));
+    let weight = |name: &str| {
+        let container = Container::open(&out(name).join("unet.squeezed.safetensors")).unwrap();
+        container.decode("mid_block.resnets.0.conv1.weight").unwrap()
+    };
+    assert_eq!(weight("a"), weight("b"));
+
+    // Damaged samples are named.
+    let bytes = std::fs::read(&samples).unwrap();
+    std::fs::write(&samples, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(ended_with(2, &squeeze(&args)).contains("not a whole safetensors file"));
+}
+
+#[test]
+fn what_cannot_be_done_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, model) = (repo("configs/joint-s40-4bit-gs16.yaml"), emoji());
+    let out = folder.path().join("x");
+    let run = |more: &[&str]| {
+        let mut args = vec!["compress", "--config", config.to_str().unwrap(), "--out", out.to_str().unwrap()];
+        args.extend(more);
+        ended_with(2, &squeeze(&args))
+    };
+    let root = model.to_str().unwrap();
+    assert!(run(&[]).contains("which model?"));
+    assert!(run(&["--model", root, "--target-sparsity", "1.0"]).contains("--target-sparsity"));
+    assert!(run(&["--model", root, "--n-bits", "5"]).contains("--n-bits"));
+    assert!(run(&["--model", root, "--prompts", "/nowhere/prompts.txt"]).contains("/nowhere/prompts.txt"));
+    assert!(run(&["--model", "/nowhere"]).contains("cannot read"));
+
+    // Two mistakes, two lines, each with its place.
+    let bad = folder.path().join("bad.yaml");
+    std::fs::write(&bad, "palettize:\n  global_config:\n    n_bits: 5\n    granularty: per_tensor\n").unwrap();
+    let said = ended_with(
+        2,
+        &squeeze(&["compress", "--config", bad.to_str().unwrap(), "--model", root, "--out", out.to_str().unwrap()]),
+    );
+    assert!(said.contains(":3:") && said.contains(":4:") && said.contains("granularity"), "{said}");
+    assert_eq!(said.lines().count(), 2, "{said}");
+}
