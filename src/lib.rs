@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod calibration;
 pub mod checkpoint;
+pub mod compare;
 pub mod compress;
 pub mod config;
 pub mod container;
@@ -10,12 +11,14 @@ pub mod device;
 mod error;
 pub mod export;
 pub mod inspect;
+pub mod memory;
 pub mod model;
 pub mod output;
 pub mod pattern;
 pub mod picture;
 pub mod pipeline;
 pub mod progress;
+pub mod report;
 pub mod solver;
 pub mod synth;
 

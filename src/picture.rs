@@ -53,6 +53,30 @@ impl Picture {
         write_file(path, |out| self.encode(out, texts).map_err(std::io::Error::other))
     }
 
+    /// The PNG that [`write_png`](Self::write_png) writes without texts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the picture is not as large as it says.
+    pub fn to_png_bytes(&self) -> Result<Vec<u8>> {
+        self.check()?;
+        let mut bytes = Vec::new();
+        self.encode(&mut bytes, &[]).map_err(|why| Error::Argument(format!("a picture cannot be stored: {why}")))?;
+        Ok(bytes)
+    }
+
+    /// That there are pixels, and as many bytes as width and height say.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] otherwise.
+    pub fn check(&self) -> Result<()> {
+        let bytes = u128::from(self.width) * u128::from(self.height) * 3;
+        if bytes == 0 || bytes != self.rgb.len() as u128 {
+            let size = format!("{}x{}", self.width, self.height);
+            return Err(Error::Argument(format!("a picture of {size} has {} bytes, not {bytes}", self.rgb.len())));
+        }
+        Ok(())
+    }
+
     fn encode(&self, out: &mut dyn Write, texts: &[(&str, String)]) -> Result<(), png::EncodingError> {
         let mut encoder = png::Encoder::new(out, self.width, self.height);
         encoder.set_color(png::ColorType::Rgb);

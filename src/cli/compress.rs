@@ -29,7 +29,7 @@ pub struct Args {
 }
 
 /// Flags that win over the config.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct OverrideArgs {
     /// The pipeline: a folder in diffusers layout
     #[arg(long, value_name = "DIR")]
@@ -155,7 +155,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Argument(why.to_string()))?;
     write_file(&args.out.join("report.json"), |out| writeln!(out, "{json}"))?;
 
-    let peak = units::peak_memory().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
     super::print(&format!(
         "{}\n{}: {} ({}), {}{peak}\n",
         summary(&report),

@@ -87,7 +87,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         write_latents(path, &generated)?;
     }
     let (height, width) = generated.size;
-    let peak = units::peak_memory().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
     super::print(&format!(
         "{}: {width}x{height}, {} steps of {}, seed {}, {}{peak}\n",
         args.output.display(),

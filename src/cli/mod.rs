@@ -1,5 +1,6 @@
 //! Everything that knows of a terminal: arguments, progress bars, tables, error messages, exit codes.
 
+mod compare;
 mod compress;
 mod export;
 mod generate;
@@ -43,6 +44,8 @@ struct Args {
 enum Command {
     /// Compress a UNet as a config says
     Compress(compress::Args),
+    /// Compress with several configs and report what each costs
+    Compare(compare::Args),
     /// Check a container: structure, counts and hashes
     Verify(verify::Args),
     /// Write what other programs load: a diffusers folder
@@ -93,6 +96,7 @@ fn run(args: Args) -> Result<(), Error> {
     tracing_subscriber::fmt().with_max_level(level).with_writer(move || log.clone()).without_time().with_target(false).init();
     match args.command {
         Command::Compress(args) => compress::run(args, &reporter),
+        Command::Compare(args) => compare::run(args, &reporter),
         Command::Verify(args) => verify::run(args),
         Command::Export(args) => export::run(args, &reporter),
         Command::Generate(args) => generate::run(args, &reporter),

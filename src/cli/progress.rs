@@ -108,7 +108,7 @@ impl Running {
             let rate = if rate < 1.0 { format!("{:.1} s each", 1.0 / rate) } else { format!("{rate:.1} {}/s", self.unit) };
             text = format!("{rate}, {} left, ", units::time(Duration::from_secs_f64(left)));
         }
-        if let Some(peak) = units::peak_memory() {
+        if let Some(peak) = sdxl_squeeze::memory::peak() {
             text.push_str(&format!("peak {}", units::bytes(peak)));
         }
         text
@@ -153,7 +153,7 @@ impl Progress for Reporter {
                 let (rate, left) = running.pace().unzip();
                 let line = json!({
                     "event": "advance", "task": running.task, "item": item, "done": running.done(), "total": running.total,
-                    "per_second": rate, "seconds_left": left, "peak_bytes": units::peak_memory(),
+                    "per_second": rate, "seconds_left": left, "peak_bytes": sdxl_squeeze::memory::peak(),
                 });
                 self.say(&line.to_string());
             }

@@ -30,6 +30,6 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let preset: Preset = args.preset.parse()?;
     synthesize(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
-    let peak = units::peak_memory().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
     super::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, units::time(start.elapsed())))
 }

@@ -10,6 +10,7 @@ mod container;
 mod gpu;
 mod palettes;
 mod pipelines;
+mod report;
 mod schedulers;
 mod sparsegpt;
 mod support;

@@ -1,0 +1,212 @@
+//! Judges a compressed UNet by how close it stays to the dense one, on prompts that calibration has not seen.
+
+use std::cell::RefCell;
+
+use tch::{Kind, Tensor};
+
+use crate::calibration::{PromptSet, Sample, spread};
+use crate::checkpoint::TensorSource;
+use crate::error::{Error, Result};
+use crate::model::Unobserved;
+use crate::model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
+use crate::model::vae::VaeDecoder;
+use crate::picture::Picture;
+use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, noise, sample};
+use crate::progress::{Progress, Silent, Task};
+
+/// The dense model's runs on the judge's prompts: the truth that rows are measured against.
+pub struct Judge {
+    runs: Vec<Run>,
+    held_out: Vec<HeldOut>,
+    set: PromptSet,
+    vae: VaeDecoder,
+}
+
+struct Run {
+    guidance: Guidance,
+    noise: Tensor,
+    latents: Vec<Tensor>,
+    picture: Picture,
+}
+
+/// A call of the dense UNet, and its answer.
+struct HeldOut {
+    call: Sample,
+    output: Tensor,
+}
+
+/// What a row was measured to be.
+#[derive(Debug)]
+pub struct Measured {
+    /// ‖compressed - dense‖ / ‖dense‖ over the outputs of all held-out calls.
+    pub unet_error: f64,
+    /// ‖compressed - dense‖ / ‖dense‖ of the latents after each step, mean over the runs.
+    pub latent_error_by_step: Vec<f64>,
+    /// One picture a prompt.
+    pub pictures: Vec<Picture>,
+}
+
+impl Judge {
+    /// Runs the dense `unet` on every prompt of `set` and keeps `held_out` of its calls, spread over prompts and timesteps.
+    ///
+    /// # Errors
+    /// If the pipeline cannot run.
+    pub fn record(
+        folder: &PipelineFolder,
+        encoder: &PromptEncoder,
+        unet: &Unet,
+        set: PromptSet,
+        held_out: usize,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        if set.prompts.is_empty() {
+            return Err(Error::Argument("there are no prompts to judge on".into()));
+        }
+        let placement = encoder.placement();
+        let scale = folder.vae.scale();
+        let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
+        let steps = folder.scheduler.scheduler(set.steps)?.timesteps().len();
+        let kept = spread(set.prompts.len(), steps, held_out);
+        let vae = load_vae(folder, placement)?;
+        let mut judge = Judge { runs: Vec::new(), held_out: Vec::new(), set, vae };
+        let task = Task::begin(progress, "dense pictures", "prompts", judge.set.prompts.len());
+        for (index, (prompt, steps)) in judge.set.prompts.iter().zip(kept).enumerate() {
+            task.advance(prompt);
+            let guidance = Guidance::encode(encoder, folder, prompt, None, judge.set.guidance, judge.set.size)?;
+            let noise =
+                noise(&shape, judge.set.seed.wrapping_add(index as u64), placement.kind)?.f_to_device(placement.device)?;
+            let watcher = Watcher { unet, steps, calls: RefCell::new((0, Vec::new())) };
+            let latents = judge.latents(folder, &watcher, &guidance, &noise)?;
+            judge.held_out.extend(watcher.calls.into_inner().1);
+            let picture = judge.picture(latents.last())?;
+            judge.runs.push(Run { guidance, noise, latents, picture });
+        }
+        Ok(judge)
+    }
+
+    /// The latents after each step.
+    fn latents(&self, folder: &PipelineFolder, unet: &dyn Predictor, guidance: &Guidance, noise: &Tensor) -> Result<Vec<Tensor>> {
+        let mut scheduler = folder.scheduler.scheduler(self.set.steps)?;
+        let mut latents = Vec::new();
+        let mut keep = |_: usize, after: &Tensor| {
+            latents.push(after.shallow_clone());
+            Ok(())
+        };
+        let _last = sample(unet, scheduler.as_mut(), guidance, noise, &mut keep, &Silent)?;
+        Ok(latents)
+    }
+
+    fn picture(&self, latents: Option<&Tensor>) -> Result<Picture> {
+        let latents = latents.ok_or_else(|| Error::Argument("the sampler took no step".into()))?;
+        decode_with(&self.vae, latents)
+    }
+
+    /// The dense model's pictures, one a prompt.
+    pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
+        self.runs.iter().map(|run| &run.picture)
+    }
+
+    /// The prompts and how they are run.
+    pub fn set(&self) -> &PromptSet {
+        &self.set
+    }
+
+    /// How many calls the UNet's error is measured on.
+    pub fn held_out(&self) -> usize {
+        self.held_out.len()
+    }
+
+    /// How far each stage's output is from the dense one's, with all earlier stages compressed too: ‖new - dense‖ / ‖dense‖ of the
+    /// hidden states, over the held-out calls.
+    ///
+    /// # Errors
+    /// If a stage cannot be loaded or run.
+    pub fn stage_errors(
+        &self,
+        chain: &UnetChain,
+        dense: &dyn TensorSource,
+        new: &dyn TensorSource,
+    ) -> Result<Vec<(StageName, f64)>> {
+        let start = |source: &dyn TensorSource| -> Result<Vec<Carry>> {
+            let head = chain.load_head(source)?;
+            let carries = self.held_out.iter();
+            carries
+                .map(|HeldOut { call, .. }| head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved))
+                .collect()
+        };
+        let (mut dense_carries, mut new_carries) = (start(dense)?, start(new)?);
+        let mut errors = Vec::new();
+        for spec in chain.stages() {
+            let (dense_stage, new_stage) = (spec.load(dense)?, spec.load(new)?);
+            let (mut off, mut all) = (0.0, 0.0);
+            for (dense_carry, new_carry) in dense_carries.iter_mut().zip(&mut new_carries) {
+                *dense_carry = dense_stage.forward(dense_carry.shallow_clone(), &mut Unobserved)?;
+                *new_carry = new_stage.forward(new_carry.shallow_clone(), &mut Unobserved)?;
+                off += squares(&new_carry.hidden_states.f_sub(&dense_carry.hidden_states)?)?;
+                all += squares(&dense_carry.hidden_states)?;
+            }
+            errors.push((spec.name(), (off / all).sqrt()));
+        }
+        Ok(errors)
+    }
+
+    /// Measures another UNet: on the held-out calls, and on the same noise, step by step.
+    ///
+    /// # Errors
+    /// If the UNet cannot run.
+    pub fn measure(&self, folder: &PipelineFolder, unet: &dyn Predictor, progress: &dyn Progress) -> Result<Measured> {
+        let (mut off, mut all) = (0.0, 0.0);
+        {
+            let task = Task::begin(progress, "held-out calls", "calls", self.held_out.len());
+            for HeldOut { call, output } in &self.held_out {
+                task.advance(&format!("timestep {:.0}", call.timestep));
+                let new = unet.predict(&call.sample, call.timestep, &call.conditioning)?;
+                off += squares(&new.f_sub(output)?)?;
+                all += squares(output)?;
+            }
+        }
+        let task = Task::begin(progress, "pictures", "prompts", self.runs.len());
+        let mut by_step = Vec::new();
+        let mut pictures = Vec::new();
+        for (run, prompt) in self.runs.iter().zip(&self.set.prompts) {
+            task.advance(prompt);
+            let latents = self.latents(folder, unet, &run.guidance, &run.noise)?;
+            by_step.resize(latents.len(), 0.0);
+            for (sum, (new, dense)) in by_step.iter_mut().zip(latents.iter().zip(&run.latents)) {
+                *sum += (squares(&new.f_sub(dense)?)? / squares(dense)?).sqrt();
+            }
+            pictures.push(self.picture(latents.last())?);
+        }
+        let runs = self.runs.len() as f64;
+        Ok(Measured {
+            unet_error: (off / all).sqrt(),
+            latent_error_by_step: by_step.into_iter().map(|sum| sum / runs).collect(),
+            pictures,
+        })
+    }
+}
+
+/// The sum of squares, in fp64.
+fn squares(tensor: &Tensor) -> Result<f64> {
+    Ok(tensor.f_to_kind(Kind::Double)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?)
+}
+
+/// A UNet some of whose calls are kept with their answers.
+struct Watcher<'a, 'b> {
+    unet: &'a Unet<'b>,
+    steps: Vec<usize>,
+    calls: RefCell<(usize, Vec<HeldOut>)>,
+}
+
+impl Predictor for Watcher<'_, '_> {
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+        let output = self.unet.predict(sample, timestep, conditioning)?;
+        let (step, calls) = &mut *self.calls.borrow_mut();
+        if self.steps.contains(step) {
+            let call = Sample { sample: sample.shallow_clone(), timestep, conditioning: conditioning.shallow_clone() };
+            calls.push(HeldOut { call, output: output.shallow_clone() });
+        }
+        *step += 1;
+        Ok(output)
+    }
+}

@@ -1,0 +1,88 @@
+//! Numbers for people. What was not measured, or is not finite, is a dash.
+
+/// Stands for a number that is not there.
+pub(super) const NONE: &str = "–";
+
+/// MiB with two decimals.
+pub(super) fn mib(bytes: u64) -> String {
+    format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// GiB with three decimals.
+pub(super) fn gib(bytes: u64) -> String {
+    format!("{:.3} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// MiB below 1000 of them, else GiB.
+pub(super) fn size(bytes: u64) -> String {
+    if bytes < 1000 << 20 { mib(bytes) } else { gib(bytes) }
+}
+
+/// A number with its thousands set apart.
+pub(super) fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut spaced = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            spaced.push(',');
+        }
+        spaced.push(digit);
+    }
+    spaced
+}
+
+/// A number with so many decimals.
+pub(super) fn fixed(number: f64, decimals: usize) -> String {
+    if number.is_finite() { format!("{number:.decimals$}") } else { NONE.into() }
+}
+
+/// A share as percent with two decimals.
+pub(super) fn percent(share: f64) -> String {
+    if share.is_finite() { format!("{:.2}%", 100.0 * share) } else { NONE.into() }
+}
+
+/// A share as percent, where it is there.
+pub(super) fn maybe_percent(share: Option<f64>) -> String {
+    share.map_or_else(|| NONE.into(), percent)
+}
+
+/// Seconds below 100 of them, then minutes, then hours.
+pub(super) fn time(seconds: f64) -> String {
+    match seconds {
+        s if !s.is_finite() => NONE.into(),
+        s if s < 99.95 => format!("{s:.1} s"),
+        s if s.round() < 6000.0 => format!("{:.0} min {:02.0} s", (s.round() / 60.0).floor(), s.round() % 60.0),
+        s => format!("{:.0} h {:02.0} min", ((s / 60.0).round() / 60.0).floor(), (s / 60.0).round() % 60.0),
+    }
+}
+
+/// A weight's shape.
+pub(super) fn shape(sizes: &[i64]) -> String {
+    sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers() {
+        assert_eq!(count(2_567_463_684), "2,567,463,684");
+        assert_eq!(count(12), "12");
+        assert_eq!(size(5_134_927_368), "4.782 GiB");
+        assert_eq!(size(978_321_408), "933.00 MiB");
+        assert_eq!(percent(0.0371), "3.71%");
+        assert_eq!(fixed(f64::NAN, 2), NONE);
+        assert_eq!(maybe_percent(None), NONE);
+        assert_eq!(shape(&[320, 4, 3, 3]), "320x4x3x3");
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(time(7.04), "7.0 s");
+        assert_eq!(time(119.7), "2 min 00 s");
+        assert_eq!(time(125.0), "2 min 05 s");
+        assert_eq!(time(7_199.0), "2 h 00 min");
+        assert_eq!(time(f64::INFINITY), NONE);
+    }
+}
