@@ -1,9 +1,11 @@
-# make demo   draw a picture with the bundled model
+# make demo   compress the bundled model, compare the results, leave pictures and a report in out/
 # make test   run the tests
 # make lint   formatting, clippy, docs
 # Each sets up what it needs: libtorch is found, or installed into .libtorch/ once.
 
 CARGO ?= cargo
+SQUEEZE = target/release/sdxl-squeeze
+DEMO = configs/dense-8bit.yaml configs/dense-4bit-gs16.yaml configs/joint-s40-4bit-gs16.yaml configs/joint-s50-4bit-gs16.yaml
 
 .PHONY: all demo test lint bench setup clean
 
@@ -15,8 +17,11 @@ setup:
 
 demo: all
 	mkdir -p out
-	target/release/sdxl-squeeze generate --model models/emoji-sdxl --prompt "a picture of a cat face!" \
-		--seed 231 --guidance 4 -o out/cat.png
+	$(SQUEEZE) generate --model models/emoji-sdxl --prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat.png
+	$(SQUEEZE) compare $(DEMO) --model models/emoji-sdxl --prompts calibration/emoji.txt --judge calibration/emoji-judge.txt \
+		--guidance 4 --steps 30 --out out/demo
+	$(SQUEEZE) generate --model models/emoji-sdxl --unet out/demo/joint-s40-4bit-gs16.squeezed.safetensors \
+		--prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat-squeezed.png
 
 test: setup
 	$(CARGO) test

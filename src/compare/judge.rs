@@ -38,9 +38,9 @@ struct HeldOut {
 /// What a row was measured to be.
 #[derive(Debug)]
 pub struct Measured {
-    /// ‖compressed - dense‖ / ‖dense‖ over the outputs of all held-out calls.
+    /// ‖compressed - dense‖² / ‖dense‖² over the outputs of all held-out calls.
     pub unet_error: f64,
-    /// ‖compressed - dense‖ / ‖dense‖ of the latents after each step, mean over the runs.
+    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each step, mean over the runs.
     pub latent_error_by_step: Vec<f64>,
     /// One picture a prompt.
     pub pictures: Vec<Picture>,
@@ -116,7 +116,7 @@ impl Judge {
         self.held_out.len()
     }
 
-    /// How far each stage's output is from the dense one's, with all earlier stages compressed too: ‖new - dense‖ / ‖dense‖ of the
+    /// How far each stage's output is from the dense one's, with all earlier stages compressed too: ‖new - dense‖² / ‖dense‖² of the
     /// hidden states, over the held-out calls.
     ///
     /// # Errors
@@ -145,7 +145,7 @@ impl Judge {
                 off += squares(&new_carry.hidden_states.f_sub(&dense_carry.hidden_states)?)?;
                 all += squares(&dense_carry.hidden_states)?;
             }
-            errors.push((spec.name(), (off / all).sqrt()));
+            errors.push((spec.name(), off / all));
         }
         Ok(errors)
     }
@@ -173,13 +173,13 @@ impl Judge {
             let latents = self.latents(folder, unet, &run.guidance, &run.noise)?;
             by_step.resize(latents.len(), 0.0);
             for (sum, (new, dense)) in by_step.iter_mut().zip(latents.iter().zip(&run.latents)) {
-                *sum += (squares(&new.f_sub(dense)?)? / squares(dense)?).sqrt();
+                *sum += squares(&new.f_sub(dense)?)? / squares(dense)?;
             }
             pictures.push(self.picture(latents.last())?);
         }
         let runs = self.runs.len() as f64;
         Ok(Measured {
-            unet_error: (off / all).sqrt(),
+            unet_error: off / all,
             latent_error_by_step: by_step.into_iter().map(|sum| sum / runs).collect(),
             pictures,
         })

@@ -167,12 +167,12 @@ fn how(set: &PromptSet, held_out: usize) -> Vec<String> {
             set.guidance
         ),
         format!(
-            "UNet error: the distance of the outputs from the dense model's, relative to those, over {held_out} of the dense model's own calls, spread over prompts and timesteps."
+            "UNet error: the squared distance of the outputs from the dense model's, relative to their own square, over {held_out} of the dense model's own calls, spread over prompts and timesteps."
         ),
-        "Latent error: the distance of the latents after each step, relative to the dense model's, mean over the prompts.".into(),
+        "Latent error: the same of the latents after each step, mean over the prompts.".into(),
         "PSNR and SSIM: of each picture to the dense model's at the same seed; mean and worst.".into(),
-        "Layer errors: of a layer's output on its calibration inputs where there are any, else of its weights.".into(),
-        "Stage errors: of a stage's output on the same calls, with all stages before it compressed too.".into(),
+        "Layer errors: the same of a layer's output on its calibration inputs where there are any, else of its weights.".into(),
+        "Stage errors: the same of a stage's output on the same calls, with all stages before it compressed too.".into(),
         "Bytes: the file, with its header. Seconds and peak memory: of compressing alone; calibration runs are shared.".into(),
     ]
 }

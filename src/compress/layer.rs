@@ -34,20 +34,20 @@ pub struct Treated {
 /// How far a layer is from its original.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LayerErrors {
-    /// ‖W - W'‖ / ‖W‖ of the weights as stored.
+    /// ‖W - W'‖² / ‖W‖² of the weights as stored.
     pub weight: f64,
-    /// ‖X W - X W'‖ / ‖X W‖ on the calibration inputs, as pruned only.
+    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs, as pruned only.
     pub pruned_output: Option<f64>,
     /// The same, as stored.
     pub output: Option<f64>,
 }
 
-/// ‖a - b‖ / ‖a‖ in fp64; ‖b‖ where a is zero.
+/// ‖a - b‖² / ‖a‖² in fp64; ‖b‖² where a is zero.
 fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
     let (original, new) = (original.f_to_kind(Kind::Double)?, new.f_to_kind(Kind::Double)?);
     let norm = |x: &Tensor| -> Result<f64> { Ok(x.f_norm()?.f_double_value(&[])?) };
     let scale = norm(&original)?;
-    Ok(norm(&original.f_sub(&new)?)? / if scale > 0.0 { scale } else { 1.0 })
+    Ok((norm(&original.f_sub(&new)?)? / if scale > 0.0 { scale } else { 1.0 }).powi(2))
 }
 
 /// Compresses `layer` as `treatment` says. `hessian` is that of its calibration inputs; pruning needs it, palettizing does not.

@@ -76,10 +76,10 @@ pub struct Row {
     pub bytes: u64,
     /// Bytes of the compressed weights in it, with masks, palettes and scales.
     pub compressed_weight_bytes: u64,
-    /// ‖compressed - dense‖ / ‖dense‖ of the UNet's outputs on calls that calibration has not seen.
+    /// ‖compressed - dense‖² / ‖dense‖² of the UNet's outputs on calls that calibration has not seen.
     #[serde(deserialize_with = "or_nan")]
     pub unet_error: f64,
-    /// ‖compressed - dense‖ / ‖dense‖ of the latents after each denoising step, mean over the judged pictures.
+    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each denoising step, mean over the judged pictures.
     #[serde(deserialize_with = "or_nans")]
     pub latent_error_by_step: Vec<f64>,
     /// Peak signal-to-noise ratio to the dense pictures, in dB, at most [`super::metrics::HIGHEST_PSNR`].
@@ -130,7 +130,7 @@ impl Spread {
 pub struct StageError {
     /// `down_blocks.0`, …
     pub name: String,
-    /// ‖compressed - dense‖ / ‖dense‖ of what it gives to the next.
+    /// ‖compressed - dense‖² / ‖dense‖² of what it gives to the next.
     #[serde(deserialize_with = "or_nan")]
     pub error: f64,
 }
