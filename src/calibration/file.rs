@@ -16,7 +16,7 @@ use crate::output::write_file;
 const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
 
 impl Samples {
-    /// Writes the samples as safetensors in fp32: `sample` [n, b, c, h, w], `timestep` [n], `encoder_hidden_states` [n, b, s, d],
+    /// Writes the samples as safetensors in fp32: `sample` [n, b, c, h, w], `timestep` `[n]`, `encoder_hidden_states` [n, b, s, d],
     /// `text_embeds` [n, b, p], `time_ids` [n, b, k].
     ///
     /// # Errors

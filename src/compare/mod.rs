@@ -85,7 +85,7 @@ pub fn compare(
         // Judged on what was stored, read back.
         let container = Container::open(&path)?;
         let stored = container.source(placement);
-        let unet = Unet::resident(folder.unet.clone(), &stored, progress)?;
+        let unet = Unet::resident(folder.unet.clone(), stored, progress)?;
         let measured = judge.measure(folder, &unet, progress)?;
         drop(unet);
         let stages = judge.stage_errors(&folder.unet, &source, &stored)?;

@@ -156,10 +156,10 @@ pub struct LayerRow {
     pub bytes: u64,
     /// Calibration vectors that its Hessian was made of; absent where none was needed.
     pub vectors: Option<u64>,
-    /// ‖W - W'‖ / ‖W‖ of the weight.
+    /// ‖W - W'‖² / ‖W‖² of the weight.
     #[serde(deserialize_with = "or_nan")]
     pub weight_error: f64,
-    /// ‖X W - X W'‖ / ‖X W‖ on the calibration inputs, when it was only pruned; absent where it was not.
+    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs, when it was only pruned; absent where it was not.
     pub pruned_error: Option<f64>,
     /// The same of what is stored; absent where no calibration input was seen.
     pub output_error: Option<f64>,

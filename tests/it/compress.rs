@@ -218,3 +218,40 @@ fn what_cannot_be_done_is_said() {
     assert!(said.contains(":3:") && said.contains(":4:") && said.contains("granularity"), "{said}");
     assert_eq!(said.lines().count(), 2, "{said}");
 }
+
+#[test]
+fn compare_judges_on_prompts_that_calibration_has_not_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let (judge, out) = (folder.path().join("judge.txt"), folder.path().join("out"));
+    std::fs::write(&judge, "owl\nrocket\n").unwrap();
+    let (eight, four) = (repo("configs/dense-8bit.yaml"), repo("configs/dense-4bit.yaml"));
+    let (model, prompts) = (emoji(), repo("calibration/emoji.txt"));
+    let run = |judge: &Path| {
+        squeeze(&[
+            "compare",
+            eight.to_str().unwrap(),
+            four.to_str().unwrap(),
+            "--model",
+            model.to_str().unwrap(),
+            "--judge",
+            judge.to_str().unwrap(),
+            "--prompts",
+            prompts.to_str().unwrap(),
+            "--steps",
+            "3",
+            "--held-out",
+            "4",
+            "--out",
+            out.to_str().unwrap(),
+        ])
+    };
+    ended_with(0, &run(&judge));
+    let found: Value = serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap();
+    let number = |row: usize, key: &str| found["rows"][row][key].as_f64().unwrap();
+    assert!(number(0, "unet_error") < 0.1 * number(1, "unet_error"));
+    assert!(found["rows"][0]["psnr"]["mean"].as_f64() > found["rows"][1]["psnr"]["mean"].as_f64());
+    assert!(number(0, "bytes") > 1.8 * number(1, "bytes"));
+    assert_eq!(found["rows"][0]["stages"].as_array().unwrap().len(), 7);
+    assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains("dense-4bit"));
+    assert!(out.join("sheet.png").is_file());
+}

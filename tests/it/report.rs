@@ -141,7 +141,7 @@ fn stages() -> impl Iterator<Item = (usize, &'static str)> {
 
 fn layers(row: usize, sparsity: f64, bits: f64, error: f64) -> Vec<LayerRow> {
     let layer = |stage: usize, name: &str, i: usize| {
-        let conv = i % 3 == 0;
+        let conv = i.is_multiple_of(3);
         let found = error * (0.2 + 2.0 * noise(1000 * row + 50 * stage + i));
         LayerRow {
             name: format!("{name}.{}.{i}", if conv { "resnets" } else { "attentions" }),
