@@ -7,7 +7,7 @@ use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::model::Layer;
 use crate::solver::palette::{Outcome, PaletteOptions, palettize};
-use crate::solver::{Hessian, PruneOptions, output_error, prune};
+use crate::solver::{Hessian, PruneOptions, output_energy, output_error, prune};
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,7 +70,8 @@ fn treat_weight(layer: &Layer, treatment: &Treatment, hessian: Option<&Hessian>)
             let hessian = hessian.ok_or_else(|| Error::Argument("cannot be pruned: no calibration input reached it".into()))?;
             let pruned = prune(layer.weight(), hessian, options)?;
             notes.extend(pruned.notes.iter().map(ToString::to_string));
-            errors.pruned_output = Some(pruned.error);
+            let energy = output_energy(layer.weight(), hessian)?;
+            errors.pruned_output = Some(if pruned.loss > 0.0 { pruned.loss / energy } else { 0.0 });
             let keep: Vec<bool> = Vec::try_from(&pruned.mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
             (halves(&pruned.weight.f_to_device(Device::Cpu)?)?, Some(keep))
         }

@@ -2,32 +2,40 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::matrix::{block, copy, is_finite, panels};
+use super::correlations::Correlations;
+use super::matrix::{is_finite, panels};
+use super::triangle::Triangle;
 use crate::error::{Error, Result};
 use crate::model::{ConvGeometry, Layer, LayerKind};
 
-/// Columns of H that one matrix product fills.
-const PANEL: i64 = 256;
-
-/// Numbers that a convolution's unfolded input may take at once (512 MiB in fp32).
-const UNFOLDED: i64 = 1 << 27;
+/// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
+const UNFOLDED: i64 = 1 << 24;
 
 /// The Hessian of a layer's squared output error with respect to one row of its weight: H = 2/n sum x x^T in fp32.
 ///
 /// x are the vectors that a row of the flattened weight [o, d] is multiplied with: the last dimension of a Linear's input, the
 /// unfolded windows of a convolution's, channel by channel as `torch.nn.Unfold` orders them. A convolution of several groups has
 /// one H for each. n counts samples as coremltools does (`OBSCompressionAlgorithm._compute_hessian`): an input [n, ..] of a
-/// batch, but an input of two dimensions is one sample. H is built from its upper triangle, so it is exactly symmetric.
+/// batch, but an input of two dimensions is one sample. Only the upper triangle is computed and kept; of a convolution of stride 1
+/// the correlations that it is made of.
 ///
 /// For a given device and libtorch, one and two threads give the same bytes. (libtorch's matrix products of small odd sizes round
 /// otherwise on three and more.)
 #[derive(Debug)]
 pub struct Hessian {
-    /// [groups, d, d]: sum x x^T without the factor; what lies below the diagonal has no meaning.
-    sum: Tensor,
+    /// sum x x^T without the factor.
+    sum: Sum,
     windows: Option<Windows>,
     vectors: u64,
     samples: u64,
+}
+
+/// In what form the sum is kept.
+#[derive(Debug)]
+enum Sum {
+    /// One for each group.
+    Triangles(Vec<Triangle>),
+    Correlations(Correlations),
 }
 
 /// How a convolution's input becomes vectors.
@@ -79,8 +87,48 @@ impl Hessian {
         if dimension < 1 {
             return Err(Error::Argument(format!("a Hessian of {dimension} inputs")));
         }
-        let sum = Tensor::f_zeros([groups, dimension, dimension], (Kind::Float, device))?;
+        let sum = match windows {
+            Some(Windows { channels, kernel, geometry }) if correlates(geometry) => {
+                Sum::Correlations(Correlations::zeros(channels, kernel, geometry.padding, device)?)
+            }
+            _ => Sum::Triangles((0..groups).map(|_| Triangle::zeros(dimension, 1, device)).collect::<Result<_>>()?),
+        };
         Ok(Hessian { sum, windows, vectors: 0, samples: 0 })
+    }
+
+    /// Bytes of the Hessian of a layer of this kind with a weight of this shape, while inputs are added.
+    pub fn bytes(kind: LayerKind, shape: &[i64]) -> u64 {
+        match (kind, shape) {
+            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
+                Correlations::bytes(*c, [*kh, *kw], geometry.padding)
+            }
+            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) => geometry.groups.unsigned_abs() * Triangle::bytes(c * kh * kw, 1),
+            _ => Triangle::bytes(shape.last().copied().unwrap_or(0), 1),
+        }
+    }
+
+    /// Bytes of one [d, d] factor of that layer, which [`prune`](super::prune) needs besides.
+    pub fn factor_bytes(kind: LayerKind, shape: &[i64]) -> u64 {
+        let unit = match (kind, shape) {
+            (LayerKind::Conv2d(geometry), [_, _, kh, kw]) if correlates(geometry) => kh * kw,
+            _ => 1,
+        };
+        Triangle::bytes(shape.iter().skip(1).product(), unit)
+    }
+
+    /// Multiply-adds of adding an input of `places` vectors: pixels of the input for a convolution [height, width], else [1, vectors].
+    pub fn work(kind: LayerKind, shape: &[i64], places: [i64; 2]) -> f64 {
+        let [height, width] = places;
+        match (kind, shape) {
+            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
+                Correlations::work(*c, [*kh, *kw], geometry.padding, height, width)
+            }
+            (LayerKind::Conv2d(ConvGeometry { stride, groups, .. }), [_, c, kh, kw]) => {
+                let vectors = (height / stride[0]) * (width / stride[1]);
+                (groups * vectors) as f64 * Triangle::bytes(c * kh * kw, 1) as f64 / 4.0
+            }
+            _ => (height * width) as f64 * Self::bytes(kind, shape) as f64 / 4.0,
+        }
     }
 
     /// Adds the vectors of one input: [.., d] for a Linear, [b, c, h, w] for a convolution; any float dtype, any device.
@@ -123,13 +171,29 @@ impl Hessian {
     fn add_vectors(&mut self, input: &Tensor) -> Result<i64> {
         let d = self.dimension();
         let vectors = input.numel() as i64 / d;
-        self.accumulate(0, &input.f_reshape([vectors, d])?.f_transpose(0, 1)?)?;
+        if let Sum::Triangles(groups) = &self.sum {
+            for triangle in groups {
+                triangle.add_products(&input.f_reshape([vectors, d])?)?;
+            }
+        }
         Ok(vectors)
     }
 
     fn add_windows(&mut self, input: &Tensor, windows: Windows) -> Result<i64> {
-        let Windows { kernel, geometry: ConvGeometry { stride, padding, dilation, groups }, .. } = windows;
-        let (batch, d) = (input.size4()?.0, self.dimension());
+        let Windows { kernel, geometry: ConvGeometry { stride, padding, dilation, .. }, .. } = windows;
+        let (batch, _, height, width) = input.size4()?;
+        let groups = match &self.sum {
+            Sum::Triangles(groups) => groups,
+            Sum::Correlations(correlations) => {
+                let places = |size, axis: usize| size + 2 * padding[axis] - kernel[axis] + 1;
+                let (down, across) = (places(height, 0), places(width, 1));
+                if down < 1 || across < 1 {
+                    return Err(Error::Argument(format!("an input {:?} is smaller than the kernel", input.size())));
+                }
+                correlations.add(input)?;
+                return Ok(batch * down * across);
+            }
+        };
         // Unfolding copies the input kh * kw times, less where the windows step over pixels.
         let item = (input.numel() as i64 / batch).saturating_mul(kernel[0] * kernel[1]) / (stride[0] * stride[1]);
         let mut vectors = 0;
@@ -137,24 +201,16 @@ impl Hessian {
             let count = items.end - items.start;
             let unfolded = input.f_narrow(0, items.start, count)?.f_im2col(kernel, dilation, padding, stride)?;
             let places = unfolded.size3()?.2;
-            for group in 0..groups {
-                let columns = unfolded.f_narrow(1, group * d, d)?.f_permute([1, 0, 2])?.f_reshape([d, count * places])?;
-                self.accumulate(group, &columns)?;
+            let mut first = 0;
+            for triangle in groups {
+                let d = triangle.dimension();
+                let windows = unfolded.f_narrow(1, first, d)?.f_permute([0, 2, 1])?.f_reshape([count * places, d])?;
+                triangle.add_products(&windows)?;
+                first += d;
             }
             vectors += count * places;
         }
         Ok(vectors)
-    }
-
-    /// Adds X X^T for X [d, vectors], the upper triangle only.
-    fn accumulate(&mut self, group: i64, columns: &Tensor) -> Result<()> {
-        let (sum, d) = (self.sum.f_select(0, group)?, self.dimension());
-        for panel in panels(d, PANEL) {
-            let left = columns.f_narrow(0, panel.start, panel.end - panel.start)?;
-            let right = columns.f_narrow(0, panel.start, d - panel.start)?;
-            let _ = block(&sum, panel.clone(), panel.start..d)?.f_addmm_(&left, &right.f_transpose(0, 1)?)?;
-        }
-        Ok(())
     }
 
     /// Adds what another Hessian of the same layer has seen.
@@ -162,11 +218,19 @@ impl Hessian {
     /// # Errors
     /// [`Error::Argument`] if the other belongs to a layer of another kind or shape.
     pub fn merge(&mut self, other: Hessian) -> Result<()> {
-        if other.sum.size() != self.sum.size() || other.windows != self.windows {
-            let (new, old) = (other.sum.size(), self.sum.size());
+        let shape = |hessian: &Hessian| [hessian.groups(), hessian.dimension(), hessian.dimension()];
+        if shape(self) != shape(&other) || self.windows != other.windows {
+            let (new, old) = (shape(&other), shape(self));
             return Err(Error::Argument(format!("a Hessian {new:?} cannot be added to one {old:?} of another layer")));
         }
-        let _ = self.sum.f_add_(&other.sum.f_to_device(self.device())?)?;
+        match (&self.sum, &other.sum) {
+            (Sum::Triangles(groups), Sum::Triangles(others)) => {
+                groups.iter().zip(others).try_for_each(|(group, other)| group.add(other))?;
+            }
+            (Sum::Correlations(sum), Sum::Correlations(other)) => sum.merge(other)?,
+            // The same windows make the same form.
+            _ => {}
+        }
         self.vectors += other.vectors;
         self.samples += other.samples;
         Ok(())
@@ -184,49 +248,59 @@ impl Hessian {
 
     /// d, the length of the vectors.
     pub fn dimension(&self) -> i64 {
-        self.sum.size().last().copied().unwrap_or_default()
+        match &self.sum {
+            Sum::Triangles(groups) => groups.first().map_or(0, Triangle::dimension),
+            Sum::Correlations(correlations) => correlations.dimension(),
+        }
     }
 
     /// How many independent parts the layer has; 1 but for grouped convolutions.
     pub fn groups(&self) -> i64 {
-        self.sum.size().first().copied().unwrap_or_default()
+        match &self.sum {
+            Sum::Triangles(groups) => groups.len() as i64,
+            Sum::Correlations(_) => 1,
+        }
     }
 
     /// Where it lies.
     pub fn device(&self) -> Device {
-        self.sum.device()
+        match &self.sum {
+            Sum::Triangles(groups) => groups.first().map_or(Device::Cpu, Triangle::device),
+            Sum::Correlations(correlations) => correlations.device(),
+        }
     }
 
-    /// H [groups, d, d], fp32; zeros if nothing was added. A new tensor, as large as the Hessian itself.
+    /// H [groups, d, d], fp32, exactly symmetric; zeros if nothing was added. A new tensor, twice as large as the Hessian itself.
     ///
     /// # Errors
     /// [`Error::Torch`] if the memory is not there.
     pub fn matrix(&self) -> Result<Tensor> {
-        let matrix = self.sum.f_mul_scalar(self.scale())?;
-        for group in 0..self.groups() {
-            let matrix = matrix.f_select(0, group)?;
-            for panel in panels(self.dimension(), PANEL) {
-                let mut below = block(&matrix, panel.end..self.dimension(), panel.clone())?;
-                below.f_copy_(&block(&matrix, panel.clone(), panel.end..self.dimension())?.f_transpose(0, 1)?)?;
-                let mut corner = block(&matrix, panel.clone(), panel)?;
-                let upper = copy(&corner)?;
-                corner.f_copy_(&upper.f_triu(0)?.f_add(&upper.f_triu(1)?.f_transpose(0, 1)?)?)?;
-            }
+        let groups: Vec<Tensor> = (0..self.groups()).map(|group| self.triangle(group)?.symmetric()).collect::<Result<_>>()?;
+        Ok(Tensor::f_stack(&groups, 0)?)
+    }
+
+    /// H of one group, in new memory.
+    pub(super) fn triangle(&self, group: i64) -> Result<Triangle> {
+        match &self.sum {
+            Sum::Triangles(groups) => groups[group as usize].scaled(self.scale()),
+            Sum::Correlations(correlations) => correlations.triangle(self.scale()),
         }
-        Ok(matrix)
     }
 
-    /// H [d, d] of one group as a new tensor; what lies below the diagonal has no meaning.
-    pub(super) fn upper(&self, group: i64) -> Result<Tensor> {
-        Ok(self.sum.f_select(0, group)?.f_mul_scalar(self.scale())?)
-    }
-
-    /// sum x x^T [d, d] of one group as a view; what lies below the diagonal has no meaning.
-    pub(super) fn upper_sum(&self, group: i64) -> Result<Tensor> {
-        Ok(self.sum.f_select(0, group)?)
+    /// Gives H of one group, but for a factor of n / 2 where that spares a copy, and the factor that makes it H.
+    pub(super) fn with_triangle<T>(&self, group: i64, use_it: impl FnOnce(&Triangle, f64) -> Result<T>) -> Result<T> {
+        match &self.sum {
+            Sum::Triangles(groups) => use_it(&groups[group as usize], self.scale()),
+            Sum::Correlations(correlations) => use_it(&correlations.triangle(self.scale())?, 1.0),
+        }
     }
 
     fn scale(&self) -> f64 {
         2.0 / self.samples.max(1) as f64
     }
+}
+
+/// Whether the Hessian of such a convolution is kept as correlations: where windows move by one and see every channel.
+fn correlates(geometry: ConvGeometry) -> bool {
+    geometry.stride == [1; 2] && geometry.dilation == [1; 2] && geometry.groups == 1
 }

@@ -4,6 +4,7 @@
 //! H [d, d] sums what the layer's inputs looked like. [`prune`] follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774)
 //! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is what it is compared with.
 
+mod correlations;
 mod factor;
 mod hessian;
 mod magnitude;
@@ -14,11 +15,12 @@ pub mod palette;
 mod sparsegpt;
 mod sparsity;
 mod sweep;
+mod triangle;
 
 pub use factor::InverseFactor;
 pub use hessian::Hessian;
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
-pub use output_error::output_error;
-pub use sparsegpt::{PruneOptions, Pruned, prune};
+pub use output_error::{output_energy, output_error};
+pub use sparsegpt::{PruneOptions, Pruned, prune, prune_with};
 pub use sparsity::Sparsity;

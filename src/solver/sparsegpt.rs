@@ -4,8 +4,8 @@ use tch::{Kind, Tensor};
 
 use super::matrix::{block, copy, flat_for, panels, to_vec};
 use super::sparsity::{Quota, mark_smallest};
-use super::sweep::{Block, score, sweep};
-use super::{Hessian, InverseFactor, Note, Sparsity, output_error};
+use super::sweep::{Block, scores, sweep};
+use super::{Hessian, InverseFactor, Note, Sparsity};
 use crate::error::{Error, Result};
 
 /// How [`prune`] prunes.
@@ -35,8 +35,8 @@ pub struct Pruned {
     pub mask: Tensor,
     /// The share of elements that the mask prunes.
     pub sparsity: f64,
-    /// [`output_error`] of the pruned weight.
-    pub error: f64,
+    /// tr((W - W0) H (W - W0)^T), which is [`output_energy`](super::output_energy) of the change. It falls out of the sweep.
+    pub loss: f64,
     /// What the user should know.
     pub notes: Vec<Note>,
 }
@@ -61,6 +61,20 @@ pub struct Pruned {
 /// [`Error::NotFinite`] for NaN; [`Error::NotPositiveDefinite`] if no dampening helps.
 pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Result<Pruned> {
     options.sparsity.check()?;
+    let factors = if options.sparsity == Sparsity::Unstructured(0.0) {
+        Vec::new()
+    } else {
+        InverseFactor::all(hessian, options.dampening)?
+    };
+    prune_with(weight, hessian, &factors, options)
+}
+
+/// [`prune`] with the factors that it would make ([`InverseFactor::all`]), for layers that share a Hessian.
+///
+/// # Errors
+/// As [`prune`]; [`Error::Argument`] if there is not a factor for each group.
+pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[InverseFactor], options: &PruneOptions) -> Result<Pruned> {
+    options.sparsity.check()?;
     if options.block == 0 {
         return Err(Error::Argument("a processing group of no columns".into()));
     }
@@ -69,8 +83,23 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
     let new = copy(&original)?;
     let pruned = Tensor::f_zeros([o, d], (Kind::Bool, original.device()))?;
     let mut notes = Vec::new();
+    let mut loss = 0.0;
     if options.sparsity != Sparsity::Unstructured(0.0) {
-        prune_groups(&new, &pruned, hessian, options, &mut notes)?;
+        if factors.len() as i64 != hessian.groups() {
+            return Err(Error::Argument(format!("{} factors for a layer of {} groups", factors.len(), hessian.groups())));
+        }
+        let rows = o / hessian.groups();
+        let share = options.sparsity.share(d as usize);
+        let mut quota = Quota::new(share, hessian.groups() == 1);
+        for (group, factor) in (0..).zip(factors) {
+            let part = |tensor: &Tensor| tensor.f_narrow(0, group * rows, rows);
+            let (original, new) = (part(&original)?, part(&new)?);
+            let swept = prune_rows(&new, &part(&pruned)?, factor, options, &mut quota)?;
+            // What the sweep sums is the loss by the dampened Hessian. Dead columns are no part of either.
+            let change = new.f_sub(&original)?.f_masked_fill_(&factor.dead, 0.0)?;
+            loss += swept - factor.added * change.f_mul(&change)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        }
+        find_notes(hessian, factors, options, &mut notes);
     }
 
     let reached = pruned.f_sum(Kind::Int64)?.f_int64_value(&[])? as f64 / (o * d) as f64;
@@ -82,7 +111,7 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
         tracing::warn!("{note}");
     }
     Ok(Pruned {
-        error: output_error::of_flat(&original, &new, hessian)?,
+        loss: loss.max(0.0),
         weight: new.f_to_device(weight.device())?,
         mask: pruned.f_logical_not()?.f_to_device(weight.device())?,
         sparsity: reached,
@@ -90,32 +119,16 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
     })
 }
 
-/// Prunes each group's rows of `weight` [o, d] in place and marks them in `pruned` [o, d].
-fn prune_groups(
-    weight: &Tensor,
-    pruned: &Tensor,
-    hessian: &Hessian,
-    options: &PruneOptions,
-    notes: &mut Vec<Note>,
-) -> Result<()> {
-    let (groups, d) = (hessian.groups(), hessian.dimension());
-    let rows = weight.size2()?.0 / groups;
-    let share = options.sparsity.share(d as usize);
-    let mut quota = Quota::new(share, groups == 1);
-    let (mut dead, mut used) = (0, options.dampening);
-    for group in 0..groups {
-        let factor = InverseFactor::new(hessian, group, options.dampening)?;
-        dead += factor.dead_columns;
-        used = factor.dampening.max(used);
-        let part = |tensor: &Tensor| tensor.f_narrow(0, group * rows, rows);
-        prune_rows(&part(weight)?, &part(pruned)?, &factor, options, &mut quota)?;
-    }
-
+/// What the Hessian and its factors leave to be said.
+fn find_notes(hessian: &Hessian, factors: &[InverseFactor], options: &PruneOptions, notes: &mut Vec<Note>) {
+    let d = hessian.dimension();
+    let dead: u64 = factors.iter().map(|factor| factor.dead_columns).sum();
+    let used = factors.iter().map(|factor| factor.dampening).fold(options.dampening, f64::max);
     if hessian.vectors() < d.unsigned_abs() {
         notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
     }
     if dead > 0 {
-        notes.push(Note::DeadColumns { count: dead, of: (groups * d).unsigned_abs() });
+        notes.push(Note::DeadColumns { count: dead, of: (hessian.groups() * d).unsigned_abs() });
     }
     if used > options.dampening {
         notes.push(Note::MoreDampening { asked: options.dampening, used });
@@ -125,40 +138,46 @@ fn prune_groups(
     {
         notes.push(Note::IncompleteGroup { columns: (d as usize % m) as u64, m: m as u64 });
     }
-    Ok(())
 }
 
-/// Prunes rows that share a factor, `weight` and `pruned` [o, d] in place.
-fn prune_rows(weight: &Tensor, pruned: &Tensor, factor: &InverseFactor, options: &PruneOptions, quota: &mut Quota) -> Result<()> {
+/// Prunes rows that share a factor, `weight` and `pruned` [o, d] in place; gives the sum of the squared errors that were passed on,
+/// which is the loss by the dampened Hessian.
+fn prune_rows(
+    weight: &Tensor,
+    pruned: &Tensor,
+    factor: &InverseFactor,
+    options: &PruneOptions,
+    quota: &mut Quota,
+) -> Result<f64> {
     let (o, d) = weight.size2()?;
     let _ = weight.shallow_clone().f_masked_fill_(&factor.dead, 0.0)?;
     let (ratio, columns) = match options.sparsity {
         Sparsity::Unstructured(_) => (None, options.block),
         Sparsity::NM { n, m } => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
     };
+    let mut loss = 0.0;
     for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
         let size = [o, panel.end - panel.start];
+        let rows = factor.triangle.from_row(panel.clone())?;
         let mut place = block(weight, 0..o, panel.clone())?;
         let mut values = to_vec(&place)?;
-        let upper = to_vec(&block(&factor.upper, panel.clone(), panel.clone())?)?;
+        let upper = to_vec(&rows.f_narrow(1, 0, size[1])?)?;
         let mut error = vec![0.0; values.len()];
         let mut marks = vec![false; values.len()];
         let columns = size[1] as usize;
         if ratio.is_none() {
             let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
-            let scores: Vec<f32> =
-                values.chunks(columns).flat_map(|row| row.iter().zip(&diagonal).map(|(w, u)| score(*w, *u))).collect();
-            mark_smallest(&scores, quota.next(scores.len()), &mut marks);
+            mark_smallest(&scores(&values, &diagonal), quota.next(values.len()), &mut marks);
         }
-        sweep(Block { weight: &mut values, error: &mut error, pruned: &mut marks, upper: &upper, columns }, ratio);
+        loss += sweep(Block { weight: &mut values, error: &mut error, pruned: &mut marks, upper: &upper, columns }, ratio);
 
         place.f_copy_(&Tensor::f_from_slice(&values)?.f_reshape(size)?)?;
         block(pruned, 0..o, panel.clone())?.f_copy_(&Tensor::f_from_slice(&marks)?.f_reshape(size)?)?;
         if panel.end < d {
             let error = Tensor::f_from_slice(&error)?.f_reshape(size)?.f_to_device(weight.device())?;
-            let after = block(&factor.upper, panel.clone(), panel.end..d)?;
+            let after = rows.f_narrow(1, size[1], d - panel.end)?;
             let _ = block(weight, 0..o, panel.end..d)?.f_addmm_(&error, &after)?;
         }
     }
-    Ok(())
+    Ok(loss)
 }

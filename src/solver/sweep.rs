@@ -23,11 +23,14 @@ pub(super) struct Block<'a> {
 ///
 /// With `ratio` (n, m) the mask is chosen on the way, at every m-th column from the weights as they are by then (smallest
 /// w^2 / U_jj^2, the first of equals); m must divide the block but for a rest, which stays dense.
-pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) {
+///
+/// Gives the sum of the squared errors.
+pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
     let Block { weight, error, pruned, upper, columns } = block;
     let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
     let rows = weight.par_chunks_mut(columns).zip(error.par_chunks_mut(columns)).zip(pruned.par_chunks_mut(columns));
-    rows.with_min_len(ROWS).for_each_init(Vec::new, |order, ((weight, error), pruned)| {
+    let row = |order: &mut Vec<(f32, usize)>, ((weight, error), pruned): ((&mut [f32], &mut [f32]), &mut [bool])| {
+        let mut squares = 0.0;
         for column in 0..columns {
             if let Some((n, m)) = ratio
                 && column.is_multiple_of(m)
@@ -41,6 +44,7 @@ pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) {
                 let scaled = done[column] / diagonal[column];
                 done[column] = 0.0;
                 error[column] = -scaled;
+                squares += f64::from(scaled) * f64::from(scaled);
                 for (weight, upper) in rest.iter_mut().zip(&upper[column * columns + column + 1..]) {
                     *weight -= scaled * upper;
                 }
@@ -48,7 +52,11 @@ pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) {
                 error[column] = 0.0;
             }
         }
-    });
+        squares
+    };
+    // Row by row, then in order: the same sum on any number of threads.
+    let squares: Vec<f64> = rows.with_min_len(ROWS).map_init(Vec::new, row).collect();
+    squares.iter().sum()
 }
 
 /// Marks the n of a group with the smallest w^2 / U_jj^2.
@@ -62,7 +70,13 @@ fn pick(n: usize, weight: &[f32], diagonal: &[f32], pruned: &mut [bool], order: 
     }
 }
 
+/// What pruning each weight of a block [o, b] costs, but for a factor.
+pub(super) fn scores(weight: &[f32], diagonal: &[f32]) -> Vec<f32> {
+    let rows = weight.par_chunks(diagonal.len()).with_min_len(ROWS);
+    rows.flat_map_iter(|row| row.iter().zip(diagonal).map(|(weight, upper)| score(*weight, *upper))).collect()
+}
+
 /// What pruning a weight costs, but for a factor: w^2 / U_jj^2.
-pub(super) fn score(weight: f32, upper: f32) -> f32 {
+fn score(weight: f32, upper: f32) -> f32 {
     weight * weight / (upper * upper)
 }
