@@ -68,6 +68,37 @@ fn load_cuda() -> Result<(), libloading::Error> {
     Ok(())
 }
 
+/// Reads a list of device names with commas between them, such as `cuda:0,cuda:1`; for what is spread over several devices.
+///
+/// # Errors
+/// As [`parse_device`].
+pub fn parse_devices(names: &str) -> Result<Vec<Device>> {
+    names.split(',').map(|name| parse_device(name.trim())).collect()
+}
+
+/// Bytes of memory that a device has free, if it can be told.
+pub fn free_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => crate::memory::available(),
+        Device::Cuda(index) => cuda_free_memory(index),
+        _ => None,
+    }
+}
+
+/// What the CUDA runtime says is free on GPU `index`.
+fn cuda_free_memory(index: usize) -> Option<u64> {
+    cuda_devices().ok()?;
+    // SAFETY: the runtime is the one that libtorch has loaded already; both functions are of its stable C interface, with these
+    // signatures, and write to the two places that they are given, which live until they return.
+    unsafe {
+        let runtime = libloading::Library::new("libcudart.so.13").ok()?;
+        let set_device = runtime.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice\0").ok()?;
+        let info = runtime.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> i32>(b"cudaMemGetInfo\0").ok()?;
+        let (mut free, mut total) = (0, 0);
+        (set_device(i32::try_from(index).ok()?) == 0 && info(&mut free, &mut total) == 0).then_some(free as u64)
+    }
+}
+
 /// Reads a dtype name: `f32`, `f16` or `bf16` (and `float32`, `float16`, `bfloat16`, `fp32`, `fp16`).
 ///
 /// # Errors

@@ -82,6 +82,9 @@ pub enum Error {
         /// The most that was tried.
         dampening: f64,
     },
+    /// The run was asked to stop, and has.
+    #[error("stopped; what is finished is kept")]
+    Stopped,
     /// What went wrong with one layer.
     #[error("`{layer}`")]
     Layer {
@@ -103,7 +106,9 @@ impl Error {
             | Error::Config { .. }
             | Error::Tensors { .. }
             | Error::Argument(_) => true,
-            Error::Write { .. } | Error::Torch(_) | Error::NotFinite(_) | Error::NotPositiveDefinite { .. } => false,
+            Error::Write { .. } | Error::Torch(_) | Error::NotFinite(_) | Error::NotPositiveDefinite { .. } | Error::Stopped => {
+                false
+            }
             Error::Layer { source, .. } => source.is_bad_input(),
         }
     }

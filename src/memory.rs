@@ -1,5 +1,7 @@
 //! The process's memory, where the system tells (Linux).
 
+use crate::error::{Error, Result};
+
 /// The most bytes that have been resident at once since the start, or since [`reset_peak`].
 pub fn peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -13,8 +15,61 @@ pub fn reset_peak() -> bool {
     std::fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 
+/// Bytes that this process can still take without others being pushed out: what the system has available, or what its control group has
+/// left, whichever is less.
+pub fn available() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let system = 1024 * line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?;
+    let number = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let group = number("memory.max").zip(number("memory.current")).map(|(most, now)| most.saturating_sub(now));
+    Some(group.map_or(system, |group| group.min(system)))
+}
+
+/// Reads a size: a number of bytes, or with KiB, MiB, GiB or TiB after it (`8GiB`, `512 MiB`, `1.5GiB`).
+///
+/// # Errors
+/// [`Error::Argument`] for anything else; KB, MB and GB are refused, since they mean two things.
+pub fn parse_size(text: &str) -> Result<u64> {
+    let wrong = |why: &str| Error::Argument(format!("`{text}` is no size: {why}"));
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().map_err(|_| wrong("it must begin with a number, as in 8GiB"))?;
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        "K" | "KB" | "M" | "MB" | "G" | "GB" => return Err(wrong("say KiB, MiB or GiB")),
+        _ => return Err(wrong("units are KiB, MiB, GiB and TiB")),
+    };
+    let bytes = number * (1u64 << shift) as f64;
+    if bytes < 1.0 || bytes > (1u64 << 50) as f64 { Err(wrong("it is out of range")) } else { Ok(bytes as u64) }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("8GiB", 8 << 30), ("1.5 GiB", 3 << 29), ("933MiB", 933 << 20), ("4096", 4096), ("1 TiB", 1 << 40)]
+        {
+            assert_eq!(parse_size(text).unwrap(), bytes, "{text}");
+        }
+        for bad in ["", "GiB", "-1GiB", "8GB", "8 G", "0", "8gib", "1e99", "99999999TiB", "..", "8 GiB x"] {
+            assert!(parse_size(bad).unwrap_err().is_bad_input(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn there_is_some_memory() {
+        if let Some(bytes) = available() {
+            assert!((1 << 20..1 << 50).contains(&bytes), "{bytes}");
+        }
+    }
+
     #[test]
     fn a_large_block_shows() {
         let Some(before) = super::peak() else { return };

@@ -1,5 +1,7 @@
 //! How the library says what it is doing, without knowing who listens.
 
+use crate::error::{Error, Result};
+
 /// Listens to long work. The library calls it; what people see is the caller's business.
 ///
 /// Work is a stack of tasks: a task begun inside another ends before it.
@@ -12,6 +14,10 @@ pub trait Progress {
     fn note(&self, _line: &str) {}
     /// The innermost task has ended, finished or not.
     fn end(&self);
+    /// Whether the work is to stop at the next place where nothing is lost.
+    fn cancelled(&self) -> bool {
+        false
+    }
 }
 
 /// Listens to nothing.
@@ -42,6 +48,14 @@ impl<'a> Task<'a> {
     /// Something that is worth a line of its own.
     pub fn note(&self, line: &str) {
         self.0.note(line);
+    }
+
+    /// An error if the work is to stop.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub fn go_on(&self) -> Result<()> {
+        if self.0.cancelled() { Err(Error::Stopped) } else { Ok(()) }
     }
 }
 

@@ -5,11 +5,12 @@ mod record;
 
 use tch::Tensor;
 
-pub use record::{PromptSet, record};
+pub use record::{PromptSet, encode, record};
 
 use crate::device::Placement;
 use crate::error::Result;
 use crate::model::unet::Conditioning;
+use crate::plan::Calls;
 
 /// One call of the UNet: everything that it was given.
 #[derive(Debug)]
@@ -48,6 +49,16 @@ pub struct Samples {
     pub calls: Vec<Sample>,
     /// What is to be said about them: fewer than asked for, and the like.
     pub notes: Vec<String>,
+}
+
+impl Samples {
+    /// How many there are, and their shape; none if there are none.
+    pub fn shape(&self) -> Option<Calls> {
+        let first = self.calls.first()?;
+        let [batch, _, height, width] = first.sample.size()[..] else { return None };
+        let text = first.conditioning.encoder_hidden_states.size().get(1).copied()?;
+        Some(Calls { count: self.calls.len(), batch, height, width, text })
+    }
 }
 
 /// Which of `prompts` x `steps` calls are kept when `wanted` are: for each prompt, its steps in ascending order.

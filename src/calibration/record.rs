@@ -25,14 +25,32 @@ pub struct PromptSet {
     pub size: (i64, i64),
 }
 
+/// What the UNet is told for each prompt. Afterwards the encoders are not needed any more.
+///
+/// # Errors
+/// If a prompt cannot be encoded.
+pub fn encode(
+    folder: &PipelineFolder,
+    encoder: &PromptEncoder,
+    set: &PromptSet,
+    progress: &dyn Progress,
+) -> Result<Vec<Guidance>> {
+    let task = Task::begin(progress, "encoding", "prompts", set.prompts.len());
+    let one = |prompt: &String| {
+        task.advance(prompt);
+        Guidance::encode(encoder, folder, prompt, None, set.guidance, set.size)
+    };
+    set.prompts.iter().map(one).collect()
+}
+
 /// Runs every prompt through the dense pipeline with its own sampler and keeps `wanted` calls of the UNet, spread evenly over
-/// prompts and timesteps.
+/// prompts and timesteps. `guidances` are the prompts as [`encode`] gives them.
 ///
 /// # Errors
 /// If there are no prompts, or the pipeline cannot run.
 pub fn record(
     folder: &PipelineFolder,
-    encoder: &PromptEncoder,
+    guidances: &[Guidance],
     unet: &Unet,
     set: &PromptSet,
     wanted: usize,
@@ -41,7 +59,6 @@ pub fn record(
     if set.prompts.is_empty() {
         return Err(Error::Argument("there are no calibration prompts".into()));
     }
-    let placement = encoder.placement();
     let scale = folder.vae.scale();
     let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
     let mut samples = Samples::default();
@@ -55,16 +72,17 @@ pub fn record(
     }
     let kept = spread(set.prompts.len(), steps, wanted);
     let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
-    for (index, (prompt, steps)) in set.prompts.iter().zip(kept).enumerate() {
+    for (index, ((prompt, guidance), steps)) in set.prompts.iter().zip(guidances).zip(kept).enumerate() {
+        task.go_on()?;
         task.advance(prompt);
         if steps.is_empty() {
             continue;
         }
-        let guidance = Guidance::encode(encoder, folder, prompt, None, set.guidance, set.size)?;
+        let like = &guidance.conditioning.encoder_hidden_states;
         let mut scheduler = folder.scheduler.scheduler(set.steps)?;
-        let noise = noise(&shape, set.seed.wrapping_add(index as u64), placement.kind)?.f_to_device(placement.device)?;
+        let noise = noise(&shape, set.seed.wrapping_add(index as u64), like.f_kind()?)?.f_to_device(like.device())?;
         let recorder = Recorder { unet, steps: &steps, calls: RefCell::new((0, Vec::new())) };
-        let _latents = sample(&recorder, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent)?;
+        let _latents = sample(&recorder, scheduler.as_mut(), guidance, &noise, &mut |_, _| Ok(()), &Silent)?;
         samples.calls.extend(recorder.calls.into_inner().1);
     }
     Ok(samples)

@@ -9,7 +9,7 @@ use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::report;
 use sdxl_squeeze::{Error, Result};
 
-use super::compress::OverrideArgs;
+use super::compress::{LimitArgs, OverrideArgs};
 use super::progress::Reporter;
 
 #[derive(Debug, clap::Args)]
@@ -31,18 +31,20 @@ pub struct Args {
     held_out: usize,
     #[command(flatten)]
     overrides: OverrideArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let mut entries = Vec::new();
     let mut place = None;
     for path in &args.configs {
-        let (config, folder, placement) = args.overrides.clone().resolve(path)?;
+        let (config, folder) = args.overrides.clone().resolve(path)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        place = Some((folder, args.limits.options(&config)?));
         entries.push(Entry { name, config });
-        place = Some((folder, placement));
     }
-    let Some((folder, placement)) = place else { return Err(Error::Argument("there is nothing to compare".into())) };
+    let Some((folder, options)) = place else { return Err(Error::Argument("there is nothing to compare".into())) };
     let calibration = &entries[0].config.calibration;
     let judged = PromptSet {
         prompts: read_prompts(&args.judge)?,
@@ -52,7 +54,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         size: folder.picture_size(calibration.size)?,
     };
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
-    let found = compare(&folder, &entries, judged, args.held_out, placement, &args.out, reporter)?;
+    let found = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
     let written = report::write(&found, &args.out)?;
     write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&found).as_bytes()))?;
     super::print(&format!("{}\n{}\n", report::table::plain(&found), written.html.display()))

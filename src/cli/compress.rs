@@ -1,18 +1,18 @@
 //! `sdxl-squeeze compress`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use sdxl_squeeze::compress::{JobReport, calibrate, run as run_job};
+use sdxl_squeeze::compress::{JobReport, RunOptions, calibrate, run as run_job};
 use sdxl_squeeze::config::{Overrides, RunConfig};
-use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
+use sdxl_squeeze::device::{parse_devices, parse_dtype};
+use sdxl_squeeze::memory::parse_size;
+use sdxl_squeeze::number;
 use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::{Error, Result};
 
 use super::progress::Reporter;
-use super::units;
-
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The run, in YAML (configs/ has the tutorial's)
@@ -24,8 +24,34 @@ pub struct Args {
     /// Write the calibration samples too
     #[arg(long, value_name = "FILE.safetensors")]
     samples_out: Option<PathBuf>,
+    /// Go on with a run in this folder that was ended before it was finished
+    #[arg(long)]
+    resume: bool,
     #[command(flatten)]
     overrides: OverrideArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
+/// What a run may take.
+#[derive(Debug, Clone, clap::Args)]
+pub struct LimitArgs {
+    /// Memory to take at most, e.g. 8GiB; what the device has free, less a tenth, if not given
+    #[arg(long, value_name = "SIZE")]
+    memory_budget: Option<String>,
+}
+
+impl LimitArgs {
+    /// The budget in bytes, if one is given.
+    pub fn budget(&self) -> Result<Option<u64>> {
+        self.memory_budget.as_deref().map(parse_size).transpose()
+    }
+
+    /// Where and how to compute, as config and flags say.
+    pub fn options(&self, config: &RunConfig) -> Result<RunOptions> {
+        let devices = parse_devices(&config.model.device)?;
+        Ok(RunOptions { devices, kind: parse_dtype(&config.model.dtype)?, budget: self.budget()?, resume: false })
+    }
 }
 
 /// Flags that win over the config.
@@ -34,7 +60,7 @@ pub struct OverrideArgs {
     /// The pipeline: a folder in diffusers layout
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Where to compute: cpu, cuda or cuda:N, or several with commas
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Precision of activations: f32, f16 or bf16
@@ -121,48 +147,58 @@ impl OverrideArgs {
         }
     }
 
-    /// The config in `path` with the flags applied, its model, and where to compute.
-    pub fn resolve(self, path: &std::path::Path) -> Result<(RunConfig, PipelineFolder, Placement)> {
+    /// The config in `path` with the flags applied.
+    pub fn config(self, path: &Path) -> Result<RunConfig> {
         let mut config = RunConfig::read(path)?;
         config.apply(&self.into_overrides())?;
+        Ok(config)
+    }
+
+    /// The same, and its model.
+    pub fn resolve(self, path: &Path) -> Result<(RunConfig, PipelineFolder)> {
+        let config = self.config(path)?;
         let model = config
             .model
             .path
             .clone()
             .ok_or_else(|| Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into()))?;
-        let placement = Placement { device: parse_device(&config.model.device)?, kind: parse_dtype(&config.model.dtype)? };
-        let folder = PipelineFolder::open(&model)?;
-        Ok((config, folder, placement))
+        Ok((config, PipelineFolder::open(&model)?))
     }
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
-    let (config, folder, placement) = args.overrides.resolve(&args.config)?;
+    let (config, folder) = args.overrides.resolve(&args.config)?;
+    let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
     let container = args.out.join("unet.squeezed.safetensors");
 
     let samples = match &args.samples_out {
         None => None,
         Some(path) => {
-            let samples = calibrate(&folder, &folder.unet_weights()?, &config.calibration, placement, reporter)?;
+            let samples = calibrate(&folder, &folder.unet_weights()?, &config.calibration, &options, reporter)?;
             samples.write(path)?;
             Some(samples)
         }
     };
-    let report = run_job(&folder, &config, samples.as_ref(), placement, &container, reporter)?;
+    reporter.end_on_interrupt()?;
+    let report = run_job(&folder, &config, samples.as_ref(), &options, &container, reporter);
+    if let Err(Error::Stopped) = report {
+        super::print(&format!("stopped; the same command with --resume goes on from here ({})\n", args.out.display()))?;
+    }
+    let report = report?;
     write_file(&args.out.join("config.yaml"), |out| out.write_all(config.to_yaml().as_bytes()))?;
     let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Argument(why.to_string()))?;
     write_file(&args.out.join("report.json"), |out| writeln!(out, "{json}"))?;
 
-    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
     super::print(&format!(
         "{}\n{}: {} ({}), {}{peak}\n",
         summary(&report),
         container.display(),
-        units::bytes(report.bytes),
-        units::count(report.bytes),
-        units::time(start.elapsed()),
+        number::size(report.bytes),
+        number::count(report.bytes),
+        number::time(start.elapsed().as_secs_f64()),
     ))
 }
 
@@ -189,7 +225,7 @@ fn summary(report: &JobReport) -> String {
             layers.len().to_string(),
             percent(mean(&|layer| Some(layer.sparsity))),
             format!("{:.2}", mean(&|layer| Some(layer.bits_per_weight)).unwrap_or(0.0)),
-            units::count(layers.iter().map(|layer| layer.bytes).sum()),
+            number::count(layers.iter().map(|layer| layer.bytes).sum()),
             percent(mean(&|layer| layer.errors.pruned_output)),
             percent(mean(&|layer| layer.errors.output)),
             percent(mean(&|layer| Some(layer.errors.weight))),

@@ -12,7 +12,7 @@ use serde_json::json;
 use tch::{Device, Kind};
 
 use super::progress::Reporter;
-use super::units;
+use sdxl_squeeze::number;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -87,14 +87,14 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         write_latents(path, &generated)?;
     }
     let (height, width) = generated.size;
-    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
+    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
     super::print(&format!(
         "{}: {width}x{height}, {} steps of {}, seed {}, {}{peak}\n",
         args.output.display(),
         request.steps,
         generated.scheduler,
         request.seed,
-        units::time(start.elapsed()),
+        number::time(start.elapsed().as_secs_f64()),
     ))
 }
 

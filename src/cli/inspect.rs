@@ -7,7 +7,7 @@ use sdxl_squeeze::container::Container;
 use sdxl_squeeze::inspect::{Inspection, inspect};
 
 use super::table::{new as table, right_aligned};
-use super::units::{bytes, count};
+use sdxl_squeeze::number::{count, size as bytes};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

@@ -5,10 +5,10 @@ mod compress;
 mod export;
 mod generate;
 mod inspect;
+mod plan;
 mod progress;
 mod synth;
 mod table;
-mod units;
 mod verify;
 
 use std::any::Any;
@@ -46,6 +46,8 @@ enum Command {
     Compress(compress::Args),
     /// Compress with several configs and report what each costs
     Compare(compare::Args),
+    /// Say what compress would do, and what it takes, without doing it
+    Plan(plan::Args),
     /// Check a container: structure, counts and hashes
     Verify(verify::Args),
     /// Write what other programs load: a diffusers folder
@@ -97,6 +99,7 @@ fn run(args: Args) -> Result<(), Error> {
     match args.command {
         Command::Compress(args) => compress::run(args, &reporter),
         Command::Compare(args) => compare::run(args, &reporter),
+        Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Export(args) => export::run(args, &reporter),
         Command::Generate(args) => generate::run(args, &reporter),

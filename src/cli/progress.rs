@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 use std::io::{self, IsTerminal, Write};
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use sdxl_squeeze::number;
 use sdxl_squeeze::progress::Progress;
 use serde_json::json;
-
-use super::units;
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +41,7 @@ pub struct Reporter {
     how: How,
     bars: MultiProgress,
     tasks: RefCell<Vec<Running>>,
+    interrupted: Arc<AtomicBool>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -73,7 +75,18 @@ impl Reporter {
             Mode::Json => How::Json,
             Mode::None => How::Nothing,
         };
-        Reporter { how, bars: MultiProgress::new(), tasks: RefCell::new(Vec::new()) }
+        Reporter { how, bars: MultiProgress::new(), tasks: RefCell::new(Vec::new()), interrupted: Arc::default() }
+    }
+
+    /// From now on the first interrupt (Ctrl-C) ends the work where nothing is lost, and the second at once.
+    pub fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
+        let failed = |why: io::Error| sdxl_squeeze::Error::Argument(format!("interrupts cannot be caught: {why}"));
+        for signal in signal_hook::consts::TERM_SIGNALS.iter().filter(|signal| **signal != signal_hook::consts::SIGQUIT) {
+            // In this order the first one finds the flag unset.
+            signal_hook::flag::register_conditional_shutdown(*signal, 1, self.interrupted.clone()).map_err(failed)?;
+            signal_hook::flag::register(*signal, self.interrupted.clone()).map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// A writer for log lines that keeps them and the bars out of each other's way.
@@ -106,16 +119,20 @@ impl Running {
         let mut text = String::new();
         if let Some((rate, left)) = self.pace() {
             let rate = if rate < 1.0 { format!("{:.1} s each", 1.0 / rate) } else { format!("{rate:.1} {}/s", self.unit) };
-            text = format!("{rate}, {} left, ", units::time(Duration::from_secs_f64(left)));
+            text = format!("{rate}, {} left, ", number::time(left));
         }
         if let Some(peak) = sdxl_squeeze::memory::peak() {
-            text.push_str(&format!("peak {}", units::bytes(peak)));
+            text.push_str(&format!("peak {}", number::size(peak)));
         }
         text
     }
 }
 
 impl Progress for Reporter {
+    fn cancelled(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+
     fn begin(&self, task: &str, unit: &str, total: u64) {
         let now = Instant::now();
         let bar = (self.how == How::Bars).then(|| {
@@ -182,7 +199,7 @@ impl Progress for Reporter {
             }
             // What was short has no need to be told of.
             How::Lines if running.start.elapsed() >= PAUSE => {
-                self.say(&format!("{}: {}", running.task, units::time(running.start.elapsed())));
+                self.say(&format!("{}: {}", running.task, number::time(running.start.elapsed().as_secs_f64())));
             }
             _ => {}
         }

@@ -8,7 +8,7 @@ use sdxl_squeeze::device::parse_dtype;
 use sdxl_squeeze::synth::{Preset, synthesize};
 
 use super::progress::Reporter;
-use super::units;
+use sdxl_squeeze::number;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -30,6 +30,6 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let preset: Preset = args.preset.parse()?;
     synthesize(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
-    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", units::bytes(peak)));
-    super::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, units::time(start.elapsed())))
+    let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
+    super::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, number::time(start.elapsed().as_secs_f64())))
 }

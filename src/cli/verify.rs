@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use sdxl_squeeze::Result;
 use sdxl_squeeze::container::verify;
 
-use super::units::{bytes, count};
+use sdxl_squeeze::number::{count, size as bytes};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

@@ -8,10 +8,9 @@ use std::time::Instant;
 pub use judge::{Judge, Measured};
 
 use crate::calibration::{PromptSet, Samples};
-use crate::compress::{JobReport, calibrate, run};
+use crate::compress::{JobReport, RunOptions, calibrate, run};
 use crate::config::{CalibrationSection, RunConfig};
 use crate::container::Container;
-use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::unet::Unet;
@@ -40,7 +39,7 @@ pub fn compare(
     entries: &[Entry],
     judged: PromptSet,
     held_out: usize,
-    placement: Placement,
+    options: &RunOptions,
     out: &Path,
     progress: &dyn Progress,
 ) -> Result<Comparison> {
@@ -55,6 +54,7 @@ pub fn compare(
             }
         }
     }
+    let placement = options.placement();
     let weights = folder.unet_weights()?;
     let source = weights.source(placement);
     let judge = {
@@ -72,7 +72,7 @@ pub fn compare(
             (None, _) => None,
             (Some(_), Some(index)) => Some(index),
             (Some(_), None) => {
-                let samples = calibrate(folder, &weights, &config.calibration, placement, progress)?;
+                let samples = calibrate(folder, &weights, &config.calibration, options, progress)?;
                 shared.push((config.calibration.clone(), samples));
                 Some(shared.len() - 1)
             }
@@ -80,7 +80,7 @@ pub fn compare(
         let path = out.join(format!("{name}.squeezed.safetensors"));
         memory::reset_peak();
         let start = Instant::now();
-        let report = run(folder, config, samples.map(|index| &shared[index].1), placement, &path, progress)?;
+        let report = run(folder, config, samples.map(|index| &shared[index].1), options, &path, progress)?;
         let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak());
         // Judged on what was stored, read back.
         let container = Container::open(&path)?;

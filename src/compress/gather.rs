@@ -1,95 +1,79 @@
-//! Gathers the Hessians of a stage's layers while calibration runs through it.
+//! Gathers Hessians while calibration runs through a stage.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::{Layer, LayerKind, Observer};
+use crate::model::{Layer, LayerInput, Observer};
 use crate::solver::Hessian;
 
-/// An observer that adds each wanted layer's input to its Hessian.
-///
-/// Linear layers that are given the same tensor share one Hessian (`to_q`, `to_k`, `to_v` of a self-attention; the keys and values
-/// of every cross-attention; every `time_emb_proj`). Which do is found out in the first forward.
+/// An observer that sums the inputs of some layers, each input once: layers that are given the same tensor share a Hessian.
 #[derive(Debug, Default)]
 pub struct Gatherer {
-    wanted: BTreeSet<String>,
-    hessians: Vec<(String, Hessian)>,
-    /// Layer -> its Hessian; the layer whose name stands beside it adds to it.
-    of: BTreeMap<String, usize>,
-    /// Inputs of the first forward, kept so that no other tensor can take their place in memory.
-    seen: Vec<(Tensor, usize)>,
+    /// Each input with the layer that is asked for it, the first that has it.
+    hessians: BTreeMap<LayerInput, (String, Hessian)>,
 }
 
-/// Inputs that are held through the first forward are small; of large ones only the last.
-const SMALL: usize = 1 << 19;
-
 impl Gatherer {
-    /// A gatherer for the layers of these names.
-    pub fn new(wanted: impl IntoIterator<Item = String>) -> Self {
-        Gatherer { wanted: wanted.into_iter().collect(), ..Gatherer::default() }
-    }
-
-    /// Tells that a forward has ended.
-    pub fn forward_done(&mut self) {
-        self.seen.clear();
-    }
-
-    /// The Hessian of a layer, if it has been run.
-    pub fn hessian(&self, layer: &str) -> Option<&Hessian> {
-        self.of.get(layer).map(|index| &self.hessians[*index].1)
-    }
-
-    /// How many Hessians there are, for how many layers.
-    pub fn counts(&self) -> (usize, usize) {
-        (self.hessians.len(), self.of.len())
-    }
-
-    /// Finds the Hessian that this very tensor goes into already.
-    fn shared(&self, input: &Tensor) -> Option<usize> {
-        let same = |other: &Tensor| {
-            other.data_ptr() == input.data_ptr() && other.size() == input.size() && other.stride() == input.stride()
-        };
-        self.seen.iter().find_map(|(other, index)| same(other).then_some(*index))
-    }
-
-    fn place(&mut self, layer: &Layer, input: &Tensor) -> Result<usize> {
-        let linear = layer.kind() == LayerKind::Linear;
-        if let (true, Some(index)) = (linear, self.shared(input)) {
-            return Ok(index);
-        }
-        self.hessians.push((layer.name().to_owned(), Hessian::for_layer(layer, layer.weight().device())?));
-        let index = self.hessians.len() - 1;
-        if linear {
-            if let Some(last) = self.seen.last()
-                && last.0.numel() > SMALL
-            {
-                self.seen.pop();
+    /// A gatherer on `device` for the inputs of `layers`, in execution order.
+    ///
+    /// # Errors
+    /// If there is no memory for the Hessians.
+    pub fn new<'a>(layers: impl IntoIterator<Item = &'a Layer>, device: Device) -> Result<Self> {
+        let mut hessians = BTreeMap::new();
+        for layer in layers {
+            if !hessians.contains_key(layer.input()) {
+                let hessian = Hessian::for_layer(layer, device).map_err(Error::layer(layer.name()))?;
+                hessians.insert(layer.input().clone(), (layer.name().to_owned(), hessian));
             }
-            self.seen.push((input.shallow_clone(), index));
         }
-        Ok(index)
+        Ok(Gatherer { hessians })
+    }
+
+    /// Adds an input that is known without running a stage: text states or SiLU(temb).
+    ///
+    /// # Errors
+    /// As [`Hessian::add`].
+    pub fn add(&mut self, input: &LayerInput, tensor: &Tensor) -> Result<()> {
+        match self.hessians.get_mut(input) {
+            Some((layer, hessian)) => hessian.add(tensor).map_err(Error::layer(layer)),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds what another gatherer of the same layers has seen.
+    ///
+    /// # Errors
+    /// If the other is of other layers.
+    pub fn merge(&mut self, other: Gatherer) -> Result<()> {
+        for (input, (layer, hessian)) in other.hessians {
+            match self.hessians.get_mut(&input) {
+                Some((_, sum)) => sum.merge(hessian).map_err(Error::layer(&layer))?,
+                None => {
+                    self.hessians.insert(input, (layer, hessian));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The Hessian of an input, if it was asked for.
+    pub fn hessian(&self, input: &LayerInput) -> Option<&Hessian> {
+        self.hessians.get(input).map(|(_, hessian)| hessian)
+    }
+
+    /// Takes the Hessian of an input out.
+    pub fn take(&mut self, input: &LayerInput) -> Option<Hessian> {
+        self.hessians.remove(input).map(|(_, hessian)| hessian)
     }
 }
 
 impl Observer for Gatherer {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
-        if !self.wanted.contains(layer.name()) {
-            return Ok(());
+        match self.hessians.get_mut(layer.input()) {
+            Some((first, hessian)) if first == layer.name() => hessian.add(input).map_err(Error::layer(layer.name())),
+            _ => Ok(()),
         }
-        let index = match self.of.get(layer.name()) {
-            Some(index) => *index,
-            None => {
-                let index = self.place(layer, input)?;
-                self.of.insert(layer.name().to_owned(), index);
-                index
-            }
-        };
-        let (owner, hessian) = &mut self.hessians[index];
-        if owner != layer.name() {
-            return Ok(());
-        }
-        hessian.add(input).map_err(Error::layer(layer.name()))
     }
 }

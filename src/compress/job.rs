@@ -1,21 +1,60 @@
 //! A whole run: calibration, compression, container.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind};
 
-use super::{Compressed, LayerReport, Recipe, compress};
-use crate::calibration::{PromptSet, Samples, record};
+use super::{Job, LayerReport, Recipe, Treatment, Workspace, compress};
+use crate::calibration::{PromptSet, Samples, encode, record};
 use crate::checkpoint::{ConfigFile, TensorSource, Weights};
 use crate::config::{CalibrationSection, RunConfig};
 use crate::container::{ContainerInfo, ContainerWriter, SourceFile, Written};
-use crate::device::Placement;
+use crate::device::{Placement, free_memory};
 use crate::error::{Error, Result};
 use crate::model::unet::Unet;
+use crate::number;
+use crate::output::write_file;
 use crate::pipeline::{PipelineFolder, PromptEncoder};
-use crate::progress::Progress;
+use crate::plan::{Calls, Memory, Plan};
+use crate::progress::{Progress, Task};
+
+/// Where and how a run computes.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// The devices: samples are spread over them, and the first one solves. At least one.
+    pub devices: Vec<Device>,
+    /// The dtype of activations.
+    pub kind: Kind,
+    /// Bytes of the first device's memory at most; what it has free, less a tenth, if absent.
+    pub budget: Option<u64>,
+    /// Go on with a run that was ended.
+    pub resume: bool,
+}
+
+impl RunOptions {
+    /// One device.
+    pub fn on(placement: Placement) -> Self {
+        RunOptions { devices: vec![placement.device], kind: placement.kind, budget: None, resume: false }
+    }
+
+    /// The first device.
+    pub fn placement(&self) -> Placement {
+        Placement { device: self.devices.first().copied().unwrap_or(Device::Cpu), kind: self.kind }
+    }
+
+    /// Bytes that may be taken.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if no budget is given and the device does not tell what it has.
+    pub fn memory_budget(&self) -> Result<u64> {
+        let free = || free_memory(self.placement().device).map(|free| free - free / 10);
+        self.budget
+            .or_else(free)
+            .ok_or_else(|| Error::Argument("how much memory is free cannot be told; give --memory-budget".into()))
+    }
+}
 
 /// What a run came to; written beside the container as JSON.
 #[derive(Debug, Serialize)]
@@ -30,6 +69,8 @@ pub struct JobReport {
     pub sparsity: f64,
     /// Stored bits a weight, over all compressed weights.
     pub bits_per_weight: f64,
+    /// What was planned.
+    pub plan: Plan,
     /// Every treated layer, in execution order.
     pub layers: Vec<LayerReport>,
     /// Everything that had to be said on the way.
@@ -38,18 +79,21 @@ pub struct JobReport {
 
 /// The calibration samples that a config asks for: read from its file, or recorded from its prompts.
 ///
+/// The UNet is kept in memory as far as the budget goes: in the dtype of its activations, in its checkpoint's, or a stage at a time.
+///
 /// # Errors
 /// If the file or the prompts cannot be read, or the pipeline cannot run.
 pub fn calibrate(
     folder: &PipelineFolder,
     weights: &Weights,
     section: &CalibrationSection,
-    placement: Placement,
+    options: &RunOptions,
     progress: &dyn Progress,
 ) -> Result<Samples> {
     if let Some(path) = &section.samples {
         return Samples::read(path, folder.unet.config(), section.calibration_nsamples);
     }
+    let placement = options.placement();
     let set = PromptSet {
         prompts: section.prompts.load()?,
         seed: section.seed,
@@ -57,85 +101,225 @@ pub fn calibrate(
         guidance: section.guidance,
         size: folder.picture_size(section.size)?,
     };
-    let encoder = PromptEncoder::load(folder, placement)?;
-    let unet = Unet::resident(folder.unet.clone(), weights.source(placement), progress)?;
-    record(folder, &encoder, &unet, &set, section.calibration_nsamples, progress)
+    // The encoders go before the UNet comes.
+    let guidances = encode(folder, &PromptEncoder::load(folder, placement)?, &set, progress)?;
+    let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
+    let narrow: u64 = weights
+        .entries()
+        .map(|(name, entry)| {
+            entry.shape.iter().product::<i64>().unsigned_abs() * weights.narrow_bytes(name, placement).unwrap_or(4) as u64
+        })
+        .sum();
+    let room = options.memory_budget()?.saturating_sub(1 << 30);
+    let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
+        Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
+    } else if narrow <= room {
+        Unet::resident(folder.unet.clone(), weights.narrow_source(placement), progress)?
+    } else {
+        Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
+    };
+    record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
+}
+
+/// The shapes of samples that `section` will make for the pipeline's UNet, before there are any.
+///
+/// # Errors
+/// If the picture's size is none that the model draws, or a samples file cannot be read.
+pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Calls> {
+    if let Some(path) = &section.samples {
+        let samples = Samples::read(path, folder.unet.config(), section.calibration_nsamples)?;
+        return samples.shape().ok_or_else(|| Error::bad_file(path, "has no samples in it"));
+    }
+    let (height, width) = folder.picture_size(section.size)?;
+    let scale = folder.vae.scale();
+    Ok(Calls {
+        count: section.calibration_nsamples,
+        batch: if section.guidance > 1.0 { 2 } else { 1 },
+        height: height / scale,
+        width: width / scale,
+        text: CLIP_LENGTH,
+    })
+}
+
+/// Tokens of a prompt, padding included, in every CLIP text encoder.
+pub const CLIP_LENGTH: i64 = 77;
+
+/// Everything that a result depends on, for [`Workspace`].
+fn identity(config: &RunConfig, sources: &[SourceFile], samples: Option<&Samples>) -> Result<Map<String, Value>> {
+    let samples = match (samples, &config.calibration.samples) {
+        (Some(samples), _) => json!(samples.calls.len()),
+        (None, Some(path)) => json!(SourceFile::read(path, "samples")?),
+        (None, None) => Value::Null,
+    };
+    Ok(Map::from_iter([
+        ("version".to_owned(), json!(env!("CARGO_PKG_VERSION"))),
+        ("config".to_owned(), json!(config.to_yaml())),
+        ("model".to_owned(), json!(sources)),
+        ("samples".to_owned(), samples),
+    ]))
+}
+
+/// The folder in which a run for the container `path` keeps what is finished, until the container is there.
+pub fn workspace_folder(path: &Path) -> PathBuf {
+    path.with_extension("work")
 }
 
 /// Compresses the pipeline's UNet as `config` says and writes the container to `path`.
 ///
-/// `samples` are used if they are given (several runs can share them); otherwise they are made if anything is pruned.
+/// `samples` are used if they are given (several runs can share them); otherwise they are made if a layer needs them. What is finished is
+/// kept beside `path` until the container is there; with [`RunOptions::resume`] a run goes on with it.
 ///
 /// # Errors
-/// If the config does not fit the model, calibration fails, a layer cannot be treated, or the container cannot be written.
+/// If the config does not fit the model, the memory does not do, calibration fails, a layer cannot be treated, or the container cannot
+/// be written; [`Error::Stopped`].
 pub fn run(
     folder: &PipelineFolder,
     config: &RunConfig,
     samples: Option<&Samples>,
-    placement: Placement,
+    options: &RunOptions,
     path: &Path,
     progress: &dyn Progress,
 ) -> Result<JobReport> {
     let recipe = Recipe::new(config, &folder.unet)?;
     let weights = folder.unet_weights()?;
+    let sources = sources_of(folder, &weights, progress)?;
+    let mut workspace = Workspace::open(&workspace_folder(path), &identity(config, &sources, samples)?, options.resume)?;
+
     let none = Samples::default();
-    let made = match (samples, recipe.treatments.values().any(|treatment| treatment.prune.is_some())) {
-        (None, true) => Some(calibrate(folder, &weights, &config.calibration, placement, progress)?),
+    let made = match (samples, recipe.treatments.values().any(Treatment::needs_hessian)) {
+        (None, true) => Some(kept_samples(folder, &weights, config, options, &workspace, progress)?),
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
-    let mut compressed = compress(&folder.unet, &weights.source(placement), &recipe.treatments, samples, placement, progress)?;
-    let found = recipe.resolution.findings.iter().map(ToString::to_string);
-    compressed.notes.splice(0..0, found);
-    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Argument(why.to_string()))?;
-    let written = write_container(path, folder, &weights, &compressed, settings)?;
+    let memory = Memory::new(options.memory_budget()?, options.kind);
+    let placement = options.placement();
+    let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
+    let plan = Plan::new(&folder.unet, &recipe.treatments, samples.shape(), memory, &bytes_of)?;
+    tracing::info!(
+        "planned: {} of memory at most, {} passes",
+        number::size(plan.peak_bytes),
+        plan.stages.iter().map(|stage| stage.passes).sum::<usize>()
+    );
+    let source = weights.narrow_source(placement);
+    let job = Job {
+        chain: &folder.unet,
+        source: &source,
+        treatments: &recipe.treatments,
+        plan: &plan,
+        kind: options.kind,
+        devices: &options.devices,
+    };
+    compress(&job, samples, &mut workspace, progress)?;
 
-    let elements: u64 = compressed.weights.values().map(|weight| weight.numel() as u64).sum();
-    let kept: u64 = compressed.weights.values().map(|weight| weight.kept() as u64).sum();
-    let bytes: u64 = compressed.weights.values().map(|weight| weight.stored_bytes()).sum();
-    let share = |part: u64| part as f64 / elements.max(1) as f64;
-    Ok(JobReport {
+    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Argument(why.to_string()))?;
+    let (written, sums) = write_container(path, folder, &weights, &workspace, ContainerParts { settings, sources }, progress)?;
+    let mut reports: std::collections::BTreeMap<&str, (&LayerReport, &[String])> =
+        workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
+    let in_order: Vec<_> = recipe.resolution.layers.iter().filter_map(|layer| reports.remove(layer.name.as_str())).collect();
+    let found = recipe.resolution.findings.iter().map(ToString::to_string);
+    let said = in_order.iter().flat_map(|(_, notes)| notes.iter().cloned());
+    let share = |part: u64| part as f64 / sums.elements.max(1) as f64;
+    let report = JobReport {
         bytes: written.bytes,
         payload_bytes: written.payload_bytes,
-        samples: samples.calls.len(),
-        sparsity: 1.0 - share(kept),
-        bits_per_weight: 8.0 * share(bytes),
-        layers: compressed.layers,
-        notes: compressed.notes,
-    })
+        samples: if made.is_some() || plan.calls.is_some() { samples.calls.len() } else { 0 },
+        sparsity: 1.0 - share(sums.kept),
+        bits_per_weight: 8.0 * share(sums.bytes),
+        layers: in_order.iter().map(|(report, _)| (*report).clone()).collect(),
+        notes: found.chain(samples.notes.iter().cloned()).chain(said).collect(),
+        plan,
+    };
+    workspace.remove()?;
+    Ok(report)
 }
 
-/// Writes compressed weights, and everything else of the UNet in fp16, to a container.
-///
-/// # Errors
-/// If the model cannot be read again, or the container cannot be written.
-pub fn write_container(
+/// The samples that a run keeps in its workspace, made if they are not there.
+fn kept_samples(
+    folder: &PipelineFolder,
+    weights: &Weights,
+    config: &RunConfig,
+    options: &RunOptions,
+    workspace: &Workspace,
+    progress: &dyn Progress,
+) -> Result<Samples> {
+    if config.calibration.samples.is_some() {
+        return calibrate(folder, weights, &config.calibration, options, progress);
+    }
+    let path = workspace.folder().join("samples.safetensors");
+    let said = workspace.folder().join("samples.json");
+    if path.exists() {
+        let mut samples = Samples::read(&path, folder.unet.config(), usize::MAX)?;
+        let notes = std::fs::read(&said).map_err(Error::read(&said))?;
+        // The count is what there is, so reading has nothing to say; recording may have had.
+        samples.notes = serde_json::from_slice(&notes).map_err(|source| Error::Json { path: said, source })?;
+        return Ok(samples);
+    }
+    let samples = calibrate(folder, weights, &config.calibration, options, progress)?;
+    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Argument(why.to_string()))?;
+    write_file(&said, |out| out.write_all(&notes))?;
+    samples.write(&path)?;
+    Ok(samples)
+}
+
+/// The files that the UNet comes from, with their hashes.
+fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
+    let files: Vec<&Path> = weights.files().collect();
+    let task = Task::begin(progress, "hashing the model", "files", files.len() + 1);
+    let mut sources = vec![SourceFile::read(&folder.root().join("unet/config.json"), "unet/config.json")?];
+    for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        task.advance(&name);
+        sources.push(SourceFile::read(file, format!("unet/{name}"))?);
+    }
+    Ok(sources)
+}
+
+/// What a container says of itself besides its weights.
+struct ContainerParts {
+    settings: Value,
+    sources: Vec<SourceFile>,
+}
+
+/// Sums over the compressed weights.
+#[derive(Debug, Default)]
+struct Sums {
+    elements: u64,
+    kept: u64,
+    bytes: u64,
+}
+
+/// Writes the finished weights, and everything else of the UNet in fp16, to a container.
+fn write_container(
     path: &Path,
     folder: &PipelineFolder,
     weights: &Weights,
-    compressed: &Compressed,
-    recipe: Value,
-) -> Result<Written> {
-    let config = folder.root().join("unet/config.json");
-    let unet_config: Map<String, Value> = ConfigFile::read(&config)?.into_entries();
-    let mut sources = vec![SourceFile::read(&config, "unet/config.json")?];
-    for file in weights.files() {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        sources.push(SourceFile::read(file, format!("unet/{name}"))?);
-    }
-    let mut writer = ContainerWriter::create(path, ContainerInfo { unet_config, recipe, sources })?;
+    finished: &Workspace,
+    parts: ContainerParts,
+    progress: &dyn Progress,
+) -> Result<(Written, Sums)> {
+    let unet_config: Map<String, Value> = ConfigFile::read(&folder.root().join("unet/config.json"))?.into_entries();
+    let info = ContainerInfo { unet_config, recipe: parts.settings, sources: parts.sources };
+    let mut writer = ContainerWriter::create(path, info)?;
     let halves = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let reports: std::collections::BTreeMap<&str, &LayerReport> =
-        compressed.layers.iter().map(|layer| (layer.name.as_str(), layer)).collect();
-    for spec in folder.unet.tensors()? {
+        finished.reports().map(|(report, _)| (report.name.as_str(), report)).collect();
+    let tensors = folder.unet.tensors()?;
+    let task = Task::begin(progress, "writing the container", "tensors", tensors.len());
+    let mut sums = Sums::default();
+    for spec in tensors {
+        task.advance(&spec.name);
         let layer = spec.name.strip_suffix(".weight").unwrap_or_default();
-        match compressed.weights.get(layer) {
+        let weight = if finished.has(layer) { finished.weight(layer)? } else { None };
+        match weight {
             Some(weight) => {
+                sums.elements += weight.numel() as u64;
+                sums.kept += weight.kept() as u64;
+                sums.bytes += weight.stored_bytes();
                 let report = reports.get(layer).map_or(Value::Null, |layer| json!(layer.errors));
-                writer.add_weight(&spec.name, weight, report)?;
+                writer.add_weight(&spec.name, &weight, report)?;
             }
             None => writer.add_tensor(&spec.name, &halves.tensor(&spec.name, &spec.shape)?)?,
         }
     }
-    writer.finish()
+    Ok((writer.finish()?, sums))
 }

@@ -5,9 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
-use crate::model::Layer;
 use crate::solver::palette::{Outcome, PaletteOptions, palettize};
-use crate::solver::{Hessian, PruneOptions, output_energy, output_error, prune};
+use crate::solver::{Hessian, InverseFactor, PruneOptions, output_energy, prune, prune_with};
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,36 +41,62 @@ pub struct LayerErrors {
     pub output: Option<f64>,
 }
 
-/// ‖a - b‖² / ‖a‖² in fp64; ‖b‖² where a is zero.
+/// ‖a - b‖² / ‖a‖² summed in fp64; ‖b‖² where a is zero.
 fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
-    let (original, new) = (original.f_to_kind(Kind::Double)?, new.f_to_kind(Kind::Double)?);
-    let norm = |x: &Tensor| -> Result<f64> { Ok(x.f_norm()?.f_double_value(&[])?) };
-    let scale = norm(&original)?;
-    Ok((norm(&original.f_sub(&new)?)? / if scale > 0.0 { scale } else { 1.0 }).powi(2))
+    let (mut distance, mut scale) = (0.0, 0.0);
+    // Channel by channel, so that no fp64 copy of a large weight is needed.
+    for channel in 0..original.size().first().copied().unwrap_or(0) {
+        let [original, new] = [original, new].map(|weight| weight.f_get(channel)?.f_to_kind(Kind::Double));
+        let (original, new) = (original?, new?);
+        let square = |x: &Tensor| -> Result<f64> { Ok(x.f_mul(x)?.f_sum(Kind::Double)?.f_double_value(&[])?) };
+        distance += square(&original.f_sub(&new)?)?;
+        scale += square(&original)?;
+    }
+    Ok(distance / if scale > 0.0 { scale } else { 1.0 })
 }
 
-/// Compresses `layer` as `treatment` says. `hessian` is that of its calibration inputs; pruning needs it, palettizing does not.
+impl Treatment {
+    /// Whether it needs the Hessian of the layer's inputs.
+    pub fn needs_hessian(&self) -> bool {
+        self.prune.is_some()
+    }
+}
+
+/// What calibration knows of a layer's inputs.
+#[derive(Debug, Clone, Copy)]
+pub struct Calibrated<'a> {
+    /// Their Hessian.
+    pub hessian: &'a Hessian,
+    /// Its factors and the dampening that was asked for, if layers that share it have needed them already.
+    pub factors: Option<(f64, &'a [InverseFactor])>,
+}
+
+/// Compresses the weight [o, ...] of the layer `name` as `treatment` says. Pruning needs calibration, palettizing does not.
 ///
 /// # Errors
 /// [`Error::Layer`]: NaN in its weight, a group that does not divide its channels, a Hessian that cannot be factored.
-pub fn treat(layer: &Layer, treatment: &Treatment, hessian: Option<&Hessian>) -> Result<Treated> {
-    treat_weight(layer, treatment, hessian).map_err(Error::layer(layer.name()))
+pub fn treat(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
+    treat_weight(name, weight, treatment, calibrated).map_err(Error::layer(name))
 }
 
-fn treat_weight(layer: &Layer, treatment: &Treatment, hessian: Option<&Hessian>) -> Result<Treated> {
-    let original = layer.weight().f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
+    let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let size = original.size();
     let mut notes = Vec::new();
-    let mut errors = LayerErrors::default();
+    let mut loss = None;
 
     let (half, keep) = match &treatment.prune {
         None => (halves(&original)?, None),
         Some(options) => {
-            let hessian = hessian.ok_or_else(|| Error::Argument("cannot be pruned: no calibration input reached it".into()))?;
-            let pruned = prune(layer.weight(), hessian, options)?;
+            let Some(Calibrated { hessian, factors }) = calibrated else {
+                return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
+            };
+            let pruned = match factors {
+                Some((dampening, factors)) if dampening == options.dampening => prune_with(weight, hessian, factors, options)?,
+                _ => prune(weight, hessian, options)?,
+            };
             notes.extend(pruned.notes.iter().map(ToString::to_string));
-            let energy = output_energy(layer.weight(), hessian)?;
-            errors.pruned_output = Some(if pruned.loss > 0.0 { pruned.loss / energy } else { 0.0 });
+            loss = Some(pruned.loss);
             let keep: Vec<bool> = Vec::try_from(&pruned.mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
             (halves(&pruned.weight.f_to_device(Device::Cpu)?)?, Some(keep))
         }
@@ -79,7 +104,7 @@ fn treat_weight(layer: &Layer, treatment: &Treatment, hessian: Option<&Hessian>)
     let shape: Vec<usize> = size.iter().map(|n| *n as usize).collect();
     let palettized = match &treatment.palettize {
         None => None,
-        Some(options) => match palettize(layer.name(), &half, &shape, keep.as_deref(), options)? {
+        Some(options) => match palettize(name, &half, &shape, keep.as_deref(), options)? {
             Outcome::Palettized(found) => {
                 notes.extend(found.misfit.clone());
                 Some(found)
@@ -110,12 +135,14 @@ fn treat_weight(layer: &Layer, treatment: &Treatment, hessian: Option<&Hessian>)
         None => half,
     };
     let decoded = Tensor::f_from_slice(&values)?.f_view(size.as_slice())?;
-    errors.weight = relative_distance(&original, &decoded)?;
-    errors.output = hessian
-        .map(|hessian| {
-            output_error(layer.weight(), &decoded.f_to_device(layer.weight().device())?.f_to_kind(Kind::Float)?, hessian)
-        })
-        .transpose()?;
+    let mut errors = LayerErrors { weight: relative_distance(&original, &decoded)?, ..LayerErrors::default() };
+    if let Some(Calibrated { hessian, .. }) = calibrated {
+        let change = decoded.f_to_kind(Kind::Float)?.f_sub(&original)?;
+        let (lost, energy) = (output_energy(&change, hessian)?, output_energy(&original, hessian)?);
+        let share = |lost: f64| if lost > 0.0 { lost / energy } else { 0.0 };
+        errors.pruned_output = loss.map(share);
+        errors.output = Some(share(lost));
+    }
     Ok(Treated { stored, decoded, errors, notes })
 }
 

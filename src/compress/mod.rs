@@ -1,46 +1,42 @@
 //! Compresses a UNet stage by stage along its chain.
 //!
 //! For each stage: the Hessians of its layers on the outputs of the stages already compressed, then each layer pruned and palettized,
-//! then the compressed stage's outputs go on. Nothing of a finished stage stays in memory but what is stored of it.
+//! then the compressed stage's outputs go on. What is finished lies in the [`Workspace`]; nothing of a finished stage stays in memory.
 
+mod carries;
 mod gather;
 mod job;
+mod lane;
 mod layer;
 mod recipe;
+mod workspace;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
 pub use gather::Gatherer;
-pub use job::{JobReport, calibrate, run, write_container};
-pub use layer::{LayerErrors, Treated, Treatment, treat};
-
+pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
+pub use layer::{Calibrated, LayerErrors, Treated, Treatment, treat};
 pub use recipe::{Recipe, layers_of};
+pub use workspace::Workspace;
 
 use crate::calibration::Samples;
-use crate::checkpoint::TensorSource;
+use crate::checkpoint::{Blueprint, TensorSource};
 use crate::container::CompressedWeight;
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::model::unet::{Carry, UnetChain};
-use crate::model::{Layer, Unobserved};
+use crate::model::unet::{StageSpec, UnetChain};
+use crate::model::{Layer, LayerInput};
+use crate::number;
+use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
-use crate::solver::Hessian;
+use crate::solver::{Hessian, InverseFactor};
+use lane::Lane;
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
 pub type Treatments = BTreeMap<String, Treatment>;
-
-/// A compressed UNet's layers, and what they cost.
-#[derive(Debug, Default)]
-pub struct Compressed {
-    /// The treated weights, by layer name.
-    pub weights: BTreeMap<String, CompressedWeight>,
-    /// Every treated layer, in execution order.
-    pub layers: Vec<LayerReport>,
-    /// What has to be said, each with the name of its layer or stage.
-    pub notes: Vec<String>,
-}
 
 /// A treated layer.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -63,123 +59,246 @@ pub struct LayerReport {
     pub errors: LayerErrors,
 }
 
-/// Compresses the UNet whose dense weights `source` gives, placed as `placement` says.
-///
-/// `samples` are needed if anything is pruned. Without pruning no forward is run at all.
-///
-/// # Errors
-/// If a layer cannot be treated, activations become NaN or infinite, or there are no samples where some are needed.
-pub fn compress(
-    chain: &UnetChain,
-    source: &dyn TensorSource,
-    treatments: &Treatments,
-    samples: &Samples,
-    placement: Placement,
-    progress: &dyn Progress,
-) -> Result<Compressed> {
-    let calibrated = treatments.values().any(|treatment| treatment.prune.is_some());
-    if calibrated && samples.calls.is_empty() {
-        return Err(Error::Argument("pruning needs calibration samples, and there are none".into()));
-    }
-    let mut done = Compressed { notes: samples.notes.clone(), ..Compressed::default() };
-    let task = Task::begin(progress, "compressing", "parts", chain.stages().len() + 2);
-
-    task.advance("head");
-    let mut head = chain.load_head(source)?;
-    if head.layers().iter().any(|layer| treatments.get(layer.name()).is_some_and(|t| t.prune.is_some())) {
-        return Err(Error::Argument("the layers before the first stage cannot be pruned; only stages are calibrated".into()));
-    }
-    treat_layers("head", head.layers_mut(), treatments, None, &mut done, progress)?;
-    let mut carries: Vec<Carry> = Vec::new();
-    if calibrated {
-        for call in &samples.calls {
-            let call = call.placed(placement)?;
-            carries.push(head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved)?);
-        }
-    }
-    drop(head);
-
-    for spec in chain.stages() {
-        let name = spec.name().to_string();
-        task.advance(&name);
-        let mut stage = spec.load(source)?;
-        let pruned = |layer: &Layer| treatments.get(layer.name()).is_some_and(|treatment| treatment.prune.is_some());
-        let mut gatherer =
-            Gatherer::new(stage.layers().iter().filter(|layer| pruned(layer)).map(|layer| layer.name().to_owned()));
-        {
-            let task = Task::begin(progress, "Hessians", "samples", carries.len());
-            for carry in &carries {
-                task.advance(&name);
-                stage.forward(carry.shallow_clone(), &mut gatherer)?;
-                gatherer.forward_done();
-            }
-        }
-        treat_layers(&name, stage.layers_mut(), treatments, Some(&gatherer), &mut done, progress)?;
-        drop(gatherer);
-        let task = Task::begin(progress, "outputs", "samples", carries.len());
-        for carry in &mut carries {
-            task.advance(&name);
-            let after = stage.forward(carry.shallow_clone(), &mut Unobserved)?;
-            if after.hidden_states.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                return Err(Error::NotFinite(format!("the output of `{name}`, compressed, has NaN or infinity in it")));
-            }
-            *carry = after;
-        }
-    }
-
-    task.advance("tail");
-    let mut tail = chain.load_tail(source)?;
-    treat_layers("tail", tail.layers_mut(), treatments, None, &mut done, progress)?;
-    Ok(done)
+/// A UNet and what is to be done to it.
+pub struct Job<'a> {
+    /// What it consists of.
+    pub chain: &'a UnetChain,
+    /// Its dense weights, on the first device.
+    pub source: &'a (dyn TensorSource + Sync),
+    /// What is done to its layers.
+    pub treatments: &'a Treatments,
+    /// How: waves, and where carries wait.
+    pub plan: &'a Plan,
+    /// The dtype of activations.
+    pub kind: Kind,
+    /// Where stages run: samples are spread over them, and the first one solves. At least one.
+    pub devices: &'a [Device],
 }
 
-/// Treats the layers of a part and puts what they decode to in their place.
-fn treat_layers(
-    part: &str,
-    layers: &mut [Layer],
-    treatments: &Treatments,
-    gatherer: Option<&Gatherer>,
-    done: &mut Compressed,
-    progress: &dyn Progress,
-) -> Result<()> {
-    let wanted = layers.iter().filter(|layer| treatments.contains_key(layer.name())).count();
-    let task = Task::begin(progress, "layers", "layers", wanted);
-    for layer in layers {
-        let Some(treatment) = treatments.get(layer.name()) else { continue };
-        task.advance(layer.name());
-        let hessian = gatherer.and_then(|gatherer| gatherer.hessian(layer.name()));
-        let treated = treat(layer, treatment, hessian)?;
-        layer.replace_weight(&treated.decoded.f_to_kind(Kind::Float)?)?;
-        for note in &treated.notes {
-            tracing::warn!("{}: {note}", layer.name());
-            done.notes.push(format!("{}: {note}", layer.name()));
+/// Compresses a UNet; what `finished` has already is not done again.
+///
+/// `samples` are needed if a treatment needs Hessians. Otherwise no forward is run at all, and one weight at a time is in memory.
+///
+/// # Errors
+/// If a layer cannot be treated, activations become NaN or infinite, or there are no samples where some are needed;
+/// [`Error::Stopped`] when the progress says so, after the layer at hand. In every case finished layers are kept.
+pub fn compress(job: &Job, samples: &Samples, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+    let ended = job.stages(samples, finished, progress);
+    let flushed = finished.flush();
+    ended.and(flushed)
+}
+
+impl Job<'_> {
+    fn stages(&self, samples: &Samples, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+        let task = Task::begin(progress, "compressing", "parts", self.chain.stages().len() + 2);
+        let blueprint = Blueprint::default();
+        task.advance("head");
+        let head = self.chain.load_head(&blueprint)?;
+        if head.layers().iter().any(|layer| self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)) {
+            return Err(Error::Argument("the layers before the first stage cannot be pruned; only stages are calibrated".into()));
         }
-        let report = LayerReport {
-            name: layer.name().to_owned(),
-            stage: part.to_owned(),
-            shape: layer.weight().size(),
-            sparsity: treated.stored.as_ref().map_or(0.0, CompressedWeight::sparsity),
-            bits_per_weight: treated.stored.as_ref().map_or(16.0, CompressedWeight::bits_per_weight),
-            bytes: treated.stored.as_ref().map_or(2 * layer.weight().numel() as u64, CompressedWeight::stored_bytes),
-            vectors: hessian.map(Hessian::vectors),
-            errors: treated.errors,
+        self.treat_alone("head", head.layers(), finished, progress)?;
+
+        // The last stage of which a layer still needs a Hessian: until there the samples must go.
+        let outlines = self.chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
+        let open = |layer: &Layer| {
+            !finished.has(layer.name()) && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
         };
-        task.note(&describe(&report));
-        done.layers.push(report);
-        if let Some(stored) = treated.stored {
-            done.weights.insert(layer.name().to_owned(), stored);
+        let last = outlines.iter().rposition(|stage| stage.layers().iter().any(open));
+        let mut lanes = Vec::new();
+        let mut shared = Gatherer::default();
+        if last.is_some() {
+            if samples.calls.is_empty() {
+                return Err(Error::Argument("pruning needs calibration samples, and there are none".into()));
+            }
+            let layers = outlines.iter().flat_map(|stage| stage.layers()).filter(|layer| open(layer));
+            lanes = self.lanes(finished.folder())?;
+            shared = self.first_carries(&mut lanes, samples, layers, progress)?;
         }
+        for (index, (spec, plan)) in self.chain.stages().iter().zip(&self.plan.stages).enumerate() {
+            let name = spec.name().to_string();
+            task.advance(&name);
+            if last.is_some_and(|last| index <= last) {
+                let go_on = last != Some(index);
+                self.stage(spec, plan, &mut lanes, &shared, go_on, finished, progress)?;
+            } else {
+                self.treat_alone(&name, outlines[index].layers(), finished, progress)?;
+            }
+        }
+
+        task.advance("tail");
+        let tail = self.chain.load_tail(&blueprint)?;
+        self.treat_alone("tail", tail.layers(), finished, progress)
     }
-    Ok(())
+
+    /// Treats layers that need no Hessian, one weight at a time. `layers` have no weights of their own.
+    fn treat_alone(&self, part: &str, layers: &[Layer], finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+        let open: Vec<_> = layers
+            .iter()
+            .filter(|layer| !finished.has(layer.name()))
+            .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
+            .collect();
+        let task = Task::begin(progress, "layers", "layers", open.len());
+        for (layer, treatment) in open {
+            task.go_on()?;
+            task.advance(layer.name());
+            let weight = self.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size())?;
+            finish(part, layer.name(), &weight, treatment, None, finished, &task)?;
+        }
+        Ok(())
+    }
+
+    /// Gathers, treats, and sends the carries through what has become of the stage.
+    #[expect(clippy::too_many_arguments, reason = "all of them change from stage to stage")]
+    fn stage(
+        &self,
+        spec: &StageSpec,
+        plan: &StagePlan,
+        lanes: &mut [Lane],
+        shared: &Gatherer,
+        go_on: bool,
+        finished: &mut Workspace,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let name = spec.name().to_string();
+        for lane in lanes.iter_mut() {
+            lane.load(spec, self.source)?;
+        }
+        let inputs = |finished: &Workspace, lanes: &[Lane]| -> Vec<LayerInput> {
+            let mut inputs = Vec::new();
+            for layer in lanes.first().map_or(&[][..], Lane::layers) {
+                let wanted = self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+                if wanted && !finished.has(layer.name()) && !inputs.contains(layer.input()) {
+                    inputs.push(layer.input().clone());
+                }
+            }
+            inputs
+        };
+        let open = inputs(finished, lanes);
+        let features = plan.waves.iter().map(|wave| wave.iter().filter(|input| open.contains(input)).cloned().collect());
+        for wave in features.filter(|wave: &Vec<LayerInput>| !wave.is_empty()) {
+            let mut gatherer = lane::gather(lanes, &wave, &name, progress)?;
+            let task = Task::begin(progress, "layers", "layers", self.count(&lanes[0], &wave));
+            for input in wave {
+                let hessian = gatherer.take(&input);
+                self.treat_input(&name, &lanes[0], &input, hessian.as_ref(), finished, &task)?;
+            }
+        }
+        for input in [LayerInput::Text, LayerInput::Time].into_iter().filter(|input| open.contains(input)) {
+            let task = Task::begin(progress, "layers", "layers", self.count(&lanes[0], std::slice::from_ref(&input)));
+            self.treat_input(&name, &lanes[0], &input, shared.hessian(&input), finished, &task)?;
+        }
+        let alone: Vec<&Layer> = lanes[0].layers().iter().filter(|layer| !finished.has(layer.name())).collect();
+        let task = Task::begin(progress, "layers", "layers", alone.len());
+        for layer in alone {
+            if let Some(treatment) = self.treatments.get(layer.name()).filter(|treatment| !treatment.needs_hessian()) {
+                task.go_on()?;
+                task.advance(layer.name());
+                finish(&name, layer.name(), layer.weight(), treatment, None, finished, &task)?;
+            }
+        }
+        drop(task);
+        finished.flush()?;
+        for lane in lanes.iter_mut() {
+            lane.take_over(finished)?;
+        }
+        lane::outputs(lanes, &name, go_on, progress)
+    }
+
+    /// How many layers of a stage have one of these inputs and a treatment.
+    fn count(&self, lane: &Lane, inputs: &[LayerInput]) -> usize {
+        let wanted = |layer: &&Layer| inputs.contains(layer.input()) && self.treatments.contains_key(layer.name());
+        lane.layers().iter().filter(wanted).count()
+    }
+
+    /// Treats the layers of one input, whose Hessian is factored once for all of them.
+    fn treat_input(
+        &self,
+        part: &str,
+        lane: &Lane,
+        input: &LayerInput,
+        hessian: Option<&Hessian>,
+        finished: &mut Workspace,
+        task: &Task,
+    ) -> Result<()> {
+        let layers: Vec<_> = lane
+            .layers()
+            .iter()
+            .filter(|layer| layer.input() == input && !finished.has(layer.name()))
+            .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
+            .collect();
+        let mut made: Option<(f64, Vec<InverseFactor>)> = None;
+        for (layer, treatment) in &layers {
+            task.go_on()?;
+            task.advance(layer.name());
+            let calibrated = match hessian.filter(|_| treatment.needs_hessian()) {
+                None => None,
+                Some(hessian) => {
+                    // A layer alone makes its factor itself and drops it before the errors are computed.
+                    if let Some(options) = treatment.prune.filter(|_| layers.len() > 1)
+                        && made.as_ref().is_none_or(|(dampening, _)| *dampening != options.dampening)
+                    {
+                        let factors = InverseFactor::all(hessian, options.dampening).map_err(Error::layer(layer.name()))?;
+                        made = Some((options.dampening, factors));
+                    }
+                    let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));
+                    Some(Calibrated { hessian, factors })
+                }
+            };
+            finish(part, layer.name(), layer.weight(), treatment, calibrated, finished, task)?;
+        }
+        Ok(())
+    }
+}
+
+/// Treats a layer, says what it cost, and hands it to the workspace.
+fn finish(
+    part: &str,
+    name: &str,
+    weight: &Tensor,
+    treatment: &Treatment,
+    calibrated: Option<Calibrated<'_>>,
+    finished: &mut Workspace,
+    task: &Task,
+) -> Result<()> {
+    let treated = treat(name, weight, treatment, calibrated)?;
+    let mut notes = Vec::new();
+    for note in &treated.notes {
+        tracing::warn!("{name}: {note}");
+        notes.push(format!("{name}: {note}"));
+    }
+    let report = LayerReport {
+        name: name.to_owned(),
+        stage: part.to_owned(),
+        shape: weight.size(),
+        sparsity: treated.stored.as_ref().map_or(0.0, CompressedWeight::sparsity),
+        bits_per_weight: treated.stored.as_ref().map_or(16.0, CompressedWeight::bits_per_weight),
+        bytes: treated.stored.as_ref().map_or(2 * weight.numel() as u64, CompressedWeight::stored_bytes),
+        vectors: calibrated.map(|calibrated| calibrated.hessian.vectors()),
+        errors: treated.errors,
+    };
+    task.note(&describe(&report));
+    finished.push(report, notes, treated.stored)
 }
 
 /// A line for people who watch.
 fn describe(layer: &LayerReport) -> String {
     let LayerErrors { weight, pruned_output, output } = layer.errors;
-    let percent = |error: f64| format!("{:.2} %", 100.0 * error);
     let errors = match (pruned_output, output) {
-        (Some(pruned), Some(output)) => format!("output error {} pruned, {} stored", percent(pruned), percent(output)),
-        _ => format!("weight error {}", percent(weight)),
+        (Some(pruned), Some(output)) => {
+            format!("output error {} pruned, {} stored", number::percent(pruned), number::percent(output))
+        }
+        _ => format!("weight error {}", number::percent(weight)),
     };
     format!("{}: {:.2} bits a weight, {errors}", layer.name, layer.bits_per_weight)
+}
+
+/// Where the samples of [`Job`] are placed.
+fn placement(device: Device, kind: Kind) -> Placement {
+    Placement { device, kind }
+}
+
+/// The folder of carries in a workspace.
+fn carries_folder(workspace: &Path, lane: usize) -> std::path::PathBuf {
+    workspace.join(format!("carries-{lane}"))
 }

@@ -188,6 +188,11 @@ impl Container {
         }
     }
 
+    /// Whether `name` is a compressed weight.
+    pub fn has_weight(&self, name: &str) -> bool {
+        self.metadata.weights.contains_key(name)
+    }
+
     /// The uncompressed tensors by name: shape and bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[i64], u64)> {
         let weights = &self.metadata.weights;
@@ -267,7 +272,7 @@ pub struct ContainerSource<'a> {
 impl TensorSource for ContainerSource<'_> {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let ContainerSource { container, placement } = *self;
-        let tensor = if container.metadata.weights.contains_key(name) {
+        let tensor = if container.has_weight(name) {
             let weight = container.weight(name)?;
             let dense = weight.decode().map_err(|why| Error::bad_file(container.path(), format!("`{name}`: {why}")))?;
             Tensor::f_from_slice(&dense)?

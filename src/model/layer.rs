@@ -9,8 +9,22 @@ use crate::error::{Error, Result};
 pub struct Layer {
     name: String,
     kind: LayerKind,
+    input: LayerInput,
     weight: Tensor,
     bias: Option<Tensor>,
+}
+
+/// Which tensor a [`Layer`] is given. Layers of a UNet that say the same are given the very same tensor, so that one Hessian serves
+/// them all.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LayerInput {
+    /// The text states, which go through the whole UNet unchanged: `to_k` and `to_v` of every cross-attention.
+    Text,
+    /// SiLU of the time embedding, the same in the whole UNet: every `time_emb_proj`.
+    Time,
+    /// Features that only a few neighbours see, under the name of the first of them: `to_q`, `to_k` and `to_v` of a self-attention, or
+    /// a layer alone.
+    Features(String),
 }
 
 /// What a [`Layer`] computes.
@@ -62,8 +76,8 @@ impl Observer for Unobserved {
 }
 
 impl Layer {
-    pub(super) fn new(name: String, kind: LayerKind, weight: Tensor, bias: Option<Tensor>) -> Self {
-        Layer { name, kind, weight, bias }
+    pub(super) fn new(name: String, kind: LayerKind, input: LayerInput, weight: Tensor, bias: Option<Tensor>) -> Self {
+        Layer { name, kind, input, weight, bias }
     }
 
     /// The checkpoint name without `.weight`, e.g. `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`.
@@ -76,7 +90,12 @@ impl Layer {
         self.kind
     }
 
-    /// The weight: [o, d] or [o, c / groups, kh, kw].
+    /// What it is given.
+    pub fn input(&self) -> &LayerInput {
+        &self.input
+    }
+
+    /// The weight, in the dtype in which it rests in memory; a forward converts it to its input's. [o, d] or [o, c / groups, kh, kw].
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
@@ -86,7 +105,7 @@ impl Layer {
         self.bias.as_ref()
     }
 
-    /// Puts `weight` in the place of the layer's own; it is converted to the layer's dtype and device.
+    /// Puts `weight` in the place of the layer's own, on the same device. Its dtype is kept until a forward converts it.
     ///
     /// # Errors
     /// If its shape is another.
@@ -95,17 +114,17 @@ impl Layer {
             let (new, old) = (weight.size(), self.weight.size());
             return Err(Error::Argument(format!("`{}`: a weight {new:?} cannot replace one of {old:?}", self.name)));
         }
-        self.weight = weight.f_to_device(self.weight.device())?.f_to_kind(self.weight.f_kind()?)?;
+        self.weight = weight.f_to_device(self.weight.device())?;
         Ok(())
     }
 
     pub(super) fn forward(&self, input: &Tensor, observer: &mut dyn Observer) -> Result<Tensor> {
         observer.input(self, input)?;
-        let bias = self.bias.as_ref();
+        let (weight, bias) = (self.weight.f_to_kind(input.f_kind()?)?, self.bias.as_ref());
         Ok(match self.kind {
-            LayerKind::Linear => input.f_linear(&self.weight, bias)?,
+            LayerKind::Linear => input.f_linear(&weight, bias)?,
             LayerKind::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
-                input.f_conv2d(&self.weight, bias, stride, padding, dilation, groups)?
+                input.f_conv2d(&weight, bias, stride, padding, dilation, groups)?
             }
         })
     }

@@ -8,4 +8,4 @@ pub mod text;
 pub mod unet;
 pub mod vae;
 
-pub use layer::{ConvGeometry, Layer, LayerKind, Observer, Unobserved};
+pub use layer::{ConvGeometry, Layer, LayerInput, LayerKind, Observer, Unobserved};

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::layer::ConvGeometry;
+use super::layer::{ConvGeometry, LayerInput};
 use super::network::{Builder, GroupNorm, LayerId, Run};
 use crate::error::Result;
 
@@ -35,7 +35,7 @@ impl Resnet {
         Ok(Resnet {
             norm1: b.group_norm("norm1", groups, input, eps)?,
             conv1: b.conv2d("conv1", input, output, 3, same)?,
-            time_emb_proj: temb.map(|width| b.linear("time_emb_proj", width, output, true)).transpose()?,
+            time_emb_proj: temb.map(|width| b.linear_of("time_emb_proj", LayerInput::Time, width, output, true)).transpose()?,
             norm2: b.group_norm("norm2", groups, output, eps)?,
             conv2: b.conv2d("conv2", output, output, 3, same)?,
             conv_shortcut: (input != output)

@@ -2,8 +2,8 @@
 
 use super::comparison::{Comparison, LayerRow, Row};
 use super::markup::{figure, said};
-use super::number;
 use super::plot::{Axis, Plot, Unit, style, swatch};
+use crate::number;
 
 const WIDTH: u32 = 760;
 /// How wide a letter of a label is, at most, in a plot's units.

@@ -6,8 +6,8 @@ use crate::picture::Picture;
 use super::charts;
 use super::comparison::{Comparison, LayerRow, Row, Spread};
 use super::markup::{escape, facts, image, list, said};
-use super::number;
 use super::plot::swatch;
+use crate::number;
 
 /// Even if something of a prompt were to get out of its element, nothing can run and nothing can be loaded.
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";

@@ -12,7 +12,6 @@ mod font;
 pub mod html;
 mod markup;
 pub mod metrics;
-mod number;
 mod plot;
 pub mod sheet;
 pub mod table;

@@ -5,7 +5,7 @@ use crate::picture::Picture;
 
 use super::comparison::{Comparison, Row};
 use super::font::{Face, Font};
-use super::number;
+use crate::number;
 
 /// Pictures are shown at this many pixels a side or more, by repeating pixels.
 const LEAST_CELL: u32 = 128;

@@ -4,7 +4,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 
 use super::comparison::{Comparison, Row};
-use super::number;
+use crate::number;
 
 /// The columns; all but the first are numbers.
 const HEADER: [&str; 12] =

@@ -258,7 +258,6 @@ mod tests {
             let exact = reference(&h);
             let theirs = relative(&reference(&h.to_kind(Kind::Float)).to_kind(Kind::Double), &exact);
             let ours = relative(&ours(&h.to_kind(Kind::Float)).to_kind(Kind::Double), &exact);
-            println!("{d}: {ours:.1e}, the chain {theirs:.1e}");
             assert!(ours < 1e-4 && ours < 2.0 * theirs + 1e-5, "{d}: {ours:.1e}, the chain {theirs:.1e}");
         }
     }

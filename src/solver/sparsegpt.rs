@@ -158,7 +158,7 @@ fn prune_rows(
     let mut loss = 0.0;
     for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
         let size = [o, panel.end - panel.start];
-        let rows = factor.triangle.from_row(panel.clone())?;
+        let rows = factor.triangle.tail_of(panel.clone())?;
         let mut place = block(weight, 0..o, panel.clone())?;
         let mut values = to_vec(&place)?;
         let upper = to_vec(&rows.f_narrow(1, 0, size[1])?)?;

@@ -22,10 +22,12 @@ pub(super) struct Triangle {
 /// The rows of a panel of a [d, d] matrix: tall enough for fast products, few enough that the diagonal blocks waste little. A
 /// multiple of `unit` (the taps of a convolution's kernel, so that a panel holds whole channels) where that is below a panel.
 pub(super) fn panel_height(dimension: i64, unit: i64) -> i64 {
-    let height = match dimension {
-        ..=768 => 128,
-        ..=2560 => 256,
-        _ => 512,
+    let height = if dimension <= 768 {
+        128
+    } else if dimension <= 2560 {
+        256
+    } else {
+        512
     };
     if unit <= height { height / unit * unit } else { unit }
 }
@@ -97,7 +99,7 @@ impl Triangle {
 
     /// Rows `rows`, from the first of them on: [b, d - start]. What lies left of the diagonal has no meaning. A view where the rows lie in
     /// one panel.
-    pub fn from_row(&self, rows: Range<i64>) -> Result<Tensor> {
+    pub fn tail_of(&self, rows: Range<i64>) -> Result<Tensor> {
         let (first, last) = (rows.start / self.height, (rows.end - 1) / self.height);
         let mut parts = Vec::new();
         for index in first..=last {

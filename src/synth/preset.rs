@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 
+use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
 
 /// An architecture that `synth` knows.
@@ -55,6 +56,15 @@ impl Preset {
             ],
         };
         Configs { model_index: model_index(base), scheduler: scheduler(), unet: self.unet(), vae: self.vae(), text }
+    }
+
+    /// The architecture of its UNet, as a config.json for [`UnetConfig::parse`](crate::model::unet::UnetConfig::parse).
+    pub fn unet_config(self) -> ConfigFile {
+        let entries = match self.unet() {
+            Value::Object(entries) => entries,
+            _ => Default::default(),
+        };
+        ConfigFile::from_entries("unet/config.json".as_ref(), entries)
     }
 
     fn unet(self) -> Value {

@@ -1,6 +1,6 @@
 //! What goes from stage to stage.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::Result;
 
@@ -29,11 +29,51 @@ impl Carry {
         }
     }
 
+    /// The carry in another place (no copy is made if it is there already).
+    ///
+    /// # Errors
+    /// If libtorch refuses, usually for want of memory.
+    pub fn to_device(&self, device: Device) -> Result<Carry> {
+        Ok(Carry {
+            hidden_states: self.hidden_states.f_to_device(device)?,
+            down_block_res_samples: self
+                .down_block_res_samples
+                .iter()
+                .map(|residual| Ok(residual.f_to_device(device)?))
+                .collect::<Result<_>>()?,
+            temb: self.temb.f_to_device(device)?,
+            encoder_hidden_states: self.encoder_hidden_states.f_to_device(device)?,
+        })
+    }
+
     /// Takes the newest residual and appends its channels to `hidden_states`.
     pub(super) fn pop_residual(&mut self, hidden_states: &Tensor) -> Result<Tensor> {
         let residual = self.down_block_res_samples.pop().ok_or_else(|| {
             crate::Error::Argument("an up stage was given a carry without residuals: the stages ran out of order".into())
         })?;
         Ok(Tensor::f_cat(&[hidden_states, &residual], 1)?)
+    }
+}
+
+/// The sizes of the image features in a [`Carry`], for planning without running anything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CarryShape {
+    /// `hidden_states` but for its batch: [c, h, w].
+    pub hidden_states: [i64; 3],
+    /// Each of `down_block_res_samples`, the same.
+    pub down_block_res_samples: Vec<[i64; 3]>,
+}
+
+impl CarryShape {
+    /// Numbers in it, for each item of the batch.
+    pub fn numel(&self) -> i64 {
+        let residuals = self.down_block_res_samples.iter();
+        residuals.chain([&self.hidden_states]).map(|size| size.iter().product::<i64>()).sum()
+    }
+
+    /// Height and width of `hidden_states`.
+    pub fn grid(&self) -> [i64; 2] {
+        let [_, height, width] = self.hidden_states;
+        [height, width]
     }
 }

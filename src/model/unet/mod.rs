@@ -8,7 +8,7 @@ mod transformer;
 
 use tch::Tensor;
 
-pub use carry::Carry;
+pub use carry::{Carry, CarryShape};
 pub use config::{Depth, UnetConfig};
 pub use ends::{Conditioning, Head, Tail};
 pub use stage::{Stage, StageName, StageSpec};
@@ -66,6 +66,12 @@ impl UnetChain {
     /// If a tensor is missing or misshapen.
     pub fn load_tail(&self, source: &dyn TensorSource) -> Result<Tail> {
         Tail::load(&self.config, source)
+    }
+
+    /// The carry that [`Head::forward`] makes of latents of this height and width.
+    pub fn first_carry(&self, height: i64, width: i64) -> CarryShape {
+        let first = [self.config.block_out_channels[0], height, width];
+        CarryShape { hidden_states: first, down_block_res_samples: vec![first] }
     }
 
     /// Every tensor of the UNet, in execution order.

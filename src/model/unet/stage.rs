@@ -4,7 +4,7 @@ use std::fmt::{self, Display};
 
 use tch::Tensor;
 
-use super::carry::Carry;
+use super::carry::{Carry, CarryShape};
 use super::config::{Depth, UnetConfig};
 use super::transformer::{Transformer, TransformerShape};
 use crate::checkpoint::TensorSource;
@@ -122,6 +122,35 @@ impl StageSpec {
     /// The stage's name.
     pub fn name(&self) -> StageName {
         self.name
+    }
+
+    /// What [`Stage::forward`] makes of a carry of this shape.
+    pub fn after(&self, before: &CarryShape) -> CarryShape {
+        let CarryShape { hidden_states: [_, mut height, mut width], down_block_res_samples: mut residuals } = before.clone();
+        for resnet in &self.resnets {
+            match self.name {
+                StageName::Down(_) => residuals.push([resnet.output, height, width]),
+                StageName::Up(_) => {
+                    residuals.pop();
+                }
+                StageName::Mid => {}
+            }
+        }
+        let channels = self.resnets.last().map_or(before.hidden_states[0], |resnet| resnet.output);
+        match self.resample {
+            None => {}
+            Some(Resample::Down { padding, .. }) => {
+                let halved = |size: i64| (size + if padding == 0 { 1 } else { 2 * padding } - 3) / 2 + 1;
+                (height, width) = (halved(height), halved(width));
+                residuals.push([channels, height, width]);
+            }
+            Some(Resample::Up { .. }) => {
+                if let Some([_, next_height, next_width]) = residuals.last() {
+                    (height, width) = (*next_height, *next_width);
+                }
+            }
+        }
+        CarryShape { hidden_states: [channels, height, width], down_block_res_samples: residuals }
     }
 
     /// Builds the stage, reading its weights from `source`.

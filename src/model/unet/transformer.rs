@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::model::layer::ConvGeometry;
+use crate::model::layer::{ConvGeometry, LayerInput};
 use crate::model::network::{Builder, GroupNorm, LayerId, LayerNorm, Run, attend, split_heads};
 
 /// The sizes of a [`Transformer`].
@@ -88,9 +88,9 @@ impl TransformerBlock {
         let width = shape.channels;
         Ok(TransformerBlock {
             norm1: b.layer_norm("norm1", width, 1e-5)?,
-            attn1: Attention::build(&mut b.at("attn1"), width, width, shape.heads)?,
+            attn1: Attention::build(&mut b.at("attn1"), width, None, shape.heads)?,
             norm2: b.layer_norm("norm2", width, 1e-5)?,
-            attn2: Attention::build(&mut b.at("attn2"), width, shape.cross_attention_dim, shape.heads)?,
+            attn2: Attention::build(&mut b.at("attn2"), width, Some(shape.cross_attention_dim), shape.heads)?,
             norm3: b.layer_norm("norm3", width, 1e-5)?,
             feed_forward: FeedForward::build(&mut b.at("ff"), width)?,
         })
@@ -117,11 +117,16 @@ struct Attention {
 }
 
 impl Attention {
-    fn build(b: &mut Builder, width: i64, context_width: i64, heads: i64) -> Result<Self> {
+    /// `text_width`: of the text states, if it is to them that it attends, not to its own input.
+    fn build(b: &mut Builder, width: i64, text_width: Option<i64>, heads: i64) -> Result<Self> {
+        let (context, context_width) = match text_width {
+            Some(text_width) => (LayerInput::Text, text_width),
+            None => (b.features("to_q"), width),
+        };
         Ok(Attention {
             to_q: b.linear("to_q", width, width, false)?,
-            to_k: b.linear("to_k", context_width, width, false)?,
-            to_v: b.linear("to_v", context_width, width, false)?,
+            to_k: b.linear_of("to_k", context.clone(), context_width, width, false)?,
+            to_v: b.linear_of("to_v", context, context_width, width, false)?,
             to_out: b.linear("to_out.0", width, width, true)?,
             heads,
         })

@@ -1,25 +1,25 @@
 //! Numbers for people. What was not measured, or is not finite, is a dash.
 
 /// Stands for a number that is not there.
-pub(super) const NONE: &str = "–";
+pub const NONE: &str = "–";
 
 /// MiB with two decimals.
-pub(super) fn mib(bytes: u64) -> String {
+pub fn mib(bytes: u64) -> String {
     format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// GiB with three decimals.
-pub(super) fn gib(bytes: u64) -> String {
+pub fn gib(bytes: u64) -> String {
     format!("{:.3} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
 /// MiB below 1000 of them, else GiB.
-pub(super) fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     if bytes < 1000 << 20 { mib(bytes) } else { gib(bytes) }
 }
 
 /// A number with its thousands set apart.
-pub(super) fn count(number: u64) -> String {
+pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut spaced = String::new();
     for (i, digit) in digits.chars().enumerate() {
@@ -32,22 +32,22 @@ pub(super) fn count(number: u64) -> String {
 }
 
 /// A number with so many decimals.
-pub(super) fn fixed(number: f64, decimals: usize) -> String {
+pub fn fixed(number: f64, decimals: usize) -> String {
     if number.is_finite() { format!("{number:.decimals$}") } else { NONE.into() }
 }
 
 /// A share as percent with two decimals.
-pub(super) fn percent(share: f64) -> String {
+pub fn percent(share: f64) -> String {
     if share.is_finite() { format!("{:.2}%", 100.0 * share) } else { NONE.into() }
 }
 
 /// A share as percent, where it is there.
-pub(super) fn maybe_percent(share: Option<f64>) -> String {
+pub fn maybe_percent(share: Option<f64>) -> String {
     share.map_or_else(|| NONE.into(), percent)
 }
 
 /// Seconds below 100 of them, then minutes, then hours.
-pub(super) fn time(seconds: f64) -> String {
+pub fn time(seconds: f64) -> String {
     match seconds {
         s if !s.is_finite() => NONE.into(),
         s if s < 99.95 => format!("{s:.1} s"),
@@ -57,7 +57,7 @@ pub(super) fn time(seconds: f64) -> String {
 }
 
 /// A weight's shape.
-pub(super) fn shape(sizes: &[i64]) -> String {
+pub fn shape(sizes: &[i64]) -> String {
     sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
 

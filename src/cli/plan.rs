@@ -1,0 +1,176 @@
+//! `sdxl-squeeze plan`.
+
+use std::path::{Path, PathBuf};
+
+use sdxl_squeeze::compress::{CLIP_LENGTH, Recipe, expected_calls};
+use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::plan::{Calls, CarriesIn, Memory, Plan, measured_rate};
+use sdxl_squeeze::synth::Preset;
+use sdxl_squeeze::{Error, Result, number};
+
+use super::compress::{LimitArgs, OverrideArgs};
+use super::table;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The runs to plan
+    #[arg(value_name = "CONFIG.yaml", required = true)]
+    configs: Vec<PathBuf>,
+    /// Plan for an architecture of which no model is at hand: sdxl-base or sdxl-refiner
+    #[arg(long, value_name = "NAME", conflicts_with = "model")]
+    architecture: Option<Preset>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Print JSON instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+/// A UNet to plan for.
+struct Target {
+    chain: UnetChain,
+    calls: Calls,
+    /// Bytes of an element in memory, by tensor.
+    bytes_of: Box<dyn Fn(&str) -> usize>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut rows = Vec::new();
+    let mut json = Vec::new();
+    for path in &args.configs {
+        let config = args.overrides.clone().config(path)?;
+        let options = args.limits.options(&config)?;
+        let target = match args.architecture {
+            Some(preset) => of_architecture(preset, &config)?,
+            None => of_model(args.overrides.clone(), path, options.placement())?,
+        };
+        let recipe = Recipe::new(&config, &target.chain)?;
+        let memory = Memory::new(options.memory_budget()?, options.kind);
+        let plan = Plan::new(&target.chain, &recipe.treatments, Some(target.calls), memory, &target.bytes_of)?;
+        let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if args.json {
+            json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
+        } else {
+            super::print(&detail(&name, &recipe, &plan, seconds))?;
+        }
+        rows.push((name, plan, seconds));
+    }
+    if args.json {
+        let text = serde_json::to_string_pretty(&json).map_err(|why| Error::Argument(why.to_string()))?;
+        return super::print(&format!("{text}\n"));
+    }
+    if rows.len() > 1 {
+        super::print(&summary(&rows))?;
+    }
+    Ok(())
+}
+
+fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
+    let unet = UnetConfig::parse(preset.unet_config())?;
+    let [height, width] = config.calibration.size.map_or(unet.sample_size, |(height, width)| [height / 8, width / 8]);
+    let calls = Calls {
+        count: config.calibration.calibration_nsamples,
+        batch: if config.calibration.guidance > 1.0 { 2 } else { 1 },
+        height,
+        width,
+        text: CLIP_LENGTH,
+    };
+    // SDXL is published in fp16.
+    Ok(Target { chain: UnetChain::new(unet), calls, bytes_of: Box::new(|_| 2) })
+}
+
+fn of_model(overrides: OverrideArgs, path: &Path, placement: Placement) -> Result<Target> {
+    let (config, folder): (RunConfig, PipelineFolder) = overrides.resolve(path)?;
+    let weights = folder.unet_weights()?;
+    let calls = expected_calls(&folder, &config.calibration)?;
+    Ok(Target { chain: folder.unet, calls, bytes_of: Box::new(move |name| weights.narrow_bytes(name, placement).unwrap_or(4)) })
+}
+
+fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64) -> String {
+    let mut text = format!("# {name}\n\n");
+    let mut rules = table::new(&["rule", "matches", "decides"]);
+    for rule in &recipe.resolution.rules {
+        rules.add_row([
+            format!("{:?}: {}", rule.section, rule.rule).to_lowercase(),
+            rule.matched.to_string(),
+            rule.decided.to_string(),
+        ]);
+    }
+    text += &table::right_aligned(rules, 1);
+    text += "\n\n";
+    let heads =
+        ["stage", "layers", "pruned", "palettized", "weights", "stored", "in memory", "Hessians", "passes", "peak", "TFLOP"];
+    let mut stages = table::new(&heads);
+    for stage in &plan.stages {
+        stages.add_row([
+            stage.name.clone(),
+            stage.layers.to_string(),
+            stage.pruned.to_string(),
+            stage.palettized.to_string(),
+            number::count(stage.elements),
+            number::size(stage.stored_bytes),
+            number::size(stage.resident_bytes),
+            number::size(stage.hessian_bytes),
+            stage.passes.to_string(),
+            number::size(stage.peak_bytes),
+            number::fixed(2e-12 * stage.work.multiply_adds(), 2),
+        ]);
+    }
+    text += &table::right_aligned(stages, 1);
+    for finding in &recipe.resolution.findings {
+        text += &format!("\nnote: {finding}");
+    }
+    let work = plan.work;
+    let tera = |multiply_adds: f64| number::fixed(2e-12 * multiply_adds, 1);
+    text += &match plan.calls {
+        None => "\n\nno calibration: no layer needs it".to_owned(),
+        Some(Calls { count, batch, height, width, .. }) => {
+            let carries = match plan.carries {
+                CarriesIn::Files => "files",
+                CarriesIn::Memory | CarriesIn::Nowhere => "memory",
+            };
+            format!(
+                "\n\n{count} samples of {batch} x {height}x{width} latents; {} of carries between stages, in {carries}\n{} TFLOP: {} forwards, {} Hessians, {} factors, {} sweeps and errors",
+                number::size(plan.carry_bytes),
+                tera(work.multiply_adds()),
+                tera(work.forward),
+                tera(work.hessians),
+                tera(work.factors),
+                tera(work.sweeps),
+            )
+        }
+    };
+    text += &format!(
+        "\nsize {} ({} bytes), {:.3} bits a compressed weight, {} of them zero; peak memory {}; about {} on this machine, calibration runs not counted\n\n",
+        number::size(plan.payload_bytes),
+        number::count(plan.payload_bytes),
+        8.0 * plan.compressed_bytes as f64 / plan.compressed_elements.max(1) as f64,
+        number::percent(plan.sparsity),
+        number::size(plan.peak_bytes),
+        number::time(seconds),
+    );
+    text
+}
+
+fn summary(rows: &[(String, Plan, f64)]) -> String {
+    let mut table = table::new(&["config", "bytes", "GiB", "sparsity", "bits", "peak memory", "passes", "time"]);
+    for (name, plan, seconds) in rows {
+        table.add_row([
+            name.clone(),
+            number::count(plan.payload_bytes),
+            number::fixed(plan.payload_bytes as f64 / f64::from(1 << 30), 3),
+            number::percent(plan.sparsity),
+            number::fixed(8.0 * plan.compressed_bytes as f64 / plan.compressed_elements.max(1) as f64, 3),
+            number::size(plan.peak_bytes),
+            plan.stages.iter().map(|stage| stage.passes).sum::<usize>().to_string(),
+            number::time(*seconds),
+        ]);
+    }
+    format!("{}\n", table::right_aligned(table, 1))
+}

@@ -1,0 +1,185 @@
+//! Recorded carries between two stages.
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::model::unet::Carry;
+
+/// The carries of all samples, in memory or in files; the text states and time embeddings, which are small, are always in memory.
+#[derive(Debug)]
+pub(super) enum Carries {
+    Memory(Vec<Carry>),
+    Files(Files),
+}
+
+/// Carries in files of a folder, a file for each tensor.
+#[derive(Debug)]
+pub(super) struct Files {
+    folder: PathBuf,
+    rows: Vec<Row>,
+    device: Device,
+}
+
+#[derive(Debug)]
+struct Row {
+    temb: Tensor,
+    encoder_hidden_states: Tensor,
+    hidden_states: Stored,
+    residuals: Vec<Stored>,
+}
+
+/// A tensor in a file.
+#[derive(Debug)]
+struct Stored {
+    path: PathBuf,
+    size: Vec<i64>,
+    kind: Kind,
+}
+
+impl Stored {
+    fn write(path: PathBuf, tensor: &Tensor) -> Result<Self> {
+        let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let kind = tensor.f_kind()?;
+        let mut bytes = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        std::fs::write(&path, &bytes).map_err(Error::write(&path))?;
+        Ok(Stored { path, size: tensor.size(), kind })
+    }
+
+    fn read(&self, device: Device) -> Result<Tensor> {
+        let bytes = std::fs::read(&self.path).map_err(Error::read(&self.path))?;
+        if bytes.len() != self.size.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes() {
+            return Err(Error::bad_file(&self.path, "is not as it was written; does another run work in this folder?"));
+        }
+        Ok(Tensor::f_from_data_size(&bytes, &self.size, self.kind)?.f_to_device(device)?)
+    }
+}
+
+impl Carries {
+    /// None yet, in memory.
+    pub fn in_memory() -> Self {
+        Carries::Memory(Vec::new())
+    }
+
+    /// None yet, in files of `folder`, which is made; read back to `device`.
+    pub fn in_files(folder: &Path, device: Device) -> Result<Self> {
+        std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
+        Ok(Carries::Files(Files { folder: folder.to_owned(), rows: Vec::new(), device }))
+    }
+
+    pub fn len(&self) -> usize {
+        match self {
+            Carries::Memory(carries) => carries.len(),
+            Carries::Files(files) => files.rows.len(),
+        }
+    }
+
+    /// Adds a sample's first carry.
+    pub fn push(&mut self, carry: Carry) -> Result<()> {
+        match self {
+            Carries::Memory(carries) => carries.push(carry),
+            Carries::Files(files) => {
+                let row = files.write(files.rows.len(), carry, Vec::new())?;
+                files.rows.push(row);
+            }
+        }
+        Ok(())
+    }
+
+    pub fn get(&self, index: usize) -> Result<Carry> {
+        let absent = || Error::Argument(format!("there is no carry {index}"));
+        Ok(match self {
+            Carries::Memory(carries) => carries.get(index).ok_or_else(absent)?.shallow_clone(),
+            Carries::Files(files) => {
+                let row = files.rows.get(index).ok_or_else(absent)?;
+                let read = |stored: &Stored| stored.read(files.device);
+                Carry {
+                    hidden_states: read(&row.hidden_states)?,
+                    down_block_res_samples: row.residuals.iter().map(read).collect::<Result<_>>()?,
+                    temb: row.temb.shallow_clone(),
+                    encoder_hidden_states: row.encoder_hidden_states.shallow_clone(),
+                }
+            }
+        })
+    }
+
+    /// Puts what a stage made of a sample's carry in its place. Stages push residuals or pop them; those that stay are the same.
+    pub fn replace(&mut self, index: usize, carry: Carry) -> Result<()> {
+        match self {
+            Carries::Memory(carries) => carries[index] = carry,
+            Carries::Files(files) => {
+                let residuals = std::mem::take(&mut files.rows[index].residuals);
+                files.rows[index] = files.write(index, carry, residuals)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Files {
+    /// Writes what is new of a carry; `residuals` are those that are there.
+    fn write(&self, index: usize, carry: Carry, mut residuals: Vec<Stored>) -> Result<Row> {
+        let path = |what: String| self.folder.join(format!("{index:05}-{what}"));
+        for popped in residuals.drain(carry.down_block_res_samples.len().min(residuals.len())..) {
+            std::fs::remove_file(&popped.path).map_err(Error::write(&popped.path))?;
+        }
+        for (number, residual) in carry.down_block_res_samples.iter().enumerate().skip(residuals.len()) {
+            residuals.push(Stored::write(path(format!("residual-{number:02}")), residual)?);
+        }
+        Ok(Row {
+            hidden_states: Stored::write(path("hidden".into()), &carry.hidden_states)?,
+            residuals,
+            temb: carry.temb,
+            encoder_hidden_states: carry.encoder_hidden_states,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn carry(seed: f64, residuals: i64) -> Carry {
+        let tensor = |n: i64| Tensor::arange(n * 4, (Kind::Float, Device::Cpu)).reshape([1, n, 2, 2]) + seed;
+        Carry {
+            hidden_states: tensor(3) * 2.0,
+            down_block_res_samples: (1..=residuals).map(tensor).collect(),
+            temb: tensor(1),
+            encoder_hidden_states: tensor(2).to_kind(Kind::Half),
+        }
+    }
+
+    fn equal(a: &Carry, b: &Carry) -> bool {
+        a.hidden_states == b.hidden_states
+            && a.down_block_res_samples == b.down_block_res_samples
+            && a.temb == b.temb
+            && a.encoder_hidden_states == b.encoder_hidden_states
+    }
+
+    #[test]
+    fn files_give_back_what_memory_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut in_files = Carries::in_files(&folder.path().join("carries"), Device::Cpu).unwrap();
+        let mut in_memory = Carries::in_memory();
+        for carries in [&mut in_files, &mut in_memory] {
+            for index in 0..3 {
+                carries.push(carry(f64::from(index), 2)).unwrap();
+            }
+            // A down stage pushes, an up stage pops.
+            for residuals in [4, 3, 0] {
+                for index in 0..3 {
+                    carries.replace(index, carry(index as f64, residuals)).unwrap();
+                }
+            }
+            carries.replace(1, carry(1.0, 1)).unwrap();
+            assert_eq!(carries.len(), 3);
+            assert!(carries.get(3).is_err());
+        }
+        for index in 0..3 {
+            assert!(equal(&in_files.get(index).unwrap(), &in_memory.get(index).unwrap()), "{index}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path().join("carries")).unwrap().count(), 4);
+    }
+}

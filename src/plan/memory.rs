@@ -1,0 +1,37 @@
+//! What a run may take, and what its parts do take.
+
+use tch::Kind;
+
+/// What a run may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes at most.
+    pub budget: u64,
+    /// Bytes of one number of an activation.
+    pub element_bytes: u64,
+    /// Bytes of the Hessians that stay for the whole run.
+    pub shared: u64,
+}
+
+/// Bytes of the program and libtorch with its kernels and buffers, measured on Linux.
+const PROGRAM: u64 = 320 << 20;
+
+/// Finished layers that wait to be written.
+pub const WAITING: u64 = 128 << 20;
+
+impl Memory {
+    /// For activations of this dtype.
+    pub fn new(budget: u64, kind: Kind) -> Self {
+        Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0 }
+    }
+
+    /// What is there whatever is done.
+    pub(super) fn fixed(&self) -> u64 {
+        PROGRAM + WAITING + self.shared
+    }
+}
+
+/// Bytes that treating a weight takes besides its Hessian and factor: it in fp32, what it becomes, the mask, indices and decoded copies.
+pub(super) fn working_set(shape: &[i64]) -> u64 {
+    24 * shape.iter().product::<i64>().unsigned_abs()
+}

@@ -1,0 +1,44 @@
+//! What a treated weight takes in the container.
+
+use crate::compress::Treatment;
+use crate::solver::palette::{Granularity, PaletteOptions};
+use crate::solver::{PruneOptions, Sparsity};
+
+/// Elements that pruning [o, d] keeps.
+///
+/// As SparseGPT counts: in each block of columns at least one element more than the share, see [`crate::solver::prune`].
+pub fn kept(o: u64, d: u64, options: &PruneOptions) -> u64 {
+    match options.sparsity {
+        Sparsity::Unstructured(share) if share > 0.0 => {
+            let block = (options.block as u64).clamp(1, d);
+            let pruned = |columns: u64| if columns == 0 { 0 } else { ((o * columns) as f64 * share) as u64 + 1 };
+            o * d - d / block * pruned(block) - pruned(d % block)
+        }
+        Sparsity::Unstructured(_) => o * d,
+        Sparsity::NM { n, m } => o * (d - d / m as u64 * n as u64),
+    }
+}
+
+/// Bytes of a weight [o, d] in the container: mask, indices, palettes and scales, or the kept values.
+///
+/// `design`: one mask bit an element, n bits a kept element, 2^n fp16 entries a palette.
+pub fn stored_bytes(shape: &[i64], treatment: &Treatment) -> u64 {
+    let o = shape.first().copied().unwrap_or(0).unsigned_abs();
+    let d = shape.iter().skip(1).product::<i64>().unsigned_abs();
+    let mask = if treatment.prune.is_some() { (o * d).div_ceil(8) } else { 0 };
+    let kept = treatment.prune.as_ref().map_or(o * d, |options| kept(o, d, options));
+    let values = match &treatment.palettize {
+        None => 2 * kept,
+        Some(PaletteOptions { bits, granularity, per_channel_scale, .. }) => {
+            let palettes = match granularity {
+                Granularity::PerTensor => 1,
+                Granularity::PerGroupedChannel { group_size, axis } => {
+                    shape.get(*axis).copied().unwrap_or(1).unsigned_abs() / (*group_size).max(1) as u64
+                }
+            };
+            let indices = (kept * u64::from(*bits)).div_ceil(8);
+            indices + palettes * (2 << bits) + if *per_channel_scale { 2 * o } else { 0 }
+        }
+    };
+    mask + values
+}

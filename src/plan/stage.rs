@@ -1,0 +1,226 @@
+//! One stage: which Hessians are gathered together, what that takes and what it computes.
+
+use serde::Serialize;
+
+use super::memory::{Memory, working_set};
+use super::size::stored_bytes;
+use super::work::Work;
+use crate::compress::{Treatment, Treatments};
+use crate::error::{Error, Result};
+use crate::model::unet::{CarryShape, StageName};
+use crate::model::{Layer, LayerInput, LayerKind};
+use crate::number;
+use crate::solver::Hessian;
+
+/// What is known of the samples before there are any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Calls {
+    /// How many there are.
+    pub count: usize,
+    /// Items in each: 2 with guidance.
+    pub batch: i64,
+    /// Height of the latents.
+    pub height: i64,
+    /// Width of the latents.
+    pub width: i64,
+    /// Text states of each item.
+    pub text: i64,
+}
+
+/// What will happen in a stage.
+#[derive(Debug, Clone, Serialize)]
+pub struct StagePlan {
+    /// The stage's name.
+    pub name: String,
+    /// Its Conv2d and Linear layers.
+    pub layers: usize,
+    /// Of these, pruned.
+    pub pruned: usize,
+    /// Of these, palettized.
+    pub palettized: usize,
+    /// Elements of its weights.
+    pub elements: u64,
+    /// Bytes of its treated weights in the container.
+    pub stored_bytes: u64,
+    /// Bytes of its weights in memory while it runs.
+    pub resident_bytes: u64,
+    /// Bytes of all its Hessians.
+    pub hessian_bytes: u64,
+    /// The inputs whose Hessians are gathered in one pass over the samples, pass by pass.
+    #[serde(skip)]
+    pub waves: Vec<Vec<LayerInput>>,
+    /// How many passes that are.
+    pub passes: usize,
+    /// The most bytes at once.
+    pub peak_bytes: u64,
+    /// What it computes.
+    pub work: Work,
+}
+
+/// A stage to plan.
+pub(super) struct Outline<'a> {
+    pub name: StageName,
+    /// Built without weights.
+    pub layers: &'a [Layer],
+    pub resident_bytes: u64,
+    pub before: CarryShape,
+    pub after: CarryShape,
+}
+
+/// A layer that needs a Hessian, with those that share it.
+struct Need<'a> {
+    input: &'a LayerInput,
+    layers: Vec<(&'a Layer, &'a Treatment)>,
+    bytes: u64,
+}
+
+impl Outline<'_> {
+    /// Height and width of what a layer is given, or 1 and the number of vectors; for each item of the batch.
+    fn places(&self, layer: &Layer, calls: &Calls) -> [i64; 2] {
+        match layer.input() {
+            LayerInput::Text => [1, calls.text],
+            LayerInput::Time => [1, 1],
+            // Features are upsampled before the convolution.
+            LayerInput::Features(name) if name.contains(".upsamplers.") => self.after.grid(),
+            LayerInput::Features(_) => self.before.grid(),
+        }
+    }
+
+    /// Multiply-adds of running the stage once.
+    fn forward(&self, calls: &Calls) -> f64 {
+        let one = |layer: &Layer| {
+            let [height, width] = self.places(layer, calls);
+            let places = match layer.kind() {
+                LayerKind::Linear => height * width,
+                LayerKind::Conv2d(geometry) => (height / geometry.stride[0]).max(1) * (width / geometry.stride[1]).max(1),
+            };
+            let weight = layer.weight().size();
+            let dense = places as f64 * weight.iter().product::<i64>() as f64;
+            // Queries meet keys and values.
+            let others = match layer.name() {
+                name if name.ends_with("attn1.to_q") => height * width,
+                name if name.ends_with("attn2.to_q") => calls.text,
+                _ => 0,
+            };
+            dense + 2.0 * (height * width * others * weight.first().copied().unwrap_or(0)) as f64
+        };
+        calls.batch as f64 * self.layers.iter().map(one).sum::<f64>()
+    }
+
+    fn needs<'a>(&'a self, treatments: &'a Treatments) -> Vec<Need<'a>> {
+        let mut needs: Vec<Need> = Vec::new();
+        for layer in self.layers {
+            let Some(treatment) = treatments.get(layer.name()).filter(|treatment| treatment.needs_hessian()) else { continue };
+            match needs.iter_mut().find(|need| need.input == layer.input()) {
+                Some(need) => need.layers.push((layer, treatment)),
+                None => needs.push(Need {
+                    input: layer.input(),
+                    layers: vec![(layer, treatment)],
+                    bytes: Hessian::bytes(layer.kind(), &layer.weight().size()),
+                }),
+            }
+        }
+        needs
+    }
+
+    /// Bytes of the largest activations of one call, with what a convolution makes of them.
+    fn activations(&self, calls: &Calls, memory: &Memory) -> u64 {
+        let largest = self.layers.iter().map(|layer| {
+            let [height, width] = self.places(layer, calls);
+            let size = layer.weight().size();
+            let channels: i64 = size.iter().take(2).sum();
+            let weight: i64 = size.iter().product();
+            4 * calls.batch * height * width * channels + 2 * weight
+        });
+        memory.element_bytes * largest.max().unwrap_or(0).unsigned_abs()
+    }
+
+    /// Plans the stage; `carries` are the bytes of recorded carries that lie in memory.
+    pub fn plan(&self, treatments: &Treatments, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Result<StagePlan> {
+        let treated = || self.layers.iter().filter_map(|layer| Some((layer, treatments.get(layer.name())?)));
+        let needs = if calls.is_some() { self.needs(treatments) } else { Vec::new() };
+        let mut plan = StagePlan {
+            name: self.name.to_string(),
+            layers: self.layers.len(),
+            pruned: treated().filter(|(_, treatment)| treatment.prune.is_some()).count(),
+            palettized: treated().filter(|(_, treatment)| treatment.palettize.is_some()).count(),
+            elements: self.layers.iter().map(|layer| layer.weight().numel() as u64).sum(),
+            stored_bytes: treated().map(|(layer, treatment)| stored_bytes(&layer.weight().size(), treatment)).sum(),
+            resident_bytes: self.resident_bytes,
+            hessian_bytes: needs.iter().map(|need| need.bytes).sum(),
+            waves: Vec::new(),
+            passes: 0,
+            peak_bytes: 0,
+            work: Work::default(),
+        };
+        for (layer, treatment) in treated() {
+            if treatment.palettize.is_some() {
+                plan.work.palettized += layer.weight().numel() as f64;
+            }
+        }
+        let largest =
+            |layers: &mut dyn Iterator<Item = &Layer>| layers.map(|layer| working_set(&layer.weight().size())).max().unwrap_or(0);
+        let Some(calls) = calls else {
+            plan.peak_bytes = memory.fixed() + largest(&mut treated().map(|(layer, _)| layer));
+            return Ok(plan);
+        };
+
+        // What is there in any case: the stage, the carries, one call under way.
+        let carry = 2 * memory.element_bytes * (calls.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
+        let fixed = memory.fixed() + self.resident_bytes + carries + carry;
+        let activations = self.activations(calls, memory);
+        // A factor stands beside the wave's Hessians while its layers are treated.
+        let treating = |need: &Need| {
+            let (layer, _) = need.layers[0];
+            let set = largest(&mut need.layers.iter().map(|(layer, _)| *layer));
+            set + Hessian::factor_bytes(layer.kind(), &layer.weight().size())
+        };
+        let mut wave_bytes = 0;
+        let mut wave_room = activations;
+        let mut peak = fixed + activations;
+        let mut waves: Vec<Vec<LayerInput>> = Vec::new();
+        for need in needs.iter().filter(|need| matches!(need.input, LayerInput::Features(_))) {
+            let alone = fixed + need.bytes + activations.max(treating(need));
+            if alone > memory.budget {
+                return Err(Error::Argument(format!(
+                    "{} of memory are too little for stage `{}`: {} needs {}",
+                    number::size(memory.budget),
+                    self.name,
+                    need.layers[0].0.name(),
+                    number::size(alone)
+                )));
+            }
+            let room = wave_room.max(treating(need));
+            match waves.last_mut() {
+                Some(wave) if fixed + wave_bytes + need.bytes + room <= memory.budget => {
+                    wave.push(need.input.clone());
+                    (wave_bytes, wave_room) = (wave_bytes + need.bytes, room);
+                }
+                _ => {
+                    waves.push(vec![need.input.clone()]);
+                    (wave_bytes, wave_room) = (need.bytes, activations.max(treating(need)));
+                }
+            }
+            peak = peak.max(fixed + wave_bytes + wave_room);
+        }
+        for need in &needs {
+            let (layer, _) = need.layers[0];
+            let size = layer.weight().size();
+            let d = size.iter().skip(1).product::<i64>() as f64;
+            let of_this_input = match need.input {
+                // Summed once for the whole UNet.
+                LayerInput::Text | LayerInput::Time => 0.0,
+                LayerInput::Features(_) => Hessian::work(layer.kind(), &size, self.places(layer, calls)),
+            };
+            plan.work.hessians += calls.count as f64 * calls.batch as f64 * of_this_input;
+            plan.work.factors += d.powi(3) / 3.0;
+            let rows: i64 = need.layers.iter().filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
+            plan.work.sweeps += 1.5 * rows as f64 * d * d;
+        }
+        plan.work.forward = (waves.len() + 1) as f64 * calls.count as f64 * self.forward(calls);
+        plan.passes = waves.len();
+        plan.waves = waves;
+        plan.peak_bytes = peak;
+        Ok(plan)
+    }
+}

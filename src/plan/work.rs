@@ -1,0 +1,60 @@
+//! What a run computes.
+
+use std::ops::AddAssign;
+
+use serde::Serialize;
+
+/// Multiply-adds of a run's parts, by the formulas of the algorithms, and elements that are palettized.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Work {
+    /// Running the stages on the samples: once for each wave, and once compressed.
+    pub forward: f64,
+    /// Sums of x x^T.
+    pub hessians: f64,
+    /// Inverse Cholesky factors: d^3 / 3 each.
+    pub factors: f64,
+    /// SparseGPT's trailing updates and the output errors: 3/2 o d^2 a layer.
+    pub sweeps: f64,
+    /// Elements that are given a palette entry.
+    pub palettized: f64,
+}
+
+impl Work {
+    /// All multiply-adds.
+    pub fn multiply_adds(&self) -> f64 {
+        self.forward + self.hessians + self.factors + self.sweeps
+    }
+
+    /// Seconds on a device that makes `rate` multiply-adds a second in large matrix products: the parts reach most of it, each as
+    /// measured on two CPU cores.
+    pub fn seconds(&self, rate: f64) -> f64 {
+        (self.forward / 0.85 + self.hessians / 0.8 + self.factors / 0.75 + self.sweeps / 0.7) / rate + self.palettized / 2.5e7
+    }
+}
+
+impl AddAssign for Work {
+    fn add_assign(&mut self, other: Work) {
+        self.forward += other.forward;
+        self.hessians += other.hessians;
+        self.factors += other.factors;
+        self.sweeps += other.sweeps;
+        self.palettized += other.palettized;
+    }
+}
+
+/// Multiply-adds a second of a large fp32 matrix product on `device`, measured for about a tenth of a second.
+///
+/// # Errors
+/// If libtorch refuses.
+pub fn measured_rate(device: tch::Device) -> crate::Result<f64> {
+    let size = if device == tch::Device::Cpu { 1024 } else { 8192 };
+    let matrix = tch::Tensor::f_ones([size, size], (tch::Kind::Float, device))?;
+    let product = || -> crate::Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
+    product()?;
+    let (start, mut count) = (std::time::Instant::now(), 0);
+    while start.elapsed().as_secs_f64() < 0.1 || count < 3 {
+        product()?;
+        count += 1;
+    }
+    Ok(f64::from(count) * (size as f64).powi(3) / start.elapsed().as_secs_f64())
+}
