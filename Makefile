@@ -23,8 +23,9 @@ demo: all
 	$(SQUEEZE) generate --model models/emoji-sdxl --unet out/demo/joint-s40-4bit-gs16.squeezed.safetensors \
 		--prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat-squeezed.png
 
+# Tests share the cores, so libtorch's threads should not spin while they wait.
 test: setup
-	$(CARGO) test
+	OMP_WAIT_POLICY=PASSIVE $(CARGO) test
 
 lint: setup
 	$(CARGO) fmt --check

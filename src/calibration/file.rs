@@ -112,7 +112,7 @@ impl Samples {
         if (count as usize) < wanted {
             samples.notes.push(format!("{wanted} samples were asked for; {} has {count}", path.display()));
         }
-        for index in 0..count.min(wanted as i64) {
+        for index in 0..count.min(i64::try_from(wanted).unwrap_or(i64::MAX)) {
             samples.calls.push(Sample {
                 sample: sample.f_get(index)?,
                 timestep: timestep.f_double_value(&[index])?,

@@ -44,7 +44,7 @@ pub fn compare(
     progress: &dyn Progress,
 ) -> Result<Comparison> {
     let mut calibration: Vec<String> = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.config.prune.is_some() && entry.config.calibration.samples.is_none()) {
+    for entry in entries.iter().filter(|entry| entry.config.is_calibrated() && entry.config.calibration.samples.is_none()) {
         for prompt in entry.config.calibration.prompts.load()? {
             if judged.prompts.contains(&prompt) {
                 return Err(Error::Argument(format!("`{prompt}` is judged on, so it cannot be calibrated on")));
@@ -68,10 +68,10 @@ pub fn compare(
     let task = Task::begin(progress, "comparing", "configs", entries.len());
     for Entry { name, config } in entries {
         task.advance(name);
-        let samples = match (&config.prune, shared.iter().position(|(section, _)| *section == config.calibration)) {
-            (None, _) => None,
-            (Some(_), Some(index)) => Some(index),
-            (Some(_), None) => {
+        let samples = match (config.is_calibrated(), shared.iter().position(|(section, _)| *section == config.calibration)) {
+            (false, _) => None,
+            (true, Some(index)) => Some(index),
+            (true, None) => {
                 let samples = calibrate(folder, &weights, &config.calibration, options, progress)?;
                 shared.push((config.calibration.clone(), samples));
                 Some(shared.len() - 1)

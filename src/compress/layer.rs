@@ -6,15 +6,27 @@ use tch::{Device, Kind, Tensor};
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Outcome, PaletteOptions, palettize};
-use crate::solver::{Hessian, InverseFactor, PruneOptions, output_energy, prune, prune_with};
+use crate::solver::{Hessian, InverseFactor, PruneOptions, magnitude_prune, output_energy, prune, prune_with};
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Treatment {
     /// Which weights go.
     pub prune: Option<PruneOptions>,
+    /// How they are chosen.
+    pub method: PruneMethod,
     /// What the others are replaced by.
     pub palettize: Option<PaletteOptions>,
+}
+
+/// How the weights that go are chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PruneMethod {
+    /// By [`prune`]: the others make up for them.
+    #[default]
+    SparseGpt,
+    /// By [`magnitude_prune`]: the smallest, without calibration.
+    Magnitude,
 }
 
 /// A layer's new weight, and what it cost.
@@ -58,7 +70,7 @@ fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
 impl Treatment {
     /// Whether it needs the Hessian of the layer's inputs.
     pub fn needs_hessian(&self) -> bool {
-        self.prune.is_some()
+        self.prune.is_some() && self.method == PruneMethod::SparseGpt
     }
 }
 
@@ -87,6 +99,11 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
 
     let (half, keep) = match &treatment.prune {
         None => (halves(&original)?, None),
+        Some(options) if treatment.method == PruneMethod::Magnitude => {
+            let masked = magnitude_prune(&original, options.sparsity)?;
+            let keep: Vec<bool> = Vec::try_from(&masked.mask.f_flatten(0, -1)?)?;
+            (halves(&masked.weight)?, Some(keep))
+        }
         Some(options) => {
             let Some(Calibrated { hessian, factors }) = calibrated else {
                 return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));

@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use gather::Gatherer;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
-pub use layer::{Calibrated, LayerErrors, Treated, Treatment, treat};
+pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
 pub use recipe::{Recipe, layers_of};
 pub use workspace::Workspace;
 

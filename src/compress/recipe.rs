@@ -1,8 +1,8 @@
 //! From a run's config to what is done to each layer, and what that will take.
 
-use super::{Treatment, Treatments};
+use super::{PruneMethod, Treatment, Treatments};
 use crate::checkpoint::Blueprint;
-use crate::config::{self, LayerInfo, ModuleType, PaletteSettings, PruneSettings, Resolution, RunConfig};
+use crate::config::{self, LayerInfo, ModuleType, PaletteSettings, PruneAlgorithm, PruneSettings, Resolution, RunConfig};
 use crate::error::Result;
 use crate::model::Layer;
 use crate::model::unet::UnetChain;
@@ -25,10 +25,15 @@ impl Recipe {
     /// [`Error::Config`](crate::Error::Config) with every mistake: a pattern that matches nothing, a group that does not divide.
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
         let resolution = config.resolve(&layers_of(chain)?).checked()?;
+        let method = match config.prune.as_ref().map(|section| section.algorithm) {
+            Some(PruneAlgorithm::Magnitude) => PruneMethod::Magnitude,
+            Some(PruneAlgorithm::SparseGpt) | None => PruneMethod::SparseGpt,
+        };
         let mut treatments = Treatments::new();
         for layer in &resolution.layers {
             let treatment = Treatment {
                 prune: layer.prune.settings().map(prune_options),
+                method,
                 palettize: layer.palettize.settings().map(palette_options),
             };
             if treatment.prune.is_some() || treatment.palettize.is_some() {

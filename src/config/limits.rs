@@ -78,7 +78,12 @@ pub(super) fn whole_groups(NmRatio { n, m }: NmRatio, block: usize) -> Checked<(
 /// A device's name; whether this machine has it is asked when it is used.
 pub(super) fn device(name: &str) -> Checked<String> {
     let numbered = |name: &str| name.strip_prefix("cuda:").is_some_and(|index| index.parse::<u16>().is_ok());
-    if matches!(name, "cpu" | "cuda") || numbered(name) { Ok(name.to_owned()) } else { Err("must be cpu, cuda or cuda:N".into()) }
+    let known = |name: &str| matches!(name, "cpu" | "cuda") || numbered(name);
+    if name.split(',').all(|name| known(name.trim())) {
+        Ok(name.to_owned())
+    } else {
+        Err("must be cpu, cuda or cuda:N, or several of them with commas".into())
+    }
 }
 
 /// A dtype's name.

@@ -50,6 +50,11 @@ pub struct RunConfig {
 }
 
 impl RunConfig {
+    /// Whether calibration is needed, unless no layer is left that needs it.
+    pub fn is_calibrated(&self) -> bool {
+        self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::SparseGpt)
+    }
+
     /// Reads a config.
     ///
     /// # Errors

@@ -66,6 +66,8 @@ pub struct PruneSection {
 pub enum PruneAlgorithm {
     /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor` runs it.
     SparseGpt,
+    /// `magnitude`: the smallest weights of each layer go and the others stay as they are; no calibration. What SparseGPT is compared with.
+    Magnitude,
 }
 
 /// Which layers are palettized, and how.
@@ -91,12 +93,14 @@ pub enum OnMisfit {
 }
 
 impl PruneAlgorithm {
-    const WORDS: [(&str, PruneAlgorithm); 1] = [("sparse_gpt", PruneAlgorithm::SparseGpt)];
+    const WORDS: [(&str, PruneAlgorithm); 2] =
+        [("sparse_gpt", PruneAlgorithm::SparseGpt), ("magnitude", PruneAlgorithm::Magnitude)];
 
     /// The name in a config.
     pub fn name(self) -> &'static str {
         match self {
             PruneAlgorithm::SparseGpt => "sparse_gpt",
+            PruneAlgorithm::Magnitude => "magnitude",
         }
     }
 }

@@ -123,9 +123,22 @@ impl Layer {
         let (weight, bias) = (self.weight.f_to_kind(input.f_kind()?)?, self.bias.as_ref());
         Ok(match self.kind {
             LayerKind::Linear => input.f_linear(&weight, bias)?,
+            LayerKind::Conv2d(geometry) if geometry == ConvGeometry::new(1, 0) && weight.size().ends_with(&[1, 1]) => {
+                pointwise(input, &weight, bias)?
+            }
             LayerKind::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
                 input.f_conv2d(&weight, bias, stride, padding, dilation, groups)?
             }
         })
     }
+}
+
+/// A 1 x 1 convolution as a matrix product. oneDNN's kernels for it round otherwise on another number of threads.
+fn pointwise(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (batch, channels, height, width) = input.size4()?;
+    let mut output = weight.f_flatten(1, -1)?.f_matmul(&input.f_reshape([batch, channels, height * width])?)?;
+    if let Some(bias) = bias {
+        output = output.f_add_(&bias.f_unsqueeze(-1)?)?;
+    }
+    Ok(output.f_view([batch, -1, height, width])?)
 }

@@ -89,14 +89,14 @@ impl Plan {
             (Ok(in_memory), _) => Ok(in_memory),
             (Err(_), Ok(in_files)) => Ok(in_files),
             (Err(_), Err(why)) => {
-                // The least that works, to 64 MiB.
+                // The least that works, to a MiB.
                 let enough = |budget: u64| attempt(Memory { budget, ..memory }, CarriesIn::Files).is_ok();
-                let (mut low, mut high) = (memory.budget >> 26, 1 << 20);
+                let (mut low, mut high) = (memory.budget >> 20, 1 << 26);
                 while low + 1 < high {
                     let middle = (low + high) / 2;
-                    if enough(middle << 26) { high = middle } else { low = middle }
+                    if enough(middle << 20) { high = middle } else { low = middle }
                 }
-                Err(Error::Argument(format!("{why}; {} would do", number::size(high << 26))))
+                Err(Error::Argument(format!("{why}; {} would do", number::size(high << 20))))
             }
         }
     }
@@ -116,7 +116,7 @@ impl Plan {
                 let Some(treatment) = treatments.get(layer.name()) else { continue };
                 let size = layer.weight().size();
                 let (o, d) = (size[0].unsigned_abs(), size.iter().skip(1).product::<i64>().unsigned_abs());
-                pruned += treatment.prune.as_ref().map_or(0, |options| o * d - kept(o, d, options));
+                pruned += o * d - kept(o, d, treatment);
                 elements += o * d;
                 compressed_bytes += stored_bytes(&size, treatment);
             }

@@ -1,14 +1,16 @@
 //! What a treated weight takes in the container.
 
-use crate::compress::Treatment;
+use crate::compress::{PruneMethod, Treatment};
+use crate::solver::Sparsity;
 use crate::solver::palette::{Granularity, PaletteOptions};
-use crate::solver::{PruneOptions, Sparsity};
 
-/// Elements that pruning [o, d] keeps.
+/// Elements that a treatment of a weight [o, d] keeps.
 ///
-/// As SparseGPT counts: in each block of columns at least one element more than the share, see [`crate::solver::prune`].
-pub fn kept(o: u64, d: u64, options: &PruneOptions) -> u64 {
+/// SparseGPT takes in each block of columns one element more than the share, as in coremltools: see [`crate::solver::prune`].
+pub fn kept(o: u64, d: u64, treatment: &Treatment) -> u64 {
+    let Some(options) = &treatment.prune else { return o * d };
     match options.sparsity {
+        Sparsity::Unstructured(share) if treatment.method == PruneMethod::Magnitude => o * d - ((o * d) as f64 * share) as u64,
         Sparsity::Unstructured(share) if share > 0.0 => {
             let block = (options.block as u64).clamp(1, d);
             let pruned = |columns: u64| if columns == 0 { 0 } else { ((o * columns) as f64 * share) as u64 + 1 };
@@ -26,7 +28,7 @@ pub fn stored_bytes(shape: &[i64], treatment: &Treatment) -> u64 {
     let o = shape.first().copied().unwrap_or(0).unsigned_abs();
     let d = shape.iter().skip(1).product::<i64>().unsigned_abs();
     let mask = if treatment.prune.is_some() { (o * d).div_ceil(8) } else { 0 };
-    let kept = treatment.prune.as_ref().map_or(o * d, |options| kept(o, d, options));
+    let kept = kept(o, d, treatment);
     let values = match &treatment.palettize {
         None => 2 * kept,
         Some(PaletteOptions { bits, granularity, per_channel_scale, .. }) => {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sdxl_squeeze::Result;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{Conditioning, StageName, Unet, UnetChain};
-use sdxl_squeeze::model::{Layer, LayerKind, Observer, Unobserved};
+use sdxl_squeeze::model::{Layer, LayerInput, LayerKind, Observer, Unobserved};
 use sdxl_squeeze::pattern::NamePattern;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
@@ -153,4 +153,68 @@ fn an_observer_can_stop_a_forward() {
     let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
     let stopped = unet.forward(&sample, 1.0, &conditioning, &mut Stop).unwrap_err();
     assert_eq!(stopped.to_string(), "stopped at time_embedding.linear_1");
+}
+
+/// What each layer says of its input, against the tensors that come.
+#[derive(Default)]
+struct Inputs {
+    seen: BTreeMap<LayerInput, Tensor>,
+    shared: usize,
+}
+
+impl Observer for Inputs {
+    fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
+        match self.seen.get(layer.input()) {
+            None => {
+                self.seen.insert(layer.input().clone(), input.shallow_clone());
+            }
+            Some(first) => {
+                assert_eq!(first.data_ptr(), input.data_ptr(), "{} says that it has {:?}", layer.name(), layer.input());
+                self.shared += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn layers_that_say_so_are_given_the_same_tensor() {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let source = weights.source(Placement::CPU);
+    let (sample, conditioning) = inputs(&folder.unet, 2, Kind::Float);
+    let mut carry = folder.unet.load_head(&source).unwrap().forward(&sample, 7.0, &conditioning, &mut Unobserved).unwrap();
+    let mut shape = folder.unet.first_carry(sample.size()[2], sample.size()[3]);
+    let mut found = 0;
+    for spec in folder.unet.stages() {
+        let mut seen = Inputs::default();
+        carry = spec.load(&source).unwrap().forward(carry, &mut seen).unwrap();
+        found += seen.shared;
+        // Text and time are what the carry has.
+        if let Some(text) = seen.seen.get(&LayerInput::Text) {
+            assert_eq!(*text, carry.encoder_hidden_states);
+        }
+        assert_eq!(seen.seen[&LayerInput::Time], carry.temb.silu());
+
+        // The outline says what sizes come out.
+        shape = spec.after(&shape);
+        assert_eq!(carry.hidden_states.size()[1..], shape.hidden_states, "{}", spec.name());
+        let residuals: Vec<_> = carry.down_block_res_samples.iter().map(|residual| residual.size()[1..].to_vec()).collect();
+        assert_eq!(residuals, shape.down_block_res_samples, "{}", spec.name());
+    }
+    let blocks = weights.entries().filter(|(name, _)| name.ends_with("attn1.to_q.weight")).count();
+    // Keys and values of both attentions of each block, and what the stages share beyond: less their first text and time.
+    assert!(found > 3 * blocks, "{found} for {blocks} blocks");
+}
+
+#[test]
+fn narrow_weights_give_the_same_results_as_wide_ones() {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
+    let run = |unet: Unet| unet.forward(&sample, 3.0, &conditioning, &mut Unobserved).unwrap();
+    let wide = run(Unet::resident(folder.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap());
+    let narrow = run(Unet::resident(folder.unet.clone(), weights.narrow_source(Placement::CPU), &Silent).unwrap());
+    assert_eq!(wide, narrow);
+    assert_eq!(weights.narrow_bytes("conv_in.weight", Placement::CPU), Some(2), "the bundled model is stored in fp16");
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use tch::{Kind, Tensor};
 
@@ -86,9 +87,16 @@ impl Checker {
     }
 }
 
+/// The binary with arguments. Its threads wait without spinning: many tests share the cores.
+pub fn squeezing(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze"));
+    command.args(args).env("OMP_WAIT_POLICY", "PASSIVE");
+    command
+}
+
 /// Runs the binary.
 pub fn squeeze(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze")).args(args).output().unwrap()
+    squeezing(args).output().unwrap()
 }
 
 /// What a command printed, which must have ended with `code`.
@@ -96,6 +104,19 @@ pub fn ended_with(code: i32, output: &Output) -> String {
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "{text}");
     text
+}
+
+/// A pipeline of SDXL's architecture that is quickly run, with made-up weights.
+pub fn tiny() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("tiny");
+        ended_with(0, &squeeze(&["synth", "--preset", "tiny", "--out", model.to_str().unwrap()]));
+        folder
+    });
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| folder.path().join("tiny"))
 }
 
 /// Copies a folder.

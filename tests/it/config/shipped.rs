@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use sdxl_squeeze::config::{
-    Choice, Finding, LayerInfo, ModuleType, Prompts, Resolution, RunConfig, Severity, Sparsity, Why, read_prompts,
+    Choice, Finding, LayerInfo, ModuleType, Prompts, PruneAlgorithm, Resolution, RunConfig, Severity, Sparsity, Why, read_prompts,
 };
 use sdxl_squeeze::inspect::{Inspection, inspect};
 
@@ -71,6 +71,7 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
         ("joint-s50-4bit-gs4", 0.910),
         ("joint-s50-4bit-gs16", 0.902),
         ("joint-2of4-4bit-gs16", 0.902),
+        ("magnitude-s40-4bit-gs16", 1.021),
     ];
     let configs = configs();
     assert_eq!(configs.keys().map(String::as_str).collect::<BTreeSet<_>>(), table.iter().map(|(name, _)| *name).collect());
@@ -104,6 +105,9 @@ fn names_say_what_is_in_the_files_and_the_bundled_model_takes_them() {
         let mut said = String::new();
         if let Some(prune) = &config.prune {
             said += &match prune.rules.global_config.unwrap().sparsity {
+                Sparsity::Unstructured(share) if prune.algorithm == PruneAlgorithm::Magnitude => {
+                    format!("magnitude-s{:.0}-", share * 100.0)
+                }
                 Sparsity::Unstructured(share) => format!("joint-s{:.0}-", share * 100.0),
                 Sparsity::NOfM(ratio) => format!("joint-{}of{}-", ratio.n, ratio.m),
             };

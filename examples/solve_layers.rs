@@ -1,0 +1,71 @@
+//! Times SparseGPT and palettes on the layers of a safetensors file; `benches/coremltools/layers.py` compares.
+//!
+//! For each layer the file has `NAME.weight` [o, ...] and `NAME.inputs` [vectors, d] or [samples, c, h, w]. Prints a JSON object a line.
+#![allow(clippy::print_stdout)]
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use half::f16;
+use sdxl_squeeze::checkpoint::SafetensorsFile;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::{ConvGeometry, LayerKind};
+use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions, palettize};
+use sdxl_squeeze::solver::{Hessian, PruneOptions, Sparsity, prune};
+use sdxl_squeeze::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+fn main() -> Result<()> {
+    sdxl_squeeze::allocator::reuse_large_blocks();
+    let path: PathBuf = std::env::args_os().nth(1).map(PathBuf::from).ok_or_else(|| Error::Argument("which file?".into()))?;
+    let file = SafetensorsFile::open(&path)?;
+    let mut names: Vec<&str> = file.entries().keys().filter_map(|name| name.strip_suffix(".weight")).collect();
+    names.sort_by_key(|name| (file.entries()[&format!("{name}.weight")].bytes(), *name));
+    for name in names {
+        let weight = file.tensor(&format!("{name}.weight"), Placement::CPU)?;
+        let inputs = file.tensor(&format!("{name}.inputs"), Placement::CPU)?;
+        // Once to warm up, once to count.
+        sparsegpt(&weight, &inputs)?;
+        report("SparseGPT 40 %", name, sparsegpt(&weight, &inputs)?);
+        for (of, group_size) in [("1280x1280", 16), ("1280x1280", 4), ("5120x1280", 16)] {
+            if of == name {
+                palettes(&weight, group_size)?;
+                report("4-bit palettes", &format!("{name} gs{group_size}"), palettes(&weight, group_size)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn report(what: &str, layer: &str, seconds: f64) {
+    println!("{}", serde_json::json!({ "what": what, "layer": layer, "seconds": seconds }));
+}
+
+fn sparsegpt(weight: &Tensor, inputs: &Tensor) -> Result<f64> {
+    let kind = if weight.dim() == 4 { LayerKind::Conv2d(ConvGeometry::new(1, 1)) } else { LayerKind::Linear };
+    let start = Instant::now();
+    let mut hessian = Hessian::for_weight(kind, &weight.size(), Device::Cpu)?;
+    if weight.dim() == 4 {
+        for sample in 0..inputs.size()[0] {
+            hessian.add(&inputs.f_narrow(0, sample, 1)?)?;
+        }
+    } else {
+        hessian.add(inputs)?;
+    }
+    prune(weight, &hessian, &PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() })?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn palettes(weight: &Tensor, group_size: usize) -> Result<f64> {
+    let options = PaletteOptions {
+        bits: 4,
+        granularity: Granularity::PerGroupedChannel { group_size, axis: 0 },
+        per_channel_scale: false,
+        on_misfit: OnMisfit::Error,
+    };
+    let shape: Vec<usize> = weight.size().iter().map(|n| *n as usize).collect();
+    let start = Instant::now();
+    let values: Vec<f16> = Vec::try_from(&weight.f_to_kind(Kind::Half)?.f_flatten(0, -1)?)?;
+    palettize("layer", &values, &shape, None, &options)?;
+    Ok(start.elapsed().as_secs_f64())
+}

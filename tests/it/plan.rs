@@ -1,0 +1,120 @@
+//! What `plan` says, against what runs come to and against published figures.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::{emoji, ended_with, repo, squeeze, tiny};
+
+fn plan(args: &[&str]) -> Value {
+    let mut all = vec!["plan", "--json"];
+    all.extend(args);
+    let output = squeeze(&all);
+    ended_with(0, &output);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn config(name: &str) -> String {
+    repo(&format!("configs/{name}.yaml")).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn sdxls_sizes_are_the_tutorials_to_one_percent() {
+    // GiB of the tutorial's table (its GB and MB are GiB and MiB), which has the Core ML program in it, 8.6 MiB.
+    let table = [
+        ("dense-8bit", 2.40),
+        ("dense-6bit", 1.80),
+        ("dense-4bit", 1.21),
+        ("dense-4bit-gs4", 1.22),
+        ("dense-4bit-gs16", 1.21),
+        ("dense-4bit-gs32", 1.21),
+        ("joint-s40-4bit-gs4", 1.04),
+        ("joint-s40-4bit-gs16", 1.03),
+        ("joint-s50-4bit-gs4", 942.0 / 1024.0),
+        ("joint-s50-4bit-gs16", 933.0 / 1024.0),
+    ];
+    let files: Vec<String> = table.iter().map(|(name, _)| config(name)).collect();
+    let mut args = vec!["--architecture", "sdxl-base", "--height", "512", "--width", "512", "--memory-budget", "8GiB"];
+    args.extend(files.iter().map(String::as_str));
+    let found = plan(&args);
+    for ((name, gib), found) in table.iter().zip(found.as_array().unwrap()) {
+        assert_eq!(found["config"], *name);
+        let plan = &found["plan"];
+        let said = plan["payload_bytes"].as_f64().unwrap() / f64::from(1 << 30) + 8.58 / 1024.0;
+        assert!((said / gib - 1.0).abs() < 0.01, "{name}: {said:.4} GiB, the tutorial has {gib:.4}");
+        let pruned: u64 = plan["stages"].as_array().unwrap().iter().map(|stage| stage["pruned"].as_u64().unwrap()).sum();
+        assert_eq!(pruned, if name.starts_with("joint") { 788 } else { 0 }, "{name}");
+        assert!(plan["peak_bytes"].as_u64().unwrap() <= 8 << 30, "{name}");
+    }
+}
+
+/// `model` compressed on few samples, with more arguments.
+fn compress(model: &Path, out: &Path, more: &[&str]) -> Value {
+    let (config, prompts) = (config("joint-s40-4bit-gs16"), repo("calibration/emoji.txt"));
+    let mut args = vec!["compress", "--config", &config, "--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    args.extend(["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "2", "--steps", "2"]);
+    args.extend(more);
+    ended_with(0, &squeeze(&args));
+    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn the_budget_changes_the_passes_and_not_one_byte() {
+    let folder = tempfile::tempdir().unwrap();
+    let ample = compress(&emoji(), &folder.path().join("ample"), &[]);
+    let planned = &ample["plan"];
+    let bytes = |report: &Value| report["payload_bytes"].as_f64().unwrap();
+    assert!((bytes(planned) / bytes(&ample) - 1.0).abs() < 1e-4, "the plan's bytes are the container's, but for ties");
+    let said = (planned["sparsity"].as_f64().unwrap(), ample["sparsity"].as_f64().unwrap());
+    assert!((said.0 - said.1).abs() < 1e-4, "{said:?}");
+    assert_eq!(planned["carries"], "memory");
+    let passes = |report: &Value| -> u64 {
+        report["plan"]["stages"].as_array().unwrap().iter().map(|stage| stage["passes"].as_u64().unwrap()).sum()
+    };
+    assert_eq!(passes(&ample), 7);
+
+    // Too little is refused with what would do; that does, in more passes.
+    let (config, model) = (config("joint-s40-4bit-gs16"), emoji());
+    let prompts = repo("calibration/emoji.txt");
+    let refused = ended_with(
+        2,
+        &squeeze(&[
+            "plan",
+            &config,
+            "--model",
+            model.to_str().unwrap(),
+            "--prompts",
+            prompts.to_str().unwrap(),
+            "--calibration-nsamples",
+            "2",
+            "--memory-budget",
+            "100MiB",
+        ]),
+    );
+    let least = refused.split("; ").last().unwrap().split(" would do").next().unwrap().to_owned();
+    assert!(refused.contains("are too little for stage"), "{refused}");
+    let tight = compress(&emoji(), &folder.path().join("tight"), &["--memory-budget", &least]);
+    assert_eq!(tight["plan"]["carries"], "files");
+    assert!(passes(&tight) > 7, "{}", passes(&tight));
+    let bytes = |name: &str| std::fs::read(folder.path().join(name).join("unet.squeezed.safetensors")).unwrap();
+    assert!(bytes("ample") == bytes("tight"), "{} passes gave other bytes", passes(&tight));
+    assert!(!folder.path().join("tight/unet.squeezed.work").exists(), "the workspace is gone when the result is there");
+}
+
+#[test]
+fn several_devices_share_the_samples() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = compress(tiny(), &folder.path().join("one"), &[]);
+    let two = compress(tiny(), &folder.path().join("two"), &["--device", "cpu,cpu"]);
+    let again = compress(tiny(), &folder.path().join("again"), &["--device", "cpu,cpu"]);
+    let bytes = |name: &str| std::fs::read(folder.path().join(name).join("unet.squeezed.safetensors")).unwrap();
+    assert!(bytes("two")[8..] == bytes("again")[8..], "partial sums are added in a fixed order");
+    for (one, two) in one["layers"].as_array().unwrap().iter().zip(two["layers"].as_array().unwrap()) {
+        assert_eq!((&one["name"], &one["vectors"]), (&two["name"], &two["vectors"]));
+        let error = |layer: &Value| layer["errors"]["output"].as_f64();
+        if let (Some(one_error), Some(two_error)) = (error(one), error(two)) {
+            assert!((one_error / two_error - 1.0).abs() < 0.3, "{}: {one_error} {two_error}", one["name"]);
+        }
+    }
+    assert_eq!(again["samples"], 2);
+}

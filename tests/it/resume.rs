@@ -1,0 +1,133 @@
+//! Runs that are killed, interrupted, or changed under way.
+
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{ended_with, repo, squeeze, squeezing, tiny};
+
+fn args(out: &Path, more: &[&str]) -> Vec<String> {
+    let config = repo("configs/joint-s50-4bit-gs16.yaml");
+    let (model, prompts) = (tiny(), repo("calibration/emoji.txt"));
+    let mut args = vec!["compress", "--config", config.to_str().unwrap(), "--model", model.to_str().unwrap()];
+    args.extend(["--out", out.to_str().unwrap(), "--prompts", prompts.to_str().unwrap()]);
+    args.extend(["--calibration-nsamples", "6", "--steps", "4"]);
+    args.extend(more);
+    args.into_iter().map(str::to_owned).collect()
+}
+
+fn run(out: &Path, more: &[&str], code: i32) -> String {
+    ended_with(code, &squeeze(&args(out, more).iter().map(String::as_str).collect::<Vec<_>>()))
+}
+
+fn start(out: &Path, more: &[&str]) -> Child {
+    let args = args(out, more);
+    squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+fn container(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("unet.squeezed.safetensors")).unwrap()
+}
+
+#[test]
+fn killed_at_ten_moments_and_resumed_gives_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    let begin = Instant::now();
+    run(&whole, &[], 0);
+    let time = begin.elapsed();
+    let out = folder.path().join("killed");
+    // Moments spread over a run, each a little off the even ones; each run goes on where the last was killed.
+    let (mut kills, mut seed) = (0, 12345u32);
+    for moment in 1..=10 {
+        let mut child = start(&out, &["--resume"]);
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let wait = time.mul_f64((f64::from(moment) + f64::from(seed >> 16) / 65536.0) / 16.0);
+        std::thread::sleep(wait);
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            kills += 1;
+        }
+        child.wait().unwrap();
+        // Whatever is there is whole.
+        if out.join("unet.squeezed.safetensors").exists() {
+            assert!(container(&out) == container(&whole), "killed at {wait:?}: another container");
+            std::fs::remove_dir_all(&out).unwrap();
+        }
+    }
+    run(&out, &["--resume"], 0);
+    assert!(container(&out) == container(&whole));
+    assert!(!out.join("unet.squeezed.work").exists());
+    assert!(kills >= 5, "only {kills} of ten runs were killed");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_after_the_layer_at_hand_and_says_how_to_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, out) = (folder.path().join("whole"), folder.path().join("stopped"));
+    run(&whole, &[], 0);
+    let json = args(&out, &["--progress", "json"]);
+    let mut child = squeezing(&json.iter().map(String::as_str).collect::<Vec<_>>())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // In the middle of the layers.
+    let mut seen = 0;
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    for line in lines.by_ref().map_while(Result::ok) {
+        seen += usize::from(line.contains("attn1.to_q"));
+        if seen > 2 {
+            break;
+        }
+    }
+    // SAFETY: a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    lines.for_each(drop);
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert!(said.contains("--resume goes on from here"), "{said}");
+    let parts = std::fs::read_dir(out.join("unet.squeezed.work")).unwrap().flatten();
+    assert!(parts.filter(|entry| entry.file_name().to_string_lossy().starts_with("part-")).count() > 0);
+    assert!(!out.join("unet.squeezed.safetensors").exists());
+
+    // A run of something else is refused and leaves it alone; the same goes on.
+    let refused = run(&out, &["--resume", "--target-sparsity", "0.3"], 2);
+    assert!(refused.contains("changed since it began: config"), "{refused}");
+    run(&out, &["--resume"], 0);
+    assert!(container(&out) == container(&whole));
+}
+
+#[test]
+fn the_same_bytes_on_one_thread_and_on_two() {
+    let folder = tempfile::tempdir().unwrap();
+    let on = |threads: &str| {
+        let out = folder.path().join(threads);
+        let args = args(&out, &[]);
+        let ended = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>())
+            .env("OMP_NUM_THREADS", threads)
+            .env("RAYON_NUM_THREADS", threads)
+            .output()
+            .unwrap();
+        ended_with(0, &ended);
+        container(&out)
+    };
+    assert!(on("1") == on("2"));
+}
+
+#[test]
+fn two_runs_do_not_share_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let mut first = start(&out, &[]);
+    let begin = Instant::now();
+    while !out.join("unet.squeezed.work/run.json").exists() && begin.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let refused = run(&out, &[], 2);
+    assert!(refused.contains("another run is at work"), "{refused}");
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
