@@ -6,6 +6,7 @@ use tch::{Device, Tensor};
 
 use super::carries::Carries;
 use super::{Gatherer, Job, Workspace, carries_folder, placement};
+use crate::allocator;
 use crate::calibration::Samples;
 use crate::checkpoint::TensorSource;
 use crate::error::{Error, Result};
@@ -26,6 +27,7 @@ impl Lane {
     pub fn load(&mut self, spec: &StageSpec, source: &dyn TensorSource) -> Result<()> {
         // The old one goes first: there may not be memory for both.
         self.stage = None;
+        allocator::give_back();
         self.stage = Some(spec.load(&On { source, device: self.device })?);
         Ok(())
     }
@@ -129,6 +131,8 @@ pub(super) fn gather(lanes: &mut [Lane], inputs: &[LayerInput], stage: &str, pro
     for other in sums {
         sum.merge(other)?;
     }
+    // Of the activations nothing is needed any more.
+    allocator::give_back();
     Ok(sum)
 }
 

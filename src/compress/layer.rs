@@ -92,7 +92,8 @@ pub fn treat(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Opt
 }
 
 fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
-    let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+    // A copy, since it becomes the change in the end.
+    let mut original = weight.f_to_device(Device::Cpu)?.f_to_dtype(Kind::Float, false, true)?;
     let size = original.size();
     let mut notes = Vec::new();
     let mut loss = None;
@@ -109,8 +110,8 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
                 return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
             };
             let pruned = match factors {
-                Some((dampening, factors)) if dampening == options.dampening => prune_with(weight, hessian, factors, options)?,
-                _ => prune(weight, hessian, options)?,
+                Some((dampening, factors)) if dampening == options.dampening => prune_with(&original, hessian, factors, options)?,
+                _ => prune(&original, hessian, options)?,
             };
             notes.extend(pruned.notes.iter().map(ToString::to_string));
             loss = Some(pruned.loss);
@@ -132,11 +133,10 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
             }
         },
     };
-    let keep = keep.as_deref();
-    let stored = match (palettized, keep) {
+    let stored = match (palettized, &keep) {
         (Some(found), keep) => Some(CompressedWeight::palettized(
             size.clone(),
-            keep,
+            keep.as_deref(),
             found.bits,
             found.axis,
             found.group_size,
@@ -147,15 +147,20 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
         (None, Some(keep)) => Some(CompressedWeight::sparse(size.clone(), keep, &half)?),
         (None, None) => None,
     };
+    drop(keep);
     let values = match &stored {
-        Some(stored) => stored.decode()?,
+        Some(stored) => {
+            drop(half);
+            stored.decode()?
+        }
         None => half,
     };
     let decoded = Tensor::f_from_slice(&values)?.f_view(size.as_slice())?;
+    drop(values);
     let mut errors = LayerErrors { weight: relative_distance(&original, &decoded)?, ..LayerErrors::default() };
     if let Some(Calibrated { hessian, .. }) = calibrated {
-        let change = decoded.f_to_kind(Kind::Float)?.f_sub(&original)?;
-        let (lost, energy) = (output_energy(&change, hessian)?, output_energy(&original, hessian)?);
+        let energy = output_energy(&original, hessian)?;
+        let lost = output_energy(&original.f_sub_(&decoded)?, hessian)?;
         let share = |lost: f64| if lost > 0.0 { lost / energy } else { 0.0 };
         errors.pruned_output = loss.map(share);
         errors.output = Some(share(lost));

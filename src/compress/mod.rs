@@ -22,6 +22,7 @@ pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat}
 pub use recipe::{Recipe, layers_of};
 pub use workspace::Workspace;
 
+use crate::allocator;
 use crate::calibration::Samples;
 use crate::checkpoint::{Blueprint, TensorSource};
 use crate::container::CompressedWeight;
@@ -261,7 +262,12 @@ fn finish(
     finished: &mut Workspace,
     task: &Task,
 ) -> Result<()> {
+    /// Weights of more elements leave blocks behind that nothing else fits into.
+    const LARGE: usize = 4 << 20;
     let treated = treat(name, weight, treatment, calibrated)?;
+    if weight.numel() > LARGE {
+        allocator::give_back();
+    }
     let mut notes = Vec::new();
     for note in &treated.notes {
         tracing::warn!("{name}: {note}");

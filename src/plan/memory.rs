@@ -17,7 +17,7 @@ pub struct Memory {
 const PROGRAM: u64 = 320 << 20;
 
 /// Finished layers that wait to be written.
-pub const WAITING: u64 = 128 << 20;
+pub const WAITING: u64 = 64 << 20;
 
 impl Memory {
     /// For activations of this dtype.
@@ -33,5 +33,5 @@ impl Memory {
 
 /// Bytes that treating a weight takes besides its Hessian and factor: it in fp32, what it becomes, the mask, indices and decoded copies.
 pub(super) fn working_set(shape: &[i64]) -> u64 {
-    24 * shape.iter().product::<i64>().unsigned_abs()
+    16 * shape.iter().product::<i64>().unsigned_abs()
 }

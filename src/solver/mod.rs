@@ -5,6 +5,7 @@
 //! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is what it is compared with.
 
 mod correlations;
+mod device_sweep;
 mod factor;
 mod hessian;
 mod magnitude;

@@ -1,11 +1,11 @@
 //! SparseGPT: prune, and let the weights that stay make up for those that went.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::matrix::{block, copy, flat_for, panels, to_vec};
 use super::sparsity::{Quota, mark_smallest};
 use super::sweep::{Block, scores, sweep};
-use super::{Hessian, InverseFactor, Note, Sparsity};
+use super::{Hessian, InverseFactor, Note, Sparsity, device_sweep};
 use crate::error::{Error, Result};
 
 /// How [`prune`] prunes.
@@ -53,8 +53,7 @@ pub struct Pruned {
 /// many equal scores do not all go at once; m need not divide the block, nor the columns (the rest stays dense, and a note says
 /// so); a Hessian without a Cholesky factor gets more dampening.
 ///
-/// The sweep runs on the CPU, in any number of rayon threads with the same result. A weight or Hessian on a GPU works: products
-/// and factorization stay there and each block goes to the host and back.
+/// On a CPU the sweep runs in any number of rayon threads with the same result. Where the Hessian is on a GPU everything stays there.
 ///
 /// # Errors
 /// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or one that has seen no input;
@@ -96,8 +95,7 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[InverseFactor],
             let (original, new) = (part(&original)?, part(&new)?);
             let swept = prune_rows(&new, &part(&pruned)?, factor, options, &mut quota)?;
             // What the sweep sums is the loss by the dampened Hessian. Dead columns are no part of either.
-            let change = new.f_sub(&original)?.f_masked_fill_(&factor.dead, 0.0)?;
-            loss += swept - factor.added * change.f_mul(&change)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+            loss += swept - factor.added * squared_change(&original, &new, &factor.dead)?;
         }
         find_notes(hessian, factors, options, &mut notes);
     }
@@ -107,9 +105,6 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[InverseFactor],
     if (reached - asked).abs() > 0.001 {
         notes.push(Note::SparsityOff { asked, reached });
     }
-    for note in &notes {
-        tracing::warn!("{note}");
-    }
     Ok(Pruned {
         loss: loss.max(0.0),
         weight: new.f_to_device(weight.device())?,
@@ -117,6 +112,18 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[InverseFactor],
         sparsity: reached,
         notes,
     })
+}
+
+/// ‖new - original‖² without the `dead` columns, some rows at a time to spare memory.
+fn squared_change(original: &Tensor, new: &Tensor, dead: &Tensor) -> Result<f64> {
+    const ROWS: i64 = 64;
+    let mut sum = 0.0;
+    for rows in panels(new.size2()?.0, ROWS) {
+        let part = |tensor: &Tensor| tensor.f_narrow(0, rows.start, rows.end - rows.start);
+        let change = part(new)?.f_sub(&part(original)?)?.f_masked_fill_(dead, 0.0)?;
+        sum += change.f_mul(&change)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+    }
+    Ok(sum)
 }
 
 /// What the Hessian and its factors leave to be said.
@@ -155,6 +162,9 @@ fn prune_rows(
         Sparsity::Unstructured(_) => (None, options.block),
         Sparsity::NM { n, m } => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
     };
+    if weight.device() != Device::Cpu {
+        return prune_on_device(weight, pruned, factor, (ratio, columns), quota);
+    }
     let mut loss = 0.0;
     for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
         let size = [o, panel.end - panel.start];
@@ -180,4 +190,65 @@ fn prune_rows(
         }
     }
     Ok(loss)
+}
+
+/// The same by tensor operations, without a way to the host: for weights on a GPU. `ratio` and the columns of a block in one.
+fn prune_on_device(
+    weight: &Tensor,
+    pruned: &Tensor,
+    factor: &InverseFactor,
+    (ratio, columns): (Option<(usize, usize)>, usize),
+    quota: &mut Quota,
+) -> Result<f64> {
+    let (o, d) = weight.size2()?;
+    let mut loss = Tensor::f_zeros([], (Kind::Double, weight.device()))?;
+    for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
+        let width = panel.end - panel.start;
+        let rows = factor.triangle.tail_of(panel.clone())?;
+        let upper = rows.f_narrow(1, 0, width)?;
+        let (own, mut marks) = (block(weight, 0..o, panel.clone())?, block(pruned, 0..o, panel.clone())?);
+        if ratio.is_none() {
+            marks.f_copy_(&device_sweep::smallest(&own, &upper, quota.next((o * width) as usize))?)?;
+        }
+        let error = device_sweep::sweep(&own, &upper, &marks, ratio)?;
+        let _ = loss.f_add_(&error.f_square()?.f_sum(Kind::Double)?)?;
+        if panel.end < d {
+            let _ = block(weight, 0..o, panel.end..d)?.f_addmm_(&error, &rows.f_narrow(1, width, d - panel.end)?)?;
+        }
+    }
+    Ok(loss.f_double_value(&[])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_sweep_equals_the_hosts() {
+        tch::manual_seed(5);
+        let cpu = (Kind::Float, Device::Cpu);
+        let inputs = Tensor::randn([900, 300], cpu).matmul(&Tensor::randn([300, 300], cpu));
+        let mut hessian = Hessian::new(300, Device::Cpu).unwrap();
+        hessian.add(&inputs).unwrap();
+        let factor = InverseFactor::new(&hessian, 0, 0.01).unwrap();
+        let original = Tensor::randn([70, 300], cpu);
+        for (ratio, columns) in [(None, 128), (None, 37), (Some((2, 4)), 128), (Some((1, 3)), 126)] {
+            let sparsity = ratio.map_or(Sparsity::Unstructured(0.4), |(n, m)| Sparsity::NM { n, m });
+            let options = PruneOptions { sparsity, block: columns, ..PruneOptions::default() };
+            let run = |on_device: bool| {
+                let (weight, pruned) = (original.copy(), Tensor::zeros([70, 300], (Kind::Bool, Device::Cpu)));
+                let mut quota = Quota::new(0.4, true);
+                let loss = if on_device {
+                    prune_on_device(&weight, &pruned, &factor, (ratio, columns), &mut quota)
+                } else {
+                    prune_rows(&weight, &pruned, &factor, &options, &mut quota)
+                };
+                (weight, pruned, loss.unwrap())
+            };
+            let (device, host) = (run(true), run(false));
+            assert_eq!(device.1, host.1, "{ratio:?} {columns}: another mask");
+            let off = ((&device.0 - &host.0).norm() / host.0.norm()).double_value(&[]);
+            assert!(off < 1e-5 && (device.2 / host.2 - 1.0).abs() < 1e-5, "{ratio:?} {columns}: {off:.1e}");
+        }
+    }
 }
