@@ -7,6 +7,7 @@
 mod correlations;
 mod factor;
 mod hessian;
+mod joint;
 mod magnitude;
 mod matrix;
 mod note;
@@ -19,6 +20,7 @@ mod triangle;
 
 pub use factor::InverseFactor;
 pub use hessian::Hessian;
+pub use joint::{Joint, JointFactors, JointOptions, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energy, output_error};
