@@ -90,6 +90,9 @@ pub struct OverrideArgs {
     /// Width of the calibration runs in pixels
     #[arg(long, value_name = "W", allow_negative_numbers = true)]
     width: Option<i64>,
+    /// How masks, weights and palettes are found: sequential or joint
+    #[arg(long, value_name = "SOLVER")]
+    solver: Option<String>,
     /// Share of the weights to prune
     #[arg(long, value_name = "S", allow_negative_numbers = true)]
     target_sparsity: Option<f64>,
@@ -121,6 +124,7 @@ impl OverrideArgs {
             seed,
             height,
             width,
+            solver,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -139,6 +143,7 @@ impl OverrideArgs {
             seed,
             height,
             width,
+            solver,
             target_sparsity,
             n_m_ratio,
             n_bits,

@@ -3,10 +3,11 @@
 use half::f16;
 use tch::{Device, Kind, Tensor};
 
+use super::joint;
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
-use crate::solver::palette::{Outcome, PaletteOptions, palettize};
-use crate::solver::{Hessian, InverseFactor, PruneOptions, magnitude_prune, output_energy, prune, prune_with};
+use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
+use crate::solver::{Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune, prune_with};
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +18,8 @@ pub struct Treatment {
     pub method: PruneMethod,
     /// What the others are replaced by.
     pub palettize: Option<PaletteOptions>,
+    /// Whether mask, weights and palettes are found together ([`joint`](crate::solver::joint())), not one after the other.
+    pub joint: bool,
 }
 
 /// How the weights that go are chosen.
@@ -68,9 +71,14 @@ fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
 }
 
 impl Treatment {
+    /// What the joint solver is asked for, if it is.
+    pub fn joint_options(&self) -> Option<JointOptions> {
+        self.joint.then(|| JointOptions::new(self.prune, self.palettize))
+    }
+
     /// Whether it needs the Hessian of the layer's inputs.
     pub fn needs_hessian(&self) -> bool {
-        self.prune.is_some() && self.method == PruneMethod::SparseGpt
+        self.joint || (self.prune.is_some() && self.method == PruneMethod::SparseGpt)
     }
 }
 
@@ -81,9 +89,27 @@ pub struct Calibrated<'a> {
     pub hessian: &'a Hessian,
     /// Its factors and the dampening that was asked for, if layers that share it have needed them already.
     pub factors: Option<(f64, &'a [InverseFactor])>,
+    /// What the joint solver needs of it, likewise.
+    pub joint: Option<&'a JointFactors>,
 }
 
-/// Compresses the weight [o, ...] of the layer `name` as `treatment` says. Pruning needs calibration, palettizing does not.
+/// What has become of a weight before it is packed.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Its values, row by row.
+    pub half: Vec<f16>,
+    /// Which of them are kept, if it was pruned.
+    pub keep: Option<Vec<bool>>,
+    /// The same in palettes and indices, if it was palettized.
+    pub palettized: Option<Palettized>,
+    /// tr((W - W0) H (W - W0)^T) of the pruned weight.
+    pub loss: Option<f64>,
+    /// What has to be said about it.
+    pub notes: Vec<String>,
+}
+
+/// Compresses the weight [o, ...] of the layer `name` as `treatment` says. Pruning and the joint solver need calibration, palettizing does
+/// not.
 ///
 /// # Errors
 /// [`Error::Layer`]: NaN in its weight, a group that does not divide its channels, a Hessian that cannot be factored.
@@ -95,44 +121,11 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
     // A copy, since it becomes the change in the end.
     let mut original = weight.f_to_device(Device::Cpu)?.f_to_dtype(Kind::Float, false, true)?;
     let size = original.size();
-    let mut notes = Vec::new();
-    let mut loss = None;
-
-    let (half, keep) = match &treatment.prune {
-        None => (halves(&original)?, None),
-        Some(options) if treatment.method == PruneMethod::Magnitude => {
-            let masked = magnitude_prune(&original, options.sparsity)?;
-            let keep: Vec<bool> = Vec::try_from(&masked.mask.f_flatten(0, -1)?)?;
-            (halves(&masked.weight)?, Some(keep))
-        }
-        Some(options) => {
-            let Some(Calibrated { hessian, factors }) = calibrated else {
-                return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
-            };
-            let pruned = match factors {
-                Some((dampening, factors)) if dampening == options.dampening => prune_with(&original, hessian, factors, options)?,
-                _ => prune(&original, hessian, options)?,
-            };
-            notes.extend(pruned.notes.iter().map(ToString::to_string));
-            loss = Some(pruned.loss);
-            let keep: Vec<bool> = Vec::try_from(&pruned.mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
-            (halves(&pruned.weight.f_to_device(Device::Cpu)?)?, Some(keep))
-        }
+    let found = match treatment.joint {
+        true => joint::find(name, weight, treatment, calibrated)?,
+        false => one_after_the_other(name, &original, treatment, calibrated)?,
     };
-    let shape: Vec<usize> = size.iter().map(|n| *n as usize).collect();
-    let palettized = match &treatment.palettize {
-        None => None,
-        Some(options) => match palettize(name, &half, &shape, keep.as_deref(), options)? {
-            Outcome::Palettized(found) => {
-                notes.extend(found.misfit.clone());
-                Some(found)
-            }
-            Outcome::LeftDense { reason } => {
-                notes.push(format!("left without a palette: {reason}"));
-                None
-            }
-        },
-    };
+    let Found { half, keep, palettized, loss, notes } = found;
     let stored = match (palettized, &keep) {
         (Some(found), keep) => Some(CompressedWeight::palettized(
             size.clone(),
@@ -166,6 +159,54 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
         errors.output = Some(share(lost));
     }
     Ok(Treated { stored, decoded, errors, notes })
+}
+
+/// Prunes, then palettizes what is left. `original` is the weight in fp32 on the CPU.
+fn one_after_the_other(
+    name: &str,
+    original: &Tensor,
+    treatment: &Treatment,
+    calibrated: Option<Calibrated<'_>>,
+) -> Result<Found> {
+    let mut notes = Vec::new();
+    let mut loss = None;
+
+    let (half, keep) = match &treatment.prune {
+        None => (halves(original)?, None),
+        Some(options) if treatment.method == PruneMethod::Magnitude => {
+            let masked = magnitude_prune(original, options.sparsity)?;
+            let keep: Vec<bool> = Vec::try_from(&masked.mask.f_flatten(0, -1)?)?;
+            (halves(&masked.weight)?, Some(keep))
+        }
+        Some(options) => {
+            let Some(Calibrated { hessian, factors, .. }) = calibrated else {
+                return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
+            };
+            let pruned = match factors {
+                Some((dampening, factors)) if dampening == options.dampening => prune_with(original, hessian, factors, options)?,
+                _ => prune(original, hessian, options)?,
+            };
+            notes.extend(pruned.notes.iter().map(ToString::to_string));
+            loss = Some(pruned.loss);
+            let keep: Vec<bool> = Vec::try_from(&pruned.mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
+            (halves(&pruned.weight.f_to_device(Device::Cpu)?)?, Some(keep))
+        }
+    };
+    let shape: Vec<usize> = original.size().iter().map(|n| *n as usize).collect();
+    let palettized = match &treatment.palettize {
+        None => None,
+        Some(options) => match palettize(name, &half, &shape, keep.as_deref(), options)? {
+            Outcome::Palettized(found) => {
+                notes.extend(found.misfit.clone());
+                Some(found)
+            }
+            Outcome::LeftDense { reason } => {
+                notes.push(format!("left without a palette: {reason}"));
+                None
+            }
+        },
+    };
+    Ok(Found { half, keep, palettized, loss, notes })
 }
 
 /// A weight in fp16, row by row.

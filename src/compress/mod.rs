@@ -6,6 +6,7 @@
 mod carries;
 mod gather;
 mod job;
+mod joint;
 mod lane;
 mod layer;
 mod recipe;
@@ -33,7 +34,7 @@ use crate::model::{Layer, LayerInput};
 use crate::number;
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
-use crate::solver::{Hessian, InverseFactor};
+use crate::solver::{Hessian, InverseFactor, JointFactors};
 use lane::Lane;
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
@@ -229,6 +230,7 @@ impl Job<'_> {
             .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
             .collect();
         let mut made: Option<(f64, Vec<InverseFactor>)> = None;
+        let mut made_joint: Option<JointFactors> = None;
         for (layer, treatment) in &layers {
             task.go_on()?;
             task.advance(layer.name());
@@ -236,14 +238,22 @@ impl Job<'_> {
                 None => None,
                 Some(hessian) => {
                     // A layer alone makes its factor itself and drops it before the errors are computed.
-                    if let Some(options) = treatment.prune.filter(|_| layers.len() > 1)
+                    if let Some(options) = treatment.joint_options().filter(|_| layers.len() > 1) {
+                        let (dampening, order) = (options.dampening(), options.order());
+                        if made_joint.as_ref().is_none_or(|made| !made.fit(dampening, order)) {
+                            // The old ones go first: there may not be memory for both.
+                            made_joint = None;
+                            let factors = JointFactors::new(hessian, dampening, order).map_err(Error::layer(layer.name()))?;
+                            made_joint = Some(factors);
+                        }
+                    } else if let Some(options) = treatment.prune.filter(|_| layers.len() > 1)
                         && made.as_ref().is_none_or(|(dampening, _)| *dampening != options.dampening)
                     {
                         let factors = InverseFactor::all(hessian, options.dampening).map_err(Error::layer(layer.name()))?;
                         made = Some((options.dampening, factors));
                     }
                     let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));
-                    Some(Calibrated { hessian, factors })
+                    Some(Calibrated { hessian, factors, joint: made_joint.as_ref() })
                 }
             };
             finish(part, layer.name(), layer.weight(), treatment, calibrated, finished, task)?;

@@ -2,7 +2,7 @@
 
 use super::{PruneMethod, Treatment, Treatments};
 use crate::checkpoint::Blueprint;
-use crate::config::{self, LayerInfo, ModuleType, PaletteSettings, PruneAlgorithm, PruneSettings, Resolution, RunConfig};
+use crate::config::{self, LayerInfo, ModuleType, PaletteSettings, PruneAlgorithm, PruneSettings, Resolution, RunConfig, SolverKind};
 use crate::error::Result;
 use crate::model::Layer;
 use crate::model::unet::UnetChain;
@@ -24,14 +24,18 @@ impl Recipe {
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) with every mistake: a pattern that matches nothing, a group that does not divide.
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
-        let resolution = config.resolve(&layers_of(chain)?).checked()?;
+        let infos = layers_of(chain)?;
+        let resolution = config.resolve(&infos).checked()?;
         let method = match config.prune.as_ref().map(|section| section.algorithm) {
             Some(PruneAlgorithm::Magnitude) => PruneMethod::Magnitude,
             Some(PruneAlgorithm::SparseGpt) | None => PruneMethod::SparseGpt,
         };
         let mut treatments = Treatments::new();
-        for layer in &resolution.layers {
+        for (layer, info) in resolution.layers.iter().zip(&infos) {
+            // The UNet's ends are in no stage, and have no Hessian.
+            let calibrated = info.stage.is_some();
             let treatment = Treatment {
+                joint: config.solver == SolverKind::Joint && calibrated,
                 prune: layer.prune.settings().map(prune_options),
                 method,
                 palettize: layer.palettize.settings().map(palette_options),

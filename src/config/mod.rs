@@ -1,5 +1,5 @@
 //! The config of a run: a YAML file of four sections, `model`, `calibration`, `prune` and `palettize`, in coremltools' own words
-//! where it has them.
+//! where it has them, and the key `solver`.
 //!
 //! A file is first parsed into a tree whose values know their places and then walked to the end, so that all its mistakes
 //! are found at once. Once a model's layers are known, [`RunConfig::resolve`] says what becomes of each.
@@ -27,12 +27,14 @@ pub use overrides::Overrides;
 pub use prompts::read_prompts;
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
 pub use rules::{ModuleType, RuleIndex, Rules};
-pub use sections::{CalibrationSection, ModelSection, OnMisfit, PalettizeSection, Prompts, PruneAlgorithm, PruneSection};
+pub use sections::{
+    CalibrationSection, ModelSection, OnMisfit, PalettizeSection, Prompts, PruneAlgorithm, PruneSection, SolverKind,
+};
 pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
 use crate::error::{Error, Result};
 use emit::Yaml;
-use fields::Fields;
+use fields::{Fields, word};
 use mistake::Mistakes;
 use tree::Value;
 
@@ -43,6 +45,8 @@ pub struct RunConfig {
     pub model: ModelSection,
     /// The calibration samples.
     pub calibration: CalibrationSection,
+    /// How masks, weights and palettes are found.
+    pub solver: SolverKind,
     /// Pruning; `None` prunes nothing.
     pub prune: Option<PruneSection>,
     /// Palettization; `None` palettizes nothing.
@@ -52,7 +56,8 @@ pub struct RunConfig {
 impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
     pub fn is_calibrated(&self) -> bool {
-        self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::SparseGpt)
+        self.solver == SolverKind::Joint
+            || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::SparseGpt)
     }
 
     /// Reads a config.
@@ -90,19 +95,33 @@ impl RunConfig {
 
     fn from_tree(root: &tree::Node, mistakes: &mut Mistakes<'_>) -> RunConfig {
         let mut sections = Fields::new("the config", root, mistakes);
+        let solver = sections.get("solver", mistakes, |node| word(node, &SolverKind::WORDS));
         let config = RunConfig {
             model: section(&mut sections, "model", mistakes, ModelSection::read).unwrap_or_default(),
             calibration: section(&mut sections, "calibration", mistakes, CalibrationSection::read).unwrap_or_default(),
+            solver: solver.unwrap_or_default(),
             prune: section(&mut sections, "prune", mistakes, PruneSection::read),
             palettize: section(&mut sections, "palettize", mistakes, PalettizeSection::read),
         };
+        if let (Err(problem), Some(node)) = (config.check_solver(), sections.given("solver")) {
+            mistakes.add(node.position, format!("`solver: joint` {problem}"));
+        }
         sections.finish(mistakes);
         config
     }
 
+    /// Whether the solver can do what the sections say.
+    fn check_solver(&self) -> Result<(), String> {
+        let magnitude = self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::Magnitude);
+        if self.solver == SolverKind::Joint && magnitude {
+            return Err("chooses masks as sparse_gpt does, which `prune` must name as its `algorithm`, not magnitude".into());
+        }
+        Ok(())
+    }
+
     /// The config as YAML with every default spelt out; it parses to an equal config.
     pub fn to_yaml(&self) -> String {
-        let RunConfig { model, calibration, prune, palettize } = self;
+        let RunConfig { model, calibration, solver, prune, palettize } = self;
         let mut yaml = Yaml::default();
         yaml.line(concat!(
             "# The config as resolved by sdxl-squeeze ",
@@ -111,6 +130,7 @@ impl RunConfig {
         ));
         yaml.block("model", |yaml| model.write(yaml));
         yaml.block("calibration", |yaml| calibration.write(yaml));
+        yaml.entry("solver", solver.name());
         match prune {
             Some(section) => yaml.block("prune", |yaml| section.write(yaml)),
             None => yaml.entry("prune", "null"),

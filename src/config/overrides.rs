@@ -6,7 +6,7 @@ use super::RunConfig;
 use super::limits;
 use super::mistake::{Mistake, Place};
 use super::rules::Rules;
-use super::sections::{OnMisfit, PalettizeSection, Prompts, PruneSection};
+use super::sections::{OnMisfit, PalettizeSection, Prompts, PruneSection, SolverKind};
 use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
 use crate::error::{Error, Result};
 
@@ -36,6 +36,8 @@ pub struct Overrides {
     pub height: Option<i64>,
     /// `--width`
     pub width: Option<i64>,
+    /// `--solver`: sequential or joint.
+    pub solver: Option<String>,
     /// `--target-sparsity`, for every rule of `prune` that is not null. Adds the section where there is none.
     pub target_sparsity: Option<f64>,
     /// `--n-m-ratio`, such as `2:4`; likewise.
@@ -103,6 +105,7 @@ impl RunConfig {
             seed,
             height,
             width,
+            solver,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -187,6 +190,11 @@ impl RunConfig {
                 None => Err("has no `palettize` section to change".into()),
             },
         );
+
+        flags.set("--solver", solver, |word| SolverKind::parse(&word), |solver| put(&mut changed.solver, solver));
+        if let (Err(problem), Some(solver)) = (changed.check_solver(), solver) {
+            flags.mistake("--solver", solver, problem);
+        }
 
         if flags.mistakes.is_empty() {
             *self = changed;

@@ -70,6 +70,16 @@ pub enum PruneAlgorithm {
     Magnitude,
 }
 
+/// How mask, weights and palette of a layer are found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SolverKind {
+    /// `sequential`: pruned first, then palettized without looking at the inputs again, as coremltools does.
+    #[default]
+    Sequential,
+    /// `joint`: all together, for the least error of the layer's output; see [`joint`](crate::solver::joint()). Calibrates palettes too.
+    Joint,
+}
+
 /// Which layers are palettized, and how.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PalettizeSection {
@@ -102,6 +112,23 @@ impl PruneAlgorithm {
             PruneAlgorithm::SparseGpt => "sparse_gpt",
             PruneAlgorithm::Magnitude => "magnitude",
         }
+    }
+}
+
+impl SolverKind {
+    pub(super) const WORDS: [(&str, SolverKind); 2] = [("sequential", SolverKind::Sequential), ("joint", SolverKind::Joint)];
+
+    /// The name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            SolverKind::Sequential => "sequential",
+            SolverKind::Joint => "joint",
+        }
+    }
+
+    pub(super) fn parse(word: &str) -> Result<Self, String> {
+        let found = Self::WORDS.iter().find(|(name, _)| *name == word);
+        found.map(|(_, value)| *value).ok_or_else(|| format!("must be {}", Self::WORDS.map(|(name, _)| name).join(", or ")))
     }
 }
 

@@ -31,7 +31,9 @@ impl Memory {
     }
 }
 
-/// Bytes that treating a weight takes besides its Hessian and factor: it in fp32, what it becomes, the mask, indices and decoded copies.
-pub(super) fn working_set(shape: &[i64]) -> u64 {
-    16 * shape.iter().product::<i64>().unsigned_abs()
+/// Bytes that treating a weight takes besides its Hessian and factor: it in fp32, what it becomes, the mask, indices and decoded copies;
+/// for the joint solver also the weights to start from and the importance of each.
+pub(super) fn working_set(shape: &[i64], joint: bool) -> u64 {
+    let bytes = if joint { 40 } else { 16 };
+    bytes * shape.iter().product::<i64>().unsigned_abs()
 }

@@ -57,6 +57,19 @@ pub struct StagePlan {
     pub work: Work,
 }
 
+/// Products of a weight with its Hessian in the joint solver, about.
+const JOINT_PRODUCTS: f64 = 35.0;
+
+/// Triangles of a Hessian's size that treating a layer takes besides it: the factor; for the joint solver the damped Hessian too, and
+/// while its columns are put in another order a whole matrix.
+fn triangles(treatment: &Treatment) -> u64 {
+    match (treatment.joint, &treatment.prune) {
+        (false, _) => 1,
+        (true, Some(_)) => 2,
+        (true, None) => 4,
+    }
+}
+
 /// A stage to plan.
 pub(super) struct Outline<'a> {
     pub name: StageName,
@@ -158,10 +171,11 @@ impl Outline<'_> {
                 plan.work.palettized += layer.weight().numel() as f64;
             }
         }
-        let largest =
-            |layers: &mut dyn Iterator<Item = &Layer>| layers.map(|layer| working_set(&layer.weight().size())).max().unwrap_or(0);
+        let largest = |layers: &mut dyn Iterator<Item = (&Layer, &Treatment)>| {
+            layers.map(|(layer, treatment)| working_set(&layer.weight().size(), treatment.joint)).max().unwrap_or(0)
+        };
         let Some(calls) = calls else {
-            plan.peak_bytes = memory.fixed() + largest(&mut treated().map(|(layer, _)| layer));
+            plan.peak_bytes = memory.fixed() + largest(&mut treated());
             return Ok(plan);
         };
 
@@ -172,8 +186,9 @@ impl Outline<'_> {
         // A factor stands beside the wave's Hessians while its layers are treated.
         let treating = |need: &Need| {
             let (layer, _) = need.layers[0];
-            let set = largest(&mut need.layers.iter().map(|(layer, _)| *layer));
-            set + Hessian::factor_bytes(layer.kind(), &layer.weight().size())
+            let set = largest(&mut need.layers.iter().copied());
+            let triangles = need.layers.iter().map(|(_, treatment)| triangles(treatment)).max().unwrap_or(0);
+            set + triangles * Hessian::factor_bytes(layer.kind(), &layer.weight().size())
         };
         let mut wave_bytes = 0;
         let mut wave_room = activations;
@@ -216,6 +231,9 @@ impl Outline<'_> {
             plan.work.factors += d.powi(3) / 3.0;
             let rows: i64 = need.layers.iter().filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
             plan.work.sweeps += 1.5 * rows as f64 * d * d;
+            let joint = need.layers.iter().filter(|(_, treatment)| treatment.joint);
+            let rows: i64 = joint.filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
+            plan.work.sweeps += JOINT_PRODUCTS * rows as f64 * d * d;
         }
         plan.work.forward = (waves.len() + 1) as f64 * calls.count as f64 * self.forward(calls);
         plan.passes = waves.len();

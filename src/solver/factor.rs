@@ -51,15 +51,26 @@ impl InverseFactor {
     /// [`Error::Argument`] if nothing was added to the Hessian, or for a dampening below zero; [`Error::NotFinite`] if its
     /// inputs were so large that their squares overflow fp32; [`Error::NotPositiveDefinite`] if no dampening helps.
     pub fn new(hessian: &Hessian, group: i64, dampening: f64) -> Result<Self> {
+        Self::check(hessian, dampening)?;
+        Self::of(&|| hessian.triangle(group), dampening)
+    }
+
+    /// Whether there can be a factor.
+    pub(super) fn check(hessian: &Hessian, dampening: f64) -> Result<()> {
         if !(dampening.is_finite() && dampening >= 0.0) {
             return Err(Error::Argument(format!("a dampening of {dampening}: it must be zero or above")));
         }
         if hessian.vectors() == 0 {
             return Err(Error::Argument("a Hessian to which no input was added says nothing of the layer".into()));
         }
+        Ok(())
+    }
+
+    /// The factor of what `copy` gives, a new copy of the same H each time.
+    pub(super) fn of(copy: &dyn Fn() -> Result<Triangle>, dampening: f64) -> Result<Self> {
         let mut used = dampening;
         loop {
-            if let Some(factor) = Self::with_dampening(hessian, group, used)? {
+            if let Some(factor) = Self::with_dampening(copy()?, used)? {
                 return Ok(factor);
             }
             let more = if used == 0.0 { 1e-6 } else { used * 10.0 };
@@ -71,8 +82,7 @@ impl InverseFactor {
         }
     }
 
-    fn with_dampening(hessian: &Hessian, group: i64, dampening: f64) -> Result<Option<Self>> {
-        let triangle = hessian.triangle(group)?;
+    fn with_dampening(triangle: Triangle, dampening: f64) -> Result<Option<Self>> {
         let diagonals = triangle.diagonals()?;
         let mut diagonal = Tensor::f_cat(&diagonals, 0)?;
         // Of a sum of x x^T no entry is larger than the largest on the diagonal.

@@ -8,6 +8,7 @@ mod correlations;
 mod device_sweep;
 mod factor;
 mod hessian;
+mod joint;
 mod magnitude;
 mod matrix;
 mod note;
@@ -20,6 +21,7 @@ mod triangle;
 
 pub use factor::InverseFactor;
 pub use hessian::Hessian;
+pub use joint::{Joint, JointFactors, JointOptions, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energy, output_error};

@@ -43,6 +43,24 @@ pub enum Note {
         /// m of n:m.
         m: u64,
     },
+    /// So few vectors for the spread of the inputs that the joint solver stays nearer to the weights as they were.
+    Shrunk {
+        /// Vectors seen.
+        vectors: u64,
+        /// Columns, d.
+        dimension: u64,
+        /// The dampening asked for.
+        asked: f64,
+        /// The dampening used.
+        used: f64,
+    },
+    /// The joint solution would have cost more than the sequential one, which was taken.
+    JointNoBetter {
+        /// Its loss as a multiple of the sequential one's.
+        ratio: f64,
+    },
+    /// Palettes of a form that the joint solver leaves to the palettizer.
+    NotJoint,
 }
 
 impl fmt::Display for Note {
@@ -62,6 +80,15 @@ impl fmt::Display for Note {
             }
             Note::IncompleteGroup { columns, m } => {
                 write!(f, "the last {columns} columns are no group of {m} and stay dense")
+            }
+            Note::Shrunk { vectors, dimension, asked, used } => {
+                write!(f, "{vectors} vectors say little of {dimension} inputs: a dampening of {used:.2}, not {asked}")
+            }
+            Note::JointNoBetter { ratio } => {
+                write!(f, "the joint solution's error was {ratio:.2} times the sequential one's, which was taken")
+            }
+            Note::NotJoint => {
+                f.write_str("palettes along input channels or with scales are made after pruning, not jointly with it")
             }
         }
     }

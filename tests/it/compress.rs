@@ -99,6 +99,40 @@ fn pruned_and_palettized_end_to_end() {
     assert_ne!(straight, draw("c.png", &["--model", model.to_str().unwrap()]));
 }
 
+/// ‖X W - X W'‖² / ‖X W‖², the mean over the layers that were calibrated.
+fn mean_error(found: &Value) -> f64 {
+    let layers = found["layers"].as_array().unwrap().iter();
+    let errors: Vec<f64> = layers.filter_map(|layer| layer["errors"]["output"].as_f64()).collect();
+    errors.iter().sum::<f64>() / errors.len() as f64
+}
+
+#[test]
+fn the_joint_solver_stores_the_same_bytes_and_loses_less() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, config: &str, more: &[&str]| {
+        let out = folder.path().join(name);
+        let said = compress(config, &out, more);
+        (report(&out), said)
+    };
+    let s40 = "configs/joint-s40-4bit-gs16.yaml";
+    let (sequential, _) = run("sequential", s40, &[]);
+    let (joint, _) = run("joint", s40, &["--solver", "joint"]);
+    assert_eq!(joint["payload_bytes"], sequential["payload_bytes"]);
+    assert_eq!(joint["sparsity"], sequential["sparsity"]);
+    assert!(mean_error(&joint) < 0.8 * mean_error(&sequential), "{} and {}", mean_error(&joint), mean_error(&sequential));
+
+    // Dense palettes are calibrated too, but for the UNet's two ends.
+    let (dense, _) = run("dense", "configs/dense-4bit-gs16.yaml", &["--solver", "joint"]);
+    assert_eq!(dense["samples"], 6);
+    for layer in dense["layers"].as_array().unwrap() {
+        let staged = layer["stage"] != "head" && layer["stage"] != "tail";
+        assert_eq!(layer["vectors"].is_u64(), staged, "{layer}");
+        assert_eq!(layer["errors"]["output"].is_f64(), staged, "{layer}");
+    }
+    let (plain, _) = run("plain", "configs/dense-4bit-gs16.yaml", &[]);
+    assert_eq!(dense["payload_bytes"], plain["payload_bytes"]);
+}
+
 #[test]
 fn dense_palettes_need_no_calibration_and_keep_their_order() {
     let folder = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ mod compress;
 mod config;
 mod container;
 mod gpu;
+mod joint;
 mod palettes;
 mod pipelines;
 mod plan;

@@ -93,6 +93,8 @@ fn values_out_of_bounds() {
     wrong("model:\n  dtype: int8\n", 2, 10, &["`dtype` must be f32, f16 or bf16"]);
     wrong("palettize:\n  on_misfit: smaller_groups\n", 2, 14, &["smaller_group, dense, error", "perhaps `smaller_group`"]);
     wrong("prune:\n  algorithm: gptq\n", 2, 14, &["must be sparse_gpt, or magnitude, not `gptq`"]);
+    wrong("palettize: {}\nsolver: both\n", 2, 9, &["`solver` must be sequential, or joint, not `both`"]);
+    wrong("solver: joint\nprune: {algorithm: magnitude}\n", 1, 9, &["`solver: joint` chooses masks as sparse_gpt does"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Flags override the file, by the same rules.
 
-use sdxl_squeeze::config::{Granularity, NmRatio, OnMisfit, Overrides, Place, Prompts, PruneSection, RunConfig, Sparsity};
+use sdxl_squeeze::config::{Granularity, NmRatio, OnMisfit, Overrides, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity};
 
 use super::{mistakes_of, parsed};
 
@@ -50,6 +50,7 @@ fn the_other_flags() {
         guidance: Some(4.0),
         seed: Some(u64::MAX),
         width: Some(1024),
+        solver: Some("joint".into()),
         n_m_ratio: Some("1:4".into()),
         on_misfit: Some("smaller_group".into()),
         ..Overrides::default()
@@ -64,6 +65,7 @@ fn the_other_flags() {
     );
     assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, 9, 4.0));
     assert_eq!((calibration.seed, calibration.size), (u64::MAX, Some((512, 1024))));
+    assert_eq!(config.solver, SolverKind::Joint);
     let prune = config.prune.as_ref().unwrap();
     assert_eq!(prune.rules.global_config.unwrap().sparsity, Sparsity::NOfM(NmRatio { n: 1, m: 4 }));
     assert_eq!(config.palettize.as_ref().unwrap().on_misfit, OnMisfit::SmallerGroup);
@@ -123,6 +125,7 @@ fn bad_flags_are_named_all_at_once() {
         height: Some(0),
         n_m_ratio: Some("4:2".into()),
         on_misfit: Some("skip".into()),
+        solver: Some("both".into()),
         ..Overrides::default()
     };
     let expected = [
@@ -135,6 +138,7 @@ fn bad_flags_are_named_all_at_once() {
         ("--height 0", "between 1"),
         ("--n-m-ratio 4:2", "0 < n < m"),
         ("--on-misfit skip", "smaller_group"),
+        ("--solver both", "sequential, or joint"),
     ];
     refused(CONFIG, flags, &expected);
 }
@@ -159,4 +163,6 @@ fn flags_that_do_not_go_together_or_do_nothing() {
         Overrides { on_misfit: Some("dense".into()), ..Overrides::default() },
         &[("--on-misfit dense", "no `palettize` section")],
     );
+    let joint = Overrides { solver: Some("joint".into()), ..Overrides::default() };
+    refused("prune: {algorithm: magnitude}", joint, &[("--solver joint", "not magnitude")]);
 }

@@ -131,8 +131,10 @@ fn config() -> impl Strategy<Value = String> {
         rules(palette_settings().boxed()),
     )
         .prop_map(|(misfit, threshold, rules)| mapping([vec![misfit, threshold], rules].concat()));
-    (optional("model", model), optional("calibration", calibration), optional("prune", prune), optional("palettize", palettize))
-        .prop_map(|(a, b, c, d)| mapping(vec![a, b, c, d]))
+    let solver = optional("solver", prop::sample::select(&["sequential", "joint"][..]).prop_map(str::to_owned));
+    let sections =
+        (optional("model", model), optional("calibration", calibration), optional("prune", prune), optional("palettize", palettize));
+    (solver, sections).prop_map(|(solver, (a, b, c, d))| mapping(vec![a, b, solver, c, d]))
 }
 
 proptest! {
@@ -161,6 +163,7 @@ calibration:
   seed: 0
   height: null
   width: null
+solver: sequential
 prune:
   layers:
     - 'down_blocks\.\d+'

@@ -1,0 +1,162 @@
+//! What the joint solver reads of a layer's Hessian.
+
+use tch::{Kind, Tensor};
+
+use super::super::matrix::to_vec;
+use super::super::triangle::Triangle;
+use super::super::{Hessian, InverseFactor, Note};
+use super::shrinkage::shrinkage;
+use crate::error::Result;
+
+/// In which order the columns are solved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// As they are: masks are chosen block by block, and blocks of neighbours are the better ones.
+    Natural,
+    /// Those with the largest inputs first ("activation order"): the others make up for their errors. For layers that are not pruned.
+    Activation,
+}
+
+/// The damped Hessians of a layer's groups and their factors, for all layers with that input.
+#[derive(Debug)]
+pub struct JointFactors {
+    pub(super) parts: Vec<Part>,
+    /// The inverse factors in the order of the parts' columns.
+    pub(super) factors: Vec<InverseFactor>,
+    /// What the dampening and the order of columns were asked to be.
+    asked: (f64, Order),
+    notes: Vec<Note>,
+}
+
+/// One group's H + damping.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// The damped H.
+    pub h: Triangle,
+    /// Its diagonal.
+    pub diagonal: Vec<f32>,
+    /// What was added to it.
+    pub added: f64,
+    /// 1 / [H^-1]_jj: what a change of a weight costs if all others of its row make up for it.
+    pub scale: Vec<f32>,
+    /// The columns that were always zero.
+    pub dead: Vec<bool>,
+    /// The natural place of each column, unless they are in natural order.
+    pub order: Option<Vec<usize>>,
+}
+
+impl JointFactors {
+    /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's mean): with more where there are so
+    /// few vectors for the spread of the inputs that a better estimate of their covariance has more (see [`shrinkage`]).
+    ///
+    /// Takes the memory of a [d, d] matrix: one triangle for H, one for the factor.
+    ///
+    /// # Errors
+    /// As [`InverseFactor::new`].
+    pub fn new(hessian: &Hessian, dampening: f64, order: Order) -> Result<Self> {
+        let mut made = JointFactors { parts: Vec::new(), factors: Vec::new(), asked: (dampening, order), notes: Vec::new() };
+        let (mut shrunk, mut used) = (0.0_f64, 0.0_f64);
+        for group in 0..hessian.groups() {
+            InverseFactor::check(hessian, dampening)?;
+            let mut h = hessian.triangle(group)?;
+            let order = match order {
+                Order::Natural => None,
+                Order::Activation => {
+                    let order = by_activation(&h)?;
+                    h = reordered(&h, &order)?;
+                    Some(order)
+                }
+            };
+            let least = dampening.max(shrinkage(&h, hessian.vectors())?);
+            let factor = InverseFactor::of(&|| h.scaled(1.0), least)?;
+            (shrunk, used) = (shrunk.max(least), used.max(factor.dampening));
+            for diagonal in h.diagonals()? {
+                let _ = diagonal.shallow_clone().f_add_scalar_(factor.added)?;
+            }
+            let diagonal = to_vec(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
+            let dead: Vec<bool> = Vec::try_from(&factor.dead.f_to_device(tch::Device::Cpu)?)?;
+            let scale = scale(&factor.triangle)?;
+            made.parts.push(Part { h, diagonal, added: factor.added, scale, dead, order });
+            made.factors.push(factor);
+        }
+        let dimension = hessian.dimension().unsigned_abs();
+        if shrunk > dampening {
+            made.notes.push(Note::Shrunk { vectors: hessian.vectors(), dimension, asked: dampening, used: shrunk });
+        }
+        if used > shrunk {
+            made.notes.push(Note::MoreDampening { asked: shrunk, used });
+        }
+        Ok(made)
+    }
+
+    /// Whether these are the factors for this dampening and order.
+    pub fn fit(&self, dampening: f64, order: Order) -> bool {
+        self.asked == (dampening, order)
+    }
+
+    /// What there is to say of them.
+    pub fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
+    /// The most dampening of any group.
+    pub(super) fn dampening(&self) -> f64 {
+        self.factors.iter().map(|factor| factor.dampening).fold(0.0, f64::max)
+    }
+}
+
+impl Part {
+    /// X H for X [rows, d], row-major.
+    pub fn times(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let d = self.h.dimension();
+        let x = Tensor::f_from_slice(x)?.f_reshape([-1, d])?.f_to_device(self.h.device())?;
+        let product = x.f_zeros_like()?;
+        for index in 0..self.h.count() {
+            let rows = self.h.rows(index);
+            let own = x.f_narrow(1, rows.start, rows.end - rows.start)?;
+            let right = product.f_narrow(1, rows.start, d - rows.start)?;
+            let _ = right.shallow_clone().f_addmm_(&own, self.h.panel(index))?;
+            if rows.end < d {
+                let after = x.f_narrow(1, rows.end, d - rows.end)?;
+                let left = product.f_narrow(1, rows.start, rows.end - rows.start)?;
+                let _ = left.shallow_clone().f_addmm_(&after, &self.h.part(index, rows.end..d)?.f_transpose(0, 1)?)?;
+            }
+        }
+        to_vec(&product)
+    }
+}
+
+/// 1 / [H^-1]_jj with H^-1 = U^T U: one over the squared length of U's column j.
+fn scale(u: &Triangle) -> Result<Vec<f32>> {
+    let squares = Tensor::f_zeros([u.dimension()], (Kind::Float, u.device()))?;
+    for index in 0..u.count() {
+        let start = u.rows(index).start;
+        let panel = u.panel(index);
+        let sums = panel.f_mul(panel)?.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Float)?;
+        let _ = squares.f_narrow(0, start, u.dimension() - start)?.f_add_(&sums)?;
+    }
+    to_vec(&squares.f_reciprocal()?)
+}
+
+/// The columns by the size of their inputs, the largest first; of equals the first.
+fn by_activation(h: &Triangle) -> Result<Vec<usize>> {
+    let diagonal = to_vec(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
+    let mut order: Vec<usize> = (0..diagonal.len()).collect();
+    order.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]));
+    Ok(order)
+}
+
+/// H with its columns and rows in another order.
+fn reordered(h: &Triangle, order: &[usize]) -> Result<Triangle> {
+    let matrix = h.symmetric()?;
+    let order: Vec<i64> = order.iter().map(|column| *column as i64).collect();
+    let order = Tensor::f_from_slice(&order)?.f_to_kind(Kind::Int64)?.f_to_device(h.device())?;
+    let other = Triangle::zeros(h.dimension(), 1, h.device())?;
+    for index in 0..other.count() {
+        let rows = other.rows(index);
+        let columns = order.f_narrow(0, rows.start, h.dimension() - rows.start)?;
+        let some = matrix.f_index_select(0, &order.f_narrow(0, rows.start, rows.end - rows.start)?)?;
+        other.panel(index).shallow_clone().f_copy_(&some.f_index_select(1, &columns)?)?;
+    }
+    Ok(other)
+}

@@ -1,0 +1,313 @@
+//! Mask, weights and palettes of one weight found together, for the least error of the layer's output.
+//!
+//! The mask is SparseGPT's ([`prune_with`]); then the kept weights are solved for anew, palettes are made for them, a sweep with error feedback
+//! puts them on the palettes, and palettes and entries are improved in turns while that pays. What is stored has the same form, and the
+//! same bytes, as by [`prune`](super::prune) and [`palettize`] one after the other.
+//!
+//! Everything minimises tr((W - W0) H (W - W0)^T) with the damped H; all products with H are libtorch's, all else goes row by row.
+
+mod entries;
+mod exchange;
+mod factors;
+mod levels;
+mod polish;
+mod problem;
+mod refit;
+mod shrinkage;
+mod sweep;
+#[cfg(test)]
+mod tests;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+use tch::{Device, Tensor};
+
+pub use factors::{JointFactors, Order};
+
+use super::matrix::{flat_for, to_vec};
+use super::palette::{Granularity, Outcome, PaletteOptions, Palettized, palettize, palettize_weighted};
+use super::{Hessian, Note, PruneOptions, Sparsity, prune_with};
+use crate::error::{Error, Result};
+use exchange::{Exchange, exchange};
+use levels::Levels;
+use problem::{Loss, Problem};
+
+/// What [`joint`] is to find, and how hard it tries.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct JointOptions {
+    /// What is pruned; its `dampening` is that of the factors.
+    pub prune: Option<PruneOptions>,
+    /// What the palettes are.
+    pub palettize: Option<PaletteOptions>,
+    /// Steps in which the kept weights are refitted.
+    pub refit_steps: usize,
+    /// Turns in which pruned and kept weights change places.
+    pub exchange_turns: usize,
+    /// Whether weights go onto the palette with error feedback, or each to its nearest entry.
+    pub sweep: bool,
+    /// Steps in which the palettes are refitted, each time; 0 leaves them as they are.
+    pub palette_steps: usize,
+    /// Turns of palette refit and polish at most.
+    pub turns: usize,
+}
+
+impl JointOptions {
+    /// All that the solver can, for this pruning and these palettes.
+    pub fn new(prune: Option<PruneOptions>, palettize: Option<PaletteOptions>) -> Self {
+        JointOptions { prune, palettize, refit_steps: 8, exchange_turns: 0, sweep: true, palette_steps: 4, turns: 4 }
+    }
+
+    /// The order of columns in which this is best solved.
+    pub fn order(&self) -> Order {
+        if self.prune.is_some() { Order::Natural } else { Order::Activation }
+    }
+
+    /// The dampening that its factors should have.
+    pub fn dampening(&self) -> f64 {
+        self.prune.unwrap_or_default().dampening
+    }
+}
+
+/// Turns go on while they lower the objective by at least this share.
+const WORTH: f64 = 0.003;
+
+/// What [`joint`] has found.
+#[derive(Debug)]
+pub struct Joint {
+    /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
+    pub weight: Vec<f16>,
+    /// Which elements are kept; all, if nothing was to be pruned.
+    pub mask: Option<Vec<bool>>,
+    /// Palettes and indices, if there were to be palettes.
+    pub palettized: Option<Palettized>,
+    /// tr((W - W0) H (W - W0)^T) of the pruned weight before it was palettized, if it was pruned.
+    pub pruned_loss: Option<f64>,
+    /// The same of the weight as stored.
+    pub loss: f64,
+    /// The same of what one step after the other would have given.
+    pub sequential_loss: f64,
+    /// What should be known of it.
+    pub notes: Vec<Note>,
+}
+
+/// Compresses the weight [o, ...] of layer `name`, flattened to [o, d]: see the module.
+///
+/// Palettes along input channels, or with scales for each output channel, are not in the joint solve: they are made for the refitted
+/// weights by [`palettize`], and a note says so. Where the joint solution costs more than the sequential one, that is what comes
+/// back, with a note.
+///
+/// The same on any number of rayon threads.
+///
+/// # Errors
+/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this Hessian, dampening and order.
+pub fn joint(name: &str, weight: &Tensor, hessian: &Hessian, factors: &JointFactors, options: &JointOptions) -> Result<Joint> {
+    let flat = flat_for(weight, hessian)?;
+    let (o, d) = flat.size2()?;
+    if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
+        return Err(Error::Argument(format!("`{name}`: factors of another Hessian, dampening or order")));
+    }
+    let mut notes = factors.notes().to_vec();
+    let pruned = match &options.prune {
+        Some(prune) if prune.sparsity != Sparsity::Unstructured(0.0) => {
+            let options = PruneOptions { dampening: factors.dampening(), ..*prune };
+            let pruned = prune_with(weight, hessian, &factors.factors, &options)?;
+            notes.extend(pruned.notes.iter().copied());
+            Some(pruned)
+        }
+        _ => {
+            if hessian.vectors() < d.unsigned_abs() {
+                notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
+            }
+            None
+        }
+    };
+    let bools = |mask: &Tensor| -> Result<Vec<bool>> { Ok(Vec::try_from(&mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?) };
+    let mask = match (&pruned, options.prune) {
+        (Some(pruned), _) => Some(bools(&pruned.mask)?),
+        (None, Some(_)) => Some(vec![true; (o * d) as usize]),
+        (None, None) => None,
+    };
+    let (rows, columns) = (o as usize, d as usize);
+    let mut original = to_vec(&flat)?;
+    let natural = Natural::new(factors, rows, columns);
+    natural.sort(&mut original);
+    let mut problem = Problem { factors, original, keep: mask, rows, columns };
+
+    // The sequential way, and the weights to start from.
+    let mut best = match &pruned {
+        Some(pruned) => to_vec(&pruned.weight)?,
+        None => problem.original.clone(),
+    };
+    drop(pruned);
+    let sequential = Solution::plain(name, &problem, &best, options)?;
+    let mut pruned_loss = None;
+    let mut first_mask = None;
+    if problem.keep.is_some() {
+        refit::refit(&problem, &mut best, options.refit_steps)?;
+        if options.exchange_turns > 0 && options.refit_steps > 0 {
+            let group = match options.prune.map(|prune| prune.sparsity) {
+                Some(Sparsity::NM { m, .. }) => Some(m),
+                _ => None,
+            };
+            let how = Exchange { turns: options.exchange_turns, refit_steps: 4, group };
+            first_mask = problem.keep.clone();
+            exchange(&mut problem, &mut best, how)?;
+            refit::refit(&problem, &mut best, options.refit_steps)?;
+        }
+        pruned_loss = Some(problem.loss(|at| best[at])?.bare);
+    }
+    let solution = match &options.palettize {
+        None => Solution::plain(name, &problem, &best, options)?,
+        Some(PaletteOptions { per_channel_scale: false, granularity, .. }) if along_outputs(granularity) => {
+            Solution::joint(name, &problem, &best, options)?
+        }
+        Some(_) => {
+            notes.push(Note::NotJoint);
+            Solution::plain(name, &problem, &best, options)?
+        }
+    };
+    let sequential_loss = sequential.loss.bare;
+    let solution = if solution.loss.bare <= sequential_loss {
+        solution
+    } else {
+        notes.push(Note::JointNoBetter { ratio: solution.loss.bare / sequential_loss });
+        problem.keep = first_mask.or(problem.keep);
+        sequential
+    };
+    for note in &notes {
+        tracing::warn!("`{name}`: {note}");
+    }
+    let Solution { mut weight, mut palettized, loss } = solution;
+    natural.restore(&mut weight);
+    if let Some(palettized) = &mut palettized {
+        natural.restore(&mut palettized.indices);
+    }
+    Ok(Joint { weight, mask: problem.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, notes })
+}
+
+fn along_outputs(granularity: &Granularity) -> bool {
+    matches!(granularity, Granularity::PerTensor | Granularity::PerGroupedChannel { axis: 0, .. })
+}
+
+/// A weight as it may be stored, columns in the order of the problem.
+#[derive(Debug)]
+struct Solution {
+    weight: Vec<f16>,
+    palettized: Option<Palettized>,
+    loss: Loss,
+}
+
+impl Solution {
+    /// The weights rounded, or each at the nearest entry of the best palettes for them alone.
+    fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
+        let half = halves(weight);
+        let shape = [problem.rows, problem.columns];
+        let palettized = match &options.palettize {
+            None => None,
+            Some(options) => found(palettize(name, &half, &shape, problem.keep.as_deref(), options)?),
+        };
+        Self::of(problem, half, palettized)
+    }
+
+    /// Palettes and entries found together, from these weights on.
+    fn joint(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
+        let Some(palette) = &options.palettize else { return Self::plain(name, problem, weight, options) };
+        let half = halves(weight);
+        let shape = [problem.rows, problem.columns];
+        let importance = importance(problem)?;
+        let first = found(palettize_weighted(name, &half, &shape, problem.keep.as_deref(), &importance, palette)?);
+        drop(importance);
+        let Some(mut first) = first else { return Self::of(problem, half, None) };
+        drop(half);
+        let mut levels = Levels::new(&first.palettes, 1 << first.bits, first.group_size, std::mem::take(&mut first.indices));
+        if options.sweep {
+            sweep::sweep(problem, weight, &mut levels)?;
+        }
+        let value = |levels: &Levels, at| if problem.kept(at) { levels.value(at, problem.columns) } else { 0.0 };
+        let mut loss = problem.loss(|at| value(&levels, at))?.damped;
+        for _ in 0..options.turns {
+            if options.palette_steps > 0 {
+                entries::refit_palettes(problem, &mut levels, options.palette_steps)?;
+            }
+            let changed = polish::polish(problem, &mut levels)?;
+            let now = problem.loss(|at| value(&levels, at))?.damped;
+            if changed == 0 || now > loss * (1.0 - WORTH) {
+                break;
+            }
+            loss = now;
+        }
+        first.palettes = levels.palettes();
+        first.indices = std::mem::take(&mut levels.indices);
+        let weight = first.decode(problem.keep.as_deref())?;
+        Self::of(problem, weight, Some(first))
+    }
+
+    fn of(problem: &Problem<'_>, half: Vec<f16>, palettized: Option<Palettized>) -> Result<Self> {
+        let weight = match &palettized {
+            Some(palettized) => palettized.decode(problem.keep.as_deref())?,
+            None => half,
+        };
+        let loss = problem.loss(|at| weight[at].to_f32())?;
+        Ok(Solution { weight, palettized, loss })
+    }
+}
+
+fn found(outcome: Outcome) -> Option<Palettized> {
+    match outcome {
+        Outcome::Palettized(found) => Some(found),
+        Outcome::LeftDense { .. } => None,
+    }
+}
+
+/// 1 / U_jj^2, which is what an error in a weight costs when the columns after it make up for it. 0 in dead columns.
+fn importance(problem: &Problem<'_>) -> Result<Vec<f64>> {
+    let mut importance = vec![0.0; problem.rows * problem.columns];
+    for (part, rows) in problem.chunks() {
+        let diagonals = problem.factors.factors[part].triangle.diagonals()?;
+        let diagonal = to_vec(&Tensor::f_cat(&diagonals, 0)?)?;
+        let dead = &problem.part(part).dead;
+        let costs = diagonal.iter().zip(dead).map(|(upper, dead)| if *dead { 0.0 } else { f64::from(*upper).powi(-2) });
+        let costs: Vec<f64> = costs.collect();
+        importance[problem.span(&rows)].par_chunks_mut(problem.columns).for_each(|row| row.copy_from_slice(&costs));
+    }
+    Ok(importance)
+}
+
+fn halves(weight: &[f32]) -> Vec<f16> {
+    let mut half = vec![f16::ZERO; weight.len()];
+    half.par_chunks_mut(1 << 16).zip(weight.par_chunks(1 << 16)).for_each(|(half, weight)| half.convert_from_f32_slice(weight));
+    half
+}
+
+/// The way between the order of the factors and the natural one.
+struct Natural<'a> {
+    factors: &'a JointFactors,
+    part_rows: usize,
+    columns: usize,
+}
+
+impl<'a> Natural<'a> {
+    fn new(factors: &'a JointFactors, rows: usize, columns: usize) -> Self {
+        Natural { factors, part_rows: rows / factors.parts.len().max(1), columns }
+    }
+
+    fn each_row<T: Copy + Send + Sync>(&self, values: &mut [T], place: impl Fn(&mut [T], &[T], &[usize]) + Sync) {
+        values.par_chunks_mut(self.columns).enumerate().for_each(|(row, values)| {
+            if let Some(order) = &self.factors.parts[row / self.part_rows].order {
+                let old = values.to_vec();
+                place(values, &old, order);
+            }
+        });
+    }
+
+    /// From natural order into that of the factors.
+    fn sort<T: Copy + Send + Sync>(&self, values: &mut [T]) {
+        self.each_row(values, |new, old, order| new.iter_mut().zip(order).for_each(|(new, from)| *new = old[*from]));
+    }
+
+    /// Back.
+    fn restore<T: Copy + Send + Sync>(&self, values: &mut [T]) {
+        self.each_row(values, |new, old, order| old.iter().zip(order).for_each(|(old, to)| new[*to] = *old));
+    }
+}

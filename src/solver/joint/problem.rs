@@ -1,0 +1,91 @@
+//! A weight that is to be found again, and how far off a try is.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::factors::{JointFactors, Part};
+use crate::error::Result;
+
+/// Rows that are multiplied with H at once.
+const ROWS: usize = 512;
+
+/// Find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the damped Hessian. All is in row-major order, and
+/// columns are in the order of the factors.
+#[derive(Debug)]
+pub(super) struct Problem<'a> {
+    pub factors: &'a JointFactors,
+    /// W0.
+    pub original: Vec<f32>,
+    /// Which weights may be other than zero; `None`: all.
+    pub keep: Option<Vec<bool>>,
+    /// d.
+    pub columns: usize,
+    /// o.
+    pub rows: usize,
+}
+
+impl Problem<'_> {
+    /// Rows to be worked on at once, with the Hessian that is theirs: the same on any number of threads.
+    pub fn chunks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let (rows, parts) = (self.rows, self.factors.parts.len().max(1));
+        let of_part = rows / parts;
+        (0..parts).flat_map(move |part| {
+            let end = (part + 1) * of_part;
+            (part * of_part..end).step_by(ROWS).map(move |start| (part, start..end.min(start + ROWS)))
+        })
+    }
+
+    /// The Hessian of a chunk.
+    pub fn part(&self, part: usize) -> &Part {
+        &self.factors.parts[part]
+    }
+
+    /// Where the elements of some rows lie.
+    pub fn span(&self, rows: &Range<usize>) -> Range<usize> {
+        rows.start * self.columns..rows.end * self.columns
+    }
+
+    /// Whether an element is kept.
+    pub fn kept(&self, at: usize) -> bool {
+        self.keep.as_ref().is_none_or(|keep| keep[at])
+    }
+
+    /// W - W0 of some rows, W given by element.
+    pub fn change(&self, rows: &Range<usize>, weight: impl Fn(usize) -> f32 + Sync) -> Vec<f32> {
+        let span = self.span(rows);
+        let start = span.start;
+        let original = self.original[span].par_iter().enumerate();
+        original.map(|(at, original)| weight(start + at) - original).collect()
+    }
+
+    /// tr((W - W0) H (W - W0)^T), by the damped Hessian and by the bare one.
+    pub fn loss(&self, weight: impl Fn(usize) -> f32 + Sync) -> Result<Loss> {
+        let mut loss = Loss::default();
+        for (part, rows) in self.chunks() {
+            let part = self.part(part);
+            let change = self.change(&rows, &weight);
+            let product = part.times(&change)?;
+            let damped: f64 = dots(&change, &product, self.columns).iter().sum();
+            let square: f64 = dots(&change, &change, self.columns).iter().sum();
+            loss.damped += damped;
+            loss.bare += (damped - part.added * square).max(0.0);
+        }
+        Ok(loss)
+    }
+}
+
+/// What a weight costs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Loss {
+    /// By the damped Hessian, which is what is minimised.
+    pub damped: f64,
+    /// By the Hessian itself: what calibration would see.
+    pub bare: f64,
+}
+
+/// The dot product of each row of `a` with that of `b`, in fp64.
+pub(super) fn dots(a: &[f32], b: &[f32], columns: usize) -> Vec<f64> {
+    let dot = |(a, b): (&[f32], &[f32])| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    a.par_chunks(columns).zip(b.par_chunks(columns)).map(dot).collect()
+}

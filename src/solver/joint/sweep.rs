@@ -1,0 +1,74 @@
+//! Weights onto the palette, column by column, the later ones making up for the errors of the earlier.
+
+use rayon::prelude::*;
+use tch::Tensor;
+
+use super::super::matrix::{block, panels, to_vec};
+use super::levels::Levels;
+use super::problem::Problem;
+use crate::error::Result;
+
+/// Columns after which the rest of the row is brought up to date.
+const BLOCK: i64 = 128;
+
+/// Gives each kept weight a palette entry as SparseGPT prunes (Frantar and Alistarh 2023; GPTQ, arXiv:2210.17323): q is the entry nearest to w,
+/// or 0 where pruned, and e = (w - q) / U_jj goes to the columns after it, w -= e U_j.
+///
+/// `weight` is where it starts: weights that are the best on their mask, for then the objective is, but for a constant, the distance
+/// from them.
+pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) -> Result<()> {
+    let d = problem.columns as i64;
+    for (part, rows) in problem.chunks() {
+        let triangle = &problem.factors.factors[part].triangle;
+        let span = problem.span(&rows);
+        let count = rows.len() as i64;
+        let left = Tensor::f_from_slice(&weight[span])?.f_reshape([count, d])?.f_to_device(triangle.device())?;
+        for columns in panels(d, BLOCK) {
+            let upper = triangle.tail_of(columns.clone())?;
+            let width = columns.end - columns.start;
+            let mut values = to_vec(&block(&left, 0..count, columns.clone())?)?;
+            let corner = to_vec(&upper.f_narrow(1, 0, width)?)?;
+            let entries = sweep_block(problem, levels, &mut values, &corner, rows.start, columns.start as usize);
+            for (row, entries) in entries.chunks(width as usize).enumerate() {
+                let start = (rows.start + row) * problem.columns + columns.start as usize;
+                levels.indices[start..start + entries.len()].copy_from_slice(entries);
+            }
+            if columns.end < d {
+                let error = Tensor::f_from_slice(&values)?.f_reshape([count, width])?.f_to_device(triangle.device())?;
+                let after = upper.f_narrow(1, width, d - columns.end)?;
+                let _ = block(&left, 0..count, columns.end..d)?.f_addmm_(&error, &after)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sweeps over a block [rows, b] whose first element lies at `row` and `column`; `values` become -e. Gives the entries.
+fn sweep_block(
+    problem: &Problem<'_>,
+    levels: &Levels,
+    values: &mut [f32],
+    upper: &[f32],
+    row: usize,
+    column: usize,
+) -> Vec<u8> {
+    let width = upper.len().isqrt();
+    let mut entries = vec![0; values.len()];
+    values.par_chunks_mut(width).zip(entries.par_chunks_mut(width)).enumerate().for_each(|(at, (values, entries))| {
+        let palette = levels.of_row(row + at);
+        let start = (row + at) * problem.columns + column;
+        for j in 0..width {
+            let (done, rest) = values.split_at_mut(j + 1);
+            let target = if problem.kept(start + j) {
+                entries[j] = palette.nearest(done[j]);
+                palette.values[usize::from(entries[j])]
+            } else {
+                0.0
+            };
+            let error = (done[j] - target) / upper[j * width + j];
+            done[j] = -error;
+            rest.iter_mut().zip(&upper[j * width + j + 1..]).for_each(|(value, upper)| *value -= error * upper);
+        }
+    });
+    entries
+}

@@ -1,0 +1,262 @@
+//! That no part of the solver raises what it is to lower, and that each finds the optimum where that can be computed.
+
+use proptest::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::levels::Levels;
+use super::problem::Problem;
+use super::*;
+use crate::model::{ConvGeometry, LayerKind};
+
+/// Inputs [n, d] that a few directions dominate.
+fn inputs(n: i64, d: i64, seed: i64) -> Tensor {
+    tch::manual_seed(seed);
+    let random = |rows, columns| Tensor::randn([rows, columns], (Kind::Float, Device::Cpu));
+    random(n, d / 3 + 1).matmul(&random(d / 3 + 1, d)) + 0.3 * random(n, d)
+}
+
+/// Factors of `groups` Hessians of d inputs.
+fn factors(groups: i64, d: i64, seed: i64, order: Order) -> JointFactors {
+    let geometry = ConvGeometry { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups };
+    let mut hessian = Hessian::for_weight(LayerKind::Conv2d(geometry), &[groups, d, 1, 1], Device::Cpu).unwrap();
+    let vectors = inputs(3 * d, groups * d, seed);
+    hessian.add(&vectors.tr().contiguous().view([1, groups * d, 3 * d, 1])).unwrap();
+    JointFactors::new(&hessian, 0.01, order).unwrap()
+}
+
+fn problem(factors: &JointFactors, rows: usize, columns: usize, sparsity: f64, seed: i64) -> Problem<'_> {
+    tch::manual_seed(seed + 1);
+    let original = to_vec(&Tensor::randn([rows as i64, columns as i64], (Kind::Float, Device::Cpu))).unwrap();
+    let random = to_vec(&Tensor::rand([rows as i64, columns as i64], (Kind::Float, Device::Cpu))).unwrap();
+    let keep = (sparsity > 0.0).then(|| random.iter().map(|random| f64::from(*random) >= sparsity).collect());
+    Problem { factors, original, keep, columns, rows }
+}
+
+/// Palettes that are the quantiles of nothing, and random entries.
+fn levels(problem: &Problem<'_>, entries: usize, group_rows: usize) -> Levels {
+    let groups = problem.rows / group_rows;
+    let palettes: Vec<f16> =
+        (0..groups * entries).map(|at| f16::from_f64(3.0 * ((at % entries) as f64 + 0.5) / entries as f64 - 1.5)).collect();
+    let random = to_vec(&Tensor::rand([problem.original.len() as i64], (Kind::Float, Device::Cpu))).unwrap();
+    let indices = random.iter().map(|random| (f64::from(*random) * entries as f64) as u8).collect();
+    Levels::new(&palettes, entries, group_rows, indices)
+}
+
+fn value(problem: &Problem<'_>, levels: &Levels, at: usize) -> f32 {
+    if problem.kept(at) { levels.value(at, problem.columns) } else { 0.0 }
+}
+
+fn loss(problem: &Problem<'_>, levels: &Levels) -> f64 {
+    problem.loss(|at| value(problem, levels, at)).unwrap().damped
+}
+
+/// A problem of any shape: convolution groups, rows in each, columns, sparsity, seed.
+fn shapes() -> impl Strategy<Value = (i64, usize, usize, f64, i64)> {
+    (1..3_i64, prop::sample::select(&[2_usize, 4, 6][..]), 2..40_usize, prop::sample::select(&[0.0, 0.4, 0.9][..]), 0..1000_i64)
+}
+
+/// A little more, for what fp32 cannot tell.
+fn not_above(after: f64, before: f64) -> bool {
+    after <= before * (1.0 + 1e-5) + 1e-12
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn refit_never_raises_the_objective_and_leaves_zeros((groups, of_part, d, sparsity, seed) in shapes()) {
+        let factors = factors(groups, d as i64, seed, Order::Natural);
+        let problem = problem(&factors, groups as usize * of_part, d, sparsity, seed);
+        let start: Vec<f32> = (0..problem.original.len()).map(|at| if problem.kept(at) { problem.original[at] } else { 0.0 }).collect();
+        let mut before = problem.loss(|at| start[at]).unwrap().damped;
+        for steps in [1, 2, 4, 8] {
+            let mut weight = start.clone();
+            refit::refit(&problem, &mut weight, steps).unwrap();
+            prop_assert!((0..weight.len()).all(|at| problem.kept(at) || weight[at] == 0.0));
+            let after = problem.loss(|at| weight[at]).unwrap().damped;
+            prop_assert!(not_above(after, before), "{} steps: {} after {}", steps, after, before);
+            before = after;
+        }
+    }
+
+    #[test]
+    fn palette_refit_and_polish_never_raise_the_objective(
+        (groups, of_part, d, sparsity, seed) in shapes(),
+        bits in 1..5_u32,
+        whole in any::<bool>(),
+    ) {
+        let factors = factors(groups, d as i64, seed, Order::Natural);
+        let rows = groups as usize * of_part;
+        let problem = problem(&factors, rows, d, sparsity, seed);
+        let mut levels = levels(&problem, 1 << bits, if whole { rows } else { 2 });
+        let mut before = loss(&problem, &levels);
+        for steps in [1, 3] {
+            entries::refit_palettes(&problem, &mut levels, steps).unwrap();
+            let after = loss(&problem, &levels);
+            prop_assert!(not_above(after, before), "palette: {} after {}", after, before);
+            prop_assert!(levels.values().chunks(1 << bits).all(|palette| palette.is_sorted()));
+            let changed = polish::polish(&problem, &mut levels).unwrap();
+            before = after;
+            let after = loss(&problem, &levels);
+            prop_assert!(not_above(after, before), "polish: {} after {}", after, before);
+            prop_assert!(changed == 0 || after < before);
+            before = after;
+        }
+    }
+
+    #[test]
+    fn where_polish_ends_no_single_change_is_better((groups, of_part, d, sparsity, seed) in shapes()) {
+        let factors = factors(groups, d as i64, seed, Order::Natural);
+        let rows = groups as usize * of_part;
+        let problem = problem(&factors, rows, d, sparsity, seed);
+        let mut levels = levels(&problem, 4, 2);
+        let mut turns = 0;
+        while polish::polish(&problem, &mut levels).unwrap() > 0 {
+            turns += 1;
+            prop_assert!(turns < 200);
+        }
+        let least = loss(&problem, &levels);
+        for at in (0..problem.original.len()).filter(|at| problem.kept(*at)).step_by(7) {
+            let old = levels.indices[at];
+            for other in 0..4 {
+                levels.indices[at] = other;
+                prop_assert!(loss(&problem, &levels) >= least * (1.0 - 1e-4));
+            }
+            levels.indices[at] = old;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn exchanges_lower_the_objective_and_keep_the_number_of_zeros(
+        (groups, of_part, d, _, seed) in shapes(),
+        of_two in any::<bool>(),
+    ) {
+        let factors = factors(groups, d as i64, seed, Order::Natural);
+        let mut problem = problem(&factors, groups as usize * of_part, d, 0.4, seed);
+        let keep = problem.keep.clone().unwrap();
+        let mut weight: Vec<f32> = (0..keep.len()).map(|at| if keep[at] { problem.original[at] } else { 0.0 }).collect();
+        refit::refit(&problem, &mut weight, 8).unwrap();
+        let before = problem.loss(|at| weight[at]).unwrap().damped;
+        let group = of_two.then_some(2);
+        exchange::exchange(&mut problem, &mut weight, Exchange { turns: 4, refit_steps: 4, group }).unwrap();
+        let after = problem.loss(|at| weight[at]).unwrap().damped;
+        prop_assert!(not_above(after, before), "{} after {}", after, before);
+        let new = problem.keep.clone().unwrap();
+        prop_assert!((0..new.len()).all(|at| new[at] || weight[at] == 0.0));
+        let kept = |keep: &[bool]| keep.iter().filter(|keep| **keep).count();
+        for (new, old) in new.chunks(d).zip(keep.chunks(d)) {
+            prop_assert_eq!(kept(new), kept(old));
+            if of_two {
+                let pairs = new.chunks_exact(2).zip(old.chunks_exact(2));
+                prop_assert!(pairs.into_iter().all(|(new, old)| kept(new) == kept(old)));
+            }
+        }
+    }
+}
+
+/// The damped H of the first group in fp64.
+fn whole(factors: &JointFactors) -> Tensor {
+    factors.parts[0].h.symmetric().unwrap().to_kind(Kind::Double)
+}
+
+#[test]
+fn many_steps_of_refit_are_the_exact_solution() {
+    for sparsity in [0.3, 0.6] {
+        let factors = factors(1, 24, 5, Order::Natural);
+        let problem = problem(&factors, 6, 24, sparsity, 5);
+        let mut weight = problem.original.clone();
+        weight.iter_mut().enumerate().filter(|(at, _)| !problem.kept(*at)).for_each(|(_, weight)| *weight = 0.0);
+        refit::refit(&problem, &mut weight, 60).unwrap();
+        let h = whole(&factors);
+        for row in 0..6 {
+            let kept: Vec<i64> = (0..24).filter(|column| problem.kept(row * 24 + *column as usize)).collect();
+            let kept = Tensor::from_slice(&kept);
+            let original = Tensor::from_slice(&problem.original[row * 24..(row + 1) * 24]).to_kind(Kind::Double);
+            // H_kk w_k = (H w0)_k.
+            let right = h.matmul(&original).index_select(0, &kept).unsqueeze(1);
+            let exact = h.index_select(0, &kept).index_select(1, &kept).linalg_solve(&right, true).squeeze_dim(1);
+            let ours = Tensor::from_slice(&weight[row * 24..(row + 1) * 24]).to_kind(Kind::Double).index_select(0, &kept);
+            let off = ((ours - &exact).norm() / exact.norm()).double_value(&[]);
+            assert!(off < 1e-3, "row {row}: {off:.1e}");
+        }
+    }
+}
+
+#[test]
+fn many_steps_of_palette_refit_are_the_least_squares_solution() {
+    let (d, rows, entries) = (30, 4, 4);
+    let factors = factors(1, d as i64, 6, Order::Natural);
+    let problem = problem(&factors, rows, d, 0.4, 6);
+    let mut levels = levels(&problem, entries, rows);
+    let h = whole(&factors);
+    // One column for each entry: what its weights change of the whole [o d] vector.
+    let mut matrix = Tensor::zeros([entries as i64; 2], (Kind::Double, Device::Cpu));
+    let mut right = Tensor::zeros([entries as i64, 1], (Kind::Double, Device::Cpu));
+    for row in 0..rows {
+        let mut ones = vec![0.0_f64; entries * d];
+        for column in (0..d).filter(|column| problem.kept(row * d + column)) {
+            ones[usize::from(levels.indices[row * d + column]) * d + column] = 1.0;
+        }
+        let ones = Tensor::from_slice(&ones).reshape([entries as i64, d as i64]);
+        let original = Tensor::from_slice(&problem.original[row * d..(row + 1) * d]).to_kind(Kind::Double).unsqueeze(1);
+        matrix += ones.matmul(&h).matmul(&ones.tr());
+        right += ones.matmul(&h).matmul(&original);
+    }
+    let exact: Vec<f64> = Vec::try_from(matrix.linalg_solve(&right, true).squeeze_dim(1)).unwrap();
+    let mut exact = exact;
+    exact.sort_by(f64::total_cmp);
+    entries::refit_palettes(&problem, &mut levels, 40).unwrap();
+    for (ours, exact) in levels.values().iter().zip(&exact) {
+        assert!((f64::from(*ours) - exact).abs() < 2e-3 * (1.0 + exact.abs()), "{ours} and {exact}");
+    }
+}
+
+#[test]
+fn a_sweep_beats_the_nearest_entries() {
+    let mut better = 0;
+    for seed in 0..10 {
+        let factors = factors(2, 60, seed, Order::Natural);
+        let problem = problem(&factors, 8, 60, 0.3, seed);
+        let mut levels = levels(&problem, 8, 4);
+        let nearest = (0..problem.original.len()).map(|at| levels.of_row(at / 60).nearest(problem.original[at])).collect();
+        levels.indices = nearest;
+        let before = loss(&problem, &levels);
+        sweep::sweep(&problem, &problem.original, &mut levels).unwrap();
+        better += usize::from(loss(&problem, &levels) < before);
+    }
+    assert_eq!(better, 10);
+}
+
+#[test]
+fn columns_come_back_from_activation_order() {
+    let factors = factors(2, 50, 3, Order::Activation);
+    for part in &factors.parts {
+        assert!(part.diagonal.is_sorted_by(|a, b| a >= b));
+    }
+    let natural = Natural::new(&factors, 6, 50);
+    let numbers: Vec<u32> = (0..300).collect();
+    let mut there = numbers.clone();
+    natural.sort(&mut there);
+    assert_ne!(there, numbers);
+    natural.restore(&mut there);
+    assert_eq!(there, numbers);
+}
+
+#[test]
+fn entries_are_the_nearest_whatever_their_number() {
+    for bits in [1, 3, 6, 8] {
+        let entries = 1_usize << bits;
+        let palette: Vec<f16> = (0..entries).map(|at| f16::from_f64((at as f64).powf(1.5) / 7.0 - 1.0)).collect();
+        let levels = Levels::new(&palette, entries, 1, vec![0]);
+        for at in 0..2000 {
+            let value = at as f32 * 0.3 - 2.0;
+            let distance = |entry: &f16| (entry.to_f32() - value).abs();
+            let best = palette.iter().map(distance).fold(f32::INFINITY, f32::min);
+            assert!(distance(&palette[usize::from(levels.of_row(0).nearest(value))]) <= best * (1.0 + 1e-6));
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The joint solver: against exhaustive search, against one step after the other, and against what could break it.
+
+use half::f16;
+use sdxl_squeeze::Error;
+use sdxl_squeeze::container::CompressedWeight;
+use sdxl_squeeze::model::{ConvGeometry, LayerKind};
+use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions};
+use sdxl_squeeze::solver::{
+    Hessian, Joint, JointFactors, JointOptions, Note, Order, PruneOptions, Sparsity, joint, output_energy, prune,
+};
+use tch::{Device, Kind, Tensor};
+
+fn numbers(shape: &[i64], seed: u64) -> Tensor {
+    use rand::{RngExt, SeedableRng};
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| (0..4).map(|_| random.random_range(-1f32..1.0)).sum()).collect();
+    Tensor::from_slice(&values).reshape(shape)
+}
+
+/// Inputs [n, d] that a few directions dominate, the same for one `family`.
+fn correlated(n: i64, d: i64, family: u64, seed: u64) -> Tensor {
+    let few = numbers(&[n, d / 4 + 1], seed).matmul(&numbers(&[d / 4 + 1, d], family));
+    few / (d as f64).sqrt() + 0.2 * numbers(&[n, d], seed + 1000)
+}
+
+fn hessian(inputs: &Tensor) -> Hessian {
+    let mut hessian = Hessian::new(*inputs.size().last().unwrap(), Device::Cpu).unwrap();
+    hessian.add(inputs).unwrap();
+    hessian
+}
+
+fn palette(bits: u8, group_size: Option<usize>) -> PaletteOptions {
+    let granularity = group_size.map_or(Granularity::PerTensor, |group_size| Granularity::PerGroupedChannel { group_size, axis: 0 });
+    PaletteOptions { bits, granularity, per_channel_scale: false, on_misfit: OnMisfit::Error }
+}
+
+fn pruned(sparsity: Sparsity) -> Option<PruneOptions> {
+    Some(PruneOptions { sparsity, ..PruneOptions::default() })
+}
+
+fn solve(weight: &Tensor, hessian: &Hessian, options: &JointOptions) -> Joint {
+    let factors = JointFactors::new(hessian, options.dampening(), options.order()).unwrap();
+    joint("a", weight, hessian, &factors, options).unwrap()
+}
+
+fn tensor(values: &[f16], like: &Tensor) -> Tensor {
+    Tensor::from_slice(values).to_kind(Kind::Float).reshape(like.size())
+}
+
+fn cost(values: &[f16], weight: &Tensor, hessian: &Hessian) -> f64 {
+    output_energy(&(tensor(values, weight) - weight), hessian).unwrap()
+}
+
+/// What is stored decodes to the weight, zeros are where the mask says, and the loss is the loss.
+fn consistent(found: &Joint, weight: &Tensor, hessian: &Hessian) {
+    let Some(palettized) = &found.palettized else { panic!("no palettes") };
+    let stored = CompressedWeight::palettized(
+        weight.size(),
+        found.mask.as_deref(),
+        palettized.bits,
+        palettized.axis,
+        palettized.group_size,
+        palettized.palettes.clone(),
+        &palettized.indices,
+        palettized.scales.clone(),
+    );
+    assert_eq!(stored.unwrap().decode().unwrap(), found.weight);
+    if let Some(mask) = &found.mask {
+        assert!(found.weight.iter().zip(mask).all(|(value, keep)| *keep || value.to_bits() == 0), "pruned weights are +0");
+    }
+    assert!(palettized.palettes.chunks(1 << palettized.bits).all(|palette| palette.is_sorted()));
+    let cost = cost(&found.weight, weight, hessian);
+    assert!((cost - found.loss).abs() <= 1e-3 * cost.max(1e-9), "{cost} is not {}", found.loss);
+    assert!(found.loss <= found.sequential_loss);
+}
+
+#[test]
+fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
+    let cases = [
+        (pruned(Sparsity::Unstructured(0.4)), palette(4, Some(16)), 0.7),
+        (pruned(Sparsity::Unstructured(0.5)), palette(4, Some(16)), 0.75),
+        (pruned(Sparsity::NM { n: 2, m: 4 }), palette(4, Some(8)), 0.85),
+        (None, palette(4, Some(16)), 0.5),
+        (None, palette(3, Some(16)), 0.5),
+        (None, palette(2, None), 0.6),
+    ];
+    for (prune, palette, bound) in cases {
+        let (mut ours, mut theirs) = (0.0, 0.0);
+        for seed in 0..3 {
+            let (weight, inputs) = (numbers(&[48, 192], seed), correlated(2000, 192, 70 + seed, 10 + seed));
+            let seen = hessian(&inputs);
+            let unseen = hessian(&correlated(2000, 192, 70 + seed, 40 + seed));
+            let options = JointOptions::new(prune, Some(palette));
+            let found = solve(&weight, &seen, &options);
+            consistent(&found, &weight, &seen);
+            ours += cost(&found.weight, &weight, &unseen);
+            // Without any of its parts it is one after the other, but for how weights count in the palette.
+            let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
+            let plain = JointOptions { refit_steps: 0, sweep: false, palette_steps: 0, turns: 0, ..options };
+            theirs += cost(&joint("a", &weight, &seen, &factors, &plain).unwrap().weight, &weight, &unseen);
+        }
+        assert!(ours < bound * theirs, "{prune:?} {palette:?}: {:.3}", ours / theirs);
+        println!("{prune:?} {palette:?}: {:.3}", ours / theirs);
+    }
+}
+
+#[test]
+fn near_the_best_of_all_on_layers_small_enough_to_try_everything() {
+    let (d, trials) = (6, 40);
+    let (mut best_ones, mut ratios) = (0, 0.0);
+    for seed in 0..trials {
+        let weight = numbers(&[2, d], seed);
+        let seen = hessian(&correlated(60, d, seed + 7, seed + 500));
+        let found = solve(&weight, &seen, &JointOptions::new(None, Some(palette(1, None))));
+        consistent(&found, &weight, &seen);
+        let h = seen.matrix().unwrap().squeeze_dim(0).to_kind(Kind::Double);
+        let w = weight.to_kind(Kind::Double);
+        let energy = |change: &Tensor| change.matmul(&h).dot_all(change);
+        // Every way to give two values to twelve weights, each with its best two values.
+        let mut least = f64::INFINITY;
+        for way in 0_u32..1 << (2 * d) {
+            let ones: Vec<f64> = (0..2 * d).map(|at| f64::from(way >> at & 1)).collect();
+            let ones = Tensor::from_slice(&ones).reshape([2, d]);
+            let others = 1.0 - &ones;
+            let (oo, ox, xx) = (energy(&ones), ones.matmul(&h).dot_all(&others), energy(&others));
+            let (ow, xw) = (ones.matmul(&h).dot_all(&w), others.matmul(&h).dot_all(&w));
+            let det = oo * xx - ox * ox;
+            let (a, b) = if det > 1e-9 {
+                ((ow * xx - xw * ox) / det, (xw * oo - ow * ox) / det)
+            } else {
+                (ow / oo.max(1e-12), xw / xx.max(1e-12))
+            };
+            least = least.min(energy(&(a * &ones + b * &others - &w)));
+        }
+        let ratio = found.loss / least;
+        assert!(ratio > 0.999, "better than the best of all: {ratio}");
+        assert!(ratio < 3.0, "{ratio}");
+        best_ones += usize::from(ratio < 1.02);
+        ratios += ratio / trials as f64;
+    }
+    println!("{best_ones} of {trials} are the best of all; {ratios:.3} times the least in the mean");
+    assert!(best_ones * 4 >= trials as usize, "{best_ones}");
+    assert!(ratios < 1.4, "{ratios}");
+}
+
+trait DotAll {
+    fn dot_all(&self, other: &Tensor) -> f64;
+}
+
+impl DotAll for Tensor {
+    fn dot_all(&self, other: &Tensor) -> f64 {
+        (self * other).sum(Kind::Double).double_value(&[])
+    }
+}
+
+#[test]
+fn every_width_every_group_and_grouped_convolutions() {
+    let geometry = ConvGeometry { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 2 };
+    let (weight, input) = (numbers(&[16, 4, 3, 3], 1), numbers(&[3, 8, 12, 12], 2));
+    let mut seen = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    seen.add(&input).unwrap();
+    for bits in [1, 2, 3, 4, 6, 8] {
+        for group in [None, Some(1), Some(4), Some(16)] {
+            for prune in [None, pruned(Sparsity::Unstructured(0.4)), pruned(Sparsity::NM { n: 2, m: 4 })] {
+                let found = solve(&weight, &seen, &JointOptions::new(prune, Some(palette(bits, group))));
+                consistent(&found, &weight, &seen);
+                let zeros = found.mask.map_or(0, |mask| mask.iter().filter(|keep| !**keep).count());
+                let share = if prune.is_some() { 0.4..0.52 } else { 0.0..0.001 };
+                assert!(share.contains(&(zeros as f64 / 576.0)), "{bits} {group:?} {prune:?}: {zeros}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_convolution_of_stride_one_is_a_linear_on_its_windows() {
+    let geometry = ConvGeometry { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1 };
+    let (weight, input) = (numbers(&[16, 60, 3, 3], 3), numbers(&[2, 60, 20, 20], 4));
+    let mut conv = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    conv.add(&input).unwrap();
+    let options = JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette(3, Some(8))));
+    let found = solve(&weight, &conv, &options);
+    consistent(&found, &weight, &conv);
+    let windows = input.im2col([3, 3], [1, 1], [1, 1], [1, 1]).transpose(1, 2).contiguous();
+    let linear = solve(&weight.reshape([16, 540]), &hessian(&windows), &options);
+    assert!((found.loss / linear.loss - 1.0).abs() < 0.05, "{} and {}", found.loss, linear.loss);
+}
+
+#[test]
+fn only_pruned_it_is_refitted() {
+    let (weight, seen) = (numbers(&[32, 100], 5), hessian(&correlated(900, 100, 6, 7)));
+    let options = JointOptions::new(pruned(Sparsity::Unstructured(0.5)), None);
+    let found = solve(&weight, &seen, &options);
+    let before = prune(&weight, &seen, &options.prune.unwrap()).unwrap();
+    assert!(found.palettized.is_none());
+    assert!(found.loss < 0.95 * before.loss, "{} and {}", found.loss, before.loss);
+    assert_eq!(found.mask, Some(Vec::<bool>::try_from(before.mask.flatten(0, -1)).unwrap()), "the same mask");
+    assert!((found.pruned_loss.unwrap() / found.loss - 1.0).abs() < 0.01, "fp16 costs little");
+}
+
+#[test]
+fn the_same_bytes_on_any_number_of_threads() {
+    let run = |prune| {
+        let (weight, seen) = (numbers(&[48, 333], 8), hessian(&correlated(800, 333, 9, 10)));
+        let found = solve(&weight, &seen, &JointOptions::new(prune, Some(palette(4, Some(16)))));
+        let palettized = found.palettized.unwrap();
+        (found.weight, palettized.palettes, palettized.indices, found.mask, found.loss.to_bits())
+    };
+    for prune in [None, pruned(Sparsity::Unstructured(0.4))] {
+        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let expected = pool(1).install(|| run(prune));
+        assert!(pool(3).install(|| run(prune)) == expected);
+        let threads = tch::get_num_threads();
+        for count in [1, 2] {
+            tch::set_num_threads(count);
+            assert!(run(prune) == expected, "{count} threads of libtorch");
+        }
+        tch::set_num_threads(threads);
+    }
+}
+
+#[test]
+fn few_vectors_mean_more_dampening_and_a_note() {
+    let weight = numbers(&[32, 256], 11);
+    for vectors in [1, 8, 40] {
+        let seen = hessian(&correlated(vectors, 256, 12, 13));
+        let unseen = hessian(&correlated(3000, 256, 12, 14));
+        for prune in [None, pruned(Sparsity::Unstructured(0.4))] {
+            let options = JointOptions::new(prune, Some(palette(4, Some(16))));
+            let found = solve(&weight, &seen, &options);
+            assert!(found.notes.iter().any(|note| matches!(note, Note::FewVectors { dimension: 256, .. })), "{:?}", found.notes);
+            let shrunk = |note: &Note| matches!(note, Note::Shrunk { used, .. } if *used > 0.01);
+            assert!(found.notes.iter().any(shrunk), "{vectors}: {:?}", found.notes);
+            let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
+            let plain = JointOptions { refit_steps: 0, sweep: false, palette_steps: 0, turns: 0, ..options };
+            let plain = joint("a", &weight, &seen, &factors, &plain).unwrap();
+            let (ours, theirs) = (cost(&found.weight, &weight, &unseen), cost(&plain.weight, &weight, &unseen));
+            println!("{vectors} vectors, {prune:?}: {:.3}", ours / theirs);
+            assert!(ours < 1.1 * theirs, "{vectors} vectors, {prune:?}: {:.3}", ours / theirs);
+        }
+    }
+}
+
+#[test]
+fn dead_columns_and_constant_weights() {
+    let mut inputs = correlated(400, 64, 15, 16);
+    let _ = inputs.narrow(1, 10, 5).zero_();
+    let (weight, seen) = (numbers(&[16, 64], 17), hessian(&inputs));
+    inputs = inputs.narrow(0, 0, 1);
+    for prune in [None, pruned(Sparsity::Unstructured(0.4))] {
+        let options = JointOptions::new(prune, Some(palette(3, Some(4))));
+        consistent(&solve(&weight, &seen, &options), &weight, &seen);
+        let (same, zero) = (weight.ones_like() * 0.5, weight.zeros_like());
+        let found = solve(&zero, &seen, &options);
+        assert!(found.loss == 0.0 && found.weight.iter().all(|value| value.to_bits() == 0));
+        consistent(&solve(&same, &seen, &options), &same, &seen);
+        consistent(&solve(&weight, &hessian(&inputs), &options), &weight, &hessian(&inputs));
+    }
+    let found = solve(&weight, &seen, &JointOptions::new(None, Some(palette(3, Some(4)))));
+    let dead = tensor(&found.weight, &weight).narrow(1, 10, 5);
+    let off = (dead - weight.narrow(1, 10, 5)).abs().max().double_value(&[]);
+    assert!(off < 1.5, "not pruned, they stay near what they were: {off}");
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let (weight, seen) = (numbers(&[16, 64], 18), hessian(&correlated(200, 64, 19, 20)));
+    let options = JointOptions::new(None, Some(palette(4, Some(16))));
+    let factors = JointFactors::new(&seen, 0.01, Order::Activation).unwrap();
+    let bad = |weight: &Tensor, factors: &JointFactors, options: &JointOptions| joint("a", weight, &seen, factors, options).unwrap_err();
+
+    let mut with_nan = weight.copy();
+    let _ = with_nan.get(3).get(3).fill_(f64::NAN);
+    assert!(matches!(bad(&with_nan, &factors, &options), Error::NotFinite(_)));
+    with_nan = weight.copy() * 1e30;
+    assert!(matches!(bad(&with_nan, &factors, &options), Error::NotFinite(_)), "beyond fp16");
+    assert!(matches!(bad(&numbers(&[16, 63], 1), &factors, &options), Error::Argument(_)));
+    let natural = JointFactors::new(&seen, 0.01, Order::Natural).unwrap();
+    assert!(matches!(bad(&weight, &natural, &options), Error::Argument(_)));
+    let misfit = JointOptions::new(None, Some(palette(4, Some(7))));
+    assert!(matches!(bad(&weight, &factors, &misfit), Error::Argument(_)));
+    let five = JointOptions::new(None, Some(palette(5, None)));
+    assert!(matches!(bad(&weight, &factors, &five), Error::Argument(_)));
+    let empty = Hessian::new(64, Device::Cpu).unwrap();
+    assert!(matches!(JointFactors::new(&empty, 0.01, Order::Natural), Err(Error::Argument(_))));
+    assert!(matches!(JointFactors::new(&seen, -1.0, Order::Natural), Err(Error::Argument(_))));
+    assert!(matches!(JointFactors::new(&seen, f64::NAN, Order::Natural), Err(Error::Argument(_))));
+}
+
+#[test]
+fn palettes_that_it_cannot_solve_are_made_after_it_with_a_note() {
+    let (weight, seen) = (numbers(&[16, 64], 21), hessian(&correlated(300, 64, 22, 23)));
+    let inputs = PaletteOptions { granularity: Granularity::PerGroupedChannel { group_size: 8, axis: 1 }, ..palette(4, None) };
+    let scaled = PaletteOptions { per_channel_scale: true, ..palette(4, Some(4)) };
+    for palette in [inputs, scaled] {
+        let found = solve(&weight, &seen, &JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette)));
+        assert!(found.notes.contains(&Note::NotJoint));
+        consistent(&found, &weight, &seen);
+    }
+}
