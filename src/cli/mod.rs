@@ -48,7 +48,7 @@ enum Command {
     Compare(compare::Args),
     /// Check a container: structure, counts and hashes
     Verify(verify::Args),
-    /// Write what other programs load: a diffusers folder
+    /// Write what other programs load: a diffusers folder, a Core ML package
     Export(export::Args),
     /// Draw a picture from a prompt
     Generate(generate::Args),

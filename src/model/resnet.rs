@@ -8,7 +8,7 @@ use crate::error::Result;
 
 /// The sizes of a [`Resnet`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ResnetShape {
+pub(crate) struct ResnetShape {
     pub input: i64,
     pub output: i64,
     /// The width of the time embedding; `None` where there is no time (VAE).

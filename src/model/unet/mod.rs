@@ -11,7 +11,10 @@ use tch::Tensor;
 pub use carry::Carry;
 pub use config::{Depth, UnetConfig};
 pub use ends::{Conditioning, Head, Tail};
+pub(crate) use ends::Sinusoids;
+pub(crate) use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
+pub(crate) use transformer::TransformerShape;
 
 use super::layer::Observer;
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};

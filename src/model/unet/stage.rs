@@ -46,7 +46,7 @@ pub struct StageSpec {
 
 /// The convolution that ends a stage with another resolution.
 #[derive(Debug, Clone, Copy)]
-enum Resample {
+pub(crate) enum Resample {
     Down { channels: i64, padding: i64 },
     Up { channels: i64 },
 }
@@ -122,6 +122,21 @@ impl StageSpec {
     /// The stage's name.
     pub fn name(&self) -> StageName {
         self.name
+    }
+
+    /// Its resnets, in order.
+    pub(crate) fn resnets(&self) -> &[ResnetShape] {
+        &self.resnets
+    }
+
+    /// The transformer that follows each resnet; none for plain stages.
+    pub(crate) fn transformers(&self) -> &[TransformerShape] {
+        &self.transformers
+    }
+
+    /// The convolution that ends it.
+    pub(crate) fn resample(&self) -> Option<Resample> {
+        self.resample
     }
 
     /// Builds the stage, reading its weights from `source`.

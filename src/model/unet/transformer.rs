@@ -8,7 +8,7 @@ use crate::model::network::{Builder, GroupNorm, LayerId, LayerNorm, Run, attend,
 
 /// The sizes of a [`Transformer`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct TransformerShape {
+pub(crate) struct TransformerShape {
     pub channels: i64,
     pub heads: i64,
     pub depth: usize,
