@@ -46,7 +46,7 @@ enum Command {
     Compress(compress::Args),
     /// Compress with several configs and report what each costs
     Compare(compare::Args),
-    /// Check a container: structure, counts and hashes
+    /// Check a container or a Core ML package: structure, counts and hashes
     Verify(verify::Args),
     /// Write what other programs load: a diffusers folder, a Core ML package
     Export(export::Args),

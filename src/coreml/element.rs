@@ -89,6 +89,9 @@ impl Display for Element {
     }
 }
 
+/// Dimensions of an array: a look-up table for a convolution's weight has six.
+pub(super) const MAX_RANK: usize = 8;
+
 /// An array's type. A scalar has no dimensions.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ArrayType {
@@ -140,7 +143,7 @@ impl ArrayType {
             _ => Err("has a dimension that is not a positive number".to_owned()),
         };
         let shape = tensor.dimensions.iter().map(size).collect::<Result<Vec<u64>, _>>()?;
-        if tensor.rank != shape.len() as i64 {
+        if tensor.rank != shape.len() as i64 || shape.len() > MAX_RANK {
             return Err(format!("is of rank {} with {} dimensions", tensor.rank, shape.len()));
         }
         if !tensor.attributes.is_empty() {

@@ -5,6 +5,7 @@
 //! how that is checked.
 
 mod blob;
+mod check;
 mod description;
 mod element;
 mod infer;
@@ -23,6 +24,7 @@ use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
 
+pub use check::{PackageVerification, verify};
 pub use element::{ArrayType, Element};
 pub use options::{Io, Layout, Options};
 pub use package::{WrittenPackage, write};

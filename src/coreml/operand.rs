@@ -14,12 +14,14 @@ pub(super) struct Operand {
     pub literal: Option<Literal>,
     /// Whether it is known before the program runs: constants, and what `constexpr` operations make.
     pub constant: bool,
+    /// The set bits of a mask, where they have been counted.
+    pub ones: Option<u64>,
 }
 
 impl Operand {
     /// Something that is computed.
     pub fn computed(array: ArrayType) -> Self {
-        Operand { array, literal: None, constant: false }
+        Operand { array, literal: None, constant: false, ones: None }
     }
 }
 

@@ -17,6 +17,7 @@ use super::program::{ProgramBuilder, declared};
 use super::proto::mil_spec::{Block, Function, Operation, Program};
 use super::proto::specification::{Metadata, Model, ModelDescription, model};
 use super::weights::UnetWeights;
+use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
 use crate::model::unet::UnetChain;
 use crate::output::NewFolder;
@@ -32,6 +33,9 @@ pub(super) const MAIN: &str = "main";
 pub(super) const WEIGHTS_HASH: &str = "sdxl-squeeze.weights_sha256";
 /// The metadata key of the program's hash: SHA-256 of `model.mlmodel` without this entry.
 pub(super) const MODEL_HASH: &str = "sdxl-squeeze.model_sha256";
+
+/// The metadata key of the UNet's `config.json`.
+pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 
 /// A package that was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -139,6 +143,11 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result
     ]);
     let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
     let mut sizes = json!({ "weight_bin_bytes": blobs.bytes });
+    let config = match weights {
+        UnetWeights::Container(container) => container.info().unet_config.clone(),
+        UnetWeights::Dense(weights) => ConfigFile::read(&weights.folder().join("config.json"))?.into_entries(),
+    };
+    user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(config)));
     if let UnetWeights::Container(container) = weights {
         let layers: Vec<_> = container.layers().collect();
         let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();

@@ -110,7 +110,7 @@ impl ProgramBuilder {
                 }
                 Arg::Inline(array, value) => {
                     let binding = Binding { binding: Some(binding::Binding::Value(value.clone())) };
-                    (vec![binding], vec![Operand { array: array.clone(), literal: None, constant: true }])
+                    (vec![binding], vec![Operand { array: array.clone(), literal: None, constant: true, ones: None }])
                 }
             };
             inputs.insert((*parameter).to_owned(), Argument { arguments: bindings });
@@ -125,7 +125,7 @@ impl ProgramBuilder {
             .enumerate()
             .map(|(i, array)| {
                 let name = if several { self.claim(&format!("{name}_{i}")) } else { name.clone() };
-                Var { name, operand: Operand { array, literal: None, constant } }
+                Var { name, operand: Operand { array, literal: None, constant, ones: None } }
             })
             .collect();
         self.push(kind, &name, inputs, &outputs, None);
@@ -179,7 +179,7 @@ impl ProgramBuilder {
 
     fn constant(&mut self, name: &str, array: ArrayType, bytes: &[u8]) -> Result<Var> {
         let value = self.data(&array, bytes)?;
-        let operand = Operand { array, literal: None, constant: true };
+        let operand = Operand { array, literal: None, constant: true, ones: None };
         let var = Var { name: self.claim(name), operand };
         self.push("const", &var.name.clone(), BTreeMap::new(), std::slice::from_ref(&var), Some(value));
         Ok(var)
@@ -190,7 +190,7 @@ impl ProgramBuilder {
         if let Some(var) = self.literals.get(&key) {
             return var.clone();
         }
-        let operand = Operand { array: literal.array_type(), literal: Some(literal.clone()), constant: true };
+        let operand = Operand { array: literal.array_type(), literal: Some(literal.clone()), constant: true, ones: None };
         let var = Var { name: self.claim(name), operand };
         self.push("const", &var.name.clone(), BTreeMap::new(), std::slice::from_ref(&var), Some(literal.to_proto()));
         self.literals.insert(key, var.clone());
@@ -212,7 +212,7 @@ impl ProgramBuilder {
 
     /// A name of the program like `name`: letters, digits and underscores, and none twice.
     fn claim(&mut self, name: &str) -> String {
-        let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let plain = identifier(name);
         let mut claimed = plain.clone();
         let mut more = 1;
         while !self.names.insert(claimed.clone()) {
@@ -226,6 +226,11 @@ impl ProgramBuilder {
     pub fn into_parts(self) -> (Vec<Operation>, BlobWriter) {
         (self.operations, self.blobs)
     }
+}
+
+/// A checkpoint name as an identifier of a program: letters, digits and underscores.
+pub(super) fn identifier(name: &str) -> String {
+    name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect()
 }
 
 /// A value's name and type.

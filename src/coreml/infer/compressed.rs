@@ -16,16 +16,18 @@ pub fn lut_to_sparse(operands: &Operands) -> Inferred {
     let indices = constant(operands, "indices_nonzero_data")?;
     let [kept] = indices.array.shape[..] else { return Err(format!("the kept indices are {}", indices.array)) };
     let dense = palette(operands, indices.array.element, &mask.array.shape)?;
+    counted(mask, kept)?;
     Ok(vec![mask.array.clone(), ArrayType::new(dense.element, [kept])])
 }
 
 pub fn sparse_to_dense(operands: &Operands) -> Inferred {
     let (values, mask) = (constant(operands, "nonzero_data")?, constant(operands, "mask")?);
     bits(mask)?;
-    let kept_fit = matches!(values.array.shape[..], [kept] if mask.array.numel().is_some_and(|numel| kept <= numel));
-    if !kept_fit || values.array.element != Element::F16 {
+    let [kept] = values.array.shape[..] else { return Err(format!("the kept values are {}", values.array)) };
+    if mask.array.numel().is_none_or(|numel| kept > numel) || values.array.element != Element::F16 {
         return Err(format!("the kept values are {} for a mask {}", values.array, mask.array));
     }
+    counted(mask, kept)?;
     Ok(vec![ArrayType::new(Element::F16, mask.array.shape.clone())])
 }
 
@@ -36,6 +38,14 @@ fn constant<'a>(operands: &Operands<'a>, name: &str) -> Result<&'a Operand, Stri
 
 fn bits(mask: &Operand) -> Result<(), String> {
     if mask.array.element == Element::Unsigned(1) { Ok(()) } else { Err(format!("the mask is {}", mask.array)) }
+}
+
+/// Whether the mask keeps as many elements as there are values.
+fn counted(mask: &Operand, kept: u64) -> Result<(), String> {
+    match mask.ones {
+        Some(ones) if ones != kept => Err(format!("the mask keeps {ones} elements, but there are {kept} values")),
+        _ => Ok(()),
+    }
 }
 
 /// The dense weight of `shape` that indices of `element` into `lut` make: lut [g0, g1, .., 2^bits, 1], one palette for each of the

@@ -1,6 +1,6 @@
 //! Operations that move numbers.
 
-use super::super::element::{ArrayType, Element};
+use super::super::element::{ArrayType, Element, MAX_RANK};
 use super::super::operand::Operands;
 use super::dense::rank4;
 use super::{Inferred, axis};
@@ -8,7 +8,7 @@ use super::{Inferred, axis};
 pub fn reshape(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let new = ArrayType::new(x.element, operands.sizes("shape")?);
-    if new.numel() != x.numel() {
+    if new.numel().is_none() || new.numel() != x.numel() {
         return Err(format!("{x} cannot become {:?}", new.shape));
     }
     Ok(vec![new])
@@ -32,6 +32,9 @@ pub fn expand_dims(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let axes = operands.ints("axes")?;
     let rank = x.shape.len() + axes.len();
+    if rank > MAX_RANK {
+        return Err(format!("axes {axes:?} of {x}"));
+    }
     let mut shape = x.shape.clone();
     for index in axes {
         let at = axis(*index, rank)?;
