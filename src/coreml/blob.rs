@@ -98,3 +98,50 @@ impl BlobWriter {
         Ok(BlobFile { bytes: self.length, sha256: super::hex(self.hash) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::super::element::Element;
+    use super::*;
+    use crate::container::{BIT_WIDTHS, Packed};
+
+    /// `tests/golden/make_coreml.py` wrote the same numbers with Apple's own writer.
+    #[test]
+    fn bytes_are_those_of_coremltools() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weight.bin");
+        let mut writer = BlobWriter::create(&path).unwrap();
+        for bits in BIT_WIDTHS {
+            let lengths: &[usize] = if bits == 8 { &[21] } else { &[16, 21] };
+            for length in lengths {
+                let values = (0..*length).map(|i| ((i * i * i + i / 2 + usize::from(bits)) % (1 << bits)) as u8);
+                let packed = Packed::pack(values.collect::<Vec<_>>().into_iter(), bits).unwrap();
+                writer.push(&ArrayType::new(Element::Unsigned(bits), [*length as u64]), packed.bytes()).unwrap();
+            }
+        }
+        let numbers = (0..21).map(|i| i as f32 / 4.0 - 2.0);
+        let halves: Vec<u8> = numbers.clone().flat_map(|value| f16::from_f32(value).to_le_bytes()).collect();
+        writer.push(&ArrayType::new(Element::F16, [3, 7]), &halves).unwrap();
+        let floats: Vec<u8> = numbers.flat_map(f32::to_le_bytes).collect();
+        let at = writer.push(&ArrayType::new(Element::F32, [21]), &floats).unwrap();
+        let file = writer.finish().unwrap();
+        let golden = include_bytes!("../../tests/golden/coreml/blobs.bin");
+        let ours = std::fs::read(&path).unwrap();
+        assert_eq!(ours, golden);
+        assert_eq!((file.bytes, at % UNIT), (golden.len() as u64, 0));
+        assert_eq!(file.sha256, crate::coreml::hex(Sha256::new_with_prefix(&golden[64..])));
+    }
+
+    #[test]
+    fn other_bytes_than_the_arrays_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = BlobWriter::create(&folder.path().join("weight.bin")).unwrap();
+        let bits = |n: u8, length: u64| ArrayType::new(Element::Unsigned(n), [length]);
+        assert!(writer.push(&bits(3, 11), &[0; 4]).is_err());
+        assert!(writer.push(&bits(3, 11), &[0; 5]).is_ok());
+        assert!(writer.push(&ArrayType::new(Element::Bool, [8]), &[0; 8]).is_err());
+        assert!(writer.push(&ArrayType::new(Element::F16, [1 << 40, 1 << 40]), &[]).is_err());
+    }
+}

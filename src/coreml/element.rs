@@ -119,9 +119,8 @@ impl ArrayType {
 
     /// Its form in a program.
     pub(super) fn to_proto(&self) -> ValueType {
-        let dimension = |size: &u64| Dimension {
-            dimension: Some(dimension::Dimension::Constant(ConstantDimension { size: *size })),
-        };
+        let dimension =
+            |size: &u64| Dimension { dimension: Some(dimension::Dimension::Constant(ConstantDimension { size: *size })) };
         ValueType {
             r#type: Some(value_type::Type::TensorType(TensorType {
                 data_type: self.element.code(),

@@ -84,3 +84,62 @@ impl Lut {
         self.entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weight(axis: usize, group_size: usize, scales: Option<Vec<f16>>) -> CompressedWeight {
+        let (rows, columns) = (6, 4);
+        let channels = [rows, columns][axis];
+        let palettes = (0..channels / group_size * 4).map(|i| f16::from_f32(0.37 * i as f32 - 2.1)).collect();
+        let indices: Vec<u8> = (0..rows * columns).map(|i| ((i * 7 + i / 3) % 4) as u8).collect();
+        let shape = vec![rows as i64, columns as i64];
+        CompressedWeight::palettized(shape, None, 2, axis, group_size, palettes, &indices, scales).unwrap()
+    }
+
+    /// Looks every element up by the rule of `constexpr_lut_to_dense`.
+    fn look_up(weight: &CompressedWeight, lut: &Lut) -> Vec<f16> {
+        let Values::Palettized { indices, .. } = &weight.values else { panic!() };
+        let [rows, columns] = [0, 1].map(|axis| weight.shape[axis] as usize);
+        let [down, right] = lut.groups.map(|n| n as usize);
+        assert_eq!(lut.entries.len(), down * right * 4);
+        let group = |row: usize, column: usize| row / (rows / down) * right + column / (columns / right);
+        (0..rows * columns).map(|i| lut.entries[group(i / columns, i % columns) * 4 + usize::from(indices.get(i))]).collect()
+    }
+
+    #[test]
+    fn scales_are_folded_in_exactly() {
+        let uneven: Vec<f16> = (0..6).map(|row| f16::from_f32(0.3 + 0.117 * row as f32)).collect();
+        let of_groups: Vec<f16> = (0..6).map(|row| f16::from_f32(0.3 + 0.117 * (row / 3) as f32)).collect();
+        let even = vec![f16::from_f32(0.7); 6];
+        let cases = [
+            (0, 3, None, [2, 1]),
+            (0, 3, Some(&uneven), [6, 1]),
+            (0, 3, Some(&of_groups), [2, 1]),
+            (0, 6, Some(&of_groups), [6, 1]),
+            (0, 6, Some(&even), [1, 1]),
+            (1, 2, None, [1, 2]),
+            (1, 2, Some(&even), [1, 2]),
+            (1, 2, Some(&uneven), [6, 2]),
+        ];
+        for (axis, group_size, scales, groups) in cases {
+            let weight = weight(axis, group_size, scales.cloned());
+            let lut = Lut::of(&weight).unwrap();
+            assert_eq!(lut.groups, groups, "axis {axis}, {group_size}");
+            assert_eq!(look_up(&weight, &lut), weight.decode().unwrap(), "axis {axis}, {group_size}");
+            assert_eq!(lut.array(2, 4).shape, [groups[0], groups[1], 1, 1, 4, 1]);
+        }
+    }
+
+    #[test]
+    fn a_product_beyond_fp16_is_an_error_only_where_it_is_used() {
+        let palettized = |indices: &[u8]| {
+            let palettes = vec![f16::ONE, f16::MAX];
+            CompressedWeight::palettized(vec![1, 2], None, 1, 0, 1, palettes, indices, Some(vec![f16::from_f32(2.0)])).unwrap()
+        };
+        let unused = Lut::of(&palettized(&[0, 0])).unwrap();
+        assert_eq!(unused.entries, [f16::from_f32(2.0), f16::MAX]);
+        assert!(matches!(Lut::of(&palettized(&[0, 1])), Err(Error::NotFinite(_))));
+    }
+}

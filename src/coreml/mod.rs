@@ -17,7 +17,7 @@ mod operand;
 mod options;
 mod package;
 mod program;
-mod proto;
+pub mod proto;
 mod weights;
 
 use std::fmt::Write;

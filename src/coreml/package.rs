@@ -94,8 +94,7 @@ pub fn write(
         input: inputs.iter().map(feature).collect(),
         output: vec![feature(&output)],
     };
-    let block =
-        Block { inputs: Vec::new(), outputs: vec![output.name.clone()], operations, attributes: BTreeMap::default() };
+    let block = Block { inputs: Vec::new(), outputs: vec![output.name.clone()], operations, attributes: BTreeMap::default() };
     let function = Function {
         inputs: inputs.iter().map(declared).collect(),
         opset: OPSET.to_owned(),

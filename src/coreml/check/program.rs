@@ -92,7 +92,8 @@ impl Checked {
         if !attributes.keys().eq(expected.iter().copied()) {
             return Err(format!("has the attributes {:?}, not {expected:?}", attributes.keys().collect::<Vec<_>>()));
         }
-        if !matches!(attributes.get("name").map(|value| operand(value, blobs)), Some(Ok((name, _))) if matches!(name.literal, Some(Literal::Text(_)))) {
+        if !matches!(attributes.get("name").map(|value| operand(value, blobs)), Some(Ok((name, _))) if matches!(name.literal, Some(Literal::Text(_))))
+        {
             return Err("has no name".into());
         }
         let types = outputs.iter().map(declared).collect::<Result<Vec<_>, _>>()?;

@@ -68,7 +68,8 @@ pub fn linear(operands: &Operands) -> Inferred {
 /// x [n, c, h, w], weight [o, c, kh, kw], bias [o].
 pub fn conv(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
-    let ([batch, channels, height, width], [outputs, inputs, down, right]) = (rank4(&x.shape)?, rank4(weight(operands, x.element)?)?);
+    let ([batch, channels, height, width], [outputs, inputs, down, right]) =
+        (rank4(&x.shape)?, rank4(weight(operands, x.element)?)?);
     operands.vector("bias", x.element, outputs)?;
     if operands.int("groups")? != 1 || channels != inputs {
         return Err(format!("a weight for {inputs} channels is given {x}"));

@@ -5,10 +5,16 @@ use super::super::operand::Operands;
 use super::dense::rank4;
 use super::{Inferred, axis};
 
+/// One size may be -1: what is left.
 pub fn reshape(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
-    let new = ArrayType::new(x.element, operands.sizes("shape")?);
-    if new.numel().is_none() || new.numel() != x.numel() {
+    let shape = operands.ints("shape")?;
+    let known = shape.iter().filter(|n| **n != -1).try_fold(1u64, |product, n| product.checked_mul(u64::try_from(*n).ok()?));
+    let rest = x.numel().zip(known).and_then(|(numel, known)| numel.checked_div(known));
+    let sizes = shape.iter().map(|n| if *n == -1 { rest } else { u64::try_from(*n).ok() });
+    let sizes = sizes.collect::<Option<Vec<u64>>>().ok_or_else(|| format!("{x} cannot become {shape:?}"))?;
+    let new = ArrayType::new(x.element, sizes);
+    if shape.len() > MAX_RANK || new.numel().is_none() || new.numel() != x.numel() {
         return Err(format!("{x} cannot become {:?}", new.shape));
     }
     Ok(vec![new])

@@ -15,7 +15,7 @@ impl Lowering<'_> {
         let mut hidden = self.conv2d(&format!("{name}.conv1"), &active, output, 3, same, 0)?;
         let silu_temb = self.silu_temb.clone().ok_or_else(|| Error::Argument("a resnet before the time embedding".into()))?;
         let time = self.dense(&format!("{name}.time_emb_proj"), &silu_temb, output, true)?;
-        let time = self.to_pixels(&format!("{name}.time"), time)?;
+        let time = self.pixels(&format!("{name}.time"), time)?;
         hidden = self.binary("add", &format!("{name}.timed"), &hidden, &time)?;
         let normed = self.group_norm(&format!("{name}.norm2"), &hidden, groups, eps)?;
         let active = self.unary("silu", &format!("{name}.silu2"), &normed)?;
@@ -28,7 +28,7 @@ impl Lowering<'_> {
     }
 
     /// [b, c] to [b, c, 1, 1]; in the split layout it is so already.
-    pub(super) fn to_pixels(&mut self, name: &str, x: Var) -> Result<Var> {
+    pub(super) fn pixels(&mut self, name: &str, x: Var) -> Result<Var> {
         match self.layout {
             Layout::SplitEinsum => Ok(x),
             Layout::Linear => self.append_axes(name, &x),

@@ -15,27 +15,27 @@ impl Lowering<'_> {
         let pixels = x.shape().to_vec();
         let normed = self.group_norm(&format!("{name}.norm"), x, shape.groups, 1e-6)?;
         let mut hidden = if shape.linear_projection {
-            let tokens = self.to_tokens(name, &normed)?;
+            let tokens = self.tokens(name, &normed)?;
             self.dense(&format!("{name}.proj_in"), &tokens, shape.channels, true)?
         } else {
             let projected = self.conv2d(&format!("{name}.proj_in"), &normed, shape.channels, 1, ConvGeometry::new(1, 0), 0)?;
-            self.to_tokens(name, &projected)?
+            self.tokens(name, &projected)?
         };
         for i in 0..shape.depth {
             hidden = self.transformer_block(&format!("{name}.transformer_blocks.{i}"), hidden, shape)?;
         }
         let hidden = if shape.linear_projection {
             let projected = self.dense(&format!("{name}.proj_out"), &hidden, shape.channels, true)?;
-            self.to_image(name, &projected, &pixels)?
+            self.image(name, &projected, &pixels)?
         } else {
-            let image = self.to_image(name, &hidden, &pixels)?;
+            let image = self.image(name, &hidden, &pixels)?;
             self.conv2d(&format!("{name}.proj_out"), &image, shape.channels, 1, ConvGeometry::new(1, 0), 0)?
         };
         self.binary("add", name, &hidden, x)
     }
 
     /// [b, c, h, w] to [b, h w, c], or [b, c, 1, h w].
-    fn to_tokens(&mut self, name: &str, x: &Var) -> Result<Var> {
+    fn tokens(&mut self, name: &str, x: &Var) -> Result<Var> {
         let [batch, channels, height, width] = *x.shape() else { return Err(misshapen(name, x)) };
         let tokens = format!("{name}.tokens");
         match self.layout {
@@ -48,7 +48,7 @@ impl Lowering<'_> {
     }
 
     /// Tokens to [b, c, h, w].
-    fn to_image(&mut self, name: &str, x: &Var, pixels: &[u64]) -> Result<Var> {
+    fn image(&mut self, name: &str, x: &Var, pixels: &[u64]) -> Result<Var> {
         let [batch, channels, height, width] = *pixels else { return Err(misshapen(name, x)) };
         let image = format!("{name}.image");
         match self.layout {

@@ -10,8 +10,8 @@ use tch::Tensor;
 
 pub use carry::Carry;
 pub use config::{Depth, UnetConfig};
-pub use ends::{Conditioning, Head, Tail};
 pub(crate) use ends::Sinusoids;
+pub use ends::{Conditioning, Head, Tail};
 pub(crate) use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
 pub(crate) use transformer::TransformerShape;
