@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use sdxl_squeeze::container::Container;
 use sdxl_squeeze::coreml::{self, Io, Layout, Options, UnetWeights, WrittenPackage};
+use sdxl_squeeze::export::SmallWeights;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::{Error, Result, export};
@@ -28,6 +29,9 @@ pub struct Args {
     out: PathBuf,
     #[command(flatten)]
     coreml: CoremlArgs,
+    /// For --to coremltools: what to do with weights that it would drop, up to 2^-10 in pruned layers [default: refuse]
+    #[arg(long, value_name = "WHAT")]
+    small_weights: Option<SmallWeightsArg>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -39,6 +43,14 @@ enum Format {
     Diffusers,
     /// A Core ML package
     Coreml,
+    /// Dense weights with coremltools' buffers, for converting in Python
+    Coremltools,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SmallWeightsArg {
+    Refuse,
+    Move,
 }
 
 /// For `--to coreml`.
@@ -87,12 +99,16 @@ enum IoArg {
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    if let Some(flag) = args.misplaced() {
+        return Err(Error::Argument(format!("{flag} does nothing with this --to")));
+    }
     match args.to {
         Format::Diffusers => {
             let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
             export::diffusers(&Container::open(&args.path)?, &model, &args.out, reporter)?;
             super::print(&format!("{}\n", args.out.display()))
         }
+        Format::Coremltools => to_coremltools(&args, reporter),
         Format::Coreml => {
             let written = to_coreml(&args, reporter)?;
             if args.json {
@@ -109,6 +125,39 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
             ))
         }
     }
+}
+
+impl Args {
+    /// A flag that belongs to another format.
+    fn misplaced(&self) -> Option<&'static str> {
+        let CoremlArgs { height, width, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
+        let given = [
+            ("--height", height.is_some(), Format::Coreml),
+            ("--width", width.is_some(), Format::Coreml),
+            ("--batch", batch.is_some(), Format::Coreml),
+            ("--layout", layout.is_some(), Format::Coreml),
+            ("--io", io.is_some(), Format::Coreml),
+            ("--tokens", tokens.is_some(), Format::Coreml),
+            ("--time-ids", time_ids.is_some(), Format::Coreml),
+            ("--author", author.is_some(), Format::Coreml),
+            ("--license", license.is_some(), Format::Coreml),
+            ("--small-weights", self.small_weights.is_some(), Format::Coremltools),
+        ];
+        given.into_iter().find(|(_, given, format)| *given && *format != self.to).map(|(flag, ..)| flag)
+    }
+}
+
+fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
+    let small = match args.small_weights {
+        None | Some(SmallWeightsArg::Refuse) => SmallWeights::Refuse,
+        Some(SmallWeightsArg::Move) => SmallWeights::Move,
+    };
+    let moved = export::coremltools(&Container::open(&args.path)?, &args.out, small, reporter)?;
+    if args.json {
+        return super::print(&format!("{}\n", serde_json::to_string_pretty(&moved).unwrap_or_default()));
+    }
+    let lines = moved.iter().map(|row| format!("{}: {} weights moved above 2^-10\n", row.name, count(row.elements)));
+    super::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
 }
 
 fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// The palettes of a weight's blocks: its first two axes are cut into `groups` parts each.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Lut {
+pub(crate) struct Lut {
     /// How many parts each of the first two axes has.
     pub groups: [u64; 2],
     /// The palettes, [groups 0, groups 1, 2^bits].

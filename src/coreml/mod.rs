@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 pub use check::{PackageVerification, verify};
 pub use element::{ArrayType, Element};
+pub(crate) use lut::Lut;
 pub use options::{Io, Layout, Options};
 pub use package::{WrittenPackage, write};
 pub use weights::UnetWeights;

@@ -2,6 +2,7 @@
 //!
 //! What needs Python is in `tests/golden/check_coreml.py`.
 
+mod buffers;
 mod faults;
 mod file;
 mod interpreter;
