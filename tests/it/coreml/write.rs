@@ -3,18 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use sdxl_squeeze::checkpoint::Weights;
 use sdxl_squeeze::container::Container;
 use sdxl_squeeze::coreml::proto::mil_spec::argument::binding::Binding;
 use sdxl_squeeze::coreml::proto::mil_spec::tensor_value::Value as Content;
 use sdxl_squeeze::coreml::proto::mil_spec::value::Value as Kind;
 use sdxl_squeeze::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
-use sdxl_squeeze::coreml::proto::mil_spec::{DataType, Value};
+use sdxl_squeeze::coreml::proto::mil_spec::{DataType, Value as MilValue};
 use sdxl_squeeze::coreml::{Io, Layout, Options, UnetWeights, verify, write};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
-use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain};
+use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
+use serde_json::{Value, json};
 use tch::{Device, Kind as Dtype, Tensor};
 
 use super::file::{Package, blob_path, declared, model_path};
@@ -97,6 +99,36 @@ fn the_bundled_models_dense_weights() {
     assert_eq!((written.compressed, verify(&out).unwrap().compressed), (0, 0));
     let unet = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
     compare(&out, &pipeline.unet, &unet, &options);
+}
+
+/// What a config can ask for and SDXL's own do not: other sinusoids, also of an odd width, and convolutions that pad at the end only.
+#[test]
+fn unusual_architectures() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    crate::support::copy(&repo("tests/golden/base-like"), &model);
+    let path = model.join("unet/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (key, value) in [
+        ("flip_sin_to_cos", json!(false)),
+        ("freq_shift", json!(1)),
+        ("downsample_padding", json!(0)),
+        ("center_input_sample", json!(true)),
+        ("addition_time_embed_dim", json!(5)),
+    ] {
+        config[key] = value;
+    }
+    std::fs::write(&path, config.to_string()).unwrap();
+    let chain = UnetChain::new(UnetConfig::read(&path).unwrap());
+    let weights = Weights::open(&model.join("unet"), "diffusion_pytorch_model", str::to_owned).unwrap();
+    let unet = Unet::resident(chain.clone(), weights.source(Placement::CPU), &Silent).unwrap();
+    for (name, layout) in [("a.mlpackage", Layout::Linear), ("b.mlpackage", Layout::SplitEinsum)] {
+        let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
+        let out = folder.path().join(name);
+        write(&chain, UnetWeights::Dense(&weights), &options, &out, &Silent).unwrap();
+        assert!(verify(&out).unwrap().named);
+        compare(&out, &chain, &unet, &options);
+    }
 }
 
 /// Masks, indices and palettes go to the package as they are. Container and package stay in target/tmp, for `check_coreml.py`.
@@ -238,7 +270,7 @@ fn describe((code, shape): (i32, Vec<i64>)) -> String {
 }
 
 /// A string constant's text, with a space before it.
-fn text(value: &Value) -> String {
+fn text(value: &MilValue) -> String {
     let Some(Kind::ImmediateValue(value)) = &value.value else { return String::new() };
     let Some(Immediate::Tensor(tensor)) = &value.value else { return String::new() };
     match &tensor.value {
