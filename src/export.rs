@@ -1,8 +1,12 @@
 //! Turns a container into what other programs load.
 
+mod coremltools;
+
 use std::path::Path;
 
 use tch::{Device, Kind};
+
+pub use coremltools::{Moved, SmallWeights, coremltools};
 
 use crate::checkpoint::TensorSource;
 use crate::container::Container;

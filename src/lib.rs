@@ -7,6 +7,7 @@ pub mod compare;
 pub mod compress;
 pub mod config;
 pub mod container;
+pub mod coreml;
 pub mod device;
 mod error;
 pub mod export;

@@ -2,10 +2,12 @@
 
 mod file;
 mod record;
+mod weighting;
 
 use tch::Tensor;
 
 pub use record::{PromptSet, encode, record};
+pub use weighting::weights;
 
 use crate::device::Placement;
 use crate::error::Result;

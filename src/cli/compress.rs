@@ -93,6 +93,15 @@ pub struct OverrideArgs {
     /// How masks, weights and palettes are found: sequential or joint
     #[arg(long, value_name = "SOLVER")]
     solver: Option<String>,
+    /// When the layers of a stage learn of each other: stage or sublayer
+    #[arg(long, value_name = "WHEN")]
+    granularity: Option<String>,
+    /// What outputs are to be close to: current or dense
+    #[arg(long, value_name = "WHAT")]
+    target: Option<String>,
+    /// Prompts that are only encoded, for the layers that see nothing but text and time
+    #[arg(long, value_name = "FILE")]
+    captions: Option<PathBuf>,
     /// Share of the weights to prune
     #[arg(long, value_name = "S", allow_negative_numbers = true)]
     target_sparsity: Option<f64>,
@@ -125,6 +134,9 @@ impl OverrideArgs {
             height,
             width,
             solver,
+            granularity,
+            target,
+            captions,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -144,6 +156,9 @@ impl OverrideArgs {
             height,
             width,
             solver,
+            granularity,
+            target,
+            captions,
             target_sparsity,
             n_m_ratio,
             n_bits,

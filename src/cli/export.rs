@@ -1,32 +1,215 @@
 //! `sdxl-squeeze export`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use sdxl_squeeze::container::Container;
+use sdxl_squeeze::coreml::{self, Io, Layout, Options, UnetWeights, WrittenPackage};
+use sdxl_squeeze::export::SmallWeights;
+use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::number;
+use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::{Error, Result, export};
 
 use super::progress::Reporter;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A container
-    #[arg(value_name = "FILE.safetensors")]
+    /// A container, or a pipeline's folder for its dense UNet
+    #[arg(value_name = "FILE|DIR")]
     path: PathBuf,
-    /// What to write: diffusers
+    /// What to write
     #[arg(long, value_name = "FORMAT")]
-    to: String,
-    /// The pipeline that the UNet belongs to: its other parts are copied
+    to: Format,
+    /// The pipeline that the UNet belongs to: `--to diffusers` copies its other parts
     #[arg(long, value_name = "DIR")]
-    model: PathBuf,
-    /// The new folder
-    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// The new folder, package or file
+    #[arg(long, value_name = "PATH")]
     out: PathBuf,
+    #[command(flatten)]
+    coreml: CoremlArgs,
+    /// For --to coremltools: what to do with weights that it would drop, up to 2^-10 in pruned layers [default: refuse]
+    #[arg(long, value_name = "WHAT")]
+    small_weights: Option<SmallWeightsArg>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A folder that diffusers loads
+    Diffusers,
+    /// A Core ML package
+    Coreml,
+    /// Dense weights with coremltools' buffers, for converting in Python
+    Coremltools,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SmallWeightsArg {
+    Refuse,
+    Move,
+}
+
+/// For `--to coreml`.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "For --to coreml")]
+struct CoremlArgs {
+    /// Height of the pictures in pixels; without it, what the UNet was made for
+    #[arg(long, value_name = "H")]
+    height: Option<i64>,
+    /// Width of the pictures in pixels
+    #[arg(long, value_name = "W")]
+    width: Option<i64>,
+    /// Samples in a call: 2 for both halves of guidance at once [default: 2]
+    #[arg(long, value_name = "N")]
+    batch: Option<i64>,
+    /// linear for GPUs, split-einsum for the Neural Engine [default: linear]
+    #[arg(long, value_name = "LAYOUT")]
+    layout: Option<LayoutArg>,
+    /// Inputs as diffusers' UNet takes them, or as Apple's Swift pipeline gives them [default: diffusers]
+    #[arg(long, value_name = "WHOSE")]
+    io: Option<IoArg>,
+    /// Tokens of the text states [default: 77]
+    #[arg(long, value_name = "N")]
+    tokens: Option<i64>,
+    /// Numbers of size, crop and score: 6 for base, 5 for the refiner; without it, from the model
+    #[arg(long, value_name = "N")]
+    time_ids: Option<i64>,
+    /// The package's author
+    #[arg(long, value_name = "TEXT")]
+    author: Option<String>,
+    /// The package's licence
+    #[arg(long, value_name = "TEXT")]
+    license: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LayoutArg {
+    Linear,
+    SplitEinsum,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum IoArg {
+    Diffusers,
+    Apple,
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
-    if args.to != "diffusers" {
-        return Err(Error::Argument(format!("unknown format `{}` (known: diffusers)", args.to)));
+    if let Some(flag) = args.misplaced() {
+        return Err(Error::Argument(format!("{flag} does nothing with this --to")));
     }
-    export::diffusers(&Container::open(&args.path)?, &args.model, &args.out, reporter)?;
-    super::print(&format!("{}\n", args.out.display()))
+    match args.to {
+        Format::Diffusers => {
+            let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
+            export::diffusers(&Container::open(&args.path)?, &model, &args.out, reporter)?;
+            super::print(&format!("{}\n", args.out.display()))
+        }
+        Format::Coremltools => to_coremltools(&args, reporter),
+        Format::Coreml => {
+            let written = to_coreml(&args, reporter)?;
+            if args.json {
+                return super::print(&format!("{}\n", serde_json::to_string_pretty(&written).unwrap_or_default()));
+            }
+            let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
+            super::print(&format!(
+                "{}: {}, {} of them the program; {} operations, {} compressed weights{peak}\n",
+                args.out.display(),
+                number::size(written.bytes),
+                number::size(written.program_bytes),
+                number::count(written.operations as u64),
+                number::count(written.compressed as u64),
+            ))
+        }
+    }
+}
+
+impl Args {
+    /// A flag that belongs to another format.
+    fn misplaced(&self) -> Option<&'static str> {
+        let CoremlArgs { height, width, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
+        let given = [
+            ("--height", height.is_some(), Format::Coreml),
+            ("--width", width.is_some(), Format::Coreml),
+            ("--batch", batch.is_some(), Format::Coreml),
+            ("--layout", layout.is_some(), Format::Coreml),
+            ("--io", io.is_some(), Format::Coreml),
+            ("--tokens", tokens.is_some(), Format::Coreml),
+            ("--time-ids", time_ids.is_some(), Format::Coreml),
+            ("--author", author.is_some(), Format::Coreml),
+            ("--license", license.is_some(), Format::Coreml),
+            ("--small-weights", self.small_weights.is_some(), Format::Coremltools),
+        ];
+        given.into_iter().find(|(_, given, format)| *given && *format != self.to).map(|(flag, ..)| flag)
+    }
+}
+
+fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
+    let small = match args.small_weights {
+        None | Some(SmallWeightsArg::Refuse) => SmallWeights::Refuse,
+        Some(SmallWeightsArg::Move) => SmallWeights::Move,
+    };
+    let moved = export::coremltools(&Container::open(&args.path)?, &args.out, small, reporter)?;
+    if args.json {
+        return super::print(&format!("{}\n", serde_json::to_string_pretty(&moved).unwrap_or_default()));
+    }
+    let lines = moved.iter().map(|row| format!("{}: {} weights moved above 2^-10\n", row.name, number::count(row.elements)));
+    super::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
+}
+
+fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
+    if args.path.is_dir() {
+        let pipeline = PipelineFolder::open(&args.path)?;
+        let weights = pipeline.unet_weights()?;
+        let options = options(&args.coreml, pipeline.unet.config(), Some(&pipeline))?;
+        return coreml::write(&pipeline.unet, UnetWeights::Dense(&weights), &options, &args.out, reporter);
+    }
+    let container = Container::open(&args.path)?;
+    let chain = container.unet()?;
+    let pipeline = args.model.as_deref().map(|model| pipeline_of(&chain, &args.path, model)).transpose()?;
+    let options = options(&args.coreml, chain.config(), pipeline.as_ref())?;
+    coreml::write(&chain, UnetWeights::Container(&container), &options, &args.out, reporter)
+}
+
+/// The pipeline in `model`, which must be of the container's architecture.
+fn pipeline_of(chain: &UnetChain, container: &Path, model: &Path) -> Result<PipelineFolder> {
+    let pipeline = PipelineFolder::open(model)?;
+    if pipeline.unet.config() != chain.config() {
+        let (container, model) = (container.display(), model.display());
+        return Err(Error::Argument(format!("{container} holds another architecture than {model}")));
+    }
+    Ok(pipeline)
+}
+
+/// What was asked for; what was not, from the pipeline if it is known, else from the UNet.
+fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFolder>) -> Result<Options> {
+    /// Pixels of a latent in SDXL's VAE.
+    const SDXL_SCALE: i64 = 8;
+    let scale = pipeline.map_or(SDXL_SCALE, |pipeline| pipeline.vae.scale());
+    let mut options = Options::new(config);
+    for ((name, asked), latent) in [("height", args.height), ("width", args.width)].into_iter().zip(&mut options.latents) {
+        if let Some(pixels) = asked {
+            if pixels < 1 || pixels % scale != 0 {
+                return Err(Error::Argument(format!("{name} {pixels} is not a multiple of {scale}")));
+            }
+            *latent = pixels / scale;
+        }
+    }
+    options.time_ids = args.time_ids.or(pipeline.map(PipelineFolder::time_ids)).unwrap_or(options.time_ids);
+    options.batch = args.batch.unwrap_or(options.batch);
+    options.tokens = args.tokens.unwrap_or(options.tokens);
+    options.author = args.author.clone().unwrap_or_default();
+    options.license = args.license.clone().unwrap_or_default();
+    options.layout = match args.layout {
+        None | Some(LayoutArg::Linear) => Layout::Linear,
+        Some(LayoutArg::SplitEinsum) => Layout::SplitEinsum,
+    };
+    options.io = match args.io {
+        None | Some(IoArg::Diffusers) => Io::Diffusers,
+        Some(IoArg::Apple) => Io::Apple,
+    };
+    Ok(options)
 }

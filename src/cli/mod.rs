@@ -48,9 +48,9 @@ enum Command {
     Compare(compare::Args),
     /// Say what compress would do, and what it takes, without doing it
     Plan(plan::Args),
-    /// Check a container: structure, counts and hashes
+    /// Check a container or a Core ML package: structure, counts and hashes
     Verify(verify::Args),
-    /// Write what other programs load: a diffusers folder
+    /// Write what other programs load: a diffusers folder, a Core ML package
     Export(export::Args),
     /// Draw a picture from a prompt
     Generate(generate::Args),

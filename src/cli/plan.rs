@@ -51,7 +51,7 @@ pub fn run(args: Args) -> Result<()> {
         };
         let recipe = Recipe::new(&config, &target.chain)?;
         let memory = Memory::new(options.memory_budget()?, options.kind);
-        let plan = Plan::new(&target.chain, &recipe.treatments, Some(target.calls), memory, &target.bytes_of)?;
+        let plan = Plan::new(&target.chain, &recipe.treatments, recipe.sequencing, Some(target.calls), memory, &target.bytes_of)?;
         let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if args.json {

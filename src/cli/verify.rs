@@ -1,16 +1,14 @@
 //! `sdxl-squeeze verify`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use sdxl_squeeze::Result;
 use sdxl_squeeze::container::verify;
-
-use sdxl_squeeze::number::{count, size as bytes};
+use sdxl_squeeze::{Result, coreml, number};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A container
-    #[arg(value_name = "FILE.safetensors")]
+    /// A container, or a Core ML package
+    #[arg(value_name = "FILE.safetensors|X.mlpackage")]
     path: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -18,6 +16,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    if args.path.is_dir() {
+        return package(&args.path, args.json);
+    }
     let found = verify(&args.path)?;
     if args.json {
         return super::print(&format!("{}\n", serde_json::to_string_pretty(&found).unwrap_or_default()));
@@ -26,10 +27,32 @@ pub fn run(args: Args) -> Result<()> {
         "{}: whole, every hash holds\n{} compressed weights of {} elements, {:.3} bits each, {:.2} % zero; {} tensors in fp16; {}\n",
         args.path.display(),
         found.weights,
-        count(found.weight_elements),
+        number::count(found.weight_elements),
         found.bits_per_weight,
         100.0 * found.sparsity,
         found.tensors,
-        bytes(found.bytes),
+        number::size(found.bytes),
+    ))
+}
+
+/// A Core ML package.
+fn package(path: &Path, json: bool) -> Result<()> {
+    let found = coreml::verify(path)?;
+    if json {
+        return super::print(&format!("{}\n", serde_json::to_string_pretty(&found).unwrap_or_default()));
+    }
+    let share = found.pruned as f64 / (found.compressed_elements.max(1)) as f64;
+    let hashes = if found.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };
+    super::print(&format!(
+        "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}\n{}\n",
+        path.display(),
+        number::count(found.operations as u64),
+        number::count(found.compressed as u64),
+        number::count(found.compressed_elements),
+        100.0 * share,
+        number::count(found.blobs as u64),
+        number::size(found.bytes),
+        found.inputs.iter().map(|input| format!("in  {input}")).collect::<Vec<_>>().join("\n"),
+        found.outputs.iter().map(|output| format!("out {output}")).collect::<Vec<_>>().join("\n"),
     ))
 }

@@ -9,7 +9,7 @@ pub use judge::{Judge, Measured};
 
 use crate::calibration::{PromptSet, Samples};
 use crate::compress::{JobReport, RunOptions, calibrate, run};
-use crate::config::{CalibrationSection, RunConfig};
+use crate::config::{CalibrationSection, RunConfig, read_prompts};
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory;
@@ -52,6 +52,11 @@ pub fn compare(
             if !calibration.contains(&prompt) {
                 calibration.push(prompt);
             }
+        }
+        if let Some(path) = &entry.config.calibration.captions
+            && let Some(caption) = read_prompts(path)?.into_iter().find(|caption| judged.prompts.contains(caption))
+        {
+            return Err(Error::Argument(format!("`{caption}` is judged on, so it cannot be a caption of the calibration")));
         }
     }
     let placement = options.placement();

@@ -27,6 +27,7 @@ struct Row {
     temb: Tensor,
     encoder_hidden_states: Tensor,
     hidden_states: Stored,
+    tokens: Option<Stored>,
     residuals: Vec<Stored>,
 }
 
@@ -97,6 +98,7 @@ impl Carries {
                 let read = |stored: &Stored| stored.read(files.device);
                 Carry {
                     hidden_states: read(&row.hidden_states)?,
+                    tokens: row.tokens.as_ref().map(read).transpose()?,
                     down_block_res_samples: row.residuals.iter().map(read).collect::<Result<_>>()?,
                     temb: row.temb.shallow_clone(),
                     encoder_hidden_states: row.encoder_hidden_states.shallow_clone(),
@@ -130,6 +132,7 @@ impl Files {
         }
         Ok(Row {
             hidden_states: Stored::write(path("hidden".into()), &carry.hidden_states)?,
+            tokens: carry.tokens.as_ref().map(|tokens| Stored::write(path("tokens".into()), tokens)).transpose()?,
             residuals,
             temb: carry.temb,
             encoder_hidden_states: carry.encoder_hidden_states,
@@ -145,6 +148,7 @@ mod tests {
         let tensor = |n: i64| Tensor::arange(n * 4, (Kind::Float, Device::Cpu)).reshape([1, n, 2, 2]) + seed;
         Carry {
             hidden_states: tensor(3) * 2.0,
+            tokens: (residuals == 3).then(|| tensor(7)),
             down_block_res_samples: (1..=residuals).map(tensor).collect(),
             temb: tensor(1),
             encoder_hidden_states: tensor(2).to_kind(Kind::Half),
@@ -153,6 +157,7 @@ mod tests {
 
     fn equal(a: &Carry, b: &Carry) -> bool {
         a.hidden_states == b.hidden_states
+            && a.tokens == b.tokens
             && a.down_block_res_samples == b.down_block_res_samples
             && a.temb == b.temb
             && a.encoder_hidden_states == b.encoder_hidden_states
@@ -180,6 +185,7 @@ mod tests {
         for index in 0..3 {
             assert!(equal(&in_files.get(index).unwrap(), &in_memory.get(index).unwrap()), "{index}");
         }
-        assert_eq!(std::fs::read_dir(folder.path().join("carries")).unwrap().count(), 4);
+        // Three hidden states, three tokens that are stale, one residual.
+        assert_eq!(std::fs::read_dir(folder.path().join("carries")).unwrap().count(), 7);
     }
 }

@@ -6,13 +6,22 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput, Observer};
-use crate::solver::Hessian;
+use crate::solver::{Correction, Hessian};
 
 /// An observer that sums the inputs of some layers, each input once: layers that are given the same tensor share a Hessian.
+///
+/// Where layers aim at the dense network's outputs, it also sums what theirs lack of them.
 #[derive(Debug, Default)]
 pub struct Gatherer {
     /// Each input with the layer that is asked for it, the first that has it.
     hessians: BTreeMap<LayerInput, (String, Hessian)>,
+    /// How much the sample at hand counts; `None`: 1.
+    weight: Option<f64>,
+    corrections: BTreeMap<String, Correction>,
+    /// What the layers' outputs are to be for the sample at hand, with what is added to them.
+    targets: DenseOutputs,
+    /// What the layers at hand have been given, and what is added to what they make of it.
+    given: BTreeMap<String, (Option<Tensor>, Option<Tensor>)>,
 }
 
 impl Gatherer {
@@ -28,7 +37,35 @@ impl Gatherer {
                 hessians.insert(layer.input().clone(), (layer.name().to_owned(), hessian));
             }
         }
-        Ok(Gatherer { hessians })
+        Ok(Gatherer { hessians, ..Gatherer::default() })
+    }
+
+    /// The same, for layers that aim at the dense network's outputs.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(super) fn aiming<'a>(layers: impl Iterator<Item = &'a Layer> + Clone, device: Device) -> Result<Self> {
+        let mut gatherer = Gatherer::new(layers.clone(), device)?;
+        for layer in layers {
+            let correction = Correction::for_layer(layer, device).map_err(Error::layer(layer.name()))?;
+            gatherer.corrections.insert(layer.name().to_owned(), correction);
+        }
+        Ok(gatherer)
+    }
+
+    /// Says how much the next sample counts.
+    pub(super) fn weigh(&mut self, weight: f64) {
+        self.weight = (weight != 1.0).then_some(weight);
+    }
+
+    /// Says what the outputs for the next sample are to be.
+    pub(super) fn aim_at(&mut self, targets: DenseOutputs) {
+        self.targets = targets;
+    }
+
+    /// By how much each layer's outputs were off, where that was asked for.
+    pub(super) fn take_corrections(&mut self) -> BTreeMap<String, Correction> {
+        std::mem::take(&mut self.corrections)
     }
 
     /// Adds an input that is known without running a stage: text states or SiLU(temb).
@@ -47,6 +84,11 @@ impl Gatherer {
     /// # Errors
     /// If the other is of other layers.
     pub fn merge(&mut self, other: Gatherer) -> Result<()> {
+        for (layer, correction) in other.corrections {
+            if let Some(sum) = self.corrections.get_mut(&layer) {
+                sum.merge(correction)?;
+            }
+        }
         for (input, (layer, hessian)) in other.hessians {
             match self.hessians.get_mut(&input) {
                 Some((_, sum)) => sum.merge(hessian).map_err(Error::layer(&layer))?,
@@ -72,8 +114,86 @@ impl Gatherer {
 impl Observer for Gatherer {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
         match self.hessians.get_mut(layer.input()) {
-            Some((first, hessian)) if first == layer.name() => hessian.add(input).map_err(Error::layer(layer.name())),
-            _ => Ok(()),
+            Some((first, hessian)) if first == layer.name() => {
+                let weighed = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
+                hessian.add(weighed.as_ref().unwrap_or(input)).map_err(Error::layer(layer.name()))?;
+            }
+            _ => {}
         }
+        if self.corrections.contains_key(layer.name()) {
+            self.given.entry(layer.name().to_owned()).or_default().0 = Some(input.shallow_clone());
+        }
+        Ok(())
     }
+
+    fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
+        if self.corrections.contains_key(layer.name()) {
+            self.given.entry(layer.name().to_owned()).or_default().1 = Some(residual.shallow_clone());
+        }
+        Ok(())
+    }
+
+    fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
+        let Some(correction) = self.corrections.get_mut(layer.name()) else { return Ok(()) };
+        let given = self.given.remove(layer.name());
+        let (Some((Some(input), residual)), Some(mut target)) = (given, self.targets.outputs.remove(layer.name())) else {
+            return Ok(());
+        };
+        let mut lack = target.f_sub_(&sum(output, residual.as_ref())?)?;
+        if let Some(weight) = self.weight {
+            lack = lack.f_mul_scalar_(weight)?;
+        }
+        correction.add(&input, &lack).map_err(Error::layer(layer.name()))
+    }
+}
+
+/// Keeps the outputs of some layers, with what is added to them.
+#[derive(Debug, Default)]
+pub(super) struct DenseOutputs {
+    wanted: Vec<String>,
+    residuals: BTreeMap<String, Tensor>,
+    outputs: BTreeMap<String, Tensor>,
+}
+
+impl DenseOutputs {
+    /// Those of these layers.
+    pub fn of(wanted: Vec<String>) -> Self {
+        DenseOutputs { wanted, ..DenseOutputs::default() }
+    }
+
+    fn wants(&self, layer: &Layer) -> bool {
+        self.wanted.iter().any(|name| name == layer.name())
+    }
+}
+
+impl Observer for DenseOutputs {
+    fn input(&mut self, _layer: &Layer, _input: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
+        if self.wants(layer) {
+            self.residuals.insert(layer.name().to_owned(), residual.shallow_clone());
+        }
+        Ok(())
+    }
+
+    fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
+        if self.wants(layer) {
+            let whole = sum(output, self.residuals.remove(layer.name()).as_ref())?;
+            self.outputs.insert(layer.name().to_owned(), whole);
+        }
+        Ok(())
+    }
+}
+
+/// An output and what is added to it, in new memory.
+fn sum(output: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+    let Some(residual) = residual else { return Ok(output.f_mul_scalar(1.0)?) };
+    if output.dim() == 3 && residual.dim() == 4 {
+        // An image, where the output is tokens of one.
+        let tokens = residual.f_permute([0, 2, 3, 1])?.f_reshape(output.size())?;
+        return Ok(output.f_add(&tokens)?);
+    }
+    Ok(output.f_add(residual)?)
 }

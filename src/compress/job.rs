@@ -6,13 +6,14 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind};
 
-use super::{Job, LayerReport, Recipe, Treatment, Workspace, compress};
-use crate::calibration::{PromptSet, Samples, encode, record};
+use super::{Gatherer, Job, LayerReport, Recipe, Treatment, Workspace, captions, compress};
+use crate::calibration::{self, PromptSet, Samples, encode, record};
 use crate::checkpoint::{ConfigFile, TensorSource, Weights};
-use crate::config::{CalibrationSection, RunConfig};
+use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
 use crate::container::{ContainerInfo, ContainerWriter, SourceFile, Written};
 use crate::device::{Placement, free_memory};
 use crate::error::{Error, Result};
+use crate::model::Layer;
 use crate::model::unet::Unet;
 use crate::number;
 use crate::output::write_file;
@@ -194,22 +195,33 @@ pub fn run(
     let memory = Memory::new(options.memory_budget()?, options.kind);
     let placement = options.placement();
     let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
-    let plan = Plan::new(&folder.unet, &recipe.treatments, samples.shape(), memory, &bytes_of)?;
+    let plan = Plan::new(&folder.unet, &recipe.treatments, recipe.sequencing, samples.shape(), memory, &bytes_of)?;
     tracing::info!(
         "planned: {} of memory at most, {} passes",
         number::size(plan.peak_bytes),
         plan.stages.iter().map(|stage| stage.passes).sum::<usize>()
     );
+    let calibration_weights = match config.calibration.timestep_weighting {
+        TimestepWeighting::Uniform => Vec::new(),
+        by => calibration::weights(samples, folder, by)?,
+    };
+    let hungry = |layer: &Layer| recipe.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+    let captions = match plan.calls {
+        Some(_) => captions::gather(folder, &weights, &config.calibration, &hungry, options, progress)?,
+        None => Gatherer::default(),
+    };
     let source = weights.narrow_source(placement);
     let job = Job {
         chain: &folder.unet,
         source: &source,
         treatments: &recipe.treatments,
         plan: &plan,
+        sequencing: recipe.sequencing,
+        weights: &calibration_weights,
         kind: options.kind,
         devices: &options.devices,
     };
-    compress(&job, samples, &mut workspace, progress)?;
+    compress(&job, samples, captions, &mut workspace, progress)?;
 
     let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Argument(why.to_string()))?;
     let (written, sums) = write_container(path, folder, &weights, &workspace, ContainerParts { settings, sources }, progress)?;

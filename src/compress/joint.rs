@@ -8,7 +8,8 @@ use crate::solver::{Joint, JointFactors, joint};
 
 /// Mask, weights and palettes of `weight` [o, ...], together.
 pub(super) fn find(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Found> {
-    let (Some(options), Some(Calibrated { hessian, joint: made, .. })) = (treatment.joint_options(), calibrated) else {
+    let (Some(options), Some(Calibrated { hessian, joint: made, correction, .. })) = (treatment.joint_options(), calibrated)
+    else {
         return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
     };
     let own;
@@ -19,6 +20,7 @@ pub(super) fn find(name: &str, weight: &Tensor, treatment: &Treatment, calibrate
             &own
         }
     };
-    let Joint { weight: half, mask, palettized, pruned_loss, notes, .. } = joint(name, weight, hessian, factors, &options)?;
-    Ok(Found { half, keep: mask, palettized, loss: pruned_loss, notes: notes.iter().map(ToString::to_string).collect() })
+    let Joint { weight: half, mask, palettized, pruned_loss, notes, target, .. } =
+        joint(name, weight, hessian, factors, correction, &options)?;
+    Ok(Found { half, keep: mask, palettized, loss: pruned_loss, target, notes: notes.iter().map(ToString::to_string).collect() })
 }

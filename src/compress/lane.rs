@@ -5,19 +5,29 @@ use std::path::Path;
 use tch::{Device, Tensor};
 
 use super::carries::Carries;
-use super::{Gatherer, Job, Workspace, carries_folder, placement};
+use super::gather::DenseOutputs;
+use super::{Gatherer, Job, Sequencing, Workspace, carries_folder, placement};
 use crate::allocator;
 use crate::calibration::Samples;
 use crate::checkpoint::TensorSource;
 use crate::error::{Error, Result};
-use crate::model::unet::{Stage, StageSpec};
-use crate::model::{Layer, LayerInput, Unobserved};
+use crate::model::unet::{Carry, Stage, StageSpec};
+use crate::model::{Layer, LayerInput, Observer, Unobserved};
 use crate::plan::CarriesIn;
 use crate::progress::{Progress, Task};
 
 /// A device, the stage at hand on it, and the carries of its share of the samples.
 pub(super) struct Lane {
     device: Device,
+    carries: Carries,
+    stage: Option<Stage>,
+    /// How much each sample counts.
+    weights: Vec<f64>,
+    dense: Option<Dense>,
+}
+
+/// The dense network's run beside the compressed one's, where layers aim at its outputs.
+struct Dense {
     carries: Carries,
     stage: Option<Stage>,
 }
@@ -27,9 +37,25 @@ impl Lane {
     pub fn load(&mut self, spec: &StageSpec, source: &dyn TensorSource) -> Result<()> {
         // The old one goes first: there may not be memory for both.
         self.stage = None;
+        if let Some(dense) = &mut self.dense {
+            dense.stage = None;
+        }
         allocator::give_back();
         self.stage = Some(spec.load(&On { source, device: self.device })?);
+        if let Some(dense) = &mut self.dense {
+            dense.stage = Some(spec.load(&On { source, device: self.device })?);
+        }
         Ok(())
+    }
+
+    /// Whether a layer is in unit `unit` of the stage at hand.
+    pub fn unit_has(&self, unit: usize, layer: &Layer) -> bool {
+        self.stage.as_ref().is_some_and(|stage| stage.unit_has(unit, layer.name()))
+    }
+
+    /// How many units the stage at hand has.
+    pub fn units(&self) -> usize {
+        self.stage.as_ref().map_or(0, Stage::units)
     }
 
     /// The layers of the stage at hand.
@@ -41,10 +67,10 @@ impl Lane {
         self.stage.as_ref().ok_or_else(|| Error::Argument("no stage is loaded".into()))
     }
 
-    /// Puts the finished layers' stored weights in the place of the dense ones.
-    pub fn take_over(&mut self, finished: &Workspace) -> Result<()> {
+    /// Puts the stored weights of the finished layers among `which` in the place of the dense ones.
+    pub fn take_over(&mut self, finished: &Workspace, which: &dyn Fn(&Layer) -> bool) -> Result<()> {
         for layer in self.stage.as_mut().map_or(&mut [][..], Stage::layers_mut) {
-            if !finished.has(layer.name()) {
+            if !finished.has(layer.name()) || !which(layer) {
                 continue;
             }
             if let Some(stored) = finished.weight(layer.name())? {
@@ -72,11 +98,15 @@ impl Job<'_> {
     /// A lane for each device, without carries. `workspace` is where files go.
     pub(super) fn lanes(&self, workspace: &Path) -> Result<Vec<Lane>> {
         let lane = |(number, device): (usize, &Device)| {
-            let carries = match self.plan.carries {
-                CarriesIn::Files => Carries::in_files(&carries_folder(workspace, number), *device)?,
-                CarriesIn::Memory | CarriesIn::Nowhere => Carries::in_memory(),
+            let carries = |name: String| match self.plan.carries {
+                CarriesIn::Files => Carries::in_files(&carries_folder(workspace, &name), *device),
+                CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
             };
-            Ok(Lane { device: *device, carries, stage: None })
+            let aims = self.sequencing == Sequencing::Sublayer { dense_target: true };
+            let dense = || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, stage: None }) };
+            let dense = if aims { Some(dense()) } else { None };
+            let carries = carries(number.to_string())?;
+            Ok(Lane { device: *device, carries, stage: None, weights: Vec::new(), dense: dense.transpose()? })
         };
         self.devices.iter().enumerate().map(lane).collect()
     }
@@ -95,30 +125,69 @@ impl Job<'_> {
         let task = Task::begin(progress, "first carries", "samples", samples.calls.len());
         for (number, lane) in lanes.iter_mut().enumerate() {
             let head = self.chain.load_head(&On { source: self.source, device: lane.device })?;
-            for call in samples.calls.iter().skip(number).step_by(count) {
+            for (index, call) in samples.calls.iter().enumerate().skip(number).step_by(count) {
                 task.go_on()?;
                 task.advance("head");
                 let call = call.placed(placement(lane.device, self.kind))?;
                 let carry = head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved)?;
                 gatherer.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
                 gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?)?;
+                if let Some(dense) = &mut lane.dense {
+                    dense.carries.push(carry.shallow_clone())?;
+                }
                 lane.carries.push(carry)?;
+                lane.weights.push(self.weights.get(index).copied().unwrap_or(1.0));
             }
         }
         Ok(gatherer)
     }
 }
 
-/// Sends all carries through the stage at hand and gathers the Hessians of `inputs`, on every lane at once; partial sums are added in the
-/// order of the lanes.
-pub(super) fn gather(lanes: &mut [Lane], inputs: &[LayerInput], stage: &str, progress: &dyn Progress) -> Result<Gatherer> {
+/// What carries are sent through.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Way {
+    /// The stage at hand.
+    Stage,
+    /// One of its units.
+    Unit(usize),
+}
+
+impl Way {
+    fn go(self, stage: &Stage, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
+        match self {
+            Way::Stage => stage.forward(carry, observer),
+            Way::Unit(unit) => stage.forward_unit(unit, carry, observer),
+        }
+    }
+}
+
+/// Sends all carries on their way and gathers the Hessians of `inputs`, on every lane at once; partial sums are added in the order of the
+/// lanes. Where layers aim at the dense network's outputs, its carries go first.
+pub(super) fn gather(
+    lanes: &mut [Lane],
+    way: Way,
+    inputs: &[LayerInput],
+    stage: &str,
+    progress: &dyn Progress,
+) -> Result<Gatherer> {
     let task = Task::begin(progress, "Hessians", "samples", lanes.iter().map(|lane| lane.carries.len()).sum());
     let wanted = |layer: &&Layer| inputs.contains(layer.input());
     let run = |lane: &mut Lane, tick: Tick| -> Result<Gatherer> {
-        let mut gatherer = Gatherer::new(lane.layers().iter().filter(wanted), lane.device)?;
+        let layers = lane.layers().iter().filter(wanted);
+        let names: Vec<String> = layers.clone().map(|layer| layer.name().to_owned()).collect();
+        let mut gatherer = match lane.dense {
+            Some(_) => Gatherer::aiming(layers, lane.device)?,
+            None => Gatherer::new(layers, lane.device)?,
+        };
         for index in 0..lane.carries.len() {
             tick()?;
-            lane.stage()?.forward(lane.carries.get(index)?, &mut gatherer)?;
+            gatherer.weigh(lane.weights.get(index).copied().unwrap_or(1.0));
+            if let Some(Dense { carries, stage: Some(stage) }) = &lane.dense {
+                let mut outputs = DenseOutputs::of(names.clone());
+                way.go(stage, carries.get(index)?, &mut outputs)?;
+                gatherer.aim_at(outputs);
+            }
+            way.go(lane.stage()?, lane.carries.get(index)?, &mut gatherer)?;
         }
         Ok(gatherer)
     };
@@ -136,15 +205,20 @@ pub(super) fn gather(lanes: &mut [Lane], inputs: &[LayerInput], stage: &str, pro
     Ok(sum)
 }
 
-/// Replaces each carry by what the stage at hand makes of it; only the first of each lane, as a check, if they need not `go_on`.
-pub(super) fn outputs(lanes: &mut [Lane], stage: &str, go_on: bool, progress: &dyn Progress) -> Result<()> {
+/// Replaces each carry by what becomes of it on its way; only the first of each lane, as a check, if they need not `go_on`.
+pub(super) fn outputs(lanes: &mut [Lane], way: Way, stage: &str, go_on: bool, progress: &dyn Progress) -> Result<()> {
     let count = |lane: &Lane| if go_on { lane.carries.len() } else { lane.carries.len().min(1) };
     let task = Task::begin(progress, "outputs", "samples", lanes.iter().map(count).sum());
     let run = |lane: &mut Lane, tick: Tick| -> Result<()> {
         for index in 0..count(lane) {
             tick()?;
-            let after = lane.stage()?.forward(lane.carries.get(index)?, &mut Unobserved)?;
-            if after.hidden_states.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            if let Some(Dense { carries, stage: Some(stage) }) = &mut lane.dense {
+                let after = way.go(stage, carries.get(index)?, &mut Unobserved)?;
+                carries.replace(index, after)?;
+            }
+            let after = way.go(lane.stage()?, lane.carries.get(index)?, &mut Unobserved)?;
+            let hidden = after.tokens.as_ref().unwrap_or(&after.hidden_states);
+            if hidden.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
                 return Err(Error::NotFinite(format!("the output of `{stage}`, compressed, has NaN or infinity in it")));
             }
             lane.carries.replace(index, after)?;

@@ -7,7 +7,10 @@ use super::joint;
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
-use crate::solver::{Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune, prune_with};
+use crate::solver::{
+    Correction, Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
+    prune_with,
+};
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +94,8 @@ pub struct Calibrated<'a> {
     pub factors: Option<(f64, &'a [InverseFactor])>,
     /// What the joint solver needs of it, likewise.
     pub joint: Option<&'a JointFactors>,
+    /// By how much the layer's outputs are off, if it is to make up for that. For the joint solver.
+    pub correction: Option<&'a Correction>,
 }
 
 /// What has become of a weight before it is packed.
@@ -104,6 +109,8 @@ pub(super) struct Found {
     pub palettized: Option<Palettized>,
     /// tr((W - W0) H (W - W0)^T) of the pruned weight.
     pub loss: Option<f64>,
+    /// What the weight was to be, if not what it was: fp32, of its shape.
+    pub target: Option<Tensor>,
     /// What has to be said about it.
     pub notes: Vec<String>,
 }
@@ -119,13 +126,13 @@ pub fn treat(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Opt
 
 fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
     // A copy, since it becomes the change in the end.
-    let mut original = weight.f_to_device(Device::Cpu)?.f_to_dtype(Kind::Float, false, true)?;
+    let original = weight.f_to_device(Device::Cpu)?.f_to_dtype(Kind::Float, false, true)?;
     let size = original.size();
     let found = match treatment.joint {
         true => joint::find(name, weight, treatment, calibrated)?,
         false => one_after_the_other(name, &original, treatment, calibrated)?,
     };
-    let Found { half, keep, palettized, loss, notes } = found;
+    let Found { half, keep, palettized, loss, target, notes } = found;
     let stored = match (palettized, &keep) {
         (Some(found), keep) => Some(CompressedWeight::palettized(
             size.clone(),
@@ -153,7 +160,11 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
     let mut errors = LayerErrors { weight: relative_distance(&original, &decoded)?, ..LayerErrors::default() };
     if let Some(Calibrated { hessian, .. }) = calibrated {
         let energy = output_energy(&original, hessian)?;
-        let lost = output_energy(&original.f_sub_(&decoded)?, hessian)?;
+        let mut wanted = match target {
+            Some(target) => target,
+            None => original,
+        };
+        let lost = output_energy(&wanted.f_sub_(&decoded)?, hessian)?;
         let share = |lost: f64| if lost > 0.0 { lost / energy } else { 0.0 };
         errors.pruned_output = loss.map(share);
         errors.output = Some(share(lost));
@@ -206,7 +217,7 @@ fn one_after_the_other(
             }
         },
     };
-    Ok(Found { half, keep, palettized, loss, notes })
+    Ok(Found { half, keep, palettized, loss, target: None, notes })
 }
 
 /// A weight in fp16, row by row.

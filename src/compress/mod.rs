@@ -3,6 +3,7 @@
 //! For each stage: the Hessians of its layers on the outputs of the stages already compressed, then each layer pruned and palettized,
 //! then the compressed stage's outputs go on. What is finished lies in the [`Workspace`]; nothing of a finished stage stays in memory.
 
+mod captions;
 mod carries;
 mod gather;
 mod job;
@@ -20,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 pub use gather::Gatherer;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
 pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
-pub use recipe::{Recipe, layers_of};
+pub use recipe::{Recipe, Sequencing, layers_of};
 pub use workspace::Workspace;
 
 use crate::allocator;
@@ -34,8 +35,8 @@ use crate::model::{Layer, LayerInput};
 use crate::number;
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
-use crate::solver::{Hessian, InverseFactor, JointFactors};
-use lane::Lane;
+use crate::solver::{Correction, Hessian, InverseFactor, JointFactors};
+use lane::{Lane, Way};
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
 pub type Treatments = BTreeMap<String, Treatment>;
@@ -71,27 +72,38 @@ pub struct Job<'a> {
     pub treatments: &'a Treatments,
     /// How: waves, and where carries wait.
     pub plan: &'a Plan,
+    /// When the layers of a stage learn of each other.
+    pub sequencing: Sequencing,
     /// The dtype of activations.
     pub kind: Kind,
+    /// How much each sample counts; empty: all the same.
+    pub weights: &'a [f64],
     /// Where stages run: samples are spread over them, and the first one solves. At least one.
     pub devices: &'a [Device],
 }
 
 /// Compresses a UNet; what `finished` has already is not done again.
 ///
-/// `samples` are needed if a treatment needs Hessians. Otherwise no forward is run at all, and one weight at a time is in memory.
+/// `samples` are needed if a treatment needs Hessians. Otherwise no forward is run at all, and one weight at a time is in memory. What
+/// `captions` has gathered already is added to what samples tell of text and time.
 ///
 /// # Errors
 /// If a layer cannot be treated, activations become NaN or infinite, or there are no samples where some are needed;
 /// [`Error::Stopped`] when the progress says so, after the layer at hand. In every case finished layers are kept.
-pub fn compress(job: &Job, samples: &Samples, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
-    let ended = job.stages(samples, finished, progress);
+pub fn compress(
+    job: &Job,
+    samples: &Samples,
+    captions: Gatherer,
+    finished: &mut Workspace,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let ended = job.stages(samples, captions, finished, progress);
     let flushed = finished.flush();
     ended.and(flushed)
 }
 
 impl Job<'_> {
-    fn stages(&self, samples: &Samples, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+    fn stages(&self, samples: &Samples, captions: Gatherer, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
         let task = Task::begin(progress, "compressing", "parts", self.chain.stages().len() + 2);
         let blueprint = Blueprint::default();
         task.advance("head");
@@ -116,13 +128,20 @@ impl Job<'_> {
             let layers = outlines.iter().flat_map(|stage| stage.layers()).filter(|layer| open(layer));
             lanes = self.lanes(finished.folder())?;
             shared = self.first_carries(&mut lanes, samples, layers, progress)?;
+            shared.merge(captions)?;
         }
         for (index, (spec, plan)) in self.chain.stages().iter().zip(&self.plan.stages).enumerate() {
             let name = spec.name().to_string();
             task.advance(&name);
             if last.is_some_and(|last| index <= last) {
                 let go_on = last != Some(index);
-                self.stage(spec, plan, &mut lanes, &shared, go_on, finished, progress)?;
+                for lane in &mut lanes {
+                    lane.load(spec, self.source)?;
+                }
+                match self.sequencing {
+                    Sequencing::Stage => self.stage(spec, plan, &mut lanes, &shared, go_on, finished, progress)?,
+                    Sequencing::Sublayer { .. } => self.sublayers(spec, &mut lanes, &shared, finished, progress)?,
+                }
             } else {
                 self.treat_alone(&name, outlines[index].layers(), finished, progress)?;
             }
@@ -163,9 +182,6 @@ impl Job<'_> {
         progress: &dyn Progress,
     ) -> Result<()> {
         let name = spec.name().to_string();
-        for lane in lanes.iter_mut() {
-            lane.load(spec, self.source)?;
-        }
         let inputs = |finished: &Workspace, lanes: &[Lane]| -> Vec<LayerInput> {
             let mut inputs = Vec::new();
             for layer in lanes.first().map_or(&[][..], Lane::layers) {
@@ -179,32 +195,92 @@ impl Job<'_> {
         let open = inputs(finished, lanes);
         let features = plan.waves.iter().map(|wave| wave.iter().filter(|input| open.contains(input)).cloned().collect());
         for wave in features.filter(|wave: &Vec<LayerInput>| !wave.is_empty()) {
-            let mut gatherer = lane::gather(lanes, &wave, &name, progress)?;
+            let mut gatherer = lane::gather(lanes, Way::Stage, &wave, &name, progress)?;
             let task = Task::begin(progress, "layers", "layers", self.count(&lanes[0], &wave));
             for input in wave {
                 let hessian = gatherer.take(&input);
-                self.treat_input(&name, &lanes[0], &input, hessian.as_ref(), finished, &task)?;
+                self.treat_input(&name, &lanes[0], &input, Gathered::of(hessian.as_ref()), finished, &task)?;
             }
         }
         for input in [LayerInput::Text, LayerInput::Time].into_iter().filter(|input| open.contains(input)) {
             let task = Task::begin(progress, "layers", "layers", self.count(&lanes[0], std::slice::from_ref(&input)));
-            self.treat_input(&name, &lanes[0], &input, shared.hessian(&input), finished, &task)?;
+            self.treat_input(&name, &lanes[0], &input, Gathered::of(shared.hessian(&input)), finished, &task)?;
         }
-        let alone: Vec<&Layer> = lanes[0].layers().iter().filter(|layer| !finished.has(layer.name())).collect();
-        let task = Task::begin(progress, "layers", "layers", alone.len());
-        for layer in alone {
-            if let Some(treatment) = self.treatments.get(layer.name()).filter(|treatment| !treatment.needs_hessian()) {
-                task.go_on()?;
-                task.advance(layer.name());
-                finish(&name, layer.name(), layer.weight(), treatment, None, finished, &task)?;
-            }
-        }
-        drop(task);
+        self.treat_plain(&name, &lanes[0], finished, progress)?;
         finished.flush()?;
         for lane in lanes.iter_mut() {
-            lane.take_over(finished)?;
+            lane.take_over(finished, &|_| true)?;
         }
-        lane::outputs(lanes, &name, go_on, progress)
+        lane::outputs(lanes, Way::Stage, &name, go_on, progress)
+    }
+
+    /// The same unit by unit, and in each input by input: what is gathered has gone through all layers before as they will be stored.
+    fn sublayers(
+        &self,
+        spec: &StageSpec,
+        lanes: &mut [Lane],
+        shared: &Gatherer,
+        finished: &mut Workspace,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let name = spec.name().to_string();
+        self.treat_plain(&name, &lanes[0], finished, progress)?;
+        for unit in 0..lanes[0].units() {
+            let mut inputs: Vec<LayerInput> = Vec::new();
+            for layer in lanes[0].layers().iter().filter(|layer| lanes[0].unit_has(unit, layer)) {
+                if !inputs.contains(layer.input()) {
+                    inputs.push(layer.input().clone());
+                }
+            }
+            // What text and time go through does not depend on other layers.
+            inputs.sort_by_key(|input| matches!(input, LayerInput::Features(_)));
+            for input in &inputs {
+                let of_input = |layer: &Layer| {
+                    layer.input() == input && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
+                };
+                let here: Vec<&Layer> =
+                    lanes[0].layers().iter().filter(|layer| lanes[0].unit_has(unit, layer) && of_input(layer)).collect();
+                if here.iter().any(|layer| !finished.has(layer.name())) {
+                    let count = here.len();
+                    if let LayerInput::Features(_) = input {
+                        let mut gatherer = lane::gather(lanes, Way::Unit(unit), std::slice::from_ref(input), &name, progress)?;
+                        let task = Task::begin(progress, "layers", "layers", count);
+                        let (hessian, corrections) = (gatherer.take(input), gatherer.take_corrections());
+                        let gathered = Gathered { hessian: hessian.as_ref(), corrections: Some(&corrections), unit: Some(unit) };
+                        self.treat_input(&name, &lanes[0], input, gathered, finished, &task)?;
+                    } else {
+                        let task = Task::begin(progress, "layers", "layers", count);
+                        let gathered = Gathered { unit: Some(unit), ..Gathered::of(shared.hessian(input)) };
+                        self.treat_input(&name, &lanes[0], input, gathered, finished, &task)?;
+                    }
+                }
+                finished.flush()?;
+                for lane in lanes.iter_mut() {
+                    lane.take_over(finished, &of_input)?;
+                }
+            }
+            let plain = |layer: &Layer| !self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+            for lane in lanes.iter_mut() {
+                lane.take_over(finished, &plain)?;
+            }
+            lane::outputs(lanes, Way::Unit(unit), &name, true, progress)?;
+        }
+        Ok(())
+    }
+
+    /// Treats the layers of the stage at hand that need no Hessian.
+    fn treat_plain(&self, part: &str, lane: &Lane, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+        let plain = |layer: &&Layer| {
+            !finished.has(layer.name()) && self.treatments.get(layer.name()).is_some_and(|treatment| !treatment.needs_hessian())
+        };
+        let layers: Vec<&Layer> = lane.layers().iter().filter(plain).collect();
+        let task = Task::begin(progress, "layers", "layers", layers.len());
+        for layer in layers {
+            task.go_on()?;
+            task.advance(layer.name());
+            finish(part, layer.name(), layer.weight(), &self.treatments[layer.name()], None, finished, &task)?;
+        }
+        Ok(())
     }
 
     /// How many layers of a stage have one of these inputs and a treatment.
@@ -219,13 +295,15 @@ impl Job<'_> {
         part: &str,
         lane: &Lane,
         input: &LayerInput,
-        hessian: Option<&Hessian>,
+        gathered: Gathered<'_>,
         finished: &mut Workspace,
         task: &Task,
     ) -> Result<()> {
+        let Gathered { hessian, corrections, unit } = gathered;
         let layers: Vec<_> = lane
             .layers()
             .iter()
+            .filter(|layer| unit.is_none_or(|unit| lane.unit_has(unit, layer)))
             .filter(|layer| layer.input() == input && !finished.has(layer.name()))
             .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
             .collect();
@@ -242,7 +320,7 @@ impl Job<'_> {
                         let (dampening, order) = (options.dampening(), options.order());
                         if made_joint.as_ref().is_none_or(|made| !made.fit(dampening, order)) {
                             // The old ones go first: there may not be memory for both.
-                            made_joint = None;
+                            drop(made_joint.take());
                             let factors = JointFactors::new(hessian, dampening, order).map_err(Error::layer(layer.name()))?;
                             made_joint = Some(factors);
                         }
@@ -253,12 +331,29 @@ impl Job<'_> {
                         made = Some((options.dampening, factors));
                     }
                     let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));
-                    Some(Calibrated { hessian, factors, joint: made_joint.as_ref() })
+                    let correction = corrections.and_then(|corrections| corrections.get(layer.name()));
+                    Some(Calibrated { hessian, factors, joint: made_joint.as_ref(), correction })
                 }
             };
             finish(part, layer.name(), layer.weight(), treatment, calibrated, finished, task)?;
         }
         Ok(())
+    }
+}
+
+/// What is known of an input.
+#[derive(Clone, Copy)]
+struct Gathered<'a> {
+    hessian: Option<&'a Hessian>,
+    /// By how much the outputs of its layers are off, by name.
+    corrections: Option<&'a BTreeMap<String, Correction>>,
+    /// The unit whose layers are treated; all, if none.
+    unit: Option<usize>,
+}
+
+impl<'a> Gathered<'a> {
+    fn of(hessian: Option<&'a Hessian>) -> Self {
+        Gathered { hessian, corrections: None, unit: None }
     }
 }
 
@@ -315,6 +410,6 @@ fn placement(device: Device, kind: Kind) -> Placement {
 }
 
 /// The folder of carries in a workspace.
-fn carries_folder(workspace: &Path, lane: usize) -> std::path::PathBuf {
+fn carries_folder(workspace: &Path, lane: &str) -> std::path::PathBuf {
     workspace.join(format!("carries-{lane}"))
 }

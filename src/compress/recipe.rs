@@ -2,18 +2,34 @@
 
 use super::{PruneMethod, Treatment, Treatments};
 use crate::checkpoint::Blueprint;
-use crate::config::{self, LayerInfo, ModuleType, PaletteSettings, PruneAlgorithm, PruneSettings, Resolution, RunConfig, SolverKind};
+use crate::config::{
+    self, LayerInfo, ModuleType, Pace, PaletteSettings, PruneAlgorithm, PruneSettings, Resolution, RunConfig, SolverKind, Target,
+};
 use crate::error::Result;
 use crate::model::Layer;
 use crate::model::unet::UnetChain;
 use crate::solver::palette::{Granularity, OnMisfit, PaletteOptions};
 use crate::solver::{PruneOptions, Sparsity};
 
+/// When the layers of a stage learn of each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sequencing {
+    /// All Hessians of a stage come from its dense layers, behind compressed stages.
+    Stage,
+    /// Each input's Hessian comes from the layers before it as they will be stored.
+    Sublayer {
+        /// Whether layers aim at the dense network's outputs, so that they make up for the errors before them.
+        dense_target: bool,
+    },
+}
+
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug)]
 pub struct Recipe {
     /// What is done to each layer.
     pub treatments: Treatments,
+    /// When layers learn of each other.
+    pub sequencing: Sequencing,
     /// The rules, what each of them matched, and what was found wrong or worth saying.
     pub resolution: Resolution,
 }
@@ -44,7 +60,11 @@ impl Recipe {
                 treatments.insert(layer.name.clone(), treatment);
             }
         }
-        Ok(Recipe { treatments, resolution })
+        let sequencing = match config.pace {
+            Pace::Stage => Sequencing::Stage,
+            Pace::Sublayer => Sequencing::Sublayer { dense_target: config.target == Target::Dense },
+        };
+        Ok(Recipe { treatments, sequencing, resolution })
     }
 }
 

@@ -150,11 +150,15 @@ pub(super) fn path(node: &Node) -> Result<PathBuf, String> {
 
 /// One of several words.
 pub(super) fn word<T: Copy>(node: &Node, words: &[(&'static str, T)]) -> Result<T, String> {
-    let found = text(node).ok().and_then(|text| words.iter().find(|(word, _)| *word == text));
+    named(text(node).unwrap_or_default(), words)
+}
+
+/// The value that `name` stands for.
+pub(super) fn named<T: Copy>(name: &str, words: &[(&'static str, T)]) -> Result<T, String> {
+    let found = words.iter().find(|(word, _)| *word == name);
     found.map(|(_, value)| *value).ok_or_else(|| {
         let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-        let near = text(node).ok().and_then(|text| nearest(text, words.iter().copied()));
-        match near {
+        match nearest(name, words.iter().copied()) {
             Some(near) if words.len() > 1 => format!("must be one of {}, perhaps `{near}`", words.join(", ")),
             _ => format!("must be {}", words.join(", or ")),
         }

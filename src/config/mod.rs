@@ -1,5 +1,5 @@
 //! The config of a run: a YAML file of four sections, `model`, `calibration`, `prune` and `palettize`, in coremltools' own words
-//! where it has them, and the key `solver`.
+//! where it has them, and the keys `solver`, `granularity` and `target`.
 //!
 //! A file is first parsed into a tree whose values know their places and then walked to the end, so that all its mistakes
 //! are found at once. Once a model's layers are known, [`RunConfig::resolve`] says what becomes of each.
@@ -28,7 +28,8 @@ pub use prompts::read_prompts;
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
 pub use rules::{ModuleType, RuleIndex, Rules};
 pub use sections::{
-    CalibrationSection, ModelSection, OnMisfit, PalettizeSection, Prompts, PruneAlgorithm, PruneSection, SolverKind,
+    CalibrationSection, ModelSection, OnMisfit, Pace, PalettizeSection, Prompts, PruneAlgorithm, PruneSection, SolverKind,
+    Target, TimestepWeighting,
 };
 pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
@@ -47,6 +48,10 @@ pub struct RunConfig {
     pub calibration: CalibrationSection,
     /// How masks, weights and palettes are found.
     pub solver: SolverKind,
+    /// When a stage's layers learn of each other: the key `granularity`.
+    pub pace: Pace,
+    /// What a layer's outputs are to be close to.
+    pub target: Target,
     /// Pruning; `None` prunes nothing.
     pub prune: Option<PruneSection>,
     /// Palettization; `None` palettizes nothing.
@@ -95,16 +100,23 @@ impl RunConfig {
 
     fn from_tree(root: &tree::Node, mistakes: &mut Mistakes<'_>) -> RunConfig {
         let mut sections = Fields::new("the config", root, mistakes);
-        let solver = sections.get("solver", mistakes, |node| word(node, &SolverKind::WORDS));
+        let solver = sections.get("solver", mistakes, |node| word(node, SolverKind::WORDS));
+        let pace = sections.get("granularity", mistakes, |node| word(node, Pace::WORDS));
+        let target = sections.get("target", mistakes, |node| word(node, Target::WORDS));
         let config = RunConfig {
             model: section(&mut sections, "model", mistakes, ModelSection::read).unwrap_or_default(),
             calibration: section(&mut sections, "calibration", mistakes, CalibrationSection::read).unwrap_or_default(),
             solver: solver.unwrap_or_default(),
+            pace: pace.unwrap_or_default(),
+            target: target.unwrap_or_default(),
             prune: section(&mut sections, "prune", mistakes, PruneSection::read),
             palettize: section(&mut sections, "palettize", mistakes, PalettizeSection::read),
         };
         if let (Err(problem), Some(node)) = (config.check_solver(), sections.given("solver")) {
             mistakes.add(node.position, format!("`solver: joint` {problem}"));
+        }
+        if let (Err(problem), Some(node)) = (config.check_target(), sections.given("target")) {
+            mistakes.add(node.position, format!("`target: dense` {problem}"));
         }
         sections.finish(mistakes);
         config
@@ -119,9 +131,17 @@ impl RunConfig {
         Ok(())
     }
 
+    /// Whether layers can aim at what the sections say.
+    fn check_target(&self) -> Result<(), String> {
+        if self.target == Target::Dense && (self.solver != SolverKind::Joint || self.pace != Pace::Sublayer) {
+            return Err("needs `solver: joint` and `granularity: sublayer`".into());
+        }
+        Ok(())
+    }
+
     /// The config as YAML with every default spelt out; it parses to an equal config.
     pub fn to_yaml(&self) -> String {
-        let RunConfig { model, calibration, solver, prune, palettize } = self;
+        let RunConfig { model, calibration, solver, pace, target, prune, palettize } = self;
         let mut yaml = Yaml::default();
         yaml.line(concat!(
             "# The config as resolved by sdxl-squeeze ",
@@ -131,6 +151,8 @@ impl RunConfig {
         yaml.block("model", |yaml| model.write(yaml));
         yaml.block("calibration", |yaml| calibration.write(yaml));
         yaml.entry("solver", solver.name());
+        yaml.entry("granularity", pace.name());
+        yaml.entry("target", target.name());
         match prune {
             Some(section) => yaml.block("prune", |yaml| section.write(yaml)),
             None => yaml.entry("prune", "null"),

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::RunConfig;
+use super::fields::named;
 use super::limits;
 use super::mistake::{Mistake, Place};
 use super::rules::Rules;
-use super::sections::{OnMisfit, PalettizeSection, Prompts, PruneSection, SolverKind};
+use super::sections::{OnMisfit, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
 use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
 use crate::error::{Error, Result};
 
@@ -38,6 +39,12 @@ pub struct Overrides {
     pub width: Option<i64>,
     /// `--solver`: sequential or joint.
     pub solver: Option<String>,
+    /// `--granularity`: stage or sublayer.
+    pub granularity: Option<String>,
+    /// `--target`: current or dense.
+    pub target: Option<String>,
+    /// `--captions`
+    pub captions: Option<PathBuf>,
     /// `--target-sparsity`, for every rule of `prune` that is not null. Adds the section where there is none.
     pub target_sparsity: Option<f64>,
     /// `--n-m-ratio`, such as `2:4`; likewise.
@@ -106,6 +113,9 @@ impl RunConfig {
             height,
             width,
             solver,
+            granularity,
+            target,
+            captions,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -129,6 +139,7 @@ impl RunConfig {
             section.samples = None;
         });
         flags.path("--samples", samples, |path| section.samples = Some(path));
+        flags.path("--captions", captions, |path| section.captions = Some(path));
         let nsamples = &mut section.calibration_nsamples;
         flags.set("--calibration-nsamples", calibration_nsamples, |n| limits::count(n.into()), |n| put(nsamples, n));
         flags.set("--steps", steps, |n| limits::count(n.into()), |n| put(&mut section.steps, n));
@@ -184,16 +195,21 @@ impl RunConfig {
         flags.set(
             "--on-misfit",
             on_misfit,
-            |word| OnMisfit::parse(&word),
+            |word| named(&word, OnMisfit::WORDS),
             |on_misfit| match palettize {
                 Some(section) => put(&mut section.on_misfit, on_misfit),
                 None => Err("has no `palettize` section to change".into()),
             },
         );
 
-        flags.set("--solver", solver, |word| SolverKind::parse(&word), |solver| put(&mut changed.solver, solver));
+        flags.set("--solver", solver, |word| named(&word, SolverKind::WORDS), |solver| put(&mut changed.solver, solver));
         if let (Err(problem), Some(solver)) = (changed.check_solver(), solver) {
             flags.mistake("--solver", solver, problem);
+        }
+        flags.set("--granularity", granularity, |word| named(&word, Pace::WORDS), |pace| put(&mut changed.pace, pace));
+        flags.set("--target", target, |word| named(&word, Target::WORDS), |target| put(&mut changed.target, target));
+        if let (Err(problem), Some(target)) = (changed.check_target(), target) {
+            flags.mistake("--target", target, problem);
         }
 
         if flags.mistakes.is_empty() {

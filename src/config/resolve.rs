@@ -107,7 +107,7 @@ impl RunConfig {
     /// Patterns that match nothing, groups that do not divide the channels and all else that is not as written are findings;
     /// warnings are logged too. [`Resolution::checked`] turns findings that are errors into one.
     pub fn resolve(&self, layers: &[LayerInfo]) -> Resolution {
-        let RunConfig { model: _, calibration: _, prune, palettize } = self;
+        let RunConfig { prune, palettize, .. } = self;
         let mut findings = Vec::new();
         let mut rules = Vec::new();
         let pruned = match prune {

@@ -29,6 +29,12 @@ pub struct CalibrationSection {
     pub prompts: Prompts,
     /// A safetensors file of samples that are read instead; then no prompt is run.
     pub samples: Option<PathBuf>,
+    /// Prompts that are only encoded, not drawn: for the layers that see nothing but text, and those that see nothing but time and text.
+    pub captions: Option<PathBuf>,
+    /// How many captions are taken, evenly over the file. At least 1.
+    pub captions_nsamples: usize,
+    /// How much each UNet call counts.
+    pub timestep_weighting: TimestepWeighting,
     /// How many UNet calls are taken, evenly over prompts and timesteps. At least 1.
     pub calibration_nsamples: usize,
     /// Denoising steps for each prompt. At least 1.
@@ -80,6 +86,38 @@ pub enum SolverKind {
     Joint,
 }
 
+/// When a stage's layers learn of each other (the key `granularity`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// `stage`: all Hessians of a stage come from its layers as they were.
+    #[default]
+    Stage,
+    /// `sublayer`: each input's Hessian comes from the layers before it as they will be stored. More passes over the samples.
+    Sublayer,
+}
+
+/// What a layer's outputs are to be close to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Target {
+    /// `current`: those that its dense weights make of the inputs it will have.
+    #[default]
+    Current,
+    /// `dense`: those of the dense network, so that errors of the layers before are corrected too. Needs `granularity: sublayer`.
+    Dense,
+}
+
+/// How much each sample counts in the Hessians, by its timestep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TimestepWeighting {
+    /// `uniform`: all the same.
+    #[default]
+    Uniform,
+    /// `early`: as sigma, the noise to signal ratio: early steps decide what a picture becomes.
+    Early,
+    /// `log`: as ln(1 + sigma).
+    Log,
+}
+
 /// Which layers are palettized, and how.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PalettizeSection {
@@ -102,54 +140,28 @@ pub enum OnMisfit {
     Error,
 }
 
-impl PruneAlgorithm {
-    const WORDS: [(&str, PruneAlgorithm); 2] =
-        [("sparse_gpt", PruneAlgorithm::SparseGpt), ("magnitude", PruneAlgorithm::Magnitude)];
+/// The names of an enum's values in a config.
+macro_rules! words {
+    ($kind:ident, $($word:literal => $value:ident),+) => {
+        impl $kind {
+            pub(super) const WORDS: &[(&str, $kind)] = &[$(($word, $kind::$value)),+];
 
-    /// The name in a config.
-    pub fn name(self) -> &'static str {
-        match self {
-            PruneAlgorithm::SparseGpt => "sparse_gpt",
-            PruneAlgorithm::Magnitude => "magnitude",
+            /// The name in a config.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($kind::$value => $word),+
+                }
+            }
         }
-    }
+    };
 }
 
-impl SolverKind {
-    pub(super) const WORDS: [(&str, SolverKind); 2] = [("sequential", SolverKind::Sequential), ("joint", SolverKind::Joint)];
-
-    /// The name in a config.
-    pub fn name(self) -> &'static str {
-        match self {
-            SolverKind::Sequential => "sequential",
-            SolverKind::Joint => "joint",
-        }
-    }
-
-    pub(super) fn parse(word: &str) -> Result<Self, String> {
-        let found = Self::WORDS.iter().find(|(name, _)| *name == word);
-        found.map(|(_, value)| *value).ok_or_else(|| format!("must be {}", Self::WORDS.map(|(name, _)| name).join(", or ")))
-    }
-}
-
-impl OnMisfit {
-    const WORDS: [(&str, OnMisfit); 3] =
-        [("smaller_group", OnMisfit::SmallerGroup), ("dense", OnMisfit::Dense), ("error", OnMisfit::Error)];
-
-    /// The name in a config.
-    pub fn name(self) -> &'static str {
-        match self {
-            OnMisfit::SmallerGroup => "smaller_group",
-            OnMisfit::Dense => "dense",
-            OnMisfit::Error => "error",
-        }
-    }
-
-    pub(super) fn parse(word: &str) -> Result<Self, String> {
-        let found = Self::WORDS.iter().find(|(name, _)| *name == word);
-        found.map(|(_, value)| *value).ok_or_else(|| format!("must be one of {}", Self::WORDS.map(|(name, _)| name).join(", ")))
-    }
-}
+words!(PruneAlgorithm, "sparse_gpt" => SparseGpt, "magnitude" => Magnitude);
+words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
+words!(Pace, "stage" => Stage, "sublayer" => Sublayer);
+words!(Target, "current" => Current, "dense" => Dense);
+words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
+words!(OnMisfit, "smaller_group" => SmallerGroup, "dense" => Dense, "error" => Error);
 
 impl Default for ModelSection {
     fn default() -> Self {
@@ -162,6 +174,9 @@ impl Default for CalibrationSection {
         CalibrationSection {
             prompts: Prompts::File("calibration/tutorial.txt".into()),
             samples: None,
+            captions: None,
+            captions_nsamples: 512,
+            timestep_weighting: TimestepWeighting::Uniform,
             calibration_nsamples: 128,
             steps: 20,
             guidance: 5.0,
@@ -220,6 +235,13 @@ impl CalibrationSection {
         CalibrationSection {
             prompts: prompts(fields, mistakes).unwrap_or(default.prompts),
             samples: fields.get("samples", mistakes, path),
+            captions: fields.get("captions", mistakes, path),
+            captions_nsamples: fields
+                .get("captions_nsamples", mistakes, |node| limits::count(whole(node)?))
+                .unwrap_or(default.captions_nsamples),
+            timestep_weighting: fields
+                .get("timestep_weighting", mistakes, |node| word(node, TimestepWeighting::WORDS))
+                .unwrap_or(default.timestep_weighting),
             calibration_nsamples: fields
                 .get("calibration_nsamples", mistakes, |node| limits::count(whole(node)?))
                 .unwrap_or(default.calibration_nsamples),
@@ -231,12 +253,16 @@ impl CalibrationSection {
     }
 
     pub(super) fn write(&self, yaml: &mut Yaml) {
-        let CalibrationSection { prompts, samples, calibration_nsamples, steps, guidance, seed, size } = self;
+        let CalibrationSection { prompts, samples, captions, captions_nsamples, timestep_weighting, .. } = self;
+        let CalibrationSection { calibration_nsamples, steps, guidance, seed, size, .. } = self;
         match prompts {
             Prompts::File(path) => yaml.entry("prompts", emit::text(&path.to_string_lossy())),
             Prompts::List(prompts) => yaml.list("prompts", prompts.iter().map(|prompt| emit::text(prompt))),
         }
         yaml.entry("samples", emit::or_null(samples.as_ref(), |path| emit::text(&path.to_string_lossy())));
+        yaml.entry("captions", emit::or_null(captions.as_ref(), |path| emit::text(&path.to_string_lossy())));
+        yaml.entry("captions_nsamples", captions_nsamples.to_string());
+        yaml.entry("timestep_weighting", timestep_weighting.name());
         yaml.entry("calibration_nsamples", calibration_nsamples.to_string());
         yaml.entry("steps", steps.to_string());
         yaml.entry("guidance", emit::number(*guidance));
@@ -277,7 +303,7 @@ impl PruneSection {
         let default = Self::default();
         PruneSection {
             layers: layers(fields, mistakes).unwrap_or(default.layers),
-            algorithm: fields.get("algorithm", mistakes, |node| word(node, &PruneAlgorithm::WORDS)).unwrap_or(default.algorithm),
+            algorithm: fields.get("algorithm", mistakes, |node| word(node, PruneAlgorithm::WORDS)).unwrap_or(default.algorithm),
             rules: rules::read(fields, mistakes),
         }
     }
@@ -311,7 +337,7 @@ impl PalettizeSection {
         let default = Self::default();
         PalettizeSection {
             rules: rules::read(fields, mistakes),
-            on_misfit: fields.get("on_misfit", mistakes, |node| word(node, &OnMisfit::WORDS)).unwrap_or(default.on_misfit),
+            on_misfit: fields.get("on_misfit", mistakes, |node| word(node, OnMisfit::WORDS)).unwrap_or(default.on_misfit),
             weight_threshold: fields
                 .get("weight_threshold", mistakes, |node| limits::elements(whole(node)?))
                 .unwrap_or(default.weight_threshold),

@@ -164,6 +164,11 @@ impl Container {
         check_tensors(self.path(), expected, found, |_| false)
     }
 
+    /// Whether the tensor `name` is stored compressed.
+    pub fn is_compressed(&self, name: &str) -> bool {
+        self.metadata.weights.contains_key(name)
+    }
+
     /// The compressed weights by name.
     pub fn layers(&self) -> impl ExactSizeIterator<Item = StoredLayer> {
         self.metadata.weights.iter().map(|(name, row)| self.layer(name, row))

@@ -63,6 +63,22 @@ pub trait Observer {
     /// # Errors
     /// What it returns ends the forward.
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()>;
+
+    /// `layer`'s next output will be added to `residual`: of the output's shape, or [b, c, h, w] where the output is [b, h w, c].
+    ///
+    /// # Errors
+    /// What it returns ends the forward.
+    fn residual(&mut self, _layer: &Layer, _residual: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// `layer` has computed `output`, to which nothing was added yet. What follows may change it in place.
+    ///
+    /// # Errors
+    /// What it returns ends the forward.
+    fn output(&mut self, _layer: &Layer, _output: &Tensor) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Sees nothing.
@@ -121,7 +137,7 @@ impl Layer {
     pub(super) fn forward(&self, input: &Tensor, observer: &mut dyn Observer) -> Result<Tensor> {
         observer.input(self, input)?;
         let (weight, bias) = (self.weight.f_to_kind(input.f_kind()?)?, self.bias.as_ref());
-        Ok(match self.kind {
+        let output = match self.kind {
             LayerKind::Linear => input.f_linear(&weight, bias)?,
             LayerKind::Conv2d(geometry) if geometry == ConvGeometry::new(1, 0) && weight.size().ends_with(&[1, 1]) => {
                 pointwise(input, &weight, bias)?
@@ -129,7 +145,9 @@ impl Layer {
             LayerKind::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
                 input.f_conv2d(&weight, bias, stride, padding, dilation, groups)?
             }
-        })
+        };
+        observer.output(self, &output)?;
+        Ok(output)
     }
 }
 

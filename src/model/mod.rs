@@ -8,4 +8,6 @@ pub mod text;
 pub mod unet;
 pub mod vae;
 
+pub(crate) use resnet::ResnetShape;
+
 pub use layer::{ConvGeometry, Layer, LayerInput, LayerKind, Observer, Unobserved};

@@ -102,6 +102,11 @@ impl<'a> Run<'a> {
     pub fn layer(&mut self, id: LayerId, input: &Tensor) -> Result<Tensor> {
         self.layers[id.0].forward(input, self.observer)
     }
+
+    /// Says that what the layer computes next is added to `residual`.
+    pub fn onto(&mut self, id: LayerId, residual: &Tensor) -> Result<()> {
+        self.observer.residual(&self.layers[id.0], residual)
+    }
 }
 
 /// Group normalization over [b, c, ..] (Wu and He 2018; `torch.nn.GroupNorm`).

@@ -8,7 +8,7 @@ use crate::error::Result;
 
 /// The sizes of a [`Resnet`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ResnetShape {
+pub(crate) struct ResnetShape {
     pub input: i64,
     pub output: i64,
     /// The width of the time embedding; `None` where there is no time (VAE).
@@ -37,10 +37,10 @@ impl Resnet {
             conv1: b.conv2d("conv1", input, output, 3, same)?,
             time_emb_proj: temb.map(|width| b.linear_of("time_emb_proj", LayerInput::Time, width, output, true)).transpose()?,
             norm2: b.group_norm("norm2", groups, output, eps)?,
-            conv2: b.conv2d("conv2", output, output, 3, same)?,
             conv_shortcut: (input != output)
                 .then(|| b.conv2d("conv_shortcut", input, output, 1, ConvGeometry::new(1, 0)))
                 .transpose()?,
+            conv2: b.conv2d("conv2", output, output, 3, same)?,
         })
     }
 
@@ -50,10 +50,11 @@ impl Resnet {
         if let (Some(projection), Some(temb)) = (self.time_emb_proj, silu_temb) {
             hidden = hidden.f_add_(&run.layer(projection, temb)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
         }
-        let mut hidden = run.layer(self.conv2, &self.norm2.forward(&hidden)?.f_silu_()?)?;
-        Ok(match self.conv_shortcut {
-            Some(shortcut) => run.layer(shortcut, input)?.f_add_(&hidden)?,
-            None => hidden.f_add_(input)?,
-        })
+        let normed = self.norm2.forward(&hidden)?.f_silu_()?;
+        drop(hidden);
+        let shortcut = self.conv_shortcut.map(|shortcut| run.layer(shortcut, input)).transpose()?;
+        let skip = shortcut.as_ref().unwrap_or(input);
+        run.onto(self.conv2, skip)?;
+        Ok(run.layer(self.conv2, &normed)?.f_add_(skip)?)
     }
 }

@@ -13,7 +13,7 @@ pub use stage::{Calls, StagePlan};
 pub use work::{Work, measured_rate};
 
 use crate::checkpoint::Blueprint;
-use crate::compress::Treatments;
+use crate::compress::{Sequencing, Treatments};
 use crate::error::{Error, Result};
 use crate::model::unet::{CarryShape, UnetChain};
 use crate::model::{Layer, LayerInput};
@@ -67,12 +67,13 @@ impl Plan {
     pub fn new(
         chain: &UnetChain,
         treatments: &Treatments,
+        sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
         bytes_of: &dyn Fn(&str) -> usize,
     ) -> Result<Self> {
         let calls = calls.filter(|_| treatments.values().any(|treatment| treatment.needs_hessian()));
-        let attempt = |memory, carries| Plan::with_carries(chain, treatments, calls, memory, bytes_of, carries);
+        let attempt = |memory, carries| Plan::with_carries(chain, treatments, sequencing, calls, memory, bytes_of, carries);
         if calls.is_none() {
             let plan = attempt(memory, CarriesIn::Nowhere)?;
             let (least, budget) = (plan.peak_bytes, memory.budget);
@@ -104,6 +105,7 @@ impl Plan {
     fn with_carries(
         chain: &UnetChain,
         treatments: &Treatments,
+        sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
         bytes_of: &dyn Fn(&str) -> usize,
@@ -162,12 +164,13 @@ impl Plan {
             let resident_bytes = tensors.iter().map(|tensor| tensor.numel() * bytes_of(&tensor.name) as u64).sum();
             let bytes = calls.map_or(0, |calls| {
                 let numbers = calls.count as i64 * calls.batch * carry.numel().max(after.numel());
-                memory.element_bytes * numbers.unsigned_abs()
+                let runs = if sequencing == (Sequencing::Sublayer { dense_target: true }) { 2 } else { 1 };
+                runs * memory.element_bytes * numbers.unsigned_abs()
             });
             plan.carry_bytes = plan.carry_bytes.max(bytes);
             let held = if carries == CarriesIn::Memory { bytes } else { 0 };
-            let outline =
-                Outline { name: spec.name(), layers: stage.layers(), resident_bytes, before: carry, after: after.clone() };
+            let (layers, before) = (stage.layers(), carry);
+            let outline = Outline { name: spec.name(), stage, layers, sequencing, resident_bytes, before, after: after.clone() };
             let stage = outline.plan(treatments, calls.as_ref(), &memory, held)?;
             plan.peak_bytes = plan.peak_bytes.max(stage.peak_bytes);
             plan.work += stage.work;

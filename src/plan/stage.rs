@@ -5,12 +5,12 @@ use serde::Serialize;
 use super::memory::{Memory, working_set};
 use super::size::stored_bytes;
 use super::work::Work;
-use crate::compress::{Treatment, Treatments};
+use crate::compress::{Sequencing, Treatment, Treatments};
 use crate::error::{Error, Result};
-use crate::model::unet::{CarryShape, StageName};
+use crate::model::unet::{CarryShape, Stage, StageName};
 use crate::model::{Layer, LayerInput, LayerKind};
 use crate::number;
-use crate::solver::Hessian;
+use crate::solver::{Correction, Hessian};
 
 /// What is known of the samples before there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -74,7 +74,9 @@ fn triangles(treatment: &Treatment) -> u64 {
 pub(super) struct Outline<'a> {
     pub name: StageName,
     /// Built without weights.
+    pub stage: &'a Stage,
     pub layers: &'a [Layer],
+    pub sequencing: Sequencing,
     pub resident_bytes: u64,
     pub before: CarryShape,
     pub after: CarryShape,
@@ -100,7 +102,7 @@ impl Outline<'_> {
     }
 
     /// Multiply-adds of running the stage once.
-    fn forward(&self, calls: &Calls) -> f64 {
+    fn forward<'b>(&self, layers: impl Iterator<Item = &'b Layer>, calls: &Calls) -> f64 {
         let one = |layer: &Layer| {
             let [height, width] = self.places(layer, calls);
             let places = match layer.kind() {
@@ -117,7 +119,21 @@ impl Outline<'_> {
             };
             dense + 2.0 * (height * width * others * weight.first().copied().unwrap_or(0)) as f64
         };
-        calls.batch as f64 * self.layers.iter().map(one).sum::<f64>()
+        calls.batch as f64 * layers.map(one).sum::<f64>()
+    }
+
+    /// The same for each sample, all passes together.
+    fn forwards(&self, needs: &[Need<'_>], waves: usize, calls: &Calls) -> f64 {
+        let Sequencing::Sublayer { dense_target } = self.sequencing else {
+            return (waves + 1) as f64 * self.forward(self.layers.iter(), calls);
+        };
+        let of_unit = |unit: usize| {
+            let here = |layer: &&Layer| self.stage.unit_has(unit, layer.name());
+            let gathered = |need: &&Need| matches!(need.input, LayerInput::Features(_)) && here(&need.layers[0].0);
+            (needs.iter().filter(gathered).count() + 1) as f64 * self.forward(self.layers.iter().filter(here), calls)
+        };
+        let runs = if dense_target { 2.0 } else { 1.0 };
+        runs * (0..self.stage.units()).map(of_unit).sum::<f64>()
     }
 
     fn needs<'a>(&'a self, treatments: &'a Treatments) -> Vec<Need<'a>> {
@@ -132,8 +148,16 @@ impl Outline<'_> {
                     bytes: Hessian::bytes(layer.kind(), &layer.weight().size()),
                 }),
             }
+            if let (Some(need), true) = (needs.iter_mut().find(|need| need.input == layer.input()), self.aims()) {
+                need.bytes += Correction::bytes(&layer.weight().size());
+            }
         }
         needs
+    }
+
+    /// Whether layers aim at the dense network's outputs, which then runs too.
+    fn aims(&self) -> bool {
+        self.sequencing == Sequencing::Sublayer { dense_target: true }
     }
 
     /// Bytes of the largest activations of one call, with what a convolution makes of them.
@@ -181,7 +205,8 @@ impl Outline<'_> {
 
         // What is there in any case: the stage, the carries, one call under way.
         let carry = 2 * memory.element_bytes * (calls.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
-        let fixed = memory.fixed() + self.resident_bytes + carries + carry;
+        let runs = if self.aims() { 2 } else { 1 };
+        let fixed = memory.fixed() + runs * self.resident_bytes + carries + carry;
         let activations = self.activations(calls, memory);
         // A factor stands beside the wave's Hessians while its layers are treated.
         let treating = |need: &Need| {
@@ -207,7 +232,7 @@ impl Outline<'_> {
             }
             let room = wave_room.max(treating(need));
             match waves.last_mut() {
-                Some(wave) if fixed + wave_bytes + need.bytes + room <= memory.budget => {
+                Some(wave) if self.sequencing == Sequencing::Stage && fixed + wave_bytes + need.bytes + room <= memory.budget => {
                     wave.push(need.input.clone());
                     (wave_bytes, wave_room) = (wave_bytes + need.bytes, room);
                 }
@@ -235,7 +260,7 @@ impl Outline<'_> {
             let rows: i64 = joint.filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
             plan.work.sweeps += JOINT_PRODUCTS * rows as f64 * d * d;
         }
-        plan.work.forward = (waves.len() + 1) as f64 * calls.count as f64 * self.forward(calls);
+        plan.work.forward = calls.count as f64 * self.forwards(&needs, waves.len(), calls);
         plan.passes = waves.len();
         plan.waves = waves;
         plan.peak_bytes = peak;

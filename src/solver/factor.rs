@@ -55,6 +55,21 @@ impl InverseFactor {
         Self::of(&|| hessian.triangle(group), dampening)
     }
 
+    /// X (H + damping)^-1 for X [rows, d], on the factor's device. Zeros in dead columns.
+    pub(super) fn solve(&self, x: &Tensor) -> Result<Tensor> {
+        let u = &self.triangle;
+        let d = u.dimension();
+        let x = x.f_masked_fill(&self.dead, 0.0)?;
+        let solved = x.f_zeros_like()?;
+        for index in 0..u.count() {
+            let rows = u.rows(index);
+            let panel = u.panel(index).f_triu(0)?;
+            let part = x.f_narrow(1, rows.start, d - rows.start)?.f_mm(&panel.f_transpose(0, 1)?)?;
+            let _ = solved.f_narrow(1, rows.start, d - rows.start)?.f_addmm_(&part, &panel)?;
+        }
+        Ok(solved.f_masked_fill(&self.dead, 0.0)?)
+    }
+
     /// Whether there can be a factor.
     pub(super) fn check(hessian: &Hessian, dampening: f64) -> Result<()> {
         if !(dampening.is_finite() && dampening >= 0.0) {

@@ -4,6 +4,7 @@
 //! H [d, d] sums what the layer's inputs looked like. [`prune`] follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774)
 //! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is what it is compared with.
 
+mod correction;
 mod correlations;
 mod device_sweep;
 mod factor;
@@ -19,6 +20,7 @@ mod sparsity;
 mod sweep;
 mod triangle;
 
+pub use correction::Correction;
 pub use factor::InverseFactor;
 pub use hessian::Hessian;
 pub use joint::{Joint, JointFactors, JointOptions, Order, joint};

@@ -7,6 +7,7 @@ mod cli;
 mod compress;
 mod config;
 mod container;
+mod coreml;
 mod gpu;
 mod joint;
 mod palettes;

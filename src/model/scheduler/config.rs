@@ -166,6 +166,16 @@ impl SchedulerConfig {
         Ok(SchedulerConfig { path: path.to_owned(), class: file.required("_class_name")?, entries })
     }
 
+    /// Sigma of every training timestep: the noise relative to the picture.
+    ///
+    /// # Errors
+    /// If the config describes no noise schedule.
+    pub fn sigmas(&self) -> Result<Vec<f64>> {
+        let mut file = ConfigFile::from_entries(&self.path, self.entries.clone());
+        let signal = NoiseSchedule::read(&mut file)?.positive_signal(&file)?;
+        Ok(super::noise::sigmas(&signal)?.into_iter().map(f64::from).collect())
+    }
+
     /// diffusers' name for the sampler.
     pub fn class(&self) -> &str {
         &self.class

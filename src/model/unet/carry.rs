@@ -10,6 +10,8 @@ use crate::error::Result;
 pub struct Carry {
     /// The image features: [b, c, h, w].
     pub hidden_states: Tensor,
+    /// Between the parts of a transformer, whose input `hidden_states` still is: what its blocks make of it, [b, h w, c].
+    pub tokens: Option<Tensor>,
     /// The stack of skip connections: down stages push, up stages pop.
     pub down_block_res_samples: Vec<Tensor>,
     /// The embedding of timestep, pooled text and time ids, before its SiLU: [b, time_embed_dim].
@@ -23,6 +25,7 @@ impl Carry {
     pub fn shallow_clone(&self) -> Carry {
         Carry {
             hidden_states: self.hidden_states.shallow_clone(),
+            tokens: self.tokens.as_ref().map(Tensor::shallow_clone),
             down_block_res_samples: self.down_block_res_samples.iter().map(Tensor::shallow_clone).collect(),
             temb: self.temb.shallow_clone(),
             encoder_hidden_states: self.encoder_hidden_states.shallow_clone(),
@@ -36,6 +39,7 @@ impl Carry {
     pub fn to_device(&self, device: Device) -> Result<Carry> {
         Ok(Carry {
             hidden_states: self.hidden_states.f_to_device(device)?,
+            tokens: self.tokens.as_ref().map(|tokens| tokens.f_to_device(device)).transpose()?,
             down_block_res_samples: self
                 .down_block_res_samples
                 .iter()
@@ -47,11 +51,17 @@ impl Carry {
     }
 
     /// Takes the newest residual and appends its channels to `hidden_states`.
-    pub(super) fn pop_residual(&mut self, hidden_states: &Tensor) -> Result<Tensor> {
+    pub(super) fn pop_residual(&mut self) -> Result<()> {
         let residual = self.down_block_res_samples.pop().ok_or_else(|| {
             crate::Error::Argument("an up stage was given a carry without residuals: the stages ran out of order".into())
         })?;
-        Ok(Tensor::f_cat(&[hidden_states, &residual], 1)?)
+        self.hidden_states = Tensor::f_cat(&[&self.hidden_states, &residual], 1)?;
+        Ok(())
+    }
+
+    /// Puts a copy of `hidden_states` on the stack (no data is copied).
+    pub(super) fn push_residual(&mut self) {
+        self.down_block_res_samples.push(self.hidden_states.shallow_clone());
     }
 }
 

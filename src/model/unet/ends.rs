@@ -1,6 +1,6 @@
 //! What stands before and after the chain: embeddings and conv_in, norm and conv_out.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::carry::Carry;
 use super::config::UnetConfig;
@@ -49,14 +49,13 @@ impl Head {
         let mut top = Builder::new(source, "", &mut layers);
         let first = config.block_out_channels[0];
         let width = config.time_embed_dim;
-        let sinusoids = |width| Sinusoids { width, cosines_first: config.flip_sin_to_cos, shift: config.freq_shift };
         let kernel = config.conv_in_kernel;
         Ok(Head {
             time_embedding: Embedding::build(&mut top.at("time_embedding"), first, width)?,
             add_embedding: Embedding::build(&mut top.at("add_embedding"), config.projection_class_embeddings_input_dim, width)?,
             conv_in: top.conv2d("conv_in", config.in_channels, first, kernel, ConvGeometry::new(1, (kernel - 1) / 2))?,
-            time: sinusoids(first),
-            time_ids: sinusoids(config.addition_time_embed_dim),
+            time: Sinusoids::new(config, first),
+            time_ids: Sinusoids::new(config, config.addition_time_embed_dim),
             center_input_sample: config.center_input_sample,
             layers,
         })
@@ -99,6 +98,7 @@ impl Head {
         Ok(Carry {
             down_block_res_samples: vec![hidden_states.shallow_clone()],
             hidden_states,
+            tokens: None,
             temb,
             encoder_hidden_states: conditioning.encoder_hidden_states.shallow_clone(),
         })
@@ -125,21 +125,30 @@ impl Embedding {
 
 /// The sinusoidal embedding of a number (Vaswani et al. 2017; `diffusers.models.embeddings.get_timestep_embedding`), in fp32.
 #[derive(Debug)]
-struct Sinusoids {
-    width: i64,
-    cosines_first: bool,
+pub(crate) struct Sinusoids {
+    pub width: i64,
+    pub cosines_first: bool,
     shift: f64,
 }
 
 impl Sinusoids {
-    /// [n] to [n, width].
-    fn of(&self, values: &Tensor) -> Result<Tensor> {
+    /// Those of a UNet, `width` of them for a number.
+    pub fn new(config: &UnetConfig, width: i64) -> Self {
+        Sinusoids { width, cosines_first: config.flip_sin_to_cos, shift: config.freq_shift }
+    }
+
+    /// What a number is multiplied by: [width / 2], fp32.
+    pub fn frequencies(&self, device: Device) -> Result<Tensor> {
         const MAX_PERIOD: f64 = 10_000.0;
         let half = self.width / 2;
-        let exponent = Tensor::f_arange(half, (Kind::Float, values.device()))?
-            .f_mul_scalar(-MAX_PERIOD.ln())?
-            .f_div_scalar(half as f64 - self.shift)?;
-        let angles = values.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&exponent.f_exp()?.f_unsqueeze(0)?)?;
+        let exponent = Tensor::f_arange(half, (Kind::Float, device))?;
+        Ok(exponent.f_mul_scalar(-MAX_PERIOD.ln())?.f_div_scalar(half as f64 - self.shift)?.f_exp()?)
+    }
+
+    /// [n] to [n, width].
+    fn of(&self, values: &Tensor) -> Result<Tensor> {
+        let frequencies = self.frequencies(values.device())?.f_unsqueeze(0)?;
+        let angles = values.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&frequencies)?;
         let (sines, cosines) = (angles.f_sin()?, angles.f_cos()?);
         let mut parts = if self.cosines_first { vec![cosines, sines] } else { vec![sines, cosines] };
         if self.width % 2 == 1 {

@@ -10,8 +10,11 @@ use tch::Tensor;
 
 pub use carry::{Carry, CarryShape};
 pub use config::{Depth, UnetConfig};
+pub(crate) use ends::Sinusoids;
 pub use ends::{Conditioning, Head, Tail};
+pub(crate) use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
+pub(crate) use transformer::TransformerShape;
 
 use super::layer::Observer;
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};

@@ -46,7 +46,7 @@ pub struct StageSpec {
 
 /// The convolution that ends a stage with another resolution.
 #[derive(Debug, Clone, Copy)]
-enum Resample {
+pub(crate) enum Resample {
     Down { channels: i64, padding: i64 },
     Up { channels: i64 },
 }
@@ -153,6 +153,21 @@ impl StageSpec {
         CarryShape { hidden_states: [channels, height, width], down_block_res_samples: residuals }
     }
 
+    /// Its resnets, in order.
+    pub(crate) fn resnets(&self) -> &[ResnetShape] {
+        &self.resnets
+    }
+
+    /// The transformer that follows each resnet; none for plain stages.
+    pub(crate) fn transformers(&self) -> &[TransformerShape] {
+        &self.transformers
+    }
+
+    /// The convolution that ends it.
+    pub(crate) fn resample(&self) -> Option<Resample> {
+        self.resample
+    }
+
     /// Builds the stage, reading its weights from `source`.
     ///
     /// # Errors
@@ -162,11 +177,19 @@ impl StageSpec {
         let mut top = Builder::new(source, self.name.to_string(), &mut layers);
         let mut resnets = Vec::new();
         let mut transformers = Vec::new();
+        let mut units = Vec::new();
         for (i, shape) in self.resnets.iter().enumerate() {
             resnets.push(Resnet::build(&mut top.at("resnets").at(i), *shape)?);
+            units.push(Unit::Resnet(i));
             if let Some(shape) = self.transformers.get(i) {
                 transformers.push(Transformer::build(&mut top.at("attentions").at(i), *shape)?);
+                units.push(Unit::Begin(i));
+                units.extend((0..shape.depth).map(|block| Unit::Block(i, block)));
+                units.push(Unit::End(i));
             }
+        }
+        if self.resample.is_some() {
+            units.push(Unit::Resample);
         }
         let resampler = match self.resample {
             None => Resampler::None,
@@ -178,7 +201,7 @@ impl StageSpec {
                 Resampler::Up(top.at("upsamplers").at(0).conv2d("conv", channels, channels, 3, ConvGeometry::new(1, 1))?)
             }
         };
-        Ok(Stage { name: self.name, layers, resnets, transformers, resampler })
+        Ok(Stage { name: self.name, layers, units, resnets, transformers, resampler })
     }
 }
 
@@ -203,9 +226,20 @@ fn transformers(config: &UnetConfig, wanted: bool, level: usize, depth: &Depth, 
 pub struct Stage {
     name: StageName,
     layers: Vec<Layer>,
+    units: Vec<Unit>,
     resnets: Vec<Resnet>,
     transformers: Vec<Transformer>,
     resampler: Resampler,
+}
+
+/// A part of a stage that a carry can stop before or after: a resnet, or a transformer's beginning, one of its blocks, its end.
+#[derive(Debug, Clone, Copy)]
+enum Unit {
+    Resnet(usize),
+    Begin(usize),
+    Block(usize, usize),
+    End(usize),
+    Resample,
 }
 
 #[derive(Debug)]
@@ -236,37 +270,82 @@ impl Stage {
         &mut self.layers
     }
 
+    /// How many units the stage has: resnets, the parts of transformers, a resampling convolution.
+    pub fn units(&self) -> usize {
+        self.units.len()
+    }
+
+    /// Whether a layer belongs to a unit.
+    pub fn unit_has(&self, unit: usize, layer: &str) -> bool {
+        let Some(unit) = self.units.get(unit) else { return false };
+        let Some(path) = layer.strip_prefix(&self.name.to_string()).and_then(|path| path.strip_prefix('.')) else { return false };
+        let below = |start: String| path.starts_with(&start);
+        match unit {
+            Unit::Resnet(i) => below(format!("resnets.{i}.")),
+            Unit::Begin(i) => path == format!("attentions.{i}.proj_in"),
+            Unit::Block(i, block) => below(format!("attentions.{i}.transformer_blocks.{block}.")),
+            Unit::End(i) => path == format!("attentions.{i}.proj_out"),
+            Unit::Resample => below("downsamplers.".into()) || below("upsamplers.".into()),
+        }
+    }
+
     /// Runs the stage (`CrossAttnDownBlock2D`, `UNetMidBlock2DCrossAttn`, `CrossAttnUpBlock2D` and their plain kinds).
     ///
     /// # Errors
     /// If libtorch refuses an operation, or the observer ends the run.
-    pub fn forward(&self, mut carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
-        let mut run = Run::new(&self.layers, observer);
-        let silu_temb = carry.temb.f_silu()?;
-        let mut hidden = carry.hidden_states.shallow_clone();
-        for (i, resnet) in self.resnets.iter().enumerate() {
-            if let StageName::Up(_) = self.name {
-                hidden = carry.pop_residual(&hidden)?;
-            }
-            hidden = resnet.forward(&hidden, Some(&silu_temb), &mut run)?;
-            if let Some(transformer) = self.transformers.get(i) {
-                hidden = transformer.forward(&hidden, &carry.encoder_hidden_states, &mut run)?;
-            }
-            if let StageName::Down(_) = self.name {
-                carry.down_block_res_samples.push(hidden.shallow_clone());
-            }
+    pub fn forward(&self, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
+        (0..self.units()).try_fold(carry, |carry, unit| self.forward_unit(unit, carry, observer))
+    }
+
+    /// A down stage keeps what each pair of resnet and transformer makes.
+    fn push(&self, carry: &mut Carry) {
+        if let StageName::Down(_) = self.name {
+            carry.push_residual();
         }
-        hidden = match self.resampler {
-            Resampler::None => hidden,
-            Resampler::Down { conv, pad_after } => {
-                let padded = if pad_after { hidden.f_constant_pad_nd([0, 1, 0, 1])? } else { hidden };
-                let smaller = run.layer(conv, &padded)?;
-                carry.down_block_res_samples.push(smaller.shallow_clone());
-                smaller
+    }
+
+    /// Runs one unit. All of them in turn are the stage.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and if there is no such unit.
+    pub fn forward_unit(&self, unit: usize, mut carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
+        let mut run = Run::new(&self.layers, observer);
+        let absent = || Error::Argument(format!("`{}` has no unit {unit}", self.name));
+        let outside = || Error::Argument("a transformer's part was given a carry that is not in a transformer".into());
+        match *self.units.get(unit).ok_or_else(absent)? {
+            Unit::Resnet(i) => {
+                if let StageName::Up(_) = self.name {
+                    carry.pop_residual()?;
+                }
+                let silu_temb = carry.temb.f_silu()?;
+                carry.hidden_states = self.resnets[i].forward(&carry.hidden_states, Some(&silu_temb), &mut run)?;
+                // The mid block has a resnet more than transformers, but pushes nothing.
+                if self.transformers.is_empty() {
+                    self.push(&mut carry);
+                }
             }
-            Resampler::Up(conv) => run.layer(conv, &upsample(&hidden, &carry)?)?,
-        };
-        Ok(Carry { hidden_states: hidden, ..carry })
+            Unit::Begin(i) => carry.tokens = Some(self.transformers[i].begin(&carry.hidden_states, &mut run)?),
+            Unit::Block(i, block) => {
+                let tokens = carry.tokens.take().ok_or_else(outside)?;
+                carry.tokens = Some(self.transformers[i].block(block, tokens, &carry.encoder_hidden_states, &mut run)?);
+            }
+            Unit::End(i) => {
+                let tokens = carry.tokens.take().ok_or_else(outside)?;
+                carry.hidden_states = self.transformers[i].end(&tokens, &carry.hidden_states, &mut run)?;
+                self.push(&mut carry);
+            }
+            Unit::Resample => match self.resampler {
+                Resampler::None => {}
+                Resampler::Down { conv, pad_after } => {
+                    let hidden = &carry.hidden_states;
+                    let padded = if pad_after { hidden.f_constant_pad_nd([0, 1, 0, 1])? } else { hidden.shallow_clone() };
+                    carry.hidden_states = run.layer(conv, &padded)?;
+                    carry.push_residual();
+                }
+                Resampler::Up(conv) => carry.hidden_states = run.layer(conv, &upsample(&carry.hidden_states, &carry)?)?,
+            },
+        }
+        Ok(carry)
     }
 }
 

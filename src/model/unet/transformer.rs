@@ -8,7 +8,7 @@ use crate::model::network::{Builder, GroupNorm, LayerId, LayerNorm, Run, attend,
 
 /// The sizes of a [`Transformer`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct TransformerShape {
+pub(crate) struct TransformerShape {
     pub channels: i64,
     pub heads: i64,
     pub depth: usize,
@@ -49,27 +49,39 @@ impl Transformer {
         })
     }
 
-    /// [b, c, h, w] to the same.
-    pub fn forward(&self, input: &Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let (batch, channels, height, width) = input.size4()?;
-        let to_tokens = |x: &Tensor| x.f_permute([0, 2, 3, 1])?.f_reshape([batch, height * width, channels]);
-        let to_image = |x: &Tensor| x.f_view([batch, height, width, channels])?.f_permute([0, 3, 1, 2])?.f_contiguous();
-        let mut hidden = self.norm.forward(input)?;
-        hidden = if self.linear_projection {
-            run.layer(self.proj_in, &to_tokens(&hidden)?)?
+    /// What goes into the first block: [b, c, h, w] to [b, h w, c].
+    pub fn begin(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let hidden = self.norm.forward(input)?;
+        if self.linear_projection {
+            run.layer(self.proj_in, &to_tokens(&hidden)?)
         } else {
-            to_tokens(&run.layer(self.proj_in, &hidden)?)?
-        };
-        for block in &self.blocks {
-            hidden = block.forward(hidden, encoder_hidden_states, run)?;
+            Ok(to_tokens(&run.layer(self.proj_in, &hidden)?)?)
         }
-        hidden = if self.linear_projection {
-            to_image(&run.layer(self.proj_out, &hidden)?)?
-        } else {
-            run.layer(self.proj_out, &to_image(&hidden)?)?
-        };
-        Ok(hidden.f_add_(input)?)
     }
+
+    /// One block: [b, h w, c] to the same.
+    pub fn block(&self, index: usize, tokens: Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
+        self.blocks[index].forward(tokens, encoder_hidden_states, run)
+    }
+
+    /// What comes out of the last block [b, h w, c] as an image, added to the `input` of [`begin`](Self::begin).
+    pub fn end(&self, tokens: &Tensor, input: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let (batch, channels, height, width) = input.size4()?;
+        let to_image = |x: &Tensor| x.f_view([batch, height, width, channels])?.f_permute([0, 3, 1, 2])?.f_contiguous();
+        run.onto(self.proj_out, input)?;
+        let hidden = if self.linear_projection {
+            to_image(&run.layer(self.proj_out, tokens)?)?
+        } else {
+            run.layer(self.proj_out, &to_image(tokens)?)?
+        };
+        Ok(hidden.f_add(input)?)
+    }
+}
+
+/// [b, c, h, w] to [b, h w, c].
+fn to_tokens(image: &Tensor) -> Result<Tensor, tch::TchError> {
+    let (batch, channels, height, width) = image.size4()?;
+    image.f_permute([0, 2, 3, 1])?.f_reshape([batch, height * width, channels])
 }
 
 /// `diffusers.models.attention.BasicTransformerBlock` with layer norms before each of its three parts.
@@ -98,10 +110,13 @@ impl TransformerBlock {
 
     fn forward(&self, hidden: Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
         let normed = self.norm1.forward(&hidden)?;
+        run.onto(self.attn1.to_out, &hidden)?;
         let hidden = self.attn1.forward(&normed, &normed, run)?.f_add_(&hidden)?;
         let normed = self.norm2.forward(&hidden)?;
+        run.onto(self.attn2.to_out, &hidden)?;
         let hidden = self.attn2.forward(&normed, encoder_hidden_states, run)?.f_add_(&hidden)?;
         let normed = self.norm3.forward(&hidden)?;
+        run.onto(self.feed_forward.out, &hidden)?;
         Ok(self.feed_forward.forward(&normed, run)?.f_add_(&hidden)?)
     }
 }

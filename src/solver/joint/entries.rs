@@ -13,10 +13,11 @@ use crate::error::Result;
 ///
 /// Palettes are rounded to fp16, and a group whose new one is no better keeps its old one. Gives whether any is new.
 pub(super) fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, steps: usize) -> Result<bool> {
-    let d = problem.columns;
+    let data = &problem.data;
+    let d = data.columns;
     let entries = levels.entries;
     // Half of the objective's slope in each entry.
-    let slope = sums(problem, levels, |at| levels.value(at, d) - problem.original[at], true)?;
+    let slope = sums(problem, levels, |at| levels.value(at, d) - data.original[at], true)?;
     let diagonal = diagonal(problem, levels);
     let condition = |residual: &[f64]| -> Vec<f64> {
         residual.iter().zip(&diagonal).map(|(value, h)| if *h > 0.0 { value / h } else { 0.0 }).collect()
@@ -74,26 +75,23 @@ fn dots(a: &[f64], b: &[f64], entries: usize) -> Vec<f64> {
 
 /// sum_r S_r H S_r^T t.
 fn moved(problem: &Problem<'_>, levels: &Levels, t: &[f64]) -> Result<Vec<f64>> {
-    let d = problem.columns;
+    let data = &problem.data;
+    let d = data.columns;
     let entry = |at: usize| t[at / d / levels.group_rows * levels.entries + usize::from(levels.indices[at])] as f32;
     sums(problem, levels, entry, false)
 }
 
 /// X H summed over the weights of each entry: [groups, entries], for X [o, d] by element. Where pruned, X is 0, or W0 less if `change` says
 /// that X is W - W0.
-fn sums(
-    problem: &Problem<'_>,
-    levels: &Levels,
-    x: impl Fn(usize) -> f32 + Sync,
-    change: bool,
-) -> Result<Vec<f64>> {
-    let d = problem.columns;
+fn sums(problem: &Problem<'_>, levels: &Levels, x: impl Fn(usize) -> f32 + Sync, change: bool) -> Result<Vec<f64>> {
+    let data = &problem.data;
+    let d = data.columns;
     let mut sums = vec![0.0; levels.groups() * levels.entries];
     for (part, rows) in problem.chunks() {
-        let span = problem.span(&rows);
-        let element = |at: usize| match (problem.kept(at), change) {
+        let span = data.span(&rows);
+        let element = |at: usize| match (data.kept(at), change) {
             (true, _) => x(at),
-            (false, true) => -problem.original[at],
+            (false, true) => -data.original[at],
             (false, false) => 0.0,
         };
         let x: Vec<f32> = span.clone().into_par_iter().map(element).collect();
@@ -102,7 +100,7 @@ fn sums(
             let mut sums = vec![0.0; levels.entries];
             let start = span.start + at * d;
             for (at, product) in product.iter().enumerate() {
-                if problem.kept(start + at) {
+                if data.kept(start + at) {
                     sums[usize::from(levels.indices[start + at])] += f64::from(*product);
                 }
             }
@@ -115,7 +113,8 @@ fn sums(
 
 /// H_jj summed over the weights of each entry.
 fn diagonal(problem: &Problem<'_>, levels: &Levels) -> Vec<f64> {
-    let d = problem.columns;
+    let data = &problem.data;
+    let d = data.columns;
     let mut sums = vec![0.0; levels.groups() * levels.entries];
     for (part, rows) in problem.chunks() {
         let diagonal = &problem.part(part).diagonal;
@@ -123,7 +122,7 @@ fn diagonal(problem: &Problem<'_>, levels: &Levels) -> Vec<f64> {
         let of_rows = rows.into_par_iter().map(|row| {
             let mut sums = vec![0.0; levels.entries];
             for (column, h) in diagonal.iter().enumerate() {
-                if problem.kept(row * d + column) {
+                if data.kept(row * d + column) {
                     sums[usize::from(levels.indices[row * d + column])] += f64::from(*h);
                 }
             }

@@ -27,21 +27,23 @@ pub(super) struct Exchange {
 /// With G = (W - W0) H and v_j = 1 / [H^-1]_jj, what a weight is worth when all others make up for it: a pruned weight k would gain about
 /// G_k^2 / v_k, a kept weight j cost about w_j^2 v_j.
 pub(super) fn exchange(problem: &mut Problem<'_>, weight: &mut [f32], how: Exchange) -> Result<()> {
-    let Some(mut keep) = problem.keep.take() else { return Ok(()) };
-    let d = problem.columns;
+    let Some(mut keep) = problem.data.keep.take() else { return Ok(()) };
+    let d = problem.data.columns;
     for (part, rows) in problem.chunks() {
-        let span = problem.span(&rows);
+        let span = problem.data.span(&rows);
         let part = problem.part(part);
-        let original = &problem.original[span.clone()];
+        let original = &problem.data.original[span.clone()];
         let (weight, keep) = (&mut weight[span.clone()], &mut keep[span]);
         let mut limits = vec![(d / FIRST).max(1); rows.len()];
         let mut state = State::of(part, original, weight)?;
         for _ in 0..how.turns {
+            let scale = part.scale.as_slice();
             let mut new_weight = weight.to_vec();
             let mut new_keep = keep.to_vec();
-            let tried = new_weight.par_chunks_mut(d).zip(new_keep.par_chunks_mut(d)).zip(state.gradient.par_chunks(d)).zip(&limits);
+            let tried =
+                new_weight.par_chunks_mut(d).zip(new_keep.par_chunks_mut(d)).zip(state.gradient.par_chunks(d)).zip(&limits);
             let tried = tried.map(|(((weight, keep), gradient), limit)| {
-                let row = Row { weight, keep, gradient, scale: &part.scale };
+                let row = Row { weight, keep, gradient, scale };
                 if *limit == 0 { 0 } else { row.exchange(*limit, how.group) }
             });
             let tried: Vec<usize> = tried.collect();
@@ -64,7 +66,7 @@ pub(super) fn exchange(problem: &mut Problem<'_>, weight: &mut [f32], how: Excha
             }
         }
     }
-    problem.keep = Some(keep);
+    problem.data.keep = Some(keep);
     Ok(())
 }
 

@@ -27,11 +27,11 @@ pub use factors::{JointFactors, Order};
 
 use super::matrix::{flat_for, to_vec};
 use super::palette::{Granularity, Outcome, PaletteOptions, Palettized, palettize, palettize_weighted};
-use super::{Hessian, Note, PruneOptions, Sparsity, prune_with};
+use super::{Correction, Hessian, Note, PruneOptions, Sparsity, prune_with};
 use crate::error::{Error, Result};
 use exchange::{Exchange, exchange};
 use levels::Levels;
-use problem::{Loss, Problem};
+use problem::{Data, Loss, Problem};
 
 /// What [`joint`] is to find, and how hard it tries.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,11 +87,15 @@ pub struct Joint {
     pub loss: f64,
     /// The same of what one step after the other would have given.
     pub sequential_loss: f64,
+    /// W0 where it is not the weight itself but W + D H^-1: fp32, of the weight's shape.
+    pub target: Option<Tensor>,
     /// What should be known of it.
     pub notes: Vec<Note>,
 }
 
 /// Compresses the weight [o, ...] of layer `name`, flattened to [o, d]: see the module.
+///
+/// With a `correction` W0 is not the weight but the one whose outputs are nearest to those that the layer aims at, W + D H^-1.
 ///
 /// Palettes along input channels, or with scales for each output channel, are not in the joint solve: they are made for the refitted
 /// weights by [`palettize`], and a note says so. Where the joint solution costs more than the sequential one, that is what comes
@@ -101,17 +105,31 @@ pub struct Joint {
 ///
 /// # Errors
 /// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this Hessian, dampening and order.
-pub fn joint(name: &str, weight: &Tensor, hessian: &Hessian, factors: &JointFactors, options: &JointOptions) -> Result<Joint> {
-    let flat = flat_for(weight, hessian)?;
+pub fn joint(
+    name: &str,
+    weight: &Tensor,
+    hessian: &Hessian,
+    factors: &JointFactors,
+    correction: Option<&Correction>,
+    options: &JointOptions,
+) -> Result<Joint> {
+    let mut flat = flat_for(weight, hessian)?;
     let (o, d) = flat.size2()?;
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
         return Err(Error::Argument(format!("`{name}`: factors of another Hessian, dampening or order")));
+    }
+    let (rows, columns) = (o as usize, d as usize);
+    let natural = Natural::new(factors, rows, columns);
+    let mut target = None;
+    if let Some(correction) = correction {
+        flat = corrected(&flat, correction, factors, &natural)?;
+        target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
     }
     let mut notes = factors.notes().to_vec();
     let pruned = match &options.prune {
         Some(prune) if prune.sparsity != Sparsity::Unstructured(0.0) => {
             let options = PruneOptions { dampening: factors.dampening(), ..*prune };
-            let pruned = prune_with(weight, hessian, &factors.factors, &options)?;
+            let pruned = prune_with(&flat, hessian, &factors.factors, &options)?;
             notes.extend(pruned.notes.iter().copied());
             Some(pruned)
         }
@@ -128,22 +146,20 @@ pub fn joint(name: &str, weight: &Tensor, hessian: &Hessian, factors: &JointFact
         (None, Some(_)) => Some(vec![true; (o * d) as usize]),
         (None, None) => None,
     };
-    let (rows, columns) = (o as usize, d as usize);
     let mut original = to_vec(&flat)?;
-    let natural = Natural::new(factors, rows, columns);
     natural.sort(&mut original);
-    let mut problem = Problem { factors, original, keep: mask, rows, columns };
+    let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns } };
 
     // The sequential way, and the weights to start from.
     let mut best = match &pruned {
         Some(pruned) => to_vec(&pruned.weight)?,
-        None => problem.original.clone(),
+        None => problem.data.original.clone(),
     };
     drop(pruned);
     let sequential = Solution::plain(name, &problem, &best, options)?;
     let mut pruned_loss = None;
     let mut first_mask = None;
-    if problem.keep.is_some() {
+    if problem.data.keep.is_some() {
         refit::refit(&problem, &mut best, options.refit_steps)?;
         if options.exchange_turns > 0 && options.refit_steps > 0 {
             let group = match options.prune.map(|prune| prune.sparsity) {
@@ -151,7 +167,7 @@ pub fn joint(name: &str, weight: &Tensor, hessian: &Hessian, factors: &JointFact
                 _ => None,
             };
             let how = Exchange { turns: options.exchange_turns, refit_steps: 4, group };
-            first_mask = problem.keep.clone();
+            first_mask = problem.data.keep.clone();
             exchange(&mut problem, &mut best, how)?;
             refit::refit(&problem, &mut best, options.refit_steps)?;
         }
@@ -172,7 +188,7 @@ pub fn joint(name: &str, weight: &Tensor, hessian: &Hessian, factors: &JointFact
         solution
     } else {
         notes.push(Note::JointNoBetter { ratio: solution.loss.bare / sequential_loss });
-        problem.keep = first_mask.or(problem.keep);
+        problem.data.keep = first_mask.or(problem.data.keep);
         sequential
     };
     for note in &notes {
@@ -183,7 +199,22 @@ pub fn joint(name: &str, weight: &Tensor, hessian: &Hessian, factors: &JointFact
     if let Some(palettized) = &mut palettized {
         natural.restore(&mut palettized.indices);
     }
-    Ok(Joint { weight, mask: problem.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, notes })
+    Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
+}
+
+/// W + D (H + damping)^-1: the weights whose outputs are nearest to those that the layer aims at.
+fn corrected(flat: &Tensor, correction: &Correction, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
+    let (o, d) = flat.size2()?;
+    let mut lack = to_vec(&correction.matrix()?)?;
+    natural.sort(&mut lack);
+    let of_part = (o / factors.parts.len().max(1) as i64 * d) as usize;
+    let mut solved = Vec::with_capacity(lack.len());
+    for (lack, factor) in lack.chunks(of_part.max(1)).zip(&factors.factors) {
+        let lack = Tensor::f_from_slice(lack)?.f_reshape([-1, d])?.f_to_device(flat.device())?;
+        solved.extend(to_vec(&factor.solve(&lack)?)?);
+    }
+    natural.restore(&mut solved);
+    Ok(Tensor::f_from_slice(&solved)?.f_reshape([o, d])?.f_to_device(flat.device())?.f_add_(flat)?)
 }
 
 fn along_outputs(granularity: &Granularity) -> bool {
@@ -202,10 +233,10 @@ impl Solution {
     /// The weights rounded, or each at the nearest entry of the best palettes for them alone.
     fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
         let half = halves(weight);
-        let shape = [problem.rows, problem.columns];
+        let shape = [problem.data.rows, problem.data.columns];
         let palettized = match &options.palettize {
             None => None,
-            Some(options) => found(palettize(name, &half, &shape, problem.keep.as_deref(), options)?),
+            Some(options) => found(palettize(name, &half, &shape, problem.data.keep.as_deref(), options)?),
         };
         Self::of(problem, half, palettized)
     }
@@ -214,9 +245,9 @@ impl Solution {
     fn joint(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
         let Some(palette) = &options.palettize else { return Self::plain(name, problem, weight, options) };
         let half = halves(weight);
-        let shape = [problem.rows, problem.columns];
+        let shape = [problem.data.rows, problem.data.columns];
         let importance = importance(problem)?;
-        let first = found(palettize_weighted(name, &half, &shape, problem.keep.as_deref(), &importance, palette)?);
+        let first = found(palettize_weighted(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette)?);
         drop(importance);
         let Some(mut first) = first else { return Self::of(problem, half, None) };
         drop(half);
@@ -224,7 +255,8 @@ impl Solution {
         if options.sweep {
             sweep::sweep(problem, weight, &mut levels)?;
         }
-        let value = |levels: &Levels, at| if problem.kept(at) { levels.value(at, problem.columns) } else { 0.0 };
+        let data = &problem.data;
+        let value = |levels: &Levels, at| if data.kept(at) { levels.value(at, data.columns) } else { 0.0 };
         let mut loss = problem.loss(|at| value(&levels, at))?.damped;
         for _ in 0..options.turns {
             if options.palette_steps > 0 {
@@ -239,13 +271,13 @@ impl Solution {
         }
         first.palettes = levels.palettes();
         first.indices = std::mem::take(&mut levels.indices);
-        let weight = first.decode(problem.keep.as_deref())?;
+        let weight = first.decode(problem.data.keep.as_deref())?;
         Self::of(problem, weight, Some(first))
     }
 
     fn of(problem: &Problem<'_>, half: Vec<f16>, palettized: Option<Palettized>) -> Result<Self> {
         let weight = match &palettized {
-            Some(palettized) => palettized.decode(problem.keep.as_deref())?,
+            Some(palettized) => palettized.decode(problem.data.keep.as_deref())?,
             None => half,
         };
         let loss = problem.loss(|at| weight[at].to_f32())?;
@@ -262,14 +294,14 @@ fn found(outcome: Outcome) -> Option<Palettized> {
 
 /// 1 / U_jj^2, which is what an error in a weight costs when the columns after it make up for it. 0 in dead columns.
 fn importance(problem: &Problem<'_>) -> Result<Vec<f64>> {
-    let mut importance = vec![0.0; problem.rows * problem.columns];
+    let mut importance = vec![0.0; problem.data.rows * problem.data.columns];
     for (part, rows) in problem.chunks() {
         let diagonals = problem.factors.factors[part].triangle.diagonals()?;
         let diagonal = to_vec(&Tensor::f_cat(&diagonals, 0)?)?;
         let dead = &problem.part(part).dead;
         let costs = diagonal.iter().zip(dead).map(|(upper, dead)| if *dead { 0.0 } else { f64::from(*upper).powi(-2) });
         let costs: Vec<f64> = costs.collect();
-        importance[problem.span(&rows)].par_chunks_mut(problem.columns).for_each(|row| row.copy_from_slice(&costs));
+        importance[problem.data.span(&rows)].par_chunks_mut(problem.data.columns).for_each(|row| row.copy_from_slice(&costs));
     }
     Ok(importance)
 }
@@ -282,19 +314,21 @@ fn halves(weight: &[f32]) -> Vec<f16> {
 
 /// The way between the order of the factors and the natural one.
 struct Natural<'a> {
-    factors: &'a JointFactors,
+    /// Of each part: the natural place of each column.
+    orders: Vec<Option<&'a [usize]>>,
     part_rows: usize,
     columns: usize,
 }
 
 impl<'a> Natural<'a> {
     fn new(factors: &'a JointFactors, rows: usize, columns: usize) -> Self {
-        Natural { factors, part_rows: rows / factors.parts.len().max(1), columns }
+        let orders = factors.parts.iter().map(|part| part.order.as_deref()).collect();
+        Natural { orders, part_rows: rows / factors.parts.len().max(1), columns }
     }
 
     fn each_row<T: Copy + Send + Sync>(&self, values: &mut [T], place: impl Fn(&mut [T], &[T], &[usize]) + Sync) {
         values.par_chunks_mut(self.columns).enumerate().for_each(|(row, values)| {
-            if let Some(order) = &self.factors.parts[row / self.part_rows].order {
+            if let Some(order) = self.orders[row / self.part_rows] {
                 let old = values.to_vec();
                 place(values, &old, order);
             }

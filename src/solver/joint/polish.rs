@@ -20,12 +20,13 @@ const TURNS: usize = 2;
 ///
 /// Costs about one product with H. Gives how many weights changed.
 pub(super) fn polish(problem: &Problem<'_>, levels: &mut Levels) -> Result<usize> {
-    let d = problem.columns;
+    let data = &problem.data;
+    let d = data.columns;
     let mut changed = 0;
     for (part, rows) in problem.chunks() {
         let part = problem.part(part);
         let count = rows.len() as i64;
-        let change = problem.change(&rows, |at| if problem.kept(at) { levels.value(at, d) } else { 0.0 });
+        let change = data.change(&rows, |at| if data.kept(at) { levels.value(at, d) } else { 0.0 });
         let change = Tensor::f_from_slice(&change)?.f_reshape([count, d as i64])?.f_to_device(part.h.device())?;
         for panel in 0..part.h.count() {
             let mut start = part.h.rows(panel).start;
@@ -70,21 +71,22 @@ struct Block {
 
 /// By how much each weight of a block changed, and how many did.
 fn polish_block(problem: &Problem<'_>, levels: &mut Levels, block: Block, diagonal: &[f32]) -> (Vec<f32>, usize) {
+    let data = &problem.data;
     let Block { mut gradient, corner, row, column } = block;
     let width = diagonal.len();
     let mut moved = vec![0.0; gradient.len()];
     let mut indices = std::mem::take(&mut levels.indices);
-    let of_rows = &mut indices[row * problem.columns..];
-    let rows = gradient.par_chunks_mut(width).zip(moved.par_chunks_mut(width)).zip(of_rows.par_chunks_mut(problem.columns));
+    let of_rows = &mut indices[row * data.columns..];
+    let rows = gradient.par_chunks_mut(width).zip(moved.par_chunks_mut(width)).zip(of_rows.par_chunks_mut(data.columns));
     let numbers = rows.enumerate().map(|(at, ((gradient, moved), indices))| {
         let palette = levels.of_row(row + at);
-        let start = (row + at) * problem.columns + column;
+        let start = (row + at) * data.columns + column;
         let indices = &mut indices[column..column + width];
         let mut number = 0;
         for _ in 0..TURNS {
             let before = number;
             for j in 0..width {
-                if !problem.kept(start + j) || diagonal[j] <= 0.0 {
+                if !data.kept(start + j) || diagonal[j] <= 0.0 {
                     continue;
                 }
                 let now = palette.values[usize::from(indices[j])];

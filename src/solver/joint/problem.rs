@@ -15,6 +15,12 @@ const ROWS: usize = 512;
 #[derive(Debug)]
 pub(super) struct Problem<'a> {
     pub factors: &'a JointFactors,
+    pub data: Data,
+}
+
+/// The part of a [`Problem`] that threads can share: tensors cannot.
+#[derive(Debug)]
+pub(super) struct Data {
     /// W0.
     pub original: Vec<f32>,
     /// Which weights may be other than zero; `None`: all.
@@ -25,22 +31,7 @@ pub(super) struct Problem<'a> {
     pub rows: usize,
 }
 
-impl Problem<'_> {
-    /// Rows to be worked on at once, with the Hessian that is theirs: the same on any number of threads.
-    pub fn chunks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-        let (rows, parts) = (self.rows, self.factors.parts.len().max(1));
-        let of_part = rows / parts;
-        (0..parts).flat_map(move |part| {
-            let end = (part + 1) * of_part;
-            (part * of_part..end).step_by(ROWS).map(move |start| (part, start..end.min(start + ROWS)))
-        })
-    }
-
-    /// The Hessian of a chunk.
-    pub fn part(&self, part: usize) -> &Part {
-        &self.factors.parts[part]
-    }
-
+impl Data {
     /// Where the elements of some rows lie.
     pub fn span(&self, rows: &Range<usize>) -> Range<usize> {
         rows.start * self.columns..rows.end * self.columns
@@ -58,16 +49,33 @@ impl Problem<'_> {
         let original = self.original[span].par_iter().enumerate();
         original.map(|(at, original)| weight(start + at) - original).collect()
     }
+}
+
+impl Problem<'_> {
+    /// Rows to be worked on at once, with the Hessian that is theirs: the same on any number of threads.
+    pub fn chunks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let (rows, parts) = (self.data.rows, self.factors.parts.len().max(1));
+        let of_part = rows / parts;
+        (0..parts).flat_map(move |part| {
+            let end = (part + 1) * of_part;
+            (part * of_part..end).step_by(ROWS).map(move |start| (part, start..end.min(start + ROWS)))
+        })
+    }
+
+    /// The Hessian of a chunk.
+    pub fn part(&self, part: usize) -> &Part {
+        &self.factors.parts[part]
+    }
 
     /// tr((W - W0) H (W - W0)^T), by the damped Hessian and by the bare one.
     pub fn loss(&self, weight: impl Fn(usize) -> f32 + Sync) -> Result<Loss> {
         let mut loss = Loss::default();
         for (part, rows) in self.chunks() {
             let part = self.part(part);
-            let change = self.change(&rows, &weight);
+            let change = self.data.change(&rows, &weight);
             let product = part.times(&change)?;
-            let damped: f64 = dots(&change, &product, self.columns).iter().sum();
-            let square: f64 = dots(&change, &change, self.columns).iter().sum();
+            let damped: f64 = dots(&change, &product, self.data.columns).iter().sum();
+            let square: f64 = dots(&change, &change, self.data.columns).iter().sum();
             loss.damped += damped;
             loss.bare += (damped - part.added * square).max(0.0);
         }

@@ -12,9 +12,9 @@ use crate::error::Result;
 /// No step raises a row's objective.
 pub(super) fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) -> Result<()> {
     for (part, rows) in problem.chunks() {
-        let span = problem.span(&rows);
-        let keep = problem.keep.as_ref().map(|keep| &keep[span.clone()]);
-        refit_rows(problem.part(part), &problem.original[span.clone()], &mut weight[span], keep, steps)?;
+        let span = problem.data.span(&rows);
+        let keep = problem.data.keep.as_ref().map(|keep| &keep[span.clone()]);
+        refit_rows(problem.part(part), &problem.data.original[span.clone()], &mut weight[span], keep, steps)?;
     }
     Ok(())
 }

@@ -17,10 +17,11 @@ const BLOCK: i64 = 128;
 /// `weight` is where it starts: weights that are the best on their mask, for then the objective is, but for a constant, the distance
 /// from them.
 pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) -> Result<()> {
-    let d = problem.columns as i64;
+    let data = &problem.data;
+    let d = data.columns as i64;
     for (part, rows) in problem.chunks() {
         let triangle = &problem.factors.factors[part].triangle;
-        let span = problem.span(&rows);
+        let span = data.span(&rows);
         let count = rows.len() as i64;
         let left = Tensor::f_from_slice(&weight[span])?.f_reshape([count, d])?.f_to_device(triangle.device())?;
         for columns in panels(d, BLOCK) {
@@ -30,7 +31,7 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) 
             let corner = to_vec(&upper.f_narrow(1, 0, width)?)?;
             let entries = sweep_block(problem, levels, &mut values, &corner, rows.start, columns.start as usize);
             for (row, entries) in entries.chunks(width as usize).enumerate() {
-                let start = (rows.start + row) * problem.columns + columns.start as usize;
+                let start = (rows.start + row) * data.columns + columns.start as usize;
                 levels.indices[start..start + entries.len()].copy_from_slice(entries);
             }
             if columns.end < d {
@@ -44,22 +45,16 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) 
 }
 
 /// Sweeps over a block [rows, b] whose first element lies at `row` and `column`; `values` become -e. Gives the entries.
-fn sweep_block(
-    problem: &Problem<'_>,
-    levels: &Levels,
-    values: &mut [f32],
-    upper: &[f32],
-    row: usize,
-    column: usize,
-) -> Vec<u8> {
+fn sweep_block(problem: &Problem<'_>, levels: &Levels, values: &mut [f32], upper: &[f32], row: usize, column: usize) -> Vec<u8> {
+    let data = &problem.data;
     let width = upper.len().isqrt();
     let mut entries = vec![0; values.len()];
     values.par_chunks_mut(width).zip(entries.par_chunks_mut(width)).enumerate().for_each(|(at, (values, entries))| {
         let palette = levels.of_row(row + at);
-        let start = (row + at) * problem.columns + column;
+        let start = (row + at) * data.columns + column;
         for j in 0..width {
             let (done, rest) = values.split_at_mut(j + 1);
-            let target = if problem.kept(start + j) {
+            let target = if data.kept(start + j) {
                 entries[j] = palette.nearest(done[j]);
                 palette.values[usize::from(entries[j])]
             } else {

@@ -29,25 +29,26 @@ fn problem(factors: &JointFactors, rows: usize, columns: usize, sparsity: f64, s
     let original = to_vec(&Tensor::randn([rows as i64, columns as i64], (Kind::Float, Device::Cpu))).unwrap();
     let random = to_vec(&Tensor::rand([rows as i64, columns as i64], (Kind::Float, Device::Cpu))).unwrap();
     let keep = (sparsity > 0.0).then(|| random.iter().map(|random| f64::from(*random) >= sparsity).collect());
-    Problem { factors, original, keep, columns, rows }
+    Problem { factors, data: Data { original, keep, columns, rows } }
 }
 
 /// Palettes that are the quantiles of nothing, and random entries.
 fn levels(problem: &Problem<'_>, entries: usize, group_rows: usize) -> Levels {
-    let groups = problem.rows / group_rows;
+    let groups = problem.data.rows / group_rows;
     let palettes: Vec<f16> =
         (0..groups * entries).map(|at| f16::from_f64(3.0 * ((at % entries) as f64 + 0.5) / entries as f64 - 1.5)).collect();
-    let random = to_vec(&Tensor::rand([problem.original.len() as i64], (Kind::Float, Device::Cpu))).unwrap();
+    let random = to_vec(&Tensor::rand([problem.data.original.len() as i64], (Kind::Float, Device::Cpu))).unwrap();
     let indices = random.iter().map(|random| (f64::from(*random) * entries as f64) as u8).collect();
     Levels::new(&palettes, entries, group_rows, indices)
 }
 
-fn value(problem: &Problem<'_>, levels: &Levels, at: usize) -> f32 {
-    if problem.kept(at) { levels.value(at, problem.columns) } else { 0.0 }
+fn value(data: &Data, levels: &Levels, at: usize) -> f32 {
+    if data.kept(at) { levels.value(at, data.columns) } else { 0.0 }
 }
 
 fn loss(problem: &Problem<'_>, levels: &Levels) -> f64 {
-    problem.loss(|at| value(problem, levels, at)).unwrap().damped
+    let data = &problem.data;
+    problem.loss(|at| value(data, levels, at)).unwrap().damped
 }
 
 /// A problem of any shape: convolution groups, rows in each, columns, sparsity, seed.
@@ -67,12 +68,12 @@ proptest! {
     fn refit_never_raises_the_objective_and_leaves_zeros((groups, of_part, d, sparsity, seed) in shapes()) {
         let factors = factors(groups, d as i64, seed, Order::Natural);
         let problem = problem(&factors, groups as usize * of_part, d, sparsity, seed);
-        let start: Vec<f32> = (0..problem.original.len()).map(|at| if problem.kept(at) { problem.original[at] } else { 0.0 }).collect();
+        let start: Vec<f32> = (0..problem.data.original.len()).map(|at| if problem.data.kept(at) { problem.data.original[at] } else { 0.0 }).collect();
         let mut before = problem.loss(|at| start[at]).unwrap().damped;
         for steps in [1, 2, 4, 8] {
             let mut weight = start.clone();
             refit::refit(&problem, &mut weight, steps).unwrap();
-            prop_assert!((0..weight.len()).all(|at| problem.kept(at) || weight[at] == 0.0));
+            prop_assert!((0..weight.len()).all(|at| problem.data.kept(at) || weight[at] == 0.0));
             let after = problem.loss(|at| weight[at]).unwrap().damped;
             prop_assert!(not_above(after, before), "{} steps: {} after {}", steps, after, before);
             before = after;
@@ -116,7 +117,7 @@ proptest! {
             prop_assert!(turns < 200);
         }
         let least = loss(&problem, &levels);
-        for at in (0..problem.original.len()).filter(|at| problem.kept(*at)).step_by(7) {
+        for at in (0..problem.data.original.len()).filter(|at| problem.data.kept(*at)).step_by(7) {
             let old = levels.indices[at];
             for other in 0..4 {
                 levels.indices[at] = other;
@@ -137,15 +138,15 @@ proptest! {
     ) {
         let factors = factors(groups, d as i64, seed, Order::Natural);
         let mut problem = problem(&factors, groups as usize * of_part, d, 0.4, seed);
-        let keep = problem.keep.clone().unwrap();
-        let mut weight: Vec<f32> = (0..keep.len()).map(|at| if keep[at] { problem.original[at] } else { 0.0 }).collect();
+        let keep = problem.data.keep.clone().unwrap();
+        let mut weight: Vec<f32> = (0..keep.len()).map(|at| if keep[at] { problem.data.original[at] } else { 0.0 }).collect();
         refit::refit(&problem, &mut weight, 8).unwrap();
         let before = problem.loss(|at| weight[at]).unwrap().damped;
         let group = of_two.then_some(2);
         exchange::exchange(&mut problem, &mut weight, Exchange { turns: 4, refit_steps: 4, group }).unwrap();
         let after = problem.loss(|at| weight[at]).unwrap().damped;
         prop_assert!(not_above(after, before), "{} after {}", after, before);
-        let new = problem.keep.clone().unwrap();
+        let new = problem.data.keep.clone().unwrap();
         prop_assert!((0..new.len()).all(|at| new[at] || weight[at] == 0.0));
         let kept = |keep: &[bool]| keep.iter().filter(|keep| **keep).count();
         for (new, old) in new.chunks(d).zip(keep.chunks(d)) {
@@ -168,17 +169,17 @@ fn many_steps_of_refit_are_the_exact_solution() {
     for sparsity in [0.3, 0.6] {
         let factors = factors(1, 24, 5, Order::Natural);
         let problem = problem(&factors, 6, 24, sparsity, 5);
-        let mut weight = problem.original.clone();
-        weight.iter_mut().enumerate().filter(|(at, _)| !problem.kept(*at)).for_each(|(_, weight)| *weight = 0.0);
+        let mut weight = problem.data.original.clone();
+        weight.iter_mut().enumerate().filter(|(at, _)| !problem.data.kept(*at)).for_each(|(_, weight)| *weight = 0.0);
         refit::refit(&problem, &mut weight, 60).unwrap();
         let h = whole(&factors);
         for row in 0..6 {
-            let kept: Vec<i64> = (0..24).filter(|column| problem.kept(row * 24 + *column as usize)).collect();
+            let kept: Vec<i64> = (0..24).filter(|column| problem.data.kept(row * 24 + *column as usize)).collect();
             let kept = Tensor::from_slice(&kept);
-            let original = Tensor::from_slice(&problem.original[row * 24..(row + 1) * 24]).to_kind(Kind::Double);
+            let original = Tensor::from_slice(&problem.data.original[row * 24..(row + 1) * 24]).to_kind(Kind::Double);
             // H_kk w_k = (H w0)_k.
             let right = h.matmul(&original).index_select(0, &kept).unsqueeze(1);
-            let exact = h.index_select(0, &kept).index_select(1, &kept).linalg_solve(&right, true).squeeze_dim(1);
+            let exact = Tensor::linalg_solve(&h.index_select(0, &kept).index_select(1, &kept), &right, true).squeeze_dim(1);
             let ours = Tensor::from_slice(&weight[row * 24..(row + 1) * 24]).to_kind(Kind::Double).index_select(0, &kept);
             let off = ((ours - &exact).norm() / exact.norm()).double_value(&[]);
             assert!(off < 1e-3, "row {row}: {off:.1e}");
@@ -198,15 +199,15 @@ fn many_steps_of_palette_refit_are_the_least_squares_solution() {
     let mut right = Tensor::zeros([entries as i64, 1], (Kind::Double, Device::Cpu));
     for row in 0..rows {
         let mut ones = vec![0.0_f64; entries * d];
-        for column in (0..d).filter(|column| problem.kept(row * d + column)) {
+        for column in (0..d).filter(|column| problem.data.kept(row * d + column)) {
             ones[usize::from(levels.indices[row * d + column]) * d + column] = 1.0;
         }
         let ones = Tensor::from_slice(&ones).reshape([entries as i64, d as i64]);
-        let original = Tensor::from_slice(&problem.original[row * d..(row + 1) * d]).to_kind(Kind::Double).unsqueeze(1);
+        let original = Tensor::from_slice(&problem.data.original[row * d..(row + 1) * d]).to_kind(Kind::Double).unsqueeze(1);
         matrix += ones.matmul(&h).matmul(&ones.tr());
         right += ones.matmul(&h).matmul(&original);
     }
-    let exact: Vec<f64> = Vec::try_from(matrix.linalg_solve(&right, true).squeeze_dim(1)).unwrap();
+    let exact: Vec<f64> = Vec::try_from(Tensor::linalg_solve(&matrix, &right, true).squeeze_dim(1)).unwrap();
     let mut exact = exact;
     exact.sort_by(f64::total_cmp);
     entries::refit_palettes(&problem, &mut levels, 40).unwrap();
@@ -222,10 +223,11 @@ fn a_sweep_beats_the_nearest_entries() {
         let factors = factors(2, 60, seed, Order::Natural);
         let problem = problem(&factors, 8, 60, 0.3, seed);
         let mut levels = levels(&problem, 8, 4);
-        let nearest = (0..problem.original.len()).map(|at| levels.of_row(at / 60).nearest(problem.original[at])).collect();
+        let nearest =
+            (0..problem.data.original.len()).map(|at| levels.of_row(at / 60).nearest(problem.data.original[at])).collect();
         levels.indices = nearest;
         let before = loss(&problem, &levels);
-        sweep::sweep(&problem, &problem.original, &mut levels).unwrap();
+        sweep::sweep(&problem, &problem.data.original, &mut levels).unwrap();
         better += usize::from(loss(&problem, &levels) < before);
     }
     assert_eq!(better, 10);

@@ -1,6 +1,8 @@
 //! Flags override the file, by the same rules.
 
-use sdxl_squeeze::config::{Granularity, NmRatio, OnMisfit, Overrides, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity};
+use sdxl_squeeze::config::{
+    Granularity, NmRatio, OnMisfit, Overrides, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity,
+};
 
 use super::{mistakes_of, parsed};
 

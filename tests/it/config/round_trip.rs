@@ -132,8 +132,12 @@ fn config() -> impl Strategy<Value = String> {
     )
         .prop_map(|(misfit, threshold, rules)| mapping([vec![misfit, threshold], rules].concat()));
     let solver = optional("solver", prop::sample::select(&["sequential", "joint"][..]).prop_map(str::to_owned));
-    let sections =
-        (optional("model", model), optional("calibration", calibration), optional("prune", prune), optional("palettize", palettize));
+    let sections = (
+        optional("model", model),
+        optional("calibration", calibration),
+        optional("prune", prune),
+        optional("palettize", palettize),
+    );
     (solver, sections).prop_map(|(solver, (a, b, c, d))| mapping(vec![a, b, solver, c, d]))
 }
 
@@ -157,6 +161,9 @@ fn every_default_is_written() {
 calibration:
   prompts: 'calibration/tutorial.txt'
   samples: null
+  captions: null
+  captions_nsamples: 512
+  timestep_weighting: uniform
   calibration_nsamples: 128
   steps: 20
   guidance: 5.0
@@ -164,6 +171,8 @@ calibration:
   height: null
   width: null
 solver: sequential
+granularity: stage
+target: current
 prune:
   layers:
     - 'down_blocks\.\d+'

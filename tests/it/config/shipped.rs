@@ -154,7 +154,9 @@ fn subjects(file: &str) -> Vec<String> {
 fn what_is_judged_on_is_never_calibrated_on() {
     let files: Vec<String> =
         std::fs::read_dir(repo("calibration")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    let calibration: Vec<&String> = files.iter().filter(|file| file.starts_with("emoji") && *file != "emoji-judge.txt").collect();
+    let others = ["emoji-judge.txt", "emoji-captions.txt"];
+    let calibration: Vec<&String> =
+        files.iter().filter(|file| file.starts_with("emoji") && !others.contains(&file.as_str())).collect();
     assert_eq!(calibration.len(), 2, "{calibration:?}");
     let judge = subjects("emoji-judge.txt");
     assert_eq!(judge.len(), 16);
@@ -163,6 +165,12 @@ fn what_is_judged_on_is_never_calibrated_on() {
             assert!(!judge.contains(&subject), "{file}: `{subject}` is judged on");
         }
     }
+    let captions = read_prompts(&repo("calibration/emoji-captions.txt")).unwrap();
+    assert_eq!(captions.len(), 3 * (420 - 16));
+    assert!(captions.iter().all(|caption| !judge.contains(&subject(caption))));
+    let (captions, varied) =
+        (read_prompts(&repo("calibration/captions.txt")).unwrap(), read_prompts(&repo("calibration/varied.txt")).unwrap());
+    assert!(captions.len() == 3000 && varied.len() == 48 && varied.iter().all(|prompt| captions.contains(prompt)));
     assert_eq!((subjects("emoji.txt").len(), subjects("emoji-varied.txt").len()), (3, 48));
     assert_eq!(read_prompts(&repo("calibration/tutorial.txt")).unwrap().len(), 3);
 }

@@ -1,0 +1,68 @@
+//! Writes a container with made-up weights of a model's architecture, for measuring what comes after compression at full size: its bytes are
+//! those of a really compressed one with the same settings.
+//!
+//! cargo run --release --example made_up_container -- MODEL_DIR BITS GROUP_SIZE SPARSITY OUT.safetensors
+//!
+//! GROUP_SIZE 0 is one palette for each weight. As in the shipped configs, what is in no stage is not pruned, and a weight whose channels
+//! the groups do not divide stays fp16.
+
+use std::path::Path;
+
+use half::f16;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use sdxl_squeeze::checkpoint::ConfigFile;
+use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter};
+use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::{Error, Result};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, bits, group_size, sparsity, out] = &args[..] else {
+        return Err(Error::Argument("MODEL_DIR BITS GROUP_SIZE SPARSITY OUT".into()));
+    };
+    let wrong = |text: &String| Error::Argument(format!("`{text}` is no number"));
+    let bits: u8 = bits.parse().map_err(|_| wrong(bits))?;
+    let group_size: usize = group_size.parse().map_err(|_| wrong(group_size))?;
+    let sparsity: f64 = sparsity.parse().map_err(|_| wrong(sparsity))?;
+
+    let config = Path::new(model).join("unet/config.json");
+    let chain = UnetChain::new(UnetConfig::read(&config)?);
+    let info = ContainerInfo {
+        unet_config: ConfigFile::read(&config)?.into_entries(),
+        recipe: json!({ "made_up": { "bits": bits, "group_size": group_size, "sparsity": sparsity } }),
+        sources: Vec::new(),
+    };
+    let mut writer = ContainerWriter::create(Path::new(out), info)?;
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    for tensor in chain.tensors()? {
+        let (channels, numel) = (tensor.shape[0] as usize, tensor.numel() as usize);
+        let group = if group_size == 0 { channels } else { group_size };
+        let fan_in = (numel / channels) as f32;
+        if tensor.shape.len() < 2 || !channels.is_multiple_of(group) {
+            // Norms and biases that change nothing much.
+            let value = if tensor.shape.len() < 2 && tensor.name.ends_with(".weight") { 1.0 } else { 0.01 };
+            writer.add_tensor(&tensor.name, &Tensor::full(&tensor.shape, value, (Kind::Half, Device::Cpu)))?;
+            continue;
+        }
+        let in_stage = ["down_blocks.", "mid_block.", "up_blocks."].iter().any(|stage| tensor.name.starts_with(stage));
+        // A weight for each random byte: its index, and a little of it says whether it is kept.
+        let mut noise = vec![0u8; numel];
+        random.fill(&mut noise[..]);
+        let indices: Vec<u8> = noise.iter().map(|byte| byte & (0xff >> (8 - bits))).collect();
+        let keep: Option<Vec<bool>> = (in_stage && sparsity > 0.0).then(|| {
+            let pruned = (numel as f64 * sparsity) as usize;
+            // Spread evenly: element i is pruned where the count of pruned ones so far grows.
+            let before = |i: usize| i * pruned / numel;
+            (0..numel).map(|i| before(i) == before(i + 1)).collect()
+        });
+        let entry = |_| f16::from_f32(random.random_range(-1.7..1.7) / fan_in.sqrt());
+        let palettes = (0..(channels / group) << bits).map(entry).collect();
+        let weight =
+            CompressedWeight::palettized(tensor.shape.clone(), keep.as_deref(), bits, 0, group, palettes, &indices, None)?;
+        writer.add_weight(&tensor.name, &weight, Value::Null)?;
+    }
+    writer.finish().map(drop)
+}

@@ -1,0 +1,73 @@
+//! Calibration that needs no run of the UNet: text states, and embeddings of time and text.
+
+use tch::{Device, Kind, Tensor};
+
+use super::Gatherer;
+use crate::checkpoint::{Blueprint, Weights};
+use crate::config::{CalibrationSection, read_prompts};
+use crate::error::Result;
+use crate::model::unet::{Conditioning, UnetChain};
+use crate::model::{Layer, LayerInput, Unobserved};
+use crate::pipeline::{Guidance, PipelineFolder, PromptEncoder};
+use crate::progress::{Progress, Task};
+
+use super::RunOptions;
+
+/// Timesteps for each caption.
+const TIMES: usize = 4;
+
+/// The timesteps of training.
+const TIMESTEPS: usize = 1000;
+
+/// The Hessians of the layers that see only the text states, or only SiLU(temb), from the config's captions: each is encoded, and its
+/// pooled text embedded at a few of all timesteps. A caption counts as a call of the UNet does, with the negative prompt's half.
+///
+/// # Errors
+/// If the captions cannot be read or encoded.
+pub(super) fn gather(
+    folder: &PipelineFolder,
+    weights: &Weights,
+    section: &CalibrationSection,
+    treated: &dyn Fn(&Layer) -> bool,
+    options: &RunOptions,
+    progress: &dyn Progress,
+) -> Result<Gatherer> {
+    let Some(path) = &section.captions else { return Ok(Gatherer::default()) };
+    let mut captions = read_prompts(path)?;
+    let (count, wanted) = (captions.len(), section.captions_nsamples);
+    if count > wanted {
+        captions = (0..wanted).filter_map(|k| captions.get(k * count / wanted).cloned()).collect();
+    }
+    let mut gatherer = shared_inputs(&folder.unet, treated, options.placement().device)?;
+    let placement = options.placement();
+    let encoder = PromptEncoder::load(folder, placement)?;
+    let head = folder.unet.load_head(&weights.narrow_source(placement))?;
+    let size = folder.picture_size(section.size)?;
+    let task = Task::begin(progress, "captions", "captions", captions.len());
+    for (number, caption) in captions.iter().enumerate() {
+        task.go_on()?;
+        task.advance(caption);
+        let Conditioning { encoder_hidden_states, text_embeds, time_ids } =
+            Guidance::encode(&encoder, folder, caption, None, section.guidance, size)?.conditioning;
+        gatherer.add(&LayerInput::Text, &encoder_hidden_states)?;
+        let batch = encoder_hidden_states.size3()?.0;
+        // The head embeds latents too; the smallest do.
+        let sample = Tensor::f_zeros([batch, folder.unet.config().in_channels, 1, 1], (placement.kind, placement.device))?;
+        let told = Conditioning { encoder_hidden_states, text_embeds, time_ids };
+        for time in 0..TIMES {
+            // 619 and 1000 have no common factor: every timestep has its turn, and neighbours in the file are far apart.
+            let timestep = (TIMES * number + time) * 619 % TIMESTEPS;
+            let carry = head.forward(&sample, timestep as f64, &told, &mut Unobserved)?;
+            gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?.f_to_kind(Kind::Float)?)?;
+        }
+    }
+    Ok(gatherer)
+}
+
+/// A gatherer for what is the same in all stages.
+fn shared_inputs(chain: &UnetChain, treated: &dyn Fn(&Layer) -> bool, device: Device) -> Result<Gatherer> {
+    let blueprint = Blueprint::default();
+    let stages = chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
+    let layers = stages.iter().flat_map(|stage| stage.layers());
+    Gatherer::new(layers.filter(|layer| !matches!(layer.input(), LayerInput::Features(_)) && treated(layer)), device)
+}

@@ -1,0 +1,40 @@
+//! What a package says about itself.
+
+use super::element::{ArrayType, Element};
+use super::program::Var;
+use super::proto::specification::array_feature_type::ArrayDataType;
+use super::proto::specification::{ArrayFeatureType, FeatureDescription, FeatureType, feature_type};
+
+/// An input or output, with a line for people.
+pub(super) fn feature(var: &Var) -> FeatureDescription {
+    FeatureDescription {
+        name: var.name.clone(),
+        short_description: about(&var.name).to_owned(),
+        r#type: Some(feature_type(&var.operand.array)),
+    }
+}
+
+/// An array's type, as descriptions have it.
+pub(super) fn feature_type(array: &ArrayType) -> FeatureType {
+    let data_type = match array.element {
+        Element::F32 => ArrayDataType::Float32,
+        Element::F16 => ArrayDataType::Float16,
+        Element::I32 => ArrayDataType::Int32,
+        _ => ArrayDataType::InvalidArrayDataType,
+    };
+    let shape = array.shape.iter().map(|n| *n as i64).collect();
+    let array = ArrayFeatureType { shape, data_type: data_type as i32 };
+    FeatureType { is_optional: false, r#type: Some(feature_type::Type::MultiArrayType(array)) }
+}
+
+fn about(name: &str) -> &'static str {
+    match name {
+        "sample" => "Noisy latents, scaled as the sampler wants them",
+        "timestep" => "The training step that each sample's noise belongs to, 0 to 999",
+        "encoder_hidden_states" => "The text encoders' states",
+        "time_ids" => "Original size, crop and target size or aesthetic score",
+        "text_embeds" => "The pooled text",
+        "noise_pred" => "What the UNet predicts: the noise, or the velocity",
+        _ => "",
+    }
+}

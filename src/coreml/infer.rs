@@ -1,0 +1,90 @@
+//! The operations that a UNet's program consists of: which parameters each has, and the type of what it makes.
+//!
+//! The builder declares what is inferred here, and `verify` infers it again from a file. Parameters are those that coremltools 9.0
+//! writes for a converted UNet (`converters/mil/mil/ops/defs`), all of them and no others.
+
+mod compressed;
+mod dense;
+mod shape;
+
+use super::element::ArrayType;
+use super::operand::Operands;
+
+type Inferred = Result<Vec<ArrayType>, String>;
+
+/// An operation's name, its parameters, and how its outputs follow from them.
+struct Definition {
+    name: &'static str,
+    parameters: &'static [&'static str],
+    infer: fn(&Operands) -> Inferred,
+}
+
+const DEFINITIONS: &[Definition] = &[
+    Definition { name: "add", parameters: &["x", "y"], infer: dense::binary },
+    Definition { name: "sub", parameters: &["x", "y"], infer: dense::binary },
+    Definition { name: "mul", parameters: &["x", "y"], infer: dense::binary },
+    Definition { name: "real_div", parameters: &["x", "y"], infer: dense::binary },
+    Definition { name: "silu", parameters: &["x"], infer: dense::unary },
+    Definition { name: "sin", parameters: &["x"], infer: dense::unary },
+    Definition { name: "cos", parameters: &["x"], infer: dense::unary },
+    Definition { name: "square", parameters: &["x"], infer: dense::unary },
+    Definition { name: "sqrt", parameters: &["x"], infer: dense::unary },
+    Definition { name: "gelu", parameters: &["x", "mode"], infer: dense::gelu },
+    Definition { name: "softmax", parameters: &["x", "axis"], infer: dense::softmax },
+    Definition { name: "cast", parameters: &["x", "dtype"], infer: dense::cast },
+    Definition { name: "linear", parameters: &["x", "weight", "bias"], infer: dense::linear },
+    Definition {
+        name: "conv",
+        parameters: &["x", "weight", "bias", "strides", "pad_type", "pad", "dilations", "groups"],
+        infer: dense::conv,
+    },
+    Definition { name: "layer_norm", parameters: &["x", "axes", "gamma", "beta", "epsilon"], infer: dense::layer_norm },
+    Definition {
+        name: "batch_norm",
+        parameters: &["x", "mean", "variance", "gamma", "beta", "epsilon"],
+        infer: dense::batch_norm,
+    },
+    Definition { name: "reduce_mean", parameters: &["x", "axes", "keep_dims"], infer: dense::reduce_mean },
+    Definition { name: "scaled_dot_product_attention", parameters: &["query", "key", "value"], infer: dense::attention },
+    Definition { name: "einsum", parameters: &["values", "equation"], infer: dense::einsum },
+    Definition { name: "reshape", parameters: &["x", "shape"], infer: shape::reshape },
+    Definition { name: "transpose", parameters: &["x", "perm"], infer: shape::transpose },
+    Definition { name: "expand_dims", parameters: &["x", "axes"], infer: shape::expand_dims },
+    Definition { name: "concat", parameters: &["values", "axis", "interleave"], infer: shape::concat },
+    Definition { name: "split", parameters: &["x", "split_sizes", "axis"], infer: shape::split },
+    Definition { name: "slice_by_index", parameters: &["x", "begin", "end", "end_mask"], infer: shape::slice_by_index },
+    Definition {
+        name: "upsample_nearest_neighbor",
+        parameters: &["x", "scale_factor_height", "scale_factor_width"],
+        infer: shape::upsample,
+    },
+    Definition { name: "constexpr_lut_to_dense", parameters: &["indices", "lut"], infer: compressed::lut_to_dense },
+    Definition {
+        name: "constexpr_lut_to_sparse",
+        parameters: &["indices_mask", "indices_nonzero_data", "lut"],
+        infer: compressed::lut_to_sparse,
+    },
+    Definition { name: "constexpr_sparse_to_dense", parameters: &["nonzero_data", "mask"], infer: compressed::sparse_to_dense },
+];
+
+/// The types of what the operation `name` makes.
+///
+/// # Errors
+/// If there is no such operation, it has other parameters, or they do not fit together.
+pub(super) fn infer(name: &str, operands: &Operands) -> Inferred {
+    let definition = DEFINITIONS.iter().find(|definition| definition.name == name);
+    let Definition { parameters, infer, .. } = definition.ok_or_else(|| format!("unknown operation `{name}`"))?;
+    if let Some(missing) = parameters.iter().find(|parameter| !operands.0.contains_key(*parameter)) {
+        return Err(format!("`{missing}` is missing"));
+    }
+    if let Some(surplus) = operands.0.keys().find(|given| !parameters.contains(given)) {
+        return Err(format!("has no parameter `{surplus}`"));
+    }
+    infer(operands)
+}
+
+/// A possibly negative axis of an array.
+fn axis(axis: i32, rank: usize) -> Result<usize, String> {
+    let from_end = i64::from(axis) + if axis < 0 { rank as i64 } else { 0 };
+    usize::try_from(from_end).ok().filter(|axis| *axis < rank).ok_or_else(|| format!("there is no axis {axis} in rank {rank}"))
+}

@@ -1,0 +1,54 @@
+//! `Manifest.json`: which files a package consists of (coremltools: `modelpackage/src/ModelPackage.cpp`).
+
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+/// Where the program lies, in the package's `Data`.
+pub(super) const MODEL: &str = "com.apple.CoreML/model.mlmodel";
+/// The weights' folder, in the package's `Data`.
+pub(super) const WEIGHTS: &str = "com.apple.CoreML/weights";
+/// The weights, in their folder.
+pub(super) const BLOBS: &str = "weight.bin";
+/// The version of the manifest.
+pub(super) const VERSION: &str = "1.0.0";
+
+/// The manifest of a package whose program is `model`. The items' identifiers are made from the program, so that the same package has the
+/// same bytes, and another has other identifiers.
+pub(super) fn manifest(model: &[u8]) -> String {
+    let (program, weights) = (identifier("model.mlmodel", model), identifier("weights", model));
+    let manifest = json!({
+        "fileFormatVersion": VERSION,
+        "itemInfoEntries": {
+            &program: {
+                "author": "com.apple.CoreML",
+                "description": "CoreML Model Specification",
+                "name": "model.mlmodel",
+                "path": MODEL,
+            },
+            &weights: {
+                "author": "com.apple.CoreML",
+                "description": "CoreML Model Weights",
+                "name": "weights",
+                "path": WEIGHTS,
+            },
+        },
+        "rootModelIdentifier": &program,
+    });
+    format!("{manifest:#}\n")
+}
+
+/// A UUID of version 8 (RFC 9562: of the maker's own content).
+fn identifier(name: &str, model: &[u8]) -> String {
+    let mut hash = Sha256::new();
+    hash.update(name.as_bytes());
+    hash.update([0]);
+    hash.update(model);
+    let mut digits: Vec<char> = super::hex(hash).chars().take(32).collect();
+    for (at, digit) in [(12, '8'), (16, 'a')] {
+        if let Some(place) = digits.get_mut(at) {
+            *place = digit;
+        }
+    }
+    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| digits.get(range).unwrap_or_default().iter().collect());
+    <[String]>::join(&parts, "-")
+}

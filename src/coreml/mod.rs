@@ -1,0 +1,40 @@
+//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights as they are.
+//!
+//! A package is a manifest, the program (`model.mlmodel`, protobuf) and the weights (`weight.bin`). Nothing of Core ML is needed to write
+//! one. The operations, their parameters and their order follow what coremltools 9.0 writes for the same network; `docs/coreml.md` says
+//! how that is checked.
+
+mod blob;
+mod check;
+mod description;
+mod element;
+mod infer;
+mod literal;
+mod lower;
+mod lut;
+mod manifest;
+mod operand;
+mod options;
+mod package;
+mod program;
+pub mod proto;
+mod weights;
+
+use std::fmt::Write;
+
+use sha2::{Digest, Sha256};
+
+pub use check::{PackageVerification, verify};
+pub use element::{ArrayType, Element};
+pub(crate) use lut::Lut;
+pub use options::{Io, Layout, Options};
+pub use package::{WrittenPackage, write};
+pub use weights::UnetWeights;
+
+/// A finished hash as 64 lower-case hex digits.
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

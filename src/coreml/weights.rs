@@ -1,0 +1,104 @@
+//! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's constant expressions.
+
+use half::f16;
+use tch::{Device, Kind};
+
+use super::element::{ArrayType, Element};
+use super::lut::Lut;
+use super::program::{Arg, ProgramBuilder, Var};
+use crate::checkpoint::{TensorSource, Weights};
+use crate::container::{CompressedWeight, Container, Values};
+use crate::device::Placement;
+use crate::error::{Error, Result};
+
+/// Where a package's weights come from. They are read one at a time.
+#[derive(Debug, Clone, Copy)]
+pub enum UnetWeights<'a> {
+    /// A container: its compressed weights stay compressed, bit for bit.
+    Container(&'a Container),
+    /// A model's dense weights, in fp16.
+    Dense(&'a Weights),
+}
+
+/// A tensor as it is stored.
+#[derive(Debug)]
+pub(super) enum Stored {
+    Dense(Vec<f16>),
+    Compressed(CompressedWeight),
+}
+
+impl UnetWeights<'_> {
+    /// Reads the tensor `name` of `shape`.
+    pub(super) fn read(&self, name: &str, shape: &[i64]) -> Result<Stored> {
+        const AS_STORED: Placement = Placement { device: Device::Cpu, kind: Kind::Half };
+        let dense = match self {
+            UnetWeights::Container(container) if container.is_compressed(name) => {
+                return Ok(Stored::Compressed(container.weight(name)?));
+            }
+            UnetWeights::Container(container) => container.source(AS_STORED).tensor(name, shape)?,
+            UnetWeights::Dense(weights) => weights.source(AS_STORED).tensor(name, shape)?,
+        };
+        let values = Vec::<f16>::try_from(&dense.f_flatten(0, -1)?)?;
+        if !values.iter().all(|value| value.is_finite()) {
+            return Err(Error::NotFinite(format!("`{name}` has values that are not finite in fp16")));
+        }
+        Ok(Stored::Dense(values))
+    }
+}
+
+/// Adds a tensor to the program as the constant `name` of `shape`, which may have more dimensions of 1 than the tensor.
+pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: Stored) -> Result<Var> {
+    let weight = match stored {
+        Stored::Dense(values) => return program.halves(name, shape, &values),
+        Stored::Compressed(weight) => weight,
+    };
+    let CompressedWeight { mask, values, .. } = &weight;
+    let flat = |element, length: usize| ArrayType::new(element, [length as u64]);
+    let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::Unsigned(1), shape), mask));
+    match (mask, values) {
+        // No array is empty in Core ML: one element is kept, and it is zero.
+        (Some((array, mask)), _) if mask.kept() == 0 => {
+            let mut bytes = mask.bytes().to_vec();
+            bytes.iter_mut().take(1).for_each(|byte| *byte = 1);
+            let one = flat(Element::F16, 1);
+            let parameters = [("nonzero_data", inline(program, one, &[0, 0])?), ("mask", inline(program, array, &bytes)?)];
+            program.op("constexpr_sparse_to_dense", name, &parameters)
+        }
+        (Some((array, mask)), Values::Plain(values)) => {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let parameters = [
+                ("mask", inline(program, array, mask.bytes())?),
+                ("nonzero_data", inline(program, flat(Element::F16, values.len()), &bytes)?),
+            ];
+            program.op("constexpr_sparse_to_dense", name, &parameters)
+        }
+        (mask, Values::Palettized { bits, indices, .. }) => {
+            let lut = Lut::of(&weight)?;
+            let (lut_array, lut_bytes) = (lut.array(*bits, shape.len()), lut.bytes());
+            let element = Element::Unsigned(*bits);
+            let Some((array, mask)) = mask else {
+                let parameters = [
+                    ("indices", inline(program, ArrayType::new(element, shape), indices.bytes())?),
+                    ("lut", inline(program, lut_array, &lut_bytes)?),
+                ];
+                return program.op("constexpr_lut_to_dense", name, &parameters);
+            };
+            let parameters = [
+                ("indices_mask", inline(program, array, mask.bytes())?),
+                ("indices_nonzero_data", inline(program, flat(element, indices.len()), indices.bytes())?),
+                ("lut", inline(program, lut_array, &lut_bytes)?),
+            ];
+            let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
+            let [mask, values] = &sparse[..] else {
+                return Err(Error::Argument(format!("`{name}` did not become a mask and values")));
+            };
+            program.op("constexpr_sparse_to_dense", name, &[("mask", mask.into()), ("nonzero_data", values.into())])
+        }
+        (None, Values::Plain(values)) => program.halves(name, shape, values),
+    }
+}
+
+fn inline<'a>(program: &mut ProgramBuilder, array: ArrayType, bytes: &[u8]) -> Result<Arg<'a>> {
+    let value = program.data(&array, bytes)?;
+    Ok(Arg::Inline(array, value))
+}

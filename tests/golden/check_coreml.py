@@ -1,0 +1,231 @@
+"""Checks Core ML packages from outside, with coremltools 9.0 and torch. Nothing of the Rust code is used.
+
+    python check_coreml.py PACKAGE --weights CONTAINER|MODELDIR [--skip loader,values,forward] [--json FILE]
+    python check_coreml.py PACKAGE --operations REFERENCE.mlpackage     # every operation as coremltools itself serializes it
+
+1. loader: Apple's package validator accepts it; it opens with skip_model_load; coremltools' loader rebuilds the program, and the type that
+   it infers for each output is the one declared.
+2. values: each constant of the program that is a tensor of the UNet, materialized by coremltools, equals the stored tensor bit for bit.
+3. forward: the program, evaluated by mil_torch.py in fp32, is within 1e-4 of diffusers' UNet with the same weights; and in fp16.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+import torch
+from make_container import unpack
+from mil_torch import Package, evaluate
+
+
+class Stored:
+    """The UNet's tensors by name, read one at a time: from a container as docs/container.md says, or from a diffusers folder."""
+
+    def __init__(self, path):
+        path = pathlib.Path(path)
+        self.rows = {}
+        if path.is_dir():
+            from safetensors import safe_open
+
+            self.config = json.loads((path / "unet/config.json").read_text())
+            self.files = [safe_open(file, "pt") for file in sorted((path / "unet").glob("diffusion_pytorch_model*.safetensors"))]
+            self.names = [name for file in self.files for name in file.keys()]
+            return
+        self.data = np.memmap(path, np.uint8, "r")
+        length = int.from_bytes(bytes(self.data[:8]), "little")
+        self.table = json.loads(bytes(self.data[8 : 8 + length]))
+        metadata = self.table.pop("__metadata__")
+        self.start = 8 + length
+        self.config = json.loads(metadata["unet_config"])
+        self.rows = json.loads(metadata["weights"])
+        parts = {f"{name}.{part}" for name in self.rows for part in ("mask", "indices", "palettes", "scales", "values")}
+        self.names = sorted(set(self.table) - parts | set(self.rows))
+        self.files = None
+
+    def content(self, name):
+        entry = self.table[name]
+        start, end = (self.start + at for at in entry["data_offsets"])
+        return np.frombuffer(bytes(self.data[start:end]), {"F16": "<f2", "U8": "u1"}[entry["dtype"]]).reshape(entry["shape"])
+
+    def tensor(self, name):
+        if self.files is not None:
+            file = next(file for file in self.files if name in file.keys())
+            return file.get_tensor(name).half().numpy()
+        if name not in self.rows:
+            return self.content(name)
+        row = self.rows[name]
+        shape = row["shape"]
+        numel = int(np.prod(shape))
+        keep = unpack(self.content(f"{name}.mask"), 1, numel).astype(bool) if row["masked"] else np.ones(numel, bool)
+        dense = np.zeros(numel, np.float16)
+        if "bits" not in row:
+            dense[keep] = self.content(f"{name}.values")
+            return dense.reshape(shape)
+        axis = row["axis"]
+        channel = np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        group = np.broadcast_to(channel // row["group_size"], shape).reshape(-1)[keep]
+        indices = unpack(self.content(f"{name}.indices"), row["bits"], row["kept"])
+        values = self.content(f"{name}.palettes")[group, indices]
+        if row.get("scaled"):
+            of_row = np.arange(numel) // (numel // shape[0])
+            values = (values.astype(np.float32) * self.content(f"{name}.scales")[of_row[keep]].astype(np.float32)).astype(np.float16)
+        dense[keep] = values
+        return dense.reshape(shape)
+
+
+def loader(path):
+    import coremltools as ct
+    from coremltools.converters.mil.frontend.milproto.load import load
+    from coremltools.libmodelpackage import ModelPackage
+
+    assert ModelPackage.isValid(str(path)), "Apple's validator refuses it"
+    model = ct.models.MLModel(str(path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=model.weights_dir)
+    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    declared = {output.name: Package.type(output.type) for op in block.operations for output in op.outputs}
+    from coremltools.converters.mil.mil import types
+
+    names = {types.fp16: "FLOAT16", types.fp32: "FLOAT32", types.int32: "INT32", types.bool: "BOOL", types.str: "STRING"}
+    names |= {getattr(types, f"uint{bits}"): f"UINT{bits}" for bits in (1, 2, 3, 4, 6, 8)}
+    seen = 0
+    for op in program.functions["main"].operations:
+        for var in op.outputs:
+            inferred = var.sym_type
+            shape = tuple(inferred.get_shape()) if types.is_tensor(inferred) else ()
+            element = inferred.get_primitive() if types.is_tensor(inferred) else inferred
+            # What constexpr operations are given inline has no name of its own in the file, and becomes a constant here.
+            if op.op_type == "const" and var.name not in declared:
+                continue
+            if op.op_type == "const":
+                # pymil widens sub-byte and small types of constants; their shape and value are what counts.
+                assert declared[var.name][1] == shape, (var.name, declared[var.name], shape)
+            else:
+                assert declared[var.name] == (names[element], shape), (op.op_type, var.name, declared[var.name], names[element], shape)
+            seen += 1
+    missing = set(declared) - {var.name for op in program.functions["main"].operations for var in op.outputs}
+    assert not missing, missing
+    return program, {"outputs_whose_type_is_as_inferred": len(declared), "operations": len(block.operations)}
+
+
+def values(program, stored):
+    """Every tensor of the UNet, as coremltools materializes it."""
+    by_name = {re.sub(r"[^A-Za-z0-9]", "_", name): name for name in stored.names}
+    assert len(by_name) == len(stored.names)
+    left, compressed = dict(by_name), 0
+    for op in program.functions["main"].operations:
+        name = left.pop(op.outputs[0].name, None)
+        if name is None:
+            continue
+        compressed += op.op_type.startswith("constexpr_")
+        made = op.materialized_val_inference() if op.op_type.startswith("constexpr_") else op.outputs[0].val
+        wanted = stored.tensor(name)
+        made = np.asarray(made)
+        assert made.dtype == np.float16 and made.size == wanted.size, (name, made.dtype, made.shape, wanted.shape)
+        made = made.reshape(wanted.shape)
+        assert np.array_equal(made.view(np.uint16), wanted.view(np.uint16)), f"{name} differs"
+    assert not left, f"not in the program: {sorted(left)[:5]}"
+    return {"tensors_equal_bit_for_bit": len(by_name), "of_them_compressed": compressed}
+
+
+def forward(package, stored, seed=0):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(stored.config).eval()
+    unet.load_state_dict({name: torch.from_numpy(stored.tensor(name)) for name in stored.names}, assign=True)
+    # fp16 in memory, fp32 while a layer computes: the same numbers in half the space.
+    for module in unet.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda module, given: module.float() and None)
+            module.register_forward_hook(lambda module, given, made: module.half() and None)
+    shapes = {name: shape for name, (_, shape) in package.inputs.items()}
+    batch = shapes["sample"][0]
+    apple = len(shapes["encoder_hidden_states"]) == 4
+    inputs = {name: torch.randn(shape).half().float() for name, shape in shapes.items()}
+    inputs["timestep"] = torch.full((batch,), 741.0)
+    sizes = [512.0, 512.0, 0.0, 0.0, 512.0, 512.0] if shapes["time_ids"][1] == 6 else [512.0, 512.0, 0.0, 0.0, 6.0]
+    inputs["time_ids"] = torch.tensor([sizes[: shapes["time_ids"][1]]] * batch)
+    text = inputs["encoder_hidden_states"]
+    text = text[:, :, 0].transpose(1, 2) if apple else text
+    added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    with torch.no_grad():
+        wanted = unet(inputs["sample"], inputs["timestep"], text, added_cond_kwargs=added).sample
+        del unet
+        error = lambda made: float((made - wanted).double().norm() / wanted.double().norm())
+        single = error(evaluate(package, inputs)["noise_pred"])
+        half = error(evaluate(package, inputs, half=True)["noise_pred"])
+    assert single < 1e-4, f"relative error {single}"
+    assert half < 3e-2, f"relative error {half} in fp16"
+    return {"relative_error_fp32": float(f"{single:.2g}"), "relative_error_fp16": float(f"{half:.2g}")}
+
+
+def patterns(path):
+    """Which operations there are, and for each parameter: how it is bound, its dtype, its rank, and strings' values."""
+    package = Package(path)
+    known = {name: ("var", *shape_of(kind)) for name, kind in package.inputs.items()}
+    found = {}
+    for op in package.block.operations:
+        if op.type == "const":
+            value = op.attributes["val"]
+            kind = package.type(value.type)
+            known[op.outputs[0].name] = ("const", *shape_of(kind), package.value(value) if kind[0] == "STRING" else "")
+            assert sorted(op.attributes) == ["name", "val"]
+            continue
+        assert sorted(op.attributes) == ["name"]
+        for output in op.outputs:
+            known[output.name] = ("var", *shape_of(package.type(output.type)))
+        for parameter, argument in op.inputs.items():
+            for binding in argument.arguments:
+                if binding.WhichOneof("binding") == "name":
+                    what = known[binding.name]
+                    # Compressed weights are bound like constants.
+                    what = ("var/const", *what[1:3]) if parameter == "weight" else what
+                else:
+                    what = ("inline", *shape_of(package.type(binding.value.type)))
+                found.setdefault(op.type, set()).add((parameter, *what))
+    return found
+
+
+def shape_of(kind):
+    return kind[0], len(kind[1])
+
+
+def operations(path, reference):
+    ours, theirs = patterns(path), patterns(reference)
+    strange = {kind: sorted(map(str, found - theirs.get(kind, set()))) for kind, found in ours.items()}
+    return {kind: found for kind, found in strange.items() if found}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("package")
+    parser.add_argument("--weights")
+    parser.add_argument("--operations")
+    parser.add_argument("--skip", default="")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    skip = args.skip.split(",")
+    found = {}
+    if args.operations:
+        found["other_than_in_the_reference"] = operations(args.package, args.operations)
+    if args.weights:
+        stored = Stored(args.weights)
+        if "loader" not in skip:
+            program, found["loader"] = loader(args.package)
+            if "values" not in skip:
+                found["values"] = values(program, stored)
+            del program
+        if "forward" not in skip:
+            found["forward"] = forward(Package(args.package), stored)
+    print(json.dumps(found, indent=1))
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+//! Dense weights with coremltools' buffers.
+
+use half::f16;
+use sdxl_squeeze::checkpoint::SafetensorsFile;
+use sdxl_squeeze::container::Container;
+use sdxl_squeeze::export::{SmallWeights, coremltools};
+use sdxl_squeeze::progress::Silent;
+
+use super::made_up;
+use crate::support::{ended_with, repo, squeeze};
+
+fn halves(file: &SafetensorsFile, name: &str) -> Vec<f16> {
+    file.read(name).unwrap().chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect()
+}
+
+/// What coremltools takes for pruned.
+fn dropped(value: f16) -> bool {
+    value.to_f32().abs() <= 2f32.powi(-10)
+}
+
+#[test]
+fn coremltools_would_find_mask_and_palettes_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.safetensors");
+    made_up::container(&repo("tests/golden/base-like"), &path);
+    let container = Container::open(&path).unwrap();
+    let out = folder.path().join("out.safetensors");
+
+    let refused = coremltools(&container, &out, SmallWeights::Refuse, &Silent).unwrap_err();
+    assert!(refused.is_bad_input() && refused.to_string().contains("2^-10") && !out.exists(), "{refused}");
+
+    let moved = coremltools(&container, &out, SmallWeights::Move, &Silent).unwrap();
+    assert!(moved.iter().any(|row| refused.to_string().contains(&format!("{} ({})", row.name, row.elements))));
+    let file = SafetensorsFile::open(&out).unwrap();
+    assert_eq!(file.read("_COREML_/metadata_version").unwrap(), 1i64.to_le_bytes());
+    let mut buffers = 1;
+    for layer in container.layers() {
+        let (weight, was) = (container.weight(&layer.name).unwrap(), container.decode(&layer.name).unwrap());
+        let is = halves(&file, &layer.name);
+        let module = layer.name.trim_end_matches(".weight");
+        let types = file.read(&format!("{module}._COREML_/weight/compression_type")).unwrap();
+        let types: Vec<u8> = types.chunks(8).map(|number| number[0]).collect();
+        let expected: &[u8] = match (&weight.mask, layer.bits) {
+            (None, _) => &[2],
+            (Some(_), None) => &[1],
+            (Some(_), Some(_)) => &[1, 2],
+        };
+        assert_eq!(types, expected, "{}", layer.name);
+        let mut changed = 0;
+        for (i, (was, is)) in was.iter().zip(&is).enumerate() {
+            let kept = weight.mask.as_ref().is_none_or(|mask| mask.get(i));
+            // Kept zeros are lost to coremltools, which changes nothing.
+            if weight.mask.is_some() && *was != f16::ZERO {
+                assert_eq!(kept, !dropped(*is), "{} {i}", layer.name);
+            }
+            assert!(was == is || (weight.mask.is_some() && dropped(*was) && is.to_f32().abs() < 0.000_978), "{} {i}", layer.name);
+            changed += u64::from(was != is);
+        }
+        assert_eq!(moved.iter().find(|row| row.name == layer.name).map_or(0, |row| row.elements), changed, "{}", layer.name);
+        buffers += 1;
+        let Some(bits) = layer.bits else { continue };
+        buffers += 1;
+        let name = format!("{module}._COREML_/weight/lut");
+        let (shape, lut) = (file.entries()[&name].shape.clone(), halves(&file, &name));
+        let rank = layer.shape.len();
+        assert_eq!((shape.len(), &shape[rank..]), (rank + 2, &[1 << bits, 1][..]), "{}", layer.name);
+        // Every kept weight is an entry of its block's palette.
+        let inner: i64 = layer.shape[2..].iter().product();
+        for (i, value) in is.iter().enumerate().filter(|(_, value)| **value != f16::ZERO) {
+            let (row, column) = (i as i64 / inner / layer.shape[1], i as i64 / inner % layer.shape[1]);
+            let block = row / (layer.shape[0] / shape[0]) * shape[1] + column / (layer.shape[1] / shape[1]);
+            let palette = &lut[(block as usize) << bits..(block as usize + 1) << bits];
+            assert!(palette.contains(value), "{} {i}", layer.name);
+        }
+    }
+    let tensors = container.layers().len() + container.tensors().count();
+    assert_eq!(file.entries().len(), tensors + buffers);
+}
+
+#[test]
+fn the_command_says_what_it_moved() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    made_up::container(&repo("tests/golden/refiner-like"), path("c.safetensors").as_ref());
+    let export = |more: &[&str]| {
+        let (container, out) = (path("c.safetensors"), path("out.safetensors"));
+        squeeze(&[&["export", &container, "--to", "coremltools", "--out", &out], more].concat())
+    };
+    assert!(ended_with(2, &export(&[])).contains("--small-weights move"));
+    assert!(ended_with(2, &export(&["--layout", "linear"])).contains("--layout does nothing"));
+    assert!(ended_with(0, &export(&["--small-weights", "move"])).contains("weights moved above 2^-10"));
+}

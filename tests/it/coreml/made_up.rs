@@ -1,0 +1,63 @@
+//! A container with weights of every kind.
+
+use std::path::Path;
+
+use half::f16;
+use sdxl_squeeze::checkpoint::{ConfigFile, TensorSource};
+use sdxl_squeeze::container::{BIT_WIDTHS, CompressedWeight, ContainerInfo, ContainerWriter};
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use serde_json::{Value, json};
+use tch::{Device, Kind};
+
+/// Numbers without order that are the same on every run.
+fn scrambled(i: usize) -> u64 {
+    let mixed = (i as u64).wrapping_add(0x1234_5678).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20
+}
+
+/// Compresses the UNet of `model` in as many ways as it has layers: all widths of indices, both axes, masks of all densities, scales, weights
+/// that are only pruned, and some that stay as they are. Palettes are a layer's own values, so that the UNet still computes sensible numbers.
+pub fn container(model: &Path, path: &Path) {
+    let pipeline = PipelineFolder::open(model).unwrap();
+    let weights = pipeline.unet_weights().unwrap();
+    let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
+    let info = ContainerInfo {
+        unet_config: ConfigFile::read(&model.join("unet/config.json")).unwrap().into_entries(),
+        recipe: json!({ "made": "up" }),
+        sources: Vec::new(),
+    };
+    let mut writer = ContainerWriter::create(path, info).unwrap();
+    let mut layer = 0;
+    for spec in pipeline.unet.tensors().unwrap() {
+        let tensor = source.tensor(&spec.name, &spec.shape).unwrap();
+        let values = Vec::<f16>::try_from(&tensor.flatten(0, -1)).unwrap();
+        if spec.shape.len() < 2 || layer % 17 == 16 {
+            layer += usize::from(spec.shape.len() > 1);
+            writer.add_tensor(&spec.name, &tensor).unwrap();
+            continue;
+        }
+        let weight = compressed(layer, &spec.shape, &values);
+        writer.add_weight(&spec.name, &weight, Value::Null).unwrap();
+        layer += 1;
+    }
+    writer.finish().unwrap();
+}
+
+fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
+    let bits = BIT_WIDTHS[layer % BIT_WIDTHS.len()];
+    let axis = layer / 6 % 2;
+    let channels = shape[axis] as usize;
+    let group_size = [1, 2, 4].into_iter().filter(|size| channels.is_multiple_of(*size)).nth(layer % 3).unwrap_or(channels);
+    // Every tenth of a layer's weights, or all, or none.
+    let keep: Vec<bool> = (0..values.len()).map(|i| scrambled(i + 31 * layer) % 10 >= layer as u64 % 11).collect();
+    if layer % 13 == 12 {
+        return CompressedWeight::sparse(shape.to_vec(), &keep, values).unwrap();
+    }
+    let palettes = (0..(channels / group_size) << bits).map(|i| values[scrambled(i) as usize % values.len()]).collect();
+    let indices: Vec<u8> = (0..values.len()).map(|i| (scrambled(i + 17) as u8) & (0xff >> (8 - bits))).collect();
+    let scale = |row: i64| f16::from_f32(0.5 + (scrambled(row as usize) % 100) as f32 / 100.0);
+    let scales = (layer % 5 == 4).then(|| (0..shape[0]).map(scale).collect());
+    let keep = (layer % 4 != 3).then_some(&keep[..]);
+    CompressedWeight::palettized(shape.to_vec(), keep, bits, axis, group_size, palettes, &indices, scales).unwrap()
+}

@@ -1,0 +1,10 @@
+//! Core ML packages: against coremltools' own, against the UNet in Rust, and with faults.
+//!
+//! What needs Python is in `tests/golden/check_coreml.py`.
+
+mod buffers;
+mod faults;
+mod file;
+mod interpreter;
+mod made_up;
+mod write;

@@ -1,0 +1,365 @@
+//! What is written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use sdxl_squeeze::checkpoint::Weights;
+use sdxl_squeeze::container::Container;
+use sdxl_squeeze::coreml::proto::mil_spec::argument::binding::Binding;
+use sdxl_squeeze::coreml::proto::mil_spec::tensor_value::Value as Content;
+use sdxl_squeeze::coreml::proto::mil_spec::value::Value as Kind;
+use sdxl_squeeze::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
+use sdxl_squeeze::coreml::proto::mil_spec::{DataType, Value as MilValue};
+use sdxl_squeeze::coreml::{Io, Layout, Options, UnetWeights, verify, write};
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::Unobserved;
+use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain, UnetConfig};
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::progress::Silent;
+use serde_json::{Value, json};
+use tch::{Device, Kind as Dtype, Tensor};
+
+use super::file::{Package, blob_path, declared, model_path};
+use super::interpreter::evaluate;
+use super::made_up;
+use crate::support::{emoji, ended_with, relative_error, repo, squeeze};
+
+/// Evaluates a package and the UNet in Rust on the same random inputs.
+fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
+    let mut package = Package::read(package);
+    let function = package.program().functions["main"].clone();
+    let mut inputs: BTreeMap<String, Tensor> = BTreeMap::new();
+    tch::manual_seed(7);
+    for input in &function.inputs {
+        let (_, shape) = declared(input.r#type.as_ref());
+        let x = match input.name.as_str() {
+            "timestep" => Tensor::full(&shape, 741.0, (Dtype::Float, Device::Cpu)),
+            "time_ids" => Tensor::full(&shape, 512.0, (Dtype::Float, Device::Cpu)),
+            _ => Tensor::randn(&shape, (Dtype::Float, Device::Cpu)),
+        };
+        inputs.insert(input.name.clone(), x);
+    }
+    let text = &inputs["encoder_hidden_states"];
+    let text = if options.io == Io::Apple { text.squeeze_dim(2).transpose(1, 2) } else { text.shallow_clone() };
+    assert_eq!(text.size(), [options.batch, options.tokens, chain.config().cross_attention_dim]);
+    let conditioning = Conditioning {
+        encoder_hidden_states: text,
+        text_embeds: inputs["text_embeds"].shallow_clone(),
+        time_ids: inputs["time_ids"].shallow_clone(),
+    };
+    let expected = unet.forward(&inputs["sample"], 741.0, &conditioning, &mut Unobserved).unwrap();
+    let outputs = evaluate(&mut package, &inputs);
+    let error = relative_error(&outputs["noise_pred"], &expected);
+    println!("{} {} batch {}: relative error {error:.1e}", options.layout, options.io, options.batch);
+    assert!(error < 1e-4, "{options:?}: {error}");
+}
+
+#[test]
+fn the_program_computes_what_the_unet_computes() {
+    let folder = tempfile::tempdir().unwrap();
+    for (i, model) in ["base-like", "refiner-like", "v-prediction"].into_iter().enumerate() {
+        let model = repo(&format!("tests/golden/{model}"));
+        let path = folder.path().join(format!("{i}.safetensors"));
+        made_up::container(&model, &path);
+        let container = Container::open(&path).unwrap();
+        let chain = container.unet().unwrap();
+        let unet = Unet::resident(chain.clone(), container.source(Placement::CPU), &Silent).unwrap();
+        for (n, (layout, io, batch)) in [
+            (Layout::Linear, Io::Diffusers, 2),
+            (Layout::Linear, Io::Apple, 1),
+            (Layout::SplitEinsum, Io::Diffusers, 1),
+            (Layout::SplitEinsum, Io::Apple, 2),
+        ]
+        .into_iter()
+        .enumerate()
+        .skip(i)
+        .step_by(i + 1)
+        {
+            let options = Options { layout, io, batch, latents: [16, 8], tokens: 9 + n as i64, ..Options::new(chain.config()) };
+            let out = folder.path().join(format!("{i}-{n}.mlpackage"));
+            let written = write(&chain, UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
+            let found = verify(&out).unwrap();
+            assert_eq!((found.hashed, found.named, found.compressed), (true, true, written.compressed));
+            assert_eq!((found.bytes, found.weight_bytes), (written.bytes, written.weight_bytes));
+            assert_eq!((found.operations, found.compressed), (written.operations, container.layers().len()));
+            compare(&out, &chain, &unet, &options);
+        }
+    }
+}
+
+#[test]
+fn the_bundled_models_dense_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipeline = PipelineFolder::open(&emoji()).unwrap();
+    let weights = pipeline.unet_weights().unwrap();
+    let out = folder.path().join("dense.mlpackage");
+    let options = Options::new(pipeline.unet.config());
+    assert_eq!((options.latents, options.time_ids), ([16, 16], 6));
+    let written = write(&pipeline.unet, UnetWeights::Dense(&weights), &options, &out, &Silent).unwrap();
+    assert_eq!((written.compressed, verify(&out).unwrap().compressed), (0, 0));
+    let unet = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
+    compare(&out, &pipeline.unet, &unet, &options);
+}
+
+/// What a config can ask for and SDXL's own do not: other sinusoids, also of an odd width, and convolutions that pad at the end only.
+#[test]
+fn unusual_architectures() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    crate::support::copy(&repo("tests/golden/base-like"), &model);
+    let path = model.join("unet/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (key, value) in [
+        ("flip_sin_to_cos", json!(false)),
+        ("freq_shift", json!(1)),
+        ("downsample_padding", json!(0)),
+        ("center_input_sample", json!(true)),
+        ("addition_time_embed_dim", json!(5)),
+    ] {
+        config[key] = value;
+    }
+    std::fs::write(&path, config.to_string()).unwrap();
+    let chain = UnetChain::new(UnetConfig::read(&path).unwrap());
+    let weights = Weights::open(&model.join("unet"), "diffusion_pytorch_model", str::to_owned).unwrap();
+    let unet = Unet::resident(chain.clone(), weights.source(Placement::CPU), &Silent).unwrap();
+    for (name, layout) in [("a.mlpackage", Layout::Linear), ("b.mlpackage", Layout::SplitEinsum)] {
+        let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
+        let out = folder.path().join(name);
+        write(&chain, UnetWeights::Dense(&weights), &options, &out, &Silent).unwrap();
+        assert!(verify(&out).unwrap().named);
+        compare(&out, &chain, &unet, &options);
+    }
+}
+
+/// Masks, indices and palettes go to the package as they are. Container and package stay in target/tmp, for `check_coreml.py`.
+#[test]
+fn compressed_weights_keep_their_bits() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("coreml");
+    std::fs::remove_dir_all(&folder).ok();
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("c.safetensors");
+    made_up::container(&repo("tests/golden/base-like"), &path);
+    let container = Container::open(&path).unwrap();
+    let chain = container.unet().unwrap();
+    let out = folder.join("c.mlpackage");
+    let options = Options { latents: [8, 8], ..Options::new(chain.config()) };
+    write(&chain, UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
+    let mut package = Package::read(&out);
+    let blobs = package.blobs.clone();
+    let mut compared = 0;
+    for layer in container.layers() {
+        let weight = container.weight(&layer.name).unwrap();
+        let name = layer.name.replace('.', "_");
+        if let Some(mask) = weight.mask.as_ref().filter(|mask| mask.kept() > 0) {
+            let kind =
+                if layer.bits.is_some() { (format!("{name}_palettized_0"), "indices_mask") } else { (name.clone(), "mask") };
+            assert_eq!(bytes(&mut package, &kind.0, kind.1, &blobs), mask.bytes(), "{name}");
+            compared += 1;
+        }
+        if let (sdxl_squeeze::container::Values::Palettized { indices, .. }, true) = (&weight.values, weight.kept() > 0) {
+            let kind = if weight.mask.is_some() {
+                (format!("{name}_palettized_0"), "indices_nonzero_data")
+            } else {
+                (name.clone(), "indices")
+            };
+            assert_eq!(bytes(&mut package, &kind.0, kind.1, &blobs), indices.bytes(), "{name}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 300, "{compared}");
+}
+
+/// The bytes of an operation's inline parameter.
+fn bytes(package: &mut Package, output: &str, parameter: &str, blobs: &[u8]) -> Vec<u8> {
+    let op = package.named(output);
+    let Some(Binding::Value(value)) = &op.inputs[parameter].arguments[0].binding else { panic!("{output}: not inline") };
+    match value.value.as_ref().unwrap() {
+        Kind::BlobFileValue(place) => {
+            let number = |from: usize| {
+                let at = place.offset as usize + from;
+                u64::from_le_bytes(blobs[at..at + 8].try_into().unwrap()) as usize
+            };
+            blobs[number(16)..number(16) + number(8)].to_vec()
+        }
+        Kind::ImmediateValue(value) => match &value.value {
+            Some(Immediate::Tensor(tensor)) => match tensor.value.as_ref().unwrap() {
+                Content::Bytes(list) => list.values.clone(),
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        },
+    }
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = repo("tests/golden/base-like");
+    let pipeline = PipelineFolder::open(&model).unwrap();
+    let weights = pipeline.unet_weights().unwrap();
+    let options = Options::new(pipeline.unet.config());
+    let write = |name: &str, options: &Options| {
+        let out = folder.path().join(name);
+        write(&pipeline.unet, UnetWeights::Dense(&weights), options, &out, &Silent).unwrap();
+        let content = |path| std::fs::read(path).unwrap();
+        [content(out.join("Manifest.json")), content(model_path(&out)), content(blob_path(&out))]
+    };
+    let first = write("a.mlpackage", &options);
+    assert_eq!(first, write("b.mlpackage", &options));
+    assert_ne!(first[0], write("c.mlpackage", &Options { license: "MIT".into(), ..options })[0]);
+}
+
+/// Every operation's parameters, their dtypes, ranks and the way in which they are given are such as coremltools itself writes.
+#[test]
+fn operations_are_serialized_as_by_coremltools() {
+    let golden = repo("tests/golden/coreml/operations.json");
+    let golden: BTreeMap<String, BTreeSet<String>> = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.safetensors");
+    made_up::container(&repo("tests/golden/base-like"), &path);
+    let container = Container::open(&path).unwrap();
+    let chain = container.unet().unwrap();
+    let mut seen = BTreeSet::new();
+    for (name, layout) in [("linear", Layout::Linear), ("split", Layout::SplitEinsum)] {
+        let out = folder.path().join(format!("{name}.mlpackage"));
+        let options = Options { layout, ..Options::new(chain.config()) };
+        write(&chain, UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
+        let mut package = Package::read(&out);
+        let mut known: BTreeMap<String, String> = BTreeMap::new();
+        for input in &package.program().functions["main"].inputs {
+            known.insert(input.name.clone(), format!("var {}", describe(declared(input.r#type.as_ref()))));
+        }
+        for op in &package.block().operations {
+            for output in &op.outputs {
+                let mut what = format!("var {}", describe(declared(output.r#type.as_ref())));
+                if op.r#type == "const" {
+                    what = format!("const{}{}", &what[3..], text(&op.attributes["val"]));
+                }
+                known.insert(output.name.clone(), what);
+            }
+            for (parameter, argument) in &op.inputs {
+                for binding in &argument.arguments {
+                    let what = match binding.binding.as_ref().unwrap() {
+                        // Golden values are from dense and compressed weights.
+                        Binding::Name(name) if parameter == "weight" => {
+                            format!("var/const {}", known[name].split_once(' ').unwrap().1)
+                        }
+                        Binding::Name(name) => known[name].clone(),
+                        // And from 4 bits only.
+                        Binding::Value(value) => format!("inline {}", describe(declared(value.r#type.as_ref()))),
+                    };
+                    let mut pattern = format!("{parameter} {what}");
+                    for bits in [2, 3, 6, 8] {
+                        pattern = pattern.replace(&format!("inline UINT{bits} "), "inline UINT4 ");
+                    }
+                    if parameter.starts_with("indices") && parameter != "indices_mask" {
+                        pattern = pattern.replace("inline UINT1 ", "inline UINT4 ");
+                    }
+                    assert!(golden[&op.r#type].contains(&pattern), "{}: {pattern}", op.r#type);
+                }
+            }
+            seen.insert(op.r#type.clone());
+        }
+    }
+    seen.remove("const");
+    assert!(golden.keys().all(|kind| seen.contains(kind)), "{seen:?}");
+}
+
+fn describe((code, shape): (i32, Vec<i64>)) -> String {
+    format!("{} {}", DataType::try_from(code).unwrap().as_str_name(), shape.len())
+}
+
+/// A string constant's text, with a space before it.
+fn text(value: &MilValue) -> String {
+    let Some(Kind::ImmediateValue(value)) = &value.value else { return String::new() };
+    let Some(Immediate::Tensor(tensor)) = &value.value else { return String::new() };
+    match &tensor.value {
+        Some(Content::Strings(list)) => format!(" {}", list.values[0]),
+        _ => String::new(),
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipeline = PipelineFolder::open(&emoji()).unwrap();
+    let weights = pipeline.unet_weights().unwrap();
+    let options = Options::new(pipeline.unet.config());
+    let out = folder.path().join("x.mlpackage");
+    let try_write = |options: &Options, out: &Path| {
+        write(&pipeline.unet, UnetWeights::Dense(&weights), options, out, &Silent).unwrap_err().to_string()
+    };
+    for (expected, options) in [
+        ("latents of 18: a multiple of 4", Options { latents: [16, 18], ..options.clone() }),
+        ("latents of 0", Options { latents: [0, 16], ..options.clone() }),
+        ("batch: 0", Options { batch: 0, ..options.clone() }),
+        ("batch: 1000000", Options { batch: 1_000_000, ..options.clone() }),
+        ("tokens: -1", Options { tokens: -1, ..options.clone() }),
+        ("9 time ids leave nothing", Options { time_ids: 9, ..options.clone() }),
+    ] {
+        let said = try_write(&options, &out);
+        assert!(said.contains(expected), "{said}");
+    }
+    assert!(try_write(&options, &folder.path().join("x")).contains(".mlpackage"));
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("a"), "a").unwrap();
+    assert!(try_write(&options, &out).contains("is there already"));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+
+    // A weight that is beyond fp16.
+    let model = folder.path().join("model");
+    crate::support::copy(&repo("tests/golden/base-like"), &model);
+    let path = model.join("unet/diffusion_pytorch_model.safetensors");
+    let mut tensors = Tensor::read_safetensors(&path).unwrap();
+    tensors[3].1 = tensors[3].1.to_kind(Dtype::Float) * 0.0 + 1e6;
+    Tensor::write_safetensors(&tensors, &path).unwrap();
+    let pipeline = PipelineFolder::open(&model).unwrap();
+    let weights = pipeline.unet_weights().unwrap();
+    let out = folder.path().join("y.mlpackage");
+    let failed = write(&pipeline.unet, UnetWeights::Dense(&weights), &Options::new(pipeline.unet.config()), &out, &Silent);
+    assert!(failed.unwrap_err().to_string().contains(&tensors[3].0));
+    assert!(!out.exists());
+}
+
+#[test]
+fn the_commands() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    made_up::container(&repo("tests/golden/refiner-like"), Path::new(&path("c.safetensors")));
+    let export = |out: &str, more: &[&str]| {
+        let (container, out) = (path("c.safetensors"), path(out));
+        squeeze(&[&["export", &container, "--to", "coreml", "--out", &out], more].concat())
+    };
+    let said = ended_with(0, &export("a.mlpackage", &["--height", "128", "--width", "64", "--batch", "1", "--author", "Ada"]));
+    assert!(said.contains("compressed weights"), "{said}");
+    let said = ended_with(0, &squeeze(&["verify", &path("a.mlpackage")]));
+    assert!(said.contains("every hash holds") && said.contains("sample: fp16 [1, 4, 16, 8]"), "{said}");
+    assert!(said.contains("time_ids: fp32 [1, 5]"), "{said}");
+    let metadata = Package::read(Path::new(&path("a.mlpackage"))).model.description.unwrap().metadata.unwrap();
+    assert_eq!((metadata.author.as_str(), metadata.user_defined["sdxl-squeeze.recipe"].as_str()), ("Ada", r#"{"made":"up"}"#));
+
+    // With the pipeline at hand, its own VAE says how large a latent is: 4 pixels.
+    let model = repo("tests/golden/refiner-like");
+    let model = model.to_str().unwrap();
+    let more = ["--model", model, "--height", "64", "--width", "32", "--layout", "split-einsum", "--io", "apple"];
+    ended_with(0, &export("b.mlpackage", &more));
+    let said = ended_with(0, &squeeze(&["verify", &path("b.mlpackage"), "--json"]));
+    assert!(said.contains("sample: fp16 [2, 4, 16, 8]") && said.contains("encoder_hidden_states: fp16 [2, 24, 1, 77]"), "{said}");
+
+    let said = ended_with(2, &export("c.mlpackage", &["--height", "100"]));
+    assert!(said.contains("height 100 is not a multiple of 8"), "{said}");
+    let said = ended_with(2, &export("c.mlpackage", &["--model", repo("tests/golden/base-like").to_str().unwrap()]));
+    assert!(said.contains("another architecture"), "{said}");
+    assert!(!Path::new(&path("c.mlpackage")).exists());
+
+    let said = ended_with(0, &squeeze(&["export", model, "--to", "coreml", "--out", &path("dense.mlpackage")]));
+    assert!(said.contains("0 compressed weights"), "{said}");
+}
+
+/// The check is not of this writer's habits alone.
+#[test]
+fn a_package_by_coremltools_is_whole() {
+    let found = verify(&repo("tests/golden/coreml/by-coremltools.mlpackage")).unwrap();
+    assert_eq!((found.compressed, found.blobs, found.hashed, found.named), (6, 20, false, false));
+    assert_eq!(found.outputs, ["noise_pred: fp32 [2, 16, 8, 8]"]);
+}
