@@ -102,6 +102,12 @@ pub struct OverrideArgs {
     /// Prompts that are only encoded, for the layers that see nothing but text and time
     #[arg(long, value_name = "FILE")]
     captions: Option<PathBuf>,
+    /// Bytes of the result's tensors, e.g. 933MiB: settings are found for each layer
+    #[arg(long, value_name = "SIZE")]
+    target_size: Option<String>,
+    /// Bits of a compressed weight in the mean: likewise
+    #[arg(long, value_name = "BITS", allow_negative_numbers = true)]
+    target_bits: Option<f64>,
     /// Share of the weights to prune
     #[arg(long, value_name = "S", allow_negative_numbers = true)]
     target_sparsity: Option<f64>,
@@ -137,6 +143,8 @@ impl OverrideArgs {
             granularity,
             target,
             captions,
+            target_size,
+            target_bits,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -159,6 +167,8 @@ impl OverrideArgs {
             granularity,
             target,
             captions,
+            target_size,
+            target_bits,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -207,7 +217,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         super::print(&format!("stopped; the same command with --resume goes on from here ({})\n", args.out.display()))?;
     }
     let report = report?;
-    write_file(&args.out.join("config.yaml"), |out| out.write_all(config.to_yaml().as_bytes()))?;
+    write_file(&args.out.join("config.yaml"), |out| out.write_all(report.config.to_yaml().as_bytes()))?;
     let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Argument(why.to_string()))?;
     write_file(&args.out.join("report.json"), |out| writeln!(out, "{json}"))?;
 

@@ -18,6 +18,9 @@ pub struct Gatherer {
     /// How much the sample at hand counts; `None`: 1.
     weight: Option<f64>,
     corrections: BTreeMap<String, Correction>,
+    /// Whether the sample at hand is held out: some of its vectors are kept, and none is summed.
+    holding: bool,
+    held: BTreeMap<LayerInput, Tensor>,
     /// What the layers' outputs are to be for the sample at hand, with what is added to them.
     targets: DenseOutputs,
     /// What the layers at hand have been given, and what is added to what they make of it.
@@ -58,6 +61,16 @@ impl Gatherer {
         self.weight = (weight != 1.0).then_some(weight);
     }
 
+    /// Says whether the next sample is held out.
+    pub(super) fn hold_out(&mut self, holding: bool) {
+        self.holding = holding;
+    }
+
+    /// Vectors of an input that were held out, [n, d], if any.
+    pub(super) fn held_out(&self, input: &LayerInput) -> Option<&Tensor> {
+        self.held.get(input)
+    }
+
     /// Says what the outputs for the next sample are to be.
     pub(super) fn aim_at(&mut self, targets: DenseOutputs) {
         self.targets = targets;
@@ -84,6 +97,13 @@ impl Gatherer {
     /// # Errors
     /// If the other is of other layers.
     pub fn merge(&mut self, other: Gatherer) -> Result<()> {
+        for (input, vectors) in other.held {
+            let all = match self.held.get(&input) {
+                Some(own) => Tensor::f_cat(&[own, &vectors.f_to_device(own.device())?], 0)?,
+                None => vectors,
+            };
+            self.held.insert(input, all);
+        }
         for (layer, correction) in other.corrections {
             if let Some(sum) = self.corrections.get_mut(&layer) {
                 sum.merge(correction)?;
@@ -114,13 +134,21 @@ impl Gatherer {
 impl Observer for Gatherer {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
         match self.hessians.get_mut(layer.input()) {
+            Some((first, hessian)) if first == layer.name() && self.holding => {
+                let new = hessian.some_vectors(input, HELD_VECTORS).map_err(Error::layer(layer.name()))?;
+                let all = match self.held.get(layer.input()) {
+                    Some(old) => Tensor::f_cat(&[old, &new], 0)?,
+                    None => new,
+                };
+                self.held.insert(layer.input().clone(), all);
+            }
             Some((first, hessian)) if first == layer.name() => {
                 let weighed = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
                 hessian.add(weighed.as_ref().unwrap_or(input)).map_err(Error::layer(layer.name()))?;
             }
             _ => {}
         }
-        if self.corrections.contains_key(layer.name()) {
+        if self.corrections.contains_key(layer.name()) && !self.holding {
             self.given.entry(layer.name().to_owned()).or_default().0 = Some(input.shallow_clone());
         }
         Ok(())
@@ -146,6 +174,9 @@ impl Observer for Gatherer {
         correction.add(&input, &lack).map_err(Error::layer(layer.name()))
     }
 }
+
+/// Vectors that are kept of a held-out sample.
+pub(super) const HELD_VECTORS: i64 = 144;
 
 /// Keeps the outputs of some layers, with what is added to them.
 #[derive(Debug, Default)]

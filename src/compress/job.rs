@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind};
 
-use super::{Gatherer, Job, LayerReport, Recipe, Treatment, Workspace, captions, compress};
+use super::{Gatherer, Job, LayerReport, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress};
 use crate::calibration::{self, PromptSet, Samples, encode, record};
 use crate::checkpoint::{ConfigFile, TensorSource, Weights};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
@@ -76,6 +76,9 @@ pub struct JobReport {
     pub layers: Vec<LayerReport>,
     /// Everything that had to be said on the way.
     pub notes: Vec<String>,
+    /// The config that was run: where one with a budget was given, that with the settings found for it.
+    #[serde(skip)]
+    pub config: RunConfig,
 }
 
 /// The calibration samples that a config asks for: read from its file, or recorded from its prompts.
@@ -181,36 +184,76 @@ pub fn run(
     path: &Path,
     progress: &dyn Progress,
 ) -> Result<JobReport> {
-    let recipe = Recipe::new(config, &folder.unet)?;
+    let mut recipe = Recipe::new(config, &folder.unet)?;
+    let mut config = config.clone();
     let weights = folder.unet_weights()?;
     let sources = sources_of(folder, &weights, progress)?;
-    let mut workspace = Workspace::open(&workspace_folder(path), &identity(config, &sources, samples)?, options.resume)?;
+    let mut workspace = Workspace::open(&workspace_folder(path), &identity(&config, &sources, samples)?, options.resume)?;
 
     let none = Samples::default();
     let made = match (samples, recipe.treatments.values().any(Treatment::needs_hessian)) {
-        (None, true) => Some(kept_samples(folder, &weights, config, options, &workspace, progress)?),
+        (None, true) => Some(kept_samples(folder, &weights, &config, options, &workspace, progress)?),
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
     let memory = Memory::new(options.memory_budget()?, options.kind);
     let placement = options.placement();
     let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
-    let plan = Plan::new(&folder.unet, &recipe.treatments, recipe.sequencing, samples.shape(), memory, &bytes_of)?;
+    let plan =
+        |treatments: &Treatments, sequencing| Plan::new(&folder.unet, treatments, sequencing, samples.shape(), memory, &bytes_of);
+    let calibration_weights = match config.calibration.timestep_weighting {
+        TimestepWeighting::Uniform => Vec::new(),
+        by => calibration::weights(samples, folder, by)?,
+    };
+    let section = config.calibration.clone();
+    let captions = |treatments: &Treatments| {
+        let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+        captions::gather(folder, &weights, &section, &hungry, options, progress)
+    };
+    let source = weights.narrow_source(placement);
+    let mut said = Vec::new();
+    if let Some(budget) = &config.budget {
+        let kept = workspace.folder().join("recipe.yaml");
+        let allocated = if kept.exists() {
+            RunConfig::read(&kept)?
+        } else {
+            let treatments = allocate::measuring(&recipe.treatments);
+            let (measuring, as_it_is) = (plan(&treatments, Sequencing::Stage)?, plan(&recipe.treatments, recipe.sequencing)?);
+            let job = Job {
+                chain: &folder.unet,
+                source: &source,
+                treatments: &treatments,
+                plan: &measuring,
+                sequencing: Sequencing::Stage,
+                weights: &calibration_weights,
+                kind: options.kind,
+                devices: &options.devices,
+            };
+            let captions = captions(&treatments)?;
+            let found =
+                allocate::allocate(&job, &config, &recipe, &as_it_is, budget, samples, captions, workspace.folder(), progress)?;
+            tracing::info!("allocated: {}", number::size(found.payload_bytes));
+            said.push(format!(
+                "settings were found for each layer: {}, an error of {} expected of the UNet's output",
+                number::size(found.payload_bytes),
+                number::percent(found.expected_error)
+            ));
+            write_file(&kept, |out| out.write_all(found.config.to_yaml().as_bytes()))?;
+            found.config
+        };
+        recipe = Recipe::new(&allocated, &folder.unet)?;
+        config = allocated;
+    }
+    let plan = plan(&recipe.treatments, recipe.sequencing)?;
     tracing::info!(
         "planned: {} of memory at most, {} passes",
         number::size(plan.peak_bytes),
         plan.stages.iter().map(|stage| stage.passes).sum::<usize>()
     );
-    let calibration_weights = match config.calibration.timestep_weighting {
-        TimestepWeighting::Uniform => Vec::new(),
-        by => calibration::weights(samples, folder, by)?,
-    };
-    let hungry = |layer: &Layer| recipe.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
     let captions = match plan.calls {
-        Some(_) => captions::gather(folder, &weights, &config.calibration, &hungry, options, progress)?,
+        Some(_) => captions(&recipe.treatments)?,
         None => Gatherer::default(),
     };
-    let source = weights.narrow_source(placement);
     let job = Job {
         chain: &folder.unet,
         source: &source,
@@ -229,7 +272,7 @@ pub fn run(
         workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
     let in_order: Vec<_> = recipe.resolution.layers.iter().filter_map(|layer| reports.remove(layer.name.as_str())).collect();
     let found = recipe.resolution.findings.iter().map(ToString::to_string);
-    let said = in_order.iter().flat_map(|(_, notes)| notes.iter().cloned());
+    let of_layers = in_order.iter().flat_map(|(_, notes)| notes.iter().cloned());
     let share = |part: u64| part as f64 / sums.elements.max(1) as f64;
     let report = JobReport {
         bytes: written.bytes,
@@ -238,8 +281,9 @@ pub fn run(
         sparsity: 1.0 - share(sums.kept),
         bits_per_weight: 8.0 * share(sums.bytes),
         layers: in_order.iter().map(|(report, _)| (*report).clone()).collect(),
-        notes: found.chain(samples.notes.iter().cloned()).chain(said).collect(),
+        notes: found.chain(samples.notes.iter().cloned()).chain(said).chain(of_layers).collect(),
         plan,
+        config,
     };
     workspace.remove()?;
     Ok(report)

@@ -4,11 +4,12 @@ use tch::Tensor;
 
 use super::layer::{Calibrated, Found, Treatment};
 use crate::error::{Error, Result};
-use crate::solver::{Joint, JointFactors, joint};
+use crate::solver::{Beside, Joint, JointFactors, joint};
 
 /// Mask, weights and palettes of `weight` [o, ...], together.
 pub(super) fn find(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Found> {
-    let (Some(options), Some(Calibrated { hessian, joint: made, correction, .. })) = (treatment.joint_options(), calibrated)
+    let (Some(options), Some(Calibrated { hessian, joint: made, correction, held_out, .. })) =
+        (treatment.joint_options(), calibrated)
     else {
         return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
     };
@@ -21,6 +22,6 @@ pub(super) fn find(name: &str, weight: &Tensor, treatment: &Treatment, calibrate
         }
     };
     let Joint { weight: half, mask, palettized, pruned_loss, notes, target, .. } =
-        joint(name, weight, hessian, factors, correction, &options)?;
+        joint(name, weight, hessian, factors, &Beside { correction, held_out }, &options)?;
     Ok(Found { half, keep: mask, palettized, loss: pruned_loss, target, notes: notes.iter().map(ToString::to_string).collect() })
 }

@@ -33,14 +33,19 @@ struct Dense {
 }
 
 impl Lane {
-    /// Loads a stage in the place of the one before.
-    pub fn load(&mut self, spec: &StageSpec, source: &dyn TensorSource) -> Result<()> {
-        // The old one goes first: there may not be memory for both.
+    /// Drops the stage at hand.
+    pub fn unload(&mut self) {
         self.stage = None;
         if let Some(dense) = &mut self.dense {
             dense.stage = None;
         }
         allocator::give_back();
+    }
+
+    /// Loads a stage in the place of the one before.
+    pub fn load(&mut self, spec: &StageSpec, source: &dyn TensorSource) -> Result<()> {
+        // The old one goes first: there may not be memory for both.
+        self.unload();
         self.stage = Some(spec.load(&On { source, device: self.device })?);
         if let Some(dense) = &mut self.dense {
             dense.stage = Some(spec.load(&On { source, device: self.device })?);
@@ -122,16 +127,27 @@ impl Job<'_> {
         let shared = layers.filter(|layer| !matches!(layer.input(), LayerInput::Features(_)));
         let mut gatherer = Gatherer::new(shared, lanes.first().map_or(Device::Cpu, |lane| lane.device))?;
         let count = lanes.len();
+        // Samples that count differently stay apart, and each device has its share.
+        let least = samples.calls.len().div_ceil(count);
+        let joined = match (self.weights, samples.shape()) {
+            ([], Some(calls)) => calls.joined(self.chain.first_carry(calls.height, calls.width).numel()).min(least),
+            _ => 1,
+        };
         let task = Task::begin(progress, "first carries", "samples", samples.calls.len());
         for (number, lane) in lanes.iter_mut().enumerate() {
             let head = self.chain.load_head(&On { source: self.source, device: lane.device })?;
-            for (index, call) in samples.calls.iter().enumerate().skip(number).step_by(count) {
-                task.go_on()?;
-                task.advance("head");
-                let call = call.placed(placement(lane.device, self.kind))?;
-                let carry = head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved)?;
-                gatherer.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
-                gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?)?;
+            for (index, calls) in samples.calls.chunks(joined).enumerate().skip(number).step_by(count) {
+                let mut carries = Vec::new();
+                for call in calls {
+                    task.go_on()?;
+                    task.advance("head");
+                    let call = call.placed(placement(lane.device, self.kind))?;
+                    let carry = head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved)?;
+                    gatherer.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
+                    gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?)?;
+                    carries.push(carry);
+                }
+                let carry = if carries.len() == 1 { carries.remove(0) } else { Carry::join(&carries)? };
                 if let Some(dense) = &mut lane.dense {
                     dense.carries.push(carry.shallow_clone())?;
                 }
@@ -162,15 +178,16 @@ impl Way {
 }
 
 /// Sends all carries on their way and gathers the Hessians of `inputs`, on every lane at once; partial sums are added in the order of the
-/// lanes. Where layers aim at the dense network's outputs, its carries go first.
+/// lanes. Where layers aim at the dense network's outputs, its carries go first. With `hold`, one carry of 16 is held out.
 pub(super) fn gather(
     lanes: &mut [Lane],
     way: Way,
     inputs: &[LayerInput],
+    hold: bool,
     stage: &str,
     progress: &dyn Progress,
 ) -> Result<Gatherer> {
-    let task = Task::begin(progress, "Hessians", "samples", lanes.iter().map(|lane| lane.carries.len()).sum());
+    let task = Task::begin(progress, "Hessians", "batches", lanes.iter().map(|lane| lane.carries.len()).sum());
     let wanted = |layer: &&Layer| inputs.contains(layer.input());
     let run = |lane: &mut Lane, tick: Tick| -> Result<Gatherer> {
         let layers = lane.layers().iter().filter(wanted);
@@ -181,6 +198,7 @@ pub(super) fn gather(
         };
         for index in 0..lane.carries.len() {
             tick()?;
+            gatherer.hold_out(hold && held_out(index, lane.carries.len()));
             gatherer.weigh(lane.weights.get(index).copied().unwrap_or(1.0));
             if let Some(Dense { carries, stage: Some(stage) }) = &lane.dense {
                 let mut outputs = DenseOutputs::of(names.clone());
@@ -205,10 +223,15 @@ pub(super) fn gather(
     Ok(sum)
 }
 
+/// Whether a carry is held out: every 16th, or the middle one of 8 to 15.
+fn held_out(index: usize, count: usize) -> bool {
+    if (8..16).contains(&count) { index == count / 2 } else { index % 16 == 15 }
+}
+
 /// Replaces each carry by what becomes of it on its way; only the first of each lane, as a check, if they need not `go_on`.
 pub(super) fn outputs(lanes: &mut [Lane], way: Way, stage: &str, go_on: bool, progress: &dyn Progress) -> Result<()> {
     let count = |lane: &Lane| if go_on { lane.carries.len() } else { lane.carries.len().min(1) };
-    let task = Task::begin(progress, "outputs", "samples", lanes.iter().map(count).sum());
+    let task = Task::begin(progress, "outputs", "batches", lanes.iter().map(count).sum());
     let run = |lane: &mut Lane, tick: Tick| -> Result<()> {
         for index in 0..count(lane) {
             tick()?;

@@ -96,6 +96,8 @@ pub struct Calibrated<'a> {
     pub joint: Option<&'a JointFactors>,
     /// By how much the layer's outputs are off, if it is to make up for that. For the joint solver.
     pub correction: Option<&'a Correction>,
+    /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to check the joint solver on.
+    pub held_out: Option<&'a Tensor>,
 }
 
 /// What has become of a weight before it is packed.

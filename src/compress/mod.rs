@@ -3,6 +3,7 @@
 //! For each stage: the Hessians of its layers on the outputs of the stages already compressed, then each layer pruned and palettized,
 //! then the compressed stage's outputs go on. What is finished lies in the [`Workspace`]; nothing of a finished stage stays in memory.
 
+mod allocate;
 mod captions;
 mod carries;
 mod gather;
@@ -18,6 +19,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
+pub use allocate::{Allocation, Choice, choose};
 pub use gather::Gatherer;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
 pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
@@ -30,7 +32,7 @@ use crate::checkpoint::{Blueprint, TensorSource};
 use crate::container::CompressedWeight;
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::model::unet::{StageSpec, UnetChain};
+use crate::model::unet::{Stage, StageSpec, UnetChain};
 use crate::model::{Layer, LayerInput};
 use crate::number;
 use crate::plan::{Plan, StagePlan};
@@ -135,11 +137,10 @@ impl Job<'_> {
             task.advance(&name);
             if last.is_some_and(|last| index <= last) {
                 let go_on = last != Some(index);
-                for lane in &mut lanes {
-                    lane.load(spec, self.source)?;
-                }
                 match self.sequencing {
-                    Sequencing::Stage => self.stage(spec, plan, &mut lanes, &shared, go_on, finished, progress)?,
+                    Sequencing::Stage => {
+                        self.stage((spec, &outlines[index]), plan, &mut lanes, &shared, go_on, finished, progress)?
+                    }
                     Sequencing::Sublayer { .. } => self.sublayers(spec, &mut lanes, &shared, finished, progress)?,
                 }
             } else {
@@ -152,12 +153,13 @@ impl Job<'_> {
         self.treat_alone("tail", tail.layers(), finished, progress)
     }
 
-    /// Treats layers that need no Hessian, one weight at a time. `layers` have no weights of their own.
+    /// Treats those of `layers` that need no Hessian, one weight at a time.
     fn treat_alone(&self, part: &str, layers: &[Layer], finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
         let open: Vec<_> = layers
             .iter()
             .filter(|layer| !finished.has(layer.name()))
             .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
+            .filter(|(_, treatment)| !treatment.needs_hessian())
             .collect();
         let task = Task::begin(progress, "layers", "layers", open.len());
         for (layer, treatment) in open {
@@ -173,7 +175,7 @@ impl Job<'_> {
     #[expect(clippy::too_many_arguments, reason = "all of them change from stage to stage")]
     fn stage(
         &self,
-        spec: &StageSpec,
+        (spec, outline): (&StageSpec, &Stage),
         plan: &StagePlan,
         lanes: &mut [Lane],
         shared: &Gatherer,
@@ -182,32 +184,34 @@ impl Job<'_> {
         progress: &dyn Progress,
     ) -> Result<()> {
         let name = spec.name().to_string();
-        let inputs = |finished: &Workspace, lanes: &[Lane]| -> Vec<LayerInput> {
-            let mut inputs = Vec::new();
-            for layer in lanes.first().map_or(&[][..], Lane::layers) {
-                let wanted = self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-                if wanted && !finished.has(layer.name()) && !inputs.contains(layer.input()) {
-                    inputs.push(layer.input().clone());
-                }
+        let layers: Vec<&Layer> = outline.layers().iter().collect();
+        let mut open: Vec<LayerInput> = Vec::new();
+        for layer in &layers {
+            let wanted = self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+            if wanted && !finished.has(layer.name()) && !open.contains(layer.input()) {
+                open.push(layer.input().clone());
             }
-            inputs
-        };
-        let open = inputs(finished, lanes);
+        }
         let features = plan.waves.iter().map(|wave| wave.iter().filter(|input| open.contains(input)).cloned().collect());
         for wave in features.filter(|wave: &Vec<LayerInput>| !wave.is_empty()) {
-            let mut gatherer = lane::gather(lanes, Way::Stage, &wave, &name, progress)?;
-            let task = Task::begin(progress, "layers", "layers", self.count(&lanes[0], &wave));
+            self.load(lanes, spec)?;
+            let mut gatherer = lane::gather(lanes, Way::Stage, &wave, self.guards(), &name, progress)?;
+            // Factors are made in the place of the stage's weights.
+            lanes.iter_mut().for_each(Lane::unload);
+            let task = Task::begin(progress, "layers", "layers", self.count(&layers, &wave));
             for input in wave {
                 let hessian = gatherer.take(&input);
-                self.treat_input(&name, &lanes[0], &input, Gathered::of(hessian.as_ref()), finished, &task)?;
+                let gathered = Gathered { held_out: gatherer.held_out(&input), ..Gathered::of(hessian.as_ref()) };
+                self.treat_input(&name, (&layers, false), &input, gathered, finished, &task)?;
             }
         }
         for input in [LayerInput::Text, LayerInput::Time].into_iter().filter(|input| open.contains(input)) {
-            let task = Task::begin(progress, "layers", "layers", self.count(&lanes[0], std::slice::from_ref(&input)));
-            self.treat_input(&name, &lanes[0], &input, Gathered::of(shared.hessian(&input)), finished, &task)?;
+            let task = Task::begin(progress, "layers", "layers", self.count(&layers, std::slice::from_ref(&input)));
+            self.treat_input(&name, (&layers, false), &input, Gathered::of(shared.hessian(&input)), finished, &task)?;
         }
-        self.treat_plain(&name, &lanes[0], finished, progress)?;
+        self.treat_alone(&name, outline.layers(), finished, progress)?;
         finished.flush()?;
+        self.load(lanes, spec)?;
         for lane in lanes.iter_mut() {
             lane.take_over(finished, &|_| true)?;
         }
@@ -224,7 +228,8 @@ impl Job<'_> {
         progress: &dyn Progress,
     ) -> Result<()> {
         let name = spec.name().to_string();
-        self.treat_plain(&name, &lanes[0], finished, progress)?;
+        self.load(lanes, spec)?;
+        self.treat_alone(&name, lanes[0].layers(), finished, progress)?;
         for unit in 0..lanes[0].units() {
             let mut inputs: Vec<LayerInput> = Vec::new();
             for layer in lanes[0].layers().iter().filter(|layer| lanes[0].unit_has(unit, layer)) {
@@ -238,20 +243,35 @@ impl Job<'_> {
                 let of_input = |layer: &Layer| {
                     layer.input() == input && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
                 };
-                let here: Vec<&Layer> =
-                    lanes[0].layers().iter().filter(|layer| lanes[0].unit_has(unit, layer) && of_input(layer)).collect();
-                if here.iter().any(|layer| !finished.has(layer.name())) {
-                    let count = here.len();
+                let names: Vec<String> = lanes[0]
+                    .layers()
+                    .iter()
+                    .filter(|layer| lanes[0].unit_has(unit, layer) && of_input(layer))
+                    .map(|layer| layer.name().to_owned())
+                    .collect();
+                if names.iter().any(|name| !finished.has(name)) {
+                    let count = names.len();
                     if let LayerInput::Features(_) = input {
-                        let mut gatherer = lane::gather(lanes, Way::Unit(unit), std::slice::from_ref(input), &name, progress)?;
+                        let mut gatherer =
+                            lane::gather(lanes, Way::Unit(unit), std::slice::from_ref(input), self.guards(), &name, progress)?;
                         let task = Task::begin(progress, "layers", "layers", count);
                         let (hessian, corrections) = (gatherer.take(input), gatherer.take_corrections());
-                        let gathered = Gathered { hessian: hessian.as_ref(), corrections: Some(&corrections), unit: Some(unit) };
-                        self.treat_input(&name, &lanes[0], input, gathered, finished, &task)?;
+                        let gathered = Gathered {
+                            corrections: Some(&corrections),
+                            held_out: gatherer.held_out(input),
+                            ..Gathered::of(hessian.as_ref())
+                        };
+                        self.treat_input(&name, (&named(&lanes[0], &names), true), input, gathered, finished, &task)?;
                     } else {
                         let task = Task::begin(progress, "layers", "layers", count);
-                        let gathered = Gathered { unit: Some(unit), ..Gathered::of(shared.hessian(input)) };
-                        self.treat_input(&name, &lanes[0], input, gathered, finished, &task)?;
+                        self.treat_input(
+                            &name,
+                            (&named(&lanes[0], &names), true),
+                            input,
+                            Gathered::of(shared.hessian(input)),
+                            finished,
+                            &task,
+                        )?;
                     }
                 }
                 finished.flush()?;
@@ -268,42 +288,43 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Treats the layers of the stage at hand that need no Hessian.
-    fn treat_plain(&self, part: &str, lane: &Lane, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
-        let plain = |layer: &&Layer| {
-            !finished.has(layer.name()) && self.treatments.get(layer.name()).is_some_and(|treatment| !treatment.needs_hessian())
-        };
-        let layers: Vec<&Layer> = lane.layers().iter().filter(plain).collect();
-        let task = Task::begin(progress, "layers", "layers", layers.len());
-        for layer in layers {
-            task.go_on()?;
-            task.advance(layer.name());
-            finish(part, layer.name(), layer.weight(), &self.treatments[layer.name()], None, finished, &task)?;
-        }
-        Ok(())
+    /// Loads a stage on every lane, unless it is there.
+    fn load(&self, lanes: &mut [Lane], spec: &StageSpec) -> Result<()> {
+        lanes.iter_mut().try_for_each(|lane| lane.load(spec, self.source))
+    }
+
+    /// Whether samples are held out, to see that what the joint solver finds is better on them too.
+    fn guards(&self) -> bool {
+        self.treatments.values().any(|treatment| treatment.joint)
     }
 
     /// How many layers of a stage have one of these inputs and a treatment.
-    fn count(&self, lane: &Lane, inputs: &[LayerInput]) -> usize {
-        let wanted = |layer: &&Layer| inputs.contains(layer.input()) && self.treatments.contains_key(layer.name());
-        lane.layers().iter().filter(wanted).count()
+    fn count(&self, layers: &[&Layer], inputs: &[LayerInput]) -> usize {
+        let wanted = |layer: &&&Layer| inputs.contains(layer.input()) && self.treatments.contains_key(layer.name());
+        layers.iter().filter(wanted).count()
+    }
+
+    /// A layer's dense weight: where the stage is not loaded it is read, as for [`Blueprint`]s.
+    fn weight_of(&self, layer: &Layer, loaded: bool) -> Result<Tensor> {
+        match loaded {
+            true => Ok(layer.weight().shallow_clone()),
+            false => self.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size()),
+        }
     }
 
     /// Treats the layers of one input, whose Hessian is factored once for all of them.
     fn treat_input(
         &self,
         part: &str,
-        lane: &Lane,
+        (of, loaded): (&[&Layer], bool),
         input: &LayerInput,
         gathered: Gathered<'_>,
         finished: &mut Workspace,
         task: &Task,
     ) -> Result<()> {
-        let Gathered { hessian, corrections, unit } = gathered;
-        let layers: Vec<_> = lane
-            .layers()
+        let Gathered { hessian, corrections, held_out } = gathered;
+        let layers: Vec<_> = of
             .iter()
-            .filter(|layer| unit.is_none_or(|unit| lane.unit_has(unit, layer)))
             .filter(|layer| layer.input() == input && !finished.has(layer.name()))
             .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
             .collect();
@@ -332,13 +353,18 @@ impl Job<'_> {
                     }
                     let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));
                     let correction = corrections.and_then(|corrections| corrections.get(layer.name()));
-                    Some(Calibrated { hessian, factors, joint: made_joint.as_ref(), correction })
+                    Some(Calibrated { hessian, factors, joint: made_joint.as_ref(), correction, held_out })
                 }
             };
-            finish(part, layer.name(), layer.weight(), treatment, calibrated, finished, task)?;
+            finish(part, layer.name(), &self.weight_of(layer, loaded)?, treatment, calibrated, finished, task)?;
         }
         Ok(())
     }
+}
+
+/// The layers of these names.
+fn named<'a>(lane: &'a Lane, names: &[String]) -> Vec<&'a Layer> {
+    lane.layers().iter().filter(|layer| names.iter().any(|name| name == layer.name())).collect()
 }
 
 /// What is known of an input.
@@ -347,13 +373,13 @@ struct Gathered<'a> {
     hessian: Option<&'a Hessian>,
     /// By how much the outputs of its layers are off, by name.
     corrections: Option<&'a BTreeMap<String, Correction>>,
-    /// The unit whose layers are treated; all, if none.
-    unit: Option<usize>,
+    /// Vectors that are not in the Hessian.
+    held_out: Option<&'a Tensor>,
 }
 
 impl<'a> Gathered<'a> {
     fn of(hessian: Option<&'a Hessian>) -> Self {
-        Gathered { hessian, corrections: None, unit: None }
+        Gathered { hessian, corrections: None, held_out: None }
     }
 }
 

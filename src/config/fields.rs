@@ -12,6 +12,7 @@ use super::tree::{Node, Position, Value, shorten};
 pub(super) struct Fields<'a> {
     /// What the mapping is called in messages: `prune.global_config`.
     name: String,
+    position: Position,
     entries: Vec<Entry<'a>>,
     known: Vec<&'static str>,
 }
@@ -48,11 +49,16 @@ pub(super) fn entries<'a>(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_
 
 impl<'a> Fields<'a> {
     pub fn new(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Self {
-        Fields { name: name.to_owned(), entries: entries(name, node, mistakes), known: Vec::new() }
+        Fields { name: name.to_owned(), position: node.position, entries: entries(name, node, mistakes), known: Vec::new() }
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where it begins.
+    pub fn position(&self) -> Position {
+        self.position
     }
 
     /// The entry of `key`, `null` or not.

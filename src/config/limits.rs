@@ -91,6 +91,16 @@ pub(super) fn dtype(name: &str) -> Checked<String> {
     parse_dtype(name).map(|_| name.to_owned()).map_err(|_| "must be f32, f16 or bf16".into())
 }
 
+/// A size such as `933MiB`.
+pub(super) fn bytes(text: &str) -> Checked<u64> {
+    crate::memory::parse_size(text).map_err(|_| "must be a size such as 933MiB or 1.2GiB".into())
+}
+
+/// Bits of a weight in the mean.
+pub(super) fn target_bits(value: f64) -> Checked<f64> {
+    if value > 0.0 && value <= 16.0 { Ok(value) } else { Err("must be above 0 and at most 16".into()) }
+}
+
 /// A path or a prompt: anything but nothing.
 pub(super) fn not_blank(text: &str) -> Checked<&str> {
     if text.trim().is_empty() { Err("must not be empty".into()) } else { Ok(text) }

@@ -62,6 +62,16 @@ pub struct Written<T> {
     pub place: Place,
 }
 
+impl Written<crate::pattern::NamePattern> {
+    /// A pattern that nobody wrote.
+    ///
+    /// # Errors
+    /// As [`NamePattern::parse`](crate::pattern::NamePattern::parse).
+    pub fn own(pattern: &str) -> crate::Result<Self> {
+        Ok(Written { value: crate::pattern::NamePattern::parse(pattern)?, place: Place::Default })
+    }
+}
+
 impl<T: PartialEq> PartialEq for Written<T> {
     fn eq(&self, other: &Self) -> bool {
         let Written { value, place: _ } = self;

@@ -1,5 +1,5 @@
 //! The config of a run: a YAML file of four sections, `model`, `calibration`, `prune` and `palettize`, in coremltools' own words
-//! where it has them, and the keys `solver`, `granularity` and `target`.
+//! where it has them, and the keys `solver`, `granularity`, `target` and `budget`.
 //!
 //! A file is first parsed into a tree whose values know their places and then walked to the end, so that all its mistakes
 //! are found at once. Once a model's layers are known, [`RunConfig::resolve`] says what becomes of each.
@@ -28,8 +28,8 @@ pub use prompts::read_prompts;
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
 pub use rules::{ModuleType, RuleIndex, Rules};
 pub use sections::{
-    CalibrationSection, ModelSection, OnMisfit, Pace, PalettizeSection, Prompts, PruneAlgorithm, PruneSection, SolverKind,
-    Target, TimestepWeighting,
+    BudgetSection, BudgetTarget, CalibrationSection, ModelSection, OnMisfit, Pace, PalettizeSection, Prompts, PruneAlgorithm,
+    PruneSection, SolverKind, Target, TimestepWeighting,
 };
 pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
@@ -56,6 +56,8 @@ pub struct RunConfig {
     pub prune: Option<PruneSection>,
     /// Palettization; `None` palettizes nothing.
     pub palettize: Option<PalettizeSection>,
+    /// How many bytes the result may have; `None`: what the sections above make.
+    pub budget: Option<BudgetSection>,
 }
 
 impl RunConfig {
@@ -111,7 +113,11 @@ impl RunConfig {
             target: target.unwrap_or_default(),
             prune: section(&mut sections, "prune", mistakes, PruneSection::read),
             palettize: section(&mut sections, "palettize", mistakes, PalettizeSection::read),
+            budget: section(&mut sections, "budget", mistakes, BudgetSection::read).flatten(),
         };
+        if let (Err(problem), Some(node)) = (config.check_budget(), sections.given("budget")) {
+            mistakes.add(node.position, problem);
+        }
         if let (Err(problem), Some(node)) = (config.check_solver(), sections.given("solver")) {
             mistakes.add(node.position, format!("`solver: joint` {problem}"));
         }
@@ -131,6 +137,14 @@ impl RunConfig {
         Ok(())
     }
 
+    /// Whether there is what a budget can be spent on.
+    fn check_budget(&self) -> Result<(), String> {
+        if self.budget.is_some() && (self.solver != SolverKind::Joint || self.palettize.is_none()) {
+            return Err("a budget needs `solver: joint` and a `palettize` section".into());
+        }
+        Ok(())
+    }
+
     /// Whether layers can aim at what the sections say.
     fn check_target(&self) -> Result<(), String> {
         if self.target == Target::Dense && (self.solver != SolverKind::Joint || self.pace != Pace::Sublayer) {
@@ -141,7 +155,7 @@ impl RunConfig {
 
     /// The config as YAML with every default spelt out; it parses to an equal config.
     pub fn to_yaml(&self) -> String {
-        let RunConfig { model, calibration, solver, pace, target, prune, palettize } = self;
+        let RunConfig { model, calibration, solver, pace, target, prune, palettize, budget } = self;
         let mut yaml = Yaml::default();
         yaml.line(concat!(
             "# The config as resolved by sdxl-squeeze ",
@@ -160,6 +174,10 @@ impl RunConfig {
         match palettize {
             Some(section) => yaml.block("palettize", |yaml| section.write(yaml)),
             None => yaml.entry("palettize", "null"),
+        }
+        match budget {
+            Some(section) => yaml.block("budget", |yaml| section.write(yaml)),
+            None => yaml.entry("budget", "null"),
         }
         yaml.into_text()
     }

@@ -7,7 +7,7 @@ use super::fields::named;
 use super::limits;
 use super::mistake::{Mistake, Place};
 use super::rules::Rules;
-use super::sections::{OnMisfit, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
+use super::sections::{BudgetSection, BudgetTarget, OnMisfit, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
 use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
 use crate::error::{Error, Result};
 
@@ -43,6 +43,10 @@ pub struct Overrides {
     pub granularity: Option<String>,
     /// `--target`: current or dense.
     pub target: Option<String>,
+    /// `--target-size`
+    pub target_size: Option<String>,
+    /// `--target-bits`
+    pub target_bits: Option<f64>,
     /// `--captions`
     pub captions: Option<PathBuf>,
     /// `--target-sparsity`, for every rule of `prune` that is not null. Adds the section where there is none.
@@ -116,6 +120,8 @@ impl RunConfig {
             granularity,
             target,
             captions,
+            target_size,
+            target_bits,
             target_sparsity,
             n_m_ratio,
             n_bits,
@@ -211,6 +217,19 @@ impl RunConfig {
         if let (Err(problem), Some(target)) = (changed.check_target(), target) {
             flags.mistake("--target", target, problem);
         }
+
+        if let (Some(_), Some(bits)) = (target_size, target_bits) {
+            flags.mistake("--target-bits", bits, "and --target-size exclude each other");
+        }
+        let mut aim = |target| {
+            match &mut changed.budget {
+                Some(budget) => budget.target = target,
+                none => *none = Some(BudgetSection::of(target)),
+            }
+            changed.check_budget()
+        };
+        flags.set("--target-size", target_size, |text| limits::bytes(&text), |bytes| aim(BudgetTarget::Size(bytes)));
+        flags.set("--target-bits", target_bits, limits::target_bits, |bits| aim(BudgetTarget::Bits(bits)));
 
         if flags.mistakes.is_empty() {
             *self = changed;

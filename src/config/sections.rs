@@ -129,6 +129,28 @@ pub struct PalettizeSection {
     pub weight_threshold: u64,
 }
 
+/// How many bytes the result may have. Settings for each layer are found that keep to it (see [`compress`](crate::compress)).
+#[derive(Debug, Clone, PartialEq)]
+pub struct BudgetSection {
+    /// `target_size` or `target_bits`.
+    pub target: BudgetTarget,
+    /// The least bits of a palette index.
+    pub min_bits: u8,
+    /// The largest share of a layer that is pruned. In [0, 1).
+    pub max_sparsity: f64,
+    /// Samples on which it is measured how far errors reach. At least 1.
+    pub probes: usize,
+}
+
+/// How many bytes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum BudgetTarget {
+    /// Bytes of all tensors of the result.
+    Size(u64),
+    /// Bits for each compressed weight, in the mean.
+    Bits(f64),
+}
+
 /// What becomes of a layer whose channels are no multiple of its group size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnMisfit {
@@ -349,5 +371,40 @@ impl PalettizeSection {
         rules::write(rules, yaml);
         yaml.entry("on_misfit", on_misfit.name());
         yaml.entry("weight_threshold", weight_threshold.to_string());
+    }
+}
+
+impl BudgetSection {
+    /// Only this target.
+    pub fn of(target: BudgetTarget) -> Self {
+        BudgetSection { target, min_bits: 2, max_sparsity: 0.6, probes: 8 }
+    }
+
+    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Self> {
+        let (size, bits) = (fields.given("target_size"), fields.given("target_bits"));
+        match (size, bits) {
+            (Some(size), Some(_)) => mistakes.add(size.position, "`target_size` and `target_bits` exclude each other; give one"),
+            (None, None) => mistakes.add(fields.position(), "`budget` needs `target_size` or `target_bits`"),
+            _ => {}
+        }
+        let size = fields.get("target_size", mistakes, |node| limits::bytes(text(node)?)).map(BudgetTarget::Size);
+        let bits = fields.get("target_bits", mistakes, |node| limits::target_bits(number(node)?)).map(BudgetTarget::Bits);
+        let default = Self::of(BudgetTarget::Bits(4.0));
+        let min_bits = fields.get("min_bits", mistakes, |node| limits::n_bits(whole(node)?)).unwrap_or(default.min_bits);
+        let max_sparsity =
+            fields.get("max_sparsity", mistakes, |node| limits::target_sparsity(number(node)?)).unwrap_or(default.max_sparsity);
+        let probes = fields.get("probes", mistakes, |node| limits::count(whole(node)?)).unwrap_or(default.probes);
+        Some(BudgetSection { target: size.or(bits)?, min_bits, max_sparsity, probes })
+    }
+
+    pub(super) fn write(&self, yaml: &mut Yaml) {
+        let BudgetSection { target, min_bits, max_sparsity, probes } = self;
+        match target {
+            BudgetTarget::Size(bytes) => yaml.entry("target_size", emit::text(&format!("{bytes} B"))),
+            BudgetTarget::Bits(bits) => yaml.entry("target_bits", emit::number(*bits)),
+        }
+        yaml.entry("min_bits", min_bits.to_string());
+        yaml.entry("max_sparsity", emit::number(*max_sparsity));
+        yaml.entry("probes", probes.to_string());
     }
 }

@@ -25,6 +25,11 @@ impl Memory {
         Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0 }
     }
 
+    /// What may be planned with: less than the budget, for what libtorch takes for itself now and then.
+    pub(super) fn usable(&self) -> u64 {
+        self.budget - self.budget / 32
+    }
+
     /// What is there whatever is done.
     pub(super) fn fixed(&self) -> u64 {
         PROGRAM + WAITING + self.shared

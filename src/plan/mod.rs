@@ -170,7 +170,9 @@ impl Plan {
             plan.carry_bytes = plan.carry_bytes.max(bytes);
             let held = if carries == CarriesIn::Memory { bytes } else { 0 };
             let (layers, before) = (stage.layers(), carry);
-            let outline = Outline { name: spec.name(), stage, layers, sequencing, resident_bytes, before, after: after.clone() };
+            let joined = calls.map_or(1, |calls| calls.joined(chain.first_carry(calls.height, calls.width).numel()) as i64);
+            let name = spec.name();
+            let outline = Outline { name, stage, layers, sequencing, joined, resident_bytes, before, after: after.clone() };
             let stage = outline.plan(treatments, calls.as_ref(), &memory, held)?;
             plan.peak_bytes = plan.peak_bytes.max(stage.peak_bytes);
             plan.work += stage.work;

@@ -27,6 +27,16 @@ pub struct Calls {
     pub text: i64,
 }
 
+impl Calls {
+    /// How many calls go through the stages in one batch: several where each is so small that starting an operation costs more than it.
+    /// `numbers` are those of an item's first carry.
+    pub fn joined(&self, numbers: i64) -> usize {
+        const ENOUGH: i64 = 1 << 19;
+        const MOST: i64 = 16;
+        (ENOUGH / (self.batch * numbers).max(1)).clamp(1, MOST) as usize
+    }
+}
+
 /// What will happen in a stage.
 #[derive(Debug, Clone, Serialize)]
 pub struct StagePlan {
@@ -77,6 +87,8 @@ pub(super) struct Outline<'a> {
     pub stage: &'a Stage,
     pub layers: &'a [Layer],
     pub sequencing: Sequencing,
+    /// How many calls are in one batch.
+    pub joined: i64,
     pub resident_bytes: u64,
     pub before: CarryShape,
     pub after: CarryShape,
@@ -204,10 +216,15 @@ impl Outline<'_> {
         };
 
         // What is there in any case: the stage, the carries, one call under way.
+        let calls = &Calls { batch: calls.batch * self.joined, ..*calls };
         let carry = 2 * memory.element_bytes * (calls.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
         let runs = if self.aims() { 2 } else { 1 };
-        let fixed = memory.fixed() + runs * self.resident_bytes + carries + carry;
+        let loaded = runs * self.resident_bytes;
+        // While layers are treated the stage is not loaded, unless others wait for what becomes of them.
+        let resting = if self.sequencing == Sequencing::Stage { 0 } else { loaded };
+        let fixed = memory.fixed() + carries + carry;
         let activations = self.activations(calls, memory);
+        let calls = &Calls { batch: calls.batch / self.joined, ..*calls };
         // A factor stands beside the wave's Hessians while its layers are treated.
         let treating = |need: &Need| {
             let (layer, _) = need.layers[0];
@@ -215,13 +232,13 @@ impl Outline<'_> {
             let triangles = need.layers.iter().map(|(_, treatment)| triangles(treatment)).max().unwrap_or(0);
             set + triangles * Hessian::factor_bytes(layer.kind(), &layer.weight().size())
         };
-        let mut wave_bytes = 0;
-        let mut wave_room = activations;
-        let mut peak = fixed + activations;
+        let at_once = |bytes: u64, treating: u64| fixed + bytes + (loaded + activations).max(resting + treating);
+        let mut wave = (0, 0);
+        let mut peak = fixed + loaded + activations;
         let mut waves: Vec<Vec<LayerInput>> = Vec::new();
         for need in needs.iter().filter(|need| matches!(need.input, LayerInput::Features(_))) {
-            let alone = fixed + need.bytes + activations.max(treating(need));
-            if alone > memory.budget {
+            let alone = at_once(need.bytes, treating(need));
+            if alone > memory.usable() {
                 return Err(Error::Argument(format!(
                     "{} of memory are too little for stage `{}`: {} needs {}",
                     number::size(memory.budget),
@@ -230,18 +247,22 @@ impl Outline<'_> {
                     number::size(alone)
                 )));
             }
-            let room = wave_room.max(treating(need));
+            let (bytes, most) = (wave.0 + need.bytes, treating(need).max(wave.1));
             match waves.last_mut() {
-                Some(wave) if self.sequencing == Sequencing::Stage && fixed + wave_bytes + need.bytes + room <= memory.budget => {
-                    wave.push(need.input.clone());
-                    (wave_bytes, wave_room) = (wave_bytes + need.bytes, room);
+                Some(inputs) if self.sequencing == Sequencing::Stage && at_once(bytes, most) <= memory.usable() => {
+                    inputs.push(need.input.clone());
+                    wave = (bytes, most);
                 }
                 _ => {
                     waves.push(vec![need.input.clone()]);
-                    (wave_bytes, wave_room) = (need.bytes, activations.max(treating(need)));
+                    wave = (need.bytes, treating(need));
                 }
             }
-            peak = peak.max(fixed + wave_bytes + wave_room);
+            peak = peak.max(at_once(wave.0, wave.1));
+        }
+        // Text and time have their Hessians all along.
+        for need in needs.iter().filter(|need| !matches!(need.input, LayerInput::Features(_))) {
+            peak = peak.max(at_once(0, treating(need)));
         }
         for need in &needs {
             let (layer, _) = need.layers[0];

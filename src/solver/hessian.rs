@@ -213,6 +213,35 @@ impl Hessian {
         Ok(vectors)
     }
 
+    /// Some of the vectors that [`add`](Self::add) would sum, at most `most` of them: [n, groups d] in fp32. Those of a convolution come from
+    /// the middle of the first item.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the shape is not the layer's.
+    pub fn some_vectors(&self, input: &Tensor, most: i64) -> Result<Tensor> {
+        let input = input.f_detach()?.f_to_device(self.device())?;
+        let vectors = match self.windows {
+            None => input.f_reshape([-1, self.dimension()])?,
+            Some(Windows { kernel, geometry: ConvGeometry { stride, padding, dilation, .. }, .. }) => {
+                let side = (most as f64).sqrt() as i64;
+                let (_, _, height, width) = input.size4()?;
+                let middle = |size: i64, axis: usize| {
+                    let wanted = ((side - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1).min(size);
+                    ((size - wanted) / 2, wanted)
+                };
+                let ((top, down), (left, across)) = (middle(height, 0), middle(width, 1));
+                let patch = input.f_narrow(0, 0, 1)?.f_narrow(2, top, down)?.f_narrow(3, left, across)?.f_to_kind(Kind::Float)?;
+                // A picture smaller than the window has none inside.
+                let inside = |axis: usize, size: i64| (kernel[axis] - 1) * dilation[axis] < size;
+                let padding = if inside(0, down) && inside(1, across) { [0, 0] } else { padding };
+                patch.f_im2col(kernel, dilation, padding, stride)?.f_squeeze_dim(0)?.f_transpose(0, 1)?
+            }
+        };
+        let count = vectors.size2()?.0;
+        let step = (count as u64).div_ceil(most.max(1) as u64).max(1) as i64;
+        Ok(vectors.f_slice(0, 0, count, step)?.f_to_kind(Kind::Float)?.f_contiguous()?)
+    }
+
     /// Adds what another Hessian of the same layer has seen.
     ///
     /// # Errors

@@ -59,6 +59,11 @@ pub enum Note {
         /// Its loss as a multiple of the sequential one's.
         ratio: f64,
     },
+    /// The same, on vectors that the Hessian has not seen.
+    HeldOutNoBetter {
+        /// Its error there as a multiple of the sequential one's.
+        ratio: f64,
+    },
     /// Palettes of a form that the joint solver leaves to the palettizer.
     NotJoint,
 }
@@ -82,10 +87,16 @@ impl fmt::Display for Note {
                 write!(f, "the last {columns} columns are no group of {m} and stay dense")
             }
             Note::Shrunk { vectors, dimension, asked, used } => {
-                write!(f, "{vectors} vectors say little of {dimension} inputs: a dampening of {used:.2}, not {asked}")
+                write!(f, "{vectors} vectors say little of {dimension} inputs: a dampening of {used:.3}, not {asked}")
             }
             Note::JointNoBetter { ratio } => {
                 write!(f, "the joint solution's error was {ratio:.2} times the sequential one's, which was taken")
+            }
+            Note::HeldOutNoBetter { ratio } => {
+                write!(
+                    f,
+                    "on held-out samples the joint solution's error was {ratio:.2} times the sequential one's, which was taken"
+                )
             }
             Note::NotJoint => {
                 f.write_str("palettes along input channels or with scales are made after pruning, not jointly with it")

@@ -6,7 +6,8 @@ use sdxl_squeeze::container::CompressedWeight;
 use sdxl_squeeze::model::{ConvGeometry, LayerKind};
 use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions};
 use sdxl_squeeze::solver::{
-    Correction, Hessian, Joint, JointFactors, JointOptions, Note, Order, PruneOptions, Sparsity, joint, output_energy, prune,
+    Beside, Correction, Hessian, Joint, JointFactors, JointOptions, Note, Order, PruneOptions, Sparsity, joint, output_energy,
+    prune,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -41,7 +42,7 @@ fn pruned(sparsity: Sparsity) -> Option<PruneOptions> {
 
 fn solve(weight: &Tensor, hessian: &Hessian, options: &JointOptions) -> Joint {
     let factors = JointFactors::new(hessian, options.dampening(), options.order()).unwrap();
-    joint("a", weight, hessian, &factors, None, options).unwrap()
+    joint("a", weight, hessian, &factors, &Beside::default(), options).unwrap()
 }
 
 fn tensor(values: &[f16], like: &Tensor) -> Tensor {
@@ -98,7 +99,7 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             // Without any of its parts it is one after the other, but for how weights count in the palette.
             let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
             let plain = JointOptions { refit_steps: 0, sweep: false, palette_steps: 0, turns: 0, ..options };
-            theirs += cost(&joint("a", &weight, &seen, &factors, None, &plain).unwrap().weight, &weight, &unseen);
+            theirs += cost(&joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap().weight, &weight, &unseen);
         }
         assert!(ours < bound * theirs, "{prune:?} {palette:?}: {:.3}", ours / theirs);
         println!("{prune:?} {palette:?}: {:.3}", ours / theirs);
@@ -234,7 +235,7 @@ fn few_vectors_mean_more_dampening_and_a_note() {
             assert!(found.notes.iter().any(shrunk), "{vectors}: {:?}", found.notes);
             let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
             let plain = JointOptions { refit_steps: 0, sweep: false, palette_steps: 0, turns: 0, ..options };
-            let plain = joint("a", &weight, &seen, &factors, None, &plain).unwrap();
+            let plain = joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap();
             let (ours, theirs) = (cost(&found.weight, &weight, &unseen), cost(&plain.weight, &weight, &unseen));
             println!("{vectors} vectors, {prune:?}: {:.3}", ours / theirs);
             assert!(ours < 1.1 * theirs, "{vectors} vectors, {prune:?}: {:.3}", ours / theirs);
@@ -269,7 +270,7 @@ fn what_cannot_be_is_refused() {
     let options = JointOptions::new(None, Some(palette(4, Some(16))));
     let factors = JointFactors::new(&seen, 0.01, Order::Activation).unwrap();
     let bad = |weight: &Tensor, factors: &JointFactors, options: &JointOptions| {
-        joint("a", weight, &seen, factors, None, options).unwrap_err()
+        joint("a", weight, &seen, factors, &Beside::default(), options).unwrap_err()
     };
 
     let mut with_nan = weight.copy();
@@ -351,17 +352,57 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
             Order::Activation => JointOptions { prune: None, ..options },
         };
         let factors = JointFactors::new(&seen, options.dampening(), order).unwrap();
-        let found = joint("a", &weight, &seen, &factors, Some(&correction), &options).unwrap();
+        let beside = Beside { correction: Some(&correction), held_out: None };
+        let found = joint("a", &weight, &seen, &factors, &beside, &options).unwrap();
         let target = found.target.unwrap();
         let best = weight.matmul(&a.inverse());
         let distance = |other: &Tensor| ((other - &best).norm() / best.norm()).double_value(&[]);
         assert!(distance(&target) < 0.1 * distance(&weight), "{} and {}", distance(&target), distance(&weight));
         // And what is stored is nearer to the dense outputs than without.
-        let without = joint("a", &weight, &seen, &factors, None, &options).unwrap();
+        let without = joint("a", &weight, &seen, &factors, &Beside::default(), &options).unwrap();
         let error = |stored: &[f16]| {
             let outputs = reaches.matmul(&tensor(stored, &weight).tr()) - x.matmul(&weight.tr());
             outputs.square().sum(Kind::Double).double_value(&[])
         };
         assert!(error(&found.weight) < 0.9 * error(&without.weight), "{} {}", error(&found.weight), error(&without.weight));
     }
+}
+
+#[test]
+fn what_is_worse_on_held_out_samples_is_not_taken() {
+    // Calibrated on a few directions; what is held out lies across them.
+    let weight = numbers(&[32, 96], 40);
+    let seen = hessian(&correlated(3000, 96, 41, 42));
+    let alike = correlated(300, 96, 41, 43);
+    let across = numbers(&[300, 96], 44);
+    let options = JointOptions::new(None, Some(palette(3, Some(16))));
+    let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
+    let solve = |vectors: &Tensor| {
+        let beside = Beside { correction: None, held_out: Some(vectors) };
+        joint("a", &weight, &seen, &factors, &beside, &options).unwrap()
+    };
+    assert!(solve(&alike).notes.is_empty(), "{:?}", solve(&alike).notes);
+    let found = solve(&across);
+    let Some(Note::HeldOutNoBetter { ratio }) = found.notes.last() else { panic!("{:?}", found.notes) };
+    assert!(*ratio > 1.0);
+    consistent(&found, &weight, &seen);
+    assert!((found.loss / found.sequential_loss - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn some_vectors_are_vectors() {
+    let x = numbers(&[3, 50, 8], 1);
+    let linear = Hessian::new(8, Device::Cpu).unwrap();
+    let some = linear.some_vectors(&x, 40).unwrap();
+    assert_eq!(some.size(), [38, 8]);
+    assert_eq!(some.get(1), x.reshape([150, 8]).get(4));
+    let geometry = ConvGeometry { stride: [2, 1], padding: [1; 2], dilation: [1, 2], groups: 2 };
+    let conv = Hessian::for_weight(LayerKind::Conv2d(geometry), &[4, 3, 3, 3], Device::Cpu).unwrap();
+    let image = numbers(&[2, 6, 20, 20], 2);
+    let some = conv.some_vectors(&image, 16).unwrap();
+    assert_eq!(some.size(), [16, 54]);
+    // The first window's first channel: rows 5 to 7, every other column from 6 on.
+    let first = image.get(0).get(0).narrow(0, 5, 3).slice(1, 6, 11, 2).reshape([9]);
+    assert_eq!(some.get(0).narrow(0, 0, 9), first);
+    assert_eq!(conv.some_vectors(&numbers(&[1, 6, 3, 3], 3), 16).unwrap().size()[1], 54);
 }

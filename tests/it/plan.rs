@@ -109,12 +109,16 @@ fn several_devices_share_the_samples() {
     let again = compress(tiny(), &folder.path().join("again"), &["--device", "cpu,cpu"]);
     let bytes = |name: &str| std::fs::read(folder.path().join(name).join("unet.squeezed.safetensors")).unwrap();
     assert!(bytes("two")[8..] == bytes("again")[8..], "partial sums are added in a fixed order");
+    let mut sums = [0.0; 2];
     for (one, two) in one["layers"].as_array().unwrap().iter().zip(two["layers"].as_array().unwrap()) {
         assert_eq!((&one["name"], &one["vectors"]), (&two["name"], &two["vectors"]));
         let error = |layer: &Value| layer["errors"]["output"].as_f64();
         if let (Some(one_error), Some(two_error)) = (error(one), error(two)) {
-            assert!((one_error / two_error - 1.0).abs() < 0.3, "{}: {one_error} {two_error}", one["name"]);
+            // Sums in another order choose other masks, which in layers as small as these is much for one layer, but not for all.
+            assert!((0.2..5.0).contains(&(one_error / two_error)), "{}: {one_error} {two_error}", one["name"]);
+            sums = [sums[0] + one_error, sums[1] + two_error];
         }
     }
+    assert!((sums[0] / sums[1] - 1.0).abs() < 0.1, "{sums:?}");
     assert_eq!(again["samples"], 2);
 }

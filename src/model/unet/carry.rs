@@ -32,6 +32,30 @@ impl Carry {
         }
     }
 
+    /// One carry of the batches of several, one after the other.
+    ///
+    /// # Errors
+    /// If there are none, or their shapes differ.
+    pub fn join(carries: &[Carry]) -> Result<Carry> {
+        let [first, ..] = carries else { return Err(crate::Error::Argument("no carries to join".into())) };
+        let join = |pick: &dyn Fn(&Carry) -> Option<Tensor>| -> Result<Tensor> {
+            Ok(Tensor::f_cat(&carries.iter().filter_map(pick).collect::<Vec<_>>(), 0)?)
+        };
+        let residuals = 0..first.down_block_res_samples.len();
+        Ok(Carry {
+            hidden_states: join(&|carry| Some(carry.hidden_states.shallow_clone()))?,
+            tokens: match first.tokens {
+                Some(_) => Some(join(&|carry| carry.tokens.as_ref().map(Tensor::shallow_clone))?),
+                None => None,
+            },
+            down_block_res_samples: residuals
+                .map(|index| join(&|carry| carry.down_block_res_samples.get(index).map(Tensor::shallow_clone)))
+                .collect::<Result<_>>()?,
+            temb: join(&|carry| Some(carry.temb.shallow_clone()))?,
+            encoder_hidden_states: join(&|carry| Some(carry.encoder_hidden_states.shallow_clone()))?,
+        })
+    }
+
     /// The carry in another place (no copy is made if it is there already).
     ///
     /// # Errors

@@ -80,7 +80,7 @@ impl JointFactors {
             made.factors.push(factor);
         }
         let dimension = hessian.dimension().unsigned_abs();
-        if shrunk > dampening {
+        if shrunk > 2.0 * dampening {
             made.notes.push(Note::Shrunk { vectors: hessian.vectors(), dimension, asked: dampening, used: shrunk });
         }
         if used > shrunk {

@@ -21,7 +21,7 @@ mod tests;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use factors::{JointFactors, Order};
 
@@ -72,6 +72,15 @@ impl JointOptions {
 /// Turns go on while they lower the objective by at least this share.
 const WORTH: f64 = 0.003;
 
+/// What is known of a layer besides its Hessian.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Beside<'a> {
+    /// By how much its outputs are off, if it is to make up for that: W0 is W + D H^-1 then.
+    pub correction: Option<&'a Correction>,
+    /// Vectors of its input that are not in the Hessian: [n, groups d], fp32.
+    pub held_out: Option<&'a Tensor>,
+}
+
 /// What [`joint`] has found.
 #[derive(Debug)]
 pub struct Joint {
@@ -95,11 +104,9 @@ pub struct Joint {
 
 /// Compresses the weight [o, ...] of layer `name`, flattened to [o, d]: see the module.
 ///
-/// With a `correction` W0 is not the weight but the one whose outputs are nearest to those that the layer aims at, W + D H^-1.
-///
 /// Palettes along input channels, or with scales for each output channel, are not in the joint solve: they are made for the refitted
-/// weights by [`palettize`], and a note says so. Where the joint solution costs more than the sequential one, that is what comes
-/// back, with a note.
+/// weights by [`palettize`], and a note says so. Where the joint solution costs more than the sequential one, on the Hessian or on vectors
+/// that are held out, the sequential one is what comes back, with a note.
 ///
 /// The same on any number of rayon threads.
 ///
@@ -110,7 +117,7 @@ pub fn joint(
     weight: &Tensor,
     hessian: &Hessian,
     factors: &JointFactors,
-    correction: Option<&Correction>,
+    beside: &Beside<'_>,
     options: &JointOptions,
 ) -> Result<Joint> {
     let mut flat = flat_for(weight, hessian)?;
@@ -121,7 +128,7 @@ pub fn joint(
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
     let mut target = None;
-    if let Some(correction) = correction {
+    if let Some(correction) = beside.correction {
         flat = corrected(&flat, correction, factors, &natural)?;
         target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
     }
@@ -184,22 +191,53 @@ pub fn joint(
         }
     };
     let sequential_loss = sequential.loss.bare;
-    let solution = if solution.loss.bare <= sequential_loss {
-        solution
+    let worse = if solution.loss.bare > sequential_loss {
+        Some(Note::JointNoBetter { ratio: solution.loss.bare / sequential_loss })
     } else {
-        notes.push(Note::JointNoBetter { ratio: solution.loss.bare / sequential_loss });
-        problem.data.keep = first_mask.or(problem.data.keep);
-        sequential
+        let ratio =
+            beside.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, &solution, &sequential))?;
+        (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio })
     };
-    for note in &notes {
-        tracing::warn!("`{name}`: {note}");
-    }
+    let solution = match worse {
+        None => solution,
+        Some(note) => {
+            notes.push(note);
+            problem.data.keep = first_mask.or(problem.data.keep);
+            sequential
+        }
+    };
     let Solution { mut weight, mut palettized, loss } = solution;
     natural.restore(&mut weight);
     if let Some(palettized) = &mut palettized {
         natural.restore(&mut palettized.indices);
     }
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
+}
+
+/// The error of a solution on vectors [n, groups d] as a multiple of another's.
+fn held_out_ratio(
+    problem: &Problem<'_>,
+    natural: &Natural<'_>,
+    vectors: &Tensor,
+    solution: &Solution,
+    other: &Solution,
+) -> Result<f64> {
+    let Data { original, rows, columns, .. } = &problem.data;
+    let parts = problem.factors.parts.len().max(1);
+    let error = |solution: &Solution| -> Result<f64> {
+        let mut change: Vec<f32> = solution.weight.par_iter().zip(original).map(|(new, old)| new.to_f32() - old).collect();
+        natural.restore(&mut change);
+        let change = Tensor::f_from_slice(&change)?.f_reshape([parts as i64, (rows / parts) as i64, *columns as i64])?;
+        let change = change.f_to_device(vectors.device())?;
+        let mut sum = 0.0;
+        for part in 0..parts as i64 {
+            let vectors = vectors.f_narrow(1, part * *columns as i64, *columns as i64)?;
+            sum += vectors.f_mm(&change.f_get(part)?.f_transpose(0, 1)?)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        }
+        Ok(sum)
+    };
+    let (own, other) = (error(solution)?, error(other)?);
+    Ok(if own > other { own / other } else { 0.0 })
 }
 
 /// W + D (H + damping)^-1: the weights whose outputs are nearest to those that the layer aims at.

@@ -197,6 +197,7 @@ palettize:
   module_name_configs: {}
   on_misfit: error
   weight_threshold: 2048
+budget: null
 "#;
     let (comment, yaml) = written.split_once('\n').unwrap();
     assert!(comment.starts_with("# "));
