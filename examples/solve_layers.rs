@@ -1,6 +1,7 @@
 //! Times SparseGPT and palettes on the layers of a safetensors file; `benches/coremltools/layers.py` compares.
 //!
 //! For each layer the file has `NAME.weight` [o, ...] and `NAME.inputs` [vectors, d] or [samples, c, h, w]. Prints a JSON object a line.
+//! With `--joint` after the file, it times the joint solver too, as a whole and with less effort.
 #![allow(clippy::print_stdout)]
 
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use sdxl_squeeze::checkpoint::SafetensorsFile;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::{ConvGeometry, LayerKind};
 use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions, palettize};
-use sdxl_squeeze::solver::{Hessian, PruneOptions, Sparsity, prune};
+use sdxl_squeeze::solver::{Beside, Effort, Hessian, JointFactors, JointOptions, Order, PruneOptions, Sparsity, joint, prune};
 use sdxl_squeeze::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -27,6 +28,9 @@ fn main() -> Result<()> {
         // Once to warm up, once to count.
         sparsegpt(&weight, &inputs)?;
         report("SparseGPT 40 %", name, sparsegpt(&weight, &inputs)?);
+        if std::env::args().nth(2).as_deref() == Some("--joint") {
+            joint_solver(name, &weight, &inputs)?;
+        }
         for (of, group_size) in [("1280x1280", 16), ("1280x1280", 4), ("5120x1280", 16)] {
             if of == name {
                 palettes(&weight, group_size)?;
@@ -42,8 +46,53 @@ fn report(what: &str, layer: &str, seconds: f64) {
 }
 
 fn sparsegpt(weight: &Tensor, inputs: &Tensor) -> Result<f64> {
-    let kind = if weight.dim() == 4 { LayerKind::Conv2d(ConvGeometry::new(1, 1)) } else { LayerKind::Linear };
     let start = Instant::now();
+    let hessian = hessian(weight, inputs)?;
+    prune(weight, &hessian, &PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() })?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// The joint solver after a Hessian that is at hand, and SparseGPT with palettes after it.
+fn joint_solver(name: &str, weight: &Tensor, inputs: &Tensor) -> Result<()> {
+    let hessian = hessian(weight, inputs)?;
+    let prune_options = PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() };
+    let options = JointOptions::new(Some(prune_options), Some(grouped(16)));
+    let efforts = [
+        ("least", Effort::LEAST),
+        ("refit", Effort { refit_steps: 8, ..Effort::LEAST }),
+        ("refit, sweep", Effort { refit_steps: 8, sweep: true, ..Effort::LEAST }),
+        ("without exchanges", Effort { exchange_turns: 0, ..Effort::default() }),
+        ("all", Effort::default()),
+    ];
+    for (what, effort) in efforts {
+        let start = Instant::now();
+        let factors = JointFactors::new(&hessian, prune_options.dampening, Order::Natural)?;
+        let found = joint(name, weight, &hessian, &factors, &Beside::default(), &JointOptions { effort, ..options })?;
+        let seconds = start.elapsed().as_secs_f64();
+        let share = found.loss / found.sequential_loss;
+        println!("{}", serde_json::json!({ "what": what, "layer": name, "seconds": seconds, "loss": share }));
+    }
+    let start = Instant::now();
+    let pruned = prune(weight, &hessian, &prune_options)?;
+    let shape: Vec<usize> = weight.size().iter().map(|n| *n as usize).collect();
+    let values: Vec<f16> = Vec::try_from(&pruned.weight.f_to_kind(Kind::Half)?.f_flatten(0, -1)?)?;
+    let keep: Vec<bool> = Vec::try_from(&pruned.mask.f_flatten(0, -1)?)?;
+    palettize(name, &values, &shape, Some(&keep), &grouped(16))?;
+    report("SparseGPT, then palettes", name, start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn grouped(group_size: usize) -> PaletteOptions {
+    PaletteOptions {
+        bits: 4,
+        granularity: Granularity::PerGroupedChannel { group_size, axis: 0 },
+        per_channel_scale: false,
+        on_misfit: OnMisfit::Error,
+    }
+}
+
+fn hessian(weight: &Tensor, inputs: &Tensor) -> Result<Hessian> {
+    let kind = if weight.dim() == 4 { LayerKind::Conv2d(ConvGeometry::new(1, 1)) } else { LayerKind::Linear };
     let mut hessian = Hessian::for_weight(kind, &weight.size(), Device::Cpu)?;
     if weight.dim() == 4 {
         for sample in 0..inputs.size()[0] {
@@ -52,20 +101,13 @@ fn sparsegpt(weight: &Tensor, inputs: &Tensor) -> Result<f64> {
     } else {
         hessian.add(inputs)?;
     }
-    prune(weight, &hessian, &PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() })?;
-    Ok(start.elapsed().as_secs_f64())
+    Ok(hessian)
 }
 
 fn palettes(weight: &Tensor, group_size: usize) -> Result<f64> {
-    let options = PaletteOptions {
-        bits: 4,
-        granularity: Granularity::PerGroupedChannel { group_size, axis: 0 },
-        per_channel_scale: false,
-        on_misfit: OnMisfit::Error,
-    };
     let shape: Vec<usize> = weight.size().iter().map(|n| *n as usize).collect();
     let start = Instant::now();
     let values: Vec<f16> = Vec::try_from(&weight.f_to_kind(Kind::Half)?.f_flatten(0, -1)?)?;
-    palettize("layer", &values, &shape, None, &options)?;
+    palettize("layer", &values, &shape, None, &grouped(group_size))?;
     Ok(start.elapsed().as_secs_f64())
 }

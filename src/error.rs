@@ -85,6 +85,9 @@ pub enum Error {
     /// The run was asked to stop, and has.
     #[error("stopped; what is finished is kept")]
     Stopped,
+    /// An observer has seen all that it wanted of a forward, which need not go on. Whoever gave the observer catches it.
+    #[error("an observer has seen enough")]
+    SeenEnough,
     /// What went wrong with one layer.
     #[error("`{layer}`")]
     Layer {
@@ -106,9 +109,12 @@ impl Error {
             | Error::Config { .. }
             | Error::Tensors { .. }
             | Error::Argument(_) => true,
-            Error::Write { .. } | Error::Torch(_) | Error::NotFinite(_) | Error::NotPositiveDefinite { .. } | Error::Stopped => {
-                false
-            }
+            Error::Write { .. }
+            | Error::Torch(_)
+            | Error::NotFinite(_)
+            | Error::NotPositiveDefinite { .. }
+            | Error::Stopped
+            | Error::SeenEnough => false,
             Error::Layer { source, .. } => source.is_bad_input(),
         }
     }

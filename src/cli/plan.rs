@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::compress::{CLIP_LENGTH, Recipe, expected_calls};
-use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::config::{BudgetSection, BudgetTarget, RunConfig};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::PipelineFolder;
@@ -58,6 +58,9 @@ pub fn run(args: Args) -> Result<()> {
             json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
         } else {
             super::print(&detail(&name, &recipe, &plan, seconds))?;
+            if let Some(budget) = &config.budget {
+                super::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
+            }
         }
         rows.push((name, plan, seconds));
     }
@@ -69,6 +72,22 @@ pub fn run(args: Args) -> Result<()> {
         super::print(&summary(&rows))?;
     }
     Ok(())
+}
+
+/// What a budget changes in what is planned.
+fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
+    let fixed = plan.payload_bytes - plan.compressed_bytes;
+    let bytes = match budget.target {
+        BudgetTarget::Size(bytes) => bytes,
+        BudgetTarget::Bits(bits) => fixed + (bits / 8.0 * plan.compressed_elements as f64) as u64,
+    };
+    format!(
+        "settings will be found for each layer that take {} ({} bytes) together, instead of the {} above; finding them takes one pass over \
+         the samples more, and trying every layer with several settings",
+        number::size(bytes),
+        number::count(bytes),
+        number::size(plan.payload_bytes)
+    )
 }
 
 fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {

@@ -25,6 +25,8 @@ pub struct Gatherer {
     targets: DenseOutputs,
     /// What the layers at hand have been given, and what is added to what they make of it.
     given: BTreeMap<String, (Option<Tensor>, Option<Tensor>)>,
+    /// Whether a forward ends as soon as nothing is left to be seen.
+    hasty: bool,
 }
 
 impl Gatherer {
@@ -54,6 +56,11 @@ impl Gatherer {
             gatherer.corrections.insert(layer.name().to_owned(), correction);
         }
         Ok(gatherer)
+    }
+
+    /// Ends forwards with [`Error::SeenEnough`] as soon as its one input, or what its layers make of it, has been seen.
+    pub(super) fn hasty(self) -> Self {
+        Gatherer { hasty: true, ..self }
     }
 
     /// Says how much the next sample counts.
@@ -151,7 +158,8 @@ impl Observer for Gatherer {
         if self.corrections.contains_key(layer.name()) && !self.holding {
             self.given.entry(layer.name().to_owned()).or_default().0 = Some(input.shallow_clone());
         }
-        Ok(())
+        let only_inputs = self.corrections.is_empty() || self.holding;
+        if self.hasty && only_inputs && self.hessians.contains_key(layer.input()) { Err(Error::SeenEnough) } else { Ok(()) }
     }
 
     fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
@@ -171,14 +179,15 @@ impl Observer for Gatherer {
         if let Some(weight) = self.weight {
             lack = lack.f_mul_scalar_(weight)?;
         }
-        correction.add(&input, &lack).map_err(Error::layer(layer.name()))
+        correction.add(&input, &lack).map_err(Error::layer(layer.name()))?;
+        if self.hasty && self.targets.outputs.is_empty() { Err(Error::SeenEnough) } else { Ok(()) }
     }
 }
 
 /// Vectors that are kept of a held-out sample.
 pub(super) const HELD_VECTORS: i64 = 144;
 
-/// Keeps the outputs of some layers, with what is added to them.
+/// Keeps the outputs of some layers, with what is added to them, and ends the forward with [`Error::SeenEnough`] when it has all.
 #[derive(Debug, Default)]
 pub(super) struct DenseOutputs {
     wanted: Vec<String>,
@@ -214,7 +223,7 @@ impl Observer for DenseOutputs {
             let whole = sum(output, self.residuals.remove(layer.name()).as_ref())?;
             self.outputs.insert(layer.name().to_owned(), whole);
         }
-        Ok(())
+        if self.outputs.len() == self.wanted.len() { Err(Error::SeenEnough) } else { Ok(()) }
     }
 }
 

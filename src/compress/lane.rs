@@ -175,6 +175,14 @@ impl Way {
             Way::Unit(unit) => stage.forward_unit(unit, carry, observer),
         }
     }
+
+    /// The same as far as the observer wants to see.
+    fn observe(self, stage: &Stage, carry: Carry, observer: &mut dyn Observer) -> Result<()> {
+        match self.go(stage, carry, observer) {
+            Ok(_) | Err(Error::SeenEnough) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 /// Sends all carries on their way and gathers the Hessians of `inputs`, on every lane at once; partial sums are added in the order of the
@@ -196,16 +204,19 @@ pub(super) fn gather(
             Some(_) => Gatherer::aiming(layers, lane.device)?,
             None => Gatherer::new(layers, lane.device)?,
         };
+        if inputs.len() == 1 {
+            gatherer = gatherer.hasty();
+        }
         for index in 0..lane.carries.len() {
             tick()?;
             gatherer.hold_out(hold && held_out(index, lane.carries.len()));
             gatherer.weigh(lane.weights.get(index).copied().unwrap_or(1.0));
             if let Some(Dense { carries, stage: Some(stage) }) = &lane.dense {
                 let mut outputs = DenseOutputs::of(names.clone());
-                way.go(stage, carries.get(index)?, &mut outputs)?;
+                way.observe(stage, carries.get(index)?, &mut outputs)?;
                 gatherer.aim_at(outputs);
             }
-            way.go(lane.stage()?, lane.carries.get(index)?, &mut gatherer)?;
+            way.observe(lane.stage()?, lane.carries.get(index)?, &mut gatherer)?;
         }
         Ok(gatherer)
     };

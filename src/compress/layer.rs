@@ -8,7 +8,7 @@ use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
 use crate::solver::{
-    Correction, Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
+    Correction, Effort, Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
     prune_with,
 };
 
@@ -21,8 +21,8 @@ pub struct Treatment {
     pub method: PruneMethod,
     /// What the others are replaced by.
     pub palettize: Option<PaletteOptions>,
-    /// Whether mask, weights and palettes are found together ([`joint`](crate::solver::joint())), not one after the other.
-    pub joint: bool,
+    /// How hard mask, weights and palettes are sought together ([`joint`](crate::solver::joint())); `None`: one after the other.
+    pub joint: Option<Effort>,
 }
 
 /// How the weights that go are chosen.
@@ -76,12 +76,12 @@ fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
 impl Treatment {
     /// What the joint solver is asked for, if it is.
     pub fn joint_options(&self) -> Option<JointOptions> {
-        self.joint.then(|| JointOptions::new(self.prune, self.palettize))
+        self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
     }
 
     /// Whether it needs the Hessian of the layer's inputs.
     pub fn needs_hessian(&self) -> bool {
-        self.joint || (self.prune.is_some() && self.method == PruneMethod::SparseGpt)
+        self.joint.is_some() || (self.prune.is_some() && self.method == PruneMethod::SparseGpt)
     }
 }
 
@@ -131,8 +131,8 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
     let original = weight.f_to_device(Device::Cpu)?.f_to_dtype(Kind::Float, false, true)?;
     let size = original.size();
     let found = match treatment.joint {
-        true => joint::find(name, weight, treatment, calibrated)?,
-        false => one_after_the_other(name, &original, treatment, calibrated)?,
+        Some(_) => joint::find(name, weight, treatment, calibrated)?,
+        None => one_after_the_other(name, &original, treatment, calibrated)?,
     };
     let Found { half, keep, palettized, loss, target, notes } = found;
     let stored = match (palettized, &keep) {

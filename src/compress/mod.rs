@@ -295,7 +295,7 @@ impl Job<'_> {
 
     /// Whether samples are held out, to see that what the joint solver finds is better on them too.
     fn guards(&self) -> bool {
-        self.treatments.values().any(|treatment| treatment.joint)
+        self.treatments.values().any(|treatment| treatment.joint.is_some())
     }
 
     /// How many layers of a stage have one of these inputs and a treatment.

@@ -51,7 +51,7 @@ impl Recipe {
             // The UNet's ends are in no stage, and have no Hessian.
             let calibrated = info.stage.is_some();
             let treatment = Treatment {
-                joint: config.solver == SolverKind::Joint && calibrated,
+                joint: (config.solver == SolverKind::Joint && calibrated).then_some(config.effort),
                 prune: layer.prune.settings().map(prune_options),
                 method,
                 palettize: layer.palettize.settings().map(palette_options),

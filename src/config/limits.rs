@@ -35,6 +35,11 @@ pub(super) fn count(value: i128) -> Checked<usize> {
     }
 }
 
+/// How often something is done, if at all.
+pub(super) fn steps(value: i128) -> Checked<usize> {
+    usize::try_from(value).ok().filter(|value| *value <= 1000).ok_or_else(|| "must be between 0 and 1000".into())
+}
+
 /// A number of elements, 0 included.
 pub(super) fn elements(value: i128) -> Checked<u64> {
     u64::try_from(value).map_err(|_| format!("must be between 0 and {}", u64::MAX))

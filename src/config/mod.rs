@@ -4,6 +4,7 @@
 //! A file is first parsed into a tree whose values know their places and then walked to the end, so that all its mistakes
 //! are found at once. Once a model's layers are known, [`RunConfig::resolve`] says what becomes of each.
 
+mod effort;
 mod emit;
 mod fields;
 mod finding;
@@ -34,6 +35,7 @@ pub use sections::{
 pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
 use crate::error::{Error, Result};
+use crate::solver::Effort;
 use emit::Yaml;
 use fields::{Fields, word};
 use mistake::Mistakes;
@@ -52,6 +54,8 @@ pub struct RunConfig {
     pub pace: Pace,
     /// What a layer's outputs are to be close to.
     pub target: Target,
+    /// How hard the joint solver tries: the section `joint`.
+    pub effort: Effort,
     /// Pruning; `None` prunes nothing.
     pub prune: Option<PruneSection>,
     /// Palettization; `None` palettizes nothing.
@@ -105,13 +109,17 @@ impl RunConfig {
         let solver = sections.get("solver", mistakes, |node| word(node, SolverKind::WORDS));
         let pace = sections.get("granularity", mistakes, |node| word(node, Pace::WORDS));
         let target = sections.get("target", mistakes, |node| word(node, Target::WORDS));
+        let prune = section(&mut sections, "prune", mistakes, PruneSection::read);
+        let solver = solver.unwrap_or_else(|| SolverKind::that_can(prune.as_ref()));
+        let pace = pace.unwrap_or_else(|| Pace::of(solver));
         let config = RunConfig {
             model: section(&mut sections, "model", mistakes, ModelSection::read).unwrap_or_default(),
             calibration: section(&mut sections, "calibration", mistakes, CalibrationSection::read).unwrap_or_default(),
-            solver: solver.unwrap_or_default(),
-            pace: pace.unwrap_or_default(),
-            target: target.unwrap_or_default(),
-            prune: section(&mut sections, "prune", mistakes, PruneSection::read),
+            solver,
+            pace,
+            target: target.unwrap_or_else(|| Target::of(solver, pace)),
+            effort: section(&mut sections, "joint", mistakes, effort::read).unwrap_or_default(),
+            prune,
             palettize: section(&mut sections, "palettize", mistakes, PalettizeSection::read),
             budget: section(&mut sections, "budget", mistakes, BudgetSection::read).flatten(),
         };
@@ -155,7 +163,7 @@ impl RunConfig {
 
     /// The config as YAML with every default spelt out; it parses to an equal config.
     pub fn to_yaml(&self) -> String {
-        let RunConfig { model, calibration, solver, pace, target, prune, palettize, budget } = self;
+        let RunConfig { model, calibration, solver, pace, target, effort, prune, palettize, budget } = self;
         let mut yaml = Yaml::default();
         yaml.line(concat!(
             "# The config as resolved by sdxl-squeeze ",
@@ -167,6 +175,7 @@ impl RunConfig {
         yaml.entry("solver", solver.name());
         yaml.entry("granularity", pace.name());
         yaml.entry("target", target.name());
+        yaml.block("joint", |yaml| effort::write(effort, yaml));
         match prune {
             Some(section) => yaml.block("prune", |yaml| section.write(yaml)),
             None => yaml.entry("prune", "null"),

@@ -99,7 +99,8 @@ impl Flags {
 
 impl RunConfig {
     /// Lets flags override the config. Settings of layers go into `global_config` and into every type and name rule that is not
-    /// `null`: a layer that the config leaves alone stays alone.
+    /// `null`: a layer that the config leaves alone stays alone. Another solver brings the granularity and the target that go with it, and
+    /// another granularity its target, unless these have flags too.
     ///
     /// # Errors
     /// [`Error::Config`] with every flag whose value cannot be; then the config is as it was.
@@ -208,11 +209,19 @@ impl RunConfig {
             },
         );
 
+        // What is changed brings what goes with it, unless that has a flag too.
+        let was = (changed.solver, changed.pace);
         flags.set("--solver", solver, |word| named(&word, SolverKind::WORDS), |solver| put(&mut changed.solver, solver));
         if let (Err(problem), Some(solver)) = (changed.check_solver(), solver) {
             flags.mistake("--solver", solver, problem);
         }
+        if changed.solver != was.0 {
+            changed.pace = Pace::of(changed.solver);
+        }
         flags.set("--granularity", granularity, |word| named(&word, Pace::WORDS), |pace| put(&mut changed.pace, pace));
+        if (changed.solver, changed.pace) != was {
+            changed.target = Target::of(changed.solver, changed.pace);
+        }
         flags.set("--target", target, |word| named(&word, Target::WORDS), |target| put(&mut changed.target, target));
         if let (Err(problem), Some(target)) = (changed.check_target(), target) {
             flags.mistake("--target", target, problem);

@@ -80,19 +80,19 @@ pub enum PruneAlgorithm {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum SolverKind {
     /// `sequential`: pruned first, then palettized without looking at the inputs again, as coremltools does.
-    #[default]
     Sequential,
     /// `joint`: all together, for the least error of the layer's output; see [`joint`](crate::solver::joint()). Calibrates palettes too.
+    #[default]
     Joint,
 }
 
 /// When a stage's layers learn of each other (the key `granularity`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Pace {
-    /// `stage`: all Hessians of a stage come from its layers as they were.
-    #[default]
+    /// `stage`: all Hessians of a stage come from its layers as they were. What the sequential solver does unless told otherwise.
     Stage,
     /// `sublayer`: each input's Hessian comes from the layers before it as they will be stored. More passes over the samples.
+    #[default]
     Sublayer,
 }
 
@@ -100,9 +100,10 @@ pub enum Pace {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Target {
     /// `current`: those that its dense weights make of the inputs it will have.
-    #[default]
     Current,
-    /// `dense`: those of the dense network, so that errors of the layers before are corrected too. Needs `granularity: sublayer`.
+    /// `dense`: those of the dense network, so that errors of the layers before are corrected too. Needs the joint solver and
+    /// `granularity: sublayer`, and is what these do unless told otherwise.
+    #[default]
     Dense,
 }
 
@@ -185,6 +186,36 @@ words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
 words!(OnMisfit, "smaller_group" => SmallerGroup, "dense" => Dense, "error" => Error);
 
+impl SolverKind {
+    /// What is taken where a config names none: joint, unless masks go by magnitude.
+    pub(super) fn that_can(prune: Option<&PruneSection>) -> Self {
+        match prune.map(|section| section.algorithm) {
+            Some(PruneAlgorithm::Magnitude) => SolverKind::Sequential,
+            Some(PruneAlgorithm::SparseGpt) | None => SolverKind::Joint,
+        }
+    }
+}
+
+impl Pace {
+    /// What goes with a solver.
+    pub(super) fn of(solver: SolverKind) -> Self {
+        match solver {
+            SolverKind::Sequential => Pace::Stage,
+            SolverKind::Joint => Pace::Sublayer,
+        }
+    }
+}
+
+impl Target {
+    /// What goes with a solver and a pace.
+    pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
+        match (solver, pace) {
+            (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
+            _ => Target::Current,
+        }
+    }
+}
+
 impl Default for ModelSection {
     fn default() -> Self {
         ModelSection { path: None, device: "cpu".into(), dtype: "f32".into() }
@@ -194,12 +225,12 @@ impl Default for ModelSection {
 impl Default for CalibrationSection {
     fn default() -> Self {
         CalibrationSection {
-            prompts: Prompts::File("calibration/tutorial.txt".into()),
+            prompts: Prompts::File("calibration/varied.txt".into()),
             samples: None,
             captions: None,
             captions_nsamples: 512,
             timestep_weighting: TimestepWeighting::Uniform,
-            calibration_nsamples: 128,
+            calibration_nsamples: 384,
             steps: 20,
             guidance: 5.0,
             seed: 0,
@@ -374,6 +405,14 @@ impl PalettizeSection {
     }
 }
 
+/// A size with its unit, or a number of bytes.
+fn byte_size(node: &Node) -> Result<u64, String> {
+    match &node.value {
+        Value::Integer(bytes) => limits::bytes(&bytes.to_string()),
+        _ => limits::bytes(text(node)?),
+    }
+}
+
 impl BudgetSection {
     /// Only this target.
     pub fn of(target: BudgetTarget) -> Self {
@@ -387,7 +426,7 @@ impl BudgetSection {
             (None, None) => mistakes.add(fields.position(), "`budget` needs `target_size` or `target_bits`"),
             _ => {}
         }
-        let size = fields.get("target_size", mistakes, |node| limits::bytes(text(node)?)).map(BudgetTarget::Size);
+        let size = fields.get("target_size", mistakes, byte_size).map(BudgetTarget::Size);
         let bits = fields.get("target_bits", mistakes, |node| limits::target_bits(number(node)?)).map(BudgetTarget::Bits);
         let default = Self::of(BudgetTarget::Bits(4.0));
         let min_bits = fields.get("min_bits", mistakes, |node| limits::n_bits(whole(node)?)).unwrap_or(default.min_bits);

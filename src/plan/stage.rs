@@ -67,13 +67,10 @@ pub struct StagePlan {
     pub work: Work,
 }
 
-/// Products of a weight with its Hessian in the joint solver, about.
-const JOINT_PRODUCTS: f64 = 35.0;
-
 /// Triangles of a Hessian's size that treating a layer takes besides it: the factor; for the joint solver the damped Hessian too, and
 /// while its columns are put in another order a whole matrix.
 fn triangles(treatment: &Treatment) -> u64 {
-    match (treatment.joint, &treatment.prune) {
+    match (treatment.joint.is_some(), &treatment.prune) {
         (false, _) => 1,
         (true, Some(_)) => 2,
         (true, None) => 4,
@@ -142,7 +139,13 @@ impl Outline<'_> {
         let of_unit = |unit: usize| {
             let here = |layer: &&Layer| self.stage.unit_has(unit, layer.name());
             let gathered = |need: &&Need| matches!(need.input, LayerInput::Features(_)) && here(&need.layers[0].0);
-            (needs.iter().filter(gathered).count() + 1) as f64 * self.forward(self.layers.iter().filter(here), calls)
+            // A pass ends with the last layer of its input.
+            let until = |need: &Need| {
+                let last = need.layers.last().map_or("", |(layer, _)| layer.name());
+                let at = self.layers.iter().position(|layer| layer.name() == last).map_or(0, |at| at + 1);
+                self.forward(self.layers[..at].iter().filter(here), calls)
+            };
+            needs.iter().filter(gathered).map(until).sum::<f64>() + self.forward(self.layers.iter().filter(here), calls)
         };
         let runs = if dense_target { 2.0 } else { 1.0 };
         runs * (0..self.stage.units()).map(of_unit).sum::<f64>()
@@ -208,7 +211,7 @@ impl Outline<'_> {
             }
         }
         let largest = |layers: &mut dyn Iterator<Item = (&Layer, &Treatment)>| {
-            layers.map(|(layer, treatment)| working_set(&layer.weight().size(), treatment.joint)).max().unwrap_or(0)
+            layers.map(|(layer, treatment)| working_set(&layer.weight().size(), treatment.joint.is_some())).max().unwrap_or(0)
         };
         let Some(calls) = calls else {
             plan.peak_bytes = memory.fixed() + largest(&mut treated());
@@ -277,9 +280,10 @@ impl Outline<'_> {
             plan.work.factors += d.powi(3) / 3.0;
             let rows: i64 = need.layers.iter().filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
             plan.work.sweeps += 1.5 * rows as f64 * d * d;
-            let joint = need.layers.iter().filter(|(_, treatment)| treatment.joint);
-            let rows: i64 = joint.filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
-            plan.work.sweeps += JOINT_PRODUCTS * rows as f64 * d * d;
+            for (layer, effort) in need.layers.iter().filter_map(|(layer, treatment)| Some((layer, treatment.joint?))) {
+                let rows = layer.weight().size().first().copied().unwrap_or(0);
+                plan.work.sweeps += effort.products() * rows as f64 * d * d;
+            }
         }
         plan.work.forward = calls.count as f64 * self.forwards(&needs, waves.len(), calls);
         plan.passes = waves.len();

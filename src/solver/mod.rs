@@ -23,7 +23,7 @@ mod triangle;
 pub use correction::Correction;
 pub use factor::InverseFactor;
 pub use hessian::Hessian;
-pub use joint::{Beside, Joint, JointFactors, JointOptions, Order, joint};
+pub use joint::{Beside, Effort, Joint, JointFactors, JointOptions, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energy, output_error};

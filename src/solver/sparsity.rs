@@ -30,7 +30,7 @@ impl Sparsity {
     }
 
     /// The share of zeros asked for in a row of `columns`.
-    pub(super) fn share(self, columns: usize) -> f64 {
+    pub fn share(self, columns: usize) -> f64 {
         match self {
             Sparsity::Unstructured(share) => share,
             Sparsity::NM { n, m } => (columns / m * n) as f64 / columns as f64,

@@ -34,7 +34,9 @@ fn refused(model: &Path, more: &[&str], words: &[&str]) {
     for word in words {
         assert!(errors[0].contains(word), "no `{word}` in: {said}");
     }
-    assert!(!said.contains("panicked") && !said.contains("0x"), "{said}");
+    // Random names of folders may have addresses' letters in them.
+    let words = said.replace(model.to_str().unwrap(), "").replace(out.path().to_str().unwrap(), "");
+    assert!(!words.contains("panicked") && !words.contains("0x"), "{said}");
     assert!(!picture.exists());
 }
 

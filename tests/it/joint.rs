@@ -6,8 +6,8 @@ use sdxl_squeeze::container::CompressedWeight;
 use sdxl_squeeze::model::{ConvGeometry, LayerKind};
 use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions};
 use sdxl_squeeze::solver::{
-    Beside, Correction, Hessian, Joint, JointFactors, JointOptions, Note, Order, PruneOptions, Sparsity, joint, output_energy,
-    prune,
+    Beside, Correction, Effort, Hessian, Joint, JointFactors, JointOptions, Note, Order, PruneOptions, Sparsity, joint,
+    output_energy, prune,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -98,7 +98,7 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             ours += cost(&found.weight, &weight, &unseen);
             // Without any of its parts it is one after the other, but for how weights count in the palette.
             let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
-            let plain = JointOptions { refit_steps: 0, sweep: false, palette_steps: 0, turns: 0, ..options };
+            let plain = JointOptions { effort: Effort::LEAST, ..options };
             theirs += cost(&joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap().weight, &weight, &unseen);
         }
         assert!(ours < bound * theirs, "{prune:?} {palette:?}: {:.3}", ours / theirs);
@@ -113,7 +113,10 @@ fn near_the_best_of_all_on_layers_small_enough_to_try_everything() {
     for seed in 0..trials {
         let weight = numbers(&[2, d], seed);
         let seen = hessian(&correlated(60, d, seed + 7, seed + 500));
-        let found = solve(&weight, &seen, &JointOptions::new(None, Some(palette(1, None))));
+        // All the effort there is: what is asked is how good the best is that it finds.
+        let options = JointOptions::new(None, Some(palette(1, None)));
+        let effort = Effort { palette_steps: 4, turns: 4, ..options.effort };
+        let found = solve(&weight, &seen, &JointOptions { effort, ..options });
         consistent(&found, &weight, &seen);
         let h = seen.matrix().unwrap().squeeze_dim(0).to_kind(Kind::Double);
         let w = weight.to_kind(Kind::Double);
@@ -195,8 +198,14 @@ fn only_pruned_it_is_refitted() {
     let found = solve(&weight, &seen, &options);
     let before = prune(&weight, &seen, &options.prune.unwrap()).unwrap();
     assert!(found.palettized.is_none());
-    assert!(found.loss < 0.95 * before.loss, "{} and {}", found.loss, before.loss);
-    assert_eq!(found.mask, Some(Vec::<bool>::try_from(before.mask.flatten(0, -1)).unwrap()), "the same mask");
+    assert!(found.loss < 0.8 * before.loss, "{} and {}", found.loss, before.loss);
+    // Without exchanges the mask is SparseGPT's; with them it has as many in each row, and loses less.
+    let same = JointOptions { effort: Effort { exchange_turns: 0, ..options.effort }, ..options };
+    let same = solve(&weight, &seen, &same);
+    let mask = Vec::<bool>::try_from(before.mask.flatten(0, -1)).unwrap();
+    assert!(same.mask.as_ref() == Some(&mask) && same.loss < 0.95 * before.loss && found.loss < 0.95 * same.loss);
+    let kept = |mask: &[bool]| mask.chunks(100).map(|row| row.iter().filter(|kept| **kept).count()).collect::<Vec<_>>();
+    assert_eq!(kept(found.mask.as_ref().unwrap()), kept(&mask));
     assert!((found.pruned_loss.unwrap() / found.loss - 1.0).abs() < 0.01, "fp16 costs little");
 }
 
@@ -234,7 +243,7 @@ fn few_vectors_mean_more_dampening_and_a_note() {
             let shrunk = |note: &Note| matches!(note, Note::Shrunk { used, .. } if *used > 0.01);
             assert!(found.notes.iter().any(shrunk), "{vectors}: {:?}", found.notes);
             let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
-            let plain = JointOptions { refit_steps: 0, sweep: false, palette_steps: 0, turns: 0, ..options };
+            let plain = JointOptions { effort: Effort::LEAST, ..options };
             let plain = joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap();
             let (ours, theirs) = (cost(&found.weight, &weight, &unseen), cost(&plain.weight, &weight, &unseen));
             println!("{vectors} vectors, {prune:?}: {:.3}", ours / theirs);

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout)]
 
 mod bad_input;
+mod budget;
 mod chain;
 mod cli;
 mod compress;

@@ -12,7 +12,7 @@ use crate::model::{Layer, LayerInput};
 use crate::plan::stored_bytes;
 use crate::progress::{Progress, Task};
 use crate::solver::palette::{Granularity, PaletteOptions};
-use crate::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint};
+use crate::solver::{Beside, Effort, Hessian, JointFactors, JointOptions, Order, joint};
 
 /// A setting of a layer, and what it comes to.
 #[derive(Debug, Clone)]
@@ -118,7 +118,9 @@ fn try_input(
 /// The joint solver with less effort: curves need not be right, only alike.
 fn options_of(treatment: &Treatment) -> Option<JointOptions> {
     let options = treatment.joint_options()?;
-    Some(JointOptions { refit_steps: options.refit_steps.min(4), turns: options.turns.min(1), ..options })
+    let Effort { refit_steps, turns, .. } = options.effort;
+    let effort = Effort { refit_steps: refit_steps.min(4), exchange_turns: 0, turns: turns.min(1), ..options.effort };
+    Some(JointOptions { effort, ..options })
 }
 
 /// Whole groups of a weight's rows from all over it, and what share of it they are.
@@ -153,7 +155,7 @@ pub(super) fn settings(
     const FINE: usize = 4;
     let mut found = BTreeMap::new();
     for (name, base) in treatments {
-        let (Some(palettize), Some(shape), true) = (base.palettize, shapes.get(name), base.joint) else { continue };
+        let (Some(palettize), Some(shape), Some(_)) = (base.palettize, shapes.get(name), base.joint) else { continue };
         let with = |bits: u8, group: Option<usize>, share: Option<f64>| {
             let granularity = match (palettize.granularity, group) {
                 (Granularity::PerGroupedChannel { axis: 0, group_size }, Some(group)) if group < group_size => {
@@ -167,7 +169,10 @@ pub(super) fn settings(
             });
             Treatment { prune, palettize: Some(PaletteOptions { bits, granularity, ..palettize }), ..base.clone() }
         };
-        let mut all: Vec<Treatment> = vec![base.clone()];
+        let columns: i64 = shape.iter().skip(1).product();
+        let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
+        let allowed = share <= limits.max_sparsity && palettize.bits >= limits.min_bits;
+        let mut all: Vec<Treatment> = allowed.then(|| base.clone()).into_iter().collect();
         let mut add = |treatment: Treatment| {
             if !all.contains(&treatment) {
                 all.push(treatment);
@@ -175,7 +180,7 @@ pub(super) fn settings(
         };
         for bits in BITS.into_iter().filter(|bits| *bits >= limits.min_bits) {
             add(with(bits, None, None));
-            if bits <= 4 && shape.first().is_some_and(|rows| *rows as usize % FINE == 0) {
+            if bits <= 4 && shape.first().is_some_and(|rows| (*rows as usize).is_multiple_of(FINE)) {
                 add(with(bits, Some(FINE), None));
             }
         }

@@ -33,8 +33,6 @@ pub(super) struct Limits {
 pub struct Allocation {
     /// The config without a budget, but with a rule for each layer.
     pub config: RunConfig,
-    /// The error that is expected of the UNet's output: squared, relative to its square.
-    pub expected_error: f64,
     /// Bytes of the result's tensors.
     pub payload_bytes: u64,
 }
@@ -96,22 +94,23 @@ pub(super) fn allocate(
     let Some(chosen) = choose(&choices, total.saturating_sub(fixed)) else {
         let least: u64 = choices.iter().filter_map(|choices| choices.iter().map(|choice| choice.bytes).min()).sum();
         return Err(Error::Argument(format!(
-            "{} are too few: the smallest settings take {}",
+            "{} ({} bytes) are too few: the smallest settings take {} ({} bytes)",
             number::size(total),
-            number::size(fixed + least)
+            number::count(total),
+            number::size(fixed + least),
+            number::count(fixed + least)
         )));
     };
     let mut allocated = config.clone();
     allocated.budget = None;
-    let (mut bytes, mut cost) = (fixed, 0.0);
+    let mut bytes = fixed;
     let mut rules = Vec::new();
     for ((name, index), (choices, measured)) in names.iter().zip(&chosen).zip(choices.iter().zip(curves.values())) {
         bytes += choices[*index].bytes;
-        cost += choices[*index].cost;
         rules.push(((*name).clone(), &measured[*index].treatment));
     }
     write_rules(&mut allocated, &rules)?;
-    Ok(Allocation { config: allocated, expected_error: cost, payload_bytes: bytes })
+    Ok(Allocation { config: allocated, payload_bytes: bytes })
 }
 
 /// Puts a rule for each layer before the config's own.

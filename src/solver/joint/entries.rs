@@ -4,20 +4,31 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::levels::Levels;
-use super::problem::Problem;
+use super::problem::{Loss, Problem};
 use crate::error::Result;
+
+/// Half of the objective's slope in each palette entry, [groups, 2^n], and the objective itself: one product.
+pub(super) fn slope(problem: &Problem<'_>, levels: &Levels) -> Result<(Vec<f64>, Loss)> {
+    let (d, data) = (problem.data.columns, &problem.data);
+    let mut sums = vec![0.0; levels.groups() * levels.entries];
+    let mut loss = Loss::default();
+    for (part, rows) in problem.chunks() {
+        let change = data.change(&rows, |at| if data.kept(at) { levels.value(at, d) } else { 0.0 });
+        let product = problem.part(part).times(&change)?;
+        loss.add(problem.part(part), &change, &product);
+        add_products(&mut sums, &product, rows.start, problem, levels);
+    }
+    Ok((sums, loss))
+}
 
 /// Lowers the objective over the palettes, indices fixed: the least squares problem (sum_r S_r H S_r^T) t = sum_r S_r H w_r of each group,
 /// S_r [2^n, d] being row r's indices as ones. By conjugate gradients on t for all groups at once: S_r H S_r^T t is a product with H and sums
-/// over the weights of each entry. One product a step and two more.
+/// over the weights of each entry. One product a step and one more. `slope` is [`slope`]'s.
 ///
 /// Palettes are rounded to fp16, and a group whose new one is no better keeps its old one. Gives whether any is new.
-pub(super) fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, steps: usize) -> Result<bool> {
-    let data = &problem.data;
-    let d = data.columns;
+pub(super) fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, slope: &[f64], steps: usize) -> Result<bool> {
+    let d = problem.data.columns;
     let entries = levels.entries;
-    // Half of the objective's slope in each entry.
-    let slope = sums(problem, levels, |at| levels.value(at, d) - data.original[at], true)?;
     let diagonal = diagonal(problem, levels);
     let condition = |residual: &[f64]| -> Vec<f64> {
         residual.iter().zip(&diagonal).map(|(value, h)| if *h > 0.0 { value / h } else { 0.0 }).collect()
@@ -46,7 +57,7 @@ pub(super) fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, steps: 
     let rounded: Vec<f32> = old.iter().zip(&step).map(|(old, step)| in_half(f64::from(*old) + step)).collect();
     let step: Vec<f64> = rounded.iter().zip(old).map(|(new, old)| f64::from(*new) - f64::from(*old)).collect();
     let product = moved(problem, levels, &step)?;
-    let (slopes, curves) = (dots(&step, &slope, entries), dots(&step, &product, entries));
+    let (slopes, curves) = (dots(&step, slope, entries), dots(&step, &product, entries));
     let better: Vec<bool> = slopes.iter().zip(&curves).map(|(slope, curve)| 2.0 * slope + curve < 0.0).collect();
     let chosen = rounded.iter().zip(old).enumerate().map(|(at, (new, old))| if better[at / entries] { *new } else { *old });
     let chosen: Vec<f32> = chosen.collect();
@@ -75,40 +86,31 @@ fn dots(a: &[f64], b: &[f64], entries: usize) -> Vec<f64> {
 
 /// sum_r S_r H S_r^T t.
 fn moved(problem: &Problem<'_>, levels: &Levels, t: &[f64]) -> Result<Vec<f64>> {
-    let data = &problem.data;
-    let d = data.columns;
+    let (d, data) = (problem.data.columns, &problem.data);
     let entry = |at: usize| t[at / d / levels.group_rows * levels.entries + usize::from(levels.indices[at])] as f32;
-    sums(problem, levels, entry, false)
-}
-
-/// X H summed over the weights of each entry: [groups, entries], for X [o, d] by element. Where pruned, X is 0, or W0 less if `change` says
-/// that X is W - W0.
-fn sums(problem: &Problem<'_>, levels: &Levels, x: impl Fn(usize) -> f32 + Sync, change: bool) -> Result<Vec<f64>> {
-    let data = &problem.data;
-    let d = data.columns;
     let mut sums = vec![0.0; levels.groups() * levels.entries];
     for (part, rows) in problem.chunks() {
-        let span = data.span(&rows);
-        let element = |at: usize| match (data.kept(at), change) {
-            (true, _) => x(at),
-            (false, true) => -data.original[at],
-            (false, false) => 0.0,
-        };
-        let x: Vec<f32> = span.clone().into_par_iter().map(element).collect();
-        let product = problem.part(part).times(&x)?;
-        let of_rows = product.par_chunks(d).enumerate().map(|(at, product)| {
-            let mut sums = vec![0.0; levels.entries];
-            let start = span.start + at * d;
-            for (at, product) in product.iter().enumerate() {
-                if data.kept(start + at) {
-                    sums[usize::from(levels.indices[start + at])] += f64::from(*product);
-                }
-            }
-            sums
-        });
-        add(&mut sums, of_rows.collect(), rows.start, levels);
+        let span = data.span(&rows).into_par_iter();
+        let moves: Vec<f32> = span.map(|at| if data.kept(at) { entry(at) } else { 0.0 }).collect();
+        add_products(&mut sums, &problem.part(part).times(&moves)?, rows.start, problem, levels);
     }
     Ok(sums)
+}
+
+/// Adds a product with H, of rows from `start` on, to the sums of their groups: over the weights of each entry.
+fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Problem<'_>, levels: &Levels) {
+    let (d, data) = (problem.data.columns, &problem.data);
+    let of_rows = product.par_chunks(d).enumerate().map(|(row, product)| {
+        let mut sums = vec![0.0; levels.entries];
+        let first = (start + row) * d;
+        for (at, product) in (first..).zip(product) {
+            if data.kept(at) {
+                sums[usize::from(levels.indices[at])] += f64::from(*product);
+            }
+        }
+        sums
+    });
+    add(sums, of_rows.collect(), start, levels);
 }
 
 /// H_jj summed over the weights of each entry.

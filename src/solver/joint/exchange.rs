@@ -2,9 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::factors::Part;
-use super::problem::{Problem, dots};
-use super::refit::refit_rows;
+use super::fit::Fit;
 use crate::error::Result;
 
 /// How many exchanges a row begins with, as a share of its columns.
@@ -15,82 +13,60 @@ const FIRST: usize = 24;
 pub(super) struct Exchange {
     /// Turns at most.
     pub turns: usize,
-    /// Steps of refit after each.
-    pub refit_steps: usize,
+    /// Steps of [`Fit::descend`] after each.
+    pub steps: usize,
     /// m of n:m, within whose groups weights change places.
     pub group: Option<usize>,
 }
 
-/// Lets pruned weights that would lower a row's objective change places with kept ones that hardly do, refits the row, and takes it back
-/// where that was no gain: no row gets worse, and each keeps its number of weights.
+/// Lets pruned weights that would lower a row's objective change places with kept ones that hardly do, lets the row settle, and takes it
+/// back where that was no gain: no row gets worse, and each keeps its number of weights. One product with H a turn, and one a step.
 ///
-/// With G = (W - W0) H and v_j = 1 / [H^-1]_jj, what a weight is worth when all others make up for it: a pruned weight k would gain about
-/// G_k^2 / v_k, a kept weight j cost about w_j^2 v_j.
-pub(super) fn exchange(problem: &mut Problem<'_>, weight: &mut [f32], how: Exchange) -> Result<()> {
-    let Some(mut keep) = problem.data.keep.take() else { return Ok(()) };
-    let d = problem.data.columns;
-    for (part, rows) in problem.chunks() {
-        let span = problem.data.span(&rows);
-        let part = problem.part(part);
-        let original = &problem.data.original[span.clone()];
-        let (weight, keep) = (&mut weight[span.clone()], &mut keep[span]);
-        let mut limits = vec![(d / FIRST).max(1); rows.len()];
-        let mut state = State::of(part, original, weight)?;
-        for _ in 0..how.turns {
-            let scale = part.scale.as_slice();
-            let mut new_weight = weight.to_vec();
-            let mut new_keep = keep.to_vec();
-            let tried =
-                new_weight.par_chunks_mut(d).zip(new_keep.par_chunks_mut(d)).zip(state.gradient.par_chunks(d)).zip(&limits);
-            let tried = tried.map(|(((weight, keep), gradient), limit)| {
-                let row = Row { weight, keep, gradient, scale };
-                if *limit == 0 { 0 } else { row.exchange(*limit, how.group) }
-            });
-            let tried: Vec<usize> = tried.collect();
-            if tried.iter().all(|count| *count == 0) {
-                break;
-            }
-            refit_rows(part, original, &mut new_weight, Some(&new_keep), how.refit_steps)?;
-            let new = State::of(part, original, &new_weight)?;
-            for (row, count) in tried.iter().enumerate() {
-                let span = row * d..(row + 1) * d;
-                if *count > 0 && new.loss[row] < state.loss[row] {
-                    weight[span.clone()].copy_from_slice(&new_weight[span.clone()]);
-                    keep[span.clone()].copy_from_slice(&new_keep[span.clone()]);
-                    state.gradient[span.clone()].copy_from_slice(&new.gradient[span]);
-                    state.loss[row] = new.loss[row];
-                } else {
-                    // Too many at once, or none that is worth it.
-                    limits[row] = *count / 4;
-                }
+/// With v_j = 1 / [H^-1]_jj, what a weight is worth when all others make up for it: a pruned weight k would gain about G_k^2 / v_k, a kept
+/// weight j cost about w_j^2 v_j.
+pub(super) fn exchange(fit: &mut Fit<'_>, how: Exchange) -> Result<()> {
+    let d = fit.part().diagonal.len();
+    let mut losses = fit.losses();
+    let mut limits = vec![(d / FIRST).max(1); losses.len()];
+    for _ in 0..how.turns {
+        let mut tried = fit.clone();
+        let Some(keep) = &mut tried.keep else { return Ok(()) };
+        let mut change = vec![0.0; fit.weight.len()];
+        let rows = change.par_chunks_mut(d).zip(keep.par_chunks_mut(d)).zip(&limits).enumerate();
+        let (weight, gradient, scale) = (fit.weight.as_slice(), fit.gradient.as_slice(), fit.part().scale.as_slice());
+        let counts = rows.map(|(row, ((change, keep), limit))| {
+            let span = row * d..(row + 1) * d;
+            let row = Row { change, keep, weight: &weight[span.clone()], gradient: &gradient[span], scale };
+            if *limit == 0 { 0 } else { row.exchange(*limit, how.group) }
+        });
+        let counts: Vec<usize> = counts.collect();
+        if counts.iter().all(|count| *count == 0) {
+            break;
+        }
+        tried.add(&change)?;
+        // A kept weight that goes is gone, whatever rounding left of it.
+        let gone = tried.weight.iter_mut().zip(tried.keep.iter().flatten());
+        gone.filter(|(_, keep)| !**keep).for_each(|(weight, _)| *weight = 0.0);
+        tried.descend(how.steps)?;
+        let new = tried.losses();
+        for (row, count) in counts.iter().enumerate() {
+            if *count > 0 && new[row] < losses[row] {
+                fit.take_row(row, &tried);
+                losses[row] = new[row];
+            } else {
+                // Too many at once, or none that is worth it.
+                limits[row] = *count / 4;
             }
         }
     }
-    problem.data.keep = Some(keep);
     Ok(())
-}
-
-/// Where rows stand.
-struct State {
-    /// (W - W0) H.
-    gradient: Vec<f32>,
-    /// The objective of each row.
-    loss: Vec<f64>,
-}
-
-impl State {
-    fn of(part: &Part, original: &[f32], weight: &[f32]) -> Result<Self> {
-        let change: Vec<f32> = weight.par_iter().zip(original).map(|(new, old)| new - old).collect();
-        let gradient = part.times(&change)?;
-        let loss = dots(&change, &gradient, part.diagonal.len());
-        Ok(State { gradient, loss })
-    }
 }
 
 /// One row and the scale v of its columns.
 struct Row<'a> {
-    weight: &'a mut [f32],
+    change: &'a mut [f32],
     keep: &'a mut [bool],
+    weight: &'a [f32],
     gradient: &'a [f32],
     scale: &'a [f32],
 }
@@ -120,9 +96,9 @@ impl Row<'_> {
         pairs.truncate(limit);
         for (_, comes, goes) in &pairs {
             self.keep[*comes] = true;
-            self.weight[*comes] = -self.gradient[*comes] / self.scale[*comes];
+            self.change[*comes] = -self.gradient[*comes] / self.scale[*comes];
             self.keep[*goes] = false;
-            self.weight[*goes] = 0.0;
+            self.change[*goes] = -self.weight[*goes];
         }
         pairs.len()
     }

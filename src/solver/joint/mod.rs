@@ -1,7 +1,7 @@
 //! Mask, weights and palettes of one weight found together, for the least error of the layer's output.
 //!
-//! The mask is SparseGPT's ([`prune_with`]); then the kept weights are solved for anew, palettes are made for them, a sweep with error feedback
-//! puts them on the palettes, and palettes and entries are improved in turns while that pays. What is stored has the same form, and the
+//! The mask is SparseGPT's ([`prune_with`]); then the kept weights are solved for anew, pruned and kept weights change places where that
+//! pays, palettes are made for what is kept, a sweep with error feedback puts it on the palettes, and palettes and entries are improved in turns while that pays. What is stored has the same form, and the
 //! same bytes, as by [`prune`](super::prune) and [`palettize`] one after the other.
 //!
 //! Everything minimises tr((W - W0) H (W - W0)^T) with the damped H; all products with H are libtorch's, all else goes row by row.
@@ -9,10 +9,10 @@
 mod entries;
 mod exchange;
 mod factors;
+mod fit;
 mod levels;
 mod polish;
 mod problem;
-mod refit;
 mod shrinkage;
 mod sweep;
 #[cfg(test)]
@@ -30,32 +30,65 @@ use super::palette::{Granularity, Outcome, PaletteOptions, Palettized, palettize
 use super::{Correction, Hessian, Note, PruneOptions, Sparsity, prune_with};
 use crate::error::{Error, Result};
 use exchange::{Exchange, exchange};
+use fit::Fit;
 use levels::Levels;
 use problem::{Data, Loss, Problem};
 
-/// What [`joint`] is to find, and how hard it tries.
+/// How hard [`joint`] tries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Effort {
+    /// Steps in which the kept weights are refitted.
+    pub refit_steps: usize,
+    /// Turns in which pruned and kept weights change places.
+    pub exchange_turns: usize,
+    /// Steps in which weights are refitted after each of these.
+    pub exchange_steps: usize,
+    /// Whether weights go onto the palette with error feedback, or each to its nearest entry.
+    pub sweep: bool,
+    /// Steps in which the palettes are refitted, each time; 0 leaves them as they are.
+    pub palette_steps: usize,
+    /// Whether each weight in turn goes to the entry that is best for it as the others are.
+    pub polish: bool,
+    /// Turns of palette refit and polish at most.
+    pub turns: usize,
+}
+
+impl Default for Effort {
+    /// All that pays.
+    fn default() -> Self {
+        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 8, sweep: true, palette_steps: 2, polish: true, turns: 2 }
+    }
+}
+
+impl Effort {
+    /// Products of the weight with its Hessian that this takes, about.
+    pub fn products(&self) -> f64 {
+        let turn = self.palette_steps as f64 + 3.0;
+        let exchange = (self.exchange_turns * (1 + self.exchange_steps)) as f64;
+        let refits = if self.exchange_turns > 0 { 2.0 } else { 1.0 };
+        5.0 + refits * self.refit_steps as f64 + exchange + self.turns as f64 * turn
+    }
+
+    /// Nothing beyond the mask and weighted palettes.
+    pub const LEAST: Effort =
+        Effort { refit_steps: 0, exchange_turns: 0, exchange_steps: 0, sweep: false, palette_steps: 0, polish: false, turns: 0 };
+}
+
+/// What [`joint`] is to find.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct JointOptions {
     /// What is pruned; its `dampening` is that of the factors.
     pub prune: Option<PruneOptions>,
     /// What the palettes are.
     pub palettize: Option<PaletteOptions>,
-    /// Steps in which the kept weights are refitted.
-    pub refit_steps: usize,
-    /// Turns in which pruned and kept weights change places.
-    pub exchange_turns: usize,
-    /// Whether weights go onto the palette with error feedback, or each to its nearest entry.
-    pub sweep: bool,
-    /// Steps in which the palettes are refitted, each time; 0 leaves them as they are.
-    pub palette_steps: usize,
-    /// Turns of palette refit and polish at most.
-    pub turns: usize,
+    /// How hard it tries.
+    pub effort: Effort,
 }
 
 impl JointOptions {
-    /// All that the solver can, for this pruning and these palettes.
+    /// With all the effort that pays.
     pub fn new(prune: Option<PruneOptions>, palettize: Option<PaletteOptions>) -> Self {
-        JointOptions { prune, palettize, refit_steps: 8, exchange_turns: 0, sweep: true, palette_steps: 4, turns: 4 }
+        JointOptions { prune, palettize, effort: Effort::default() }
     }
 
     /// The order of columns in which this is best solved.
@@ -167,17 +200,14 @@ pub fn joint(
     let mut pruned_loss = None;
     let mut first_mask = None;
     if problem.data.keep.is_some() {
-        refit::refit(&problem, &mut best, options.refit_steps)?;
-        if options.exchange_turns > 0 && options.refit_steps > 0 {
-            let group = match options.prune.map(|prune| prune.sparsity) {
-                Some(Sparsity::NM { m, .. }) => Some(m),
-                _ => None,
-            };
-            let how = Exchange { turns: options.exchange_turns, refit_steps: 4, group };
+        let group = match options.prune.map(|prune| prune.sparsity) {
+            Some(Sparsity::NM { m, .. }) => Some(m),
+            _ => None,
+        };
+        if options.effort.exchange_turns > 0 {
             first_mask = problem.data.keep.clone();
-            exchange(&mut problem, &mut best, how)?;
-            refit::refit(&problem, &mut best, options.refit_steps)?;
         }
+        settle(&mut problem, &mut best, &options.effort, group)?;
         pruned_loss = Some(problem.loss(|at| best[at])?.bare);
     }
     let solution = match &options.palettize {
@@ -212,6 +242,29 @@ pub fn joint(
         natural.restore(&mut palettized.indices);
     }
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
+}
+
+/// Brings weights to the best on their mask, and the mask to a better one of the same size. `group` is m of n:m.
+fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group: Option<usize>) -> Result<()> {
+    let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
+    if refit_steps == 0 && exchange_turns == 0 {
+        return Ok(());
+    }
+    let Some(mut keep) = problem.data.keep.take() else { return Ok(()) };
+    for (part, rows) in problem.chunks() {
+        let span = problem.data.span(&rows);
+        let original = &problem.data.original[span.clone()];
+        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], Some(&keep[span.clone()]))?;
+        fit.descend(refit_steps)?;
+        exchange(&mut fit, Exchange { turns: exchange_turns, steps: exchange_steps, group })?;
+        if exchange_turns > 0 {
+            fit.descend(refit_steps)?;
+        }
+        weight[span.clone()].copy_from_slice(&fit.weight);
+        keep[span].copy_from_slice(fit.keep.as_deref().unwrap_or_default());
+    }
+    problem.data.keep = Some(keep);
+    Ok(())
 }
 
 /// The error of a solution on vectors [n, groups d] as a multiple of another's.
@@ -290,22 +343,23 @@ impl Solution {
         let Some(mut first) = first else { return Self::of(problem, half, None) };
         drop(half);
         let mut levels = Levels::new(&first.palettes, 1 << first.bits, first.group_size, std::mem::take(&mut first.indices));
-        if options.sweep {
+        if options.effort.sweep {
             sweep::sweep(problem, weight, &mut levels)?;
         }
-        let data = &problem.data;
-        let value = |levels: &Levels, at| if data.kept(at) { levels.value(at, data.columns) } else { 0.0 };
-        let mut loss = problem.loss(|at| value(&levels, at))?.damped;
-        for _ in 0..options.turns {
-            if options.palette_steps > 0 {
-                entries::refit_palettes(problem, &mut levels, options.palette_steps)?;
+        let Effort { palette_steps, turns, .. } = options.effort;
+        let mut now = if turns > 0 { entries::slope(problem, &levels)? } else { Default::default() };
+        for turn in 1..=turns {
+            if palette_steps > 0 {
+                entries::refit_palettes(problem, &mut levels, &now.0, palette_steps)?;
             }
-            let changed = polish::polish(problem, &mut levels)?;
-            let now = problem.loss(|at| value(&levels, at))?.damped;
-            if changed == 0 || now > loss * (1.0 - WORTH) {
+            let changed = if options.effort.polish { polish::polish(problem, &mut levels)? } else { 0 };
+            if changed == 0 || turn == turns {
                 break;
             }
-            loss = now;
+            let before = std::mem::replace(&mut now, entries::slope(problem, &levels)?);
+            if now.1.damped > before.1.damped * (1.0 - WORTH) {
+                break;
+            }
         }
         first.palettes = levels.palettes();
         first.indices = std::mem::take(&mut levels.indices);

@@ -74,10 +74,7 @@ impl Problem<'_> {
             let part = self.part(part);
             let change = self.data.change(&rows, &weight);
             let product = part.times(&change)?;
-            let damped: f64 = dots(&change, &product, self.data.columns).iter().sum();
-            let square: f64 = dots(&change, &change, self.data.columns).iter().sum();
-            loss.damped += damped;
-            loss.bare += (damped - part.added * square).max(0.0);
+            loss.add(part, &change, &product);
         }
         Ok(loss)
     }
@@ -90,6 +87,17 @@ pub(super) struct Loss {
     pub damped: f64,
     /// By the Hessian itself: what calibration would see.
     pub bare: f64,
+}
+
+impl Loss {
+    /// Adds that of some rows of a change D, with D H.
+    pub fn add(&mut self, part: &Part, change: &[f32], product: &[f32]) {
+        let columns = part.diagonal.len();
+        let damped: f64 = dots(change, product, columns).iter().sum();
+        let square: f64 = dots(change, change, columns).iter().sum();
+        self.damped += damped;
+        self.bare += (damped - part.added * square).max(0.0);
+    }
 }
 
 /// The dot product of each row of `a` with that of `b`, in fp64.

@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
 use crate::error::Result;
 
@@ -16,16 +17,18 @@ pub(super) fn shrinkage(h: &Triangle, vectors: u64) -> Result<f64> {
     let mut squares = 0.0;
     for index in 0..h.count() {
         let rows = h.rows(index);
-        squares += norm(&h.corner(index)?)?.powi(2);
+        squares += energy(&h.corner(index)?)?;
         if rows.end < h.dimension() {
-            squares += 2.0 * norm(&h.part(index, rows.end..h.dimension())?)?.powi(2);
+            squares += 2.0 * energy(&h.part(index, rows.end..h.dimension())?)?;
         }
     }
     Ok(ratio(trace, squares, d, vectors as f64))
 }
 
-fn norm(part: &Tensor) -> Result<f64> {
-    Ok(part.f_norm()?.f_double_value(&[])?)
+/// The squares' sum, row by row: a sum over all at once is made of as many parts as there are threads, and rounds with them.
+fn energy(part: &Tensor) -> Result<f64> {
+    let rows: Vec<f32> = to_vec(&part.f_norm_scalaropt_dim(2.0, [1], false)?)?;
+    Ok(rows.into_iter().map(|norm| f64::from(norm).powi(2)).sum())
 }
 
 fn ratio(trace: f64, squares: f64, d: f64, vectors: f64) -> f64 {

@@ -51,6 +51,29 @@ fn loss(problem: &Problem<'_>, levels: &Levels) -> f64 {
     problem.loss(|at| value(data, levels, at)).unwrap().damped
 }
 
+/// Weights refitted on their mask; what the fit takes for their loss is their loss.
+fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
+    for (part, rows) in problem.chunks() {
+        let span = problem.data.span(&rows);
+        let keep = problem.data.keep.as_ref().map(|keep| &keep[span.clone()]);
+        let original = &problem.data.original[span.clone()];
+        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], keep).unwrap();
+        fit.descend(steps).unwrap();
+        let again = Fit::new(problem.part(part), original, &fit.weight, keep).unwrap().losses();
+        for (kept, again) in fit.losses().iter().zip(again) {
+            assert!((kept - again).abs() <= 1e-4 * again + 1e-9, "{kept} and {again}");
+        }
+        weight[span].copy_from_slice(&fit.weight);
+    }
+}
+
+fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, steps: usize) {
+    let (slope, loss) = entries::slope(problem, levels).unwrap();
+    let data = &problem.data;
+    assert_eq!(loss, problem.loss(|at| value(data, levels, at)).unwrap());
+    entries::refit_palettes(problem, levels, &slope, steps).unwrap();
+}
+
 /// A problem of any shape: convolution groups, rows in each, columns, sparsity, seed.
 fn shapes() -> impl Strategy<Value = (i64, usize, usize, f64, i64)> {
     (1..3_i64, prop::sample::select(&[2_usize, 4, 6][..]), 2..40_usize, prop::sample::select(&[0.0, 0.4, 0.9][..]), 0..1000_i64)
@@ -72,7 +95,7 @@ proptest! {
         let mut before = problem.loss(|at| start[at]).unwrap().damped;
         for steps in [1, 2, 4, 8] {
             let mut weight = start.clone();
-            refit::refit(&problem, &mut weight, steps).unwrap();
+            refit(&problem, &mut weight, steps);
             prop_assert!((0..weight.len()).all(|at| problem.data.kept(at) || weight[at] == 0.0));
             let after = problem.loss(|at| weight[at]).unwrap().damped;
             prop_assert!(not_above(after, before), "{} steps: {} after {}", steps, after, before);
@@ -92,7 +115,7 @@ proptest! {
         let mut levels = levels(&problem, 1 << bits, if whole { rows } else { 2 });
         let mut before = loss(&problem, &levels);
         for steps in [1, 3] {
-            entries::refit_palettes(&problem, &mut levels, steps).unwrap();
+            refit_palettes(&problem, &mut levels, steps);
             let after = loss(&problem, &levels);
             prop_assert!(not_above(after, before), "palette: {} after {}", after, before);
             prop_assert!(levels.values().chunks(1 << bits).all(|palette| palette.is_sorted()));
@@ -140,10 +163,11 @@ proptest! {
         let mut problem = problem(&factors, groups as usize * of_part, d, 0.4, seed);
         let keep = problem.data.keep.clone().unwrap();
         let mut weight: Vec<f32> = (0..keep.len()).map(|at| if keep[at] { problem.data.original[at] } else { 0.0 }).collect();
-        refit::refit(&problem, &mut weight, 8).unwrap();
+        refit(&problem, &mut weight, 8);
         let before = problem.loss(|at| weight[at]).unwrap().damped;
         let group = of_two.then_some(2);
-        exchange::exchange(&mut problem, &mut weight, Exchange { turns: 4, refit_steps: 4, group }).unwrap();
+        let effort = Effort { refit_steps: 0, exchange_turns: 4, exchange_steps: 4, ..Effort::LEAST };
+        settle(&mut problem, &mut weight, &effort, group).unwrap();
         let after = problem.loss(|at| weight[at]).unwrap().damped;
         prop_assert!(not_above(after, before), "{} after {}", after, before);
         let new = problem.data.keep.clone().unwrap();
@@ -171,7 +195,7 @@ fn many_steps_of_refit_are_the_exact_solution() {
         let problem = problem(&factors, 6, 24, sparsity, 5);
         let mut weight = problem.data.original.clone();
         weight.iter_mut().enumerate().filter(|(at, _)| !problem.data.kept(*at)).for_each(|(_, weight)| *weight = 0.0);
-        refit::refit(&problem, &mut weight, 60).unwrap();
+        refit(&problem, &mut weight, 60);
         let h = whole(&factors);
         for row in 0..6 {
             let kept: Vec<i64> = (0..24).filter(|column| problem.data.kept(row * 24 + *column as usize)).collect();
@@ -210,7 +234,7 @@ fn many_steps_of_palette_refit_are_the_least_squares_solution() {
     let exact: Vec<f64> = Vec::try_from(Tensor::linalg_solve(&matrix, &right, true).squeeze_dim(1)).unwrap();
     let mut exact = exact;
     exact.sort_by(f64::total_cmp);
-    entries::refit_palettes(&problem, &mut levels, 40).unwrap();
+    refit_palettes(&problem, &mut levels, 40);
     for (ours, exact) in levels.values().iter().zip(&exact) {
         assert!((f64::from(*ours) - exact).abs() < 2e-3 * (1.0 + exact.abs()), "{ours} and {exact}");
     }

@@ -98,6 +98,48 @@ fn values_out_of_bounds() {
 }
 
 #[test]
+fn solvers_and_what_goes_with_them() {
+    wrong("palettize: {}\ngranularity: block\n", 2, 14, &["must be stage, or sublayer, not `block`"]);
+    wrong("palettize: {}\ntarget: fp16\n", 2, 9, &["must be current, or dense, not `fp16`"]);
+    let needs = "`target: dense` needs `solver: joint` and `granularity: sublayer`";
+    wrong("palettize: {}\nsolver: sequential\ngranularity: sublayer\ntarget: dense\n", 4, 9, &[needs]);
+    wrong("palettize: {}\ngranularity: stage\ntarget: dense\n", 3, 9, &[needs]);
+    wrong("calibration:\n  timestep_weighting: late\n", 2, 23, &["must be uniform, or early, or log, not `late`"]);
+    wrong("calibration:\n  captions_nsamples: 0\n", 2, 22, &["must be between 1"]);
+    wrong("calibration:\n  caption: x.txt\n", 2, 3, &["unknown key `caption` in calibration; did you mean `captions`?"]);
+}
+
+#[test]
+fn effort() {
+    let with = |line: &str| format!("palettize: {{}}\njoint:\n  {line}\n");
+    wrong(&with("refit_steps: -1"), 3, 16, &["must be between 0 and 1000, not -1"]);
+    wrong(&with("turns: 1001"), 3, 10, &["must be between 0 and 1000, not 1001"]);
+    wrong(&with("sweep: 3"), 3, 10, &["must be true or false, not 3"]);
+    wrong(&with("polish_steps: 3"), 3, 3, &["unknown key `polish_steps` in joint"]);
+    assert!(!parsed(&with("polish: false")).effort.polish);
+}
+
+#[test]
+fn budgets() {
+    let with = |budget: &str| format!("solver: joint\npalettize: {{}}\nbudget:\n{budget}");
+    wrong(&with("  target_bits: 3\n  target_size: 1GiB\n"), 5, 16, &["exclude each other"]);
+    wrong(&with("  min_bits: 3\n"), 4, 3, &["`budget` needs `target_size` or `target_bits`"]);
+    for size in ["933MB", "many", "-1MiB", "1e400GiB"] {
+        wrong(&with(&format!("  target_size: '{size}'\n")), 4, 16, &["`target_size` must be a size such as 933MiB"]);
+    }
+    for bits in ["0", "-1", "17", ".nan"] {
+        wrong(&with(&format!("  target_bits: {bits}\n")), 4, 16, &["must be above 0 and at most 16"]);
+    }
+    wrong(&with("  target_bits: 3\n  min_bits: 5\n"), 5, 13, &["must be 1, 2, 3, 4, 6 or 8"]);
+    wrong(&with("  target_bits: 3\n  max_sparsity: 1.0\n"), 5, 17, &["less than 1"]);
+    wrong(&with("  target_bits: 3\n  probes: 0\n"), 5, 11, &["between 1"]);
+    wrong(&with("  target_bits: 3\n  min_bit: 3\n"), 5, 3, &["unknown key `min_bit` in budget; did you mean `min_bits`?"]);
+    let needs = "a budget needs `solver: joint` and a `palettize` section";
+    wrong("solver: joint\nprune: {}\nbudget: {target_bits: 3}\n", 3, 9, &[needs]);
+    wrong("solver: sequential\npalettize: {}\nbudget: {target_bits: 3}\n", 3, 9, &[needs]);
+}
+
+#[test]
 fn ratios() {
     for ratio in ["[4, 4]", "[5, 4]", "[0, 4]", "[-2, 4]", "[2, four]", "4:4", "4:2"] {
         wrong_value("prune", "n_m_ratio", ratio, &["0 < n < m"]);

@@ -75,6 +75,44 @@ fn the_other_flags() {
 }
 
 #[test]
+fn a_solver_brings_what_goes_with_it() {
+    let of = |yaml: &str, solver: Option<&str>, granularity: Option<&str>, target: Option<&str>| {
+        let own = |word: Option<&str>| word.map(str::to_owned);
+        let flags = Overrides { solver: own(solver), granularity: own(granularity), target: own(target), ..Overrides::default() };
+        let mut config = parsed(yaml);
+        config.apply(&flags).unwrap();
+        assert_eq!(parsed(&config.to_yaml()), config);
+        (config.solver.name(), config.pace.name(), config.target.name())
+    };
+    let (joint, sequential) = ("palettize: {}", "palettize: {}\nsolver: sequential");
+    assert_eq!(of(joint, None, None, None), ("joint", "sublayer", "dense"));
+    assert_eq!(of("prune: {algorithm: magnitude}", None, None, None), ("sequential", "stage", "current"));
+    assert_eq!(of("granularity: stage\npalettize: {}", None, None, None), ("joint", "stage", "current"));
+    assert_eq!(of(sequential, None, None, None), ("sequential", "stage", "current"));
+    assert_eq!(of(sequential, Some("joint"), None, None), ("joint", "sublayer", "dense"));
+    assert_eq!(of(sequential, Some("joint"), Some("stage"), None), ("joint", "stage", "current"));
+    assert_eq!(of(joint, Some("sequential"), None, None), ("sequential", "stage", "current"));
+    assert_eq!(of(joint, None, Some("stage"), None), ("joint", "stage", "current"));
+    assert_eq!(of(joint, None, None, Some("current")), ("joint", "sublayer", "current"));
+    // What is named already is not changed by naming it again.
+    assert_eq!(of("target: current\npalettize: {}", Some("joint"), Some("sublayer"), None), ("joint", "sublayer", "current"));
+    refused(
+        joint,
+        Overrides { granularity: Some("stage".into()), target: Some("dense".into()), ..Overrides::default() },
+        &[("--target dense", "needs `solver: joint` and `granularity: sublayer`")],
+    );
+    let magnitude = "prune: {algorithm: magnitude}\npalettize: {}";
+    refused(magnitude, Overrides { solver: Some("joint".into()), ..Overrides::default() }, &[("--solver joint", "sparse_gpt")]);
+    refused(
+        sequential,
+        Overrides { target_size: Some("1GiB".into()), ..Overrides::default() },
+        &[("--target-size 1GiB", "a budget needs `solver: joint`")],
+    );
+    let both = Overrides { target_size: Some("1GiB".into()), target_bits: Some(3.0), ..Overrides::default() };
+    refused(joint, both, &[("--target-bits 3", "exclude each other")]);
+}
+
+#[test]
 fn a_section_that_is_not_there_is_added() {
     let mut config = parsed("palettize: null\n");
     config.apply(&Overrides { target_sparsity: Some(0.0), group_size: Some(8), ..Overrides::default() }).unwrap();

@@ -115,13 +115,16 @@ fn config() -> impl Strategy<Value = String> {
     let calibration = (
         optional("prompts", prompts),
         optional("samples", text().prop_map(|path| quoted(&path))),
+        optional("captions", text().prop_map(|path| quoted(&path))),
+        optional("captions_nsamples", (1..=u32::MAX).prop_map(|n| n.to_string())),
+        optional("timestep_weighting", prop::sample::select(&["uniform", "early", "log"][..]).prop_map(str::to_owned)),
         optional("calibration_nsamples", (1..=u32::MAX).prop_map(|n| n.to_string())),
         optional("steps", (1..1000u32).prop_map(|n| n.to_string())),
         optional("guidance", (0.0..1e300f64).prop_map(|guidance| format!("{guidance:?}"))),
         optional("seed", any::<u64>().prop_map(|seed| seed.to_string())),
         prop::option::of((1..=u32::MAX, 1..=u32::MAX).prop_map(|(height, width)| format!("height: {height}, width: {width}"))),
     )
-        .prop_map(|(a, b, c, d, e, f, g)| mapping(vec![a, b, c, d, e, f, g]));
+        .prop_map(|(a, b, c, d, e, f, g, h, i, j)| mapping(vec![a, b, c, d, e, f, g, h, i, j]));
     let layers =
         optional("layers", prop::collection::vec(text().prop_map(|name| quoted(&regex_escape(&name))), 1..4).prop_map(list));
     let prune = (layers, rules(prune_settings().boxed())).prop_map(|(layers, rules)| mapping([vec![layers], rules].concat()));
@@ -131,14 +134,51 @@ fn config() -> impl Strategy<Value = String> {
         rules(palette_settings().boxed()),
     )
         .prop_map(|(misfit, threshold, rules)| mapping([vec![misfit, threshold], rules].concat()));
-    let solver = optional("solver", prop::sample::select(&["sequential", "joint"][..]).prop_map(str::to_owned));
+    let solver = prop::sample::select(
+        &[
+            "",
+            "solver: joint",
+            "solver: sequential",
+            "solver: sequential, granularity: sublayer",
+            "granularity: stage",
+            "target: current",
+            "solver: joint, granularity: sublayer, target: dense",
+        ][..],
+    )
+    .prop_map(|keys| (!keys.is_empty()).then(|| keys.to_owned()));
+    let joint = (
+        optional("refit_steps", (0..=1000u32).prop_map(|n| n.to_string())),
+        optional("palette_steps", (0..=1000u32).prop_map(|n| n.to_string())),
+        optional("turns", (0..=1000u32).prop_map(|n| n.to_string())),
+        optional("sweep", any::<bool>().prop_map(|on| on.to_string())),
+        optional("polish", any::<bool>().prop_map(|on| on.to_string())),
+    )
+        .prop_map(|(a, b, c, d, e)| mapping(vec![a, b, c, d, e]));
+    let target = prop_oneof![
+        (1..=1u64 << 50).prop_map(|bytes| format!("target_size: {bytes}")),
+        (1..=160u32).prop_map(|tenths| format!("target_bits: {}", f64::from(tenths) / 10.0)),
+    ];
+    let budget = (
+        target,
+        optional("min_bits", prop::sample::select(&["1", "2", "3", "4", "6", "8"][..]).prop_map(str::to_owned)),
+        optional("max_sparsity", share()),
+        optional("probes", (1..=u32::MAX).prop_map(|n| n.to_string())),
+    )
+        .prop_map(|(target, b, c, d)| mapping(vec![Some(target), b, c, d]));
     let sections = (
         optional("model", model),
         optional("calibration", calibration),
         optional("prune", prune),
-        optional("palettize", palettize),
+        palettize.prop_map(|section| Some(format!("palettize: {section}"))),
+        optional("joint", joint),
+        prop::option::of(budget),
     );
-    (solver, sections).prop_map(|(solver, (a, b, c, d))| mapping(vec![a, b, solver, c, d]))
+    (solver, sections).prop_map(|(solver, (a, b, c, d, e, budget))| {
+        // A budget is the joint solver's.
+        let spends = solver.as_ref().is_none_or(|solver| !solver.contains("sequential"));
+        let budget = budget.filter(|_| spends).map(|budget| format!("budget: {budget}"));
+        mapping(vec![a, b, solver, c, d, e, budget])
+    })
 }
 
 proptest! {
@@ -159,20 +199,28 @@ fn every_default_is_written() {
   device: 'cpu'
   dtype: 'f32'
 calibration:
-  prompts: 'calibration/tutorial.txt'
+  prompts: 'calibration/varied.txt'
   samples: null
   captions: null
   captions_nsamples: 512
   timestep_weighting: uniform
-  calibration_nsamples: 128
+  calibration_nsamples: 384
   steps: 20
   guidance: 5.0
   seed: 0
   height: null
   width: null
-solver: sequential
-granularity: stage
-target: current
+solver: joint
+granularity: sublayer
+target: dense
+joint:
+  refit_steps: 8
+  exchange_turns: 3
+  exchange_steps: 8
+  sweep: true
+  palette_steps: 2
+  polish: true
+  turns: 2
 prune:
   layers:
     - 'down_blocks\.\d+'

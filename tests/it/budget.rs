@@ -1,0 +1,179 @@
+//! Runs with a byte budget, and the ways of calibration that go beyond the tutorial's, through the binary.
+
+use std::path::{Path, PathBuf};
+
+use sdxl_squeeze::calibration::{Samples, weights};
+use sdxl_squeeze::config::{RunConfig, Sparsity, TimestepWeighting};
+use sdxl_squeeze::pipeline::PipelineFolder;
+use serde_json::Value;
+
+use crate::support::{ended_with, repo, squeeze, squeezing, tiny};
+
+/// Everything on: what our own configs ask for, on a small run.
+const ALL: [&str; 6] = ["--solver", "joint", "--granularity", "sublayer", "--target", "dense"];
+
+fn args(config: &Path, out: &Path, more: &[&str]) -> Vec<String> {
+    let prompts = repo("calibration/emoji.txt");
+    let paths = [("--config", config), ("--model", tiny()), ("--out", out), ("--prompts", &prompts)];
+    let paths = paths.iter().flat_map(|(flag, path)| [(*flag).to_owned(), path.to_str().unwrap().to_owned()]);
+    let counts = ["--calibration-nsamples", "10", "--steps", "4"];
+    std::iter::once("compress".to_owned()).chain(paths).chain(counts.iter().chain(more).map(|arg| (*arg).to_owned())).collect()
+}
+
+fn run(code: i32, args: &[String]) -> String {
+    ended_with(code, &squeeze(&args.iter().map(String::as_str).collect::<Vec<_>>()))
+}
+
+fn report(out: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+}
+
+fn container(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("unet.squeezed.safetensors")).unwrap()
+}
+
+fn s50() -> PathBuf {
+    repo("configs/joint-s50-4bit-gs16.yaml")
+}
+
+#[test]
+fn a_budget_is_met_within_its_limits_by_a_recipe_that_can_be_run_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("budget.yaml");
+    let yaml = "
+solver: joint
+prune:
+  module_name_configs: {'mid_block\\.resnets\\.0\\.conv1': null}
+palettize:
+  global_config: {n_bits: 4, granularity: per_grouped_channel, group_size: 16}
+  module_name_configs: {'mid_block\\.resnets\\.0\\.conv1': null}
+  on_misfit: dense
+budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
+";
+    std::fs::write(&config, yaml).unwrap();
+    let out = folder.path().join("out");
+    run(0, &args(&config, &out, &[]));
+    let found = report(&out);
+    let bits = found["bits_per_weight"].as_f64().unwrap();
+    assert!((3.9..=4.0).contains(&bits), "{bits} bits a weight");
+
+    // The recipe has a rule for each layer and keeps to the limits; the layer that was left alone is.
+    let recipe = RunConfig::read(&out.join("config.yaml")).unwrap();
+    assert_eq!(recipe.budget, None);
+    let (prune, palettize) = (recipe.prune.unwrap(), recipe.palettize.unwrap());
+    let named = palettize.rules.module_name_configs.len();
+    assert_eq!((named, prune.rules.module_name_configs.len()), (named, named));
+    let settings: Vec<_> = palettize.rules.module_name_configs.iter().filter_map(|(_, rule)| *rule).collect();
+    assert!(settings.len() > 100 && settings.iter().all(|rule| rule.n_bits >= 3), "{settings:?}");
+    assert!(settings.iter().any(|rule| rule.n_bits != settings[0].n_bits), "one setting for all");
+    for (_, rule) in prune.rules.module_name_configs {
+        assert!(rule.is_none_or(|rule| matches!(rule.sparsity, Sparsity::Unstructured(share) if share <= 0.4)), "{rule:?}");
+    }
+    let layers = found["layers"].as_array().unwrap();
+    assert!(layers.iter().all(|layer| layer["name"] != "mid_block.resnets.0.conv1"));
+
+    // Run again as a plain config: the same bytes.
+    let again = folder.path().join("again");
+    run(0, &args(&out.join("config.yaml"), &again, &[]));
+    assert!(container(&again) == container(&out));
+}
+
+#[test]
+fn too_few_bytes_are_refused_with_how_many_would_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let with = |code, bytes: u64| {
+        let out = folder.path().join(bytes.to_string());
+        let said = run(code, &args(&s50(), &out, &["--solver", "joint", "--target-size", &format!("{bytes} B")]));
+        (said, out)
+    };
+    let (refused, _) = with(2, 10_240);
+    let least =
+        refused.split("(10,240 bytes) are too few: the smallest settings take ").nth(1).unwrap_or_else(|| panic!("{refused}"));
+    let digits: String = least.split(['(', ')']).nth(1).unwrap().chars().filter(char::is_ascii_digit).collect();
+    let least = digits.parse().unwrap();
+    let (_, out) = with(0, least);
+    // Where several weights are equally small, a mask takes one more or less.
+    let found = report(&out)["payload_bytes"].as_u64().unwrap();
+    assert!(found <= least + least / 1000, "{found} of {least}");
+}
+
+#[test]
+fn everything_at_once_gives_the_same_bytes_on_any_threads_and_when_it_is_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let captions = repo("calibration/emoji-captions.txt");
+    let more = [&ALL[..], &["--target-bits", "6", "--captions", captions.to_str().unwrap()]].concat();
+    let on = |threads: &str| {
+        let out = folder.path().join(threads);
+        let args = args(&s50(), &out, &more);
+        let mut command = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let begin = std::time::Instant::now();
+        ended_with(0, &command.env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).output().unwrap());
+        (container(&out), begin.elapsed())
+    };
+    let ((one, _), (two, time)) = (on("1"), on("2"));
+    assert!(one == two, "one thread and two give other bytes");
+
+    let out = folder.path().join("killed");
+    let mut kills = 0;
+    for moment in 1..=5 {
+        let args = args(&s50(), &out, &[&more[..], &["--resume"]].concat());
+        let mut child = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let mut child = child.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+        std::thread::sleep(time.mul_f64(f64::from(moment) / 6.0));
+        kills += i32::from(child.try_wait().unwrap().is_none());
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
+    run(0, &args(&s50(), &out, &[&more[..], &["--resume"]].concat()));
+    assert!(container(&out) == two, "killed and resumed, other bytes");
+    assert!(kills >= 2, "only {kills} of five runs were killed");
+}
+
+#[test]
+fn captions_make_more_vectors_for_text_and_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let vectors = |name: &str, more: &[&str]| {
+        let out = folder.path().join(name);
+        run(0, &args(&s50(), &out, &[&ALL[..2], more].concat()));
+        let found = report(&out);
+        let layers = found["layers"].as_array().unwrap().clone();
+        move |ending: &str| {
+            let layer = layers.iter().find(|layer| layer["name"].as_str().unwrap().ends_with(ending)).unwrap();
+            layer["vectors"].as_u64().unwrap()
+        }
+    };
+    let captions = folder.path().join("captions.txt");
+    std::fs::write(&captions, "owl\nrocket\na picture of a cat face!\n").unwrap();
+    let plain = vectors("plain", &[]);
+    let with = vectors("with", &["--captions", captions.to_str().unwrap()]);
+    let [to_k, time, to_q] = ["attn2.to_k", "time_emb_proj", "attn2.to_q"];
+    // A caption with guidance: two texts of 77 states, and at four timesteps an embedding of each.
+    assert_eq!(with(to_k) - plain(to_k), 3 * 2 * 77);
+    assert_eq!(with(time) - plain(time), 3 * 4 * 2);
+    assert_eq!(with(to_q), plain(to_q));
+}
+
+#[test]
+fn timesteps_count_as_they_are_noisy_and_one_in_the_mean() {
+    let folder = tempfile::tempdir().unwrap();
+    let samples = folder.path().join("samples.safetensors");
+    let out = folder.path().join("uniform");
+    run(0, &args(&s50(), &out, &["--samples-out", samples.to_str().unwrap()]));
+    let pipeline = PipelineFolder::open(tiny()).unwrap();
+    let samples = Samples::read(&samples, pipeline.unet.config(), 10).unwrap();
+    for by in [TimestepWeighting::Early, TimestepWeighting::Log] {
+        let found = weights(&samples, &pipeline, by).unwrap();
+        assert!((found.iter().sum::<f64>() / found.len() as f64 - 1.0).abs() < 1e-12, "{found:?}");
+        let mut order: Vec<_> = samples.calls.iter().map(|call| call.timestep).zip(&found).collect();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0));
+        assert!(order.windows(2).all(|pair| pair[0].0 == pair[1].0 || pair[0].1 < pair[1].1), "{order:?}");
+    }
+    assert_eq!(weights(&samples, &pipeline, TimestepWeighting::Uniform).unwrap(), vec![1.0; 10]);
+
+    let config = folder.path().join("early.yaml");
+    let yaml = std::fs::read_to_string(s50()).unwrap().replace("calibration:\n", "calibration:\n  timestep_weighting: early\n");
+    std::fs::write(&config, yaml).unwrap();
+    let early = folder.path().join("early");
+    run(0, &args(&config, &early, &[]));
+    assert!(container(&early) != container(&out), "the weights change nothing");
+}
