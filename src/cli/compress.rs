@@ -263,7 +263,7 @@ fn summary(report: &JobReport) -> String {
     }
     let mut text = super::table::right_aligned(table, 1);
     text.push_str("\n(pruned, stored: output error on the calibration inputs; weights: distance of the weights)\n");
-    for note in &report.notes {
+    for note in grouped(report) {
         text.push_str(&format!("note: {note}\n"));
     }
     text.push_str(&format!(
@@ -272,4 +272,24 @@ fn summary(report: &JobReport) -> String {
         report.bits_per_weight
     ));
     text
+}
+
+/// The notes, those that say the same of many layers in one; the report has each of them.
+fn grouped(report: &JobReport) -> Vec<String> {
+    const FEW: usize = 3;
+    let mut groups: Vec<(&str, Vec<&str>)> = Vec::new();
+    for note in &report.notes {
+        let layer = note.split_once(": ").filter(|(name, _)| report.layers.iter().any(|layer| layer.name == *name));
+        let (name, what) = layer.unwrap_or(("", note));
+        match groups.iter_mut().find(|(other, _)| *other == what) {
+            Some((_, names)) => names.push(name),
+            None => groups.push((what, vec![name])),
+        }
+    }
+    let line = |(what, names): (&str, Vec<&str>)| match names[..] {
+        [""] => vec![what.to_owned()],
+        [first, .., last] if names.len() > FEW => vec![format!("{} layers, {first} to {last}: {what}", names.len())],
+        _ => names.iter().map(|name| format!("{name}: {what}")).collect(),
+    };
+    groups.into_iter().flat_map(line).collect()
 }

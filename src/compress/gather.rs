@@ -187,18 +187,19 @@ impl Observer for Gatherer {
 /// Vectors that are kept of a held-out sample.
 pub(super) const HELD_VECTORS: i64 = 144;
 
-/// Keeps the outputs of some layers, with what is added to them, and ends the forward with [`Error::SeenEnough`] when it has all.
+/// Keeps the outputs of some layers, with what is added to them.
 #[derive(Debug, Default)]
 pub(super) struct DenseOutputs {
     wanted: Vec<String>,
+    hasty: bool,
     residuals: BTreeMap<String, Tensor>,
     outputs: BTreeMap<String, Tensor>,
 }
 
 impl DenseOutputs {
-    /// Those of these layers.
-    pub fn of(wanted: Vec<String>) -> Self {
-        DenseOutputs { wanted, ..DenseOutputs::default() }
+    /// Those of these layers. One that is `hasty` ends the forward with [`Error::SeenEnough`] when it has all.
+    pub fn of(wanted: Vec<String>, hasty: bool) -> Self {
+        DenseOutputs { wanted, hasty, ..DenseOutputs::default() }
     }
 
     fn wants(&self, layer: &Layer) -> bool {
@@ -223,7 +224,7 @@ impl Observer for DenseOutputs {
             let whole = sum(output, self.residuals.remove(layer.name()).as_ref())?;
             self.outputs.insert(layer.name().to_owned(), whole);
         }
-        if self.outputs.len() == self.wanted.len() { Err(Error::SeenEnough) } else { Ok(()) }
+        if self.hasty && self.outputs.len() == self.wanted.len() { Err(Error::SeenEnough) } else { Ok(()) }
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Lane {
 struct Dense {
     carries: Carries,
     stage: Option<Stage>,
+    /// Whether its carries have gone through the unit at hand already.
+    ahead: bool,
 }
 
 impl Lane {
@@ -108,7 +110,8 @@ impl Job<'_> {
                 CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
             };
             let aims = self.sequencing == Sequencing::Sublayer { dense_target: true };
-            let dense = || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, stage: None }) };
+            let dense =
+                || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, stage: None, ahead: false }) };
             let dense = if aims { Some(dense()) } else { None };
             let carries = carries(number.to_string())?;
             Ok(Lane { device: *device, carries, stage: None, weights: Vec::new(), dense: dense.transpose()? })
@@ -185,13 +188,23 @@ impl Way {
     }
 }
 
-/// Sends all carries on their way and gathers the Hessians of `inputs`, on every lane at once; partial sums are added in the order of the
-/// lanes. Where layers aim at the dense network's outputs, its carries go first. With `hold`, one carry of 16 is held out.
+/// One pass of the carries, for Hessians.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub way: Way,
+    /// What is gathered.
+    pub inputs: &'a [LayerInput],
+    /// Whether one carry of 16 is held out.
+    pub hold: bool,
+    /// Whether no pass follows on the same way: the dense network's carries, where there are any, go all of it at once.
+    pub last: bool,
+}
+
+/// Sends all carries on their way and gathers Hessians, on every lane at once; partial sums are added in the order of the lanes. Where
+/// layers aim at the dense network's outputs, its carries go first.
 pub(super) fn gather(
     lanes: &mut [Lane],
-    way: Way,
-    inputs: &[LayerInput],
-    hold: bool,
+    Pass { way, inputs, hold, last }: Pass<'_>,
     stage: &str,
     progress: &dyn Progress,
 ) -> Result<Gatherer> {
@@ -211,12 +224,20 @@ pub(super) fn gather(
             tick()?;
             gatherer.hold_out(hold && held_out(index, lane.carries.len()));
             gatherer.weigh(lane.weights.get(index).copied().unwrap_or(1.0));
-            if let Some(Dense { carries, stage: Some(stage) }) = &lane.dense {
-                let mut outputs = DenseOutputs::of(names.clone());
-                way.observe(stage, carries.get(index)?, &mut outputs)?;
+            if let Some(Dense { carries, stage: Some(stage), .. }) = &mut lane.dense {
+                let mut outputs = DenseOutputs::of(names.clone(), !last);
+                let carry = carries.get(index)?;
+                if last {
+                    carries.replace(index, way.go(stage, carry, &mut outputs)?)?;
+                } else {
+                    way.observe(stage, carry, &mut outputs)?;
+                }
                 gatherer.aim_at(outputs);
             }
             way.observe(lane.stage()?, lane.carries.get(index)?, &mut gatherer)?;
+        }
+        if let Some(dense) = &mut lane.dense {
+            dense.ahead = last;
         }
         Ok(gatherer)
     };
@@ -244,9 +265,10 @@ pub(super) fn outputs(lanes: &mut [Lane], way: Way, stage: &str, go_on: bool, pr
     let count = |lane: &Lane| if go_on { lane.carries.len() } else { lane.carries.len().min(1) };
     let task = Task::begin(progress, "outputs", "batches", lanes.iter().map(count).sum());
     let run = |lane: &mut Lane, tick: Tick| -> Result<()> {
+        let ahead = lane.dense.as_mut().is_some_and(|dense| std::mem::take(&mut dense.ahead));
         for index in 0..count(lane) {
             tick()?;
-            if let Some(Dense { carries, stage: Some(stage) }) = &mut lane.dense {
+            if let Some(Dense { carries, stage: Some(stage), .. }) = lane.dense.as_mut().filter(|_| !ahead) {
                 let after = way.go(stage, carries.get(index)?, &mut Unobserved)?;
                 carries.replace(index, after)?;
             }

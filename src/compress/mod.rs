@@ -38,7 +38,7 @@ use crate::number;
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
 use crate::solver::{Correction, Hessian, InverseFactor, JointFactors};
-use lane::{Lane, Way};
+use lane::{Lane, Pass, Way};
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
 pub type Treatments = BTreeMap<String, Treatment>;
@@ -141,7 +141,7 @@ impl Job<'_> {
                     Sequencing::Stage => {
                         self.stage((spec, &outlines[index]), plan, &mut lanes, &shared, go_on, finished, progress)?
                     }
-                    Sequencing::Sublayer { .. } => self.sublayers(spec, &mut lanes, &shared, finished, progress)?,
+                    Sequencing::Sublayer { .. } => self.sublayers(spec, &mut lanes, &shared, go_on, finished, progress)?,
                 }
             } else {
                 self.treat_alone(&name, outlines[index].layers(), finished, progress)?;
@@ -195,7 +195,8 @@ impl Job<'_> {
         let features = plan.waves.iter().map(|wave| wave.iter().filter(|input| open.contains(input)).cloned().collect());
         for wave in features.filter(|wave: &Vec<LayerInput>| !wave.is_empty()) {
             self.load(lanes, spec)?;
-            let mut gatherer = lane::gather(lanes, Way::Stage, &wave, self.guards(), &name, progress)?;
+            let pass = Pass { way: Way::Stage, inputs: &wave, hold: self.guards(), last: false };
+            let mut gatherer = lane::gather(lanes, pass, &name, progress)?;
             // Factors are made in the place of the stage's weights.
             lanes.iter_mut().for_each(Lane::unload);
             let task = Task::begin(progress, "layers", "layers", self.count(&layers, &wave));
@@ -224,6 +225,7 @@ impl Job<'_> {
         spec: &StageSpec,
         lanes: &mut [Lane],
         shared: &Gatherer,
+        go_on: bool,
         finished: &mut Workspace,
         progress: &dyn Progress,
     ) -> Result<()> {
@@ -239,7 +241,8 @@ impl Job<'_> {
             }
             // What text and time go through does not depend on other layers.
             inputs.sort_by_key(|input| matches!(input, LayerInput::Features(_)));
-            for input in &inputs {
+            for (at, input) in inputs.iter().enumerate() {
+                let last = at + 1 == inputs.len();
                 let of_input = |layer: &Layer| {
                     layer.input() == input && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
                 };
@@ -252,8 +255,9 @@ impl Job<'_> {
                 if names.iter().any(|name| !finished.has(name)) {
                     let count = names.len();
                     if let LayerInput::Features(_) = input {
-                        let mut gatherer =
-                            lane::gather(lanes, Way::Unit(unit), std::slice::from_ref(input), self.guards(), &name, progress)?;
+                        let inputs = std::slice::from_ref(input);
+                        let pass = Pass { way: Way::Unit(unit), inputs, hold: self.guards(), last };
+                        let mut gatherer = lane::gather(lanes, pass, &name, progress)?;
                         let task = Task::begin(progress, "layers", "layers", count);
                         let (hessian, corrections) = (gatherer.take(input), gatherer.take_corrections());
                         let gathered = Gathered {
@@ -283,7 +287,8 @@ impl Job<'_> {
             for lane in lanes.iter_mut() {
                 lane.take_over(finished, &plain)?;
             }
-            lane::outputs(lanes, Way::Unit(unit), &name, true, progress)?;
+            let more = go_on || unit + 1 < lanes[0].units();
+            lane::outputs(lanes, Way::Unit(unit), &name, more, progress)?;
         }
         Ok(())
     }

@@ -145,10 +145,12 @@ impl Outline<'_> {
                 let at = self.layers.iter().position(|layer| layer.name() == last).map_or(0, |at| at + 1);
                 self.forward(self.layers[..at].iter().filter(here), calls)
             };
-            needs.iter().filter(gathered).map(until).sum::<f64>() + self.forward(self.layers.iter().filter(here), calls)
+            let passes: Vec<f64> = needs.iter().filter(gathered).map(until).collect();
+            let all = passes.iter().sum::<f64>() + self.forward(self.layers.iter().filter(here), calls);
+            // The dense network's last pass goes all the way.
+            if dense_target { 2.0 * all - passes.last().unwrap_or(&0.0) } else { all }
         };
-        let runs = if dense_target { 2.0 } else { 1.0 };
-        runs * (0..self.stage.units()).map(of_unit).sum::<f64>()
+        (0..self.stage.units()).map(of_unit).sum::<f64>()
     }
 
     fn needs<'a>(&'a self, treatments: &'a Treatments) -> Vec<Need<'a>> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::super::lane::{self, Lane, Way};
+use super::super::lane::{self, Lane, Pass, Way};
 use super::super::{Gatherer, Job, Treatment, Treatments};
 use crate::calibration::Samples;
 use crate::error::{Error, Result};
@@ -53,7 +53,8 @@ impl Job<'_> {
                 lane.load(spec, self.source)?;
             }
             for wave in plan.waves.iter().filter(|wave| !wave.is_empty()) {
-                let mut gatherer = lane::gather(&mut lanes, Way::Stage, wave, false, &name, progress)?;
+                let pass = Pass { way: Way::Stage, inputs: wave, hold: false, last: false };
+                let mut gatherer = lane::gather(&mut lanes, pass, &name, progress)?;
                 for input in wave {
                     if let Some(hessian) = gatherer.take(input) {
                         try_input(&lanes[0], input, &hessian, settings, batch, &mut curves, progress)?;

@@ -1,5 +1,7 @@
 //! A better mask of the same size.
 
+use std::cmp::Ordering;
+
 use rayon::prelude::*;
 
 use super::fit::Fit;
@@ -77,14 +79,12 @@ impl Row<'_> {
         let d = self.weight.len();
         let mut pairs: Vec<(f32, usize, usize)> = match group {
             None => {
-                let (mut gains, mut costs) = self.ranked(0..d);
-                gains.truncate(limit);
-                costs.truncate(limit);
+                let (gains, costs) = self.ranked(0..d, limit);
                 gains.iter().zip(&costs).map(|(gain, cost)| (gain.0 - cost.0, gain.1, cost.1)).collect()
             }
             Some(m) => {
                 let best = (0..d / m).filter_map(|at| {
-                    let (gains, costs) = self.ranked(at * m..(at + 1) * m);
+                    let (gains, costs) = self.ranked(at * m..(at + 1) * m, 1);
                     let (gain, cost) = (gains.first()?, costs.first()?);
                     Some((gain.0 - cost.0, gain.1, cost.1))
                 });
@@ -103,14 +103,24 @@ impl Row<'_> {
         pairs.len()
     }
 
-    /// What pruned columns would gain, the most first, and what kept ones would cost, the least first; of equals the first.
+    /// What pruned columns would gain, the most first, and what kept ones would cost, the least first; of equals the first. `count` of each
+    /// at most.
     #[expect(clippy::type_complexity, reason = "two lists of the same kind")]
-    fn ranked(&self, columns: std::ops::Range<usize>) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
+    fn ranked(&self, columns: std::ops::Range<usize>, count: usize) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
         let (kept, pruned): (Vec<usize>, Vec<usize>) = columns.filter(|at| self.scale[*at] > 0.0).partition(|at| self.keep[*at]);
         let mut gains: Vec<_> = pruned.into_iter().map(|at| (self.gradient[at].powi(2) / self.scale[at], at)).collect();
         let mut costs: Vec<_> = kept.into_iter().map(|at| (self.weight[at].powi(2) * self.scale[at], at)).collect();
-        gains.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        costs.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        first(&mut gains, count, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        first(&mut costs, count, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         (gains, costs)
     }
+}
+
+/// Leaves the first `count` of a list in order, and drops the others.
+fn first<T>(list: &mut Vec<T>, count: usize, order: impl Fn(&T, &T) -> Ordering) {
+    if count < list.len() {
+        let _ = list.select_nth_unstable_by(count, &order);
+        list.truncate(count);
+    }
+    list.sort_unstable_by(order);
 }

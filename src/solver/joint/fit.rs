@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::factors::Part;
-use super::problem::dots;
+use super::problem::{dot, dots};
 use crate::error::Result;
 
 /// Rows of a weight on their way to the least tr((W - W0) H (W - W0)^T), with its slope: all [o, d].
@@ -63,42 +63,64 @@ impl<'a> Fit<'a> {
     /// No step raises a row's objective.
     pub fn descend(&mut self, steps: usize) -> Result<()> {
         let d = self.part.diagonal.len();
-        let mut conditioned = self.conditioned();
-        let mut direction = conditioned.clone();
-        let mut before = self.against(&conditioned);
-        for step in 1..=steps {
+        let mut direction = vec![0.0; self.weight.len()];
+        let mut before = vec![0.0; self.weight.len() / d];
+        self.rows().zip(direction.par_chunks_mut(d)).zip(&mut before).for_each(|((row, direction), before)| {
+            *before = row.turn(direction, 0.0);
+        });
+        for _ in 0..steps {
             let product = self.part.times(&direction)?;
-            let curvature = dots(&direction, &product, d);
-            let length: Vec<f32> = before.iter().zip(&curvature).map(|(now, curve)| share(*now, *curve)).collect();
-            add_rows(&mut self.weight, &direction, &length, d);
-            add_rows(&mut self.gradient, &product, &length, d);
-            if step == steps {
-                break;
-            }
-            conditioned = self.conditioned();
-            let after = self.against(&conditioned);
-            let keep_on: Vec<f32> = after.iter().zip(&before).map(|(after, before)| share(*after, *before)).collect();
-            direction.par_chunks_mut(d).zip(conditioned.par_chunks(d)).zip(&keep_on).for_each(|((direction, new), keep_on)| {
-                direction.iter_mut().zip(new).for_each(|(direction, new)| *direction = new + keep_on * *direction);
+            let rows = self.rows().zip(direction.par_chunks_mut(d)).zip(product.par_chunks(d)).zip(&mut before);
+            rows.for_each(|(((mut row, direction), product), before)| {
+                row.step(direction, product, share(*before, dot(direction, product)));
+                *before = row.turn(direction, *before);
             });
-            before = after;
         }
         Ok(())
     }
 
-    /// -G of the kept weights over the diagonal of H.
-    fn conditioned(&self) -> Vec<f32> {
-        let (diagonal, gradient, keep) = (self.part.diagonal.as_slice(), self.gradient.as_slice(), self.keep.as_deref());
-        let element = |at: usize| {
-            let (kept, h) = (keep.is_none_or(|keep| keep[at]), diagonal[at % diagonal.len()]);
-            if kept && h > 0.0 { -gradient[at] / h } else { 0.0 }
-        };
-        (0..gradient.len()).into_par_iter().map(element).collect()
+    /// Row by row.
+    fn rows(&mut self) -> impl IndexedParallelIterator<Item = Row<'_>> {
+        let diagonal = self.part.diagonal.as_slice();
+        let d = diagonal.len();
+        let keep = self.keep.as_deref();
+        let rows = self.weight.par_chunks_mut(d).zip(self.gradient.par_chunks_mut(d)).enumerate();
+        rows.map(move |(at, (weight, gradient))| Row {
+            weight,
+            gradient,
+            keep: keep.map(|keep| &keep[at * d..(at + 1) * d]),
+            diagonal,
+        })
+    }
+}
+
+/// One row of a fit.
+struct Row<'a> {
+    weight: &'a mut [f32],
+    gradient: &'a mut [f32],
+    keep: Option<&'a [bool]>,
+    diagonal: &'a [f32],
+}
+
+impl Row<'_> {
+    /// Goes `length` along `direction`, of which `product` is the product with H.
+    fn step(&mut self, direction: &[f32], product: &[f32], length: f32) {
+        self.weight.iter_mut().zip(direction).for_each(|(weight, along)| *weight += length * along);
+        self.gradient.iter_mut().zip(product).for_each(|(gradient, along)| *gradient += length * along);
     }
 
-    /// -G . x of each row, x being zero where weights are not kept.
-    fn against(&self, x: &[f32]) -> Vec<f64> {
-        dots(&self.gradient, x, self.part.diagonal.len()).into_iter().map(|dot| -dot).collect()
+    /// Makes the next direction of the last: z + (r . z / `before`) direction, r being -G and z r over the diagonal of H, both of the kept
+    /// weights alone. Gives back r . z.
+    fn turn(&self, direction: &mut [f32], before: f64) -> f64 {
+        let conditioned = |at: usize| {
+            let (kept, h) = (self.keep.is_none_or(|keep| keep[at]), self.diagonal[at]);
+            if kept && h > 0.0 { -self.gradient[at] / h } else { 0.0 }
+        };
+        let z: Vec<f32> = (0..direction.len()).map(conditioned).collect();
+        let now = -dot(self.gradient, &z);
+        let keep_on = share(now, before);
+        direction.iter_mut().zip(z).for_each(|(direction, z)| *direction = z + keep_on * *direction);
+        now
     }
 }
 
@@ -106,11 +128,4 @@ impl<'a> Fit<'a> {
 fn share(a: f64, b: f64) -> f32 {
     let share = (a / b) as f32;
     if b > 0.0 && share.is_finite() { share } else { 0.0 }
-}
-
-/// Adds to each row a multiple of another's.
-fn add_rows(to: &mut [f32], from: &[f32], factors: &[f32], columns: usize) {
-    to.par_chunks_mut(columns).zip(from.par_chunks(columns)).zip(factors).for_each(|((to, from), factor)| {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
-    });
 }

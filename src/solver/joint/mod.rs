@@ -56,7 +56,7 @@ pub struct Effort {
 impl Default for Effort {
     /// All that pays.
     fn default() -> Self {
-        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 8, sweep: true, palette_steps: 2, polish: true, turns: 2 }
+        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 8, sweep: true, palette_steps: 0, polish: true, turns: 2 }
     }
 }
 

@@ -218,7 +218,7 @@ joint:
   exchange_turns: 3
   exchange_steps: 8
   sweep: true
-  palette_steps: 2
+  palette_steps: 0
   polish: true
   turns: 2
 prune:
