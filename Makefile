@@ -5,7 +5,7 @@
 
 CARGO ?= cargo
 SQUEEZE = target/release/sdxl-squeeze
-DEMO = configs/dense-8bit.yaml configs/dense-4bit-gs16.yaml configs/joint-s40-4bit-gs16.yaml configs/joint-s50-4bit-gs16.yaml
+DEMO = $(foreach bytes,4bit s40-4bit,configs/emoji/tutorial-$(bytes)-gs16.yaml configs/emoji/squeeze-$(bytes)-gs16.yaml)
 
 .PHONY: all demo test lint bench setup clean
 
@@ -18,9 +18,8 @@ setup:
 demo: all
 	mkdir -p out
 	$(SQUEEZE) generate --model models/emoji-sdxl --prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat.png
-	$(SQUEEZE) compare $(DEMO) --model models/emoji-sdxl --prompts calibration/emoji.txt --judge calibration/emoji-judge.txt \
-		--guidance 4 --steps 30 --out out/demo
-	$(SQUEEZE) generate --model models/emoji-sdxl --unet out/demo/joint-s40-4bit-gs16.squeezed.safetensors \
+	$(SQUEEZE) compare $(DEMO) --model models/emoji-sdxl --judge calibration/emoji-judge.txt --out out/demo
+	$(SQUEEZE) generate --model models/emoji-sdxl --unet out/demo/squeeze-s40-4bit-gs16.squeezed.safetensors \
 		--prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat-squeezed.png
 
 # Tests share the cores, so libtorch's threads should not spin while they wait.
