@@ -97,7 +97,7 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             consistent(&found, &weight, &seen);
             ours += cost(&found.weight, &weight, &unseen);
             // Without any of its parts it is one after the other, but for how weights count in the palette.
-            let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
+            let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
             theirs += cost(&joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap().weight, &weight, &unseen);
         }
@@ -240,9 +240,9 @@ fn few_vectors_mean_more_dampening_and_a_note() {
             let options = JointOptions::new(prune, Some(palette(4, Some(16))));
             let found = solve(&weight, &seen, &options);
             assert!(found.notes.iter().any(|note| matches!(note, Note::FewVectors { dimension: 256, .. })), "{:?}", found.notes);
-            let shrunk = |note: &Note| matches!(note, Note::Shrunk { used, .. } if *used > 0.01);
+            let shrunk = |note: &Note| matches!(note, Note::Shrunk { used, .. } if *used > options.dampening());
             assert!(found.notes.iter().any(shrunk), "{vectors}: {:?}", found.notes);
-            let factors = JointFactors::new(&seen, 0.01, options.order()).unwrap();
+            let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
             let plain = joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap();
             let (ours, theirs) = (cost(&found.weight, &weight, &unseen), cost(&plain.weight, &weight, &unseen));
@@ -277,7 +277,7 @@ fn dead_columns_and_constant_weights() {
 fn what_cannot_be_is_refused() {
     let (weight, seen) = (numbers(&[16, 64], 18), hessian(&correlated(200, 64, 19, 20)));
     let options = JointOptions::new(None, Some(palette(4, Some(16))));
-    let factors = JointFactors::new(&seen, 0.01, Order::Activation).unwrap();
+    let factors = JointFactors::new(&seen, options.dampening(), Order::Activation).unwrap();
     let bad = |weight: &Tensor, factors: &JointFactors, options: &JointOptions| {
         joint("a", weight, &seen, factors, &Beside::default(), options).unwrap_err()
     };
@@ -288,8 +288,10 @@ fn what_cannot_be_is_refused() {
     with_nan = weight.copy() * 1e30;
     assert!(matches!(bad(&with_nan, &factors, &options), Error::NotFinite(_)), "beyond fp16");
     assert!(matches!(bad(&numbers(&[16, 63], 1), &factors, &options), Error::Argument(_)));
-    let natural = JointFactors::new(&seen, 0.01, Order::Natural).unwrap();
+    let natural = JointFactors::new(&seen, options.dampening(), Order::Natural).unwrap();
     assert!(matches!(bad(&weight, &natural, &options), Error::Argument(_)));
+    let other = JointFactors::new(&seen, 2.0 * options.dampening(), Order::Activation).unwrap();
+    assert!(matches!(bad(&weight, &other, &options), Error::Argument(_)), "another dampening");
     let misfit = JointOptions::new(None, Some(palette(4, Some(7))));
     assert!(matches!(bad(&weight, &factors, &misfit), Error::Argument(_)));
     let five = JointOptions::new(None, Some(palette(5, None)));
