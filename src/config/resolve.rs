@@ -284,12 +284,19 @@ fn describe<S>(rules: &Rules<S>, rule: RuleIndex) -> String {
 
 /// Lists the layers that are left alone, by reason. Misfits have findings of their own.
 fn left_alone<S>(section: Section, layers: &[LayerInfo], choices: &[Choice<S>], findings: &mut Vec<Finding>) {
+    /// A recipe with a rule for each layer would say as much of itself as the model has layers.
+    const LISTED: usize = 8;
+    let nulls =
+        choices.iter().filter_map(|choice| if let Choice::Leave(Why::NoSettings(rule)) = choice { Some(rule) } else { None });
+    let nulls: BTreeSet<&String> = nulls.collect();
+    let each = Why::NoSettings(format!("each of {} rules", nulls.len()));
     let mut groups: Vec<(&Why, Vec<String>)> = Vec::new();
     for (layer, choice) in layers.iter().zip(choices) {
-        let Choice::Leave(why) = choice else { continue };
-        if *why == Why::Misfit {
-            continue;
-        }
+        let why = match choice {
+            Choice::Apply(_) | Choice::Leave(Why::Misfit) => continue,
+            Choice::Leave(Why::NoSettings(_)) if nulls.len() > LISTED => &each,
+            Choice::Leave(why) => why,
+        };
         match groups.iter_mut().find(|(other, _)| *other == why) {
             Some((_, names)) => names.push(layer.name.clone()),
             None => groups.push((why, vec![layer.name.clone()])),

@@ -76,6 +76,24 @@ palettize:
     assert!(resolution.checked().is_ok());
 }
 
+/// A byte budget's recipe is like this: what it leaves alone is one note and not one a layer.
+#[test]
+fn a_null_for_each_layer_is_one_note() {
+    let all = resolved("palettize: {global_config: {n_bits: 4}}");
+    let nulls = |count: usize| {
+        let names = all.layers.iter().take(count).map(|layer| format!("'{}': null", layer.name.replace('.', r"\.")));
+        let names = names.collect::<Vec<_>>().join(", ");
+        let found = resolved(&format!(
+            "palettize: {{weight_threshold: 0, global_config: {{n_bits: 4}}, module_name_configs: {{{names}}}}}"
+        ));
+        of(&found, Severity::Note).into_iter().filter(|note| note.contains("palettize")).collect::<Vec<_>>()
+    };
+    assert_eq!(nulls(3).len(), 3);
+    let one = nulls(9);
+    assert_eq!(one.len(), 1, "{one:?}");
+    assert!(one[0].contains("as each of 9 rules is null, 9 layers: "), "{one:?}");
+}
+
 #[test]
 fn the_order_in_the_file_decides() {
     let early = resolved("palettize: {module_name_configs: {'.*': {n_bits: 8}, 'mid_block.*': {n_bits: 2}}}");
