@@ -2,7 +2,7 @@
 
     python check_coreml_all.py ../../target/release/sdxl-squeeze coreml/checked.json
 
-Calibration is cut short: what is checked is the package, not the compression. Takes ten minutes.
+Calibration is cut short: what is checked is the package, not the compression. Takes seven minutes.
 """
 
 import json
@@ -49,7 +49,8 @@ def main(squeeze, out):
             command = [squeeze, "compress", "--config", config, "--model", ROOT / "models/emoji-sdxl", "--out", target]
             if not config.stem.startswith("dense"):
                 command += ["--prompts", ROOT / "calibration/emoji.txt", "--calibration-nsamples", "8", "--steps", "4"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # The configs name the captions as seen from the top of the project.
+            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found[name] = check(squeeze, target / "unet.squeezed.safetensors", KINDS, folder)
         dense = {"linear, diffusers": KINDS["linear, diffusers"], "split-einsum, apple": KINDS["split-einsum, apple"]}
         found["dense fp16"] = check(squeeze, ROOT / "models/emoji-sdxl", dense, folder)

@@ -47,7 +47,7 @@ pub(super) struct Part {
 
 impl JointFactors {
     /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's mean): with more where there are so
-    /// few vectors for the spread of the inputs that a better estimate of their covariance has more (Ledoit and Wolf).
+    /// few vectors for the spread of the inputs that a better estimate of their covariance has more (oracle approximating shrinkage).
     ///
     /// Takes the memory of a [d, d] matrix: one triangle for H, one for the factor.
     ///
