@@ -9,6 +9,7 @@ use super::{Sample, Samples};
 use crate::checkpoint::SafetensorsFile;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 use crate::model::unet::{Conditioning, UnetConfig};
 use crate::output::write_file;
 
@@ -104,7 +105,7 @@ impl Samples {
         let [sample, timestep, states, pooled, ids] = tensors;
         let (sample, timestep, states, pooled, ids) = (sample?, timestep?, states?, pooled?, ids?);
         for (name, tensor) in NAMES.iter().zip([&sample, &timestep, &states, &pooled, &ids]) {
-            if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            if !is_finite(tensor)? {
                 return Err(Error::bad_file(path, format!("`{name}` has NaN or infinity in it")));
             }
         }

@@ -5,6 +5,7 @@ mod compress;
 mod export;
 mod generate;
 mod inspect;
+mod openmp;
 mod plan;
 mod progress;
 mod synth;
@@ -96,6 +97,9 @@ fn run(args: Args) -> Result<(), Error> {
     };
     let log = reporter.log_writer();
     tracing_subscriber::fmt().with_max_level(level).with_writer(move || log.clone()).without_time().with_target(false).init();
+    if matches!(args.command, Command::Compress(_) | Command::Compare(_)) {
+        openmp::wait_less();
+    }
     match args.command {
         Command::Compress(args) => compress::run(args, &reporter),
         Command::Compare(args) => compare::run(args, &reporter),

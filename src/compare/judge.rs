@@ -13,6 +13,7 @@ use crate::model::vae::VaeDecoder;
 use crate::picture::Picture;
 use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, noise, sample};
 use crate::progress::{Progress, Silent, Task};
+use crate::sum;
 
 /// The dense model's runs on the judge's prompts: the truth that rows are measured against.
 pub struct Judge {
@@ -188,7 +189,7 @@ impl Judge {
 
 /// The sum of squares, in fp64.
 fn squares(tensor: &Tensor) -> Result<f64> {
-    Ok(tensor.f_to_kind(Kind::Double)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?)
+    sum::squares(&tensor.f_to_kind(Kind::Double)?)
 }
 
 /// A UNet some of whose calls are kept with their answers.

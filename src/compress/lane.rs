@@ -11,6 +11,7 @@ use crate::allocator;
 use crate::calibration::Samples;
 use crate::checkpoint::TensorSource;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 use crate::model::unet::{Carry, Stage, StageSpec};
 use crate::model::{Layer, LayerInput, Observer, Unobserved};
 use crate::plan::CarriesIn;
@@ -274,7 +275,7 @@ pub(super) fn outputs(lanes: &mut [Lane], way: Way, stage: &str, go_on: bool, pr
             }
             let after = way.go(lane.stage()?, lane.carries.get(index)?, &mut Unobserved)?;
             let hidden = after.tokens.as_ref().unwrap_or(&after.hidden_states);
-            if hidden.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            if !is_finite(hidden)? {
                 return Err(Error::NotFinite(format!("the output of `{stage}`, compressed, has NaN or infinity in it")));
             }
             lane.carries.replace(index, after)?;

@@ -11,6 +11,7 @@ use crate::solver::{
     Correction, Effort, Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
     prune_with,
 };
+use crate::sum::squares;
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,9 +67,8 @@ fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
     for channel in 0..original.size().first().copied().unwrap_or(0) {
         let [original, new] = [original, new].map(|weight| weight.f_get(channel)?.f_to_kind(Kind::Double));
         let (original, new) = (original?, new?);
-        let square = |x: &Tensor| -> Result<f64> { Ok(x.f_mul(x)?.f_sum(Kind::Double)?.f_double_value(&[])?) };
-        distance += square(&original.f_sub(&new)?)?;
-        scale += square(&original)?;
+        distance += squares(&original.f_sub(&new)?)?;
+        scale += squares(&original)?;
     }
     Ok(distance / if scale > 0.0 { scale } else { 1.0 })
 }

@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use crate::error::{Error, Result};
+use crate::product::{add_product, linear};
 
 /// A Conv2d or Linear under its checkpoint name.
 #[derive(Debug)]
@@ -138,7 +139,7 @@ impl Layer {
         observer.input(self, input)?;
         let (weight, bias) = (self.weight.f_to_kind(input.f_kind()?)?, self.bias.as_ref());
         let output = match self.kind {
-            LayerKind::Linear => input.f_linear(&weight, bias)?,
+            LayerKind::Linear => linear(input, &weight, bias)?,
             LayerKind::Conv2d(geometry) if geometry == ConvGeometry::new(1, 0) && weight.size().ends_with(&[1, 1]) => {
                 pointwise(input, &weight, bias)?
             }
@@ -154,9 +155,14 @@ impl Layer {
 /// A 1 x 1 convolution as a matrix product. oneDNN's kernels for it round otherwise on another number of threads.
 fn pointwise(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (batch, channels, height, width) = input.size4()?;
-    let mut output = weight.f_flatten(1, -1)?.f_matmul(&input.f_reshape([batch, channels, height * width])?)?;
+    let weight = weight.f_flatten(1, -1)?;
+    let pixels = input.f_reshape([batch, channels, height * width])?;
+    let output = pixels.f_new_zeros([batch, weight.size2()?.0, height * width], (pixels.f_kind()?, pixels.device()))?;
     if let Some(bias) = bias {
-        output = output.f_add_(&bias.f_unsqueeze(-1)?)?;
+        let _ = output.shallow_clone().f_add_(&bias.f_unsqueeze(-1)?)?;
+    }
+    for image in 0..batch {
+        add_product(&output.f_get(image)?, &weight, &pixels.f_get(image)?)?;
     }
     Ok(output.f_view([batch, -1, height, width])?)
 }

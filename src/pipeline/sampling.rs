@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::prompt::Guidance;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 use crate::model::Unobserved;
 use crate::model::scheduler::Scheduler;
 use crate::model::unet::{Conditioning, Unet};
@@ -56,7 +57,7 @@ pub fn sample(
             }
         };
         latents = scheduler.step(index, &guided, &latents)?.f_to_kind(kind)?;
-        if latents.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        if !is_finite(&latents)? {
             let hint = if kind == tch::Kind::Half { " (fp16 overflows in some models; try --dtype bf16 or f32)" } else { "" };
             return Err(Error::NotFinite(format!("the latents became NaN or infinite at timestep {timestep:.0}{hint}")));
         }

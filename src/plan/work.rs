@@ -4,6 +4,8 @@ use std::ops::AddAssign;
 
 use serde::Serialize;
 
+use crate::product::product;
+
 /// Multiply-adds of a run's parts, by the formulas of the algorithms, and elements that are palettized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Work {
@@ -49,11 +51,11 @@ impl AddAssign for Work {
 pub fn measured_rate(device: tch::Device) -> crate::Result<f64> {
     let size = if device == tch::Device::Cpu { 1024 } else { 8192 };
     let matrix = tch::Tensor::f_ones([size, size], (tch::Kind::Float, device))?;
-    let product = || -> crate::Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
-    product()?;
+    let once = || -> crate::Result<f64> { Ok(product(&matrix, &matrix)?.f_double_value(&[0, 0])?) };
+    once()?;
     let (start, mut count) = (std::time::Instant::now(), 0);
     while start.elapsed().as_secs_f64() < 0.1 || count < 3 {
-        product()?;
+        once()?;
         count += 1;
     }
     Ok(f64::from(count) * (size as f64).powi(3) / start.elapsed().as_secs_f64())

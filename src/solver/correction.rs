@@ -5,7 +5,9 @@ use tch::{Device, Kind, Tensor};
 use super::Hessian;
 use super::matrix::panels;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 use crate::model::{ConvGeometry, Layer, LayerKind};
+use crate::product::add_product;
 
 /// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
 const UNFOLDED: i64 = 1 << 24;
@@ -53,14 +55,14 @@ impl Correction {
     pub fn add(&mut self, input: &Tensor, lack: &Tensor) -> Result<()> {
         let place = |tensor: &Tensor| tensor.f_detach()?.f_to_device(self.sum.device())?.f_to_kind(Kind::Float);
         let (input, lack) = (place(input)?, place(lack)?);
-        if lack.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        if !is_finite(&lack)? {
             return Err(Error::NotFinite("what the layer's output lacks has NaN or infinite values in it".into()));
         }
         let (o, d) = self.sum.size2()?;
         match self.kind {
             LayerKind::Linear => {
                 let (input, lack) = (input.f_reshape([-1, d])?, lack.f_reshape([-1, o])?);
-                let _ = self.sum.f_addmm_(&lack.f_transpose(0, 1)?, &input)?;
+                add_product(&self.sum, &lack.f_transpose(0, 1)?, &input)?;
             }
             LayerKind::Conv2d(geometry) => self.add_windows(&input, &lack, geometry)?,
         }
@@ -84,7 +86,7 @@ impl Correction {
                 let windows = unfolded.f_narrow(1, group * d, d)?.f_permute([0, 2, 1])?.f_reshape([-1, d])?;
                 let rows = some(&lack)?.f_narrow(1, group * (o / groups), o / groups)?;
                 let rows = rows.f_permute([1, 0, 2])?.f_reshape([o / groups, -1])?;
-                let _ = self.sum.f_narrow(0, group * (o / groups), o / groups)?.f_addmm_(&rows, &windows)?;
+                add_product(&self.sum.f_narrow(0, group * (o / groups), o / groups)?, &rows, &windows)?;
             }
         }
         Ok(())

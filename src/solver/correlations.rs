@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::triangle::Triangle;
 use crate::error::Result;
+use crate::product::add_product;
 
 /// Correlations [c, c] of an input with itself, shifted: all that the Hessian of a convolution of stride 1 is made of.
 ///
@@ -151,7 +152,7 @@ impl Correlations {
                     (part(0, 0)?, part(shift[0], shift[1])?)
                 }
             };
-            let _ = sum.shallow_clone().f_addmm_(&here.f_transpose(0, 1)?, &there)?;
+            add_product(sum, &here.f_transpose(0, 1)?, &there)?;
         }
         Ok(())
     }

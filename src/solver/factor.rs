@@ -6,6 +6,7 @@ use super::Hessian;
 use super::matrix::block;
 use super::triangle::Triangle;
 use crate::error::{Error, Result};
+use crate::product::{add_product, product, subtract_product};
 
 /// On a CPU, blocks of this size go to LAPACK: its own Cholesky of larger ones rounds otherwise on another number of threads. On a GPU
 /// each call costs more than a whole panel's work.
@@ -64,8 +65,8 @@ impl InverseFactor {
         for index in 0..u.count() {
             let rows = u.rows(index);
             let panel = u.panel(index).f_triu(0)?;
-            let part = x.f_narrow(1, rows.start, d - rows.start)?.f_mm(&panel.f_transpose(0, 1)?)?;
-            let _ = solved.f_narrow(1, rows.start, d - rows.start)?.f_addmm_(&part, &panel)?;
+            let part = product(&x.f_narrow(1, rows.start, d - rows.start)?, &panel.f_transpose(0, 1)?)?;
+            add_product(&solved.f_narrow(1, rows.start, d - rows.start)?, &part, &panel)?;
         }
         Ok(solved.f_masked_fill(&self.dead, 0.0)?)
     }
@@ -148,16 +149,16 @@ fn factor(h: &Triangle) -> Result<bool> {
             let done = other.end..h.dimension();
             let mut target = h.part(row, other.clone())?;
             if !done.is_empty() {
-                let _ = target.f_sub_(&h.part(row, done.clone())?.f_mm(&h.part(column, done)?.f_transpose(0, 1)?)?)?;
+                subtract_product(&target, &h.part(row, done.clone())?, &h.part(column, done)?.f_transpose(0, 1)?)?;
             }
             // X R^T = target, for X.
             let lower = h.corner(column)?.f_transpose(0, 1)?;
             target.f_copy_(&lower.f_linalg_solve_triangular(&target, false, false, false)?)?;
         }
-        let mut corner = h.corner(row)?;
+        let corner = h.corner(row)?;
         if own.end < h.dimension() {
             let done = h.part(row, own.end..h.dimension())?;
-            let _ = corner.f_sub_(&done.f_mm(&done.f_transpose(0, 1)?)?)?;
+            subtract_product(&corner, &done, &done.f_transpose(0, 1)?)?;
         }
         if !factor_in_place(&corner)? {
             return Ok(false);
@@ -177,13 +178,13 @@ fn invert(r: &Triangle) -> Result<()> {
             continue;
         }
         let after = own.end..r.dimension();
-        let product = Tensor::f_zeros([own.end - own.start, after.end - after.start], (Kind::Float, r.device()))?;
+        let sum = Tensor::f_zeros([own.end - own.start, after.end - after.start], (Kind::Float, r.device()))?;
         for other in row + 1..r.count() {
             let columns = r.rows(other);
-            let place = product.f_narrow(1, columns.start - own.end, r.dimension() - columns.start)?;
-            let _ = place.shallow_clone().f_addmm_(&r.part(row, columns)?, r.panel(other))?;
+            let place = sum.f_narrow(1, columns.start - own.end, r.dimension() - columns.start)?;
+            add_product(&place, &r.part(row, columns)?, r.panel(other))?;
         }
-        r.part(row, after)?.f_copy_(&corner.f_mm(&product)?.f_neg_()?)?;
+        r.part(row, after)?.f_copy_(&product(&corner, &sum)?.f_neg_()?)?;
     }
     Ok(())
 }
@@ -215,7 +216,7 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
         return Ok(false);
     }
     corner.f_copy_(&last.f_transpose(0, 1)?.f_linalg_solve_triangular(&corner, false, false, false)?)?;
-    let _ = first.shallow_clone().f_sub_(&corner.f_mm(&corner.f_transpose(0, 1)?)?)?;
+    subtract_product(&first, &corner, &corner.f_transpose(0, 1)?)?;
     factor_in_place(&first)
 }
 

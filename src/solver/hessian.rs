@@ -3,9 +3,10 @@
 use tch::{Device, Kind, Tensor};
 
 use super::correlations::Correlations;
-use super::matrix::{is_finite, panels};
+use super::matrix::panels;
 use super::triangle::Triangle;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 use crate::model::{ConvGeometry, Layer, LayerKind};
 
 /// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).

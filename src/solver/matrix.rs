@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::Hessian;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 
 /// `weight` [o, ...] as fp32 [o, d] on its own device.
 pub(super) fn flat(weight: &Tensor) -> Result<Tensor> {
@@ -31,11 +32,6 @@ pub(super) fn flat_for(weight: &Tensor, hessian: &Hessian) -> Result<Tensor> {
         return Err(Error::Argument(format!("a weight {:?} does not fit a Hessian of {dimension} inputs{of}", weight.size())));
     }
     Ok(flat.f_to_device(hessian.device())?)
-}
-
-/// Whether `tensor` is free of NaN and infinities.
-pub(super) fn is_finite(tensor: &Tensor) -> Result<bool> {
-    Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
 
 /// A copy with its own memory.

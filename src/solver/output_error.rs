@@ -1,10 +1,12 @@
 //! How much a changed weight changes the layer's output.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::Hessian;
 use super::matrix::flat_for;
 use crate::error::Result;
+use crate::product::product;
+use crate::sum::dot;
 
 /// The relative squared error of the layer's output on the inputs that the Hessian has seen:
 /// tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T) for `original` W0 and `new` W, each [o, ...].
@@ -39,15 +41,11 @@ pub fn output_energy(weight: &Tensor, hessian: &Hessian) -> Result<f64> {
                 let columns = triangle.rows(index);
                 let own = weight.f_narrow(1, columns.start, columns.end - columns.start)?;
                 let after = weight.f_narrow(1, columns.end, triangle.dimension() - columns.end)?;
-                energy += dot(&own.f_mm(&triangle.corner(index)?)?, &own)?;
-                energy += 2.0 * dot(&own.f_mm(&triangle.part(index, columns.end..triangle.dimension())?)?, &after)?;
+                energy += dot(&product(&own, &triangle.corner(index)?)?, &own)?;
+                energy += 2.0 * dot(&product(&own, &triangle.part(index, columns.end..triangle.dimension())?)?, &after)?;
             }
             Ok(energy * scale)
         })?;
     }
     Ok(energy.max(0.0))
-}
-
-fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
-    Ok(a.f_mul(b)?.f_sum(Kind::Double)?.f_double_value(&[])?)
 }

@@ -7,6 +7,8 @@ use super::sparsity::{Quota, mark_smallest};
 use super::sweep::{Block, scores, sweep};
 use super::{Hessian, InverseFactor, Note, Sparsity, device_sweep};
 use crate::error::{Error, Result};
+use crate::product::add_product;
+use crate::sum::squares;
 
 /// How [`prune`] prunes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -121,7 +123,7 @@ fn squared_change(original: &Tensor, new: &Tensor, dead: &Tensor) -> Result<f64>
     for rows in panels(new.size2()?.0, ROWS) {
         let part = |tensor: &Tensor| tensor.f_narrow(0, rows.start, rows.end - rows.start);
         let change = part(new)?.f_sub(&part(original)?)?.f_masked_fill_(dead, 0.0)?;
-        sum += change.f_mul(&change)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        sum += squares(&change)?;
     }
     Ok(sum)
 }
@@ -186,7 +188,7 @@ fn prune_rows(
         if panel.end < d {
             let error = Tensor::f_from_slice(&error)?.f_reshape(size)?.f_to_device(weight.device())?;
             let after = rows.f_narrow(1, size[1], d - panel.end)?;
-            let _ = block(weight, 0..o, panel.end..d)?.f_addmm_(&error, &after)?;
+            add_product(&block(weight, 0..o, panel.end..d)?, &error, &after)?;
         }
     }
     Ok(loss)
@@ -213,7 +215,7 @@ fn prune_on_device(
         let error = device_sweep::sweep(&own, &upper, &marks, ratio)?;
         let _ = loss.f_add_(&error.f_square()?.f_sum(Kind::Double)?)?;
         if panel.end < d {
-            let _ = block(weight, 0..o, panel.end..d)?.f_addmm_(&error, &rows.f_narrow(1, width, d - panel.end)?)?;
+            add_product(&block(weight, 0..o, panel.end..d)?, &error, &rows.f_narrow(1, width, d - panel.end)?)?;
         }
     }
     Ok(loss.f_double_value(&[])?)

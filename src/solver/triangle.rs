@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::matrix::{block, copy, panels};
 use crate::error::Result;
+use crate::product::add_product;
 
 /// The upper triangle of a [d, d] fp32 matrix in panels of neighbouring rows, each from its own diagonal block to the last column.
 ///
@@ -121,7 +122,7 @@ impl Triangle {
             let rows = self.rows(index);
             let left = vectors.f_narrow(1, rows.start, rows.end - rows.start)?;
             let right = vectors.f_narrow(1, rows.start, self.dimension - rows.start)?;
-            let _ = panel.shallow_clone().f_addmm_(&left.f_transpose(0, 1)?, &right)?;
+            add_product(panel, &left.f_transpose(0, 1)?, &right)?;
         }
         Ok(())
     }

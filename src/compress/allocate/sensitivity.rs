@@ -11,6 +11,7 @@ use crate::model::unet::{Carry, Stage};
 use crate::model::{Layer, Observer, Unobserved};
 use crate::pipeline::noise;
 use crate::progress::{Progress, Task};
+use crate::sum;
 
 /// What each layer's output error does to the UNet's output.
 #[derive(Debug, Default)]
@@ -143,7 +144,7 @@ fn leaf(carry: &Carry) -> Result<Carry> {
 }
 
 fn squares(tensor: &Tensor) -> Result<f64> {
-    Ok(tensor.f_detach()?.f_to_kind(Kind::Float)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?)
+    sum::squares(&tensor.f_detach()?.f_to_kind(Kind::Float)?)
 }
 
 /// Keeps the outputs that depend on the graph's leaves.

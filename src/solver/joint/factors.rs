@@ -7,6 +7,7 @@ use super::super::triangle::Triangle;
 use super::super::{Hessian, InverseFactor, Note};
 use super::shrinkage::shrinkage;
 use crate::error::Result;
+use crate::product::add_product;
 
 /// In which order the columns are solved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,11 +116,11 @@ impl Part {
             let rows = self.h.rows(index);
             let own = x.f_narrow(1, rows.start, rows.end - rows.start)?;
             let right = product.f_narrow(1, rows.start, d - rows.start)?;
-            let _ = right.shallow_clone().f_addmm_(&own, self.h.panel(index))?;
+            add_product(&right, &own, self.h.panel(index))?;
             if rows.end < d {
                 let after = x.f_narrow(1, rows.end, d - rows.end)?;
                 let left = product.f_narrow(1, rows.start, rows.end - rows.start)?;
-                let _ = left.shallow_clone().f_addmm_(&after, &self.h.part(index, rows.end..d)?.f_transpose(0, 1)?)?;
+                add_product(&left, &after, &self.h.part(index, rows.end..d)?.f_transpose(0, 1)?)?;
             }
         }
         to_vec(&product)

@@ -21,7 +21,7 @@ mod tests;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 pub use factors::{JointFactors, Order};
 
@@ -29,6 +29,8 @@ use super::matrix::{flat_for, to_vec};
 use super::palette::{Granularity, Outcome, PaletteOptions, Palettized, palettize, palettize_weighted};
 use super::{Correction, Hessian, Note, PruneOptions, Sparsity, prune_with};
 use crate::error::{Error, Result};
+use crate::product::product;
+use crate::sum::squares;
 use exchange::{Exchange, exchange};
 use fit::Fit;
 use levels::Levels;
@@ -289,7 +291,7 @@ fn held_out_ratio(
         let mut sum = 0.0;
         for part in 0..parts as i64 {
             let vectors = vectors.f_narrow(1, part * *columns as i64, *columns as i64)?;
-            sum += vectors.f_mm(&change.f_get(part)?.f_transpose(0, 1)?)?.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?;
+            sum += squares(&product(&vectors, &change.f_get(part)?.f_transpose(0, 1)?)?)?;
         }
         Ok(sum)
     };

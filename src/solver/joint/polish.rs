@@ -8,6 +8,7 @@ use super::super::triangle::Triangle;
 use super::levels::Levels;
 use super::problem::Problem;
 use crate::error::Result;
+use crate::product::{add_product, product};
 
 /// Columns whose gradient is computed at once.
 const BLOCK: i64 = 128;
@@ -51,11 +52,11 @@ pub(super) fn polish(problem: &Problem<'_>, levels: &mut Levels) -> Result<usize
 fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -> Result<(Vec<f32>, Vec<f32>)> {
     let (rows, width) = (h.rows(panel), end - start);
     let own = h.panel(panel).f_narrow(0, start - rows.start, width)?;
-    let gradient = change.f_narrow(1, rows.start, h.dimension() - rows.start)?.f_mm(&own.f_transpose(0, 1)?)?;
+    let gradient = product(&change.f_narrow(1, rows.start, h.dimension() - rows.start)?, &own.f_transpose(0, 1)?)?;
     for above in 0..panel {
         let columns = h.rows(above);
         let before = change.f_narrow(1, columns.start, columns.end - columns.start)?;
-        let _ = gradient.shallow_clone().f_addmm_(&before, &h.part(above, start..end)?)?;
+        add_product(&gradient, &before, &h.part(above, start..end)?)?;
     }
     debug_assert_eq!(gradient.kind(), Kind::Float);
     Ok((to_vec(&gradient)?, to_vec(&own.f_narrow(1, start - rows.start, width)?)?))

@@ -1,10 +1,10 @@
 //! How much dampening the number of vectors calls for.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
 use crate::error::Result;
+use crate::sum::{squares, sum};
 
 /// The dampening that makes H the best estimate, of the form (1 - r) H + r mean(diag H) I, of what more vectors would give.
 ///
@@ -13,22 +13,16 @@ use crate::error::Result;
 /// At most 10.
 pub(super) fn shrinkage(h: &Triangle, vectors: u64) -> Result<f64> {
     let d = h.dimension() as f64;
-    let trace = Tensor::f_cat(&h.diagonals()?, 0)?.f_sum(Kind::Double)?.f_double_value(&[])?;
-    let mut squares = 0.0;
+    let trace = sum(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
+    let mut energy = 0.0;
     for index in 0..h.count() {
         let rows = h.rows(index);
-        squares += energy(&h.corner(index)?)?;
+        energy += squares(&h.corner(index)?)?;
         if rows.end < h.dimension() {
-            squares += 2.0 * energy(&h.part(index, rows.end..h.dimension())?)?;
+            energy += 2.0 * squares(&h.part(index, rows.end..h.dimension())?)?;
         }
     }
-    Ok(ratio(trace, squares, d, vectors as f64))
-}
-
-/// The squares' sum, row by row: a sum over all at once is made of as many parts as there are threads, and rounds with them.
-fn energy(part: &Tensor) -> Result<f64> {
-    let rows: Vec<f32> = to_vec(&part.f_norm_scalaropt_dim(2.0, [1], false)?)?;
-    Ok(rows.into_iter().map(|norm| f64::from(norm).powi(2)).sum())
+    Ok(ratio(trace, energy, d, vectors as f64))
 }
 
 fn ratio(trace: f64, squares: f64, d: f64, vectors: f64) -> f64 {

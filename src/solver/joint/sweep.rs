@@ -7,6 +7,7 @@ use super::super::matrix::{block, panels, to_vec};
 use super::levels::Levels;
 use super::problem::Problem;
 use crate::error::Result;
+use crate::product::add_product;
 
 /// Columns after which the rest of the row is brought up to date.
 const BLOCK: i64 = 128;
@@ -37,7 +38,7 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) 
             if columns.end < d {
                 let error = Tensor::f_from_slice(&values)?.f_reshape([count, width])?.f_to_device(triangle.device())?;
                 let after = upper.f_narrow(1, width, d - columns.end)?;
-                let _ = block(&left, 0..count, columns.end..d)?.f_addmm_(&error, &after)?;
+                add_product(&block(&left, 0..count, columns.end..d)?, &error, &after)?;
             }
         }
     }

@@ -1,0 +1,299 @@
+//! Products of fp32 matrices at the speed of the machine.
+//!
+//! libtorch's are those of MKL, which has no AVX-512 kernels for AMD's processors and so reaches half of what they can. There
+//! the products are [faer](https://docs.rs/faer)'s; on other processors, on GPUs and in other dtypes they are libtorch's. Both give
+//! the same numbers on any number of threads, unlike oneDNN's.
+
+use tch::Tensor;
+
+use crate::error::Result;
+
+/// What a product does to the matrix that takes it.
+#[derive(Clone, Copy, PartialEq)]
+enum Change {
+    Replace,
+    Add,
+    Subtract,
+}
+
+/// A B for A [m, k] and B [k, n]: [m, n].
+pub(crate) fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
+    if wide::serves(left) {
+        let target = left.f_new_empty([left.size2()?.0, right.size2()?.1], (left.f_kind()?, left.device()))?;
+        if wide::product(&target, left, right, Change::Replace)? {
+            return Ok(target);
+        }
+    }
+    Ok(left.f_mm(right)?)
+}
+
+/// T + A B in the place of T [m, n], for A [m, k] and B [k, n].
+pub(crate) fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
+    if !wide::product(target, left, right, Change::Add)? {
+        let _ = target.shallow_clone().f_addmm_(left, right)?;
+    }
+    Ok(())
+}
+
+/// T - A B in the place of T [m, n], for A [m, k] and B [k, n].
+pub(crate) fn subtract_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
+    if !wide::product(target, left, right, Change::Subtract)? {
+        let _ = target.shallow_clone().f_sub_(&left.f_mm(right)?)?;
+    }
+    Ok(())
+}
+
+/// X W^T + b for X [.., d], W [o, d] and b `[o]`: [.., o].
+pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (o, d) = weight.size2()?;
+    if !wide::serves(input) || input.size().last() != Some(&d) {
+        return Ok(input.f_linear(weight, bias)?);
+    }
+    let rows = input.f_reshape([-1, d])?;
+    let output = match bias {
+        None => product(&rows, &weight.f_transpose(0, 1)?)?,
+        Some(bias) => {
+            let mut output = input.f_new_empty([rows.size2()?.0, o], (input.f_kind()?, input.device()))?;
+            output.f_copy_(bias)?;
+            add_product(&output, &rows, &weight.f_transpose(0, 1)?)?;
+            output
+        }
+    };
+    let mut size = input.size();
+    size.pop();
+    size.push(o);
+    Ok(output.f_view(size.as_slice())?)
+}
+
+/// faer's products.
+#[cfg(target_arch = "x86_64")]
+mod wide {
+    use std::ops::Range;
+    use std::sync::OnceLock;
+
+    use faer::linalg::matmul::matmul;
+    use faer::{Accum, MatMut, MatRef, Par};
+    use tch::{Device, Kind, Tensor};
+
+    use super::Change;
+    use crate::error::Result;
+
+    /// Multiply-adds from which on more threads than one pay.
+    const MANY: f64 = 8e6;
+
+    /// Whether this is a processor on which faer is the faster.
+    fn pays() -> bool {
+        static PAYS: OnceLock<bool> = OnceLock::new();
+        *PAYS.get_or_init(|| {
+            let vendor = raw_cpuid::CpuId::new().get_vendor_info();
+            is_x86_feature_detected!("avx512f") && vendor.is_some_and(|vendor| vendor.as_str() == "AuthenticAMD")
+        })
+    }
+
+    /// Whether products of this tensor are done here. Gradients are libtorch's matter.
+    pub fn serves(tensor: &Tensor) -> bool {
+        pays()
+            && tensor.device() == Device::Cpu
+            && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float)
+            && !tensor.requires_grad()
+    }
+
+    /// The product in `target`; false, and nothing done, where libtorch is to do it.
+    pub fn product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) -> Result<bool> {
+        if ![target, left, right].into_iter().all(serves) {
+            return Ok(false);
+        }
+        let (Some(to), Some(a), Some(b)) = (View::of(target), View::of(left), View::of(right)) else { return Ok(false) };
+        let fits = a.columns == b.rows && to.rows == a.rows && to.columns == b.columns;
+        if !fits || !to.is_injective() || to.overlaps(&a) || to.overlaps(&b) {
+            return Ok(false);
+        }
+        let accumulate = if change == Change::Replace { Accum::Replace } else { Accum::Add };
+        let factor = if change == Change::Subtract { -1.0 } else { 1.0 };
+        let work = to.rows as f64 * to.columns as f64 * a.columns as f64;
+        let threads = if work < MANY { Par::Seq } else { Par::rayon(0) };
+        // SAFETY: each view is of the fp32 elements of a tensor on the CPU, which lie in its storage by libtorch's own rules (views are
+        // only made of sizes and strides that do) and which the borrowed tensors keep alive. The target's elements are all
+        // different ones and share no memory with the others' (checked above), and no other thread uses them: tensors are not `Sync`.
+        unsafe {
+            let to = MatMut::from_raw_parts_mut(to.data, to.rows, to.columns, to.steps[0], to.steps[1]);
+            let a = MatRef::from_raw_parts(a.data.cast_const(), a.rows, a.columns, a.steps[0], a.steps[1]);
+            let b = MatRef::from_raw_parts(b.data.cast_const(), b.rows, b.columns, b.steps[0], b.steps[1]);
+            matmul(to, accumulate, a, b, factor, threads);
+        }
+        Ok(true)
+    }
+
+    /// Where the elements of a matrix lie.
+    struct View {
+        data: *mut f32,
+        rows: usize,
+        columns: usize,
+        /// From row to row and from column to column, in elements.
+        steps: [isize; 2],
+    }
+
+    impl View {
+        /// None of anything but a matrix with elements.
+        fn of(tensor: &Tensor) -> Option<Self> {
+            let [rows, columns] = tensor.size()[..] else { return None };
+            let [down, across] = tensor.stride()[..] else { return None };
+            let step = |step: i64| isize::try_from(step).ok().filter(|step| *step >= 0);
+            let view = View {
+                data: tensor.data_ptr().cast(),
+                rows: usize::try_from(rows).ok()?,
+                columns: usize::try_from(columns).ok()?,
+                steps: [step(down)?, step(across)?],
+            };
+            (view.rows > 0 && view.columns > 0 && !view.data.is_null()).then_some(view)
+        }
+
+        /// Whether no two places are the same element.
+        fn is_injective(&self) -> bool {
+            let [down, across] = self.steps;
+            let (rows, columns) = (self.rows as isize, self.columns as isize);
+            let by_rows = (across > 0 || columns == 1) && (down > (columns - 1) * across || rows == 1);
+            let by_columns = (down > 0 || rows == 1) && (across > (rows - 1) * down || columns == 1);
+            by_rows || by_columns
+        }
+
+        /// From the first element's address to the end of the last's.
+        fn extent(&self) -> Range<usize> {
+            let last = (self.rows - 1) * self.steps[0].unsigned_abs() + (self.columns - 1) * self.steps[1].unsigned_abs();
+            let start = self.data as usize;
+            start..start + (last + 1) * size_of::<f32>()
+        }
+
+        fn overlaps(&self, other: &View) -> bool {
+            let (own, other) = (self.extent(), other.extent());
+            own.start < other.end && other.start < own.end
+        }
+    }
+}
+
+/// Nothing to do better.
+#[cfg(not(target_arch = "x86_64"))]
+mod wide {
+    use tch::Tensor;
+
+    use super::Change;
+    use crate::error::Result;
+
+    pub fn serves(_: &Tensor) -> bool {
+        false
+    }
+
+    pub fn product(_: &Tensor, _: &Tensor, _: &Tensor, _: Change) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    fn numbers(size: &[i64], seed: i64) -> Tensor {
+        tch::manual_seed(seed);
+        Tensor::randn(size, (Kind::Float, Device::Cpu))
+    }
+
+    fn close(ours: &Tensor, exact: &Tensor) {
+        assert_eq!(ours.size(), exact.size());
+        let off = (ours.to_kind(Kind::Double) - exact).norm().double_value(&[]) / exact.norm().double_value(&[]).max(1e-30);
+        assert!(off < 1e-6, "{:?}: {off:.1e}", ours.size());
+    }
+
+    fn exact(left: &Tensor, right: &Tensor) -> Tensor {
+        left.to_kind(Kind::Double).matmul(&right.to_kind(Kind::Double))
+    }
+
+    #[test]
+    fn products_of_all_shapes_and_strides_are_right() {
+        for (m, k, n) in [(1, 1, 1), (3, 5, 2), (64, 128, 96), (333, 77, 129), (1, 700, 40), (500, 300, 200)] {
+            let (a, b, c) = (numbers(&[m, k], 1), numbers(&[k, n], 2), numbers(&[m, n], 3));
+            let turned = |tensor: &Tensor| {
+                let size = tensor.size();
+                let mut other = tensor.new_zeros([size[1], size[0]], (Kind::Float, Device::Cpu));
+                other.copy_(&tensor.tr());
+                other.tr()
+            };
+            let inner = |tensor: &Tensor| {
+                let size = tensor.size();
+                let around = tensor.new_zeros([size[0] + 3, size[1] + 5], (Kind::Float, Device::Cpu));
+                around.narrow(0, 1, size[0]).narrow(1, 2, size[1]).copy_(tensor);
+                around.narrow(0, 1, size[0]).narrow(1, 2, size[1])
+            };
+            for a in [a.copy(), turned(&a), inner(&a)] {
+                for b in [b.copy(), turned(&b), inner(&b)] {
+                    let expected = exact(&a, &b);
+                    close(&product(&a, &b).unwrap(), &expected);
+                    for target in [c.copy(), turned(&c), inner(&c)] {
+                        add_product(&target, &a, &b).unwrap();
+                        close(&target, &(c.to_kind(Kind::Double) + &expected));
+                        subtract_product(&target, &a, &b).unwrap();
+                        subtract_product(&target, &a, &b).unwrap();
+                        close(&target, &(c.to_kind(Kind::Double) - &expected));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn linear_is_libtorchs() {
+        for size in [&[40_i64][..], &[7, 40], &[2, 77, 40], &[1, 2, 3, 40], &[0, 40]] {
+            let (x, w, b) = (numbers(size, 4), numbers(&[30, 40], 5), numbers(&[30], 6));
+            for bias in [None, Some(&b)] {
+                let double = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+                close(&linear(&x, &w, bias).unwrap(), &double(&x).linear(&double(&w), bias.map(double).as_ref()));
+            }
+        }
+    }
+
+    /// What faer must not be given goes to libtorch, which knows what to do or to say.
+    #[test]
+    fn shared_memory_other_dtypes_gradients_and_wrong_shapes() {
+        let a = numbers(&[8, 8], 7);
+        let expected = a.to_kind(Kind::Double) + exact(&a, &a);
+        let same = a.copy();
+        add_product(&same, &a, &a).unwrap();
+        close(&same, &expected);
+        // The target is the right half of the matrix that the left factor is a part of.
+        let whole = numbers(&[8, 16], 8);
+        let (left, right) = (whole.narrow(1, 0, 8), whole.narrow(1, 8, 8));
+        let expected = right.to_kind(Kind::Double) + exact(&left, &a);
+        add_product(&right, &left, &a).unwrap();
+        close(&right, &expected);
+        // All rows the same memory.
+        let one = numbers(&[1, 8], 9);
+        assert!(add_product(&one.expand([8, 8], false), &a, &a).is_err());
+        assert!(product(&a, &numbers(&[7, 8], 10)).is_err());
+        let double = a.to_kind(Kind::Double);
+        close(&product(&double, &double).unwrap(), &exact(&a, &a));
+        let learns = a.copy().set_requires_grad(true);
+        let y = linear(&learns, &a, None).unwrap().sum(Kind::Float);
+        let gradient = &Tensor::run_backward(&[y], std::slice::from_ref(&learns), false, false)[0];
+        close(gradient, &exact(&Tensor::ones([8, 8], (Kind::Float, Device::Cpu)), &a));
+    }
+
+    #[test]
+    fn the_same_numbers_on_any_number_of_threads() {
+        let threads = tch::get_num_threads();
+        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        for (m, k, n) in [(512, 640, 333), (16, 2816, 640), (77, 2048, 1280), (1200, 128, 96), (700, 333, 77)] {
+            let run = || {
+                let (a, b, sum) = (numbers(&[m, k], 11), numbers(&[n, k], 12), numbers(&[m, n], 13));
+                add_product(&sum, &a, &b.tr()).unwrap();
+                Vec::<f32>::try_from((product(&a, &b.tr()).unwrap() + sum).flatten(0, -1)).unwrap()
+            };
+            let expected = pool(1).install(run);
+            for count in [2, 3, 7] {
+                tch::set_num_threads(count as i32);
+                assert!(pool(count).install(run) == expected, "{m} {k} {n} on {count} threads");
+            }
+            tch::set_num_threads(threads);
+        }
+    }
+}
