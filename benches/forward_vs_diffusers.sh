@@ -9,7 +9,7 @@ set -eu
 model=$1 python=$2 rounds=${3:-3}
 here=$(dirname "$0")
 inputs=$(mktemp -d)/forward.safetensors
-cargo build --release --example unet_forward
+cargo build -q --release --example unet_forward
 ours=$here/../target/release/examples/unet_forward
 for _ in $(seq "$rounds"); do
     echo "diffusers $("$python" "$here/../tests/golden/make_unet_forward.py" "$model" --latent 64 --out "$inputs" --repeat 3 2>/dev/null)"

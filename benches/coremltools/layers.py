@@ -9,6 +9,7 @@ inputs, on the same number of threads, in turns. What is timed is what a layer c
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -90,7 +91,9 @@ def main():
                 times.setdefault(("SparseGPT 40 %", name), ([], []))[0].append(sparsegpt(weight, inputs))
             for name, (layer, group_size) in PALETTES.items():
                 times.setdefault(("4-bit palettes", name), ([], []))[0].append(palettize(layers[layer][0], group_size))
-            ours = subprocess.run([args.ours, file], check=True, capture_output=True, text=True).stdout
+            # As the command line sets it for itself: src/cli/openmp.rs.
+            environment = os.environ | {"GOMP_SPINCOUNT": "5000"}
+            ours = subprocess.run([args.ours, file], check=True, capture_output=True, text=True, env=environment).stdout
             for line in map(json.loads, ours.splitlines()):
                 times[(line["what"], line["layer"])][1].append(line["seconds"])
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; median of {args.rounds} rounds in turn\n")
