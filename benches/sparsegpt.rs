@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use sdxl_squeeze::solver::{Hessian, InverseFactor, PruneOptions, Sparsity, prune};
+use sdxl_squeeze::solver::{Factor, Hessian, PruneOptions, Sparsity, prune};
 use tch::{Device, Kind, Tensor};
 
 fn square_layer(criterion: &mut Criterion) {
@@ -18,7 +18,7 @@ fn square_layer(criterion: &mut Criterion) {
     group.bench_function("hessian", |bencher| {
         bencher.iter(|| Hessian::new(1280, Device::Cpu).and_then(|mut hessian| hessian.add(black_box(&inputs))));
     });
-    group.bench_function("factor", |bencher| bencher.iter(|| InverseFactor::new(black_box(&hessian), 0, 0.01)));
+    group.bench_function("factor", |bencher| bencher.iter(|| Factor::new(black_box(&hessian), 0, 0.01)));
     for (name, sparsity) in [("prune 40 %", Sparsity::Unstructured(0.4)), ("prune 2:4", Sparsity::NM { n: 2, m: 4 })] {
         let options = PruneOptions { sparsity, ..PruneOptions::default() };
         group.bench_function(name, |bencher| bencher.iter(|| prune(black_box(&weight), &hessian, &options)));

@@ -91,8 +91,8 @@ def main():
                 times.setdefault(("SparseGPT 40 %", name), ([], []))[0].append(sparsegpt(weight, inputs))
             for name, (layer, group_size) in PALETTES.items():
                 times.setdefault(("4-bit palettes", name), ([], []))[0].append(palettize(layers[layer][0], group_size))
-            # As the command line sets it for itself: src/cli/openmp.rs.
-            environment = os.environ | {"GOMP_SPINCOUNT": "5000"}
+            # As the command line sets them for itself: src/cli/environment.rs.
+            environment = os.environ | {"GOMP_SPINCOUNT": "5000", "MKL_CBWR": "AUTO,STRICT"}
             ours = subprocess.run([args.ours, file], check=True, capture_output=True, text=True, env=environment).stdout
             for line in map(json.loads, ours.splitlines()):
                 times[(line["what"], line["layer"])][1].append(line["seconds"])

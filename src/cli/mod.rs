@@ -2,10 +2,10 @@
 
 mod compare;
 mod compress;
+mod environment;
 mod export;
 mod generate;
 mod inspect;
-mod openmp;
 mod plan;
 mod progress;
 mod synth;
@@ -98,7 +98,7 @@ fn run(args: Args) -> Result<(), Error> {
     let log = reporter.log_writer();
     tracing_subscriber::fmt().with_max_level(level).with_writer(move || log.clone()).without_time().with_target(false).init();
     if matches!(args.command, Command::Compress(_) | Command::Compare(_)) {
-        openmp::wait_less();
+        environment::settle();
     }
     match args.command {
         Command::Compress(args) => compress::run(args, &reporter),

@@ -8,7 +8,7 @@ use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
 use crate::solver::{
-    Correction, Effort, Hessian, InverseFactor, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
+    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
     prune_with,
 };
 use crate::sum::squares;
@@ -91,7 +91,7 @@ pub struct Calibrated<'a> {
     /// Their Hessian.
     pub hessian: &'a Hessian,
     /// Its factors and the dampening that was asked for, if layers that share it have needed them already.
-    pub factors: Option<(f64, &'a [InverseFactor])>,
+    pub factors: Option<(f64, &'a [Factor])>,
     /// What the joint solver needs of it, likewise.
     pub joint: Option<&'a JointFactors>,
     /// By how much the layer's outputs are off, if it is to make up for that. For the joint solver.

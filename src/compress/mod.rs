@@ -37,7 +37,7 @@ use crate::model::{Layer, LayerInput};
 use crate::number;
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
-use crate::solver::{Correction, Hessian, InverseFactor, JointFactors};
+use crate::solver::{Correction, Factor, Hessian, JointFactors};
 use lane::{Lane, Pass, Way};
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
@@ -333,7 +333,7 @@ impl Job<'_> {
             .filter(|layer| layer.input() == input && !finished.has(layer.name()))
             .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
             .collect();
-        let mut made: Option<(f64, Vec<InverseFactor>)> = None;
+        let mut made: Option<(f64, Vec<Factor>)> = None;
         let mut made_joint: Option<JointFactors> = None;
         for (layer, treatment) in &layers {
             task.go_on()?;
@@ -353,7 +353,7 @@ impl Job<'_> {
                     } else if let Some(options) = treatment.prune.filter(|_| layers.len() > 1)
                         && made.as_ref().is_none_or(|(dampening, _)| *dampening != options.dampening)
                     {
-                        let factors = InverseFactor::all(hessian, options.dampening).map_err(Error::layer(layer.name()))?;
+                        let factors = Factor::all(hessian, options.dampening).map_err(Error::layer(layer.name()))?;
                         made = Some((options.dampening, factors));
                     }
                     let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));

@@ -1,12 +1,12 @@
-//! The upper Cholesky factor of H^-1, in which SparseGPT reads what a change of one weight does to the others.
+//! The Cholesky factor of H, in which SparseGPT reads what a change of one weight does to the others.
 
 use tch::{Device, Kind, Tensor};
 
 use super::Hessian;
-use super::matrix::block;
+use super::matrix::{block, copy, panels, to_vec};
 use super::triangle::Triangle;
 use crate::error::{Error, Result};
-use crate::product::{add_product, product, subtract_product};
+use crate::product::{product, subtract_product};
 
 /// On a CPU, blocks of this size go to LAPACK: its own Cholesky of larger ones rounds otherwise on another number of threads. On a GPU
 /// each call costs more than a whole panel's work.
@@ -17,14 +17,17 @@ fn leaf(device: Device) -> i64 {
 /// The most dampening that is tried.
 const MOST_DAMPENING: f64 = 10.0;
 
-/// U [d, d] with U^T U = (H + damping)^-1, upper triangular, fp32.
+/// R [d, d], upper triangular, with R R^T = H + damping, fp32.
 ///
 /// H is treated as coremltools treats it (`SparseGPT._compress_impl`): dead columns (H_jj = 0) get H_jj = 1, then
-/// `dampening` * mean(diag H) is added to the diagonal. coremltools inverts H between two Cholesky factorizations. Here H = R R^T
-/// is factored with R upper triangular, and U = R^-1: half the work, the same matrix, better conditioned.
+/// `dampening` * mean(diag H) is added to the diagonal.
+///
+/// SparseGPT is written with U = R^-1, the upper Cholesky factor of H^-1, for which coremltools makes three factorizations. R says the same
+/// and needs one: for D [o, d], the change of the columns that are done, (D R)_j is the sum of U's errors that reach column j. So no [d, d]
+/// matrix is inverted, only blocks on R's diagonal: a quarter of the work, and better conditioned.
 #[derive(Debug)]
-pub struct InverseFactor {
-    /// U, upper triangular.
+pub struct Factor {
+    /// R.
     pub(super) triangle: Triangle,
     /// The columns whose inputs were always zero: bool, of length d.
     pub dead: Tensor,
@@ -36,11 +39,11 @@ pub struct InverseFactor {
     pub added: f64,
 }
 
-impl InverseFactor {
+impl Factor {
     /// The factor of each of a Hessian's groups.
     ///
     /// # Errors
-    /// As [`InverseFactor::new`].
+    /// As [`Factor::new`].
     pub fn all(hessian: &Hessian, dampening: f64) -> Result<Vec<Self>> {
         (0..hessian.groups()).map(|group| Self::new(hessian, group, dampening)).collect()
     }
@@ -56,19 +59,56 @@ impl InverseFactor {
         Self::of(&|| hessian.triangle(group), dampening)
     }
 
+    /// R_jj, which is 1 / U_jj: squared, what an error in column j costs when the columns after it make up for it.
+    pub(super) fn diagonal(&self) -> Result<Vec<f32>> {
+        to_vec(&Tensor::f_cat(&self.triangle.diagonals()?, 0)?)
+    }
+
     /// X (H + damping)^-1 for X [rows, d], on the factor's device. Zeros in dead columns.
     pub(super) fn solve(&self, x: &Tensor) -> Result<Tensor> {
-        let u = &self.triangle;
-        let d = u.dimension();
+        let r = &self.triangle;
         let x = x.f_masked_fill(&self.dead, 0.0)?;
-        let solved = x.f_zeros_like()?;
-        for index in 0..u.count() {
-            let rows = u.rows(index);
-            let panel = u.panel(index).f_triu(0)?;
-            let part = product(&x.f_narrow(1, rows.start, d - rows.start)?, &panel.f_transpose(0, 1)?)?;
-            add_product(&solved.f_narrow(1, rows.start, d - rows.start)?, &part, &panel)?;
+        let part = |columns: std::ops::Range<i64>| x.f_narrow(1, columns.start, columns.end - columns.start);
+        // Y R^T = X, from the last columns to the first; then Z R = Y, the other way.
+        for index in (0..r.count()).rev() {
+            let (own, after) = (r.rows(index), r.rows(index).end..r.dimension());
+            let mut target = part(own)?;
+            if !after.is_empty() {
+                subtract_product(&target, &part(after.clone())?, &r.part(index, after)?.f_transpose(0, 1)?)?;
+            }
+            target.f_copy_(&product(&target, &inverse(&r.corner(index)?)?.f_transpose(0, 1)?)?)?;
         }
-        Ok(solved.f_masked_fill(&self.dead, 0.0)?)
+        for index in 0..r.count() {
+            let (own, after) = (r.rows(index), r.rows(index).end..r.dimension());
+            let mut target = part(own)?;
+            target.f_copy_(&product(&target, &inverse(&r.corner(index)?)?)?)?;
+            if !after.is_empty() {
+                subtract_product(&part(after.clone())?, &target, &r.part(index, after)?)?;
+            }
+        }
+        Ok(x.f_masked_fill(&self.dead, 0.0)?)
+    }
+
+    /// The diagonal of (H + damping)^-1: the squared lengths of the columns of R^-1, which is made and dropped panel by panel.
+    pub(super) fn inverse_diagonal(&self) -> Result<Vec<f32>> {
+        let r = &self.triangle;
+        let corners = (0..r.count()).map(|index| inverse(&r.corner(index)?)).collect::<Result<Vec<_>>>()?;
+        let mut diagonal = Vec::new();
+        for last in 0..r.count() {
+            let columns = r.rows(last);
+            let size = [columns.end, columns.end - columns.start];
+            let solved = Tensor::f_zeros(size, (Kind::Float, r.device()))?;
+            let part = |rows: std::ops::Range<i64>| solved.f_narrow(0, rows.start, rows.end - rows.start);
+            part(columns.clone())?.f_copy_(&corners[last])?;
+            for index in (0..last).rev() {
+                let (own, below) = (r.rows(index), r.rows(index).end..columns.end);
+                let sum = product(&r.part(index, below.clone())?, &part(below)?)?;
+                part(own)?.f_copy_(&product(&corners[index], &sum)?.f_neg_()?)?;
+            }
+            let squares = solved.f_square()?.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Float)?;
+            diagonal.extend(to_vec(&squares)?);
+        }
+        Ok(diagonal)
     }
 
     /// Whether there can be a factor.
@@ -118,17 +158,16 @@ impl InverseFactor {
         if !factor(&triangle)? {
             return Ok(None);
         }
-        invert(&triangle)?;
         for index in 0..triangle.count() {
             if !sum(triangle.panel(index))?.is_finite() {
                 return Ok(None);
             }
         }
         let dead_columns = dead.f_sum(Kind::Int64)?.f_int64_value(&[])?.unsigned_abs();
-        Ok(Some(InverseFactor { triangle, dead, dead_columns, dampening, added }))
+        Ok(Some(Factor { triangle, dead, dead_columns, dampening, added }))
     }
 
-    /// U [d, d] as one matrix, zeros below the diagonal: a copy.
+    /// R [d, d] as one matrix, zeros below the diagonal: a copy.
     ///
     /// # Errors
     /// [`Error::Torch`] if the memory is not there.
@@ -142,18 +181,18 @@ impl InverseFactor {
 /// With J the reversal this is J L J of J H J = L L^T, without moving the matrix: row by row of blocks from the last one up, in a row
 /// from the last block to the first, each less the products of what is done already.
 fn factor(h: &Triangle) -> Result<bool> {
+    // Of the diagonal blocks, the last one first.
+    let mut inverses: Vec<Tensor> = Vec::new();
     for row in (0..h.count()).rev() {
         let own = h.rows(row);
-        for column in (row + 1..h.count()).rev() {
+        for (column, inverse) in (row + 1..h.count()).rev().zip(&inverses) {
             let other = h.rows(column);
             let done = other.end..h.dimension();
-            let mut target = h.part(row, other.clone())?;
+            let target = h.part(row, other)?;
             if !done.is_empty() {
                 subtract_product(&target, &h.part(row, done.clone())?, &h.part(column, done)?.f_transpose(0, 1)?)?;
             }
-            // X R^T = target, for X.
-            let lower = h.corner(column)?.f_transpose(0, 1)?;
-            target.f_copy_(&lower.f_linalg_solve_triangular(&target, false, false, false)?)?;
+            divide(&target, inverse)?;
         }
         let corner = h.corner(row)?;
         if own.end < h.dimension() {
@@ -163,31 +202,29 @@ fn factor(h: &Triangle) -> Result<bool> {
         if !factor_in_place(&corner)? {
             return Ok(false);
         }
+        if row > 0 {
+            inverses.push(inverse(&corner)?);
+        }
     }
     Ok(true)
 }
 
-/// Turns the upper triangular R into R^-1, row by row of blocks from the last one up; zeros below the diagonal.
-fn invert(r: &Triangle) -> Result<()> {
-    for row in (0..r.count()).rev() {
-        let own = r.rows(row);
-        let mut corner = r.corner(row)?;
-        invert_in_place(&corner)?;
-        let _ = corner.f_triu_(0)?;
-        if own.end == r.dimension() {
-            continue;
-        }
-        let after = own.end..r.dimension();
-        let sum = Tensor::f_zeros([own.end - own.start, after.end - after.start], (Kind::Float, r.device()))?;
-        for other in row + 1..r.count() {
-            let columns = r.rows(other);
-            let place = sum.f_narrow(1, columns.start - own.end, r.dimension() - columns.start)?;
-            add_product(&place, &r.part(row, columns)?, r.panel(other))?;
-        }
-        r.part(row, after)?.f_copy_(&product(&corner, &sum)?.f_neg_()?)?;
+/// X with X R^T = T in the place of T [m, n], for the inverse of R [n, n].
+fn divide(target: &Tensor, inverse: &Tensor) -> Result<()> {
+    let from = copy(target)?;
+    let size = inverse.size2()?.0;
+    // R^-1 is upper triangular: no column of X needs what lies left of it.
+    for columns in panels(size, STRIP) {
+        let own = inverse.f_narrow(0, columns.start, columns.end - columns.start)?;
+        let own = own.f_narrow(1, columns.start, size - columns.start)?;
+        let solved = product(&from.f_narrow(1, columns.start, size - columns.start)?, &own.f_transpose(0, 1)?)?;
+        target.f_narrow(1, columns.start, columns.end - columns.start)?.f_copy_(&solved)?;
     }
     Ok(())
 }
+
+/// Columns of [`divide`] at once.
+const STRIP: i64 = 128;
 
 /// NaN or infinite if anything in it is; without an array of the tensor's size in between.
 fn sum(tensor: &Tensor) -> Result<f64> {
@@ -210,33 +247,32 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
     }
     let middle = middle(size, leaf);
     let first = block(h, 0..middle, 0..middle)?;
-    let mut corner = block(h, 0..middle, middle..size)?;
+    let corner = block(h, 0..middle, middle..size)?;
     let last = block(h, middle..size, middle..size)?;
     if !factor_in_place(&last)? {
         return Ok(false);
     }
-    corner.f_copy_(&last.f_transpose(0, 1)?.f_linalg_solve_triangular(&corner, false, false, false)?)?;
+    divide(&corner, &inverse(&last)?)?;
     subtract_product(&first, &corner, &corner.f_transpose(0, 1)?)?;
     factor_in_place(&first)
 }
 
-/// [`invert`] of one diagonal block. Whatever lies below the diagonal is neither read nor kept.
-fn invert_in_place(r: &Tensor) -> Result<()> {
+/// The inverse of an upper triangular R [n, n], with zeros below the diagonal. What R has there is not read.
+pub(super) fn inverse(r: &Tensor) -> Result<Tensor> {
     let (size, leaf) = (r.size2()?.0, leaf(r.device()));
     if size <= leaf {
         let unit = Tensor::f_eye(size, (r.f_kind()?, r.device()))?;
-        let mut r = r.shallow_clone();
-        let inverse = r.f_linalg_solve_triangular(&unit, true, true, false)?;
-        return Ok(r.f_copy_(&inverse)?);
+        return Ok(r.f_linalg_solve_triangular(&unit, true, true, false)?);
     }
     let middle = middle(size, leaf);
-    let first = block(r, 0..middle, 0..middle)?;
-    let mut corner = block(r, 0..middle, middle..size)?;
-    let last = block(r, middle..size, middle..size)?;
-    let left = first.f_linalg_solve_triangular(&corner, true, true, false)?;
-    corner.f_copy_(&last.f_linalg_solve_triangular(&left, true, false, false)?.f_neg()?)?;
-    invert_in_place(&first)?;
-    invert_in_place(&last)
+    let whole = Tensor::f_zeros([size, size], (r.f_kind()?, r.device()))?;
+    let first = inverse(&block(r, 0..middle, 0..middle)?)?;
+    let last = inverse(&block(r, middle..size, middle..size)?)?;
+    let corner = product(&product(&first, &block(r, 0..middle, middle..size)?)?, &last)?.f_neg_()?;
+    block(&whole, 0..middle, 0..middle)?.f_copy_(&first)?;
+    block(&whole, 0..middle, middle..size)?.f_copy_(&corner)?;
+    block(&whole, middle..size, middle..size)?.f_copy_(&last)?;
+    Ok(whole)
 }
 
 #[cfg(test)]
@@ -251,40 +287,62 @@ mod tests {
 
     /// A damped Hessian of correlated inputs, of `kind`.
     fn damped(d: i64, kind: Kind) -> Tensor {
-        tch::manual_seed(d);
-        let inputs = Tensor::randn([2 * d + 7, d], (Kind::Double, Device::Cpu))
-            .matmul(&Tensor::randn([d, d], (Kind::Double, Device::Cpu)));
+        let random = |rows, seed| crate::pipeline::noise(&[rows, d], seed, Kind::Double).unwrap();
+        let inputs = random(2 * d + 7, 1).matmul(&random(d, 2));
         let h = inputs.tr().matmul(&inputs) / d as f64;
         let damping = 0.01 * h.diagonal(0, 0, 1).mean(Kind::Double).double_value(&[]);
         (h + damping * Tensor::eye(d, (Kind::Double, Device::Cpu))).to_kind(kind)
     }
 
-    fn ours(h: &Tensor) -> Tensor {
-        let triangle = Triangle::zeros(h.size()[0], 1, Device::Cpu).unwrap();
-        for index in 0..triangle.count() {
-            let rows = triangle.rows(index);
-            // What lies below the diagonal must not matter.
-            let rows = h.narrow(0, rows.start, rows.end - rows.start).narrow(1, rows.start, triangle.dimension() - rows.start);
-            triangle.panel(index).shallow_clone().copy_(&(rows.triu(0) + 7.0 * rows.ones_like().tril(-1)));
-        }
-        assert!(factor(&triangle).unwrap());
-        invert(&triangle).unwrap();
-        triangle.upper().unwrap()
+    fn ours(h: &Tensor) -> Factor {
+        let triangle = || {
+            let triangle = Triangle::zeros(h.size()[0], 1, Device::Cpu).unwrap();
+            for index in 0..triangle.count() {
+                let rows = triangle.rows(index);
+                // What lies below the diagonal must not matter.
+                let rows =
+                    h.narrow(0, rows.start, rows.end - rows.start).narrow(1, rows.start, triangle.dimension() - rows.start);
+                triangle.panel(index).shallow_clone().copy_(&(rows.triu(0) + 7.0 * rows.ones_like().tril(-1)));
+            }
+            Ok(triangle)
+        };
+        Factor::of(&triangle, 0.0).unwrap()
     }
 
-    /// coremltools' chain.
+    /// coremltools' chain, which gives U.
     fn reference(h: &Tensor) -> Tensor {
         h.linalg_cholesky(false).cholesky_inverse(false).linalg_cholesky(true)
     }
 
     #[test]
-    fn equals_the_chain_of_three_factorizations() {
-        for d in [1, 2, 63, 64, 65, 128, 129, 200, 577, 1100] {
+    fn is_the_inverse_of_the_chain_of_three_factorizations() {
+        for d in [1, 2, 63, 64, 65, 128, 129, 200, 577, 1100, 1800] {
             let h = damped(d, Kind::Double);
             let exact = reference(&h);
             let theirs = relative(&reference(&h.to_kind(Kind::Float)).to_kind(Kind::Double), &exact);
-            let ours = relative(&ours(&h.to_kind(Kind::Float)).to_kind(Kind::Double), &exact);
+            let factor = ours(&h.to_kind(Kind::Float));
+            let upper = factor.upper().unwrap();
+            let inverted = inverse(&upper).unwrap();
+            let ours = relative(&inverted.to_kind(Kind::Double), &exact);
             assert!(ours < 1e-4 && ours < 2.0 * theirs + 1e-5, "{d}: {ours:.1e}, the chain {theirs:.1e}");
+            let back = relative(&upper.matmul(&upper.tr()).to_kind(Kind::Double), &h);
+            assert!(back < 1e-5, "{d}: R R^T is off by {back:.1e}");
+        }
+    }
+
+    #[test]
+    fn solves_and_knows_the_inverses_diagonal() {
+        for d in [1, 65, 200, 577, 1100] {
+            let h = damped(d, Kind::Double);
+            let factor = ours(&h.to_kind(Kind::Float));
+            let exact = h.inverse();
+            let diagonal = Tensor::from_slice(&factor.inverse_diagonal().unwrap()).to_kind(Kind::Double);
+            let off = relative(&diagonal, &exact.diagonal(0, 0, 1));
+            assert!(off < 1e-4, "{d}: the inverse's diagonal is off by {off:.1e}");
+            let x = crate::pipeline::noise(&[9, d], 3, Kind::Double).unwrap();
+            let solved = factor.solve(&x.to_kind(Kind::Float)).unwrap().to_kind(Kind::Double);
+            let off = relative(&solved.matmul(&h), &x);
+            assert!(off < 1e-3, "{d}: X H^-1 H is off by {off:.1e}");
         }
     }
 }

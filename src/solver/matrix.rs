@@ -36,7 +36,7 @@ pub(super) fn flat_for(weight: &Tensor, hessian: &Hessian) -> Result<Tensor> {
 
 /// A copy with its own memory.
 pub(super) fn copy(tensor: &Tensor) -> Result<Tensor> {
-    let mut copy = tensor.f_zeros_like()?;
+    let mut copy = tensor.f_empty_like()?;
     copy.f_copy_(tensor)?;
     Ok(copy)
 }
@@ -58,4 +58,40 @@ pub(super) fn block(tensor: &Tensor, rows: std::ops::Range<i64>, columns: std::o
 pub(super) fn panels(length: i64, size: i64) -> impl Iterator<Item = std::ops::Range<i64>> {
     let size = size.max(1);
     (0..length).step_by(size.unsigned_abs() as usize).map(move |start| start..length.min(start + size))
+}
+
+/// The numbers of a tensor that was just made, to be written to.
+///
+/// # Errors
+/// [`Error::Argument`] unless it is a contiguous fp32 tensor on the CPU.
+pub(super) fn numbers_mut(tensor: &mut Tensor) -> Result<&mut [f32]> {
+    let plain = tensor.device() == tch::Device::Cpu && tensor.f_kind()? == Kind::Float && tensor.is_contiguous();
+    if !plain {
+        return Err(Error::Argument("only a contiguous fp32 tensor on the CPU can be written to as a slice".into()));
+    }
+    if tensor.numel() == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: a contiguous fp32 tensor on the CPU has `numel` neighbouring f32 from `data_ptr` on, all initialized, and the slice
+    // borrows the tensor for as long as it lives. Callers hand in tensors that share their memory with no other.
+    Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_through_a_slice() {
+        let mut tensor = Tensor::zeros([3, 4], (Kind::Float, Device::Cpu));
+        for (at, number) in numbers_mut(&mut tensor).unwrap().iter_mut().enumerate() {
+            *number = at as f32;
+        }
+        assert_eq!(to_vec(&tensor).unwrap(), (0..12).map(|at| at as f32).collect::<Vec<_>>());
+        assert!(numbers_mut(&mut tensor.tr()).is_err());
+        assert!(numbers_mut(&mut tensor.to_kind(Kind::Half)).is_err());
+        assert!(numbers_mut(&mut Tensor::zeros([0, 4], (Kind::Float, Device::Cpu))).unwrap().is_empty());
+    }
 }

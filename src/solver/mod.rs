@@ -21,7 +21,7 @@ mod sweep;
 mod triangle;
 
 pub use correction::Correction;
-pub use factor::InverseFactor;
+pub use factor::Factor;
 pub use hessian::Hessian;
 pub use joint::{Beside, Effort, Joint, JointFactors, JointOptions, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};

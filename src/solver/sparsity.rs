@@ -1,5 +1,7 @@
 //! How much of a weight is to be pruned, and which elements those are.
 
+use rayon::prelude::*;
+
 use crate::error::{Error, Result};
 
 /// How much of a weight becomes zero.
@@ -72,24 +74,64 @@ impl Quota {
 /// Like coremltools it takes all that tie with the last of them, as long as they are zero (nothing is lost) or no more than
 /// 0.1 % of the block; otherwise the first ones in row-major order.
 pub(super) fn mark_smallest(scores: &[f32], count: usize, pruned: &mut [bool]) {
-    pruned.fill(false);
     if count == 0 || scores.is_empty() {
+        pruned.fill(false);
         return;
     }
-    let mut sorted = scores.to_vec();
-    let last = count.min(sorted.len()) - 1;
-    let threshold = *sorted.select_nth_unstable_by(last, f32::total_cmp).1;
-    let (mut below, mut ties) = (0, 0);
-    for score in scores {
-        below += usize::from(score.total_cmp(&threshold).is_lt());
-        ties += usize::from(score.total_cmp(&threshold).is_eq());
+    let Ranked { threshold, below, ties } = rank(scores, count.min(scores.len()) - 1);
+    let all = threshold == 0.0 || below + ties <= count + scores.len() / 1000;
+    if all {
+        let parts = scores.par_chunks(PIECE).zip(pruned.par_chunks_mut(PIECE));
+        parts.for_each(|(scores, pruned)| {
+            scores.iter().zip(pruned).for_each(|(score, pruned)| *pruned = score.total_cmp(&threshold).is_le());
+        });
+        return;
     }
-    let mut room = if threshold == 0.0 || below + ties <= count + scores.len() / 1000 { ties } else { count - below };
+    let mut room = count - below;
     for (score, pruned) in scores.iter().zip(pruned) {
         let order = score.total_cmp(&threshold);
         *pruned = order.is_lt() || (order.is_eq() && room > 0);
         room -= usize::from(order.is_eq() && *pruned);
     }
+}
+
+/// Scores that a thread takes at a time.
+const PIECE: usize = 1 << 16;
+
+/// A score's place among others.
+struct Ranked {
+    threshold: f32,
+    /// How many are smaller.
+    below: usize,
+    /// How many are the same.
+    ties: usize,
+}
+
+/// The score (>= 0) that would be the `index`-th of them in order, from zero on.
+fn rank(scores: &[f32], index: usize) -> Ranked {
+    // Numbers that are not negative are ordered as their bits. By the highest of these first, then among those alike.
+    const BINS: usize = 1 << 12;
+    let bin = |score: &f32| (score.to_bits() >> 19) as usize % BINS;
+    let count = |scores: &[f32]| {
+        let mut counts = vec![0_usize; BINS];
+        scores.iter().for_each(|score| counts[bin(score)] += 1);
+        counts
+    };
+    let add = |mut a: Vec<usize>, b: Vec<usize>| {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        a
+    };
+    let counts = scores.par_chunks(PIECE).map(count).reduce(|| vec![0; BINS], add);
+    let (mut own, mut before) = (0, 0);
+    while before + counts[own] <= index {
+        before += counts[own];
+        own += 1;
+    }
+    let mut alike: Vec<f32> = scores.par_iter().copied().with_min_len(PIECE).filter(|score| bin(score) == own).collect();
+    let threshold = *alike.select_nth_unstable_by(index - before, f32::total_cmp).1;
+    let less = alike.iter().filter(|score| score.total_cmp(&threshold).is_lt()).count();
+    let ties = alike.iter().filter(|score| score.total_cmp(&threshold).is_eq()).count();
+    Ranked { threshold, below: before + less, ties }
 }
 
 #[cfg(test)]

@@ -1,82 +1,191 @@
 //! The part of SparseGPT that goes column by column: prune, and let the columns after it make up for it.
 
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Rows that a thread takes at a time.
-const ROWS: usize = 16;
+/// Rows that are swept together, one in each SIMD lane: rows do not see each other.
+const LANES: usize = 16;
+
+/// Columns whose errors go to the columns after them at once, while these are in registers.
+const STRIP: usize = 8;
+
+/// One number of each row of a tile.
+type Lanes = [f32; LANES];
 
 /// One block of b columns of a weight, row-major [o, b] each.
 pub(super) struct Block<'a> {
     /// The weights, which become the pruned ones.
     pub weight: &'a mut [f32],
-    /// What each element's pruning leaves to the columns after the block: -w / U_jj, or zero where it was kept.
-    pub error: &'a mut [f32],
     /// Which elements are pruned; filled here for n:m, given otherwise.
     pub pruned: &'a mut [bool],
-    /// U [b, b] of these columns.
+    /// U [b, b] of these columns: the inverse of R's block.
     pub upper: &'a [f32],
     /// b.
     pub columns: usize,
 }
 
-/// Sweeps over the columns of a block, all rows at once: rows do not see each other.
+/// Sweeps over the columns of a block: a pruned weight w_j goes to zero, and with e = w_j / U_jj the columns after it become w_k - e U_jk.
 ///
 /// With `ratio` (n, m) the mask is chosen on the way, at every m-th column from the weights as they are by then (smallest
 /// w^2 / U_jj^2, the first of equals); m must divide the block but for a rest, which stays dense.
 ///
-/// Gives the sum of the squared errors.
+/// Gives the sum of the squared errors e. The same on any number of threads.
 pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
-    let Block { weight, error, pruned, upper, columns } = block;
-    let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
-    let rows = weight.par_chunks_mut(columns).zip(error.par_chunks_mut(columns)).zip(pruned.par_chunks_mut(columns));
-    let row = |order: &mut Vec<(f32, usize)>, ((weight, error), pruned): ((&mut [f32], &mut [f32]), &mut [bool])| {
-        let mut squares = 0.0;
-        for column in 0..columns {
-            if let Some((n, m)) = ratio
-                && column.is_multiple_of(m)
-                && column + m <= columns
-            {
-                let group = column..column + m;
-                pick(n, &weight[group.clone()], &diagonal[group.clone()], &mut pruned[group], order);
-            }
-            if pruned[column] {
-                let (done, rest) = weight.split_at_mut(column + 1);
-                let scaled = done[column] / diagonal[column];
-                done[column] = 0.0;
-                error[column] = -scaled;
-                squares += f64::from(scaled) * f64::from(scaled);
-                for (weight, upper) in rest.iter_mut().zip(&upper[column * columns + column + 1..]) {
-                    *weight -= scaled * upper;
-                }
-            } else {
-                error[column] = 0.0;
-            }
-        }
-        squares
-    };
-    // Row by row, then in order: the same sum on any number of threads.
-    let squares: Vec<f64> = rows.with_min_len(ROWS).map_init(Vec::new, row).collect();
-    squares.iter().sum()
+    let Block { weight, pruned, upper, columns } = block;
+    let arch = Arch::new();
+    let tiles = weight.par_chunks_mut(LANES * columns).zip(pruned.par_chunks_mut(LANES * columns));
+    let squares = tiles
+        .map_init(|| Tile::new(columns), |tile, (weight, pruned)| arch.dispatch(Task { tile, weight, pruned, upper, ratio }));
+    squares.collect::<Vec<f64>>().iter().sum()
 }
 
-/// Marks the n of a group with the smallest w^2 / U_jj^2.
-fn pick(n: usize, weight: &[f32], diagonal: &[f32], pruned: &mut [bool], order: &mut Vec<(f32, usize)>) {
-    order.clear();
-    order.extend(weight.iter().zip(diagonal).enumerate().map(|(column, (weight, upper))| (score(*weight, *upper), column)));
-    order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    pruned.fill(false);
-    for (_, column) in order.iter().take(n) {
-        pruned[*column] = true;
+/// What a pruning costs, but for a factor: w^2 / U_jj^2.
+pub(super) fn score(weight: f32, upper: f32) -> f32 {
+    weight * weight / (upper * upper)
+}
+
+/// One tile to be swept.
+struct Task<'a> {
+    tile: &'a mut Tile,
+    weight: &'a mut [f32],
+    pruned: &'a mut [bool],
+    upper: &'a [f32],
+    ratio: Option<(usize, usize)>,
+}
+
+impl WithSimd for Task<'_> {
+    type Output = f64;
+
+    // Inlined with all that it calls, and so compiled for the vectors of the processor at hand.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f64 {
+        self.tile.sweep(simd, self.weight, self.pruned, self.upper, self.ratio)
     }
 }
 
-/// What pruning each weight of a block [o, b] costs, but for a factor.
-pub(super) fn scores(weight: &[f32], diagonal: &[f32]) -> Vec<f32> {
-    let rows = weight.par_chunks(diagonal.len()).with_min_len(ROWS);
-    rows.flat_map_iter(|row| row.iter().zip(diagonal).map(|(weight, upper)| score(*weight, *upper))).collect()
+/// A thread's working memory.
+struct Tile {
+    /// The weights, column by column.
+    weight: Vec<Lanes>,
+    /// 1 where pruned, else 0.
+    pruned: Vec<Lanes>,
+    /// What the columns of a strip leave to those after it.
+    errors: Vec<Lanes>,
+    /// A group of n:m in order of what pruning costs.
+    order: Vec<(f32, usize)>,
 }
 
-/// What pruning a weight costs, but for a factor: w^2 / U_jj^2.
-fn score(weight: f32, upper: f32) -> f32 {
-    weight * weight / (upper * upper)
+impl Tile {
+    fn new(columns: usize) -> Self {
+        let zeros = vec![[0.0; LANES]; columns];
+        Tile { weight: zeros.clone(), pruned: zeros, errors: Vec::new(), order: Vec::new() }
+    }
+
+    /// Up to [`LANES`] rows of a block.
+    #[inline(always)]
+    fn sweep<S: Simd>(
+        &mut self,
+        simd: S,
+        weight: &mut [f32],
+        pruned: &mut [bool],
+        upper: &[f32],
+        ratio: Option<(usize, usize)>,
+    ) -> f64 {
+        let columns = self.weight.len();
+        let rows = weight.len() / columns;
+        for (row, (weight, pruned)) in weight.chunks(columns).zip(pruned.chunks(columns)).enumerate() {
+            self.weight.iter_mut().zip(weight).for_each(|(lanes, weight)| lanes[row] = *weight);
+            self.pruned.iter_mut().zip(pruned).for_each(|(lanes, pruned)| lanes[row] = f32::from(u8::from(*pruned)));
+        }
+        // In a tile of fewer rows the other lanes prune nothing.
+        self.pruned.iter_mut().for_each(|pruned| pruned[rows..].fill(0.0));
+        let strip = ratio.map_or(STRIP, |(_, m)| m * STRIP.div_ceil(m));
+        let mut squares = [0.0; LANES];
+        for start in (0..columns).step_by(strip) {
+            let end = columns.min(start + strip);
+            self.errors.clear();
+            for column in start..end {
+                if let Some((n, m)) = ratio
+                    && column.is_multiple_of(m)
+                    && column + m <= columns
+                {
+                    self.choose(n, column..column + m, rows, upper);
+                }
+                self.prune(simd, column, end, &upper[column * columns..][..columns], &mut squares);
+            }
+            pass_on(simd, &self.errors, &mut self.weight[end..], &upper[start * columns..end * columns]);
+        }
+        for (row, (weight, pruned)) in weight.chunks_mut(columns).zip(pruned.chunks_mut(columns)).enumerate() {
+            self.weight.iter().zip(weight).for_each(|(lanes, weight)| *weight = lanes[row]);
+            if ratio.is_some() {
+                self.pruned.iter().zip(pruned).for_each(|(lanes, pruned)| *pruned = lanes[row] > 0.0);
+            }
+        }
+        squares.iter().sum()
+    }
+
+    /// Prunes one column, and brings those before `end` up to date. `upper` is the column's row of U.
+    #[inline(always)]
+    fn prune<S: Simd>(&mut self, simd: S, column: usize, end: usize, upper: &[f32], squares: &mut [f64; LANES]) {
+        let weight = &mut self.weight[column];
+        let mut error = [0.0; LANES];
+        for (lane, pruned) in self.pruned[column].iter().enumerate() {
+            error[lane] = -pruned * weight[lane] / upper[column];
+            weight[lane] = if *pruned > 0.0 { 0.0 } else { weight[lane] };
+            squares[lane] += f64::from(error[lane]) * f64::from(error[lane]);
+        }
+        pass_on(simd, &[error], &mut self.weight[column + 1..end], &upper[..end]);
+        self.errors.push(error);
+    }
+
+    /// Marks the n of a group with the smallest w^2 / U_jj^2, in each of the first `rows` lanes.
+    fn choose(&mut self, n: usize, group: Range<usize>, rows: usize, upper: &[f32]) {
+        let columns = self.weight.len();
+        for lane in 0..rows {
+            let score = |column: usize| (score(self.weight[column][lane], upper[column * (columns + 1)]), column);
+            self.order.clear();
+            self.order.extend(group.clone().map(score));
+            self.order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            for (rank, (_, column)) in self.order.iter().enumerate() {
+                self.pruned[*column][lane] = if rank < n { 1.0 } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// Adds `errors`, those of a strip of columns, times their rows of U to the columns after it, which are the last of the rows.
+#[inline(always)]
+fn pass_on<S: Simd>(simd: S, errors: &[Lanes], after: &mut [Lanes], upper: &[f32]) {
+    let columns = upper.len() / errors.len().max(1);
+    let first = columns - after.len();
+    let (fours, rest) = after.as_chunks_mut::<4>();
+    let ones = first + 4 * fours.len();
+    for (at, four) in fours.iter_mut().enumerate() {
+        add(simd, errors, four, upper, columns, first + 4 * at);
+    }
+    for (at, one) in rest.iter_mut().enumerate() {
+        add(simd, errors, std::array::from_mut(one), upper, columns, ones + at);
+    }
+}
+
+/// [`pass_on`] to N columns, from `column` on, in registers.
+#[inline(always)]
+fn add<S: Simd, const N: usize>(simd: S, errors: &[Lanes], after: &mut [Lanes; N], upper: &[f32], columns: usize, column: usize) {
+    for part in 0..LANES / S::F32_LANES {
+        let mut sums = [simd.splat_f32s(0.0); N];
+        for (sum, after) in sums.iter_mut().zip(&*after) {
+            *sum = S::as_simd_f32s(after).0[part];
+        }
+        for (error, upper) in errors.iter().zip(upper.chunks_exact(columns)) {
+            let error = S::as_simd_f32s(error).0[part];
+            for (sum, upper) in sums.iter_mut().zip(&upper[column..column + N]) {
+                *sum = simd.mul_add_e_f32s(error, simd.splat_f32s(*upper), *sum);
+            }
+        }
+        for (sum, after) in sums.iter().zip(&mut *after) {
+            S::as_mut_simd_f32s(after).0[part] = *sum;
+        }
+    }
 }

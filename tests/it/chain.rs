@@ -7,7 +7,7 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{Conditioning, StageName, Unet, UnetChain};
 use sdxl_squeeze::model::{Layer, LayerInput, LayerKind, Observer, Unobserved};
 use sdxl_squeeze::pattern::NamePattern;
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{PipelineFolder, noise};
 use sdxl_squeeze::progress::Silent;
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +15,7 @@ use crate::support::emoji;
 
 fn inputs(chain: &UnetChain, batch: i64, kind: Kind) -> (Tensor, Conditioning) {
     let config = chain.config();
-    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+    let random = |shape: &[i64]| noise(shape, shape.len() as u64, Kind::Float).unwrap().to_kind(kind);
     let ids = Tensor::from_slice(&[64f32, 64.0, 0.0, 0.0, 64.0, 64.0]).to_kind(kind);
     let pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim;
     let conditioning = Conditioning {

@@ -4,10 +4,10 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::inspect::inspect;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet};
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{PipelineFolder, noise};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::synth::{Preset, synthesize};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::support::{ended_with, squeeze};
 
@@ -88,7 +88,7 @@ fn made_up_weights_keep_activations_within_fp16() {
     let folder = PipelineFolder::open(&root).unwrap();
     let weights = folder.unet_weights().unwrap();
     let unet = Unet::resident(folder.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
-    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+    let random = |shape: &[i64]| noise(shape, shape.len() as u64, Kind::Float).unwrap();
     let conditioning = Conditioning {
         encoder_hidden_states: random(&[1, 77, 80]),
         text_embeds: random(&[1, 48]),

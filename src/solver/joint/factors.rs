@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
-use super::super::{Hessian, InverseFactor, Note};
+use super::super::{Factor, Hessian, Note};
 use super::shrinkage::shrinkage;
 use crate::error::Result;
 use crate::product::add_product;
@@ -22,8 +22,8 @@ pub enum Order {
 #[derive(Debug)]
 pub struct JointFactors {
     pub(super) parts: Vec<Part>,
-    /// The inverse factors in the order of the parts' columns.
-    pub(super) factors: Vec<InverseFactor>,
+    /// Their factors.
+    pub(super) factors: Vec<Factor>,
     /// What the dampening and the order of columns were asked to be.
     asked: (f64, Order),
     notes: Vec<Note>,
@@ -53,12 +53,12 @@ impl JointFactors {
     /// Takes the memory of a [d, d] matrix: one triangle for H, one for the factor.
     ///
     /// # Errors
-    /// As [`InverseFactor::new`].
+    /// As [`Factor::new`].
     pub fn new(hessian: &Hessian, dampening: f64, order: Order) -> Result<Self> {
         let mut made = JointFactors { parts: Vec::new(), factors: Vec::new(), asked: (dampening, order), notes: Vec::new() };
         let (mut shrunk, mut used) = (0.0_f64, 0.0_f64);
         for group in 0..hessian.groups() {
-            InverseFactor::check(hessian, dampening)?;
+            Factor::check(hessian, dampening)?;
             let mut h = hessian.triangle(group)?;
             let order = match order {
                 Order::Natural => None,
@@ -69,14 +69,14 @@ impl JointFactors {
                 }
             };
             let least = dampening.max(shrinkage(&h, hessian.vectors())?);
-            let factor = InverseFactor::of(&|| h.scaled(1.0), least)?;
+            let factor = Factor::of(&|| h.scaled(1.0), least)?;
             (shrunk, used) = (shrunk.max(least), used.max(factor.dampening));
             for diagonal in h.diagonals()? {
                 let _ = diagonal.shallow_clone().f_add_scalar_(factor.added)?;
             }
             let diagonal = to_vec(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
             let dead: Vec<bool> = Vec::try_from(&factor.dead.f_to_device(tch::Device::Cpu)?)?;
-            let scale = scale(&factor.triangle)?;
+            let scale = factor.inverse_diagonal()?.into_iter().map(f32::recip).collect();
             made.parts.push(Part { h, diagonal, added: factor.added, scale, dead, order });
             made.factors.push(factor);
         }
@@ -125,18 +125,6 @@ impl Part {
         }
         to_vec(&product)
     }
-}
-
-/// 1 / [H^-1]_jj with H^-1 = U^T U: one over the squared length of U's column j.
-fn scale(u: &Triangle) -> Result<Vec<f32>> {
-    let squares = Tensor::f_zeros([u.dimension()], (Kind::Float, u.device()))?;
-    for index in 0..u.count() {
-        let start = u.rows(index).start;
-        let panel = u.panel(index);
-        let sums = panel.f_mul(panel)?.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Float)?;
-        let _ = squares.f_narrow(0, start, u.dimension() - start)?.f_add_(&sums)?;
-    }
-    to_vec(&squares.f_reciprocal()?)
 }
 
 /// The columns by the size of their inputs, the largest first; of equals the first.

@@ -390,14 +390,13 @@ fn found(outcome: Outcome) -> Option<Palettized> {
     }
 }
 
-/// 1 / U_jj^2, which is what an error in a weight costs when the columns after it make up for it. 0 in dead columns.
+/// R_jj^2 = 1 / U_jj^2, which is what an error in a weight costs when the columns after it make up for it. 0 in dead columns.
 fn importance(problem: &Problem<'_>) -> Result<Vec<f64>> {
     let mut importance = vec![0.0; problem.data.rows * problem.data.columns];
     for (part, rows) in problem.chunks() {
-        let diagonals = problem.factors.factors[part].triangle.diagonals()?;
-        let diagonal = to_vec(&Tensor::f_cat(&diagonals, 0)?)?;
+        let diagonal = problem.factors.factors[part].diagonal()?;
         let dead = &problem.part(part).dead;
-        let costs = diagonal.iter().zip(dead).map(|(upper, dead)| if *dead { 0.0 } else { f64::from(*upper).powi(-2) });
+        let costs = diagonal.iter().zip(dead).map(|(r, dead)| if *dead { 0.0 } else { f64::from(*r).powi(2) });
         let costs: Vec<f64> = costs.collect();
         importance[problem.data.span(&rows)].par_chunks_mut(problem.data.columns).for_each(|row| row.copy_from_slice(&costs));
     }

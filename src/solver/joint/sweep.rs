@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 use tch::Tensor;
 
-use super::super::matrix::{block, panels, to_vec};
+use super::super::factor::inverse;
+use super::super::matrix::{block, copy, panels, to_vec};
 use super::levels::Levels;
 use super::problem::Problem;
 use crate::error::Result;
@@ -13,7 +14,8 @@ use crate::product::add_product;
 const BLOCK: i64 = 128;
 
 /// Gives each kept weight a palette entry as SparseGPT prunes (Frantar and Alistarh 2023; GPTQ, arXiv:2210.17323): q is the entry nearest to w,
-/// or 0 where pruned, and e = (w - q) / U_jj goes to the columns after it, w -= e U_j.
+/// or 0 where pruned, and e = (w - q) / U_jj goes to the columns after it, w -= e U_j. By the [`Factor`](super::super::Factor) R, as in
+/// [`prune`](super::super::prune).
 ///
 /// `weight` is where it starts: weights that are the best on their mask, for then the objective is, but for a constant, the distance
 /// from them.
@@ -22,30 +24,34 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) 
     let d = data.columns as i64;
     for (part, rows) in problem.chunks() {
         let triangle = &problem.factors.factors[part].triangle;
-        let span = data.span(&rows);
         let count = rows.len() as i64;
-        let left = Tensor::f_from_slice(&weight[span])?.f_reshape([count, d])?.f_to_device(triangle.device())?;
+        let start = Tensor::f_from_slice(&weight[data.span(&rows)])?.f_reshape([count, d])?.f_to_device(triangle.device())?;
+        // D R of the columns that are done, for D their change.
+        let left = start.f_zeros_like()?;
         for columns in panels(d, BLOCK) {
-            let upper = triangle.tail_of(columns.clone())?;
+            let r = triangle.tail_of(columns.clone())?;
             let width = columns.end - columns.start;
-            let mut values = to_vec(&block(&left, 0..count, columns.clone())?)?;
-            let corner = to_vec(&upper.f_narrow(1, 0, width)?)?;
-            let entries = sweep_block(problem, levels, &mut values, &corner, rows.start, columns.start as usize);
+            let upper = inverse(&r.f_narrow(1, 0, width)?)?;
+            let before = block(&start, 0..count, columns.clone())?;
+            let now = copy(&before)?;
+            add_product(&now, &block(&left, 0..count, columns.clone())?, &upper)?;
+            let mut values = to_vec(&now)?;
+            let entries = sweep_block(problem, levels, &mut values, &to_vec(&upper)?, rows.start, columns.start as usize);
             for (row, entries) in entries.chunks(width as usize).enumerate() {
                 let start = (rows.start + row) * data.columns + columns.start as usize;
                 levels.indices[start..start + entries.len()].copy_from_slice(entries);
             }
             if columns.end < d {
-                let error = Tensor::f_from_slice(&values)?.f_reshape([count, width])?.f_to_device(triangle.device())?;
-                let after = upper.f_narrow(1, width, d - columns.end)?;
-                add_product(&block(&left, 0..count, columns.end..d)?, &error, &after)?;
+                let stored = Tensor::f_from_slice(&values)?.f_reshape([count, width])?.f_to_device(triangle.device())?;
+                let after = r.f_narrow(1, width, d - columns.end)?;
+                add_product(&block(&left, 0..count, columns.end..d)?, &before.f_sub(&stored)?, &after)?;
             }
         }
     }
     Ok(())
 }
 
-/// Sweeps over a block [rows, b] whose first element lies at `row` and `column`; `values` become -e. Gives the entries.
+/// Sweeps over a block [rows, b] whose first element lies at `row` and `column`; `values` become what is stored. Gives the entries.
 fn sweep_block(problem: &Problem<'_>, levels: &Levels, values: &mut [f32], upper: &[f32], row: usize, column: usize) -> Vec<u8> {
     let data = &problem.data;
     let width = upper.len().isqrt();
@@ -62,7 +68,7 @@ fn sweep_block(problem: &Problem<'_>, levels: &Levels, values: &mut [f32], upper
                 0.0
             };
             let error = (done[j] - target) / upper[j * width + j];
-            done[j] = -error;
+            done[j] = target;
             rest.iter_mut().zip(&upper[j * width + j + 1..]).for_each(|(value, upper)| *value -= error * upper);
         }
     });

@@ -14,7 +14,7 @@ use sdxl_squeeze::coreml::{Io, Layout, Options, UnetWeights, verify, write};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain, UnetConfig};
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{PipelineFolder, noise};
 use sdxl_squeeze::progress::Silent;
 use serde_json::{Value, json};
 use tch::{Device, Kind as Dtype, Tensor};
@@ -29,13 +29,12 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
     let mut package = Package::read(package);
     let function = package.program().functions["main"].clone();
     let mut inputs: BTreeMap<String, Tensor> = BTreeMap::new();
-    tch::manual_seed(7);
-    for input in &function.inputs {
+    for (seed, input) in (7..).zip(&function.inputs) {
         let (_, shape) = declared(input.r#type.as_ref());
         let x = match input.name.as_str() {
             "timestep" => Tensor::full(&shape, 741.0, (Dtype::Float, Device::Cpu)),
             "time_ids" => Tensor::full(&shape, 512.0, (Dtype::Float, Device::Cpu)),
-            _ => Tensor::randn(&shape, (Dtype::Float, Device::Cpu)),
+            _ => noise(&shape, seed, Dtype::Float).unwrap(),
         };
         inputs.insert(input.name.clone(), x);
     }
