@@ -1,6 +1,7 @@
 //! Compresses one layer: prune, round to fp16, palettize, pack.
 
 use half::f16;
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::joint;
@@ -8,10 +9,9 @@ use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
 use crate::solver::{
-    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energy, prune,
+    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energies, prune,
     prune_with,
 };
-use crate::sum::squares;
 
 /// What is done to a layer; at least one of the two.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,17 +60,18 @@ pub struct LayerErrors {
     pub output: Option<f64>,
 }
 
-/// ‖a - b‖² / ‖a‖² summed in fp64; ‖b‖² where a is zero.
-fn relative_distance(original: &Tensor, new: &Tensor) -> Result<f64> {
-    let (mut distance, mut scale) = (0.0, 0.0);
-    // Channel by channel, so that no fp64 copy of a large weight is needed.
-    for channel in 0..original.size().first().copied().unwrap_or(0) {
-        let [original, new] = [original, new].map(|weight| weight.f_get(channel)?.f_to_kind(Kind::Double));
-        let (original, new) = (original?, new?);
-        distance += squares(&original.f_sub(&new)?)?;
-        scale += squares(&original)?;
-    }
-    Ok(distance / if scale > 0.0 { scale } else { 1.0 })
+/// ‖a - b‖² / ‖a‖² summed in fp64; ‖b‖² where a is zero. The same on any number of threads.
+fn relative_distance(original: &[f32], new: &[f16]) -> f64 {
+    const PIECE: usize = 1 << 13;
+    let pieces = original.par_chunks(PIECE).zip(new.par_chunks(PIECE)).map(|(original, new)| {
+        original.iter().zip(new).fold((0.0, 0.0), |(distance, scale), (original, new)| {
+            let (original, new) = (f64::from(*original), new.to_f64());
+            (distance + (original - new).powi(2), scale + original.powi(2))
+        })
+    });
+    let sums: Vec<(f64, f64)> = pieces.collect();
+    let (distance, scale) = sums.iter().fold((0.0, 0.0), |sum, piece| (sum.0 + piece.0, sum.1 + piece.1));
+    distance / if scale > 0.0 { scale } else { 1.0 }
 }
 
 impl Treatment {
@@ -127,8 +128,7 @@ pub fn treat(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Opt
 }
 
 fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
-    // A copy, since it becomes the change in the end.
-    let original = weight.f_to_device(Device::Cpu)?.f_to_dtype(Kind::Float, false, true)?;
+    let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let size = original.size();
     let found = match treatment.joint {
         Some(_) => joint::find(name, weight, treatment, calibrated)?,
@@ -158,15 +158,15 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
         None => half,
     };
     let decoded = Tensor::f_from_slice(&values)?.f_view(size.as_slice())?;
+    let distance = relative_distance(&Vec::<f32>::try_from(&original.f_reshape([-1])?)?, &values);
     drop(values);
-    let mut errors = LayerErrors { weight: relative_distance(&original, &decoded)?, ..LayerErrors::default() };
+    let mut errors = LayerErrors { weight: distance, ..LayerErrors::default() };
     if let Some(Calibrated { hessian, .. }) = calibrated {
-        let energy = output_energy(&original, hessian)?;
-        let mut wanted = match target {
-            Some(target) => target,
-            None => original,
+        let lost = match target {
+            Some(mut target) => target.f_sub_(&decoded)?,
+            None => original.f_sub(&decoded)?,
         };
-        let lost = output_energy(&wanted.f_sub_(&decoded)?, hessian)?;
+        let [energy, lost] = output_energies([&original, &lost], hessian)?;
         let share = |lost: f64| if lost > 0.0 { lost / energy } else { 0.0 };
         errors.pruned_output = loss.map(share);
         errors.output = Some(share(lost));

@@ -279,7 +279,9 @@ impl Outline<'_> {
                 LayerInput::Features(_) => Hessian::work(layer.kind(), &size, self.places(layer, calls)),
             };
             plan.work.hessians += calls.count as f64 * calls.batch as f64 * of_this_input;
-            plan.work.factors += d.powi(3) / 3.0;
+            // The joint solver wants the inverse's diagonal, too.
+            let factors = if need.layers.iter().any(|(_, treatment)| treatment.joint.is_some()) { 2.0 } else { 1.0 };
+            plan.work.factors += factors * d.powi(3) / 6.0;
             let rows: i64 = need.layers.iter().filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
             plan.work.sweeps += 1.5 * rows as f64 * d * d;
             for (layer, effort) in need.layers.iter().filter_map(|(layer, treatment)| Some((layer, treatment.joint?))) {

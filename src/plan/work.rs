@@ -11,7 +11,7 @@ pub struct Work {
     pub forward: f64,
     /// Sums of x x^T.
     pub hessians: f64,
-    /// Inverse Cholesky factors: d^3 / 3 each.
+    /// Cholesky factors: d^3 / 6 each, and for the joint solver as much for the inverse's diagonal.
     pub factors: f64,
     /// SparseGPT's trailing updates and the output errors: 3/2 o d^2 a layer.
     pub sweeps: f64,

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::correlations::Correlations;
 use super::matrix::panels;
-use super::triangle::Triangle;
+use super::triangle::{Triangle, panel_height};
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
 use crate::model::{ConvGeometry, Layer, LayerKind};
@@ -108,13 +108,15 @@ impl Hessian {
         }
     }
 
-    /// Bytes of one [d, d] factor of that layer, which [`prune`](super::prune) needs besides.
+    /// Bytes of one [d, d] factor of that layer, which [`prune`](super::prune) needs besides, and of what it takes to make it: the inverses of the
+    /// blocks on its diagonal.
     pub fn factor_bytes(kind: LayerKind, shape: &[i64]) -> u64 {
         let unit = match (kind, shape) {
             (LayerKind::Conv2d(geometry), [_, _, kh, kw]) if correlates(geometry) => kh * kw,
             _ => 1,
         };
-        Triangle::bytes(shape.iter().skip(1).product(), unit)
+        let dimension: i64 = shape.iter().skip(1).product();
+        Triangle::bytes(dimension, unit) + 4 * (dimension * panel_height(dimension, unit)).unsigned_abs()
     }
 
     /// Multiply-adds of adding an input of `places` vectors: pixels of the input for a convolution [height, width], else [1, vectors].

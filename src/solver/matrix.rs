@@ -60,21 +60,38 @@ pub(super) fn panels(length: i64, size: i64) -> impl Iterator<Item = std::ops::R
     (0..length).step_by(size.unsigned_abs() as usize).map(move |start| start..length.min(start + size))
 }
 
-/// The numbers of a tensor that was just made, to be written to.
+/// The numbers of a tensor in its own memory.
 ///
 /// # Errors
 /// [`Error::Argument`] unless it is a contiguous fp32 tensor on the CPU.
-pub(super) fn numbers_mut(tensor: &mut Tensor) -> Result<&mut [f32]> {
-    let plain = tensor.device() == tch::Device::Cpu && tensor.f_kind()? == Kind::Float && tensor.is_contiguous();
-    if !plain {
-        return Err(Error::Argument("only a contiguous fp32 tensor on the CPU can be written to as a slice".into()));
-    }
+pub(super) fn numbers(tensor: &Tensor) -> Result<&[f32]> {
+    check_plain(tensor)?;
     if tensor.numel() == 0 {
-        return Ok(&mut []);
+        return Ok(&[]);
     }
     // SAFETY: a contiguous fp32 tensor on the CPU has `numel` neighbouring f32 from `data_ptr` on, all initialized, and the slice
     // borrows the tensor for as long as it lives. Callers hand in tensors that share their memory with no other.
+    Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast_const().cast(), tensor.numel()) })
+}
+
+/// The same, to be written to.
+///
+/// # Errors
+/// As [`numbers`].
+pub(super) fn numbers_mut(tensor: &mut Tensor) -> Result<&mut [f32]> {
+    check_plain(tensor)?;
+    if tensor.numel() == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: as in `numbers`; and the tensor is borrowed mutably.
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), tensor.numel()) })
+}
+
+fn check_plain(tensor: &Tensor) -> Result<()> {
+    if tensor.device() == tch::Device::Cpu && tensor.f_kind()? == Kind::Float && tensor.is_contiguous() {
+        return Ok(());
+    }
+    Err(Error::Argument("only a contiguous fp32 tensor on the CPU can be read as a slice".into()))
 }
 
 #[cfg(test)]
@@ -89,8 +106,9 @@ mod tests {
         for (at, number) in numbers_mut(&mut tensor).unwrap().iter_mut().enumerate() {
             *number = at as f32;
         }
+        assert_eq!(numbers(&tensor).unwrap(), to_vec(&tensor).unwrap());
         assert_eq!(to_vec(&tensor).unwrap(), (0..12).map(|at| at as f32).collect::<Vec<_>>());
-        assert!(numbers_mut(&mut tensor.tr()).is_err());
+        assert!(numbers_mut(&mut tensor.tr()).is_err() && numbers(&tensor.tr()).is_err());
         assert!(numbers_mut(&mut tensor.to_kind(Kind::Half)).is_err());
         assert!(numbers_mut(&mut Tensor::zeros([0, 4], (Kind::Float, Device::Cpu))).unwrap().is_empty());
     }

@@ -26,6 +26,6 @@ pub use hessian::Hessian;
 pub use joint::{Beside, Effort, Joint, JointFactors, JointOptions, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
-pub use output_error::{output_energy, output_error};
+pub use output_error::{output_energies, output_energy, output_error};
 pub use sparsegpt::{PruneOptions, Pruned, prune, prune_with};
 pub use sparsity::Sparsity;

@@ -3,7 +3,8 @@
 use tch::Tensor;
 
 use super::Hessian;
-use super::matrix::flat_for;
+use super::matrix::{flat_for, panels};
+use super::triangle::Triangle;
 use crate::error::Result;
 use crate::product::product;
 use crate::sum::dot;
@@ -16,11 +17,9 @@ use crate::sum::dot;
 /// # Errors
 /// [`crate::Error::Argument`] if a shape does not fit, [`crate::Error::NotFinite`] for NaN in a weight.
 pub fn output_error(original: &Tensor, new: &Tensor, hessian: &Hessian) -> Result<f64> {
-    let error = output_energy(&flat_for(new, hessian)?.f_sub(&flat_for(original, hessian)?)?, hessian)?;
-    if error == 0.0 {
-        return Ok(0.0);
-    }
-    Ok(error / output_energy(original, hessian)?)
+    let change = flat_for(new, hessian)?.f_sub(&flat_for(original, hessian)?)?;
+    let [energy, error] = output_energies([original, &change], hessian)?;
+    Ok(if error == 0.0 { 0.0 } else { error / energy })
 }
 
 /// tr(W H W^T) for a weight [o, ...]: twice the mean over the samples of the squared norm of W x, summed over each sample's vectors.
@@ -30,22 +29,50 @@ pub fn output_error(original: &Tensor, new: &Tensor, hessian: &Hessian) -> Resul
 /// # Errors
 /// As [`output_error`].
 pub fn output_energy(weight: &Tensor, hessian: &Hessian) -> Result<f64> {
-    let weight = flat_for(weight, hessian)?;
-    let rows = weight.size2()?.0 / hessian.groups();
-    let mut energy = 0.0;
+    let [energy] = output_energies([weight], hessian)?;
+    Ok(energy)
+}
+
+/// [`output_energy`] of several weights of one layer.
+///
+/// # Errors
+/// As [`output_error`].
+pub fn output_energies<const N: usize>(weights: [&Tensor; N], hessian: &Hessian) -> Result<[f64; N]> {
+    let mut flat = Vec::with_capacity(N);
+    for weight in weights {
+        flat.push(flat_for(weight, hessian)?);
+    }
+    let mut energies = [0.0; N];
     for group in 0..hessian.groups() {
-        let weight = weight.f_narrow(0, group * rows, rows)?;
-        energy += hessian.with_triangle(group, |triangle, scale| {
-            let mut energy = 0.0;
-            for index in 0..triangle.count() {
-                let columns = triangle.rows(index);
-                let own = weight.f_narrow(1, columns.start, columns.end - columns.start)?;
-                let after = weight.f_narrow(1, columns.end, triangle.dimension() - columns.end)?;
-                energy += dot(&product(&own, &triangle.corner(index)?)?, &own)?;
-                energy += 2.0 * dot(&product(&own, &triangle.part(index, columns.end..triangle.dimension())?)?, &after)?;
+        hessian.with_triangle(group, |triangle, scale| {
+            for (energy, weight) in energies.iter_mut().zip(&flat) {
+                let rows = weight.size2()?.0 / hessian.groups();
+                for part in panels(rows, ROWS) {
+                    let part = weight.f_narrow(0, group * rows + part.start, part.end - part.start)?;
+                    *energy += scale * energy_of(&part, triangle)?;
+                }
             }
-            Ok(energy * scale)
+            Ok(())
         })?;
     }
-    Ok(energy.max(0.0))
+    Ok(energies.map(|energy| energy.max(0.0)))
+}
+
+/// Rows at once, which bounds the memory that products take.
+const ROWS: i64 = 1024;
+
+/// tr(W H W^T) for rows [o, d].
+fn energy_of(weight: &Tensor, triangle: &Triangle) -> Result<f64> {
+    let mut energy = 0.0;
+    for index in 0..triangle.count() {
+        let columns = triangle.rows(index);
+        let own = weight.f_narrow(1, columns.start, columns.end - columns.start)?;
+        energy += dot(&product(&own, &triangle.corner(index)?)?, &own)?;
+        if columns.end < triangle.dimension() {
+            let after = columns.end..triangle.dimension();
+            let others = weight.f_narrow(1, after.start, after.end - after.start)?;
+            energy += 2.0 * dot(&product(&own, &triangle.part(index, after)?)?, &others)?;
+        }
+    }
+    Ok(energy)
 }

@@ -17,6 +17,8 @@ pub(super) struct Exchange {
     pub turns: usize,
     /// Steps of [`Fit::descend`] after each.
     pub steps: usize,
+    /// What such a step is to be worth.
+    pub worth: f64,
     /// m of n:m, within whose groups weights change places.
     pub group: Option<usize>,
 }
@@ -32,13 +34,12 @@ pub(super) fn exchange(fit: &mut Fit<'_>, how: Exchange) -> Result<()> {
     let mut limits = vec![(d / FIRST).max(1); losses.len()];
     for _ in 0..how.turns {
         let mut tried = fit.clone();
-        let Some(keep) = &mut tried.keep else { return Ok(()) };
         let mut change = vec![0.0; fit.weight.len()];
-        let rows = change.par_chunks_mut(d).zip(keep.par_chunks_mut(d)).zip(&limits).enumerate();
+        let rows = change.par_chunks_mut(d).zip(tried.mask.par_chunks_mut(d)).zip(&limits).enumerate();
         let (weight, gradient, scale) = (fit.weight.as_slice(), fit.gradient.as_slice(), fit.part().scale.as_slice());
-        let counts = rows.map(|(row, ((change, keep), limit))| {
+        let counts = rows.map(|(row, ((change, mask), limit))| {
             let span = row * d..(row + 1) * d;
-            let row = Row { change, keep, weight: &weight[span.clone()], gradient: &gradient[span], scale };
+            let row = Row { change, mask, weight: &weight[span.clone()], gradient: &gradient[span], scale };
             if *limit == 0 { 0 } else { row.exchange(*limit, how.group) }
         });
         let counts: Vec<usize> = counts.collect();
@@ -47,9 +48,9 @@ pub(super) fn exchange(fit: &mut Fit<'_>, how: Exchange) -> Result<()> {
         }
         tried.add(&change)?;
         // A kept weight that goes is gone, whatever rounding left of it.
-        let gone = tried.weight.iter_mut().zip(tried.keep.iter().flatten());
-        gone.filter(|(_, keep)| !**keep).for_each(|(weight, _)| *weight = 0.0);
-        tried.descend(how.steps)?;
+        let gone = tried.weight.par_iter_mut().zip(&tried.mask);
+        gone.filter(|(_, mask)| **mask == 0.0).for_each(|(weight, _)| *weight = 0.0);
+        tried.descend(how.steps, how.worth)?;
         let new = tried.losses();
         for (row, count) in counts.iter().enumerate() {
             if *count > 0 && new[row] < losses[row] {
@@ -67,7 +68,7 @@ pub(super) fn exchange(fit: &mut Fit<'_>, how: Exchange) -> Result<()> {
 /// One row and the scale v of its columns.
 struct Row<'a> {
     change: &'a mut [f32],
-    keep: &'a mut [bool],
+    mask: &'a mut [f32],
     weight: &'a [f32],
     gradient: &'a [f32],
     scale: &'a [f32],
@@ -95,9 +96,9 @@ impl Row<'_> {
         pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         pairs.truncate(limit);
         for (_, comes, goes) in &pairs {
-            self.keep[*comes] = true;
+            self.mask[*comes] = 1.0;
             self.change[*comes] = -self.gradient[*comes] / self.scale[*comes];
-            self.keep[*goes] = false;
+            self.mask[*goes] = 0.0;
             self.change[*goes] = -self.weight[*goes];
         }
         pairs.len()
@@ -107,7 +108,8 @@ impl Row<'_> {
     /// at most.
     #[expect(clippy::type_complexity, reason = "two lists of the same kind")]
     fn ranked(&self, columns: std::ops::Range<usize>, count: usize) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
-        let (kept, pruned): (Vec<usize>, Vec<usize>) = columns.filter(|at| self.scale[*at] > 0.0).partition(|at| self.keep[*at]);
+        let (kept, pruned): (Vec<usize>, Vec<usize>) =
+            columns.filter(|at| self.scale[*at] > 0.0).partition(|at| self.mask[*at] > 0.0);
         let mut gains: Vec<_> = pruned.into_iter().map(|at| (self.gradient[at].powi(2) / self.scale[at], at)).collect();
         let mut costs: Vec<_> = kept.into_iter().map(|at| (self.weight[at].powi(2) * self.scale[at], at)).collect();
         first(&mut gains, count, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));

@@ -1,6 +1,6 @@
 //! What the joint solver reads of a layer's Hessian.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
@@ -36,6 +36,8 @@ pub(super) struct Part {
     pub h: Triangle,
     /// Its diagonal.
     pub diagonal: Vec<f32>,
+    /// 1 over that.
+    pub conditioner: Vec<f32>,
     /// What was added to it.
     pub added: f64,
     /// 1 / [H^-1]_jj: what a change of a weight costs if all others of its row make up for it.
@@ -75,9 +77,10 @@ impl JointFactors {
                 let _ = diagonal.shallow_clone().f_add_scalar_(factor.added)?;
             }
             let diagonal = to_vec(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
-            let dead: Vec<bool> = Vec::try_from(&factor.dead.f_to_device(tch::Device::Cpu)?)?;
+            let dead: Vec<bool> = Vec::try_from(&factor.dead.f_to_device(Device::Cpu)?)?;
             let scale = factor.inverse_diagonal()?.into_iter().map(f32::recip).collect();
-            made.parts.push(Part { h, diagonal, added: factor.added, scale, dead, order });
+            let conditioner = diagonal.iter().map(|h| if *h > 0.0 { h.recip() } else { 0.0 }).collect();
+            made.parts.push(Part { h, diagonal, conditioner, added: factor.added, scale, dead, order });
             made.factors.push(factor);
         }
         let dimension = hessian.dimension().unsigned_abs();
@@ -109,8 +112,13 @@ impl JointFactors {
 impl Part {
     /// X H for X [rows, d], row-major.
     pub fn times(&self, x: &[f32]) -> Result<Vec<f32>> {
+        to_vec(&self.product(&Tensor::f_from_slice(x)?.f_reshape([-1, self.h.dimension()])?)?)
+    }
+
+    /// X H for X [rows, d], both on the CPU.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
         let d = self.h.dimension();
-        let x = Tensor::f_from_slice(x)?.f_reshape([-1, d])?.f_to_device(self.h.device())?;
+        let x = x.f_to_device(self.h.device())?;
         let product = x.f_zeros_like()?;
         for index in 0..self.h.count() {
             let rows = self.h.rows(index);
@@ -123,7 +131,7 @@ impl Part {
                 add_product(&left, &after, &self.h.part(index, rows.end..d)?.f_transpose(0, 1)?)?;
             }
         }
-        to_vec(&product)
+        Ok(product.f_to_device(Device::Cpu)?)
     }
 }
 

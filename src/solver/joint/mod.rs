@@ -13,6 +13,7 @@ mod fit;
 mod levels;
 mod polish;
 mod problem;
+mod row;
 mod shrinkage;
 mod sweep;
 #[cfg(test)]
@@ -110,6 +111,9 @@ const DENSE_DAMPENING: f64 = 0.03;
 
 /// Turns go on while they lower the objective by at least this share.
 const WORTH: f64 = 0.003;
+
+/// Steps of conjugate gradients likewise.
+const WORTH_A_STEP: f64 = 0.001;
 
 /// What is known of a layer besides its Hessian.
 #[derive(Debug, Clone, Copy, Default)]
@@ -260,14 +264,14 @@ fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group:
     for (part, rows) in problem.chunks() {
         let span = problem.data.span(&rows);
         let original = &problem.data.original[span.clone()];
-        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], Some(&keep[span.clone()]))?;
-        fit.descend(refit_steps)?;
-        exchange(&mut fit, Exchange { turns: exchange_turns, steps: exchange_steps, group })?;
+        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], &keep[span.clone()])?;
+        fit.descend(refit_steps, WORTH_A_STEP)?;
+        exchange(&mut fit, Exchange { turns: exchange_turns, steps: exchange_steps, worth: WORTH_A_STEP, group })?;
         if exchange_turns > 0 {
-            fit.descend(refit_steps)?;
+            fit.descend(refit_steps, WORTH_A_STEP)?;
         }
         weight[span.clone()].copy_from_slice(&fit.weight);
-        keep[span].copy_from_slice(fit.keep.as_deref().unwrap_or_default());
+        keep[span].iter_mut().zip(&fit.mask).for_each(|(keep, mask)| *keep = *mask > 0.0);
     }
     problem.data.keep = Some(keep);
     Ok(())

@@ -5,6 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::factors::{JointFactors, Part};
+use super::row::dot;
 use crate::error::Result;
 
 /// Rows that are multiplied with H at once.
@@ -103,18 +104,4 @@ impl Loss {
 /// The dot product of each row of `a` with that of `b`, in fp64.
 pub(super) fn dots(a: &[f32], b: &[f32], columns: usize) -> Vec<f64> {
     a.par_chunks(columns).zip(b.par_chunks(columns)).map(|(a, b)| dot(a, b)).collect()
-}
-
-/// The scalar product of two vectors. In lanes, so that no addition waits for the one before.
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
-    const LANES: usize = 16;
-    let mut sums = [0.0; LANES];
-    let (mut a, mut b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    for (a, b) in a.by_ref().zip(b.by_ref()) {
-        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += f64::from(*a) * f64::from(*b);
-        }
-    }
-    let rest = a.remainder().iter().zip(b.remainder()).map(|(a, b)| f64::from(*a) * f64::from(*b));
-    sums.into_iter().chain(rest).sum()
 }

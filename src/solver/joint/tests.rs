@@ -62,11 +62,11 @@ fn loss(problem: &Problem<'_>, levels: &Levels) -> f64 {
 fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
     for (part, rows) in problem.chunks() {
         let span = problem.data.span(&rows);
-        let keep = problem.data.keep.as_ref().map(|keep| &keep[span.clone()]);
+        let keep: Vec<bool> = span.clone().map(|at| problem.data.kept(at)).collect();
         let original = &problem.data.original[span.clone()];
-        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], keep).unwrap();
-        fit.descend(steps).unwrap();
-        let again = Fit::new(problem.part(part), original, &fit.weight, keep).unwrap().losses();
+        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], &keep).unwrap();
+        fit.descend(steps, 0.0).unwrap();
+        let again = Fit::new(problem.part(part), original, &fit.weight, &keep).unwrap().losses();
         for (kept, again) in fit.losses().iter().zip(again) {
             assert!((kept - again).abs() <= 1e-4 * again + 1e-9, "{kept} and {again}");
         }
