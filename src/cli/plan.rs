@@ -50,7 +50,7 @@ pub fn run(args: Args) -> Result<()> {
             None => of_model(args.overrides.clone(), path, options.placement())?,
         };
         let recipe = Recipe::new(&config, &target.chain)?;
-        let memory = Memory::new(options.memory_budget()?, options.kind);
+        let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
         let plan = Plan::new(&target.chain, &recipe.treatments, recipe.sequencing, Some(target.calls), memory, &target.bytes_of)?;
         let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();

@@ -196,7 +196,7 @@ pub fn run(
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
-    let memory = Memory::new(options.memory_budget()?, options.kind);
+    let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
     let placement = options.placement();
     let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
     let plan =

@@ -9,8 +9,8 @@ use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
 use crate::solver::{
-    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, magnitude_prune, output_energies, prune,
-    prune_with,
+    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, Pruned, magnitude_prune, output_energies,
+    prune, prune_with,
 };
 
 /// What is done to a layer; at least one of the two.
@@ -80,9 +80,14 @@ impl Treatment {
         self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
     }
 
+    /// How it is pruned, if that can go in one batch with other layers of its shape: SparseGPT alone.
+    pub fn in_batches(&self) -> Option<&PruneOptions> {
+        self.prune.as_ref().filter(|_| self.joint.is_none() && self.method == PruneMethod::SparseGpt)
+    }
+
     /// Whether it needs the Hessian of the layer's inputs.
     pub fn needs_hessian(&self) -> bool {
-        self.joint.is_some() || (self.prune.is_some() && self.method == PruneMethod::SparseGpt)
+        self.joint.is_some() || self.in_batches().is_some()
     }
 }
 
@@ -91,6 +96,8 @@ impl Treatment {
 pub struct Calibrated<'a> {
     /// Their Hessian.
     pub hessian: &'a Hessian,
+    /// The weight pruned, if that was done in a batch with other layers.
+    pub pruned: Option<&'a Pruned>,
     /// Its factors and the dampening that was asked for, if layers that share it have needed them already.
     pub factors: Option<(f64, &'a [Factor])>,
     /// What the joint solver needs of it, likewise.
@@ -192,12 +199,20 @@ fn one_after_the_other(
             (halves(&masked.weight)?, Some(keep))
         }
         Some(options) => {
-            let Some(Calibrated { hessian, factors, .. }) = calibrated else {
+            let Some(Calibrated { hessian, pruned, factors, .. }) = calibrated else {
                 return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
             };
-            let pruned = match factors {
-                Some((dampening, factors)) if dampening == options.dampening => prune_with(original, hessian, factors, options)?,
-                _ => prune(original, hessian, options)?,
+            let own;
+            let pruned = match (pruned, factors) {
+                (Some(pruned), _) => pruned,
+                (None, Some((dampening, factors))) if dampening == options.dampening => {
+                    own = prune_with(original, hessian, factors, options)?;
+                    &own
+                }
+                (None, _) => {
+                    own = prune(original, hessian, options)?;
+                    &own
+                }
             };
             notes.extend(pruned.notes.iter().map(ToString::to_string));
             loss = Some(pruned.loss);

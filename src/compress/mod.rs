@@ -4,6 +4,7 @@
 //! then the compressed stage's outputs go on. What is finished lies in the [`Workspace`]; nothing of a finished stage stays in memory.
 
 mod allocate;
+mod batch;
 mod captions;
 mod carries;
 mod gather;
@@ -200,6 +201,9 @@ impl Job<'_> {
             // Factors are made in the place of the stage's weights.
             lanes.iter_mut().for_each(Lane::unload);
             let task = Task::begin(progress, "layers", "layers", self.count(&layers, &wave));
+            if self.plan.batch_bytes > 0 {
+                self.treat_batches(&name, &layers, &wave, &gatherer, finished, &task)?;
+            }
             for input in wave {
                 let hessian = gatherer.take(&input);
                 let gathered = Gathered { held_out: gatherer.held_out(&input), ..Gathered::of(hessian.as_ref()) };
@@ -358,7 +362,7 @@ impl Job<'_> {
                     }
                     let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));
                     let correction = corrections.and_then(|corrections| corrections.get(layer.name()));
-                    Some(Calibrated { hessian, factors, joint: made_joint.as_ref(), correction, held_out })
+                    Some(Calibrated { hessian, pruned: None, factors, joint: made_joint.as_ref(), correction, held_out })
                 }
             };
             finish(part, layer.name(), &self.weight_of(layer, loaded)?, treatment, calibrated, finished, task)?;

@@ -1,6 +1,9 @@
 //! What a run may take, and what its parts do take.
 
-use tch::Kind;
+use tch::{Device, Kind};
+
+use crate::model::LayerKind;
+use crate::solver::Hessian;
 
 /// What a run may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,6 +14,8 @@ pub struct Memory {
     pub element_bytes: u64,
     /// Bytes of the Hessians that stay for the whole run.
     pub shared: u64,
+    /// Bytes for layers of one shape to be pruned in one batch; 0 where they go one by one.
+    pub batch: u64,
 }
 
 /// Bytes of the program and libtorch with its kernels and buffers, measured on Linux.
@@ -20,9 +25,12 @@ const PROGRAM: u64 = 320 << 20;
 pub const WAITING: u64 = 64 << 20;
 
 impl Memory {
-    /// For activations of this dtype.
-    pub fn new(budget: u64, kind: Kind) -> Self {
-        Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0 }
+    /// For activations of this dtype on `device`.
+    pub fn new(budget: u64, kind: Kind, device: Device) -> Self {
+        /// More brings nothing: a batch has enough to do.
+        const BATCH: u64 = 2 << 30;
+        let batch = if device == Device::Cpu { 0 } else { BATCH.min(budget / 8) };
+        Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0, batch }
     }
 
     /// What may be planned with: less than the budget, for what libtorch takes for itself now and then.
@@ -32,7 +40,7 @@ impl Memory {
 
     /// What is there whatever is done.
     pub(super) fn fixed(&self) -> u64 {
-        PROGRAM + WAITING + self.shared
+        PROGRAM + WAITING + self.shared + self.batch
     }
 }
 
@@ -41,4 +49,9 @@ impl Memory {
 pub(super) fn working_set(shape: &[i64], joint: bool) -> u64 {
     let bytes = if joint { 40 } else { 16 };
     bytes * shape.iter().product::<i64>().unsigned_abs()
+}
+
+/// Bytes that each layer of a batch takes: its factor, and its weight before, after, in a block and as a mask.
+pub(crate) fn of_batch(kind: LayerKind, shape: &[i64]) -> u64 {
+    Hessian::factor_bytes(kind, shape) + 16 * shape.iter().product::<i64>().unsigned_abs()
 }

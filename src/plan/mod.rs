@@ -7,6 +7,7 @@ mod work;
 
 use serde::Serialize;
 
+pub(crate) use memory::of_batch;
 pub use memory::{Memory, WAITING};
 pub use size::{kept, stored_bytes};
 pub use stage::{Calls, StagePlan};
@@ -50,6 +51,8 @@ pub struct Plan {
     pub calls: Option<Calls>,
     /// Where carries wait.
     pub carries: CarriesIn,
+    /// Bytes for layers of one shape to be pruned in one batch; 0: one by one.
+    pub batch_bytes: u64,
     /// Bytes of all carries at their largest.
     pub carry_bytes: u64,
     /// The most bytes at once, by estimate. Calibration runs are not in it.
@@ -112,6 +115,9 @@ impl Plan {
         carries: CarriesIn,
     ) -> Result<Self> {
         let mut memory = memory;
+        if !treatments.values().any(|treatment| treatment.in_batches().is_some()) {
+            memory.batch = 0;
+        }
         let (mut pruned, mut elements, mut compressed_bytes) = (0, 0, 0);
         let mut count = |layers: &[Layer]| {
             for layer in layers {
@@ -155,6 +161,7 @@ impl Plan {
             sparsity: pruned as f64 / f64::max(elements as f64, 1.0),
             calls,
             carries,
+            batch_bytes: memory.batch,
             carry_bytes: 0,
             peak_bytes: 0,
             work: Work::default(),

@@ -27,5 +27,5 @@ pub use joint::{Beside, Effort, Joint, JointFactors, JointOptions, Order, joint}
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energies, output_energy, output_error};
-pub use sparsegpt::{PruneOptions, Pruned, prune, prune_with};
+pub use sparsegpt::{PruneOptions, Pruned, prune, prune_many, prune_with};
 pub use sparsity::Sparsity;

@@ -10,7 +10,7 @@ use super::sweep::{Block, score, sweep};
 use super::{Factor, Hessian, Note, Sparsity, device_sweep};
 use crate::error::{Error, Result};
 use crate::product::add_product;
-use crate::sum::squares;
+use crate::sum;
 
 /// How [`prune`] prunes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -101,18 +101,77 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
         find_notes(hessian, factors, options, &mut notes);
     }
 
-    let reached = pruned.f_sum(Kind::Int64)?.f_int64_value(&[])? as f64 / (o * d) as f64;
-    let asked = options.sparsity.share(d as usize);
-    if (reached - asked).abs() > 0.001 {
-        notes.push(Note::SparsityOff { asked, reached });
+    Pruned::new(weight, &new, &pruned, loss, notes, options)
+}
+
+/// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its factor. On a GPU they are swept in one batch, so
+/// that it has more to do for each operation that is launched; on the CPU one after the other, with all threads.
+///
+/// # Errors
+/// As [`prune_with`]; [`Error::Argument`] if shapes differ.
+pub fn prune_many(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) -> Result<Vec<Pruned>> {
+    let on_device = layers.iter().all(|(_, hessian, _)| hessian.device() != Device::Cpu);
+    if !on_device || options.sparsity == Sparsity::Unstructured(0.0) {
+        let one = |(weight, hessian, factor): &(&Tensor, &Hessian, &Factor)| {
+            prune_with(weight, hessian, std::slice::from_ref(factor), options)
+        };
+        return layers.iter().map(one).collect();
     }
-    Ok(Pruned {
-        loss: loss.max(0.0),
-        weight: new.f_to_device(weight.device())?,
-        mask: pruned.f_logical_not()?.f_to_device(weight.device())?,
-        sparsity: reached,
-        notes,
-    })
+    prune_batch(layers, options)
+}
+
+/// [`prune_many`] by tensor operations.
+fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) -> Result<Vec<Pruned>> {
+    options.sparsity.check()?;
+    let originals = layers.iter().map(|(weight, hessian, _)| flat_for(weight, hessian)).collect::<Result<Vec<_>>>()?;
+    if options.block == 0 || layers.iter().any(|(_, hessian, _)| hessian.groups() != 1) {
+        return Err(Error::Argument("a batch takes layers of one group, and blocks of at least one column".into()));
+    }
+    if originals.windows(2).any(|pair| pair[0].size() != pair[1].size()) {
+        return Err(Error::Argument("a batch takes layers of one shape".into()));
+    }
+    if originals.is_empty() {
+        return Ok(Vec::new());
+    }
+    let originals = Tensor::f_stack(&originals, 0)?;
+    let (new, pruned) = (originals.f_zeros_like()?, originals.f_zeros_like()?.f_to_kind(Kind::Bool)?);
+    let factors: Vec<&Factor> = layers.iter().map(|(_, _, factor)| *factor).collect();
+    let mut quota = Quota::new(options.sparsity.share(originals.size3()?.2 as usize), true);
+    let losses = prune_on_device((&originals, &new, &pruned), &factors, options.blocks(), &mut quota)?;
+    let losses = Vec::<f64>::try_from(&losses.f_to_device(Device::Cpu)?)?;
+    let mut all = Vec::with_capacity(layers.len());
+    for (index, (loss, (weight, hessian, factor))) in (0..).zip(losses.into_iter().zip(layers)) {
+        let mut notes = Vec::new();
+        find_notes(hessian, std::slice::from_ref(*factor), options, &mut notes);
+        all.push(Pruned::new(weight, &new.f_get(index)?, &pruned.f_get(index)?, loss, notes, options)?);
+    }
+    Ok(all)
+}
+
+impl Pruned {
+    /// Of a `weight`, what has become of it and what went, [o, d] each.
+    fn new(
+        weight: &Tensor,
+        new: &Tensor,
+        gone: &Tensor,
+        loss: f64,
+        mut notes: Vec<Note>,
+        options: &PruneOptions,
+    ) -> Result<Self> {
+        let (o, d) = new.size2()?;
+        let reached = gone.f_sum(Kind::Int64)?.f_int64_value(&[])? as f64 / (o * d) as f64;
+        let asked = options.sparsity.share(d as usize);
+        if (reached - asked).abs() > 0.001 {
+            notes.push(Note::SparsityOff { asked, reached });
+        }
+        Ok(Pruned {
+            loss: loss.max(0.0),
+            weight: new.f_to_device(weight.device())?,
+            mask: gone.f_logical_not()?.f_to_device(weight.device())?,
+            sparsity: reached,
+            notes,
+        })
+    }
 }
 
 /// What the Hessian and its factors leave to be said.
@@ -136,6 +195,16 @@ fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, not
     }
 }
 
+impl PruneOptions {
+    /// n:m, if that is asked for, and the columns of a block.
+    fn blocks(&self) -> (Option<(usize, usize)>, usize) {
+        match self.sparsity {
+            Sparsity::Unstructured(_) => (None, self.block),
+            Sparsity::NM { n, m } => (Some((n, m)), (self.block / m).max(1).saturating_mul(m)),
+        }
+    }
+}
+
 /// Prunes rows that share a factor: `original` [o, d] into `new`, which is zeros, and `pruned`. Gives the loss,
 /// of which dead columns are no part.
 fn prune_rows(
@@ -146,34 +215,23 @@ fn prune_rows(
     options: &PruneOptions,
     quota: &mut Quota,
 ) -> Result<f64> {
-    let (ratio, columns) = match options.sparsity {
-        Sparsity::Unstructured(_) => (None, options.block),
-        Sparsity::NM { n, m } => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
-    };
-    let sweep = if original.device() == Device::Cpu { host_block } else { device_block };
-    prune_blocks((original, new, pruned), factor, (ratio, columns), quota, &sweep)
+    if original.device() == Device::Cpu {
+        return prune_on_host((original, new, pruned), factor, options.blocks(), quota);
+    }
+    let one = |tensor: &Tensor| tensor.f_unsqueeze(0);
+    let matrices = (&one(original)?, &one(new)?, &one(pruned)?);
+    Ok(prune_on_device(matrices, &[factor], options.blocks(), quota)?.f_double_value(&[0])?)
 }
 
-/// What a block's sweep does: weights [o, b] with what the blocks before left to them, in place, U [b, b] of its columns, n:m or the
-/// number of elements to prune. Gives which were pruned, and the sum of the squared errors in fp64.
-type SweepBlock = dyn Fn(&mut Tensor, &Tensor, Choice) -> Result<(Tensor, Tensor)>;
-
-/// What is pruned in a block.
-#[derive(Debug, Clone, Copy)]
-enum Choice {
-    Smallest(usize),
-    Ratio(usize, usize),
-}
-
-fn prune_blocks(
+/// On the CPU, rows in SIMD lanes.
+fn prune_on_host(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factor: &Factor,
     (ratio, columns): (Option<(usize, usize)>, usize),
     quota: &mut Quota,
-    sweep: &SweepBlock,
 ) -> Result<f64> {
     let (o, d) = original.size2()?;
-    let mut loss = Tensor::f_zeros([], (Kind::Double, original.device()))?;
+    let mut loss = 0.0;
     for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
         let width = panel.end - panel.start;
         let rows = factor.triangle.tail_of(panel.clone())?;
@@ -186,89 +244,126 @@ fn prune_blocks(
         }
         let mut weight = copy(&before)?;
         add_product(&weight, &place, &upper)?;
-        let choice = match ratio {
-            Some((n, m)) => Choice::Ratio(n, m),
-            None => Choice::Smallest(quota.next((o * width) as usize)),
-        };
-        let (marks, squares) = sweep(&mut weight, &upper, choice)?;
+        let count = ratio.is_none().then(|| quota.next((o * width) as usize));
+        let (marks, squares) = host_block(&mut weight, &upper, ratio, count)?;
         place.f_copy_(&weight)?;
         let change = before.f_sub(&weight)?;
         // What the sweep sums is the loss by the dampened Hessian.
-        let _ = loss.f_add_(&squares)?.f_sub_(&energy(&change)?.f_mul_scalar(factor.added)?)?;
+        loss += squares - factor.added * sum::squares(&change)?;
         block(pruned, 0..o, panel.clone())?.f_copy_(&marks)?;
         if panel.end < d {
             add_product(&block(new, 0..o, panel.end..d)?, &change, &rows.f_narrow(1, width, d - panel.end)?)?;
         }
     }
-    Ok(loss.f_double_value(&[])?)
+    Ok(loss)
 }
 
-/// ‖change‖², fp64. On a GPU it stays there.
-fn energy(change: &Tensor) -> Result<Tensor> {
-    if change.device() == Device::Cpu {
-        return Ok(Tensor::from(squares(change)?));
-    }
-    Ok(change.f_square()?.f_sum(Kind::Double)?)
-}
-
-/// On the CPU, rows in SIMD lanes.
-fn host_block(weight: &mut Tensor, upper: &Tensor, choice: Choice) -> Result<(Tensor, Tensor)> {
-    let (o, columns) = weight.size2()?;
+/// Sweeps a block [o, b] in place, with U [b, b] of its columns, by n:m or the number of elements to prune. Gives which were pruned, and the
+/// sum of the squared errors.
+fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>, count: Option<usize>) -> Result<(Tensor, f64)> {
+    let size = weight.size();
     let upper = to_vec(upper)?;
     let values = numbers_mut(weight)?;
-    let columns = columns as usize;
+    let columns = upper.len().isqrt();
     let mut marks = vec![false; values.len()];
-    let ratio = match choice {
-        Choice::Ratio(n, m) => Some((n, m)),
-        Choice::Smallest(count) => {
-            let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
-            let mut scores = vec![0.0; values.len()];
-            let rows = scores.par_chunks_mut(columns).zip(values.par_chunks(columns)).with_min_len(64);
-            rows.for_each(|(scores, values)| {
-                let pairs = values.iter().zip(&diagonal);
-                scores.iter_mut().zip(pairs).for_each(|(own, (weight, upper))| *own = score(*weight, *upper));
-            });
-            mark_smallest(&scores, count, &mut marks);
-            None
-        }
-    };
+    if let Some(count) = count {
+        let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
+        let mut scores = vec![0.0; values.len()];
+        let rows = scores.par_chunks_mut(columns).zip(values.par_chunks(columns)).with_min_len(64);
+        rows.for_each(|(scores, values)| {
+            let pairs = values.iter().zip(&diagonal);
+            scores.iter_mut().zip(pairs).for_each(|(own, (weight, upper))| *own = score(*weight, *upper));
+        });
+        mark_smallest(&scores, count, &mut marks);
+    }
     let squares = sweep(Block { weight: values, pruned: &mut marks, upper: &upper, columns }, ratio);
-    Ok((Tensor::f_from_slice(&marks)?.f_view([o, columns as i64])?, Tensor::from(squares)))
+    Ok((Tensor::f_from_slice(&marks)?.f_view(size.as_slice())?, squares))
 }
 
-/// The same by tensor operations, without a way to the host: for weights on a GPU.
-fn device_block(weight: &mut Tensor, upper: &Tensor, choice: Choice) -> Result<(Tensor, Tensor)> {
-    let (marks, ratio) = match choice {
-        Choice::Ratio(n, m) => (weight.f_zeros_like()?.f_to_kind(Kind::Bool)?, Some((n, m))),
-        Choice::Smallest(count) => (device_sweep::smallest(weight, upper, count)?, None),
+/// By tensor operations, without a way to the host: for weights on a GPU. As [`prune_on_host`], but for several layers at once, [l, o, d]; gives
+/// the loss of each, fp64, there.
+fn prune_on_device(
+    (original, new, pruned): (&Tensor, &Tensor, &Tensor),
+    factors: &[&Factor],
+    (ratio, columns): (Option<(usize, usize)>, usize),
+    quota: &mut Quota,
+) -> Result<Tensor> {
+    let (layers, o, d) = original.size3()?;
+    let device = original.device();
+    let of_each = |part: &dyn Fn(&Factor) -> Result<Tensor>| -> Result<Tensor> {
+        Ok(Tensor::f_stack(&factors.iter().map(|factor| part(factor)).collect::<Result<Vec<_>>>()?, 0)?)
     };
-    let error = device_sweep::sweep(weight, upper, &marks, ratio)?;
-    Ok((marks, error.f_square()?.f_sum(Kind::Double)?))
+    let dead = of_each(&|factor| Ok(factor.dead.shallow_clone()))?.f_unsqueeze(1)?;
+    let added: Vec<f64> = factors.iter().map(|factor| factor.added).collect();
+    let added = Tensor::f_from_slice(&added)?.f_to_device(device)?;
+    let mut loss = Tensor::f_zeros([layers], (Kind::Double, device))?;
+    let energies = |tensor: &Tensor| tensor.f_square()?.f_sum_dim_intlist([1_i64, 2].as_slice(), false, Kind::Double);
+    for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
+        let (width, rest) = (panel.end - panel.start, d - panel.end);
+        let rows = of_each(&|factor| factor.triangle.tail_of(panel.clone()))?;
+        let unit = Tensor::f_eye(width, (Kind::Float, device))?.f_expand([layers, width, width], false)?;
+        let upper = rows.f_narrow(2, 0, width)?.f_linalg_solve_triangular(&unit, true, true, false)?;
+        let mut place = new.f_narrow(2, panel.start, width)?;
+        let before = original.f_narrow(2, panel.start, width)?.f_masked_fill(&dead.f_narrow(2, panel.start, width)?, 0.0)?;
+        let weight = before.f_baddbmm(&place, &upper, 1, 1)?;
+        let marks = match ratio {
+            Some(_) => weight.f_zeros_like()?.f_to_kind(Kind::Bool)?,
+            None => device_sweep::smallest(&weight, &upper, quota.next((o * width) as usize))?,
+        };
+        let error = device_sweep::sweep(&weight, &upper, &marks, ratio)?;
+        place.f_copy_(&weight)?;
+        let change = before.f_sub(&weight)?;
+        let _ = loss.f_add_(&energies(&error)?)?.f_sub_(&energies(&change)?.f_mul(&added)?)?;
+        pruned.f_narrow(2, panel.start, width)?.f_copy_(&marks)?;
+        if rest > 0 {
+            let _ = new.f_narrow(2, panel.end, rest)?.f_baddbmm_(&change, &rows.f_narrow(2, width, rest)?)?;
+        }
+    }
+    Ok(loss)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn random(size: [i64; 2], seed: u64) -> Tensor {
+        crate::pipeline::noise(&size, seed, Kind::Float).unwrap()
+    }
+
+    /// What runs on a GPU, here on the CPU: layers in a batch, against each alone.
     #[test]
     fn the_device_sweep_equals_the_hosts() {
-        let random = |size: [i64; 2], seed| crate::pipeline::noise(&size, seed, Kind::Float).unwrap();
-        let inputs = random([900, 300], 5).matmul(&random([300, 300], 6));
-        let mut hessian = Hessian::new(300, Device::Cpu).unwrap();
-        hessian.add(&inputs).unwrap();
-        let factor = Factor::new(&hessian, 0, 0.01).unwrap();
-        let original = random([70, 300], 7);
-        for (ratio, columns) in [(None, 128), (None, 37), (Some((2, 4)), 128), (Some((1, 3)), 126)] {
-            let run = |sweep: &SweepBlock| {
-                let (new, pruned) = (original.zeros_like(), original.zeros_like().to_kind(Kind::Bool));
-                let mut quota = Quota::new(0.4, true);
-                let loss = prune_blocks((&original, &new, &pruned), &factor, (ratio, columns), &mut quota, sweep);
-                (new, pruned, loss.unwrap())
-            };
-            let (device, host) = (run(&device_block), run(&host_block));
-            assert_eq!(device.1, host.1, "{ratio:?} {columns}: another mask");
-            let off = ((&device.0 - &host.0).norm() / host.0.norm()).double_value(&[]);
-            assert!(off < 1e-5 && (device.2 / host.2 - 1.0).abs() < 1e-5, "{ratio:?} {columns}: {off:.1e}");
+        let inputs: Vec<Tensor> = (0..3).map(|at| random([900, 300], at).matmul(&random([300, 300], at + 10))).collect();
+        // One of them has inputs that are always zero.
+        let _ = inputs[1].narrow(1, 7, 2).zero_();
+        let hessians = inputs.iter().map(|inputs| {
+            let mut hessian = Hessian::new(300, Device::Cpu).unwrap();
+            hessian.add(inputs).unwrap();
+            hessian
+        });
+        let hessians: Vec<Hessian> = hessians.collect();
+        let factors: Vec<Factor> = hessians.iter().map(|hessian| Factor::new(hessian, 0, 0.01).unwrap()).collect();
+        let weights: Vec<Tensor> = (0..3).map(|at| random([70, 300], at + 20)).collect();
+        let layers: Vec<_> = (0..3).map(|at| (&weights[at], &hessians[at], &factors[at])).collect();
+        for (ratio, block) in [(None, 128), (None, 37), (Some((2, 4)), 128), (Some((1, 3)), 126)] {
+            let sparsity = ratio.map_or(Sparsity::Unstructured(0.4), |(n, m)| Sparsity::NM { n, m });
+            let options = PruneOptions { sparsity, block, ..PruneOptions::default() };
+            let batch = prune_batch(&layers, &options).unwrap();
+            for (device, host) in batch.iter().zip(prune_many(&layers, &options).unwrap()) {
+                assert_eq!(device.mask, host.mask, "{ratio:?} {block}: another mask");
+                assert_eq!((device.sparsity, &device.notes), (host.sparsity, &host.notes));
+                let off = ((&device.weight - &host.weight).norm() / host.weight.norm()).double_value(&[]);
+                assert!(off < 1e-5 && (device.loss / host.loss - 1.0).abs() < 1e-5, "{ratio:?} {block}: {off:.1e}");
+            }
         }
+        let (other, wide) = (random([71, 300], 30), random([70, 301], 31));
+        for weight in [&other, &wide] {
+            assert!(prune_batch(&[layers[0], (weight, &hessians[1], &factors[1])], &half()).is_err());
+        }
+        assert!(prune_batch(&[], &half()).unwrap().is_empty());
+    }
+
+    fn half() -> PruneOptions {
+        PruneOptions::default()
     }
 }

@@ -2,14 +2,18 @@
 
 use std::path::Path;
 
-use sdxl_squeeze::container::Container;
+use sdxl_squeeze::compress::{Gatherer, Job, LayerReport, Recipe, RunOptions, Workspace, calibrate};
+use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::container::{CompressedWeight, Container};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::plan::{Memory, Plan};
 use sdxl_squeeze::progress::Silent;
 use serde_json::Value;
+use tch::{Device, Kind};
 
-use crate::support::{emoji, ended_with, repo, squeeze, tensors};
+use crate::support::{emoji, ended_with, repo, squeeze, tensors, tiny};
 
 /// A small run: the bundled model, few samples.
 fn compress(config: &str, out: &Path, more: &[&str]) -> String {
@@ -292,4 +296,50 @@ fn compare_judges_on_prompts_that_calibration_has_not_seen() {
     assert_eq!(found["rows"][0]["stages"].as_array().unwrap().len(), 7);
     assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains("dense-4bit"));
     assert!(out.join("sheet.png").is_file());
+}
+
+/// As on a GPU, here on the CPU: layers of one shape in batches of several sizes.
+#[test]
+fn layers_in_batches_are_those_one_by_one() {
+    let folder = PipelineFolder::open(&tiny()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let mut config = RunConfig::read(&repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (4, 2);
+    config.palettize = None;
+    let options = RunOptions::on(Placement::CPU);
+    let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();
+    let recipe = Recipe::new(&config, &folder.unet).unwrap();
+    let source = weights.narrow_source(Placement::CPU);
+    let out = tempfile::tempdir().unwrap();
+    let run = |batch_bytes: u64| -> Vec<(LayerReport, CompressedWeight)> {
+        let memory = Memory::new(8 << 30, Kind::Float, Device::Cpu);
+        let (treatments, sequencing) = (&recipe.treatments, recipe.sequencing);
+        let mut plan = Plan::new(&folder.unet, treatments, sequencing, samples.shape(), memory, &|_| 4).unwrap();
+        assert_eq!(plan.batch_bytes, 0);
+        plan.batch_bytes = batch_bytes;
+        let job = Job {
+            chain: &folder.unet,
+            source: &source,
+            treatments,
+            plan: &plan,
+            sequencing,
+            kind: Kind::Float,
+            weights: &[],
+            devices: &[Device::Cpu],
+        };
+        let mut finished = Workspace::open(&out.path().join(batch_bytes.to_string()), &Default::default(), false).unwrap();
+        sdxl_squeeze::compress::compress(&job, &samples, Gatherer::default(), &mut finished, &Silent).unwrap();
+        let layers: Vec<LayerReport> = finished.reports().map(|(report, _)| report.clone()).collect();
+        layers.into_iter().map(|report| (report.clone(), finished.weight(&report.name).unwrap().unwrap())).collect()
+    };
+    let one_by_one = run(0);
+    assert!(one_by_one.len() > 50);
+    for batch_bytes in [1, 1 << 20, 1 << 30] {
+        let batches = run(batch_bytes);
+        assert_eq!(batches.len(), one_by_one.len());
+        for ((batch, weight), (one, expected)) in batches.iter().zip(&one_by_one) {
+            assert_eq!((&batch.name, batch.errors), (&one.name, one.errors));
+            assert_eq!(weight.decode().unwrap(), expected.decode().unwrap(), "{}", one.name);
+        }
+    }
 }

@@ -4,6 +4,7 @@ use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, noise, sample};
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::solver::{Factor, Hessian, PruneOptions, Pruned, Sparsity, prune_many};
 use tch::{Device, Kind, Tensor};
 
 use crate::support::{emoji, ended_with, relative_error, squeeze, tensors};
@@ -70,4 +71,34 @@ fn a_gpu_draws_the_same_twice() {
         return;
     }
     assert_eq!(final_latents(Device::Cuda(0)), final_latents(Device::Cuda(0)));
+}
+
+#[test]
+fn a_gpu_prunes_layers_in_a_batch_as_the_cpu_does_one_by_one() {
+    if !has_gpu("a_gpu_prunes_layers_in_a_batch_as_the_cpu_does_one_by_one") {
+        return;
+    }
+    let random = |size: [i64; 2], seed| noise(&size, seed, Kind::Double).unwrap();
+    let prune_on = |device: Device, options: &PruneOptions| -> Vec<Pruned> {
+        let to = |tensor: Tensor| tensor.to_kind(Kind::Float).to_device(device);
+        let hessians = (0..4).map(|at| {
+            let mut hessian = Hessian::new(640, device).unwrap();
+            hessian.add(&to(random([2000, 640], at).matmul(&random([640, 640], at + 10)))).unwrap();
+            hessian
+        });
+        let hessians: Vec<Hessian> = hessians.collect();
+        let factors: Vec<Factor> = hessians.iter().map(|hessian| Factor::new(hessian, 0, 0.01).unwrap()).collect();
+        let weights: Vec<Tensor> = (0..4).map(|at| to(random([320, 640], at + 20))).collect();
+        let layers: Vec<_> = (0..4).map(|at| (&weights[at], &hessians[at], &factors[at])).collect();
+        prune_many(&layers, options).unwrap()
+    };
+    for sparsity in [Sparsity::Unstructured(0.4), Sparsity::NM { n: 2, m: 4 }] {
+        let options = PruneOptions { sparsity, ..PruneOptions::default() };
+        for (gpu, cpu) in prune_on(Device::Cuda(0), &options).iter().zip(prune_on(Device::Cpu, &options)) {
+            let other = gpu.mask.to_device(Device::Cpu).not_equal_tensor(&cpu.mask).to_kind(Kind::Double);
+            let (other, loss) = (other.mean(Kind::Double).double_value(&[]), gpu.loss / cpu.loss);
+            println!("{sparsity:?}: {other:.1e} of the mask differ, the loss is {loss:.6} times the CPU's");
+            assert!(other < 1e-3 && (loss - 1.0).abs() < 1e-3);
+        }
+    }
 }
