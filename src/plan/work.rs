@@ -25,10 +25,10 @@ impl Work {
         self.forward + self.hessians + self.factors + self.sweeps
     }
 
-    /// Seconds on a device that makes `rate` multiply-adds a second in large matrix products: the parts reach most of it, each as
-    /// measured on two CPU cores.
+    /// Seconds on a device that makes `rate` multiply-adds a second in large matrix products: the parts reach most of it, and a palettized
+    /// weight takes 0.12 µs of all that is no product, each as measured on two CPU cores.
     pub fn seconds(&self, rate: f64) -> f64 {
-        (self.forward / 0.85 + self.hessians / 0.8 + self.factors / 0.75 + self.sweeps / 0.7) / rate + self.palettized / 2.5e7
+        (self.forward / 0.85 + self.hessians / 0.8 + self.factors / 0.75 + self.sweeps / 0.7) / rate + self.palettized / 8e6
     }
 }
 

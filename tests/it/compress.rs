@@ -301,7 +301,7 @@ fn compare_judges_on_prompts_that_calibration_has_not_seen() {
 /// As on a GPU, here on the CPU: layers of one shape in batches of several sizes.
 #[test]
 fn layers_in_batches_are_those_one_by_one() {
-    let folder = PipelineFolder::open(&tiny()).unwrap();
+    let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let mut config = RunConfig::read(&repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
     (config.calibration.calibration_nsamples, config.calibration.steps) = (4, 2);
