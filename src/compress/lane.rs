@@ -12,16 +12,16 @@ use crate::calibration::Samples;
 use crate::checkpoint::TensorSource;
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
-use crate::model::unet::{Carry, Stage, StageSpec};
+use crate::model::unet::{Carry, Head, Stage, StageSpec, Tail, UnetChain};
 use crate::model::{Layer, LayerInput, Observer, Unobserved};
 use crate::plan::CarriesIn;
 use crate::progress::{Progress, Task};
 
-/// A device, the stage at hand on it, and the carries of its share of the samples.
+/// A device, the part of the network at hand on it, and the carries of its share of the samples.
 pub(super) struct Lane {
     device: Device,
     carries: Carries,
-    stage: Option<Stage>,
+    part: Option<Part>,
     /// How much each sample counts.
     weights: Vec<f64>,
     dense: Option<Dense>,
@@ -30,70 +30,122 @@ pub(super) struct Lane {
 /// The dense network's run beside the compressed one's, where layers aim at its outputs.
 struct Dense {
     carries: Carries,
-    stage: Option<Stage>,
+    part: Option<Part>,
     /// Whether its carries have gone through the unit at hand already.
     ahead: bool,
 }
 
+/// What carries can be sent through.
+enum Part {
+    Stage(Stage),
+    /// One unit, which leaves a carry as it is.
+    Tail(Tail),
+}
+
+impl Part {
+    fn layers(&self) -> &[Layer] {
+        match self {
+            Part::Stage(stage) => stage.layers(),
+            Part::Tail(tail) => tail.layers(),
+        }
+    }
+
+    fn layers_mut(&mut self) -> &mut [Layer] {
+        match self {
+            Part::Stage(stage) => stage.layers_mut(),
+            Part::Tail(tail) => tail.layers_mut(),
+        }
+    }
+
+    fn units(&self) -> usize {
+        match self {
+            Part::Stage(stage) => stage.units(),
+            Part::Tail(_) => 1,
+        }
+    }
+
+    fn unit_has(&self, unit: usize, layer: &str) -> bool {
+        match self {
+            Part::Stage(stage) => stage.unit_has(unit, layer),
+            Part::Tail(_) => true,
+        }
+    }
+}
+
 impl Lane {
-    /// Drops the stage at hand.
+    /// Drops the part at hand.
     pub fn unload(&mut self) {
-        self.stage = None;
+        self.part = None;
         if let Some(dense) = &mut self.dense {
-            dense.stage = None;
+            dense.part = None;
         }
         allocator::give_back();
     }
 
-    /// Loads a stage in the place of the one before.
+    /// Loads a stage in the place of the part before.
     pub fn load(&mut self, spec: &StageSpec, source: &dyn TensorSource) -> Result<()> {
+        self.load_part(&|source| Ok(Part::Stage(spec.load(source)?)), source)
+    }
+
+    /// Loads what comes after the stages.
+    pub fn load_tail(&mut self, chain: &UnetChain, source: &dyn TensorSource) -> Result<()> {
+        self.load_part(&|source| Ok(Part::Tail(chain.load_tail(source)?)), source)
+    }
+
+    fn load_part(&mut self, load: &dyn Fn(&On<'_>) -> Result<Part>, source: &dyn TensorSource) -> Result<()> {
         // The old one goes first: there may not be memory for both.
         self.unload();
-        self.stage = Some(spec.load(&On { source, device: self.device })?);
+        let source = On { source, device: self.device };
+        self.part = Some(load(&source)?);
         if let Some(dense) = &mut self.dense {
-            dense.stage = Some(spec.load(&On { source, device: self.device })?);
+            dense.part = Some(load(&source)?);
         }
         Ok(())
     }
 
-    /// Whether a layer is in unit `unit` of the stage at hand.
+    /// Whether a layer is in unit `unit` of the part at hand.
     pub fn unit_has(&self, unit: usize, layer: &Layer) -> bool {
-        self.stage.as_ref().is_some_and(|stage| stage.unit_has(unit, layer.name()))
+        self.part.as_ref().is_some_and(|part| part.unit_has(unit, layer.name()))
     }
 
-    /// How many units the stage at hand has.
+    /// How many units the part at hand has.
     pub fn units(&self) -> usize {
-        self.stage.as_ref().map_or(0, Stage::units)
+        self.part.as_ref().map_or(0, Part::units)
     }
 
-    /// The layers of the stage at hand.
+    /// The layers of the part at hand.
     pub fn layers(&self) -> &[Layer] {
-        self.stage.as_ref().map_or(&[], Stage::layers)
+        self.part.as_ref().map_or(&[], Part::layers)
     }
 
-    fn stage(&self) -> Result<&Stage> {
-        self.stage.as_ref().ok_or_else(|| Error::Argument("no stage is loaded".into()))
+    fn part(&self) -> Result<&Part> {
+        self.part.as_ref().ok_or_else(|| Error::Argument("no stage is loaded".into()))
     }
 
     /// Puts the stored weights of the finished layers among `which` in the place of the dense ones.
     pub fn take_over(&mut self, finished: &Workspace, which: &dyn Fn(&Layer) -> bool) -> Result<()> {
-        for layer in self.stage.as_mut().map_or(&mut [][..], Stage::layers_mut) {
-            if !finished.has(layer.name()) || !which(layer) {
-                continue;
-            }
-            if let Some(stored) = finished.weight(layer.name())? {
-                let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
-                layer.replace_weight(&decoded)?;
-            }
-        }
-        Ok(())
+        take_over(self.part.as_mut().map_or(&mut [][..], Part::layers_mut), finished, which)
     }
 }
 
+/// The same for a list of layers.
+pub(super) fn take_over(layers: &mut [Layer], finished: &Workspace, which: &dyn Fn(&Layer) -> bool) -> Result<()> {
+    for layer in layers {
+        if !finished.has(layer.name()) || !which(layer) {
+            continue;
+        }
+        if let Some(stored) = finished.weight(layer.name())? {
+            let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
+            layer.replace_weight(&decoded)?;
+        }
+    }
+    Ok(())
+}
+
 /// A source whose tensors are moved to a device.
-struct On<'a> {
-    source: &'a dyn TensorSource,
-    device: Device,
+pub(super) struct On<'a> {
+    pub source: &'a dyn TensorSource,
+    pub device: Device,
 }
 
 impl TensorSource for On<'_> {
@@ -112,20 +164,22 @@ impl Job<'_> {
             };
             let aims = self.sequencing == Sequencing::Sublayer { dense_target: true };
             let dense =
-                || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, stage: None, ahead: false }) };
+                || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, part: None, ahead: false }) };
             let dense = if aims { Some(dense()) } else { None };
             let carries = carries(number.to_string())?;
-            Ok(Lane { device: *device, carries, stage: None, weights: Vec::new(), dense: dense.transpose()? })
+            Ok(Lane { device: *device, carries, part: None, weights: Vec::new(), dense: dense.transpose()? })
         };
         self.devices.iter().enumerate().map(lane).collect()
     }
 
-    /// Runs the head on the samples, each on its lane, and gathers what stays the same in all stages: text states and SiLU(temb).
+    /// Runs the head on the samples, each on its lane, and gathers what stays the same in all stages: text states and SiLU(temb). What is
+    /// `finished` of the head has its stored weights.
     pub(super) fn first_carries<'a>(
         &self,
         lanes: &mut [Lane],
         samples: &Samples,
         layers: impl Iterator<Item = &'a Layer>,
+        finished: Option<&Workspace>,
         progress: &dyn Progress,
     ) -> Result<Gatherer> {
         let shared = layers.filter(|layer| !matches!(layer.input(), LayerInput::Features(_)));
@@ -139,23 +193,29 @@ impl Job<'_> {
         };
         let task = Task::begin(progress, "first carries", "samples", samples.calls.len());
         for (number, lane) in lanes.iter_mut().enumerate() {
-            let head = self.chain.load_head(&On { source: self.source, device: lane.device })?;
+            let source = On { source: self.source, device: lane.device };
+            let mut head = self.chain.load_head(&source)?;
+            if let Some(finished) = finished {
+                take_over(head.layers_mut(), finished, &|_| true)?;
+            }
+            let dense_head = lane.dense.as_ref().map(|_| self.chain.load_head(&source)).transpose()?;
             for (index, calls) in samples.calls.chunks(joined).enumerate().skip(number).step_by(count) {
-                let mut carries = Vec::new();
+                let (mut carries, mut dense_carries) = (Vec::new(), Vec::new());
                 for call in calls {
                     task.go_on()?;
                     task.advance("head");
                     let call = call.placed(placement(lane.device, self.kind))?;
-                    let carry = head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved)?;
+                    let go = |head: &Head| head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved);
+                    let carry = go(&head)?;
                     gatherer.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
                     gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?)?;
                     carries.push(carry);
+                    dense_carries.extend(dense_head.as_ref().map(go).transpose()?);
                 }
-                let carry = if carries.len() == 1 { carries.remove(0) } else { Carry::join(&carries)? };
                 if let Some(dense) = &mut lane.dense {
-                    dense.carries.push(carry.shallow_clone())?;
+                    dense.carries.push(Carry::join(&dense_carries)?)?;
                 }
-                lane.carries.push(carry)?;
+                lane.carries.push(Carry::join(&carries)?)?;
                 lane.weights.push(self.weights.get(index).copied().unwrap_or(1.0));
             }
         }
@@ -166,26 +226,32 @@ impl Job<'_> {
 /// What carries are sent through.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Way {
-    /// The stage at hand.
-    Stage,
+    /// All of the part at hand.
+    Whole,
     /// One of its units.
     Unit(usize),
 }
 
 impl Way {
-    fn go(self, stage: &Stage, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
-        match self {
-            Way::Stage => stage.forward(carry, observer),
-            Way::Unit(unit) => stage.forward_unit(unit, carry, observer),
+    fn go(self, part: &Part, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
+        match (part, self) {
+            (Part::Stage(stage), Way::Whole) => stage.forward(carry, observer),
+            (Part::Stage(stage), Way::Unit(unit)) => stage.forward_unit(unit, carry, observer),
+            (Part::Tail(tail), _) => tail.forward(&carry, observer).map(|_| carry),
         }
     }
 
     /// The same as far as the observer wants to see.
-    fn observe(self, stage: &Stage, carry: Carry, observer: &mut dyn Observer) -> Result<()> {
-        match self.go(stage, carry, observer) {
-            Ok(_) | Err(Error::SeenEnough) => Ok(()),
-            Err(error) => Err(error),
-        }
+    fn observe(self, part: &Part, carry: Carry, observer: &mut dyn Observer) -> Result<()> {
+        seen_enough(self.go(part, carry, observer))
+    }
+}
+
+/// What an observer ended because it had all is no failure.
+pub(super) fn seen_enough<T>(result: Result<T>) -> Result<()> {
+    match result {
+        Ok(_) | Err(Error::SeenEnough) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -225,17 +291,17 @@ pub(super) fn gather(
             tick()?;
             gatherer.hold_out(hold && held_out(index, lane.carries.len()));
             gatherer.weigh(lane.weights.get(index).copied().unwrap_or(1.0));
-            if let Some(Dense { carries, stage: Some(stage), .. }) = &mut lane.dense {
+            if let Some(Dense { carries, part: Some(part), .. }) = &mut lane.dense {
                 let mut outputs = DenseOutputs::of(names.clone(), !last);
                 let carry = carries.get(index)?;
                 if last {
-                    carries.replace(index, way.go(stage, carry, &mut outputs)?)?;
+                    carries.replace(index, way.go(part, carry, &mut outputs)?)?;
                 } else {
-                    way.observe(stage, carry, &mut outputs)?;
+                    way.observe(part, carry, &mut outputs)?;
                 }
                 gatherer.aim_at(outputs);
             }
-            way.observe(lane.stage()?, lane.carries.get(index)?, &mut gatherer)?;
+            way.observe(lane.part()?, lane.carries.get(index)?, &mut gatherer)?;
         }
         if let Some(dense) = &mut lane.dense {
             dense.ahead = last;
@@ -257,7 +323,7 @@ pub(super) fn gather(
 }
 
 /// Whether a carry is held out: every 16th, or the middle one of 8 to 15.
-fn held_out(index: usize, count: usize) -> bool {
+pub(super) fn held_out(index: usize, count: usize) -> bool {
     if (8..16).contains(&count) { index == count / 2 } else { index % 16 == 15 }
 }
 
@@ -269,11 +335,11 @@ pub(super) fn outputs(lanes: &mut [Lane], way: Way, stage: &str, go_on: bool, pr
         let ahead = lane.dense.as_mut().is_some_and(|dense| std::mem::take(&mut dense.ahead));
         for index in 0..count(lane) {
             tick()?;
-            if let Some(Dense { carries, stage: Some(stage), .. }) = lane.dense.as_mut().filter(|_| !ahead) {
-                let after = way.go(stage, carries.get(index)?, &mut Unobserved)?;
+            if let Some(Dense { carries, part: Some(part), .. }) = lane.dense.as_mut().filter(|_| !ahead) {
+                let after = way.go(part, carries.get(index)?, &mut Unobserved)?;
                 carries.replace(index, after)?;
             }
-            let after = way.go(lane.stage()?, lane.carries.get(index)?, &mut Unobserved)?;
+            let after = way.go(lane.part()?, lane.carries.get(index)?, &mut Unobserved)?;
             let hidden = after.tokens.as_ref().unwrap_or(&after.hidden_states);
             if !is_finite(hidden)? {
                 return Err(Error::NotFinite(format!("the output of `{stage}`, compressed, has NaN or infinity in it")));

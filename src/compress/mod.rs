@@ -8,6 +8,7 @@ mod batch;
 mod captions;
 mod carries;
 mod gather;
+mod head;
 mod job;
 mod joint;
 mod lane;
@@ -109,12 +110,11 @@ impl Job<'_> {
     fn stages(&self, samples: &Samples, captions: Gatherer, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
         let task = Task::begin(progress, "compressing", "parts", self.chain.stages().len() + 2);
         let blueprint = Blueprint::default();
-        task.advance("head");
-        let head = self.chain.load_head(&blueprint)?;
-        if head.layers().iter().any(|layer| self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)) {
-            return Err(Error::Argument("the layers before the first stage cannot be pruned; only stages are calibrated".into()));
+        if samples.calls.is_empty() && self.treatments.values().any(Treatment::needs_hessian) {
+            return Err(Error::Argument("calibration needs samples, and there are none".into()));
         }
-        self.treat_alone("head", head.layers(), finished, progress)?;
+        task.advance("head");
+        self.head(samples, finished, progress)?;
 
         // The last stage of which a layer still needs a Hessian: until there the samples must go.
         let outlines = self.chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
@@ -122,15 +122,14 @@ impl Job<'_> {
             !finished.has(layer.name()) && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
         };
         let last = outlines.iter().rposition(|stage| stage.layers().iter().any(open));
+        let tail = self.chain.load_tail(&blueprint)?;
+        let last = if tail.layers().iter().any(open) { Some(outlines.len()) } else { last };
         let mut lanes = Vec::new();
         let mut shared = Gatherer::default();
         if last.is_some() {
-            if samples.calls.is_empty() {
-                return Err(Error::Argument("pruning needs calibration samples, and there are none".into()));
-            }
             let layers = outlines.iter().flat_map(|stage| stage.layers()).filter(|layer| open(layer));
             lanes = self.lanes(finished.folder())?;
-            shared = self.first_carries(&mut lanes, samples, layers, progress)?;
+            shared = self.first_carries(&mut lanes, samples, layers, Some(finished), progress)?;
             shared.merge(captions)?;
         }
         for (index, (spec, plan)) in self.chain.stages().iter().zip(&self.plan.stages).enumerate() {
@@ -142,7 +141,10 @@ impl Job<'_> {
                     Sequencing::Stage => {
                         self.stage((spec, &outlines[index]), plan, &mut lanes, &shared, go_on, finished, progress)?
                     }
-                    Sequencing::Sublayer { .. } => self.sublayers(spec, &mut lanes, &shared, go_on, finished, progress)?,
+                    Sequencing::Sublayer { .. } => {
+                        self.load(&mut lanes, spec)?;
+                        self.sublayers(&name, &mut lanes, &shared, go_on, finished, progress)?;
+                    }
                 }
             } else {
                 self.treat_alone(&name, outlines[index].layers(), finished, progress)?;
@@ -150,7 +152,10 @@ impl Job<'_> {
         }
 
         task.advance("tail");
-        let tail = self.chain.load_tail(&blueprint)?;
+        if last == Some(outlines.len()) {
+            lanes.iter_mut().try_for_each(|lane| lane.load_tail(self.chain, self.source))?;
+            return self.sublayers("tail", &mut lanes, &shared, false, finished, progress);
+        }
         self.treat_alone("tail", tail.layers(), finished, progress)
     }
 
@@ -196,7 +201,7 @@ impl Job<'_> {
         let features = plan.waves.iter().map(|wave| wave.iter().filter(|input| open.contains(input)).cloned().collect());
         for wave in features.filter(|wave: &Vec<LayerInput>| !wave.is_empty()) {
             self.load(lanes, spec)?;
-            let pass = Pass { way: Way::Stage, inputs: &wave, hold: self.guards(), last: false };
+            let pass = Pass { way: Way::Whole, inputs: &wave, hold: self.guards(), last: false };
             let mut gatherer = lane::gather(lanes, pass, &name, progress)?;
             // Factors are made in the place of the stage's weights.
             lanes.iter_mut().for_each(Lane::unload);
@@ -220,22 +225,21 @@ impl Job<'_> {
         for lane in lanes.iter_mut() {
             lane.take_over(finished, &|_| true)?;
         }
-        lane::outputs(lanes, Way::Stage, &name, go_on, progress)
+        lane::outputs(lanes, Way::Whole, &name, go_on, progress)
     }
 
-    /// The same unit by unit, and in each input by input: what is gathered has gone through all layers before as they will be stored.
+    /// The same unit by unit, and in each input by input, of the part that the lanes have loaded: what is gathered has gone through all
+    /// layers before as they will be stored.
     fn sublayers(
         &self,
-        spec: &StageSpec,
+        name: &str,
         lanes: &mut [Lane],
         shared: &Gatherer,
         go_on: bool,
         finished: &mut Workspace,
         progress: &dyn Progress,
     ) -> Result<()> {
-        let name = spec.name().to_string();
-        self.load(lanes, spec)?;
-        self.treat_alone(&name, lanes[0].layers(), finished, progress)?;
+        self.treat_alone(name, lanes[0].layers(), finished, progress)?;
         for unit in 0..lanes[0].units() {
             let mut inputs: Vec<LayerInput> = Vec::new();
             for layer in lanes[0].layers().iter().filter(|layer| lanes[0].unit_has(unit, layer)) {
@@ -261,7 +265,7 @@ impl Job<'_> {
                     if let LayerInput::Features(_) = input {
                         let inputs = std::slice::from_ref(input);
                         let pass = Pass { way: Way::Unit(unit), inputs, hold: self.guards(), last };
-                        let mut gatherer = lane::gather(lanes, pass, &name, progress)?;
+                        let mut gatherer = lane::gather(lanes, pass, name, progress)?;
                         let task = Task::begin(progress, "layers", "layers", count);
                         let (hessian, corrections) = (gatherer.take(input), gatherer.take_corrections());
                         let gathered = Gathered {
@@ -269,11 +273,11 @@ impl Job<'_> {
                             held_out: gatherer.held_out(input),
                             ..Gathered::of(hessian.as_ref())
                         };
-                        self.treat_input(&name, (&named(&lanes[0], &names), true), input, gathered, finished, &task)?;
+                        self.treat_input(name, (&named(&lanes[0], &names), true), input, gathered, finished, &task)?;
                     } else {
                         let task = Task::begin(progress, "layers", "layers", count);
                         self.treat_input(
-                            &name,
+                            name,
                             (&named(&lanes[0], &names), true),
                             input,
                             Gathered::of(shared.hessian(input)),
@@ -292,7 +296,7 @@ impl Job<'_> {
                 lane.take_over(finished, &plain)?;
             }
             let more = go_on || unit + 1 < lanes[0].units();
-            lane::outputs(lanes, Way::Unit(unit), &name, more, progress)?;
+            lane::outputs(lanes, Way::Unit(unit), name, more, progress)?;
         }
         Ok(())
     }

@@ -47,11 +47,9 @@ impl Recipe {
             Some(PruneAlgorithm::SparseGpt) | None => PruneMethod::SparseGpt,
         };
         let mut treatments = Treatments::new();
-        for (layer, info) in resolution.layers.iter().zip(&infos) {
-            // The UNet's ends are in no stage, and have no Hessian.
-            let calibrated = info.stage.is_some();
+        for layer in &resolution.layers {
             let treatment = Treatment {
-                joint: (config.solver == SolverKind::Joint && calibrated).then_some(config.effort),
+                joint: (config.solver == SolverKind::Joint).then_some(config.effort),
                 prune: layer.prune.settings().map(prune_options),
                 method,
                 palettize: layer.palettize.settings().map(palette_options),

@@ -15,6 +15,13 @@ use crate::error::Result;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LayerId(usize);
 
+impl LayerId {
+    /// The layer, in its network's list.
+    pub fn of(self, layers: &[Layer]) -> &Layer {
+        &layers[self.0]
+    }
+}
+
 /// Builds blocks from a source at a path of checkpoint names.
 pub(super) struct Builder<'a> {
     source: &'a dyn TensorSource,
@@ -100,12 +107,12 @@ impl<'a> Run<'a> {
 
     /// Runs one layer.
     pub fn layer(&mut self, id: LayerId, input: &Tensor) -> Result<Tensor> {
-        self.layers[id.0].forward(input, self.observer)
+        id.of(self.layers).forward(input, self.observer)
     }
 
     /// Says that what the layer computes next is added to `residual`.
     pub fn onto(&mut self, id: LayerId, residual: &Tensor) -> Result<()> {
-        self.observer.residual(&self.layers[id.0], residual)
+        self.observer.residual(id.of(self.layers), residual)
     }
 }
 

@@ -9,6 +9,7 @@ mod compress;
 mod config;
 mod container;
 mod coreml;
+mod ends;
 mod gpu;
 mod joint;
 mod palettes;

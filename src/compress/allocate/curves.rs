@@ -42,7 +42,7 @@ impl Job<'_> {
         let blueprint = crate::checkpoint::Blueprint::default();
         let outlines = self.chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
         let layers = outlines.iter().flat_map(|stage| stage.layers()).filter(|layer| settings.contains_key(layer.name()));
-        let mut shared = self.first_carries(&mut lanes, samples, layers, progress)?;
+        let mut shared = self.first_carries(&mut lanes, samples, layers, None, progress)?;
         shared.merge(captions)?;
         let batch = samples.shape().map_or(1, |calls| calls.batch) as f64;
         for (spec, plan) in self.chain.stages().iter().zip(&self.plan.stages) {
@@ -53,7 +53,7 @@ impl Job<'_> {
                 lane.load(spec, self.source)?;
             }
             for wave in plan.waves.iter().filter(|wave| !wave.is_empty()) {
-                let pass = Pass { way: Way::Stage, inputs: wave, hold: false, last: false };
+                let pass = Pass { way: Way::Whole, inputs: wave, hold: false, last: false };
                 let mut gatherer = lane::gather(&mut lanes, pass, &name, progress)?;
                 for input in wave {
                     if let Some(hessian) = gatherer.take(input) {
@@ -66,7 +66,7 @@ impl Job<'_> {
                     try_input(&lanes[0], &input, hessian, settings, batch, &mut curves, progress)?;
                 }
             }
-            lane::outputs(&mut lanes, Way::Stage, &name, true, progress)?;
+            lane::outputs(&mut lanes, Way::Whole, &name, true, progress)?;
         }
         Ok(curves)
     }

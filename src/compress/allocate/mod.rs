@@ -59,8 +59,9 @@ pub(super) fn allocate(
     folder: &std::path::Path,
     progress: &dyn Progress,
 ) -> Result<Allocation> {
-    let shapes: BTreeMap<String, Vec<i64>> =
-        super::layers_of(job.chain)?.into_iter().map(|layer| (layer.name, layer.shape)).collect();
+    // The ends stay as they are: they are few bytes, and how far their errors reach is not measured.
+    let staged = super::layers_of(job.chain)?.into_iter().filter(|layer| layer.stage.is_some());
+    let shapes: BTreeMap<String, Vec<i64>> = staged.map(|layer| (layer.name, layer.shape)).collect();
     let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity };
     let settings = curves::settings(&recipe.treatments, &shapes, &limits);
     if settings.is_empty() {

@@ -32,12 +32,15 @@ impl Carry {
         }
     }
 
-    /// One carry of the batches of several, one after the other.
+    /// One carry of the batches of several, one after the other (no copy is made of a single one).
     ///
     /// # Errors
     /// If there are none, or their shapes differ.
     pub fn join(carries: &[Carry]) -> Result<Carry> {
-        let [first, ..] = carries else { return Err(crate::Error::Argument("no carries to join".into())) };
+        let [first, others @ ..] = carries else { return Err(crate::Error::Argument("no carries to join".into())) };
+        if others.is_empty() {
+            return Ok(first.shallow_clone());
+        }
         let join = |pick: &dyn Fn(&Carry) -> Option<Tensor>| -> Result<Tensor> {
             Ok(Tensor::f_cat(&carries.iter().filter_map(pick).collect::<Vec<_>>(), 0)?)
         };

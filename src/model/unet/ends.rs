@@ -31,6 +31,17 @@ impl Conditioning {
     }
 }
 
+/// What a layer of the [`Head`] depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadInput {
+    /// The timestep alone.
+    Time,
+    /// Pooled text and time ids.
+    Conditioning,
+    /// The noisy latents.
+    Latents,
+}
+
 /// conv_in and the embeddings of timestep, pooled text and time ids: makes the first carry.
 #[derive(Debug)]
 pub struct Head {
@@ -71,6 +82,26 @@ impl Head {
         &mut self.layers
     }
 
+    /// What the layer `name` depends on.
+    pub fn sees(&self, name: &str) -> HeadInput {
+        let of = |id: LayerId| id.of(&self.layers).name() == name;
+        if of(self.conv_in) {
+            HeadInput::Latents
+        } else if of(self.time_embedding.linear_1) || of(self.time_embedding.linear_2) {
+            HeadInput::Time
+        } else {
+            HeadInput::Conditioning
+        }
+    }
+
+    /// The embedding of timesteps `times` [n], without that of the conditioning: [n, time_embed_dim] in `kind`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn embed_times(&self, times: &Tensor, kind: Kind, observer: &mut dyn Observer) -> Result<Tensor> {
+        self.time_embedding.forward(&self.time.of(times)?.f_to_kind(kind)?, &mut Run::new(&self.layers, observer))
+    }
+
     /// Embeds noisy latents `sample` [b, c, h, w] at `timestep` (in training steps, 0 to 999).
     ///
     /// # Errors
@@ -82,12 +113,12 @@ impl Head {
         conditioning: &Conditioning,
         observer: &mut dyn Observer,
     ) -> Result<Carry> {
-        let mut run = Run::new(&self.layers, observer);
         let kind = sample.f_kind()?;
         let batch = sample.size4()?.0;
         let time = Tensor::f_full([batch], timestep, (Kind::Float, sample.device()))?;
-        let temb = self.time_embedding.forward(&self.time.of(&time)?.f_to_kind(kind)?, &mut run)?;
+        let temb = self.embed_times(&time, kind, observer)?;
 
+        let mut run = Run::new(&self.layers, observer);
         let ids = self.time_ids.of(&conditioning.time_ids.f_flatten(0, -1)?)?.f_reshape([batch, -1])?;
         let text_embeds = conditioning.text_embeds.f_to_kind(ids.f_kind()?)?;
         let added = Tensor::f_cat(&[text_embeds, ids], -1)?.f_to_kind(kind)?;

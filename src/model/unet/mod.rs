@@ -11,7 +11,7 @@ use tch::Tensor;
 pub use carry::{Carry, CarryShape};
 pub use config::{Depth, UnetConfig};
 pub(crate) use ends::Sinusoids;
-pub use ends::{Conditioning, Head, Tail};
+pub use ends::{Conditioning, Head, HeadInput, Tail};
 pub(crate) use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
 pub(crate) use transformer::TransformerShape;

@@ -1,0 +1,119 @@
+//! The layers before the first stage: calibrated like those of stages, though nothing but they has to run for it.
+
+use tch::{Kind, Tensor};
+
+use super::gather::DenseOutputs;
+use super::lane::{On, held_out, seen_enough, take_over};
+use super::{Gathered, Gatherer, Job, Sequencing, Treatment, Workspace, placement};
+use crate::calibration::Samples;
+use crate::checkpoint::Blueprint;
+use crate::error::Result;
+use crate::model::unet::{Conditioning, Head, HeadInput};
+use crate::model::{Layer, Observer};
+use crate::progress::{Progress, Task};
+
+/// The timesteps of training.
+const TIMESTEPS: i64 = 1000;
+
+/// The head with its weights as they are stored so far, and the dense one, where layers aim at its outputs.
+struct Heads {
+    stored: Head,
+    dense: Option<Head>,
+}
+
+impl Job<'_> {
+    /// Treats the layers before the first stage, each on what has become of those before it.
+    pub(super) fn head(&self, samples: &Samples, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+        const NAME: &str = "head";
+        let outline = self.chain.load_head(&Blueprint::default())?;
+        self.treat_alone(NAME, outline.layers(), finished, progress)?;
+        // What is sent into the first stage has to go through all of them as they are stored.
+        finished.flush()?;
+        let hungry = |layer: &Layer| self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+        if outline.layers().iter().all(|layer| !hungry(layer) || finished.has(layer.name())) {
+            return Ok(());
+        }
+        let source = On { source: self.source, device: self.devices[0] };
+        let dense = match self.sequencing {
+            Sequencing::Sublayer { dense_target: true } => Some(self.chain.load_head(&source)?),
+            _ => None,
+        };
+        let mut heads = Heads { stored: self.chain.load_head(&source)?, dense };
+        for layer in outline.layers().iter().filter(|layer| hungry(layer)) {
+            take_over(heads.stored.layers_mut(), finished, &|_| true)?;
+            if finished.has(layer.name()) {
+                continue;
+            }
+            let mut gatherer = self.gather_head(&heads, layer, samples, progress)?;
+            let (hessian, corrections) = (gatherer.take(layer.input()), gatherer.take_corrections());
+            let gathered = Gathered {
+                corrections: Some(&corrections),
+                held_out: gatherer.held_out(layer.input()),
+                ..Gathered::of(hessian.as_ref())
+            };
+            let task = Task::begin(progress, "layers", "layers", 1);
+            self.treat_input(NAME, (&[layer], false), layer.input(), gathered, finished, &task)?;
+            finished.flush()?;
+        }
+        Ok(())
+    }
+
+    /// What a layer of the head is given: of timesteps all there are, of conditionings each once, of latents those of the samples.
+    fn gather_head(&self, heads: &Heads, layer: &Layer, samples: &Samples, progress: &dyn Progress) -> Result<Gatherer> {
+        let device = self.devices[0];
+        let only = std::iter::once(layer);
+        let gatherer = match heads.dense {
+            Some(_) => Gatherer::aiming(only, device)?,
+            None => Gatherer::new(only, device)?,
+        };
+        let mut gatherer = gatherer.hasty();
+        let sees = heads.stored.sees(layer.name());
+        if sees == HeadInput::Time {
+            let times = Tensor::f_arange(TIMESTEPS, (Kind::Float, device))?;
+            heads.show(layer, &mut gatherer, &|head, observer| head.embed_times(&times, self.kind, observer))?;
+            return Ok(gatherer);
+        }
+        let new = |index: usize| match (sees, index.checked_sub(1)) {
+            (HeadInput::Conditioning, Some(before)) => {
+                !same(&samples.calls[index].conditioning, &samples.calls[before].conditioning)
+            }
+            _ => true,
+        };
+        let calls: Vec<usize> = (0..samples.calls.len()).filter(|index| new(*index)).collect();
+        let task = Task::begin(progress, "Hessians", "samples", calls.len());
+        for (number, index) in calls.iter().enumerate() {
+            task.go_on()?;
+            task.advance(layer.name());
+            gatherer.hold_out(self.guards() && held_out(number, calls.len()));
+            gatherer.weigh(self.weights.get(*index).copied().unwrap_or(1.0));
+            let call = samples.calls[*index].placed(placement(device, self.kind))?;
+            heads.show(layer, &mut gatherer, &|head, observer| {
+                head.forward(&call.sample, call.timestep, &call.conditioning, observer).map(|carry| carry.hidden_states)
+            })?;
+        }
+        Ok(gatherer)
+    }
+}
+
+impl Heads {
+    /// Runs both as far as the layer's outputs, the dense one first.
+    fn show(
+        &self,
+        layer: &Layer,
+        gatherer: &mut Gatherer,
+        run: &dyn Fn(&Head, &mut dyn Observer) -> Result<Tensor>,
+    ) -> Result<()> {
+        if let Some(dense) = &self.dense {
+            let mut outputs = DenseOutputs::of(vec![layer.name().to_owned()], true);
+            seen_enough(run(dense, &mut outputs))?;
+            gatherer.aim_at(outputs);
+        }
+        seen_enough(run(&self.stored, gatherer))
+    }
+}
+
+/// Whether two calls are told the same.
+fn same(a: &Conditioning, b: &Conditioning) -> bool {
+    let equal = |a: &Tensor, b: &Tensor| a.f_equal(b).unwrap_or(false);
+    equal(&a.text_embeds, &b.text_embeds) && equal(&a.time_ids, &b.time_ids)
+}
