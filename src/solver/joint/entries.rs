@@ -4,21 +4,19 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::levels::Levels;
-use super::problem::{Loss, Problem};
+use super::problem::Problem;
 use crate::error::Result;
 
-/// Half of the objective's slope in each palette entry, [groups, 2^n], and the objective itself: one product.
-pub(super) fn slope(problem: &Problem<'_>, levels: &Levels) -> Result<(Vec<f64>, Loss)> {
+/// Half of the objective's slope in each palette entry, [groups, 2^n]: one product.
+pub(super) fn slope(problem: &Problem<'_>, levels: &Levels) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
     let mut sums = vec![0.0; levels.groups() * levels.entries];
-    let mut loss = Loss::default();
     for (part, rows) in problem.chunks() {
         let change = data.change(&rows, |at| if data.kept(at) { levels.value(at, d) } else { 0.0 });
         let product = problem.part(part).times(&change)?;
-        loss.add(problem.part(part), &change, &product);
         add_products(&mut sums, &product, rows.start, problem, levels);
     }
-    Ok((sums, loss))
+    Ok(sums)
 }
 
 /// Lowers the objective over the palettes, indices fixed: the least squares problem (sum_r S_r H S_r^T) t = sum_r S_r H w_r of each group,

@@ -5,7 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::super::matrix::{numbers, numbers_mut};
 use super::factors::Part;
-use super::row::{Row, dot};
+use super::problem::dots;
+use super::row::Row;
 use crate::error::Result;
 
 /// Rows of a weight on their way to the least tr((W - W0) H (W - W0)^T), with its slope: all [o, d].
@@ -35,16 +36,14 @@ impl<'a> Fit<'a> {
         self.part
     }
 
+    /// W - W0.
+    pub fn change(&self) -> Vec<f32> {
+        self.weight.par_iter().zip(self.original).map(|(new, old)| new - old).collect()
+    }
+
     /// The objective of each row.
     pub fn losses(&self) -> Vec<f64> {
-        let d = self.part.diagonal.len();
-        let rows = self.weight.par_chunks(d).zip(self.original.par_chunks(d)).zip(self.gradient.par_chunks(d));
-        let loss = |change: &mut Vec<f32>, ((new, old), gradient): ((&[f32], &[f32]), &[f32])| {
-            change.clear();
-            change.extend(new.iter().zip(old).map(|(new, old)| new - old));
-            dot(change, gradient)
-        };
-        rows.map_init(Vec::new, loss).collect()
+        dots(&self.change(), &self.gradient, self.part.diagonal.len())
     }
 
     /// Adds `change` to the weights. One product with H.

@@ -59,17 +59,17 @@ pub struct Effort {
 impl Default for Effort {
     /// All that pays.
     fn default() -> Self {
-        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 8, sweep: true, palette_steps: 0, polish: true, turns: 2 }
+        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 4, sweep: true, palette_steps: 0, polish: true, turns: 2 }
     }
 }
 
 impl Effort {
     /// Products of the weight with its Hessian that this takes, about.
     pub fn products(&self) -> f64 {
-        let turn = self.palette_steps as f64 + 3.0;
-        let exchange = (self.exchange_turns * (1 + self.exchange_steps)) as f64;
-        let refits = if self.exchange_turns > 0 { 2.0 } else { 1.0 };
-        5.0 + refits * self.refit_steps as f64 + exchange + self.turns as f64 * turn
+        let turn = if self.palette_steps > 0 { self.palette_steps + 3 } else { 1 };
+        let exchange = self.exchange_turns * (1 + self.exchange_steps);
+        let refits = if self.exchange_turns > 0 { 2 } else { 1 };
+        (5 + refits * self.refit_steps + exchange + self.turns * turn) as f64
     }
 
     /// Nothing beyond the mask and weighted palettes.
@@ -109,10 +109,10 @@ impl JointOptions {
 /// that were not calibrated on; all of a weight is free to fit those that were.
 const DENSE_DAMPENING: f64 = 0.03;
 
-/// Turns go on while they lower the objective by at least this share.
+/// Turns of palettes and polish go on while at least this share of the weights gets other entries.
 const WORTH: f64 = 0.003;
 
-/// Steps of conjugate gradients likewise.
+/// Steps of conjugate gradients go on while they lower the objective by at least this share.
 const WORTH_A_STEP: f64 = 0.001;
 
 /// What is known of a layer besides its Hessian.
@@ -217,8 +217,7 @@ pub fn joint(
         if options.effort.exchange_turns > 0 {
             first_mask = problem.data.keep.clone();
         }
-        settle(&mut problem, &mut best, &options.effort, group)?;
-        pruned_loss = Some(problem.loss(|at| best[at])?.bare);
+        pruned_loss = Some(settle(&mut problem, &mut best, &options.effort, group)?);
     }
     let solution = match &options.palettize {
         None => Solution::plain(name, &problem, &best, options)?,
@@ -254,13 +253,12 @@ pub fn joint(
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
 }
 
-/// Brings weights to the best on their mask, and the mask to a better one of the same size. `group` is m of n:m.
-fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group: Option<usize>) -> Result<()> {
+/// Brings weights to the best on their mask, and the mask to a better one of the same size. `group` is m of n:m. Gives the loss by the
+/// bare Hessian.
+fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group: Option<usize>) -> Result<f64> {
     let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
-    if refit_steps == 0 && exchange_turns == 0 {
-        return Ok(());
-    }
-    let Some(mut keep) = problem.data.keep.take() else { return Ok(()) };
+    let mut loss = Loss::default();
+    let mut keep = problem.data.keep.take().unwrap_or_else(|| vec![true; weight.len()]);
     for (part, rows) in problem.chunks() {
         let span = problem.data.span(&rows);
         let original = &problem.data.original[span.clone()];
@@ -270,11 +268,12 @@ fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group:
         if exchange_turns > 0 {
             fit.descend(refit_steps, WORTH_A_STEP)?;
         }
+        loss.add(problem.part(part), &fit.change(), &fit.gradient);
         weight[span.clone()].copy_from_slice(&fit.weight);
         keep[span].iter_mut().zip(&fit.mask).for_each(|(keep, mask)| *keep = *mask > 0.0);
     }
     problem.data.keep = Some(keep);
-    Ok(())
+    Ok(loss.bare)
 }
 
 /// The error of a solution on vectors [n, groups d] as a multiple of another's.
@@ -357,17 +356,13 @@ impl Solution {
             sweep::sweep(problem, weight, &mut levels)?;
         }
         let Effort { palette_steps, turns, .. } = options.effort;
-        let mut now = if turns > 0 { entries::slope(problem, &levels)? } else { Default::default() };
         for turn in 1..=turns {
             if palette_steps > 0 {
-                entries::refit_palettes(problem, &mut levels, &now.0, palette_steps)?;
+                let slope = entries::slope(problem, &levels)?;
+                entries::refit_palettes(problem, &mut levels, &slope, palette_steps)?;
             }
             let changed = if options.effort.polish { polish::polish(problem, &mut levels)? } else { 0 };
-            if changed == 0 || turn == turns {
-                break;
-            }
-            let before = std::mem::replace(&mut now, entries::slope(problem, &levels)?);
-            if now.1.damped > before.1.damped * (1.0 - WORTH) {
+            if turn == turns || (changed as f64) < WORTH * weight.len() as f64 {
                 break;
             }
         }

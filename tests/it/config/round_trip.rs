@@ -216,7 +216,7 @@ target: dense
 joint:
   refit_steps: 8
   exchange_turns: 3
-  exchange_steps: 8
+  exchange_steps: 4
   sweep: true
   palette_steps: 0
   polish: true
