@@ -94,7 +94,7 @@ impl Head {
         }
     }
 
-    /// The embedding of timesteps `times` [n], without that of the conditioning: [n, time_embed_dim] in `kind`.
+    /// The embedding of timesteps `times` `[n]`, without that of the conditioning: [n, time_embed_dim] in `kind`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
