@@ -289,6 +289,14 @@ impl Outline<'_> {
                 plan.work.sweeps += effort.products() * rows as f64 * d * d;
             }
         }
+        // Also where nothing in it is calibrated: the samples go through.
+        if peak > memory.usable() {
+            let (budget, needed) = (number::size(memory.budget), number::size(peak));
+            return Err(Error::Argument(format!(
+                "{budget} of memory are too little for stage `{}`, which needs {needed}",
+                self.name
+            )));
+        }
         plan.work.forward = calls.count as f64 * self.forwards(&needs, waves.len(), calls);
         plan.passes = waves.len();
         plan.waves = waves;

@@ -101,6 +101,23 @@ fn the_budget_changes_the_passes_and_not_one_byte() {
     assert!(!folder.path().join("tight/unet.squeezed.work").exists(), "the workspace is gone when the result is there");
 }
 
+/// Samples go through stages in which nothing is calibrated, too: those have to fit as well.
+#[test]
+fn a_stage_that_is_only_run_must_fit_the_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let ends = folder.path().join("ends.yaml");
+    let rules = "  module_name_configs:\n    '(time|add)_embedding.*':\n      n_bits: 4\n    '.*': null\n";
+    std::fs::write(&ends, format!("palettize:\n{rules}")).unwrap();
+    let plan = |budget: &str, code: i32| {
+        let args = ["plan", ends.to_str().unwrap(), "--architecture", "sdxl-base", "--height", "512", "--width", "512"];
+        ended_with(code, &squeeze(&[&args[..], &["--calibration-nsamples", "8", "--memory-budget", budget]].concat()))
+    };
+    let refused = plan("3GiB", 2);
+    assert!(refused.contains("too little for stage `down_blocks.2`, which needs"), "{refused}");
+    let least = refused.split("; ").last().unwrap().split(" would do").next().unwrap().to_owned();
+    plan(&least, 0);
+}
+
 #[test]
 fn several_devices_share_the_samples() {
     let folder = tempfile::tempdir().unwrap();
