@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::Gatherer;
+use super::head::TIMESTEPS;
 use crate::checkpoint::{Blueprint, Weights};
 use crate::config::{CalibrationSection, read_prompts};
 use crate::error::Result;
@@ -15,9 +16,6 @@ use super::RunOptions;
 
 /// Timesteps for each caption.
 const TIMES: usize = 4;
-
-/// The timesteps of training.
-const TIMESTEPS: usize = 1000;
 
 /// The Hessians of the layers that see only the text states, or only SiLU(temb), from the config's captions: each is encoded, and its
 /// pooled text embedded at a few of all timesteps. A caption counts as a call of the UNet does, with the negative prompt's half.

@@ -84,8 +84,8 @@ impl Gatherer {
     }
 
     /// By how much each layer's outputs were off, where that was asked for.
-    pub(super) fn take_corrections(&mut self) -> BTreeMap<String, Correction> {
-        std::mem::take(&mut self.corrections)
+    pub(super) fn corrections(&self) -> &BTreeMap<String, Correction> {
+        &self.corrections
     }
 
     /// Adds an input that is known without running a stage: text states or SiLU(temb).

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::gather::DenseOutputs;
 use super::lane::{On, held_out, seen_enough, take_over};
-use super::{Gathered, Gatherer, Job, Sequencing, Treatment, Workspace, placement};
+use super::{Gathered, Gatherer, Job, Workspace, placement};
 use crate::calibration::Samples;
 use crate::checkpoint::Blueprint;
 use crate::error::Result;
@@ -13,7 +13,7 @@ use crate::model::{Layer, Observer};
 use crate::progress::{Progress, Task};
 
 /// The timesteps of training.
-const TIMESTEPS: i64 = 1000;
+pub(super) const TIMESTEPS: usize = 1000;
 
 /// The head with its weights as they are stored so far, and the dense one, where layers aim at its outputs.
 struct Heads {
@@ -29,30 +29,20 @@ impl Job<'_> {
         self.treat_alone(NAME, outline.layers(), finished, progress)?;
         // What is sent into the first stage has to go through all of them as they are stored.
         finished.flush()?;
-        let hungry = |layer: &Layer| self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-        if outline.layers().iter().all(|layer| !hungry(layer) || finished.has(layer.name())) {
+        if outline.layers().iter().all(|layer| !self.needs_hessian(layer) || finished.has(layer.name())) {
             return Ok(());
         }
         let source = On { source: self.source, device: self.devices[0] };
-        let dense = match self.sequencing {
-            Sequencing::Sublayer { dense_target: true } => Some(self.chain.load_head(&source)?),
-            _ => None,
-        };
-        let mut heads = Heads { stored: self.chain.load_head(&source)?, dense };
-        for layer in outline.layers().iter().filter(|layer| hungry(layer)) {
+        let load = || self.chain.load_head(&source);
+        let mut heads = Heads { stored: load()?, dense: self.sequencing.aims().then(load).transpose()? };
+        for layer in outline.layers().iter().filter(|layer| self.needs_hessian(layer)) {
             take_over(heads.stored.layers_mut(), finished, &|_| true)?;
             if finished.has(layer.name()) {
                 continue;
             }
-            let mut gatherer = self.gather_head(&heads, layer, samples, progress)?;
-            let (hessian, corrections) = (gatherer.take(layer.input()), gatherer.take_corrections());
-            let gathered = Gathered {
-                corrections: Some(&corrections),
-                held_out: gatherer.held_out(layer.input()),
-                ..Gathered::of(hessian.as_ref())
-            };
+            let gatherer = self.gather_head(&heads, layer, samples, progress)?;
             let task = Task::begin(progress, "layers", "layers", 1);
-            self.treat_input(NAME, (&[layer], false), layer.input(), gathered, finished, &task)?;
+            self.treat_input(NAME, (&[layer], false), layer.input(), Gathered::all(&gatherer, layer.input()), finished, &task)?;
             finished.flush()?;
         }
         Ok(())
@@ -69,17 +59,15 @@ impl Job<'_> {
         let mut gatherer = gatherer.hasty();
         let sees = heads.stored.sees(layer.name());
         if sees == HeadInput::Time {
-            let times = Tensor::f_arange(TIMESTEPS, (Kind::Float, device))?;
+            let times = Tensor::f_arange(TIMESTEPS as i64, (Kind::Float, device))?;
             heads.show(layer, &mut gatherer, &|head, observer| head.embed_times(&times, self.kind, observer))?;
             return Ok(gatherer);
         }
-        let new = |index: usize| match (sees, index.checked_sub(1)) {
-            (HeadInput::Conditioning, Some(before)) => {
-                !same(&samples.calls[index].conditioning, &samples.calls[before].conditioning)
-            }
-            _ => true,
-        };
-        let calls: Vec<usize> = (0..samples.calls.len()).filter(|index| new(*index)).collect();
+        let mut calls: Vec<usize> = (0..samples.calls.len()).collect();
+        if sees == HeadInput::Conditioning {
+            let told = |index: &usize| &samples.calls[*index].conditioning;
+            calls.dedup_by(|call, before| same(told(call), told(before)));
+        }
         let task = Task::begin(progress, "Hessians", "samples", calls.len());
         for (number, index) in calls.iter().enumerate() {
             task.go_on()?;
@@ -114,6 +102,6 @@ impl Heads {
 
 /// Whether two calls are told the same.
 fn same(a: &Conditioning, b: &Conditioning) -> bool {
-    let equal = |a: &Tensor, b: &Tensor| a.f_equal(b).unwrap_or(false);
+    let equal = |a: &Tensor, b: &Tensor| a == b;
     equal(&a.text_embeds, &b.text_embeds) && equal(&a.time_ids, &b.time_ids)
 }

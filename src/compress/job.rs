@@ -290,7 +290,7 @@ pub fn run(
 fn few_prompts(config: &RunConfig, recipe: &Recipe) -> Result<Option<String>> {
     /// With three, the bundled model gets worse by it; with 48 much better.
     const ENOUGH: usize = 16;
-    if recipe.sequencing != (Sequencing::Sublayer { dense_target: true }) || config.calibration.samples.is_some() {
+    if !recipe.sequencing.aims() || config.calibration.samples.is_some() {
         return Ok(None);
     }
     let prompts = config.calibration.prompts.load()?.len();

@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 
 use super::carries::Carries;
 use super::gather::DenseOutputs;
-use super::{Gatherer, Job, Sequencing, Workspace, carries_folder, placement};
+use super::{Gatherer, Job, Workspace, carries_folder, placement};
 use crate::allocator;
 use crate::calibration::Samples;
 use crate::checkpoint::TensorSource;
@@ -38,7 +38,7 @@ struct Dense {
 /// What carries can be sent through.
 enum Part {
     Stage(Stage),
-    /// One unit, which leaves a carry as it is.
+    /// One unit, which makes the prediction of the hidden states.
     Tail(Tail),
 }
 
@@ -162,10 +162,9 @@ impl Job<'_> {
                 CarriesIn::Files => Carries::in_files(&carries_folder(workspace, &name), *device),
                 CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
             };
-            let aims = self.sequencing == Sequencing::Sublayer { dense_target: true };
             let dense =
                 || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, part: None, ahead: false }) };
-            let dense = if aims { Some(dense()) } else { None };
+            let dense = if self.sequencing.aims() { Some(dense()) } else { None };
             let carries = carries(number.to_string())?;
             Ok(Lane { device: *device, carries, part: None, weights: Vec::new(), dense: dense.transpose()? })
         };
@@ -237,7 +236,7 @@ impl Way {
         match (part, self) {
             (Part::Stage(stage), Way::Whole) => stage.forward(carry, observer),
             (Part::Stage(stage), Way::Unit(unit)) => stage.forward_unit(unit, carry, observer),
-            (Part::Tail(tail), _) => tail.forward(&carry, observer).map(|_| carry),
+            (Part::Tail(tail), _) => Ok(Carry { hidden_states: tail.forward(&carry, observer)?, ..carry }),
         }
     }
 

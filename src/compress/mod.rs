@@ -1,7 +1,7 @@
 //! Compresses a UNet stage by stage along its chain.
 //!
 //! For each stage: the Hessians of its layers on the outputs of the stages already compressed, then each layer pruned and palettized,
-//! then the compressed stage's outputs go on. What is finished lies in the [`Workspace`]; nothing of a finished stage stays in memory.
+//! then the compressed stage's outputs go on. What stands before and after the stages is treated likewise. What is finished lies in the [`Workspace`]; nothing of a finished stage stays in memory.
 
 mod allocate;
 mod batch;
@@ -116,11 +116,9 @@ impl Job<'_> {
         task.advance("head");
         self.head(samples, finished, progress)?;
 
-        // The last stage of which a layer still needs a Hessian: until there the samples must go.
+        // The last stage of which a layer still needs a Hessian, or their number for what comes after them: until there the samples must go.
         let outlines = self.chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
-        let open = |layer: &Layer| {
-            !finished.has(layer.name()) && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
-        };
+        let open = |layer: &Layer| !finished.has(layer.name()) && self.needs_hessian(layer);
         let last = outlines.iter().rposition(|stage| stage.layers().iter().any(open));
         let tail = self.chain.load_tail(&blueprint)?;
         let last = if tail.layers().iter().any(open) { Some(outlines.len()) } else { last };
@@ -193,8 +191,7 @@ impl Job<'_> {
         let layers: Vec<&Layer> = outline.layers().iter().collect();
         let mut open: Vec<LayerInput> = Vec::new();
         for layer in &layers {
-            let wanted = self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-            if wanted && !finished.has(layer.name()) && !open.contains(layer.input()) {
+            if self.needs_hessian(layer) && !finished.has(layer.name()) && !open.contains(layer.input()) {
                 open.push(layer.input().clone());
             }
         }
@@ -251,9 +248,7 @@ impl Job<'_> {
             inputs.sort_by_key(|input| matches!(input, LayerInput::Features(_)));
             for (at, input) in inputs.iter().enumerate() {
                 let last = at + 1 == inputs.len();
-                let of_input = |layer: &Layer| {
-                    layer.input() == input && self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
-                };
+                let of_input = |layer: &Layer| layer.input() == input && self.needs_hessian(layer);
                 let names: Vec<String> = lanes[0]
                     .layers()
                     .iter()
@@ -261,39 +256,26 @@ impl Job<'_> {
                     .map(|layer| layer.name().to_owned())
                     .collect();
                 if names.iter().any(|name| !finished.has(name)) {
-                    let count = names.len();
-                    if let LayerInput::Features(_) = input {
-                        let inputs = std::slice::from_ref(input);
-                        let pass = Pass { way: Way::Unit(unit), inputs, hold: self.guards(), last };
-                        let mut gatherer = lane::gather(lanes, pass, name, progress)?;
-                        let task = Task::begin(progress, "layers", "layers", count);
-                        let (hessian, corrections) = (gatherer.take(input), gatherer.take_corrections());
-                        let gathered = Gathered {
-                            corrections: Some(&corrections),
-                            held_out: gatherer.held_out(input),
-                            ..Gathered::of(hessian.as_ref())
-                        };
-                        self.treat_input(name, (&named(&lanes[0], &names), true), input, gathered, finished, &task)?;
-                    } else {
-                        let task = Task::begin(progress, "layers", "layers", count);
-                        self.treat_input(
-                            name,
-                            (&named(&lanes[0], &names), true),
-                            input,
-                            Gathered::of(shared.hessian(input)),
-                            finished,
-                            &task,
-                        )?;
-                    }
+                    let own;
+                    let gathered = match input {
+                        LayerInput::Features(_) => {
+                            let inputs = std::slice::from_ref(input);
+                            let pass = Pass { way: Way::Unit(unit), inputs, hold: self.guards(), last };
+                            own = lane::gather(lanes, pass, name, progress)?;
+                            Gathered::all(&own, input)
+                        }
+                        LayerInput::Text | LayerInput::Time => Gathered::of(shared.hessian(input)),
+                    };
+                    let task = Task::begin(progress, "layers", "layers", names.len());
+                    self.treat_input(name, (&named(&lanes[0], &names), true), input, gathered, finished, &task)?;
                 }
                 finished.flush()?;
                 for lane in lanes.iter_mut() {
                     lane.take_over(finished, &of_input)?;
                 }
             }
-            let plain = |layer: &Layer| !self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
             for lane in lanes.iter_mut() {
-                lane.take_over(finished, &plain)?;
+                lane.take_over(finished, &|layer| !self.needs_hessian(layer))?;
             }
             let more = go_on || unit + 1 < lanes[0].units();
             lane::outputs(lanes, Way::Unit(unit), name, more, progress)?;
@@ -301,7 +283,12 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Loads a stage on every lane, unless it is there.
+    /// Whether a layer is treated by what its inputs look like.
+    fn needs_hessian(&self, layer: &Layer) -> bool {
+        self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
+    }
+
+    /// Loads a stage on every lane.
     fn load(&self, lanes: &mut [Lane], spec: &StageSpec) -> Result<()> {
         lanes.iter_mut().try_for_each(|lane| lane.load(spec, self.source))
     }
@@ -393,6 +380,12 @@ struct Gathered<'a> {
 impl<'a> Gathered<'a> {
     fn of(hessian: Option<&'a Hessian>) -> Self {
         Gathered { hessian, corrections: None, held_out: None }
+    }
+
+    /// All that a gatherer has on an input.
+    fn all(gatherer: &'a Gatherer, input: &LayerInput) -> Self {
+        let (hessian, held_out) = (gatherer.hessian(input), gatherer.held_out(input));
+        Gathered { hessian, corrections: Some(gatherer.corrections()), held_out }
     }
 }
 

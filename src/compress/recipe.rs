@@ -23,6 +23,13 @@ pub enum Sequencing {
     },
 }
 
+impl Sequencing {
+    /// Whether layers aim at the dense network's outputs, which runs beside the compressed one then.
+    pub fn aims(self) -> bool {
+        self == Sequencing::Sublayer { dense_target: true }
+    }
+}
+
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug)]
 pub struct Recipe {

@@ -171,7 +171,7 @@ impl Plan {
             let resident_bytes = tensors.iter().map(|tensor| tensor.numel() * bytes_of(&tensor.name) as u64).sum();
             let bytes = calls.map_or(0, |calls| {
                 let numbers = calls.count as i64 * calls.batch * carry.numel().max(after.numel());
-                let runs = if sequencing == (Sequencing::Sublayer { dense_target: true }) { 2 } else { 1 };
+                let runs = if sequencing.aims() { 2 } else { 1 };
                 runs * memory.element_bytes * numbers.unsigned_abs()
             });
             plan.carry_bytes = plan.carry_bytes.max(bytes);

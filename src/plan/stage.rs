@@ -165,16 +165,11 @@ impl Outline<'_> {
                     bytes: Hessian::bytes(layer.kind(), &layer.weight().size()),
                 }),
             }
-            if let (Some(need), true) = (needs.iter_mut().find(|need| need.input == layer.input()), self.aims()) {
+            if let (Some(need), true) = (needs.iter_mut().find(|need| need.input == layer.input()), self.sequencing.aims()) {
                 need.bytes += Correction::bytes(&layer.weight().size());
             }
         }
         needs
-    }
-
-    /// Whether layers aim at the dense network's outputs, which then runs too.
-    fn aims(&self) -> bool {
-        self.sequencing == Sequencing::Sublayer { dense_target: true }
     }
 
     /// Bytes of the largest activations of one call, with what a convolution makes of them.
@@ -223,7 +218,7 @@ impl Outline<'_> {
         // What is there in any case: the stage, the carries, one call under way.
         let calls = &Calls { batch: calls.batch * self.joined, ..*calls };
         let carry = 2 * memory.element_bytes * (calls.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
-        let runs = if self.aims() { 2 } else { 1 };
+        let runs = if self.sequencing.aims() { 2 } else { 1 };
         let loaded = runs * self.resident_bytes;
         // While layers are treated the stage is not loaded, unless others wait for what becomes of them.
         let resting = if self.sequencing == Sequencing::Stage { 0 } else { loaded };

@@ -209,15 +209,16 @@ pub fn joint(
     let sequential = Solution::plain(name, &problem, &best, options)?;
     let mut pruned_loss = None;
     let mut first_mask = None;
-    if problem.data.keep.is_some() {
+    if let Some(mut keep) = problem.data.keep.take() {
         let group = match options.prune.map(|prune| prune.sparsity) {
             Some(Sparsity::NM { m, .. }) => Some(m),
             _ => None,
         };
         if options.effort.exchange_turns > 0 {
-            first_mask = problem.data.keep.clone();
+            first_mask = Some(keep.clone());
         }
-        pruned_loss = Some(settle(&mut problem, &mut best, &options.effort, group)?);
+        pruned_loss = Some(settle(&problem, &mut best, &mut keep, &options.effort, group)?);
+        problem.data.keep = Some(keep);
     }
     let solution = match &options.palettize {
         None => Solution::plain(name, &problem, &best, options)?,
@@ -255,10 +256,9 @@ pub fn joint(
 
 /// Brings weights to the best on their mask, and the mask to a better one of the same size. `group` is m of n:m. Gives the loss by the
 /// bare Hessian.
-fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group: Option<usize>) -> Result<f64> {
+fn settle(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &Effort, group: Option<usize>) -> Result<f64> {
     let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
     let mut loss = Loss::default();
-    let mut keep = problem.data.keep.take().unwrap_or_else(|| vec![true; weight.len()]);
     for (part, rows) in problem.chunks() {
         let span = problem.data.span(&rows);
         let original = &problem.data.original[span.clone()];
@@ -272,7 +272,6 @@ fn settle(problem: &mut Problem<'_>, weight: &mut [f32], effort: &Effort, group:
         weight[span.clone()].copy_from_slice(&fit.weight);
         keep[span].iter_mut().zip(&fit.mask).for_each(|(keep, mask)| *keep = *mask > 0.0);
     }
-    problem.data.keep = Some(keep);
     Ok(loss.bare)
 }
 
