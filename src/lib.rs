@@ -12,6 +12,7 @@ pub mod device;
 mod error;
 pub mod export;
 mod finite;
+pub mod input;
 pub mod inspect;
 pub mod memory;
 pub mod model;
