@@ -1,11 +1,17 @@
-//! Products of fp32 matrices at the speed of the machine.
+//! Matrix products on the CPU that are the same on any number of threads.
 //!
-//! libtorch's are those of MKL, which has no AVX-512 kernels for AMD's processors and so reaches half of what they can. There
-//! the products are [faer](https://docs.rs/faer)'s; on other processors, on GPUs and in other dtypes they are libtorch's. Both give
-//! the same numbers on any number of threads, unlike oneDNN's: MKL's do where the environment has `MKL_CBWR=AUTO,STRICT`, which the command
-//! line sees to, and other programs have to.
+//! They are [faer](https://docs.rs/faer)'s. faer cuts the inner dimension into pieces of a fixed length and gives each thread its own part
+//! of the result, so no number depends on how many threads there are. MKL's products do depend on it: also with
+//! `MKL_CBWR=AUTO,STRICT` where the left matrix has a few rows only, as time embeddings have. On AMD's processors faer is the faster of
+//! the two as well (benches/RESULTS.md).
+//!
+//! Products on a GPU, in fp64, and of tensors that gradients are wanted of are libtorch's.
 
-use tch::Tensor;
+use std::ops::Range;
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 
@@ -19,9 +25,9 @@ enum Change {
 
 /// A B for A [m, k] and B [k, n]: [m, n].
 pub(crate) fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    if wide::serves(left) {
-        let target = left.f_new_empty([left.size2()?.0, right.size2()?.1], (left.f_kind()?, left.device()))?;
-        if wide::product(&target, left, right, Change::Replace)? {
+    if faer_serves(left) && faer_serves(right) {
+        let target = left.f_new_empty([left.size2()?.0, right.size2()?.1], (Kind::Float, Device::Cpu))?;
+        if faer_product(&target, left, right, Change::Replace)? {
             return Ok(target);
         }
     }
@@ -30,31 +36,40 @@ pub(crate) fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
 
 /// T + A B in the place of T [m, n], for A [m, k] and B [k, n].
 pub(crate) fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
-    if !wide::product(target, left, right, Change::Add)? {
-        let _ = target.shallow_clone().f_addmm_(left, right)?;
+    if !faer_product(target, left, right, Change::Add)? {
+        // Where the target shares memory with a factor, say: the product comes first, in new memory.
+        let _ = target.shallow_clone().f_add_(&product(left, right)?)?;
     }
     Ok(())
 }
 
 /// T - A B in the place of T [m, n], for A [m, k] and B [k, n].
 pub(crate) fn subtract_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
-    if !wide::product(target, left, right, Change::Subtract)? {
-        let _ = target.shallow_clone().f_sub_(&left.f_mm(right)?)?;
+    if !faer_product(target, left, right, Change::Subtract)? {
+        let _ = target.shallow_clone().f_sub_(&product(left, right)?)?;
     }
     Ok(())
 }
 
 /// X W^T + b for X [.., d], W [o, d] and b `[o]`: [.., o].
+///
+/// On a CPU fp16 and bf16 are multiplied and added in fp32, and the sum is rounded once.
 pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (o, d) = weight.size2()?;
-    if !wide::serves(input) || input.size().last() != Some(&d) {
+    let kind = input.f_kind()?;
+    if matches!(kind, Kind::Half | Kind::BFloat16) && input.device() == Device::Cpu && !input.requires_grad() {
+        let wide = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
+        let bias = bias.map(wide).transpose()?;
+        return Ok(linear(&wide(input)?, &wide(weight)?, bias.as_ref())?.f_to_kind(kind)?);
+    }
+    if !faer_serves(input) || input.size().last() != Some(&d) {
         return Ok(input.f_linear(weight, bias)?);
     }
     let rows = input.f_reshape([-1, d])?;
     let output = match bias {
         None => product(&rows, &weight.f_transpose(0, 1)?)?,
         Some(bias) => {
-            let mut output = input.f_new_empty([rows.size2()?.0, o], (input.f_kind()?, input.device()))?;
+            let mut output = input.f_new_empty([rows.size2()?.0, o], (kind, input.device()))?;
             output.f_copy_(bias)?;
             add_product(&output, &rows, &weight.f_transpose(0, 1)?)?;
             output
@@ -66,126 +81,85 @@ pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> 
     Ok(output.f_view(size.as_slice())?)
 }
 
-/// faer's products.
-#[cfg(target_arch = "x86_64")]
-mod wide {
-    use std::ops::Range;
-    use std::sync::OnceLock;
+/// Multiply-adds from which on more threads than one pay.
+const MANY: f64 = 8e6;
 
-    use faer::linalg::matmul::matmul;
-    use faer::{Accum, MatMut, MatRef, Par};
-    use tch::{Device, Kind, Tensor};
-
-    use super::Change;
-    use crate::error::Result;
-
-    /// Multiply-adds from which on more threads than one pay.
-    const MANY: f64 = 8e6;
-
-    /// Whether this is a processor on which faer is the faster.
-    fn pays() -> bool {
-        static PAYS: OnceLock<bool> = OnceLock::new();
-        *PAYS.get_or_init(|| {
-            let vendor = raw_cpuid::CpuId::new().get_vendor_info();
-            is_x86_feature_detected!("avx512f") && vendor.is_some_and(|vendor| vendor.as_str() == "AuthenticAMD")
-        })
-    }
-
-    /// Whether products of this tensor are done here. Gradients are libtorch's matter.
-    pub fn serves(tensor: &Tensor) -> bool {
-        pays()
-            && tensor.device() == Device::Cpu
-            && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float)
-            && !tensor.requires_grad()
-    }
-
-    /// The product in `target`; false, and nothing done, where libtorch is to do it.
-    pub fn product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) -> Result<bool> {
-        if ![target, left, right].into_iter().all(serves) {
-            return Ok(false);
-        }
-        let (Some(to), Some(a), Some(b)) = (View::of(target), View::of(left), View::of(right)) else { return Ok(false) };
-        let fits = a.columns == b.rows && to.rows == a.rows && to.columns == b.columns;
-        if !fits || !to.is_injective() || to.overlaps(&a) || to.overlaps(&b) {
-            return Ok(false);
-        }
-        let accumulate = if change == Change::Replace { Accum::Replace } else { Accum::Add };
-        let factor = if change == Change::Subtract { -1.0 } else { 1.0 };
-        let work = to.rows as f64 * to.columns as f64 * a.columns as f64;
-        let threads = if work < MANY { Par::Seq } else { Par::rayon(0) };
-        // SAFETY: each view is of the fp32 elements of a tensor on the CPU, which lie in its storage by libtorch's own rules (views are
-        // only made of sizes and strides that do) and which the borrowed tensors keep alive. The target's elements are all
-        // different ones and share no memory with the others' (checked above), and no other thread uses them: tensors are not `Sync`.
-        unsafe {
-            let to = MatMut::from_raw_parts_mut(to.data, to.rows, to.columns, to.steps[0], to.steps[1]);
-            let a = MatRef::from_raw_parts(a.data.cast_const(), a.rows, a.columns, a.steps[0], a.steps[1]);
-            let b = MatRef::from_raw_parts(b.data.cast_const(), b.rows, b.columns, b.steps[0], b.steps[1]);
-            matmul(to, accumulate, a, b, factor, threads);
-        }
-        Ok(true)
-    }
-
-    /// Where the elements of a matrix lie.
-    struct View {
-        data: *mut f32,
-        rows: usize,
-        columns: usize,
-        /// From row to row and from column to column, in elements.
-        steps: [isize; 2],
-    }
-
-    impl View {
-        /// None of anything but a matrix with elements.
-        fn of(tensor: &Tensor) -> Option<Self> {
-            let [rows, columns] = tensor.size()[..] else { return None };
-            let [down, across] = tensor.stride()[..] else { return None };
-            let step = |step: i64| isize::try_from(step).ok().filter(|step| *step >= 0);
-            let view = View {
-                data: tensor.data_ptr().cast(),
-                rows: usize::try_from(rows).ok()?,
-                columns: usize::try_from(columns).ok()?,
-                steps: [step(down)?, step(across)?],
-            };
-            (view.rows > 0 && view.columns > 0 && !view.data.is_null()).then_some(view)
-        }
-
-        /// Whether no two places are the same element.
-        fn is_injective(&self) -> bool {
-            let [down, across] = self.steps;
-            let (rows, columns) = (self.rows as isize, self.columns as isize);
-            let by_rows = (across > 0 || columns == 1) && (down > (columns - 1) * across || rows == 1);
-            let by_columns = (down > 0 || rows == 1) && (across > (rows - 1) * down || columns == 1);
-            by_rows || by_columns
-        }
-
-        /// From the first element's address to the end of the last's.
-        fn extent(&self) -> Range<usize> {
-            let last = (self.rows - 1) * self.steps[0].unsigned_abs() + (self.columns - 1) * self.steps[1].unsigned_abs();
-            let start = self.data as usize;
-            start..start + (last + 1) * size_of::<f32>()
-        }
-
-        fn overlaps(&self, other: &View) -> bool {
-            let (own, other) = (self.extent(), other.extent());
-            own.start < other.end && other.start < own.end
-        }
-    }
+/// Whether products of this tensor are faer's: fp32 on the CPU. Gradients are libtorch's matter.
+fn faer_serves(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float) && !tensor.requires_grad()
 }
 
-/// Nothing to do better.
-#[cfg(not(target_arch = "x86_64"))]
-mod wide {
-    use tch::Tensor;
+/// The product in `target`; false, and nothing done, where libtorch is to do it or to say what is wrong.
+fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) -> Result<bool> {
+    if ![target, left, right].into_iter().all(faer_serves) {
+        return Ok(false);
+    }
+    let (Some(to), Some(a), Some(b)) = (View::of(target), View::of(left), View::of(right)) else { return Ok(false) };
+    let fits = a.columns == b.rows && to.rows == a.rows && to.columns == b.columns;
+    if !fits || !to.is_injective() || to.overlaps(&a) || to.overlaps(&b) {
+        return Ok(false);
+    }
+    let accumulate = if change == Change::Replace { Accum::Replace } else { Accum::Add };
+    let factor = if change == Change::Subtract { -1.0 } else { 1.0 };
+    let work = to.rows as f64 * to.columns as f64 * a.columns as f64;
+    // Of a matrix with one vector faer gives each thread a part of the inner dimension: the sum would depend on the number of threads.
+    let is_vector = to.rows == 1 || to.columns == 1;
+    let threads = if work < MANY || is_vector { Par::Seq } else { Par::rayon(0) };
+    // SAFETY: each view is of the fp32 elements of a tensor on the CPU, which lie in its storage by libtorch's own rules (views are
+    // only made of sizes and strides that do) and which the borrowed tensors keep alive. The target's elements are all
+    // different ones and share no memory with the others' (checked above), and no other thread uses them: tensors are not `Sync`.
+    unsafe {
+        let to = MatMut::from_raw_parts_mut(to.data, to.rows, to.columns, to.steps[0], to.steps[1]);
+        let a = MatRef::from_raw_parts(a.data.cast_const(), a.rows, a.columns, a.steps[0], a.steps[1]);
+        let b = MatRef::from_raw_parts(b.data.cast_const(), b.rows, b.columns, b.steps[0], b.steps[1]);
+        matmul(to, accumulate, a, b, factor, threads);
+    }
+    Ok(true)
+}
 
-    use super::Change;
-    use crate::error::Result;
+/// Where the elements of a matrix lie.
+struct View {
+    data: *mut f32,
+    rows: usize,
+    columns: usize,
+    /// From row to row and from column to column, in elements.
+    steps: [isize; 2],
+}
 
-    pub fn serves(_: &Tensor) -> bool {
-        false
+impl View {
+    /// None of anything but a matrix with elements.
+    fn of(tensor: &Tensor) -> Option<Self> {
+        let [rows, columns] = tensor.size()[..] else { return None };
+        let [down, across] = tensor.stride()[..] else { return None };
+        let step = |step: i64| isize::try_from(step).ok().filter(|step| *step >= 0);
+        let view = View {
+            data: tensor.data_ptr().cast(),
+            rows: usize::try_from(rows).ok()?,
+            columns: usize::try_from(columns).ok()?,
+            steps: [step(down)?, step(across)?],
+        };
+        (view.rows > 0 && view.columns > 0 && !view.data.is_null()).then_some(view)
     }
 
-    pub fn product(_: &Tensor, _: &Tensor, _: &Tensor, _: Change) -> Result<bool> {
-        Ok(false)
+    /// Whether no two places are the same element.
+    fn is_injective(&self) -> bool {
+        let [down, across] = self.steps;
+        let (rows, columns) = (self.rows as isize, self.columns as isize);
+        let by_rows = (across > 0 || columns == 1) && (down > (columns - 1) * across || rows == 1);
+        let by_columns = (down > 0 || rows == 1) && (across > (rows - 1) * down || columns == 1);
+        by_rows || by_columns
+    }
+
+    /// From the first element's address to the end of the last's.
+    fn extent(&self) -> Range<usize> {
+        let last = (self.rows - 1) * self.steps[0].unsigned_abs() + (self.columns - 1) * self.steps[1].unsigned_abs();
+        let start = self.data as usize;
+        start..start + (last + 1) * size_of::<f32>()
+    }
+
+    fn overlaps(&self, other: &View) -> bool {
+        let (own, other) = (self.extent(), other.extent());
+        own.start < other.end && other.start < own.end
     }
 }
 
@@ -282,11 +256,17 @@ mod tests {
     fn the_same_numbers_on_any_number_of_threads() {
         let threads = tch::get_num_threads();
         let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        for (m, k, n) in [(512, 640, 333), (16, 2816, 640), (77, 2048, 1280), (1200, 128, 96), (700, 333, 77)] {
+        for (m, k, n) in
+            [(512, 640, 333), (16, 2816, 640), (77, 2048, 1280), (1200, 128, 96), (1, 4096, 4096), (4096, 2048, 1), (16, 16, 128)]
+        {
             let run = || {
                 let (a, b, sum) = (numbers(&[m, k], 11), numbers(&[n, k], 12), numbers(&[m, n], 13));
                 add_product(&sum, &a, &b.tr()).unwrap();
-                Vec::<f32>::try_from((product(&a, &b.tr()).unwrap() + sum).flatten(0, -1)).unwrap()
+                // The target is a part of the matrix that the left factor is a part of.
+                let whole = numbers(&[m, k + n], 14);
+                subtract_product(&whole.narrow(1, k, n), &whole.narrow(1, 0, k), &b.tr()).unwrap();
+                let sum = product(&a, &b.tr()).unwrap() + sum + whole.narrow(1, k, n);
+                Vec::<f32>::try_from(sum.flatten(0, -1)).unwrap()
             };
             let expected = pool(1).install(run);
             for count in [2, 3, 7] {

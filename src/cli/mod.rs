@@ -67,6 +67,7 @@ pub fn main() -> ExitCode {
     // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
+    sdxl_squeeze::init();
     let args = Args::parse();
     // A panic is a bug of ours; it still ends in one line.
     panic::set_hook(Box::new(|_| {}));

@@ -6,6 +6,7 @@ use super::Gatherer;
 use super::head::TIMESTEPS;
 use crate::checkpoint::{Blueprint, Weights};
 use crate::config::{CalibrationSection, read_prompts};
+use crate::elementwise::silu;
 use crate::error::Result;
 use crate::model::unet::{Conditioning, UnetChain};
 use crate::model::{Layer, LayerInput, Unobserved};
@@ -56,7 +57,7 @@ pub(super) fn gather(
             // 619 and 1000 have no common factor: every timestep has its turn, and neighbours in the file are far apart.
             let timestep = (TIMES * number + time) * 619 % TIMESTEPS;
             let carry = head.forward(&sample, timestep as f64, &told, &mut Unobserved)?;
-            gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?.f_to_kind(Kind::Float)?)?;
+            gatherer.add(&LayerInput::Time, &silu(&carry.temb)?.f_to_kind(Kind::Float)?)?;
         }
     }
     Ok(gatherer)

@@ -184,6 +184,7 @@ pub fn run(
     path: &Path,
     progress: &dyn Progress,
 ) -> Result<JobReport> {
+    let numerics = crate::init();
     let mut recipe = Recipe::new(config, &folder.unet)?;
     let mut config = config.clone();
     let weights = folder.unet_weights()?;
@@ -211,7 +212,7 @@ pub fn run(
         captions::gather(folder, &weights, &section, &hungry, options, progress)
     };
     let source = weights.narrow_source(placement);
-    let mut said: Vec<String> = few_prompts(&config, &recipe)?.into_iter().collect();
+    let mut said: Vec<String> = numerics.note().into_iter().chain(few_prompts(&config, &recipe)?).collect();
     said.iter().for_each(|said| tracing::warn!("{said}"));
     if let Some(budget) = &config.budget {
         let kept = workspace.folder().join("recipe.yaml");

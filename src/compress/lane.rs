@@ -10,6 +10,7 @@ use super::{Gatherer, Job, Workspace, carries_folder, placement};
 use crate::allocator;
 use crate::calibration::Samples;
 use crate::checkpoint::TensorSource;
+use crate::elementwise::silu;
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
 use crate::model::unet::{Carry, Head, Stage, StageSpec, Tail, UnetChain};
@@ -207,7 +208,7 @@ impl Job<'_> {
                     let go = |head: &Head| head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved);
                     let carry = go(&head)?;
                     gatherer.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
-                    gatherer.add(&LayerInput::Time, &carry.temb.f_silu()?)?;
+                    gatherer.add(&LayerInput::Time, &silu(&carry.temb)?)?;
                     carries.push(carry);
                     dense_carries.extend(dense_head.as_ref().map(go).transpose()?);
                 }

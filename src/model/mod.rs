@@ -5,6 +5,8 @@ mod network;
 mod resnet;
 pub mod scheduler;
 pub mod text;
+#[cfg(test)]
+mod threads;
 pub mod unet;
 pub mod vae;
 

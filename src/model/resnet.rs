@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::layer::{ConvGeometry, LayerInput};
 use super::network::{Builder, GroupNorm, LayerId, Run};
+use crate::elementwise::silu_in_place;
 use crate::error::Result;
 
 /// The sizes of a [`Resnet`].
@@ -46,11 +47,11 @@ impl Resnet {
 
     /// `silu_temb` is SiLU(temb), which all resnets of a UNet share: [b, temb].
     pub fn forward(&self, input: &Tensor, silu_temb: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
-        let mut hidden = run.layer(self.conv1, &self.norm1.forward(input)?.f_silu_()?)?;
+        let mut hidden = run.layer(self.conv1, &silu_in_place(self.norm1.forward(input)?)?)?;
         if let (Some(projection), Some(temb)) = (self.time_emb_proj, silu_temb) {
             hidden = hidden.f_add_(&run.layer(projection, temb)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?)?;
         }
-        let normed = self.norm2.forward(&hidden)?.f_silu_()?;
+        let normed = silu_in_place(self.norm2.forward(&hidden)?)?;
         drop(hidden);
         let shortcut = self.conv_shortcut.map(|shortcut| run.layer(shortcut, input)).transpose()?;
         let skip = shortcut.as_ref().unwrap_or(input);

@@ -79,6 +79,7 @@ pub fn generate(
     placement: Placement,
     progress: &dyn Progress,
 ) -> Result<Generated> {
+    crate::init();
     let (size, config) = resolve(folder, request)?;
     let mut scheduler = config.scheduler(request.steps)?;
 

@@ -169,9 +169,9 @@ impl Correlations {
     fn block(&self, first: [i64; 2], second: [i64; 2], scale: f64) -> Result<Tensor> {
         let mut block = Tensor::f_zeros([self.channels; 2], (Kind::Float, self.device()))?;
         for (sign, term) in terms_of(self.kernel, self.padding, first, second) {
-            if let Ok(index) = self.sums.binary_search_by(|(other, _)| other.cmp(&term)) {
-                let _ = block.f_add_(&self.sums[index].1.f_mul_scalar(sign * scale)?)?;
-            }
+            let index = self.sums.binary_search_by(|(other, _)| other.cmp(&term));
+            let index = index.expect("`zeros` makes a sum for every term of every block");
+            let _ = block.f_add_(&self.sums[index].1.f_mul_scalar(sign * scale)?)?;
         }
         Ok(block)
     }

@@ -3,15 +3,18 @@
 use tch::{Device, Kind, Tensor};
 
 use super::Hessian;
+use super::leaf;
 use super::matrix::{block, copy, panels, to_vec};
 use super::triangle::Triangle;
 use crate::error::{Error, Result};
+use crate::finite::is_finite;
 use crate::product::{product, subtract_product};
+use crate::sum::sum;
 
-/// On a CPU, blocks of this size go to LAPACK: its own Cholesky of larger ones rounds otherwise on another number of threads. On a GPU
-/// each call costs more than a whole panel's work.
-fn leaf(device: Device) -> i64 {
-    if device == Device::Cpu { 64 } else { 512 }
+/// Rows of the blocks that are not divided further: on a CPU those of [`leaf`], on a GPU those that libtorch's routines are given, each
+/// call of which costs more than a whole panel's work.
+fn smallest(device: Device) -> i64 {
+    if device == Device::Cpu { leaf::LEAF } else { 512 }
 }
 
 /// The most dampening that is tried.
@@ -142,12 +145,12 @@ impl Factor {
         let diagonals = triangle.diagonals()?;
         let mut diagonal = Tensor::f_cat(&diagonals, 0)?;
         // Of a sum of x x^T no entry is larger than the largest on the diagonal.
-        if !sum(&diagonal)?.is_finite() {
+        if !is_finite(&diagonal)? {
             return Err(Error::NotFinite("the squares of the layer's inputs overflow fp32".into()));
         }
         let dead = diagonal.f_eq(0.0)?;
         let _ = diagonal.f_masked_fill_(&dead, 1.0)?;
-        let added = dampening * diagonal.f_mean(Kind::Double)?.f_double_value(&[])?;
+        let added = dampening * sum(&diagonal)? / diagonal.numel() as f64;
         let _ = diagonal.f_add_scalar_(added)?;
         let mut start = 0;
         for mut part in diagonals {
@@ -159,7 +162,7 @@ impl Factor {
             return Ok(None);
         }
         for index in 0..triangle.count() {
-            if !sum(triangle.panel(index))?.is_finite() {
+            if !is_finite(triangle.panel(index))? {
                 return Ok(None);
             }
         }
@@ -226,26 +229,32 @@ fn divide(target: &Tensor, inverse: &Tensor) -> Result<()> {
 /// Columns of [`divide`] at once.
 const STRIP: i64 = 128;
 
-/// NaN or infinite if anything in it is; without an array of the tensor's size in between.
-fn sum(tensor: &Tensor) -> Result<f64> {
-    Ok(tensor.f_sum(Kind::Float)?.f_double_value(&[])?)
+/// Where to split a triangle of more than the smallest block's columns.
+fn middle(size: i64, smallest: i64) -> i64 {
+    (size / 2 + smallest - 1) / smallest * smallest
 }
 
-/// Where to split a triangle of more than a leaf's columns.
-fn middle(size: i64, leaf: i64) -> i64 {
-    (size / 2 + leaf - 1) / leaf * leaf
+/// The numbers of a block on the CPU in fp64, row by row.
+fn wide(block: &Tensor) -> Result<Vec<f64>> {
+    Ok(Vec::try_from(&block.f_to_kind(Kind::Double)?.f_reshape([-1])?)?)
 }
 
 /// [`factor`] of one diagonal block. Whatever lies below the diagonal is neither read nor kept.
 fn factor_in_place(h: &Tensor) -> Result<bool> {
-    let (size, leaf) = (h.size2()?.0, leaf(h.device()));
-    if size <= leaf {
+    let (size, smallest) = (h.size2()?.0, smallest(h.device()));
+    if size <= smallest {
+        let mut place = h.shallow_clone();
+        if h.device() == Device::Cpu {
+            let mut numbers = wide(h)?;
+            let positive = leaf::factor(&mut numbers, size as usize);
+            place.f_copy_(&Tensor::f_from_slice(&numbers)?.f_view([size, size])?)?;
+            return Ok(positive);
+        }
         let (lower, failed) = h.f_flip([0, 1])?.f_linalg_cholesky_ex(false, false)?;
-        let mut h = h.shallow_clone();
-        h.f_copy_(&lower.f_flip([0, 1])?)?;
+        place.f_copy_(&lower.f_flip([0, 1])?)?;
         return Ok(failed.f_int64_value(&[])? == 0);
     }
-    let middle = middle(size, leaf);
+    let middle = middle(size, smallest);
     let first = block(h, 0..middle, 0..middle)?;
     let corner = block(h, 0..middle, middle..size)?;
     let last = block(h, middle..size, middle..size)?;
@@ -259,12 +268,16 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
 
 /// The inverse of an upper triangular R [n, n], with zeros below the diagonal. What R has there is not read.
 pub(super) fn inverse(r: &Tensor) -> Result<Tensor> {
-    let (size, leaf) = (r.size2()?.0, leaf(r.device()));
-    if size <= leaf {
+    let (size, smallest) = (r.size2()?.0, smallest(r.device()));
+    if size <= smallest && r.device() == Device::Cpu {
+        let inverse = leaf::inverse(&wide(r)?, size as usize);
+        return Ok(Tensor::f_from_slice(&inverse)?.f_view([size, size])?.f_to_kind(r.f_kind()?)?);
+    }
+    if size <= smallest {
         let unit = Tensor::f_eye(size, (r.f_kind()?, r.device()))?;
         return Ok(r.f_linalg_solve_triangular(&unit, true, true, false)?);
     }
-    let middle = middle(size, leaf);
+    let middle = middle(size, smallest);
     let whole = Tensor::f_zeros([size, size], (r.f_kind()?, r.device()))?;
     let first = inverse(&block(r, 0..middle, 0..middle)?)?;
     let last = inverse(&block(r, middle..size, middle..size)?)?;

@@ -20,8 +20,7 @@ const UNFOLDED: i64 = 1 << 24;
 /// batch, but an input of two dimensions is one sample. Only the upper triangle is computed and kept; of a convolution of stride 1
 /// the correlations that it is made of.
 ///
-/// For a given device and libtorch, one and two threads give the same bytes. (libtorch's matrix products of small odd sizes round
-/// otherwise on three and more.)
+/// On one kind of processor it is the same to the last bit on any number of threads.
 #[derive(Debug)]
 pub struct Hessian {
     /// sum x x^T without the factor.
@@ -174,10 +173,11 @@ impl Hessian {
     fn add_vectors(&mut self, input: &Tensor) -> Result<i64> {
         let d = self.dimension();
         let vectors = input.numel() as i64 / d;
-        if let Sum::Triangles(groups) = &self.sum {
-            for triangle in groups {
-                triangle.add_products(&input.f_reshape([vectors, d])?)?;
-            }
+        let Sum::Triangles(groups) = &self.sum else {
+            unreachable!("only the sum of a convolution, which has windows, is kept as correlations")
+        };
+        for triangle in groups {
+            triangle.add_products(&input.f_reshape([vectors, d])?)?;
         }
         Ok(vectors)
     }
@@ -260,8 +260,7 @@ impl Hessian {
                 groups.iter().zip(others).try_for_each(|(group, other)| group.add(other))?;
             }
             (Sum::Correlations(sum), Sum::Correlations(other)) => sum.merge(other)?,
-            // The same windows make the same form.
-            _ => {}
+            _ => unreachable!("the same windows, which were compared above, are kept in the same form"),
         }
         self.vectors += other.vectors;
         self.samples += other.samples;

@@ -10,6 +10,7 @@ mod device_sweep;
 mod factor;
 mod hessian;
 mod joint;
+mod leaf;
 mod magnitude;
 mod matrix;
 mod note;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{ended_with, repo, squeeze, squeezing, tiny};
+use crate::support::{ended_with, repo, same_on_all_threads, squeeze, squeezing, tiny};
 
 fn args(out: &Path, more: &[&str]) -> Vec<String> {
     let config = repo("configs/joint-s50-4bit-gs16.yaml");
@@ -101,20 +101,50 @@ fn an_interrupt_ends_after_the_layer_at_hand_and_says_how_to_go_on() {
 }
 
 #[test]
-fn the_same_bytes_on_one_thread_and_on_two() {
+fn the_same_bytes_on_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
-    let on = |threads: &str| {
-        let out = folder.path().join(threads);
-        let args = args(&out, &[]);
-        let ended = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>())
-            .env("OMP_NUM_THREADS", threads)
-            .env("RAYON_NUM_THREADS", threads)
-            .output()
-            .unwrap();
-        ended_with(0, &ended);
-        container(&out)
-    };
-    assert!(on("1") == on("2"));
+    same_on_all_threads(&["1", "2", "3", "7"], |command| {
+        let out = folder.path().join("out");
+        ended_with(0, &command(&args(&out, &[])).output().unwrap());
+        let bytes = container(&out);
+        std::fs::remove_dir_all(&out).unwrap();
+        bytes
+    });
+}
+
+/// The joint solver with every refinement, as our own configs ask for.
+#[test]
+fn the_same_bytes_by_the_joint_solver_on_any_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    same_on_all_threads(&["1", "3", "7"], |command| {
+        let out = folder.path().join("out");
+        let more = ["--solver", "joint", "--granularity", "sublayer", "--target", "dense"];
+        ended_with(0, &command(&args(&out, &more)).output().unwrap());
+        let bytes = container(&out);
+        std::fs::remove_dir_all(&out).unwrap();
+        bytes
+    });
+}
+
+#[test]
+fn the_same_picture_on_any_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    same_on_all_threads(&["1", "2", "3", "7"], |command| {
+        let picture = folder.path().join("x.png");
+        let args = [
+            "generate",
+            "--prompt",
+            "a cat",
+            "--steps",
+            "3",
+            "--model",
+            tiny().to_str().unwrap(),
+            "-o",
+            picture.to_str().unwrap(),
+        ];
+        ended_with(0, &command(&args.map(str::to_owned)).output().unwrap());
+        std::fs::read(&picture).unwrap()
+    });
 }
 
 #[test]

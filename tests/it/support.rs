@@ -106,6 +106,28 @@ pub fn ended_with(code: i32, output: &Output) -> String {
     text
 }
 
+/// What narrower processors of the same maker would compute with, as far as the libraries can be told.
+const NARROWER: [(&str, &str); 3] =
+    [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "AVX2,STRICT"), ("ATEN_CPU_CAPABILITY", "avx2")];
+
+/// Runs something on each number of threads, on this processor and as on a narrower one. `run` is given a function that makes the command of
+/// its arguments; what it returns must be the same on all.
+pub fn same_on_all_threads(threads: &[&str], mut run: impl FnMut(&dyn Fn(&[String]) -> Command) -> Vec<u8>) {
+    for narrower in [&[][..], &NARROWER] {
+        let mut on = |threads: &str| {
+            run(&|args| {
+                let mut command = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
+                command.env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).envs(narrower.iter().copied());
+                command
+            })
+        };
+        let first = on(threads[0]);
+        for number in &threads[1..] {
+            assert!(on(number) == first, "other bytes on {number} threads than on {} ({narrower:?})", threads[0]);
+        }
+    }
+}
+
 /// A pipeline of SDXL's architecture that is quickly run, with made-up weights.
 pub fn tiny() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();

@@ -27,6 +27,7 @@ impl Job<'_> {
     /// layer's output. An error that is spread evenly there is multiplied by that. By backpropagation of a random vector (Hutchinson
     /// 1990), unit by unit, so that one unit's activations are in memory at a time.
     pub(super) fn sensitivities(&self, samples: &Samples, probes: usize, progress: &dyn Progress) -> Result<Sensitivities> {
+        let _one = OneThread::begin();
         let count = probes.min(samples.calls.len());
         let calls: Vec<_> = (0..count).map(|k| &samples.calls[(2 * k + 1) * samples.calls.len() / (2 * count)]).collect();
         let task = Task::begin(progress, "sensitivities", "parts", 2 * self.chain.stages().len() + 1);
@@ -70,6 +71,24 @@ impl Job<'_> {
             }
         }
         Ok(found)
+    }
+}
+
+/// libtorch works on one thread until this is dropped. Its gradients depend on the number of threads: those of SiLU, and of products with
+/// few rows. Each probe is a forward and a backward, so the time is small beside that of the curves.
+struct OneThread(i32);
+
+impl OneThread {
+    fn begin() -> Self {
+        let threads = tch::get_num_threads();
+        tch::set_num_threads(1);
+        OneThread(threads)
+    }
+}
+
+impl Drop for OneThread {
+    fn drop(&mut self) {
+        tch::set_num_threads(self.0);
     }
 }
 

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::config::{Activation, EndOfText, TextConfig};
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
+use crate::elementwise::sigmoid_in_place;
 use crate::error::{Error, Result};
 use crate::model::layer::{Layer, Unobserved};
 use crate::model::network::{Builder, LayerId, LayerNorm, Run, attend, split_heads};
@@ -177,7 +178,7 @@ impl Block {
         let inner = run.layer(self.fc1, &self.layer_norm2.forward(&hidden)?)?;
         let inner = match self.activation {
             Activation::Gelu => inner.f_gelu("none")?,
-            Activation::QuickGelu => inner.f_mul_scalar(1.702)?.f_sigmoid_()?.f_mul_(&inner)?,
+            Activation::QuickGelu => sigmoid_in_place(inner.f_mul_scalar(1.702)?)?.f_mul_(&inner)?,
         };
         Ok(run.layer(self.fc2, &inner)?.f_add_(&hidden)?)
     }

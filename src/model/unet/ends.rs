@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::carry::Carry;
 use super::config::UnetConfig;
 use crate::checkpoint::TensorSource;
+use crate::elementwise::silu_in_place;
 use crate::error::Result;
 use crate::model::layer::{ConvGeometry, Layer, Observer};
 use crate::model::network::{Builder, GroupNorm, LayerId, Run};
@@ -149,7 +150,7 @@ impl Embedding {
     }
 
     fn forward(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let hidden = run.layer(self.linear_1, input)?.f_silu_()?;
+        let hidden = silu_in_place(run.layer(self.linear_1, input)?)?;
         run.layer(self.linear_2, &hidden)
     }
 }
@@ -225,7 +226,7 @@ impl Tail {
     /// # Errors
     /// If libtorch refuses an operation, or the observer ends the run.
     pub fn forward(&self, carry: &Carry, observer: &mut dyn Observer) -> Result<Tensor> {
-        let normed = self.conv_norm_out.forward(&carry.hidden_states)?.f_silu_()?;
+        let normed = silu_in_place(self.conv_norm_out.forward(&carry.hidden_states)?)?;
         Run::new(&self.layers, observer).layer(self.conv_out, &normed)
     }
 }

@@ -8,6 +8,7 @@ use super::carry::{Carry, CarryShape};
 use super::config::{Depth, UnetConfig};
 use super::transformer::{Transformer, TransformerShape};
 use crate::checkpoint::TensorSource;
+use crate::elementwise::silu;
 use crate::error::{Error, Result};
 use crate::model::layer::{ConvGeometry, Layer, Observer};
 use crate::model::network::{Builder, LayerId, Run};
@@ -317,7 +318,7 @@ impl Stage {
                 if let StageName::Up(_) = self.name {
                     carry.pop_residual()?;
                 }
-                let silu_temb = carry.temb.f_silu()?;
+                let silu_temb = silu(&carry.temb)?;
                 carry.hidden_states = self.resnets[i].forward(&carry.hidden_states, Some(&silu_temb), &mut run)?;
                 // The mid block has a resnet more than transformers, but pushes nothing.
                 if self.transformers.is_empty() {

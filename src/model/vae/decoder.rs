@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::config::VaeConfig;
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
+use crate::elementwise::silu_in_place;
 use crate::error::Result;
 use crate::model::layer::{ConvGeometry, Layer, Unobserved};
 use crate::model::network::{Builder, GroupNorm, LayerId, Run, attend, split_heads};
@@ -160,7 +161,7 @@ impl VaeDecoder {
                 hidden = run.layer(conv, &hidden.f_upsample_nearest2d([2 * height, 2 * width], None, None)?)?;
             }
         }
-        run.layer(self.conv_out, &self.conv_norm_out.forward(&hidden)?.f_silu_()?)
+        run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&hidden)?)?)
     }
 }
 

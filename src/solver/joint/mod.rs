@@ -154,7 +154,8 @@ pub struct Joint {
 /// The same on any number of rayon threads.
 ///
 /// # Errors
-/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this Hessian, dampening and order.
+/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this Hessian, dampening and order, or
+/// the correction was made of other samples than the Hessian.
 pub fn joint(
     name: &str,
     weight: &Tensor,
@@ -167,6 +168,9 @@ pub fn joint(
     let (o, d) = flat.size2()?;
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
         return Err(Error::Argument(format!("`{name}`: factors of another Hessian, dampening or order")));
+    }
+    if beside.correction.is_some_and(|correction| !correction.fits(hessian)) {
+        return Err(Error::Argument(format!("`{name}`: the correction and the Hessian were made of different samples")));
     }
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
