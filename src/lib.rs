@@ -9,6 +9,7 @@ pub mod config;
 pub mod container;
 pub mod coreml;
 pub mod device;
+mod digest;
 mod error;
 pub mod export;
 mod finite;

@@ -3,15 +3,17 @@
 use std::path::Path;
 
 use prost::Message;
-use sha2::{Digest, Sha256};
 
 use super::blobs::Blobs;
 use super::program::Checked;
 use crate::coreml::description::feature_type;
-use crate::coreml::package::{MODEL_HASH, SPECIFICATION, WEIGHTS_HASH};
+use crate::coreml::manifest::manifest;
+use crate::coreml::package::{MAKER, MODEL_HASH, SPECIFICATION, UNET_CONFIG, WEIGHTS_HASH};
 use crate::coreml::proto::mil_spec::Program;
 use crate::coreml::proto::specification::{FeatureDescription, Metadata, Model, model};
+use crate::digest;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// A model's file.
 pub struct ModelFile {
@@ -21,16 +23,9 @@ pub struct ModelFile {
     pub bytes: u64,
 }
 
-/// The largest SDXL program has 10 MB.
-const MAX_BYTES: u64 = 256 << 20;
-
 /// Reads the file `path`.
 pub fn read(path: &Path) -> Result<ModelFile> {
-    let bytes = std::fs::metadata(path).map_err(Error::read(path))?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::bad_file(path, format!("{bytes} bytes is too large for a UNet's program")));
-    }
-    let content = std::fs::read(path).map_err(Error::read(path))?;
+    let content = input::read(path, Limit::PROGRAM)?;
     let mut model = Model::decode(&content[..]).map_err(|why| Error::bad_file(path, format!("not a Core ML model: {why}")))?;
     if model.specification_version != SPECIFICATION {
         let problem = format!("a specification of version {}; {SPECIFICATION} is expected", model.specification_version);
@@ -39,6 +34,7 @@ pub fn read(path: &Path) -> Result<ModelFile> {
     let Some(model::Type::MlProgram(program)) = model.r#type.take() else {
         return Err(Error::bad_file(path, "not an ML Program"));
     };
+    let bytes = content.len() as u64;
     Ok(ModelFile { model, program, content, bytes })
 }
 
@@ -77,9 +73,20 @@ impl ModelFile {
         Ok(())
     }
 
-    /// Whether program and weights have the hashes that were written with them; `false` if there are none.
-    pub fn check_hashes(&self, blobs: &Blobs) -> Result<bool, String> {
-        let (Some(of_weights), Some(of_model)) = (self.entry(WEIGHTS_HASH), self.entry(MODEL_HASH)) else { return Ok(false) };
+    /// Whether this library's name stands anywhere in the file. It does some ten times in a model of ours, in keys and values of the
+    /// metadata: so that is seen even if a damaged byte has made the parser pass over the metadata, or a key another key.
+    pub fn names_maker(&self) -> bool {
+        self.content.windows(MAKER.len()).any(|window| window == MAKER.as_bytes())
+    }
+
+    /// Whether program and weights have the hashes that were written with them; `false` if there are none, which a package of ours must
+    /// have.
+    pub fn check_hashes(&self, blobs: &Blobs, ours: bool) -> Result<bool, String> {
+        if !ours {
+            return Ok(false);
+        }
+        let entry = |key: &str| self.entry(key).ok_or_else(|| format!("the metadata is damaged: it lacks `{key}`"));
+        let (of_weights, of_model, _config) = (entry(WEIGHTS_HASH)?, entry(MODEL_HASH)?, entry(UNET_CONFIG)?);
         if of_weights != blobs.sha256 {
             return Err(format!("the weights are damaged: they do not have the hash that `{WEIGHTS_HASH}` says"));
         }
@@ -88,9 +95,18 @@ impl ModelFile {
         if let Some(metadata) = model.description.as_mut().and_then(|description| description.metadata.as_mut()) {
             metadata.user_defined.remove(MODEL_HASH);
         }
-        if !whole || crate::coreml::hex(Sha256::new_with_prefix(model.encode_to_vec())) != of_model {
+        if !whole || digest::of_bytes(&model.encode_to_vec()) != of_model {
             return Err(format!("the program is damaged: it does not have the hash that `{MODEL_HASH}` says"));
         }
         Ok(true)
+    }
+
+    /// Whether `text` is the manifest that is written with this model.
+    pub fn check_manifest(&self, text: &str) -> Result<(), String> {
+        if text == manifest(&self.content) {
+            Ok(())
+        } else {
+            Err("Manifest.json is not what was written with this program".into())
+        }
     }
 }
