@@ -320,11 +320,56 @@ mod tests {
         assert_eq!(said, [("a", vec!["a: said".to_owned()]), ("dense", vec![])]);
         drop(second);
 
+        let other = Map::from_iter([("build".to_owned(), json!("x")), ("config".to_owned(), json!("a"))]);
+        let refused = Workspace::open(&path, &other, true).unwrap_err().to_string();
+        assert!(refused.contains("changed since it began: model, build ("), "{refused}");
         let refused = Workspace::open(&path, &identity("b"), true).unwrap_err();
         assert!(refused.is_bad_input() && refused.to_string().contains("changed since it began: config ("), "{refused}");
         let anew = Workspace::open(&path, &identity("b"), false).unwrap();
         assert!(!anew.has("a"));
         anew.remove().unwrap();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn no_flipped_bit_is_taken_for_good() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("work");
+        let mut first = Workspace::open(&path, &identity("a"), false).unwrap();
+        for name in ["a", "b", "c"] {
+            first.push(report(name), vec![], Some(weight())).unwrap();
+            first.flush().unwrap();
+        }
+        drop(first);
+        let names: Vec<String> = (0..3).map(part_name).chain(["run.json".into(), "run.json.sha256".into()]).collect();
+        let whole: Vec<Vec<u8>> = names.iter().map(|name| std::fs::read(path.join(name)).unwrap()).collect();
+        for i in 0..300usize {
+            let file = i % names.len();
+            let mut damaged = whole[file].clone();
+            let bit = i.wrapping_mul(0x9e37_79b9) % (8 * damaged.len());
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            for (name, content) in names.iter().zip(&whole) {
+                std::fs::write(path.join(name), content).unwrap();
+            }
+            std::fs::write(path.join(&names[file]), damaged).unwrap();
+            let workspace = Workspace::open(&path, &identity("a"), true).unwrap();
+            let there: Vec<bool> = ["a", "b", "c"].iter().map(|name| workspace.has(name)).collect();
+            // Layers before a damaged part are kept; all of them are if only what the run is has become unreadable.
+            assert_eq!(there, [file > 0, file > 1, file > 2], "{}, bit {bit}", names[file]);
+            assert!(workspace.said().iter().any(|said| said.contains(&names[file.min(3)])), "{:?}", workspace.said());
+            for name in ["a", "b", "c"].iter().filter(|name| workspace.has(name)) {
+                assert_eq!(workspace.weight(name).unwrap(), Some(weight()));
+            }
+        }
+        // A part of another run, though whole.
+        for (name, content) in names.iter().zip(&whole) {
+            std::fs::write(path.join(name), content).unwrap();
+        }
+        let mut other = Workspace::open(&folder.path().join("other"), &identity("b"), false).unwrap();
+        other.push(report("a"), vec![], Some(weight())).unwrap();
+        other.flush().unwrap();
+        std::fs::copy(other.folder().join(part_name(0)), path.join(part_name(0))).unwrap();
+        let workspace = Workspace::open(&path, &identity("a"), true).unwrap();
+        assert!(!workspace.has("a") && workspace.said()[0].contains("is no part of this run"), "{:?}", workspace.said());
     }
 }
