@@ -77,7 +77,8 @@ impl Weights {
         let mut index = BTreeMap::new();
         for (name, file) in owner {
             let renamed = rename(&name);
-            let shape = files[file].entries().get(&name).map(|entry| entry.shape.clone()).unwrap_or_default();
+            // Whoever gave the owners has looked into the files.
+            let shape = files[file].entries()[&name].shape.clone();
             if let Some(other) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
                 return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", other.stored)));
             }

@@ -7,7 +7,7 @@ use crate::calibration::Samples;
 use crate::checkpoint::{SafetensorsFile, SourceFile, Weights};
 use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
 use crate::digest;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pipeline::PipelineFolder;
 use crate::progress::{Progress, Task};
 
@@ -23,6 +23,8 @@ pub(super) struct Inputs {
     pub captions: Vec<String>,
     /// Samples that were made before or elsewhere.
     pub samples: Option<Samples>,
+    /// What prompts and captions are encoded with; none if there are none.
+    prompt_files: Vec<SourceFile>,
     entries: Map<String, Value>,
 }
 
@@ -55,9 +57,26 @@ impl Inputs {
             inputs.entries.insert("captions".to_owned(), json!(of_lines(&inputs.captions)));
         }
         if !inputs.prompts.is_empty() || !inputs.captions.is_empty() {
-            inputs.entries.insert("text encoders and scheduler".to_owned(), json!(folder.prompt_files()?));
+            inputs.prompt_files = folder.prompt_files()?;
+            inputs.entries.insert("text encoders and scheduler".to_owned(), json!(inputs.prompt_files));
         }
         Ok(inputs)
+    }
+
+    /// Whether text encoders, tokenizers and their configs are what they were at the beginning. They are opened when their turn comes, which
+    /// for captions may be an hour later, so this is asked when they have been used.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] naming the first file that is another, or not there any more; [`Error::Read`].
+    pub fn check_prompt_files(&self, folder: &PipelineFolder) -> Result<()> {
+        if self.prompt_files.is_empty() {
+            return Ok(());
+        }
+        let now = folder.prompt_files()?;
+        match self.prompt_files.iter().find(|file| !now.contains(file)) {
+            Some(file) => Err(Error::Changed { path: folder.root().join(&file.file) }),
+            None => Ok(()),
+        }
     }
 
     /// The section with the prompts that were read in place of their file.

@@ -184,7 +184,11 @@ pub fn run(
     let none = Samples::default();
     let made = match (samples, inputs.samples.take()) {
         (None, Some(read)) => Some(read),
-        (None, None) if needs_samples => Some(kept_samples(folder, &weights, &section, options, &mut workspace, progress)?),
+        (None, None) if needs_samples => {
+            let made = kept_samples(folder, &weights, &section, options, &mut workspace, progress)?;
+            inputs.check_prompt_files(folder)?;
+            Some(made)
+        }
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
@@ -197,9 +201,13 @@ pub fn run(
         TimestepWeighting::Uniform => Vec::new(),
         by => calibration::weights(samples, folder, by)?,
     };
-    let captions = |treatments: &Treatments| {
+    let captions = |treatments: &Treatments| -> Result<Gatherer> {
         let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-        captions::gather(folder, &weights, &section, &inputs.captions, &hungry, options, progress)
+        let gathered = captions::gather(folder, &weights, &section, &inputs.captions, &hungry, options, progress)?;
+        if !inputs.captions.is_empty() {
+            inputs.check_prompt_files(folder)?;
+        }
+        Ok(gathered)
     };
     let source = weights.narrow_source(placement);
     let mut said: Vec<String> = few_prompts(&config, &recipe, inputs.prompts.len()).into_iter().collect();

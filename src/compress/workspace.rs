@@ -64,8 +64,8 @@ impl Workspace {
         let found = match kept::read(folder, UNKNOWN, RUN) {
             Kept::Whole(text) => serde_json::from_slice::<Map<String, Value>>(&text).map_or(Kept::Damaged, Kept::Whole),
             // A run is said before it has parts.
-            _ if folder.join(part_name(0)).exists() => Kept::Damaged,
-            _ => Kept::Absent,
+            Kept::Absent if !folder.join(part_name(0)).exists() => Kept::Absent,
+            _ => Kept::Damaged,
         };
         let text = serde_json::to_vec_pretty(identity).map_err(|why| Error::Argument(why.to_string()))?;
         let mut workspace = Workspace {

@@ -96,6 +96,7 @@ fn every_command_that_reads_a_container_refuses_a_damaged_one_as_verify_does() {
 /// A model and prompts of one's own, and a run of them.
 struct Run {
     folder: tempfile::TempDir,
+    config: PathBuf,
 }
 
 impl Run {
@@ -104,7 +105,7 @@ impl Run {
         copy(tiny(), &folder.path().join("model"));
         std::fs::write(folder.path().join("prompts.txt"), "a cat\na dog\na red fish\n").unwrap();
         std::fs::write(folder.path().join("captions.txt"), "a house\na tree\na very old car\n").unwrap();
-        Run { folder }
+        Run { folder, config: repo("configs/joint-s50-4bit-gs16.yaml") }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -124,9 +125,8 @@ impl Run {
     }
 
     fn args(&self, more: &[&str]) -> Vec<String> {
-        let config = repo("configs/joint-s50-4bit-gs16.yaml");
         let [model, prompts, captions, out] = ["model", "prompts.txt", "captions.txt", "out"].map(|name| self.path(name));
-        let mut args = vec!["compress", "--config", text(&config), "--model", text(&model), "--out", text(&out)];
+        let mut args = vec!["compress", "--config", text(&self.config), "--model", text(&model), "--out", text(&out)];
         args.extend(["--prompts", text(&prompts), "--captions", text(&captions), "--calibration-nsamples", "6", "--steps", "4"]);
         args.extend(more);
         args.into_iter().map(str::to_owned).collect()
@@ -212,6 +212,25 @@ fn a_damaged_file_of_the_work_folder_is_made_again_and_said() {
         assert!(said.contains(words) && said.contains("note: "), "{name}: {said}");
         assert!(is_undisturbed(&run), "{name}");
     }
+}
+
+#[test]
+fn settings_that_were_found_are_found_again_if_they_are_damaged() {
+    let mut run = Run::new();
+    run.config = run.path("budget.yaml");
+    let yaml = "solver: joint\npalettize:\n  global_config: {n_bits: 4, granularity: per_grouped_channel, group_size: 16}\n  \
+                on_misfit: dense\nbudget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}\n";
+    std::fs::write(&run.config, yaml).unwrap();
+    run.ends(0, &[]);
+    let whole = run.result();
+    std::fs::remove_dir_all(run.out()).unwrap();
+    run.killed_at("recipe.yaml.sha256");
+    // In the middle of the settings: a width or a rule's name becomes another.
+    let recipe = run.work().join("recipe.yaml");
+    flip(&recipe, 4 * std::fs::metadata(&recipe).unwrap().len() as usize);
+    let said = run.ends(0, &["--resume"]);
+    assert!(said.contains("recipe.yaml is damaged, and made again"), "{said}");
+    assert!(run.result() == whole);
 }
 
 #[test]
@@ -412,7 +431,7 @@ fn a_file_for_a_model_is_called_a_file() {
     for args in [
         vec!["generate", "--model", text(&file), "--prompt", "a", "-o", text(&out)],
         vec!["compress", "--config", text(&config), "--model", text(&file), "--out", text(&out)],
-        vec!["plan", "--config", text(&config), "--model", text(&file)],
+        vec!["plan", text(&config), "--model", text(&file)],
         vec!["compare", text(&config), "--model", text(&file), "--judge", text(&judge), "--out", text(&out)],
     ] {
         let said = ended_with(2, &squeeze(&args));
