@@ -35,6 +35,12 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A file that another program wrote to, or cut short, while it was read.
+    #[error("{}: changed while the run was under way", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A JSON file that does not parse.
     #[error("{}: not valid JSON", path.display())]
     Json {
@@ -110,6 +116,7 @@ impl Error {
             | Error::Tensors { .. }
             | Error::Argument(_) => true,
             Error::Write { .. }
+            | Error::Changed { .. }
             | Error::Torch(_)
             | Error::NotFinite(_)
             | Error::NotPositiveDefinite { .. }

@@ -9,6 +9,7 @@ pub mod config;
 pub mod container;
 pub mod coreml;
 pub mod device;
+mod digest;
 mod elementwise;
 mod error;
 pub mod export;

@@ -9,7 +9,6 @@ use super::{Sample, Samples};
 use crate::checkpoint::SafetensorsFile;
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::finite::is_finite;
 use crate::model::unet::{Conditioning, UnetConfig};
 use crate::output::write_file;
 
@@ -23,6 +22,15 @@ impl Samples {
     /// # Errors
     /// If there are none, they differ in shape, or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
+        let bytes = self.to_bytes()?;
+        write_file(path, |out| out.write_all(&bytes))
+    }
+
+    /// The bytes of the file that [`write`](Self::write) writes.
+    ///
+    /// # Errors
+    /// If there are none, or they differ in shape.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let stacked = |pick: fn(&Sample) -> &Tensor| -> Result<Tensor> {
             let rows: Vec<Tensor> = self
                 .calls
@@ -46,7 +54,7 @@ impl Samples {
             tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
             parts.push((tensor.size().iter().map(|n| *n as usize).collect::<Vec<_>>(), bytes));
         }
-        let refused = |why: safetensors::SafeTensorError| Error::write(path)(std::io::Error::other(why));
+        let refused = |why: safetensors::SafeTensorError| Error::Argument(format!("samples cannot be written: {why}"));
         let views = NAMES
             .iter()
             .zip(&parts)
@@ -54,17 +62,24 @@ impl Samples {
                 Ok((*name, TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).map_err(refused)?))
             })
             .collect::<Result<Vec<_>>>()?;
-        let bytes = safetensors::serialize(views, None).map_err(refused)?;
-        write_file(path, |out| out.write_all(&bytes))
+        safetensors::serialize(views, None).map_err(refused)
     }
 
     /// Reads samples written by [`write`](Self::write), or by anybody who knows the layout, for a UNet of this architecture; the
     /// first `wanted` of them.
     ///
     /// # Errors
-    /// [`Error::BadFile`] or [`Error::Tensors`] naming what is missing or misshapen.
+    /// [`Error::BadFile`] or [`Error::Tensors`] naming what is missing, misshapen or not a number; [`Error::Changed`].
     pub fn read(path: &Path, config: &UnetConfig, wanted: usize) -> Result<Self> {
-        let file = SafetensorsFile::open(path)?;
+        Self::from_file(&SafetensorsFile::open(path)?, config, wanted)
+    }
+
+    /// The same from a file that is open.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn from_file(file: &SafetensorsFile, config: &UnetConfig, wanted: usize) -> Result<Self> {
+        let path = file.path();
         let shape = |name: &str| -> Result<Vec<i64>> {
             let entry = file.entries().get(name);
             entry.map(|entry| entry.shape.clone()).ok_or_else(|| {
@@ -104,11 +119,6 @@ impl Samples {
         let tensors = NAMES.map(|name| file.tensor(name, Placement::CPU));
         let [sample, timestep, states, pooled, ids] = tensors;
         let (sample, timestep, states, pooled, ids) = (sample?, timestep?, states?, pooled?, ids?);
-        for (name, tensor) in NAMES.iter().zip([&sample, &timestep, &states, &pooled, &ids]) {
-            if !is_finite(tensor)? {
-                return Err(Error::bad_file(path, format!("`{name}` has NaN or infinity in it")));
-            }
-        }
         let mut samples = Samples::default();
         if (count as usize) < wanted {
             samples.notes.push(format!("{wanted} samples were asked for; {} has {count}", path.display()));

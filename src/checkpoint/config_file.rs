@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// A diffusers or transformers config file being taken apart.
 ///
@@ -18,21 +19,21 @@ pub struct ConfigFile {
     entries: Map<String, Value>,
 }
 
-/// Config files are a few KB; this bounds what is read of a wrong file.
-const MAX_BYTES: u64 = 16 << 20;
-
 impl ConfigFile {
     /// Reads and parses `path`.
     ///
     /// # Errors
-    /// If the file cannot be read, is larger than 16 MiB, or is not a JSON object.
+    /// If the file cannot be read, is larger than [`Limit::MODEL_CONFIG`], or is not a JSON object.
     pub fn read(path: &Path) -> Result<Self> {
-        let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
-        if size > MAX_BYTES {
-            return Err(Error::bad_file(path, format!("{size} bytes is too large for a config file")));
-        }
-        let text = std::fs::read_to_string(path).map_err(Error::read(path))?;
-        match serde_json::from_str(&text) {
+        Self::from_bytes(path, &input::read(path, Limit::MODEL_CONFIG)?)
+    }
+
+    /// Parses `content`, which was read from `path`.
+    ///
+    /// # Errors
+    /// If it is not a JSON object.
+    pub fn from_bytes(path: &Path, content: &[u8]) -> Result<Self> {
+        match serde_json::from_slice(content) {
             Ok(Value::Object(entries)) => Ok(Self::from_entries(path, entries)),
             Ok(_) => Err(Error::bad_file(path, "not a JSON object")),
             Err(source) => Err(Error::Json { path: path.to_owned(), source }),

@@ -1,14 +1,17 @@
-//! One safetensors file, mapped.
+//! One safetensors file.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use memmap2::{Mmap, UncheckedAdvice};
-use safetensors::{Dtype, SafeTensors};
-use tch::{Kind, Tensor};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
 
+use super::magnitudes::Magnitudes;
+use super::steady_file::SteadyFile;
 use crate::device::Placement;
+use crate::digest;
 use crate::error::{Error, Result};
 
 /// Where a tensor lies in its file.
@@ -18,60 +21,84 @@ pub struct Entry {
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<i64>,
-    start: usize,
-    end: usize,
+    start: u64,
+    end: u64,
 }
 
 impl Entry {
     /// The bytes of its data.
     pub fn bytes(&self) -> u64 {
-        (self.end - self.start) as u64
+        self.end - self.start
     }
 
     /// Where its data begins, in bytes from the file's beginning.
     pub fn start(&self) -> u64 {
-        self.start as u64
+        self.start
     }
 }
 
-/// A safetensors file whose header has been read and checked, and whose data is read from the map when asked for.
+/// A safetensors file whose header has been read and checked, and whose data is read when asked for.
+///
+/// The file stays open. One that another program writes to or cuts short is refused from then on with [`Error::Changed`]; one that is
+/// replaced by another of its name goes on being read as it was.
 #[derive(Debug)]
 pub struct SafetensorsFile {
-    path: PathBuf,
-    map: Mmap,
+    file: SteadyFile,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
 }
 
+/// The longest header that the safetensors library reads.
+const MAX_HEADER: u64 = 100_000_000;
+/// The header's length stands in front of it.
+const PREFIX: u64 = 8;
+
 impl SafetensorsFile {
-    /// Maps `path` and checks its header: sizes, offsets, dtypes, that the data covers the file exactly.
+    /// Opens `path` and checks its header: sizes, offsets, dtypes, that the data covers the file exactly.
     ///
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] saying what is wrong with it.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::read(path))?;
-        // SAFETY: the map is read only, and private to this value. That the file is not cut short while it is mapped is the one thing
-        // that nobody can promise; a model that is overwritten under a running program ends it with SIGBUS, as in every reader that maps.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::read(path))?;
-        let (header, parsed) = SafeTensors::read_metadata(&map)
-            .map_err(|why| Error::bad_file(path, format!("not a whole safetensors file: {why} ({} bytes)", map.len())))?;
-        let data = 8 + header;
-        let entries = parsed
-            .tensors()
-            .into_iter()
-            .map(|(name, info)| {
-                let shape = info.shape.iter().map(|n| *n as i64).collect();
-                let (start, end) = info.data_offsets;
-                (name, Entry { dtype: info.dtype, shape, start: data + start, end: data + end })
-            })
-            .collect();
+        let file = SteadyFile::open(path)?;
+        let bytes = file.bytes();
+        let wrong = |why: String| Error::bad_file(path, format!("not a whole safetensors file: {why} ({bytes} bytes)"));
+        if bytes < PREFIX {
+            return Err(wrong("it is too short for a header".into()));
+        }
+        let mut length = [0; PREFIX as usize];
+        file.read(&mut length, 0)?;
+        let length = u64::from_le_bytes(length);
+        if length > MAX_HEADER || length > bytes - PREFIX {
+            return Err(wrong(format!("its header is said to have {length} bytes")));
+        }
+        let mut header = vec![0; length as usize];
+        file.read(&mut header, PREFIX)?;
+        let parsed: Metadata = serde_json::from_slice(&header).map_err(|why| wrong(format!("its header is invalid: {why}")))?;
+        let data = PREFIX + length;
+        let mut entries = BTreeMap::new();
+        for (name, info) in parsed.tensors() {
+            let shape = info.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<_, _>>();
+            let shape = shape.map_err(|_| wrong(format!("`{name}` is of shape {:?}", info.shape)))?;
+            // The library has checked that offsets follow each other without overflow, from 0 on.
+            let (start, end) = (data + info.data_offsets.0 as u64, data.saturating_add(info.data_offsets.1 as u64));
+            entries.insert(name, Entry { dtype: info.dtype, shape, start, end });
+        }
+        let end = entries.values().map(|entry| entry.end).max().unwrap_or(data);
+        if end != bytes {
+            return Err(wrong(format!("its tensors end at {end}")));
+        }
         let metadata = parsed.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
-        Ok(SafetensorsFile { path: path.to_owned(), map, entries, metadata })
+        Ok(SafetensorsFile { file, entries, metadata })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
+    }
+
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        self.file.bytes()
     }
 
     /// The tensors by name.
@@ -84,39 +111,106 @@ impl SafetensorsFile {
         &self.metadata
     }
 
-    /// Reads a tensor, converts it and puts it in its place. The file's pages are given back afterwards, so that what stays in memory
-    /// is the tensor alone.
+    /// Reads a tensor, converts it and puts it in its place.
     ///
     /// # Errors
-    /// [`Error::Tensors`] if it is not there or is not of a floating-point type that is read (F64, F32, F16, BF16).
+    /// [`Error::Tensors`] if it is not there, is not of a floating-point type that is read (F64, F32, F16, BF16), or has a value that is
+    /// not a number or beyond the dtype that is asked for; [`Error::Changed`]; [`Error::Read`].
     pub fn tensor(&self, name: &str, placement: Placement) -> Result<Tensor> {
-        let wrong = |problem: String| Error::Tensors { path: self.path.clone(), problem };
+        let wrong = |problem: String| Error::Tensors { path: self.path().to_owned(), problem };
         let entry = self.entries.get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
-        let kind = float_kind(entry.dtype)
-            .ok_or_else(|| wrong(format!("tensor `{name}` is {:?}; weights are read as F32, F16 or BF16", entry.dtype)))?;
-        let stored = Tensor::f_from_data_size(&self.map[entry.start..entry.end], &entry.shape, kind)?;
+        let (Some(kind), Some(mut magnitudes)) = (float_kind(entry.dtype), Magnitudes::new(entry.dtype)) else {
+            return Err(wrong(format!("tensor `{name}` is {:?}; weights are read as F32, F16 or BF16", entry.dtype)));
+        };
+        let stored = self.stored(entry, kind, &mut magnitudes)?;
+        magnitudes.check(placement.kind).map_err(|problem| wrong(format!("`{name}` {problem}")))?;
         // To the device before the conversion: fp16 is half the way.
-        let tensor = stored.f_to_device(placement.device)?.f_to_kind(placement.kind)?;
-        self.release(entry);
+        Ok(stored.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
+    }
+
+    /// Reads the data of `entry` straight into a tensor of its own dtype, so that there is no second copy of it.
+    fn stored(&self, entry: &Entry, kind: Kind, magnitudes: &mut Magnitudes) -> Result<Tensor> {
+        // Of zeros, as memory without content must not be given to a reader.
+        let tensor = Tensor::f_zeros(&entry.shape, (kind, Device::Cpu))?;
+        let length = tensor.numel() * kind.elt_size_in_bytes();
+        if length as u64 != entry.bytes() {
+            let problem = format!("a tensor of {} bytes for {length} bytes of {:?}", entry.bytes(), entry.shape);
+            return Err(Error::bad_file(self.path(), problem));
+        }
+        if length > 0 {
+            // SAFETY: the tensor was made above, on the CPU and contiguous, and has `length` bytes, all written. Nothing else knows of it
+            // until this function returns, when the slice is gone. Every pattern of bits is a value of a floating-point dtype.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) };
+            self.file.read(bytes, entry.start)?;
+            magnitudes.add(bytes);
+        }
         Ok(tensor)
     }
 
-    /// The bytes of a tensor. The file's pages are given back, as by [`tensor`](Self::tensor).
-    pub fn read(&self, name: &str) -> Option<Vec<u8>> {
-        let entry = self.entries.get(name)?;
-        let bytes = self.map.get(entry.start..entry.end)?.to_vec();
-        self.release(entry);
-        Some(bytes)
+    /// The bytes of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] if it is not there; [`Error::Changed`]; [`Error::Read`].
+    pub fn read(&self, name: &str) -> Result<Vec<u8>> {
+        let missing = || Error::Tensors { path: self.path().to_owned(), problem: format!("tensor `{name}` is missing") };
+        let entry = self.entries.get(name).ok_or_else(missing)?;
+        let mut bytes = vec![0; entry.bytes() as usize];
+        self.file.read(&mut bytes, entry.start)?;
+        Ok(bytes)
     }
 
-    /// Tells the system that a tensor's pages are not needed any more; they can be read again.
-    fn release(&self, entry: &Entry) {
-        let length = entry.end - entry.start;
-        // SAFETY: DontNeed on a read-only map of a file only drops clean pages; the next access reads the same bytes from the file.
-        let released = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.start, length) };
-        if let Err(why) = released {
-            tracing::debug!("{}: pages not released: {why}", self.path.display());
+    /// SHA-256 of the whole file, in hex. The file is read once.
+    ///
+    /// # Errors
+    /// [`Error::Changed`]; [`Error::Read`].
+    pub fn sha256(&self) -> Result<String> {
+        self.file.sha256()
+    }
+
+    /// SHA-256 of what follows the header, in hex, and its length.
+    ///
+    /// # Errors
+    /// As [`sha256`](Self::sha256).
+    pub(crate) fn data_sha256(&self) -> Result<(String, u64)> {
+        let start = self.data_start();
+        let mut hash = Sha256::new();
+        self.file.for_each_block(start..self.bytes(), |block| hash.update(block))?;
+        Ok((digest::hex(hash), self.bytes() - start))
+    }
+
+    /// Reads the whole file once, for its hash and for the magnitudes of its floating-point tensors.
+    ///
+    /// # Errors
+    /// As [`sha256`](Self::sha256).
+    pub(crate) fn survey(&self) -> Result<(String, BTreeMap<&str, Magnitudes>)> {
+        let mut hash = Sha256::new();
+        self.file.for_each_block(0..self.data_start(), |block| hash.update(block))?;
+        let mut in_order: Vec<(&String, &Entry)> = self.entries.iter().collect();
+        in_order.sort_by_key(|(_, entry)| (entry.start, entry.end));
+        let mut found = BTreeMap::new();
+        // Together the tensors are all of the data, without gaps.
+        for (name, entry) in in_order {
+            let mut magnitudes = Magnitudes::new(entry.dtype);
+            self.file.for_each_block(entry.start..entry.end, |block| {
+                hash.update(block);
+                magnitudes.iter_mut().for_each(|magnitudes| magnitudes.add(block));
+            })?;
+            found.extend(magnitudes.map(|magnitudes| (name.as_str(), magnitudes)));
         }
+        Ok((self.file.learn(digest::hex(hash)), found))
+    }
+
+    /// Whether the file is still what it was when it was opened. Every read looks too.
+    ///
+    /// # Errors
+    /// [`Error::Changed`]; [`Error::Read`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.file.check()
+    }
+
+    /// Where the header ends.
+    fn data_start(&self) -> u64 {
+        self.entries.values().map(|entry| entry.start).min().unwrap_or(self.bytes())
     }
 }
 
@@ -133,19 +227,97 @@ pub(super) fn float_kind(dtype: Dtype) -> Option<Kind> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
+    use safetensors::tensor::TensorView;
+
     use super::*;
 
+    fn written(folder: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) -> PathBuf {
+        let path = folder.join("x.safetensors");
+        let views =
+            tensors.iter().map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        path
+    }
+
     #[test]
-    fn a_tensor_reads_the_same_after_its_pages_were_released() {
+    fn what_is_read_is_what_lies_there() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.safetensors");
         let values: Vec<u8> = (0..40_000u32).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        let view = safetensors::tensor::TensorView::new(Dtype::F32, vec![200, 200], &values).unwrap();
-        safetensors::serialize_to_file([("x", view)], None, &path).unwrap();
+        let halves: Vec<u8> = (0..6).flat_map(|i| half::f16::from_f32(i as f32 / 4.0).to_le_bytes()).collect();
+        let path = written(
+            folder.path(),
+            &[
+                ("x", Dtype::F32, vec![200, 200], values.clone()),
+                ("h", Dtype::F16, vec![2, 3], halves),
+                ("none", Dtype::F32, vec![0, 3], vec![]),
+                ("ids", Dtype::I64, vec![1], vec![1; 8]),
+            ],
+        );
         let file = SafetensorsFile::open(&path).unwrap();
         let first = file.tensor("x", Placement::CPU).unwrap();
-        let second = file.tensor("x", Placement::CPU).unwrap();
-        assert_eq!(first, second);
-        assert_eq!(second.double_value(&[199, 199]), 39_999.0);
+        assert_eq!(first, file.tensor("x", Placement::CPU).unwrap());
+        assert_eq!((first.size(), first.double_value(&[199, 199])), (vec![200, 200], 39_999.0));
+        assert_eq!(file.tensor("h", Placement::CPU).unwrap().double_value(&[1, 2]), 1.25);
+        assert_eq!(file.tensor("none", Placement::CPU).unwrap().size(), [0, 3]);
+        assert_eq!(file.read("x").unwrap(), values);
+        assert!(file.tensor("ids", Placement::CPU).unwrap_err().to_string().contains("`ids` is I64"));
+        assert!(file.tensor("y", Placement::CPU).unwrap_err().to_string().contains("`y` is missing"));
+
+        let whole = std::fs::read(&path).unwrap();
+        let (hash, magnitudes) = file.survey().unwrap();
+        assert_eq!((hash, file.sha256().unwrap()), (digest::of_bytes(&whole), digest::of_bytes(&whole)));
+        assert_eq!(magnitudes.keys().copied().collect::<Vec<_>>(), ["h", "none", "x"]);
+        assert_eq!((magnitudes["x"].largest(), magnitudes["h"].largest()), (39_999.0, 1.25));
+        let start = whole.len() - (values.len() + 12 + 8);
+        assert_eq!(file.data_sha256().unwrap(), (digest::of_bytes(&whole[start..]), (whole.len() - start) as u64));
+    }
+
+    #[test]
+    fn headers_are_not_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = written(folder.path(), &[("x", Dtype::F32, vec![2], vec![0; 8])]);
+        let whole = std::fs::read(&path).unwrap();
+        let long = |length: u64| [&length.to_le_bytes()[..], &whole[8..]].concat();
+        let huge = br#"{"x":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,18446744073709551615]}}"#;
+        let cases = [
+            (vec![], "too short"),
+            (whole[..7].to_vec(), "too short"),
+            (whole[..8].to_vec(), "header is said to have"),
+            (whole[..whole.len() - 1].to_vec(), "tensors end at"),
+            ([&whole[..], &[0]].concat(), "tensors end at"),
+            (long(u64::MAX), "header is said to have"),
+            (long(MAX_HEADER + 1), "header is said to have"),
+            (long(1), "header is invalid"),
+            ([&(huge.len() as u64).to_le_bytes()[..], huge].concat(), "header is invalid"),
+        ];
+        for (bytes, expected) in cases {
+            std::fs::write(&path, &bytes).unwrap();
+            let said = SafetensorsFile::open(&path).unwrap_err().to_string();
+            assert!(said.contains("not a whole safetensors file") && said.contains(expected), "{said}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_no_numbers_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+        let path = written(
+            folder.path(),
+            &[
+                ("bad", Dtype::F32, vec![3], bytes(&[1.0, 2.0, f32::NAN])),
+                ("large", Dtype::F32, vec![2], bytes(&[1.0, -70_000.0])),
+            ],
+        );
+        let file = SafetensorsFile::open(&path).unwrap();
+        let refused = |name, kind| {
+            let why = file.tensor(name, Placement { device: Device::Cpu, kind }).unwrap_err();
+            assert!(why.is_bad_input());
+            why.to_string()
+        };
+        assert!(refused("bad", Kind::Float).contains("`bad` has NaN or infinite values (first at index 2)"));
+        assert!(refused("large", Kind::Half).contains("`large` has values of up to 7e4, but fp16 ends at 65504"));
+        assert_eq!(file.tensor("large", Placement::CPU).unwrap().double_value(&[1]), -70_000.0);
     }
 }

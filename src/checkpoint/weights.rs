@@ -5,20 +5,33 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde::Deserialize;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::safetensors_file::{Entry, SafetensorsFile, float_kind};
 use super::source::{TensorSource, TensorSpec};
+use super::source_file::SourceFile;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
 #[derive(Debug)]
 pub struct Weights {
     folder: PathBuf,
     files: Vec<SafetensorsFile>,
-    /// Network name -> (file, name in the file).
-    index: BTreeMap<String, (usize, String)>,
+    /// By the network's names.
+    index: BTreeMap<String, Place>,
+}
+
+/// Where a tensor is found.
+#[derive(Debug)]
+struct Place {
+    /// The file's index.
+    file: usize,
+    /// The tensor's name in the file.
+    stored: String,
+    /// The shape that the network sees.
+    shape: Vec<i64>,
 }
 
 /// `*.index.json` as diffusers and transformers write it.
@@ -64,11 +77,24 @@ impl Weights {
         let mut index = BTreeMap::new();
         for (name, file) in owner {
             let renamed = rename(&name);
-            if let Some((_, other)) = index.insert(renamed.clone(), (file, name.clone())) {
-                return Err(Error::bad_file(folder, format!("`{name}` and `{other}` are both read as `{renamed}`")));
+            // Whoever gave the owners has looked into the files.
+            let shape = files[file].entries()[&name].shape.clone();
+            if let Some(other) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
+                return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", other.stored)));
             }
         }
         Ok(Weights { folder: folder.to_owned(), files, index })
+    }
+
+    /// Takes the weights that `is_linear` names for matrices [o, i] where they are stored as 1x1 convolutions, [o, i, 1, 1]: the same
+    /// numbers in the same order.
+    pub fn with_linear(mut self, is_linear: impl Fn(&str) -> bool) -> Self {
+        for (_, place) in self.index.iter_mut().filter(|(name, _)| is_linear(name)) {
+            if let [output, input, 1, 1] = place.shape[..] {
+                place.shape = vec![output, input];
+            }
+        }
+        self
     }
 
     /// The part's folder.
@@ -83,7 +109,47 @@ impl Weights {
 
     /// The tensors' names and where they lie.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
-        self.index.iter().filter_map(|(name, (file, stored))| Some((name.as_str(), self.files[*file].entries().get(stored)?)))
+        self.index.iter().filter_map(|(name, place)| Some((name.as_str(), self.entry(place)?)))
+    }
+
+    fn entry(&self, place: &Place) -> Option<&Entry> {
+        self.files[place.file].entries().get(&place.stored)
+    }
+
+    /// Reads all files once, from beginning to end, before anything is computed: for their hashes, under their names after `prefix`, and to
+    /// see whether a container can hold every tensor, that is whether each value is a number in fp16. `began` is told each file's name.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming the tensors with a NaN, an infinity, or a value that fp16 does not hold; [`Error::Changed`];
+    /// [`Error::Read`].
+    pub fn survey(&self, prefix: &str, mut began: impl FnMut(&str)) -> Result<Vec<SourceFile>> {
+        let (mut sources, mut problems) = (Vec::new(), Vec::new());
+        for (number, file) in self.files.iter().enumerate() {
+            let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+            began(&name);
+            let (sha256, magnitudes) = file.survey()?;
+            sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), sha256 });
+            for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
+                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Kind::Half)) {
+                    problems.push(format!("`{name}` {problem}"));
+                }
+            }
+        }
+        if problems.is_empty() {
+            return Ok(sources);
+        }
+        const SHOWN: usize = 4;
+        let more = if problems.len() > SHOWN { format!("; and {} tensors more", problems.len() - SHOWN) } else { String::new() };
+        problems.truncate(SHOWN);
+        Err(Error::Tensors { path: self.folder.clone(), problem: format!("{}{more}", problems.join("; ")) })
+    }
+
+    /// Whether all files are still what they were when they were opened. Every read looks too.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] naming the file; [`Error::Read`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.files.iter().try_for_each(SafetensorsFile::check_unchanged)
     }
 
     /// The dtype that most of the elements are stored in.
@@ -105,7 +171,11 @@ impl Weights {
     /// # Errors
     /// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
     pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
-        let found = self.entries().map(|(name, entry)| (name, (entry.shape.as_slice(), entry.dtype))).collect();
+        let found = self.index.iter().filter_map(|(name, place)| {
+            let dtype = self.entry(place)?.dtype;
+            Some((name.as_str(), (place.shape.as_slice(), dtype)))
+        });
+        let found = found.collect();
         check_tensors(&self.folder, expected, found, unused)
     }
 
@@ -122,8 +192,7 @@ impl Weights {
 
     /// Bytes that each element of the tensor `name` takes where it comes from [`narrow_source`](Self::narrow_source).
     pub fn narrow_bytes(&self, name: &str, placement: Placement) -> Option<usize> {
-        let (file, stored) = self.index.get(name)?;
-        let kind = float_kind(self.files[*file].entries().get(stored)?.dtype)?;
+        let kind = float_kind(self.entry(self.index.get(name)?)?.dtype)?;
         Some(kind.elt_size_in_bytes().min(placement.kind.elt_size_in_bytes()))
     }
 }
@@ -177,13 +246,9 @@ fn some(what: &str, names: &[String]) -> String {
 
 /// Opens the shards that an index names, each once.
 fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
-    const MAX_BYTES: u64 = 64 << 20;
-    let size = std::fs::metadata(index_path).map_err(Error::read(index_path))?.len();
-    if size > MAX_BYTES {
-        return Err(Error::bad_file(index_path, format!("{size} bytes is too large for an index")));
-    }
-    let text = std::fs::read_to_string(index_path).map_err(Error::read(index_path))?;
-    let index: ShardIndex = serde_json::from_str(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
+    let text = input::read(index_path, Limit::SHARD_INDEX)?;
+    let index: ShardIndex =
+        serde_json::from_slice(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
     let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
     let mut files: Vec<SafetensorsFile> = Vec::new();
     let mut owner = BTreeMap::new();
@@ -219,19 +284,18 @@ pub struct WeightsSource<'a> {
 impl TensorSource for WeightsSource<'_> {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let wrong = |problem: String| Error::Tensors { path: self.weights.folder.clone(), problem };
-        let (file, stored) = self.weights.index.get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
-        let file = &self.weights.files[*file];
-        let own = file.entries().get(stored).and_then(|entry| float_kind(entry.dtype));
+        let place = self.weights.index.get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
+        if place.shape != shape {
+            return Err(wrong(format!("tensor `{name}` is {:?}, not {shape:?}", place.shape)));
+        }
+        let own = self.weights.entry(place).and_then(|entry| float_kind(entry.dtype));
         let kind = match own {
             Some(own) if self.narrow && shape.len() > 1 && own.elt_size_in_bytes() < self.placement.kind.elt_size_in_bytes() => {
                 own
             }
             _ => self.placement.kind,
         };
-        let tensor = file.tensor(stored, Placement { kind, ..self.placement })?;
-        if tensor.size() != shape {
-            return Err(wrong(format!("tensor `{name}` is {:?}, not {shape:?}", tensor.size())));
-        }
-        Ok(tensor)
+        let tensor = self.weights.files[place.file].tensor(&place.stored, Placement { kind, ..self.placement })?;
+        Ok(tensor.f_view(shape)?)
     }
 }

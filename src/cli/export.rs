@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use sdxl_squeeze::container::Container;
 use sdxl_squeeze::coreml::{self, Io, Layout, Options, UnetWeights, WrittenPackage};
 use sdxl_squeeze::export::SmallWeights;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
@@ -18,6 +17,9 @@ pub struct Args {
     /// A container, or a pipeline's folder for its dense UNet
     #[arg(value_name = "FILE|DIR")]
     path: PathBuf,
+    /// Use the container without checking its hashes
+    #[arg(long)]
+    no_verify: bool,
     /// What to write
     #[arg(long, value_name = "FORMAT")]
     to: Format,
@@ -105,7 +107,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     match args.to {
         Format::Diffusers => {
             let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
-            export::diffusers(&Container::open(&args.path)?, &model, &args.out, reporter)?;
+            export::diffusers(&super::open_container(&args.path, args.no_verify)?, &model, &args.out, reporter)?;
             super::print(&format!("{}\n", args.out.display()))
         }
         Format::Coremltools => to_coremltools(&args, reporter),
@@ -152,7 +154,7 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
         None | Some(SmallWeightsArg::Refuse) => SmallWeights::Refuse,
         Some(SmallWeightsArg::Move) => SmallWeights::Move,
     };
-    let moved = export::coremltools(&Container::open(&args.path)?, &args.out, small, reporter)?;
+    let moved = export::coremltools(&super::open_container(&args.path, args.no_verify)?, &args.out, small, reporter)?;
     if args.json {
         return super::print(&format!("{}\n", serde_json::to_string_pretty(&moved).unwrap_or_default()));
     }
@@ -165,9 +167,10 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
         let pipeline = PipelineFolder::open(&args.path)?;
         let weights = pipeline.unet_weights()?;
         let options = options(&args.coreml, pipeline.unet.config(), Some(&pipeline))?;
-        return coreml::write(&pipeline.unet, UnetWeights::Dense(&weights), &options, &args.out, reporter);
+        let dense = UnetWeights::Dense { weights: &weights, config: pipeline.unet_config() };
+        return coreml::write(&pipeline.unet, dense, &options, &args.out, reporter);
     }
-    let container = Container::open(&args.path)?;
+    let container = super::open_container(&args.path, args.no_verify)?;
     let chain = container.unet()?;
     let pipeline = args.model.as_deref().map(|model| pipeline_of(&chain, &args.path, model)).transpose()?;
     let options = options(&args.coreml, chain.config(), pipeline.as_ref())?;

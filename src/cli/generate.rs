@@ -55,6 +55,9 @@ pub struct Args {
     /// Take the UNet from this container
     #[arg(long, value_name = "FILE.safetensors")]
     unet: Option<PathBuf>,
+    /// Use the container of --unet without checking its hashes
+    #[arg(long, requires = "unet")]
+    no_verify: bool,
     /// Write the final latents too
     #[arg(long, value_name = "FILE.safetensors")]
     latents_out: Option<PathBuf>,
@@ -80,6 +83,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         scheduler: args.scheduler,
         low_memory: args.low_memory,
         unet: args.unet,
+        unverified: args.no_verify,
     };
     let generated = generate(&folder, &request, placement, reporter)?;
     generated.picture.write_png(&args.output, &metadata(&request, &generated, &args.model, &args.dtype))?;

@@ -17,6 +17,9 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Show a container without checking its hashes
+    #[arg(long)]
+    no_verify: bool,
     /// Leave out the layers
     #[arg(long)]
     summary: bool,
@@ -24,7 +27,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     if args.path.is_file() {
-        return inspect_container(&Container::open(&args.path)?, args.json, args.summary);
+        return inspect_container(&super::open_container(&args.path, args.no_verify)?, args.json, args.summary);
     }
     let mut found = inspect(&args.path)?;
     if args.json {

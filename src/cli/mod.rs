@@ -16,17 +16,22 @@ use std::any::Any;
 use std::error::Error as _;
 use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use sdxl_squeeze::Error;
+use sdxl_squeeze::container::Container;
 use tracing::Level;
 
 use progress::{Mode, Reporter};
 
+/// The version, and the build: a run goes on only with the build that began it.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (build ", env!("SDXL_SQUEEZE_BUILD"), ")");
+
 /// Makes the SDXL UNet small enough for a phone and keeps its pictures.
 #[derive(Debug, Parser)]
-#[command(name = "sdxl-squeeze", version, max_term_width = 100)]
+#[command(name = "sdxl-squeeze", version = VERSION, max_term_width = 100)]
 struct Args {
     /// Say nothing but errors and the result
     #[arg(long, short, global = true)]
@@ -119,6 +124,11 @@ fn print(text: &str) -> Result<(), Error> {
         Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(Error::write("standard output".as_ref())(why)),
         _ => Ok(()),
     }
+}
+
+/// Opens a container; its hashes are checked, which reads the whole file, unless a flag says not to.
+fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
+    if no_verify { Container::open_unverified(path) } else { Container::open(path) }
 }
 
 fn complain(what: &str) {

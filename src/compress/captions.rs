@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::Gatherer;
 use super::head::TIMESTEPS;
 use crate::checkpoint::{Blueprint, Weights};
-use crate::config::{CalibrationSection, read_prompts};
+use crate::config::CalibrationSection;
 use crate::elementwise::silu;
 use crate::error::Result;
 use crate::model::unet::{Conditioning, UnetChain};
@@ -18,25 +18,29 @@ use super::RunOptions;
 /// Timesteps for each caption.
 const TIMES: usize = 4;
 
-/// The Hessians of the layers that see only the text states, or only SiLU(temb), from the config's captions: each is encoded, and its
+/// The Hessians of the layers that see only the text states, or only SiLU(temb), from `captions`: each is encoded, and its
 /// pooled text embedded at a few of all timesteps. A caption counts as a call of the UNet does, with the negative prompt's half.
 ///
 /// # Errors
-/// If the captions cannot be read or encoded.
+/// If the captions cannot be encoded.
 pub(super) fn gather(
     folder: &PipelineFolder,
     weights: &Weights,
     section: &CalibrationSection,
+    captions: &[String],
     treated: &dyn Fn(&Layer) -> bool,
     options: &RunOptions,
     progress: &dyn Progress,
 ) -> Result<Gatherer> {
-    let Some(path) = &section.captions else { return Ok(Gatherer::default()) };
-    let mut captions = read_prompts(path)?;
-    let (count, wanted) = (captions.len(), section.captions_nsamples);
-    if count > wanted {
-        captions = (0..wanted).filter_map(|k| captions.get(k * count / wanted).cloned()).collect();
+    if captions.is_empty() {
+        return Ok(Gatherer::default());
     }
+    let (count, wanted) = (captions.len(), section.captions_nsamples);
+    let captions: Vec<&String> = if count > wanted {
+        (0..wanted).filter_map(|k| captions.get(k * count / wanted)).collect()
+    } else {
+        captions.iter().collect()
+    };
     let mut gatherer = shared_inputs(&folder.unet, treated, options.placement().device)?;
     let placement = options.placement();
     let encoder = PromptEncoder::load(folder, placement)?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::checkpoint::SteadyFile;
 use crate::error::{Error, Result};
 use crate::model::unet::Carry;
 
@@ -31,12 +32,14 @@ struct Row {
     residuals: Vec<Stored>,
 }
 
-/// A tensor in a file.
+/// A tensor in a file. Its checksum stays in memory: it is read back once in a pass, for as long as the run lasts, and a disk's fault or
+/// another program in the folder must not become a part of the result.
 #[derive(Debug)]
 struct Stored {
     path: PathBuf,
     size: Vec<i64>,
     kind: Kind,
+    checksum: u32,
 }
 
 impl Stored {
@@ -46,13 +49,20 @@ impl Stored {
         let mut bytes = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
         tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
         std::fs::write(&path, &bytes).map_err(Error::write(&path))?;
-        Ok(Stored { path, size: tensor.size(), kind })
+        Ok(Stored { path, size: tensor.size(), kind, checksum: crc32fast::hash(&bytes) })
     }
 
     fn read(&self, device: Device) -> Result<Tensor> {
-        let bytes = std::fs::read(&self.path).map_err(Error::read(&self.path))?;
-        if bytes.len() != self.size.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes() {
-            return Err(Error::bad_file(&self.path, "is not as it was written; does another run work in this folder?"));
+        let changed = || Error::Changed { path: self.path.clone() };
+        let length = self.size.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes();
+        let file = SteadyFile::open(&self.path)?;
+        if file.bytes() != length as u64 {
+            return Err(changed());
+        }
+        let mut bytes = vec![0; length];
+        file.read(&mut bytes, 0)?;
+        if crc32fast::hash(&bytes) != self.checksum {
+            return Err(changed());
         }
         Ok(Tensor::f_from_data_size(&bytes, &self.size, self.kind)?.f_to_device(device)?)
     }
@@ -185,6 +195,17 @@ mod tests {
         for index in 0..3 {
             assert!(equal(&in_files.get(index).unwrap(), &in_memory.get(index).unwrap()), "{index}");
         }
+        // Any flipped bit is found.
+        let path = folder.path().join("carries/00002-hidden");
+        let whole = std::fs::read(&path).unwrap();
+        for bit in 0..8 * whole.len() {
+            let mut damaged = whole.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, &damaged).unwrap();
+            assert!(matches!(in_files.get(2), Err(Error::Changed { .. })), "bit {bit}");
+        }
+        std::fs::write(&path, &whole[1..]).unwrap();
+        assert!(matches!(in_files.get(2), Err(Error::Changed { .. })));
         // Three hidden states, three tokens that are stale, one residual.
         assert_eq!(std::fs::read_dir(folder.path().join("carries")).unwrap().count(), 7);
     }

@@ -3,20 +3,22 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use super::{Gatherer, Job, LayerReport, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress};
+use super::identity::{Inputs, sources_of};
+use super::{
+    Gatherer, Job, LayerReport, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress, kept,
+};
 use crate::calibration::{self, PromptSet, Samples, encode, record};
-use crate::checkpoint::{ConfigFile, TensorSource, Weights};
+use crate::checkpoint::{SafetensorsFile, SourceFile, TensorSource, Weights};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
-use crate::container::{ContainerInfo, ContainerWriter, SourceFile, Written};
+use crate::container::{ContainerInfo, ContainerWriter, Written};
 use crate::device::{Placement, free_memory};
 use crate::error::{Error, Result};
 use crate::model::Layer;
 use crate::model::unet::Unet;
 use crate::number;
-use crate::output::write_file;
 use crate::pipeline::{PipelineFolder, PromptEncoder};
 use crate::plan::{Calls, Memory, Plan};
 use crate::progress::{Progress, Task};
@@ -148,21 +150,6 @@ pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> 
 /// Tokens of a prompt, padding included, in every CLIP text encoder.
 pub const CLIP_LENGTH: i64 = 77;
 
-/// Everything that a result depends on, for [`Workspace`].
-fn identity(config: &RunConfig, sources: &[SourceFile], samples: Option<&Samples>) -> Result<Map<String, Value>> {
-    let samples = match (samples, &config.calibration.samples) {
-        (Some(samples), _) => json!(samples.calls.len()),
-        (None, Some(path)) => json!(SourceFile::read(path, "samples")?),
-        (None, None) => Value::Null,
-    };
-    Ok(Map::from_iter([
-        ("version".to_owned(), json!(env!("CARGO_PKG_VERSION"))),
-        ("config".to_owned(), json!(config.to_yaml())),
-        ("model".to_owned(), json!(sources)),
-        ("samples".to_owned(), samples),
-    ]))
-}
-
 /// The folder in which a run for the container `path` keeps what is finished, until the container is there.
 pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
@@ -187,13 +174,22 @@ pub fn run(
     let numerics = crate::init();
     let mut recipe = Recipe::new(config, &folder.unet)?;
     let mut config = config.clone();
+    let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
+    let mut inputs = Inputs::read(folder, &config, samples, needs_samples)?;
     let weights = folder.unet_weights()?;
     let sources = sources_of(folder, &weights, progress)?;
-    let mut workspace = Workspace::open(&workspace_folder(path), &identity(&config, &sources, samples)?, options.resume)?;
+    let identity = inputs.identity(&config, &sources, options);
+    let mut workspace = Workspace::open(&workspace_folder(path), &identity, options.resume)?;
+    let section = inputs.section(&config.calibration);
 
     let none = Samples::default();
-    let made = match (samples, recipe.treatments.values().any(Treatment::needs_hessian)) {
-        (None, true) => Some(kept_samples(folder, &weights, &config, options, &workspace, progress)?),
+    let made = match (samples, inputs.samples.take()) {
+        (None, Some(read)) => Some(read),
+        (None, None) if needs_samples => {
+            let made = kept_samples(folder, &weights, &section, options, &mut workspace, progress)?;
+            inputs.check_prompt_files(folder)?;
+            Some(made)
+        }
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
@@ -206,18 +202,22 @@ pub fn run(
         TimestepWeighting::Uniform => Vec::new(),
         by => calibration::weights(samples, folder, by)?,
     };
-    let section = config.calibration.clone();
-    let captions = |treatments: &Treatments| {
+    let captions = |treatments: &Treatments| -> Result<Gatherer> {
         let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-        captions::gather(folder, &weights, &section, &hungry, options, progress)
+        let gathered = captions::gather(folder, &weights, &section, &inputs.captions, &hungry, options, progress)?;
+        if !inputs.captions.is_empty() {
+            inputs.check_prompt_files(folder)?;
+        }
+        Ok(gathered)
     };
     let source = weights.narrow_source(placement);
-    let mut said: Vec<String> = numerics.note().into_iter().chain(few_prompts(&config, &recipe)?).collect();
+    let few = few_prompts(&config, &recipe, inputs.prompts.len());
+    let mut said: Vec<String> = numerics.note().into_iter().chain(few).collect();
     said.iter().for_each(|said| tracing::warn!("{said}"));
     if let Some(budget) = &config.budget {
-        let kept = workspace.folder().join("recipe.yaml");
-        let allocated = if kept.exists() {
-            RunConfig::read(&kept)?
+        const FOUND: &str = "recipe.yaml";
+        let allocated = if let Some(kept) = workspace.kept(FOUND) {
+            RunConfig::parse(&workspace.folder().join(FOUND), &kept)?
         } else {
             let treatments = allocate::measuring(&recipe.treatments);
             let (measuring, as_it_is) = (plan(&treatments, Sequencing::Stage)?, plan(&recipe.treatments, recipe.sequencing)?);
@@ -236,7 +236,7 @@ pub fn run(
                 allocate::allocate(&job, &config, &recipe, &as_it_is, budget, samples, captions, workspace.folder(), progress)?;
             tracing::info!("allocated: {}", number::size(found.payload_bytes));
             said.push(format!("settings were found for each layer, together {}", number::size(found.payload_bytes)));
-            write_file(&kept, |out| out.write_all(found.config.to_yaml().as_bytes()))?;
+            workspace.keep(FOUND, found.config.to_yaml().as_bytes())?;
             found.config
         };
         recipe = Recipe::new(&allocated, &folder.unet)?;
@@ -279,7 +279,12 @@ pub fn run(
         sparsity: 1.0 - share(sums.kept),
         bits_per_weight: 8.0 * share(sums.bytes),
         layers: in_order.iter().map(|(report, _)| (*report).clone()).collect(),
-        notes: found.chain(samples.notes.iter().cloned()).chain(said).chain(of_layers).collect(),
+        notes: found
+            .chain(samples.notes.iter().cloned())
+            .chain(said)
+            .chain(workspace.said().iter().cloned())
+            .chain(of_layers)
+            .collect(),
         plan,
         config,
     };
@@ -288,60 +293,55 @@ pub fn run(
 }
 
 /// What has to be said where layers are fitted to the dense outputs of a few pictures.
-fn few_prompts(config: &RunConfig, recipe: &Recipe) -> Result<Option<String>> {
+fn few_prompts(config: &RunConfig, recipe: &Recipe, prompts: usize) -> Option<String> {
     /// With three, the bundled model gets worse by it; with 48 much better.
     const ENOUGH: usize = 16;
     if !recipe.sequencing.aims() || config.calibration.samples.is_some() {
-        return Ok(None);
+        return None;
     }
-    let prompts = config.calibration.prompts.load()?.len();
     let few = || {
         format!(
             "{prompts} prompts are few for `target: dense`, which fits them too well; more prompts or `target: current` are better"
         )
     };
-    Ok((prompts < ENOUGH).then(few))
+    (1..ENOUGH).contains(&prompts).then(few)
 }
 
-/// The samples that a run keeps in its workspace, made if they are not there.
+/// The samples that a run keeps in its workspace, made if they are not there or not what was kept.
 fn kept_samples(
     folder: &PipelineFolder,
     weights: &Weights,
-    config: &RunConfig,
+    section: &CalibrationSection,
     options: &RunOptions,
-    workspace: &Workspace,
+    workspace: &mut Workspace,
     progress: &dyn Progress,
 ) -> Result<Samples> {
-    if config.calibration.samples.is_some() {
-        return calibrate(folder, weights, &config.calibration, options, progress);
+    const SAMPLES: &str = "samples.safetensors";
+    const NOTES: &str = "samples.json";
+    if let Some(notes) = workspace.kept(NOTES)
+        && kept::has_seal(workspace.folder(), SAMPLES)
+    {
+        let path = workspace.folder().join(SAMPLES);
+        let read = || -> Result<Samples> {
+            let file = SafetensorsFile::open(&path)?;
+            if !kept::fits(workspace.folder(), workspace.run(), SAMPLES, &file.sha256()?) {
+                return Err(Error::bad_file(&path, "is damaged"));
+            }
+            // The count is what there is, so reading has nothing to say; recording may have had.
+            let mut samples = Samples::from_file(&file, folder.unet.config(), usize::MAX)?;
+            samples.notes = serde_json::from_slice(&notes).map_err(|source| Error::Json { path: NOTES.into(), source })?;
+            Ok(samples)
+        };
+        match read() {
+            Ok(samples) => return Ok(samples),
+            Err(why) => workspace.say(format!("{why}: the samples are made again")),
+        }
     }
-    let path = workspace.folder().join("samples.safetensors");
-    let said = workspace.folder().join("samples.json");
-    if path.exists() {
-        let mut samples = Samples::read(&path, folder.unet.config(), usize::MAX)?;
-        let notes = std::fs::read(&said).map_err(Error::read(&said))?;
-        // The count is what there is, so reading has nothing to say; recording may have had.
-        samples.notes = serde_json::from_slice(&notes).map_err(|source| Error::Json { path: said, source })?;
-        return Ok(samples);
-    }
-    let samples = calibrate(folder, weights, &config.calibration, options, progress)?;
+    let samples = calibrate(folder, weights, section, options, progress)?;
     let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Argument(why.to_string()))?;
-    write_file(&said, |out| out.write_all(&notes))?;
-    samples.write(&path)?;
+    workspace.keep(NOTES, &notes)?;
+    workspace.keep(SAMPLES, &samples.to_bytes()?)?;
     Ok(samples)
-}
-
-/// The files that the UNet comes from, with their hashes.
-fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
-    let files: Vec<&Path> = weights.files().collect();
-    let task = Task::begin(progress, "hashing the model", "files", files.len() + 1);
-    let mut sources = vec![SourceFile::read(&folder.root().join("unet/config.json"), "unet/config.json")?];
-    for file in files {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        task.advance(&name);
-        sources.push(SourceFile::read(file, format!("unet/{name}"))?);
-    }
-    Ok(sources)
 }
 
 /// What a container says of itself besides its weights.
@@ -367,8 +367,7 @@ fn write_container(
     parts: ContainerParts,
     progress: &dyn Progress,
 ) -> Result<(Written, Sums)> {
-    let unet_config: Map<String, Value> = ConfigFile::read(&folder.root().join("unet/config.json"))?.into_entries();
-    let info = ContainerInfo { unet_config, recipe: parts.settings, sources: parts.sources };
+    let info = ContainerInfo { unet_config: folder.unet_config().clone(), recipe: parts.settings, sources: parts.sources };
     let mut writer = ContainerWriter::create(path, info)?;
     let halves = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let reports: std::collections::BTreeMap<&str, &LayerReport> =
@@ -391,5 +390,7 @@ fn write_container(
             None => writer.add_tensor(&spec.name, &halves.tensor(&spec.name, &spec.shape)?)?,
         }
     }
+    // Nothing of another model is in it: `sources` says what it was made from.
+    weights.check_unchanged()?;
     Ok((writer.finish()?, sums))
 }

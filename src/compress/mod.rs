@@ -9,8 +9,10 @@ mod captions;
 mod carries;
 mod gather;
 mod head;
+mod identity;
 mod job;
 mod joint;
+mod kept;
 mod lane;
 mod layer;
 mod recipe;
@@ -23,6 +25,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use allocate::{Allocation, Choice, choose};
 pub use gather::Gatherer;
+pub use identity::BUILD;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
 pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
 pub use recipe::{Recipe, Sequencing, layers_of};

@@ -9,18 +9,24 @@ use half::f16;
 use serde_json::{Map, Value, json};
 
 use super::LayerReport;
+use super::kept::{self, Kept};
 use crate::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
+use crate::digest;
 use crate::error::{Error, Result};
-use crate::output::write_file;
 
 /// A folder beside the result, there until the result is.
 ///
 /// `run.json` says of what run it is. Finished layers lie in `part-NNNN.safetensors`, each a container of a few weights that came into
 /// being whole: so whatever kills a run, what was finished some seconds before is kept. A lock keeps a second run out.
+///
+/// Everything that is read back is checked against a hash first. What is damaged is made again, and that is said.
 #[derive(Debug)]
 pub struct Workspace {
     folder: PathBuf,
     _lock: File,
+    /// A hash of the run's identity, which all that is kept is marked with.
+    run: String,
+    said: Vec<String>,
     parts: Vec<Container>,
     finished: BTreeMap<String, Finished>,
     waiting: Vec<(LayerReport, Vec<String>, Option<CompressedWeight>)>,
@@ -44,65 +50,101 @@ impl Workspace {
     /// Begins a run in `folder`, or goes on with the one that is there.
     ///
     /// `identity` is everything that the result depends on, entry by entry. With `resume` a run of the same identity goes on, and one of
-    /// another is refused; without, what is there is thrown away.
+    /// another is refused; without, what is there is thrown away. A damaged part is thrown away, and so are those after it, whose layers
+    /// were made from what it had.
     ///
     /// # Errors
-    /// [`Error::Argument`] naming what has changed, or if another process works there; [`Error::Write`]; [`Error::BadFile`] for a part
-    /// that is damaged.
+    /// [`Error::Argument`] naming what has changed, or if another process works there; [`Error::Write`].
     pub fn open(folder: &Path, identity: &Map<String, Value>, resume: bool) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
         let lock_path = folder.join("lock");
         let lock = File::create(&lock_path).map_err(Error::write(&lock_path))?;
         lock.try_lock().map_err(|_| Error::Argument(format!("another run is at work in {}", folder.display())))?;
 
-        let said = folder.join("run.json");
-        let found = match std::fs::read(&said) {
-            Ok(bytes) => serde_json::from_slice::<Map<String, Value>>(&bytes).ok(),
-            Err(_) => None,
+        let found = match kept::read(folder, UNKNOWN, RUN) {
+            Kept::Whole(text) => serde_json::from_slice::<Map<String, Value>>(&text).map_or(Kept::Damaged, Kept::Whole),
+            // A run is said before it has parts.
+            Kept::Absent if !folder.join(part_name(0)).exists() => Kept::Absent,
+            _ => Kept::Damaged,
         };
-        let mut parts = Vec::new();
-        match found {
-            Some(found) if resume => {
-                check_identity(folder, &found, identity)?;
-                for number in 0.. {
-                    let path = folder.join(part_name(number));
-                    if !path.exists() {
-                        break;
-                    }
-                    parts.push(Container::open(&path)?);
-                }
-            }
-            found => {
-                if found.is_some() {
-                    tracing::warn!(
-                        "an unfinished run in {} is thrown away; --resume would have gone on with it",
-                        folder.display()
-                    );
-                }
-                for entry in std::fs::read_dir(folder).map_err(Error::read(folder))?.flatten() {
-                    let path = entry.path();
-                    if path != lock_path {
-                        let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-                        removed.map_err(Error::write(&path))?;
-                    }
-                }
-                let text = serde_json::to_vec_pretty(identity).map_err(|why| Error::Argument(why.to_string()))?;
-                write_file(&said, |out| out.write_all(&text))?;
-            }
-        }
+        let text = serde_json::to_vec_pretty(identity).map_err(|why| Error::Argument(why.to_string()))?;
         let mut workspace = Workspace {
             folder: folder.to_owned(),
             _lock: lock,
-            parts,
+            run: digest::of_bytes(&text),
+            said: Vec::new(),
+            parts: Vec::new(),
             finished: BTreeMap::new(),
             waiting: Vec::new(),
             waiting_bytes: 0,
             since: Instant::now(),
         };
-        for part in 0..workspace.parts.len() {
-            workspace.index(part)?;
+        match found {
+            Kept::Whole(found) if resume => check_identity(folder, &found, identity)?,
+            Kept::Damaged if resume => {
+                workspace.say(format!("{} is damaged; what is of this run is gone on with", folder.join(RUN).display()));
+                kept::write(folder, UNKNOWN, RUN, &text)?;
+            }
+            found => {
+                if found != Kept::Absent {
+                    let folder = folder.display();
+                    tracing::warn!("an unfinished run in {folder} is thrown away; --resume would have gone on with it");
+                }
+                workspace.clear(&lock_path)?;
+                kept::write(folder, UNKNOWN, RUN, &text)?;
+            }
         }
+        workspace.read_parts()?;
         Ok(workspace)
+    }
+
+    /// Removes all but the lock.
+    fn clear(&self, lock: &Path) -> Result<()> {
+        for entry in std::fs::read_dir(&self.folder).map_err(Error::read(&self.folder))?.flatten() {
+            let path = entry.path();
+            if path != lock {
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                removed.map_err(Error::write(&path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the parts that are there, up to the first that is damaged; that and all after it are removed.
+    fn read_parts(&mut self) -> Result<()> {
+        loop {
+            let path = self.folder.join(part_name(self.parts.len()));
+            if !path.exists() {
+                break;
+            }
+            if let Err(why) = self.add_part(&path) {
+                self.say(format!("{why}: its layers, and all that were finished after it, are made again"));
+                break;
+            }
+        }
+        for entry in std::fs::read_dir(&self.folder).map_err(Error::read(&self.folder))?.flatten() {
+            let number = part_number(&entry.file_name().to_string_lossy());
+            if number.is_some_and(|number| number >= self.parts.len()) {
+                std::fs::remove_file(entry.path()).map_err(Error::write(&entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A hash of what run this is.
+    pub(super) fn run(&self) -> &str {
+        &self.run
+    }
+
+    /// Warns of something, which will be in the report too.
+    pub(super) fn say(&mut self, said: String) {
+        tracing::warn!("{said}");
+        self.said.push(said);
+    }
+
+    /// What was found wrong in the folder.
+    pub fn said(&self) -> &[String] {
+        &self.said
     }
 
     /// The folder, for what the run keeps besides.
@@ -110,16 +152,23 @@ impl Workspace {
         &self.folder
     }
 
-    /// Reads what layers a part has.
-    fn index(&mut self, part: usize) -> Result<()> {
-        let container = &self.parts[part];
-        let damaged = || Error::bad_file(container.path(), "is no part of a run");
-        for row in container.info().recipe.get("layers").and_then(Value::as_array).ok_or_else(damaged)? {
+    /// Checks a part to the last bit and reads what layers it has.
+    fn add_part(&mut self, path: &Path) -> Result<()> {
+        let container = Container::open(path)?;
+        let recipe = &container.info().recipe;
+        let damaged = || Error::bad_file(path, "is no part of this run");
+        if recipe.get("run").and_then(Value::as_str) != Some(&self.run) {
+            return Err(damaged());
+        }
+        let mut finished = Vec::new();
+        for row in recipe.get("layers").and_then(Value::as_array).ok_or_else(damaged)? {
             let field = |name: &str| row.get(name).cloned().unwrap_or(Value::Null);
             let report: LayerReport = serde_json::from_value(field("report")).map_err(|_| damaged())?;
             let notes = serde_json::from_value(field("notes")).map_err(|_| damaged())?;
-            self.finished.insert(report.name.clone(), Finished { part, report, notes });
+            finished.push((report.name.clone(), Finished { part: self.parts.len(), report, notes }));
         }
+        self.finished.extend(finished);
+        self.parts.push(container);
         Ok(())
     }
 
@@ -151,7 +200,8 @@ impl Workspace {
         }
         let rows: Vec<Value> =
             self.waiting.iter().map(|(report, notes, _)| json!({ "notes": notes, "report": report })).collect();
-        let info = ContainerInfo { unet_config: Map::new(), recipe: json!({ "layers": rows }), sources: Vec::new() };
+        let info =
+            ContainerInfo { unet_config: Map::new(), recipe: json!({ "layers": rows, "run": self.run }), sources: Vec::new() };
         let path = self.folder.join(part_name(self.parts.len()));
         let mut writer = ContainerWriter::create(&path, info)?;
         for (report, _, weight) in &self.waiting {
@@ -166,8 +216,7 @@ impl Workspace {
         writer.finish()?;
         self.waiting.clear();
         self.waiting_bytes = 0;
-        self.parts.push(Container::open(&path)?);
-        self.index(self.parts.len() - 1)
+        self.add_part(&path)
     }
 
     /// A finished layer's weight; none if it stays dense.
@@ -195,8 +244,17 @@ impl Workspace {
     }
 }
 
+/// Says of what run the folder is.
+const RUN: &str = "run.json";
+/// What [`RUN`] is sealed with: of what run it is is what it says.
+const UNKNOWN: &str = "";
+
 fn part_name(number: usize) -> String {
     format!("part-{number:04}.safetensors")
+}
+
+fn part_number(name: &str) -> Option<usize> {
+    name.strip_prefix("part-")?.strip_suffix(".safetensors")?.parse().ok()
 }
 
 /// An error that names every entry that is not what it was.
@@ -262,11 +320,56 @@ mod tests {
         assert_eq!(said, [("a", vec!["a: said".to_owned()]), ("dense", vec![])]);
         drop(second);
 
+        let other = Map::from_iter([("build".to_owned(), json!("x")), ("config".to_owned(), json!("a"))]);
+        let refused = Workspace::open(&path, &other, true).unwrap_err().to_string();
+        assert!(refused.contains("changed since it began: model, build ("), "{refused}");
         let refused = Workspace::open(&path, &identity("b"), true).unwrap_err();
         assert!(refused.is_bad_input() && refused.to_string().contains("changed since it began: config ("), "{refused}");
         let anew = Workspace::open(&path, &identity("b"), false).unwrap();
         assert!(!anew.has("a"));
         anew.remove().unwrap();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn no_flipped_bit_is_taken_for_good() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("work");
+        let mut first = Workspace::open(&path, &identity("a"), false).unwrap();
+        for name in ["a", "b", "c"] {
+            first.push(report(name), vec![], Some(weight())).unwrap();
+            first.flush().unwrap();
+        }
+        drop(first);
+        let names: Vec<String> = (0..3).map(part_name).chain(["run.json".into(), "run.json.sha256".into()]).collect();
+        let whole: Vec<Vec<u8>> = names.iter().map(|name| std::fs::read(path.join(name)).unwrap()).collect();
+        for i in 0..300usize {
+            let file = i % names.len();
+            let mut damaged = whole[file].clone();
+            let bit = i.wrapping_mul(0x9e37_79b9) % (8 * damaged.len());
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            for (name, content) in names.iter().zip(&whole) {
+                std::fs::write(path.join(name), content).unwrap();
+            }
+            std::fs::write(path.join(&names[file]), damaged).unwrap();
+            let workspace = Workspace::open(&path, &identity("a"), true).unwrap();
+            let there: Vec<bool> = ["a", "b", "c"].iter().map(|name| workspace.has(name)).collect();
+            // Layers before a damaged part are kept; all of them are if only what the run is has become unreadable.
+            assert_eq!(there, [file > 0, file > 1, file > 2], "{}, bit {bit}", names[file]);
+            assert!(workspace.said().iter().any(|said| said.contains(&names[file.min(3)])), "{:?}", workspace.said());
+            for name in ["a", "b", "c"].iter().filter(|name| workspace.has(name)) {
+                assert_eq!(workspace.weight(name).unwrap(), Some(weight()));
+            }
+        }
+        // A part of another run, though whole.
+        for (name, content) in names.iter().zip(&whole) {
+            std::fs::write(path.join(name), content).unwrap();
+        }
+        let mut other = Workspace::open(&folder.path().join("other"), &identity("b"), false).unwrap();
+        other.push(report("a"), vec![], Some(weight())).unwrap();
+        other.flush().unwrap();
+        std::fs::copy(other.folder().join(part_name(0)), path.join(part_name(0))).unwrap();
+        let workspace = Workspace::open(&path, &identity("a"), true).unwrap();
+        assert!(!workspace.has("a") && workspace.said()[0].contains("is no part of this run"), "{:?}", workspace.said());
     }
 }

@@ -1,7 +1,6 @@
 //! What the file's header says beside the tensors.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -9,7 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{digest, packed, weight};
+use super::{packed, weight};
+use crate::checkpoint::SourceFile;
+use crate::digest;
 use crate::error::{Error, Result};
 
 /// The value of `format`.
@@ -29,30 +30,6 @@ pub struct ContainerInfo {
     pub recipe: Value,
     /// The files that the uncompressed weights came from.
     pub sources: Vec<SourceFile>,
-}
-
-/// A file that went into a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SourceFile {
-    /// Its length in bytes.
-    pub bytes: u64,
-    /// Its name, relative to the model's folder.
-    pub file: String,
-    /// SHA-256 of its content, 64 lower-case hex digits.
-    pub sha256: String,
-}
-
-impl SourceFile {
-    /// Hashes `path`, which is to be called `file`.
-    ///
-    /// # Errors
-    /// [`Error::Read`].
-    pub fn read(path: &Path, file: impl Into<String>) -> Result<Self> {
-        let mut content = File::open(path).map_err(Error::read(path))?;
-        let (sha256, bytes) = digest::of_reader(&mut content).map_err(Error::read(path))?;
-        Ok(SourceFile { bytes, file: file.into(), sha256 })
-    }
 }
 
 /// A compressed weight's entry in `weights`. Keys that are not known are refused: they could change what the parts mean. The fields
@@ -84,7 +61,7 @@ pub(super) struct WeightRow {
 }
 
 /// A part of a compressed weight: a tensor of the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     Mask,
     Indices,

@@ -4,7 +4,6 @@
 //! scales, each uncompressed tensor as fp16 under its own name. `docs/container.md` defines every byte, so that other programs can
 //! read it. The parts are those of Core ML's `constexpr_lut_to_dense`, `constexpr_lut_to_sparse` and `constexpr_sparse_to_dense`.
 
-mod digest;
 mod half_bytes;
 mod metadata;
 mod packed;
@@ -13,9 +12,11 @@ mod verify;
 mod weight;
 mod writer;
 
-pub use metadata::{ContainerInfo, FORMAT, SourceFile, VERSION};
+pub use metadata::{ContainerInfo, FORMAT, VERSION};
 pub use packed::{BIT_WIDTHS, Mask, Packed};
 pub use reader::{Container, ContainerSource, StoredLayer};
 pub use verify::{Verification, verify};
 pub use weight::{CompressedWeight, Values};
 pub use writer::{ContainerWriter, Written};
+
+pub use crate::checkpoint::SourceFile;

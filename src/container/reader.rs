@@ -18,7 +18,7 @@ use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::unet::{UnetChain, UnetConfig};
 
-/// A container whose header has been read and checked. The data stays in the file until it is asked for.
+/// A container whose header, and usually data, has been checked. The data stays in the file until it is asked for.
 #[derive(Debug)]
 pub struct Container {
     file: SafetensorsFile,
@@ -53,12 +53,22 @@ pub struct StoredLayer {
 }
 
 impl Container {
-    /// Maps `path` and checks its header: version, metadata, and of every compressed weight which parts it has, their dtypes and sizes.
-    /// What the parts contain is checked when a weight is read.
+    /// Opens `path`, checks its header, and reads it once to check that its data is what was written, to the last bit.
+    ///
+    /// # Errors
+    /// As [`open_unverified`](Self::open_unverified); [`Error::BadFile`] naming the weights that are damaged.
+    pub fn open(path: &Path) -> Result<Self> {
+        let container = Self::open_unverified(path)?;
+        container.check_data()?;
+        Ok(container)
+    }
+
+    /// Opens `path` and checks its header: version, metadata, and of every compressed weight which parts it has, their dtypes and sizes.
+    /// Whether the data is what was written is not checked; [`open`](Self::open) does, at the cost of reading the whole file.
     ///
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] naming what is wrong, and with which weight.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open_unverified(path: &Path) -> Result<Self> {
         let file = SafetensorsFile::open(path)?;
         let metadata = Metadata::from_entries(path, file.metadata())?;
         let container = Container { file, metadata };
@@ -212,7 +222,13 @@ impl Container {
     /// [`Error::BadFile`] naming the weight if there is none, or its mask, indices, palettes, scales or values are not what they must
     /// be.
     pub fn weight(&self, name: &str) -> Result<CompressedWeight> {
-        self.read(name).map_err(|problem| Error::bad_file(self.path(), format!("`{name}`: {problem}")))
+        let wrong = |problem: String| Error::bad_file(self.path(), format!("`{name}`: {problem}"));
+        let row = self.metadata.weights.get(name).ok_or_else(|| wrong("is not a compressed weight of this file".into()))?;
+        let mut parts = BTreeMap::new();
+        for (part, ..) in row.parts().map_err(wrong)? {
+            parts.insert(part, self.file.read(&part.of(name))?);
+        }
+        assemble(row, parts).map_err(wrong)
     }
 
     /// Reads and decodes the compressed weight `name`: the dense weight in row-major order.
@@ -221,36 +237,6 @@ impl Container {
     /// As [`weight`](Self::weight).
     pub fn decode(&self, name: &str) -> Result<Vec<f16>> {
         self.weight(name)?.decode().map_err(|why| Error::bad_file(self.path(), format!("`{name}`: {why}")))
-    }
-
-    fn read(&self, name: &str) -> Result<CompressedWeight, String> {
-        let row = self.metadata.weights.get(name).ok_or("is not a compressed weight of this file")?;
-        let part = |part: Part| self.file.read(&part.of(name)).ok_or_else(|| format!("{part:?} is missing"));
-        let halves = |which: Part| part(which).map(|bytes| half_bytes::from_bytes(&bytes));
-        let numel = numel(&row.shape)?;
-        let mask = match row.masked {
-            true => Some(Mask::checked(part(Part::Mask)?, numel).map_err(|problem| format!("the mask {problem}"))?),
-            false => None,
-        };
-        if let Some(kept) = mask.as_ref().map(Mask::kept).filter(|kept| *kept != row.kept) {
-            return Err(format!("the mask keeps {kept} elements, but there are {} values", row.kept));
-        }
-        let values = match (row.bits, row.axis, row.group_size) {
-            (Some(bits), Some(axis), Some(group_size)) => Values::Palettized {
-                bits,
-                axis,
-                group_size,
-                palettes: halves(Part::Palettes)?,
-                indices: Packed::checked(part(Part::Indices)?, bits, row.kept)
-                    .map_err(|problem| format!("the indices' part {problem}"))?,
-                scales: row.scaled.then(|| halves(Part::Scales)).transpose()?,
-            },
-            _ => Values::Plain(halves(Part::Values)?),
-        };
-        let weight = CompressedWeight { shape: row.shape.clone(), mask, values };
-        weight.check_structure()?;
-        weight.check_finite()?;
-        Ok(weight)
     }
 
     pub(super) fn metadata(&self) -> &Metadata {
@@ -265,6 +251,37 @@ impl Container {
     pub fn source(&self, placement: Placement) -> ContainerSource<'_> {
         ContainerSource { container: self, placement }
     }
+}
+
+/// The weight of `row` from the bytes of its parts, with everything checked that can be.
+fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<CompressedWeight, String> {
+    let mut take = |part: Part| parts.remove(&part).ok_or_else(|| format!("{part:?} is missing"));
+    let mask = match row.masked {
+        true => Some(Mask::checked(take(Part::Mask)?, numel(&row.shape)?).map_err(|problem| format!("the mask {problem}"))?),
+        false => None,
+    };
+    if let Some(kept) = mask.as_ref().map(Mask::kept).filter(|kept| *kept != row.kept) {
+        return Err(format!("the mask keeps {kept} elements, but there are {} values", row.kept));
+    }
+    let values = match (row.bits, row.axis, row.group_size) {
+        (Some(bits), Some(axis), Some(group_size)) => Values::Palettized {
+            bits,
+            axis,
+            group_size,
+            palettes: half_bytes::from_bytes(&take(Part::Palettes)?),
+            indices: Packed::checked(take(Part::Indices)?, bits, row.kept)
+                .map_err(|problem| format!("the indices' part {problem}"))?,
+            scales: match row.scaled {
+                true => Some(half_bytes::from_bytes(&take(Part::Scales)?)),
+                false => None,
+            },
+        },
+        _ => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
+    };
+    let weight = CompressedWeight { shape: row.shape.clone(), mask, values };
+    weight.check_structure()?;
+    weight.check_finite()?;
+    Ok(weight)
 }
 
 /// A [`Container`] as a [`TensorSource`].

@@ -1,15 +1,14 @@
 //! Checks a container to the last bit.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::metadata::{SourceFile, VERSION};
+use super::half_bytes;
+use super::metadata::VERSION;
 use super::reader::{Container, StoredLayer};
-use super::{digest, half_bytes};
+use crate::checkpoint::SourceFile;
 use crate::error::{Error, Result};
 
 /// A container that holds what was written, in numbers.
@@ -50,7 +49,7 @@ pub struct Verification {
 /// # Errors
 /// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming what is wrong, and with which weight.
 pub fn verify(path: &Path) -> Result<Verification> {
-    let container = Container::open(path)?;
+    let container = Container::open_unverified(path)?;
     container.unet()?;
     container.verify()
 }
@@ -68,26 +67,28 @@ impl Container {
             .map(|(name, row)| match self.weight(name).and_then(|weight| weight.decode()) {
                 Err(Error::BadFile { problem, .. }) => Some(problem),
                 Err(why) => Some(format!("`{name}`: {why}")),
-                Ok(dense) if digest::of_values(&dense) != row.sha256 => {
+                Ok(dense) if half_bytes::sha256(&dense) != row.sha256 => {
                     Some(format!("`{name}` is not the weight that was written (its hash differs)"))
                 }
                 Ok(_) => None,
             })
             .collect();
         let tensors: Vec<_> = self.tensors().collect();
-        let not_finite = |name: &str| {
-            let bytes = self.file().read(name).unwrap_or_default();
-            half_bytes::from_bytes(&bytes).iter().any(|value| !value.is_finite())
-        };
-        let strange =
-            tensors.iter().filter(|(name, ..)| not_finite(name)).map(|(name, ..)| format!("`{name}` has NaN or infinite values"));
-        self.no_problems(damaged.into_iter().flatten().chain(strange).collect())?;
-
-        let (data_sha256, payload_bytes, bytes) = hash_data(self.path()).map_err(Error::read(self.path()))?;
-        if data_sha256 != self.metadata().data_sha256 {
-            let problem = "the data is damaged: it does not have the hash that `data_sha256` says";
-            return Err(Error::bad_file(self.path(), problem));
+        let mut problems: Vec<String> = damaged.into_iter().flatten().collect();
+        for (name, ..) in &tensors {
+            if half_bytes::from_bytes(&self.file().read(name)?).iter().any(|value| !value.is_finite()) {
+                problems.push(format!("`{name}` has NaN or infinite values"));
+            }
         }
+        // Of a file that was changed meanwhile nothing else can be said.
+        self.file().check_unchanged()?;
+        self.no_problems(problems)?;
+
+        let (data_sha256, payload_bytes) = self.file().data_sha256()?;
+        if data_sha256 != self.metadata().data_sha256 {
+            return Err(self.damaged_data());
+        }
+        let bytes = self.file().bytes();
         let layers: Vec<StoredLayer> = self.layers().collect();
         let elements = |shape: &[i64]| shape.iter().map(|n| *n as u64).product::<u64>();
         let weight_elements = layers.iter().map(|layer| elements(&layer.shape)).sum::<u64>();
@@ -111,15 +112,17 @@ impl Container {
             sources: self.info().sources.clone(),
         })
     }
-}
 
-/// The hash of what follows the header, its length, and the file's. It is read, not mapped: a map's pages would count as memory.
-fn hash_data(path: &Path) -> std::io::Result<(String, u64, u64)> {
-    let mut file = File::open(path)?;
-    let mut header = [0; 8];
-    file.read_exact(&mut header)?;
-    let start = u64::from_le_bytes(header).saturating_add(8);
-    file.seek(SeekFrom::Start(start))?;
-    let (hash, length) = digest::of_reader(&mut file)?;
-    Ok((hash, length, start.saturating_add(length)))
+    /// Whether the data is the written data to the last bit: one pass over the file. If it is not, [`verify`](Self::verify) says where.
+    pub(super) fn check_data(&self) -> Result<()> {
+        if self.file().data_sha256()?.0 == self.metadata().data_sha256 {
+            return Ok(());
+        }
+        self.verify()?;
+        Err(self.damaged_data())
+    }
+
+    fn damaged_data(&self) -> Error {
+        Error::bad_file(self.path(), "the data is damaged: it does not have the hash that `data_sha256` says")
+    }
 }

@@ -10,9 +10,10 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
 use super::weight::{CompressedWeight, Values};
-use super::{digest, half_bytes};
+use crate::digest;
 use crate::error::{Error, Result};
 use crate::output::{parent, write_file};
 
@@ -111,7 +112,7 @@ impl ContainerWriter {
             masked: weight.mask.is_some(),
             report,
             scaled: false,
-            sha256: digest::of_values(&dense),
+            sha256: half_bytes::sha256(&dense),
             shape: weight.shape.clone(),
         };
         if let Values::Palettized { bits, axis, group_size, scales, .. } = &weight.values {

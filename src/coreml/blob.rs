@@ -95,7 +95,7 @@ impl BlobWriter {
             file.write_all(&VERSION.to_le_bytes())
         };
         header().map_err(Error::write(&self.path))?;
-        Ok(BlobFile { bytes: self.length, sha256: super::hex(self.hash) })
+        Ok(BlobFile { bytes: self.length, sha256: crate::digest::hex(self.hash) })
     }
 }
 
@@ -131,7 +131,7 @@ mod tests {
         let ours = std::fs::read(&path).unwrap();
         assert_eq!(ours, golden);
         assert_eq!((file.bytes, at % UNIT), (golden.len() as u64, 0));
-        assert_eq!(file.sha256, crate::coreml::hex(Sha256::new_with_prefix(&golden[64..])));
+        assert_eq!(file.sha256, crate::digest::of_bytes(&golden[64..]));
     }
 
     #[test]

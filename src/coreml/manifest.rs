@@ -37,13 +37,20 @@ pub(super) fn manifest(model: &[u8]) -> String {
     format!("{manifest:#}\n")
 }
 
+/// Whether an item's identifier can be one of [`manifest`]'s. Apple's writer makes random ones, of version 4.
+pub(super) fn is_ours(identifier: &str) -> bool {
+    let parts: Vec<&str> = identifier.split('-').collect();
+    let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();
+    lengths == [8, 4, 4, 4, 12] && parts[2].starts_with('8') && parts[3].starts_with('a')
+}
+
 /// A UUID of version 8 (RFC 9562: of the maker's own content).
 fn identifier(name: &str, model: &[u8]) -> String {
     let mut hash = Sha256::new();
     hash.update(name.as_bytes());
     hash.update([0]);
     hash.update(model);
-    let mut digits: Vec<char> = super::hex(hash).chars().take(32).collect();
+    let mut digits: Vec<char> = crate::digest::hex(hash).chars().take(32).collect();
     for (at, digit) in [(12, '8'), (16, 'a')] {
         if let Some(place) = digits.get_mut(at) {
             *place = digit;

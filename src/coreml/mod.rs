@@ -20,21 +20,9 @@ mod program;
 pub mod proto;
 mod weights;
 
-use std::fmt::Write;
-
-use sha2::{Digest, Sha256};
-
 pub use check::{PackageVerification, verify};
 pub use element::{ArrayType, Element};
 pub(crate) use lut::Lut;
 pub use options::{Io, Layout, Options};
 pub use package::{WrittenPackage, write};
 pub use weights::UnetWeights;
-
-/// A finished hash as 64 lower-case hex digits.
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}

@@ -6,7 +6,6 @@ use std::path::Path;
 use prost::Message;
 use serde::Serialize;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::blob::{BlobFile, BlobWriter};
 use super::description::feature;
@@ -17,7 +16,7 @@ use super::program::{ProgramBuilder, declared};
 use super::proto::mil_spec::{Block, Function, Operation, Program};
 use super::proto::specification::{Metadata, Model, ModelDescription, model};
 use super::weights::UnetWeights;
-use crate::checkpoint::ConfigFile;
+use crate::digest;
 use crate::error::{Error, Result};
 use crate::model::unet::UnetChain;
 use crate::output::NewFolder;
@@ -34,6 +33,8 @@ pub(super) const WEIGHTS_HASH: &str = "sdxl-squeeze.weights_sha256";
 /// The metadata key of the program's hash: SHA-256 of `model.mlmodel` without this entry.
 pub(super) const MODEL_HASH: &str = "sdxl-squeeze.model_sha256";
 
+/// What everything that this library says in a package begins with.
+pub(super) const MAKER: &str = "sdxl-squeeze";
 /// The metadata key of the UNet's `config.json`.
 pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 
@@ -112,7 +113,7 @@ pub fn write(
         description: Some(description),
         r#type: Some(model::Type::MlProgram(program)),
     };
-    let hash = super::hex(Sha256::new_with_prefix(model.encode_to_vec()));
+    let hash = digest::of_bytes(&model.encode_to_vec());
     if let Some(metadata) = model.description.as_mut().and_then(|description| description.metadata.as_mut()) {
         metadata.user_defined.insert(MODEL_HASH.to_owned(), hash);
     }
@@ -144,7 +145,7 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result
     let mut sizes = json!({ "weight_bin_bytes": blobs.bytes });
     let config = match weights {
         UnetWeights::Container(container) => container.info().unet_config.clone(),
-        UnetWeights::Dense(weights) => ConfigFile::read(&weights.folder().join("config.json"))?.into_entries(),
+        UnetWeights::Dense { config, .. } => config.clone(),
     };
     user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(config)));
     if let UnetWeights::Container(container) = weights {
@@ -168,7 +169,7 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result
     user_defined.insert("sdxl-squeeze.sizes".to_owned(), text(&sizes));
     Ok(Metadata {
         short_description: about,
-        version_string: format!("sdxl-squeeze {}", env!("CARGO_PKG_VERSION")),
+        version_string: format!("{MAKER} {}", env!("CARGO_PKG_VERSION")),
         author: options.author.clone(),
         license: options.license.clone(),
         user_defined,

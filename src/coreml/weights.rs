@@ -1,6 +1,7 @@
 //! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's constant expressions.
 
 use half::f16;
+use serde_json::{Map, Value};
 use tch::{Device, Kind};
 
 use super::element::{ArrayType, Element};
@@ -17,7 +18,12 @@ pub enum UnetWeights<'a> {
     /// A container: its compressed weights stay compressed, bit for bit.
     Container(&'a Container),
     /// A model's dense weights, in fp16.
-    Dense(&'a Weights),
+    Dense {
+        /// The weights.
+        weights: &'a Weights,
+        /// The UNet's `config.json`, which the package will have in it.
+        config: &'a Map<String, Value>,
+    },
 }
 
 /// A tensor as it is stored.
@@ -36,7 +42,7 @@ impl UnetWeights<'_> {
                 return Ok(Stored::Compressed(container.weight(name)?));
             }
             UnetWeights::Container(container) => container.source(AS_STORED).tensor(name, shape)?,
-            UnetWeights::Dense(weights) => weights.source(AS_STORED).tensor(name, shape)?,
+            UnetWeights::Dense { weights, .. } => weights.source(AS_STORED).tensor(name, shape)?,
         };
         let values = Vec::<f16>::try_from(&dense.f_flatten(0, -1)?)?;
         if !values.iter().all(|value| value.is_finite()) {

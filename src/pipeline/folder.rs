@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{ConfigFile, Weights};
+use crate::checkpoint::{ConfigFile, SourceFile, Weights};
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 use crate::model::scheduler::SchedulerConfig;
 use crate::model::text::{ClipText, ClipTokenizer, TextConfig};
 use crate::model::unet::{UnetChain, UnetConfig};
@@ -27,6 +28,9 @@ pub struct PipelineFolder {
     pub vae: VaeConfig,
     /// The pipeline's own sampler.
     pub scheduler: SchedulerConfig,
+    /// `unet/config.json` as it was read.
+    unet_config: Map<String, Value>,
+    unet_config_file: SourceFile,
 }
 
 /// A tokenizer and the encoder that its ids are for.
@@ -44,8 +48,12 @@ impl PipelineFolder {
     /// Reads the configs of the pipeline in `root`, and checks that its parts fit together.
     ///
     /// # Errors
-    /// If a config cannot be read or asks for something that is not implemented.
+    /// If `root` is not a folder, or a config cannot be read or asks for something that is not implemented.
     pub fn open(root: &Path) -> Result<Self> {
+        if root.is_file() {
+            let problem = "is a file; --model takes a folder in diffusers layout (single-file checkpoints are not read yet)";
+            return Err(Error::bad_file(root, problem));
+        }
         let mut index = ConfigFile::read(&root.join("model_index.json"))?;
         index.only("_class_name", &[json!("StableDiffusionXLPipeline"), json!("StableDiffusionXLImg2ImgPipeline")])?;
         component(&mut index, "unet", &["UNet2DConditionModel"])?;
@@ -71,11 +79,17 @@ impl PipelineFolder {
                 _ => return Err(index.error(encoder, format!("and `{tokenizer}` must both be there or both be absent"))),
             }
         }
+        // Read once: what a run says it was made from is what it was made from.
+        let unet_path = root.join(UNET_CONFIG);
+        let unet_content = input::read(&unet_path, Limit::MODEL_CONFIG)?;
+        let unet_config = ConfigFile::from_bytes(&unet_path, &unet_content)?.into_entries();
         let folder = PipelineFolder {
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
             requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
             text_encoders,
-            unet: UnetChain::new(UnetConfig::read(&root.join("unet/config.json"))?),
+            unet: UnetChain::new(UnetConfig::parse(ConfigFile::from_entries(&unet_path, unet_config.clone()))?),
+            unet_config,
+            unet_config_file: SourceFile::of_bytes(&unet_content, UNET_CONFIG),
             vae: VaeConfig::read(&root.join("vae/config.json"))?,
             scheduler,
             root: root.to_owned(),
@@ -105,7 +119,7 @@ impl PipelineFolder {
         ];
         for (what, have, key, want) in fits {
             if have != want {
-                let path = self.root.join("unet/config.json");
+                let path = self.root.join(UNET_CONFIG);
                 return Err(Error::ConfigKey { path, key: key.into(), problem: format!("= {want}, but {what} make {have}") });
             }
         }
@@ -140,6 +154,16 @@ impl PipelineFolder {
         &self.root
     }
 
+    /// The UNet's `config.json`, every entry as it was when the pipeline was opened.
+    pub fn unet_config(&self) -> &Map<String, Value> {
+        &self.unet_config
+    }
+
+    /// The length and hash of the UNet's `config.json`, as it was when the pipeline was opened.
+    pub fn unet_config_file(&self) -> &SourceFile {
+        &self.unet_config_file
+    }
+
     /// The UNet's weights, checked against its config.
     ///
     /// # Errors
@@ -156,6 +180,7 @@ impl PipelineFolder {
     /// As [`unet_weights`](Self::unet_weights).
     pub fn vae_weights(&self) -> Result<Weights> {
         let weights = Weights::open(&self.root.join("vae"), "diffusion_pytorch_model", VaeDecoder::rename)?;
+        let weights = weights.with_linear(VaeDecoder::is_linear);
         weights.check(&VaeDecoder::tensors(&self.vae)?, VaeDecoder::is_unused)?;
         Ok(weights)
     }
@@ -172,6 +197,25 @@ impl PipelineFolder {
             ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
         })?;
         Ok(weights)
+    }
+
+    /// The files that decide what a prompt becomes: text encoders, tokenizers, configs and the scheduler's, each with its hash, by name.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn prompt_files(&self) -> Result<Vec<SourceFile>> {
+        let mut paths = vec![self.root.join("model_index.json"), self.root.join("scheduler/scheduler_config.json")];
+        for part in &self.text_encoders {
+            paths.push(self.root.join(part.encoder).join("config.json"));
+            paths.extend(self.text_weights(part)?.files().map(Path::to_owned));
+            let folder = self.root.join(part.tokenizer);
+            for entry in std::fs::read_dir(&folder).map_err(Error::read(&folder))? {
+                paths.extend(Some(entry.map_err(Error::read(&folder))?.path()).filter(|path| path.is_file()));
+            }
+        }
+        paths.sort();
+        let name = |path: &Path| path.strip_prefix(&self.root).unwrap_or(path).to_string_lossy().into_owned();
+        paths.iter().map(|path| SourceFile::read(path, name(path))).collect()
     }
 
     /// A part's tokenizer.
@@ -194,6 +238,9 @@ impl PipelineFolder {
         Ok(tokenizer)
     }
 }
+
+/// Where the UNet's config lies in a pipeline.
+const UNET_CONFIG: &str = "unet/config.json";
 
 /// Takes a component's entry, `[library, class]`; `[null, null]`, `null` and absence mean that it is not there.
 fn component(index: &mut ConfigFile, key: &str, known: &[&str]) -> Result<bool> {

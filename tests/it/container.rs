@@ -417,12 +417,12 @@ fn lies_are_named() {
         let mut raw = good.clone();
         lie(&mut raw);
         raw.seal().write(&path);
-        let error = Container::open(&path).and_then(|container| container.verify()).expect_err(expected);
+        let error = Container::open_unverified(&path).and_then(|container| container.verify()).expect_err(expected);
         let message = error.to_string();
         assert!(message.contains(expected) && message.contains("lies.safetensors"), "{expected}: {message}");
         assert!(error.is_bad_input(), "{message}");
         // Reading it without verifying may succeed, but does not panic.
-        if let Ok(container) = Container::open(&path) {
+        if let Ok(container) = Container::open_unverified(&path) {
             container.layers().for_each(|layer| drop(container.decode(&layer.name)));
         }
     }
@@ -445,9 +445,16 @@ fn lies_are_named() {
     let mut raw = good.clone();
     raw.bytes("empty.weight.palettes")[0] ^= 1;
     raw.write(&path);
-    let container = Container::open(&path).unwrap();
+    let container = Container::open_unverified(&path).unwrap();
     assert!(container.decode("empty.weight").is_ok());
     assert!(container.verify().unwrap_err().to_string().contains("the data is damaged"));
+    assert!(Container::open(&path).unwrap_err().to_string().contains("the data is damaged"));
+    // A damaged weight is named by whoever opens the file, as by `verify`.
+    let mut raw = good.clone();
+    raw.bytes("linear_4.weight.indices")[0] ^= 1;
+    raw.write(&path);
+    let said = Container::open(&path).unwrap_err().to_string();
+    assert!(said.contains("`linear_4.weight` is not the weight that was written"), "{said}");
 }
 
 #[test]
@@ -457,7 +464,10 @@ fn damage_anywhere_is_found() {
     let good = std::fs::read(golden()).unwrap();
     let refused = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
-        Container::open(&path).and_then(|container| container.verify()).is_err()
+        let verified = Container::open_unverified(&path).and_then(|container| container.verify());
+        // Opening finds what verifying finds.
+        assert_eq!(Container::open(&path).is_err(), verified.is_err());
+        verified.is_err()
     };
     assert!(!refused(&good));
     for at in 0..good.len() {

@@ -11,6 +11,7 @@ mod container;
 mod coreml;
 mod ends;
 mod gpu;
+mod integrity;
 mod joint;
 mod palettes;
 mod pipelines;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::coreml::blob::{SENTINEL, UNIT, VERSION};
 use crate::coreml::element::{ArrayType, Element};
 use crate::error::{Error, Result};
+use crate::input;
 
 /// A blob file whose every record is whole.
 pub struct Blobs {
@@ -35,11 +36,11 @@ pub struct Record {
 
 impl Blobs {
     pub fn read(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::read(path))?;
+        let file = input::open(path)?;
         let bytes = file.metadata().map_err(Error::read(path))?.len();
         let mut walk = Walk { file: BufReader::with_capacity(1 << 20, file), path, bytes, at: 0, hash: Sha256::new() };
         let records = walk.records()?;
-        Ok(Blobs { records, bytes, sha256: crate::coreml::hex(walk.hash) })
+        Ok(Blobs { records, bytes, sha256: crate::digest::hex(walk.hash) })
     }
 
     /// The record at `offset`, which must be of the type `array`.

@@ -7,13 +7,16 @@ use serde::Deserialize;
 
 use crate::coreml::manifest as layout;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// Where the parts of a package lie.
 pub struct Parts {
     pub model: PathBuf,
     pub weights: PathBuf,
-    /// The manifest's own bytes.
-    pub bytes: u64,
+    /// The manifest itself.
+    pub text: String,
+    /// Whether an item is called as this library calls items.
+    pub has_our_identifiers: bool,
 }
 
 #[derive(Deserialize)]
@@ -34,16 +37,9 @@ struct Item {
     path: String,
 }
 
-/// Manifests have a few hundred bytes.
-const MAX_BYTES: u64 = 1 << 20;
-
 pub fn read(package: &Path) -> Result<Parts> {
     let path = package.join("Manifest.json");
-    let bytes = std::fs::metadata(&path).map_err(Error::read(&path))?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::bad_file(&path, format!("{bytes} bytes is too large for a manifest")));
-    }
-    let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
+    let text = input::read_text(&path, Limit::MANIFEST)?;
     let manifest: Manifest = serde_json::from_str(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
     let wrong = |problem: String| Error::bad_file(&path, problem);
 
@@ -68,5 +64,7 @@ pub fn read(package: &Path) -> Result<Parts> {
         return Err(wrong(format!("model and weights lie at {} and {}", root.path, weights.path)));
     }
     let data = package.join("Data");
-    Ok(Parts { model: data.join(layout::MODEL), weights: data.join(layout::WEIGHTS).join(layout::BLOBS), bytes })
+    let has_our_identifiers = item_info_entries.keys().any(|identifier| layout::is_ours(identifier));
+    let (model, weights) = (data.join(layout::MODEL), data.join(layout::WEIGHTS).join(layout::BLOBS));
+    Ok(Parts { model, weights, text, has_our_identifiers })
 }

@@ -2,8 +2,13 @@
 //!
 //! The structure: manifest, blob records, names, the order of operations, their parameters, the types of everything, the counts of masks. And
 //! the content, by the hashes that the writer left: one flipped bit anywhere is found.
+//!
+//! Packages of other writers have no hashes, and only their structure is checked. So that no damage makes a package of ours look like one of
+//! theirs, several signs in two files say whose it is, and one is enough: then all hashes must be there, the manifest must be the one that
+//! belongs to the program, byte for byte, and the folder must hold nothing else.
 
 mod blobs;
+mod files;
 mod manifest;
 mod model;
 mod network;
@@ -57,18 +62,28 @@ pub fn verify(path: &Path) -> Result<PackageVerification> {
     let wrong = |problem: String| Error::bad_file(path, problem);
     let manifest = manifest::read(path)?;
     let model = model::read(&manifest.model)?;
+    let ours = model.names_maker() || manifest.has_our_identifiers;
+    // Of a damaged program the checks below can say more than that it is damaged.
+    let whole = if ours { model.check_own_hash() } else { Ok(()) };
+    if ours && whole.is_ok() {
+        model.check_manifest(&manifest.text).map_err(wrong)?;
+        files::check(path)?;
+    }
     let blobs = blobs::Blobs::read(&manifest.weights)?;
     let program = program::check(model.program(), &blobs).map_err(wrong)?;
     model.check_description(&program).map_err(wrong)?;
     let named = network::check(&model, &program).map_err(wrong)?;
-    let hashed = model.check_hashes(&blobs).map_err(wrong)?;
+    if ours {
+        model.check_weights_hash(&blobs).map_err(wrong)?;
+        whole.map_err(wrong)?;
+    }
     if let Some(unused) = blobs.records.keys().find(|offset| !program.blobs.contains(offset)) {
         return Err(wrong(format!("weight.bin: nothing uses the record at {unused}")));
     }
     let describe = |(name, array): &(String, super::ArrayType)| format!("{name}: {array}");
     Ok(PackageVerification {
         path: path.to_owned(),
-        bytes: manifest.bytes + model.bytes + blobs.bytes,
+        bytes: manifest.text.len() as u64 + model.bytes + blobs.bytes,
         weight_bytes: blobs.bytes,
         program_bytes: model.bytes,
         specification: model.version(),
@@ -79,7 +94,7 @@ pub fn verify(path: &Path) -> Result<PackageVerification> {
         compressed_elements: program.compressed_elements,
         pruned: program.pruned,
         blobs: blobs.records.len(),
-        hashed,
+        hashed: ours,
         named,
     })
 }

@@ -3,15 +3,17 @@
 use std::path::Path;
 
 use prost::Message;
-use sha2::{Digest, Sha256};
 
 use super::blobs::Blobs;
 use super::program::Checked;
 use crate::coreml::description::feature_type;
-use crate::coreml::package::{MODEL_HASH, SPECIFICATION, WEIGHTS_HASH};
+use crate::coreml::manifest::manifest;
+use crate::coreml::package::{MAKER, MODEL_HASH, SPECIFICATION, UNET_CONFIG, WEIGHTS_HASH};
 use crate::coreml::proto::mil_spec::Program;
 use crate::coreml::proto::specification::{FeatureDescription, Metadata, Model, model};
+use crate::digest;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// A model's file.
 pub struct ModelFile {
@@ -21,16 +23,13 @@ pub struct ModelFile {
     pub bytes: u64,
 }
 
-/// The largest SDXL program has 10 MB.
-const MAX_BYTES: u64 = 256 << 20;
-
 /// Reads the file `path`.
 pub fn read(path: &Path) -> Result<ModelFile> {
-    let bytes = std::fs::metadata(path).map_err(Error::read(path))?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::bad_file(path, format!("{bytes} bytes is too large for a UNet's program")));
-    }
-    let content = std::fs::read(path).map_err(Error::read(path))?;
+    parse(path, input::read(path, Limit::PROGRAM)?)
+}
+
+/// Takes apart what was read from `path`.
+fn parse(path: &Path, content: Vec<u8>) -> Result<ModelFile> {
     let mut model = Model::decode(&content[..]).map_err(|why| Error::bad_file(path, format!("not a Core ML model: {why}")))?;
     if model.specification_version != SPECIFICATION {
         let problem = format!("a specification of version {}; {SPECIFICATION} is expected", model.specification_version);
@@ -39,6 +38,7 @@ pub fn read(path: &Path) -> Result<ModelFile> {
     let Some(model::Type::MlProgram(program)) = model.r#type.take() else {
         return Err(Error::bad_file(path, "not an ML Program"));
     };
+    let bytes = content.len() as u64;
     Ok(ModelFile { model, program, content, bytes })
 }
 
@@ -77,20 +77,97 @@ impl ModelFile {
         Ok(())
     }
 
-    /// Whether program and weights have the hashes that were written with them; `false` if there are none.
-    pub fn check_hashes(&self, blobs: &Blobs) -> Result<bool, String> {
-        let (Some(of_weights), Some(of_model)) = (self.entry(WEIGHTS_HASH), self.entry(MODEL_HASH)) else { return Ok(false) };
-        if of_weights != blobs.sha256 {
-            return Err(format!("the weights are damaged: they do not have the hash that `{WEIGHTS_HASH}` says"));
-        }
+    /// Whether this library's name stands anywhere in the file. It does some ten times in a model of ours, in keys and values of the
+    /// metadata: so that is seen even if a damaged byte has made the parser pass over the metadata, or a key another key.
+    pub fn names_maker(&self) -> bool {
+        self.content.windows(MAKER.len()).any(|window| window == MAKER.as_bytes())
+    }
+
+    /// Whether a package of ours has all entries that it must have, and its program the hash that was written with it.
+    pub fn check_own_hash(&self) -> Result<(), String> {
+        let (of_model, ..) = (self.required(MODEL_HASH)?, self.required(WEIGHTS_HASH)?, self.required(UNET_CONFIG)?);
         let mut model = Model { r#type: Some(model::Type::MlProgram(self.program.clone())), ..self.model.clone() };
         let whole = model.encode_to_vec() == self.content;
         if let Some(metadata) = model.description.as_mut().and_then(|description| description.metadata.as_mut()) {
             metadata.user_defined.remove(MODEL_HASH);
         }
-        if !whole || crate::coreml::hex(Sha256::new_with_prefix(model.encode_to_vec())) != of_model {
+        if !whole || digest::of_bytes(&model.encode_to_vec()) != of_model {
             return Err(format!("the program is damaged: it does not have the hash that `{MODEL_HASH}` says"));
         }
-        Ok(true)
+        Ok(())
+    }
+
+    /// Whether the weights of a package of ours have the hash that was written with them.
+    pub fn check_weights_hash(&self, blobs: &Blobs) -> Result<(), String> {
+        if self.required(WEIGHTS_HASH)? != blobs.sha256 {
+            return Err(format!("the weights are damaged: they do not have the hash that `{WEIGHTS_HASH}` says"));
+        }
+        Ok(())
+    }
+
+    fn required(&self, key: &str) -> Result<&str, String> {
+        self.entry(key).ok_or_else(|| format!("the metadata is damaged: it lacks `{key}`"))
+    }
+
+    /// Whether `text` is the manifest that is written with this model.
+    pub fn check_manifest(&self, text: &str) -> Result<(), String> {
+        if text == manifest(&self.content) {
+            Ok(())
+        } else {
+            Err("Manifest.json is not what was written with this program".into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::coreml::proto::mil_spec::{Function, NamedValueType};
+    use crate::coreml::proto::specification::ModelDescription;
+
+    /// A model with metadata as a package has it, and next to no program.
+    fn small() -> Vec<u8> {
+        let function = Function {
+            inputs: vec![NamedValueType { name: "sample".into(), r#type: None }],
+            opset: "CoreML8".into(),
+            ..Function::default()
+        };
+        let program = Program { version: 1, functions: BTreeMap::from([("main".to_owned(), function)]), ..Program::default() };
+        let keys = [WEIGHTS_HASH, UNET_CONFIG, "sdxl-squeeze.layout", "sdxl-squeeze.io", "sdxl-squeeze.sizes"];
+        let metadata = Metadata {
+            short_description: "The UNet".into(),
+            version_string: format!("{MAKER} 1"),
+            user_defined: keys.iter().map(|key| ((*key).to_owned(), "0123456789abcdef".to_owned())).collect(),
+            ..Metadata::default()
+        };
+        let mut model = Model {
+            specification_version: SPECIFICATION,
+            description: Some(ModelDescription { metadata: Some(metadata.clone()), ..ModelDescription::default() }),
+            r#type: Some(model::Type::MlProgram(program)),
+        };
+        let hash = digest::of_bytes(&model.encode_to_vec());
+        let with_hash = metadata.user_defined.into_iter().chain([(MODEL_HASH.to_owned(), hash)]).collect();
+        model.description.as_mut().unwrap().metadata.as_mut().unwrap().user_defined = with_hash;
+        model.encode_to_vec()
+    }
+
+    /// Not one bit makes a package of ours look like another writer's, and not one is taken for good.
+    #[test]
+    fn every_flipped_bit_is_found() {
+        let whole = small();
+        let good = parse(Path::new("m"), whole.clone()).unwrap();
+        assert!(good.names_maker());
+        good.check_own_hash().unwrap();
+        let text = manifest(&whole);
+        good.check_manifest(&text).unwrap();
+        for bit in 0..8 * whole.len() {
+            let mut damaged = whole.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let Ok(model) = parse(Path::new("m"), damaged) else { continue };
+            assert!(model.names_maker(), "bit {bit}");
+            assert!(model.check_own_hash().is_err() && model.check_manifest(&text).is_err(), "bit {bit}");
+        }
     }
 }

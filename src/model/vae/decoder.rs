@@ -108,6 +108,12 @@ impl VaeDecoder {
         format!("{path}.{part}.{leaf}")
     }
 
+    /// Whether a tensor is a matrix of the mid block's attention. Older converters store those as 1x1 convolutions.
+    pub fn is_linear(name: &str) -> bool {
+        name.contains(".attentions.")
+            && ["to_q", "to_k", "to_v", "to_out.0"].iter().any(|part| name.ends_with(&format!(".{part}.weight")))
+    }
+
     /// The encoder's tensors, which are not needed.
     pub fn is_unused(name: &str) -> bool {
         name.starts_with("encoder.") || name.starts_with("quant_conv.")

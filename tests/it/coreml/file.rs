@@ -34,9 +34,21 @@ impl Package {
 
     pub fn write(&self, path: &Path) {
         std::fs::create_dir_all(blob_path(path).parent().unwrap()).unwrap();
-        std::fs::write(path.join("Manifest.json"), self.manifest.to_string()).unwrap();
+        std::fs::write(path.join("Manifest.json"), format!("{:#}\n", self.manifest)).unwrap();
         std::fs::write(model_path(path), self.model.encode_to_vec()).unwrap();
         std::fs::write(blob_path(path), &self.blobs).unwrap();
+    }
+
+    /// Takes everything away that says who wrote it: metadata, and identifiers that are made from the program.
+    pub fn forget_maker(&mut self) {
+        let metadata = self.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
+        metadata.user_defined.clear();
+        metadata.version_string.clear();
+        let text = self.manifest.to_string();
+        let items = self.manifest["itemInfoEntries"].as_object().unwrap();
+        let other = |number: usize| format!("226b7db2-a266-485a-9040-472cc97b83{number:02}");
+        let renamed = items.keys().enumerate().fold(text, |text, (number, name)| text.replace(name, &other(number)));
+        self.manifest = serde_json::from_str(&renamed).unwrap();
     }
 
     pub fn program(&mut self) -> &mut Program {

@@ -5,6 +5,7 @@
 mod buffers;
 mod faults;
 mod file;
+mod flips;
 mod interpreter;
-mod made_up;
+pub mod made_up;
 mod write;

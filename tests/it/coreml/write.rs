@@ -53,6 +53,11 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
     assert!(error < 1e-4, "{options:?}: {error}");
 }
 
+/// A pipeline's own weights.
+fn dense<'a>(pipeline: &'a PipelineFolder, weights: &'a Weights) -> UnetWeights<'a> {
+    UnetWeights::Dense { weights, config: pipeline.unet_config() }
+}
+
 #[test]
 fn the_program_computes_what_the_unet_computes() {
     let folder = tempfile::tempdir().unwrap();
@@ -94,7 +99,7 @@ fn the_bundled_models_dense_weights() {
     let out = folder.path().join("dense.mlpackage");
     let options = Options::new(pipeline.unet.config());
     assert_eq!((options.latents, options.time_ids), ([16, 16], 6));
-    let written = write(&pipeline.unet, UnetWeights::Dense(&weights), &options, &out, &Silent).unwrap();
+    let written = write(&pipeline.unet, dense(&pipeline, &weights), &options, &out, &Silent).unwrap();
     assert_eq!((written.compressed, verify(&out).unwrap().compressed), (0, 0));
     let unet = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
     compare(&out, &pipeline.unet, &unet, &options);
@@ -118,13 +123,14 @@ fn unusual_architectures() {
         config[key] = value;
     }
     std::fs::write(&path, config.to_string()).unwrap();
+    let entries = config.as_object().unwrap().clone();
     let chain = UnetChain::new(UnetConfig::read(&path).unwrap());
     let weights = Weights::open(&model.join("unet"), "diffusion_pytorch_model", str::to_owned).unwrap();
     let unet = Unet::resident(chain.clone(), weights.source(Placement::CPU), &Silent).unwrap();
     for (name, layout) in [("a.mlpackage", Layout::Linear), ("b.mlpackage", Layout::SplitEinsum)] {
         let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
         let out = folder.path().join(name);
-        write(&chain, UnetWeights::Dense(&weights), &options, &out, &Silent).unwrap();
+        write(&chain, UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
         assert!(verify(&out).unwrap().named);
         compare(&out, &chain, &unet, &options);
     }
@@ -199,7 +205,7 @@ fn the_same_input_gives_the_same_bytes() {
     let options = Options::new(pipeline.unet.config());
     let write = |name: &str, options: &Options| {
         let out = folder.path().join(name);
-        write(&pipeline.unet, UnetWeights::Dense(&weights), options, &out, &Silent).unwrap();
+        write(&pipeline.unet, dense(&pipeline, &weights), options, &out, &Silent).unwrap();
         let content = |path| std::fs::read(path).unwrap();
         [content(out.join("Manifest.json")), content(model_path(&out)), content(blob_path(&out))]
     };
@@ -286,7 +292,7 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     let options = Options::new(pipeline.unet.config());
     let out = folder.path().join("x.mlpackage");
     let try_write = |options: &Options, out: &Path| {
-        write(&pipeline.unet, UnetWeights::Dense(&weights), options, out, &Silent).unwrap_err().to_string()
+        write(&pipeline.unet, dense(&pipeline, &weights), options, out, &Silent).unwrap_err().to_string()
     };
     for (expected, options) in [
         ("latents of 18: a multiple of 4", Options { latents: [16, 18], ..options.clone() }),
@@ -315,7 +321,7 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     let pipeline = PipelineFolder::open(&model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let out = folder.path().join("y.mlpackage");
-    let failed = write(&pipeline.unet, UnetWeights::Dense(&weights), &Options::new(pipeline.unet.config()), &out, &Silent);
+    let failed = write(&pipeline.unet, dense(&pipeline, &weights), &Options::new(pipeline.unet.config()), &out, &Silent);
     assert!(failed.unwrap_err().to_string().contains(&tensors[3].0));
     assert!(!out.exists());
 }

@@ -1,30 +1,26 @@
-//! SHA-256 as the container's hashes are written.
+//! SHA-256, written as 64 lower-case hex digits.
 
 use std::fmt::Write;
 use std::io::Read;
 
-use half::f16;
 use sha2::{Digest, Sha256};
 
-use super::half_bytes;
-
-/// A finished hash as 64 lower-case hex digits.
-fn hex(hash: Sha256) -> String {
+/// A finished hash as hex digits.
+pub(crate) fn hex(hash: Sha256) -> String {
     hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
+        // Writing to a String cannot fail.
         let _ = write!(text, "{byte:02x}");
         text
     })
 }
 
-/// The hash of fp16 values as little-endian bytes.
-pub(super) fn of_values(values: &[f16]) -> String {
-    let mut hash = Sha256::new();
-    half_bytes::for_each_block(values, |bytes| hash.update(bytes));
-    hex(hash)
+/// The hash of `bytes`.
+pub(crate) fn of_bytes(bytes: &[u8]) -> String {
+    hex(Sha256::new_with_prefix(bytes))
 }
 
 /// The hash and the number of the bytes that `input` gives until its end.
-pub(super) fn of_reader(input: &mut dyn Read) -> std::io::Result<(String, u64)> {
+pub(crate) fn of_reader(input: &mut dyn Read) -> std::io::Result<(String, u64)> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     let mut length = 0;
@@ -32,7 +28,7 @@ pub(super) fn of_reader(input: &mut dyn Read) -> std::io::Result<(String, u64)> 
         match input.read(&mut buffer) {
             Ok(0) => return Ok((hex(hash), length)),
             Ok(count) => {
-                hash.update(buffer.get(..count).unwrap_or_default());
+                hash.update(&buffer[..count]);
                 length += count as u64;
             }
             Err(why) if why.kind() == std::io::ErrorKind::Interrupted => {}
@@ -42,7 +38,7 @@ pub(super) fn of_reader(input: &mut dyn Read) -> std::io::Result<(String, u64)> 
 }
 
 /// The hash of `key=value` lines, in the order given.
-pub(super) fn of_entries<'a>(entries: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+pub(crate) fn of_entries<'a>(entries: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let mut hash = Sha256::new();
     for (key, value) in entries {
         for piece in [key.as_bytes(), b"=", value.as_bytes(), b"\n"] {
@@ -56,13 +52,11 @@ pub(super) fn of_entries<'a>(entries: impl Iterator<Item = (&'a str, &'a str)>) 
 mod tests {
     use super::*;
 
-    /// FIPS 180-2's example.
     #[test]
-    fn abc() {
+    fn hashes_are_those_of_fips_180_2() {
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(of_reader(&mut &b"abc"[..]).unwrap(), (expected.to_owned(), 3));
-        let values = [f16::from_le_bytes(*b"ab"), f16::from_le_bytes(*b"c\0")];
-        let (whole, _) = of_reader(&mut &b"abc\0"[..]).unwrap();
-        assert_eq!(of_values(&values), whole);
+        assert_eq!(of_bytes(b"abc"), expected);
+        assert_eq!(of_entries([("a", "b")].into_iter()), of_bytes(b"a=b\n"));
     }
 }

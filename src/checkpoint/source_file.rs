@@ -1,0 +1,38 @@
+//! What a file was when it was read.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest;
+use crate::error::{Error, Result};
+use crate::input;
+
+/// A file that something was made of: its name, length and hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceFile {
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Its name, relative to the model's folder.
+    pub file: String,
+    /// SHA-256 of its content, 64 lower-case hex digits.
+    pub sha256: String,
+}
+
+impl SourceFile {
+    /// Hashes `path`, which is to be called `file`.
+    ///
+    /// # Errors
+    /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file.
+    pub fn read(path: &Path, file: impl Into<String>) -> Result<Self> {
+        let mut content = input::open(path)?;
+        let (sha256, bytes) = digest::of_reader(&mut content).map_err(Error::read(path))?;
+        Ok(SourceFile { bytes, file: file.into(), sha256 })
+    }
+
+    /// The same of a file that has been read: `content` is all that is in it.
+    pub fn of_bytes(content: &[u8], file: impl Into<String>) -> Self {
+        SourceFile { bytes: content.len() as u64, file: file.into(), sha256: digest::of_bytes(content) }
+    }
+}

@@ -1,0 +1,116 @@
+//! What a result depends on: the program, the config, and the content of every file that the run reads.
+
+use serde_json::{Map, Value, json};
+
+use super::RunOptions;
+use crate::calibration::Samples;
+use crate::checkpoint::{SafetensorsFile, SourceFile, Weights};
+use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
+use crate::digest;
+use crate::error::{Error, Result};
+use crate::pipeline::PipelineFolder;
+use crate::progress::{Progress, Task};
+
+/// A hash of the sources that this program was compiled from, 16 hex digits.
+pub const BUILD: &str = env!("SDXL_SQUEEZE_BUILD");
+
+/// The files that a run reads besides its model. Each is read once, at the beginning: what the run uses is what its identity says.
+#[derive(Debug, Default)]
+pub(super) struct Inputs {
+    /// The calibration's prompts; none if they are not needed.
+    pub prompts: Vec<String>,
+    /// The calibration's captions; none if there are none, or they are not needed.
+    pub captions: Vec<String>,
+    /// Samples that were made before or elsewhere.
+    pub samples: Option<Samples>,
+    /// What prompts and captions are encoded with; none if there are none.
+    prompt_files: Vec<SourceFile>,
+    entries: Map<String, Value>,
+}
+
+impl Inputs {
+    /// Reads what `config` names. `given` are samples that the caller has; `needed` says whether any layer needs samples.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn read(folder: &PipelineFolder, config: &RunConfig, given: Option<&Samples>, needed: bool) -> Result<Self> {
+        let section = &config.calibration;
+        let mut inputs = Inputs::default();
+        let mut says = |key: &str, value: Value| inputs.entries.insert(key.to_owned(), value);
+        match (given, &section.samples) {
+            (Some(given), _) if !given.calls.is_empty() => {
+                says("samples", json!(digest::of_bytes(&given.to_bytes()?)));
+            }
+            (None, Some(path)) if needed => {
+                let file = SafetensorsFile::open(path)?;
+                says("samples", json!(file.sha256()?));
+                inputs.samples = Some(Samples::from_file(&file, folder.unet.config(), section.calibration_nsamples)?);
+            }
+            _ => {}
+        }
+        if needed && section.samples.is_none() {
+            inputs.prompts = section.prompts.load()?;
+            inputs.entries.insert("prompts".to_owned(), json!(of_lines(&inputs.prompts)));
+        }
+        if let (Some(path), true) = (&section.captions, needed) {
+            inputs.captions = read_prompts(path)?;
+            inputs.entries.insert("captions".to_owned(), json!(of_lines(&inputs.captions)));
+        }
+        if !inputs.prompts.is_empty() || !inputs.captions.is_empty() {
+            inputs.prompt_files = folder.prompt_files()?;
+            inputs.entries.insert("text encoders and scheduler".to_owned(), json!(inputs.prompt_files));
+        }
+        Ok(inputs)
+    }
+
+    /// Whether text encoders, tokenizers and their configs are what they were at the beginning. They are opened when their turn comes, which
+    /// for captions may be an hour later, so this is asked when they have been used.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] naming the first file that is another, or not there any more; [`Error::Read`].
+    pub fn check_prompt_files(&self, folder: &PipelineFolder) -> Result<()> {
+        if self.prompt_files.is_empty() {
+            return Ok(());
+        }
+        let now = folder.prompt_files()?;
+        match self.prompt_files.iter().find(|file| !now.contains(file)) {
+            Some(file) => Err(Error::Changed { path: folder.root().join(&file.file) }),
+            None => Ok(()),
+        }
+    }
+
+    /// The section with the prompts that were read in place of their file.
+    pub fn section(&self, section: &CalibrationSection) -> CalibrationSection {
+        let prompts = if self.prompts.is_empty() { section.prompts.clone() } else { Prompts::List(self.prompts.clone()) };
+        CalibrationSection { prompts, ..section.clone() }
+    }
+
+    /// Everything that a result depends on, entry by entry, for [`Workspace`](super::Workspace).
+    pub fn identity(&self, config: &RunConfig, sources: &[SourceFile], options: &RunOptions) -> Map<String, Value> {
+        let mut identity = Map::from_iter([
+            ("version".to_owned(), json!(env!("CARGO_PKG_VERSION"))),
+            ("build".to_owned(), json!(BUILD)),
+            ("config".to_owned(), json!(config.to_yaml())),
+            ("model".to_owned(), json!(sources)),
+            ("device and dtype".to_owned(), json!(format!("{:?} {:?}", options.devices, options.kind))),
+        ]);
+        identity.extend(self.entries.clone());
+        identity
+    }
+}
+
+/// The hash of texts, whatever is in them.
+fn of_lines(texts: &[String]) -> String {
+    digest::of_bytes(json!(texts).to_string().as_bytes())
+}
+
+/// The files that the UNet comes from, with their hashes. They are read from beginning to end for that, and every value is looked at: a model
+/// that a container cannot hold is refused now, not when all layers but one are done.
+///
+/// # Errors
+/// As [`Weights::survey`].
+pub(super) fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
+    let task = Task::begin(progress, "checking the model", "files", weights.files().count());
+    let files = weights.survey("unet/", |name| task.advance(name))?;
+    Ok([vec![folder.unet_config_file().clone()], files].concat())
+}

@@ -1,0 +1,108 @@
+//! What a run keeps in its folder besides finished layers, each file with a seal.
+//!
+//! The seal of `NAME` is `NAME.sha256`: a hash of the file's hash and of the run's identity. A file without its seal is one whose writing
+//! was cut off; one that does not fit its seal is damaged or of another run. Either is made again.
+
+use std::path::Path;
+
+use super::Workspace;
+use crate::digest;
+use crate::error::Result;
+use crate::input::{self, Limit};
+use crate::output::write_file;
+
+/// A file of the run's folder, as it is found there.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Kept<T> {
+    /// It, or its seal, is not there.
+    Absent,
+    /// It is not what was written.
+    Damaged,
+    /// What was written.
+    Whole(T),
+}
+
+/// Seals hold 64 digits.
+const SEAL: Limit = Limit { kind: "a seal", bytes: 1 << 10 };
+
+/// Writes `content` to `folder/name`, and its seal.
+pub(super) fn write(folder: &Path, run: &str, name: &str, content: &[u8]) -> Result<()> {
+    write_file(&folder.join(name), |out| out.write_all(content))?;
+    let seal = seal(run, &digest::of_bytes(content));
+    write_file(&folder.join(format!("{name}.sha256")), |out| out.write_all(seal.as_bytes()))
+}
+
+/// Reads `folder/name` and checks it against its seal.
+pub(super) fn read(folder: &Path, run: &str, name: &str) -> Kept<Vec<u8>> {
+    match (input::read(&folder.join(name), Limit::RUN_STATE), has_seal(folder, name)) {
+        (Ok(content), true) if fits(folder, run, name, &digest::of_bytes(&content)) => Kept::Whole(content),
+        (Ok(_), true) => Kept::Damaged,
+        // Not readable although there: a fault of the disk, say.
+        (Err(_), true) if folder.join(name).exists() => Kept::Damaged,
+        _ => Kept::Absent,
+    }
+}
+
+/// Whether the file's writing was finished.
+pub(super) fn has_seal(folder: &Path, name: &str) -> bool {
+    folder.join(name).exists() && folder.join(format!("{name}.sha256")).exists()
+}
+
+/// Whether the seal of `folder/name` is that of a content with this hash, of this run.
+pub(super) fn fits(folder: &Path, run: &str, name: &str, sha256: &str) -> bool {
+    let found = input::read(&folder.join(format!("{name}.sha256")), SEAL);
+    found.is_ok_and(|found| found == seal(run, sha256).as_bytes())
+}
+
+fn seal(run: &str, sha256: &str) -> String {
+    digest::of_entries([("run", run), ("sha256", sha256)].into_iter())
+}
+
+impl Workspace {
+    /// Keeps `content` under `name`.
+    pub(super) fn keep(&self, name: &str, content: &[u8]) -> Result<()> {
+        write(self.folder(), self.run(), name, content)
+    }
+
+    /// What was kept under `name`; nothing if there is nothing or it is damaged, which is said.
+    pub(super) fn kept(&mut self, name: &str) -> Option<Vec<u8>> {
+        match read(self.folder(), self.run(), name) {
+            Kept::Whole(content) => Some(content),
+            Kept::Absent => None,
+            Kept::Damaged => {
+                self.say(format!("{} is damaged, and made again", self.folder().join(name).display()));
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flipped_bit_of_a_file_or_its_seal_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        assert_eq!(read(folder, "run", "notes"), Kept::Absent);
+        write(folder, "run", "notes", b"some notes").unwrap();
+        assert_eq!(read(folder, "run", "notes"), Kept::Whole(b"some notes".to_vec()));
+        assert_eq!(read(folder, "another", "notes"), Kept::Damaged);
+        for name in ["notes", "notes.sha256"] {
+            let path = folder.join(name);
+            let whole = std::fs::read(&path).unwrap();
+            for bit in 0..8 * whole.len() {
+                let mut damaged = whole.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                std::fs::write(&path, damaged).unwrap();
+                assert_eq!(read(folder, "run", "notes"), Kept::Damaged, "{name}, bit {bit}");
+            }
+            std::fs::write(&path, &whole[1..]).unwrap();
+            assert_eq!(read(folder, "run", "notes"), Kept::Damaged);
+            std::fs::write(&path, whole).unwrap();
+        }
+        std::fs::remove_file(folder.join("notes.sha256")).unwrap();
+        assert_eq!(read(folder, "run", "notes"), Kept::Absent);
+    }
+}
