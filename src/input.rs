@@ -21,7 +21,7 @@ impl Limit {
     /// A diffusers or transformers `config.json` or `model_index.json`: a few KiB.
     pub const MODEL_CONFIG: Limit = Limit { kind: "a config file", bytes: 16 << 20 };
     /// A run config in YAML: a few KiB, or 100 KiB with a rule for each layer.
-    pub const RUN_CONFIG: Limit = Limit { kind: "a run config", bytes: 4 << 20 };
+    pub const RUN_CONFIG: Limit = Limit { kind: "a run config", bytes: 1 << 20 };
     /// A file of prompts or captions, one a line.
     pub const PROMPTS: Limit = Limit { kind: "a file of prompts", bytes: 16 << 20 };
     /// The index of a checkpoint in several files.
@@ -65,7 +65,8 @@ pub fn open(path: &Path) -> Result<File> {
 pub fn read(path: &Path, limit: Limit) -> Result<Vec<u8>> {
     let file = open(path)?;
     let size = file.metadata().map_err(Error::read(path))?.len();
-    let too_large = |size: u64| Error::bad_file(path, format!("{size} bytes is too large for {} (at most {})", limit.kind, limit.bytes));
+    let too_large =
+        |size: u64| Error::bad_file(path, format!("{size} bytes is too large for {} (at most {})", limit.kind, limit.bytes));
     if size > limit.bytes {
         return Err(too_large(size));
     }
@@ -117,7 +118,9 @@ mod tests {
             std::fs::write(&path, content).unwrap();
             match read(&path, SMALL) {
                 Ok(read) => assert!(whole && read == content),
-                Err(why) => assert!(!whole && why.to_string().contains("9 bytes is too large for a test's file (at most 8)"), "{why}"),
+                Err(why) => {
+                    assert!(!whole && why.to_string().contains("9 bytes is too large for a test's file (at most 8)"), "{why}")
+                }
             }
         }
         std::fs::write(&path, b"ab\xff").unwrap();

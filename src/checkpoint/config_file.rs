@@ -6,6 +6,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
+use crate::shorten::shorten;
 
 /// A diffusers or transformers config file being taken apart.
 ///
@@ -18,20 +20,18 @@ pub struct ConfigFile {
     entries: Map<String, Value>,
 }
 
-/// Config files are a few KB; this bounds what is read of a wrong file.
-const MAX_BYTES: u64 = 16 << 20;
-
 impl ConfigFile {
     /// Reads and parses `path`.
     ///
     /// # Errors
-    /// If the file cannot be read, is larger than 16 MiB, or is not a JSON object.
+    /// If the file cannot be read, is not a regular file, is larger than 16 MiB, or is not a JSON object.
     pub fn read(path: &Path) -> Result<Self> {
-        let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
-        if size > MAX_BYTES {
-            return Err(Error::bad_file(path, format!("{size} bytes is too large for a config file")));
-        }
-        let text = std::fs::read_to_string(path).map_err(Error::read(path))?;
+        ConfigFile::read_within(path, Limit::MODEL_CONFIG)
+    }
+
+    /// The same of another kind of JSON object, which may be of another size.
+    pub(crate) fn read_within(path: &Path, limit: Limit) -> Result<Self> {
+        let text = input::read_text(path, limit)?;
         match serde_json::from_str(&text) {
             Ok(Value::Object(entries)) => Ok(Self::from_entries(path, entries)),
             Ok(_) => Err(Error::bad_file(path, "not a JSON object")),
@@ -70,7 +70,7 @@ impl ConfigFile {
                 let shown = value.to_string();
                 serde_json::from_value(value)
                     .map(Some)
-                    .map_err(|why| self.error(key, format!("cannot be {}: {why}", shorten(&shown))))
+                    .map_err(|why| self.error(key, format!("cannot be {}: {}", shorten(&shown), shorten(&why.to_string()))))
             }
         }
     }
@@ -131,6 +131,7 @@ impl ConfigFile {
         for (key, value) in &self.entries {
             if !key.starts_with('_') {
                 let value = shorten(&value.to_string());
+                let key = shorten(key);
                 tracing::warn!("{}: unknown key `{key}` = {value} is ignored, as diffusers does", self.path.display());
             }
         }
@@ -145,10 +146,4 @@ impl ConfigFile {
 /// Equality in which `1` and `1.0` are the same number.
 fn same(a: &Value, b: &Value) -> bool {
     a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b)
-}
-
-/// A value's text, cut to what fits in one line.
-fn shorten(text: &str) -> String {
-    const KEEP: usize = 60;
-    if text.chars().count() <= KEEP { text.to_owned() } else { text.chars().take(KEEP).chain("…".chars()).collect() }
 }

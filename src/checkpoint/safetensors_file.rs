@@ -1,7 +1,6 @@
 //! One safetensors file, mapped.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, UncheckedAdvice};
@@ -49,7 +48,7 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] saying what is wrong with it.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::read(path))?;
+        let file = crate::input::open(path)?;
         // SAFETY: the map is read only, and private to this value. That the file is not cut short while it is mapped is the one thing
         // that nobody can promise; a model that is overwritten under a running program ends it with SIGBUS, as in every reader that maps.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::read(path))?;

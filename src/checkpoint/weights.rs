@@ -11,6 +11,7 @@ use super::safetensors_file::{Entry, SafetensorsFile, float_kind};
 use super::source::{TensorSource, TensorSpec};
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
 #[derive(Debug)]
@@ -177,12 +178,7 @@ fn some(what: &str, names: &[String]) -> String {
 
 /// Opens the shards that an index names, each once.
 fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
-    const MAX_BYTES: u64 = 64 << 20;
-    let size = std::fs::metadata(index_path).map_err(Error::read(index_path))?.len();
-    if size > MAX_BYTES {
-        return Err(Error::bad_file(index_path, format!("{size} bytes is too large for an index")));
-    }
-    let text = std::fs::read_to_string(index_path).map_err(Error::read(index_path))?;
+    let text = input::read_text(index_path, Limit::SHARD_INDEX)?;
     let index: ShardIndex = serde_json::from_str(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
     let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
     let mut files: Vec<SafetensorsFile> = Vec::new();

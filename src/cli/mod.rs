@@ -6,10 +6,12 @@ mod environment;
 mod export;
 mod generate;
 mod inspect;
+mod paths;
 mod plan;
 mod progress;
 mod synth;
 mod table;
+mod terminal;
 mod verify;
 
 use std::any::Any;
@@ -17,6 +19,7 @@ use std::error::Error as _;
 use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use sdxl_squeeze::Error;
@@ -67,9 +70,12 @@ pub fn main() -> ExitCode {
     // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
-    let args = Args::parse();
     // A panic is a bug of ours; it still ends in one line.
     panic::set_hook(Box::new(|_| {}));
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(answer) => return tell(&answer),
+    };
     match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
@@ -87,7 +93,32 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Prints what clap has to say: help or the version to standard output, a mistake to standard error.
+fn tell(answer: &clap::Error) -> ExitCode {
+    let code = ExitCode::from(u8::try_from(answer.exit_code()).unwrap_or(2));
+    let printed = answer.print().and_then(|()| io::stdout().flush());
+    match printed {
+        Err(why) if !answer.use_stderr() && why.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&chain(&Error::write("standard output".as_ref())(why)));
+            ExitCode::from(1)
+        }
+        _ => code,
+    }
+}
+
+/// What has to hold whatever is done.
+fn prepare() -> Result<(), Error> {
+    // libtorch's MKL ends the program with a message of its own where there is no working directory.
+    std::env::current_dir()
+        .map_err(|why| Error::Argument(format!("the working directory is not there any more ({why}); change to another")))?;
+    // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like any other.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
+        .map_err(|why| Error::Argument(format!("the signal of the file size limit cannot be caught: {why}")))?;
+    Ok(())
+}
+
 fn run(args: Args) -> Result<(), Error> {
+    prepare()?;
     let reporter = Reporter::new(if args.quiet { Mode::None } else { args.progress });
     let level = match (args.quiet, args.verbose) {
         (true, _) => Level::ERROR,
@@ -114,7 +145,8 @@ fn run(args: Args) -> Result<(), Error> {
 
 /// Writes a command's result to standard output. A reader that has gone away is no error.
 fn print(text: &str) -> Result<(), Error> {
-    match io::stdout().lock().write_all(text.as_bytes()) {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(Error::write("standard output".as_ref())(why)),
         _ => Ok(()),
     }

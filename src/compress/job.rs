@@ -6,13 +6,16 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind};
 
-use super::{Gatherer, Job, LayerReport, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress};
+use super::{
+    Gatherer, Job, LayerReport, Prepared, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress,
+};
 use crate::calibration::{self, PromptSet, Samples, encode, record};
 use crate::checkpoint::{ConfigFile, TensorSource, Weights};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
 use crate::container::{ContainerInfo, ContainerWriter, SourceFile, Written};
-use crate::device::{Placement, free_memory};
+use crate::device::{Placement, free_memory, parse_devices, parse_dtype};
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 use crate::model::Layer;
 use crate::model::unet::Unet;
 use crate::number;
@@ -35,6 +38,15 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
+    /// The devices and the dtype that `config` names, without a budget, and for a run from the start.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a device that is not there.
+    pub fn of(config: &RunConfig) -> Result<Self> {
+        let (devices, kind) = (parse_devices(&config.model.device)?, parse_dtype(&config.model.dtype)?);
+        Ok(RunOptions { devices, kind, budget: None, resume: false })
+    }
+
     /// One device.
     pub fn on(placement: Placement) -> Self {
         RunOptions { devices: vec![placement.device], kind: placement.kind, budget: None, resume: false }
@@ -131,8 +143,7 @@ pub fn calibrate(
 /// If the picture's size is none that the model draws, or a samples file cannot be read.
 pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Calls> {
     if let Some(path) = &section.samples {
-        let samples = Samples::read(path, folder.unet.config(), section.calibration_nsamples)?;
-        return samples.shape().ok_or_else(|| Error::bad_file(path, "has no samples in it"));
+        return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
     }
     let (height, width) = folder.picture_size(section.size)?;
     let scale = folder.vae.scale();
@@ -168,39 +179,29 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
 }
 
-/// Compresses the pipeline's UNet as `config` says and writes the container to `path`.
+/// Compresses the pipeline's UNet as the config of `prepared` says and writes the container to its path.
 ///
 /// `samples` are used if they are given (several runs can share them); otherwise they are made if a layer needs them. What is finished is
-/// kept beside `path` until the container is there; with [`RunOptions::resume`] a run goes on with it.
+/// kept beside the container's path until the container is there; with [`RunOptions::resume`] a run goes on with it.
 ///
 /// # Errors
-/// If the config does not fit the model, the memory does not do, calibration fails, a layer cannot be treated, or the container cannot
-/// be written; [`Error::Stopped`].
-pub fn run(
-    folder: &PipelineFolder,
-    config: &RunConfig,
-    samples: Option<&Samples>,
-    options: &RunOptions,
-    path: &Path,
-    progress: &dyn Progress,
-) -> Result<JobReport> {
-    let mut recipe = Recipe::new(config, &folder.unet)?;
-    let mut config = config.clone();
-    let weights = folder.unet_weights()?;
-    let sources = sources_of(folder, &weights, progress)?;
+/// If the memory does not do for the samples that there are, calibration fails, a layer cannot be treated, or the container cannot be
+/// written; [`Error::Stopped`].
+pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
+    let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
+    let (mut recipe, mut config) = (recipe.clone(), config.clone());
+    let sources = sources_of(folder, weights, progress)?;
     let mut workspace = Workspace::open(&workspace_folder(path), &identity(&config, &sources, samples)?, options.resume)?;
 
     let none = Samples::default();
     let made = match (samples, recipe.treatments.values().any(Treatment::needs_hessian)) {
-        (None, true) => Some(kept_samples(folder, &weights, &config, options, &workspace, progress)?),
+        (None, true) => Some(kept_samples(folder, weights, &config, options, &workspace, progress)?),
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
+    // Samples take memory too, and there may be fewer than were planned with.
     let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
-    let placement = options.placement();
-    let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
-    let plan =
-        |treatments: &Treatments, sequencing| Plan::new(&folder.unet, treatments, sequencing, samples.shape(), memory, &bytes_of);
+    let plan = |treatments: &Treatments, sequencing| prepared.plan_for(treatments, sequencing, samples.shape(), memory);
     let calibration_weights = match config.calibration.timestep_weighting {
         TimestepWeighting::Uniform => Vec::new(),
         by => calibration::weights(samples, folder, by)?,
@@ -208,9 +209,10 @@ pub fn run(
     let section = config.calibration.clone();
     let captions = |treatments: &Treatments| {
         let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-        captions::gather(folder, &weights, &section, &hungry, options, progress)
+        captions::gather(folder, weights, &section, &hungry, options, progress)
     };
-    let source = weights.narrow_source(placement);
+    let source = weights.narrow_source(options.placement());
+    let timesteps = folder.scheduler.train_timesteps()?;
     let mut said: Vec<String> = few_prompts(&config, &recipe)?.into_iter().collect();
     said.iter().for_each(|said| tracing::warn!("{said}"));
     if let Some(budget) = &config.budget {
@@ -227,6 +229,7 @@ pub fn run(
                 plan: &measuring,
                 sequencing: Sequencing::Stage,
                 weights: &calibration_weights,
+                timesteps,
                 kind: options.kind,
                 devices: &options.devices,
             };
@@ -258,13 +261,14 @@ pub fn run(
         plan: &plan,
         sequencing: recipe.sequencing,
         weights: &calibration_weights,
+        timesteps,
         kind: options.kind,
         devices: &options.devices,
     };
     compress(&job, samples, captions, &mut workspace, progress)?;
 
     let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Argument(why.to_string()))?;
-    let (written, sums) = write_container(path, folder, &weights, &workspace, ContainerParts { settings, sources }, progress)?;
+    let (written, sums) = write_container(path, folder, weights, &workspace, ContainerParts { settings, sources }, progress)?;
     let mut reports: std::collections::BTreeMap<&str, (&LayerReport, &[String])> =
         workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
     let in_order: Vec<_> = recipe.resolution.layers.iter().filter_map(|layer| reports.remove(layer.name.as_str())).collect();
@@ -318,7 +322,7 @@ fn kept_samples(
     let said = workspace.folder().join("samples.json");
     if path.exists() {
         let mut samples = Samples::read(&path, folder.unet.config(), usize::MAX)?;
-        let notes = std::fs::read(&said).map_err(Error::read(&said))?;
+        let notes = input::read(&said, Limit::RUN_STATE)?;
         // The count is what there is, so reading has nothing to say; recording may have had.
         samples.notes = serde_json::from_slice(&notes).map_err(|source| Error::Json { path: said, source })?;
         return Ok(samples);

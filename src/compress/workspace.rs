@@ -56,7 +56,7 @@ impl Workspace {
         lock.try_lock().map_err(|_| Error::Argument(format!("another run is at work in {}", folder.display())))?;
 
         let said = folder.join("run.json");
-        let found = match std::fs::read(&said) {
+        let found = match crate::input::read(&said, crate::input::Limit::RUN_STATE) {
             Ok(bytes) => serde_json::from_slice::<Map<String, Value>>(&bytes).ok(),
             Err(_) => None,
         };

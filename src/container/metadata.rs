@@ -1,7 +1,6 @@
 //! What the file's header says beside the tensors.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -49,7 +48,7 @@ impl SourceFile {
     /// # Errors
     /// [`Error::Read`].
     pub fn read(path: &Path, file: impl Into<String>) -> Result<Self> {
-        let mut content = File::open(path).map_err(Error::read(path))?;
+        let mut content = crate::input::open(path)?;
         let (sha256, bytes) = digest::of_reader(&mut content).map_err(Error::read(path))?;
         Ok(SourceFile { bytes, file: file.into(), sha256 })
     }

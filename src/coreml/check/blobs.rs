@@ -35,7 +35,7 @@ pub struct Record {
 
 impl Blobs {
     pub fn read(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::read(path))?;
+        let file = crate::input::open(path)?;
         let bytes = file.metadata().map_err(Error::read(path))?.len();
         let mut walk = Walk { file: BufReader::with_capacity(1 << 20, file), path, bytes, at: 0, hash: Sha256::new() };
         let records = walk.records()?;

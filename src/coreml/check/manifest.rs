@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::coreml::manifest as layout;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// Where the parts of a package lie.
 pub struct Parts {
@@ -34,16 +35,10 @@ struct Item {
     path: String,
 }
 
-/// Manifests have a few hundred bytes.
-const MAX_BYTES: u64 = 1 << 20;
-
 pub fn read(package: &Path) -> Result<Parts> {
     let path = package.join("Manifest.json");
-    let bytes = std::fs::metadata(&path).map_err(Error::read(&path))?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::bad_file(&path, format!("{bytes} bytes is too large for a manifest")));
-    }
-    let text = std::fs::read_to_string(&path).map_err(Error::read(&path))?;
+    let text = input::read_text(&path, Limit::MANIFEST)?;
+    let bytes = text.len() as u64;
     let manifest: Manifest = serde_json::from_str(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
     let wrong = |problem: String| Error::bad_file(&path, problem);
 

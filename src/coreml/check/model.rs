@@ -12,6 +12,7 @@ use crate::coreml::package::{MODEL_HASH, SPECIFICATION, WEIGHTS_HASH};
 use crate::coreml::proto::mil_spec::Program;
 use crate::coreml::proto::specification::{FeatureDescription, Metadata, Model, model};
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 
 /// A model's file.
 pub struct ModelFile {
@@ -21,16 +22,10 @@ pub struct ModelFile {
     pub bytes: u64,
 }
 
-/// The largest SDXL program has 10 MB.
-const MAX_BYTES: u64 = 256 << 20;
-
 /// Reads the file `path`.
 pub fn read(path: &Path) -> Result<ModelFile> {
-    let bytes = std::fs::metadata(path).map_err(Error::read(path))?.len();
-    if bytes > MAX_BYTES {
-        return Err(Error::bad_file(path, format!("{bytes} bytes is too large for a UNet's program")));
-    }
-    let content = std::fs::read(path).map_err(Error::read(path))?;
+    let content = input::read(path, Limit::PROGRAM)?;
+    let bytes = content.len() as u64;
     let mut model = Model::decode(&content[..]).map_err(|why| Error::bad_file(path, format!("not a Core ML model: {why}")))?;
     if model.specification_version != SPECIFICATION {
         let problem = format!("a specification of version {}; {SPECIFICATION} is expected", model.specification_version);
