@@ -16,9 +16,28 @@ pub(crate) fn shorten(text: &str) -> String {
     shown
 }
 
+/// The same of a text whose end says as much as its beginning: both are shown.
+pub(crate) fn both_ends(text: &str) -> String {
+    const KEEP: usize = 30;
+    match text.char_indices().rev().nth(KEEP - 1) {
+        Some((end, _)) if text.chars().nth(2 * KEEP).is_some() => {
+            let begin: String = text.chars().take(KEEP).collect();
+            format!("{} … {}", shorten(&begin), shorten(text.get(end..).unwrap_or_default()))
+        }
+        _ => shorten(text),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::shorten;
+    use super::{both_ends, shorten};
+
+    #[test]
+    fn the_end_is_shown_too() {
+        assert_eq!(both_ends(&"é".repeat(60)), "é".repeat(60));
+        let long = format!("begin{}end", "é".repeat(100));
+        assert_eq!(both_ends(&long), format!("begin{} … {}end", "é".repeat(25), "é".repeat(27)));
+    }
 
     #[test]
     fn one_line_of_bounded_length() {

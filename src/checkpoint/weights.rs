@@ -35,7 +35,7 @@ impl Weights {
     /// # Errors
     /// If there are none, or one is damaged, or an index disagrees with its shards.
     pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
-        let found = |name: String| Some(folder.join(name)).filter(|path| path.is_file());
+        let found = |name: String| Some(folder.join(name)).filter(|path| path.exists());
         for variant in ["", ".fp16"] {
             if let Some(path) = found(format!("{stem}{variant}.safetensors")) {
                 let file = SafetensorsFile::open(&path)?;

@@ -7,6 +7,7 @@ mod export;
 mod generate;
 mod inspect;
 mod paths;
+mod place;
 mod plan;
 mod progress;
 mod synth;
@@ -64,6 +65,9 @@ enum Command {
     Synth(synth::Args),
 }
 
+/// Mistakes of a config that are shown.
+const MISTAKES: usize = 100;
+
 /// Runs the program: what fails ends in one line on standard error and an exit code.
 pub fn main() -> ExitCode {
     // TF32 would cut fp32 to ten bits of mantissa on a GPU. libtorch has it on for convolutions, and tch no switch for it.
@@ -80,8 +84,13 @@ pub fn main() -> ExitCode {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             match &error {
-                // Every mistake of a config, each on a line of its own.
-                Error::Config { mistakes } => mistakes.iter().for_each(|mistake| complain(&mistake.to_string())),
+                // Every mistake of a config, each on a line of its own, as many as somebody may want to read.
+                Error::Config { mistakes } => {
+                    mistakes.iter().take(MISTAKES).for_each(|mistake| complain(&mistake.to_string()));
+                    if mistakes.len() > MISTAKES {
+                        complain(&format!("and {} more mistakes", mistakes.len() - MISTAKES));
+                    }
+                }
                 error => complain(&chain(error)),
             }
             ExitCode::from(if error.is_bad_input() { 2 } else { 1 })
@@ -108,9 +117,7 @@ fn tell(answer: &clap::Error) -> ExitCode {
 
 /// What has to hold whatever is done.
 fn prepare() -> Result<(), Error> {
-    // libtorch's MKL ends the program with a message of its own where there is no working directory.
-    std::env::current_dir()
-        .map_err(|why| Error::Argument(format!("the working directory is not there any more ({why}); change to another")))?;
+    place::check()?;
     // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like any other.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
         .map_err(|why| Error::Argument(format!("the signal of the file size limit cannot be caught: {why}")))?;

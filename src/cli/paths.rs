@@ -77,6 +77,9 @@ impl Paths {
     /// [`Error::Argument`] naming the two that get into each other's way.
     pub fn check(&self) -> Result<()> {
         let Paths { inputs, models, files, folders, places } = self;
+        for place in places {
+            check_inputs(place, models.iter().filter(|model| place.is_in(model)))?;
+        }
         for (index, file) in files.iter().enumerate() {
             if file.is_device() {
                 continue;
@@ -89,9 +92,6 @@ impl Paths {
         for (index, folder) in folders.iter().enumerate() {
             check_inputs(folder, inputs.iter().chain(models).filter(|input| folder.is_in(input) || input.is_in(folder)))?;
             check_outputs(folder, folders.iter().take(index).filter(|other| folder.is_in(other) || other.is_in(folder)))?;
-        }
-        for place in places {
-            check_inputs(place, models.iter().filter(|model| place.is_in(model)))?;
         }
         Ok(())
     }

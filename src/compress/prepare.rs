@@ -8,6 +8,7 @@ use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
 use crate::device::{parse_devices, parse_dtype};
 use crate::error::{Error, Result};
 use crate::model::unet::UnetChain;
+use crate::number;
 use crate::output::parent;
 use crate::pipeline::PipelineFolder;
 use crate::plan::{self, Calls, Disk, Memory, Plan};
@@ -42,7 +43,10 @@ impl<'a> Prepared<'a> {
         let mut budget = options.memory_budget()?;
         if let (None, Some(calls)) = (options.budget, &calls) {
             // What is free now will be less by the samples.
-            budget = budget.saturating_sub(plan::of_samples(calls, folder.unet.config()));
+            let samples = plan::of_samples(calls, folder.unet.config());
+            let size = number::size;
+            let few = || Error::Argument(format!("{} of memory are too little for {} of samples", size(budget), size(samples)));
+            budget = budget.checked_sub(samples).ok_or_else(few)?;
         }
         let memory = Memory::new(budget, options.kind, options.placement().device);
         let placement = options.placement();

@@ -40,7 +40,9 @@ fn memory_and_disk_that_do_not_do_are_refused_before_anything_is_drawn() {
     let many = folder.path().join("many.txt");
     std::fs::write(&many, (0..100_000).map(|number| format!("picture {number}\n")).collect::<String>()).unwrap();
     let much = ["--prompts", many.to_str().unwrap(), "--calibration-nsamples", "100000000", "--steps", "1000"];
-    let much = [&much[..], &["--height", "4096", "--width", "4096"]].concat();
+    let memory = compress(2, &emoji(), &out, &much);
+    assert!(memory.contains("of memory are too little for") && memory.contains("of samples"), "{memory}");
+    let much = [&much[..], &["--memory-budget", "1024TiB"]].concat();
     let said = compress(2, &emoji(), &out, &much);
     assert!(said.contains("free, which is too little for") && said.contains("of samples"), "{said}");
     assert!(!said.contains("begin") && !out.exists(), "{said}");
@@ -68,7 +70,8 @@ fn the_plan_says_what_a_run_takes_on_the_disk() {
         ("samples", ratio(&disk["samples"], size(&samples))),
         ("result", ratio(&disk["result"], size(&out.join("unet.squeezed.safetensors")))),
     ] {
-        assert!((0.8..1.2).contains(&ratio), "{name}: {ratio}, {disk}");
+        // The header, of which plans know nothing, is a large part of a container of so small a model.
+        assert!((0.6..1.2).contains(&ratio), "{name}: {ratio}, {disk}");
     }
     assert_eq!(report["plan"]["disk"]["samples"], 0, "the run was given its samples");
 }

@@ -76,11 +76,11 @@ fn the_file_size_limit_is_a_failure_that_leaves_nothing() {
     let (base, emoji) = (repo("tests/golden/base-like"), emoji());
     let config = here("config.yaml");
     std::fs::write(&config, "solver: sequential\npalettize: {}\n").unwrap();
-    let (synth, png, out) = (here("model"), here("x.png"), here("out"));
+    let (synth, latents, out) = (here("model"), here("x.safetensors"), here("out"));
     let runs = [
         vec!["synth", "--preset", "tiny", "--out", &synth],
         vec!["export", emoji.to_str().unwrap(), "--to", "coreml", "--out", "x.mlpackage"],
-        [picture_of(&base, Path::new("x.png")), vec!["--latents-out", &png]].concat(),
+        [picture_of(&base, Path::new("x.png")), vec!["--latents-out", &latents]].concat(),
         vec!["compress", "--config", &config, "--model", emoji.to_str().unwrap(), "--out", &out],
     ];
     for args in runs {
@@ -90,7 +90,10 @@ fn the_file_size_limit_is_a_failure_that_leaves_nothing() {
         let script = format!("ulimit -f {limit}; exec \"$0\" \"$@\"");
         command.args(["-c", &script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).args(&args).current_dir(folder.path());
         let said = ended_with(1, &command.output().unwrap());
-        assert!(said.lines().any(|line| line.contains("error: cannot write") && line.contains("File too large")), "{said}");
+        assert!(
+            said.lines().any(|line| line.contains("error: ") && line.contains("cannot write") && line.contains("File too large")),
+            "{said}"
+        );
         let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         // A compression keeps what it has finished.
         let wanted = if args[0] == "compress" { 2 } else { 1 };
