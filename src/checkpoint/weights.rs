@@ -12,6 +12,7 @@ use super::source::{TensorSource, TensorSpec};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::input::{self, Limit};
+use crate::shorten::shorten;
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
 #[derive(Debug)]
@@ -189,7 +190,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>
             None => {
                 // An index is data: it may name files of its own folder, nothing else.
                 if Path::new(shard).file_name() != Some(shard.as_ref()) {
-                    return Err(Error::bad_file(index_path, format!("`{shard}` is not a file name")));
+                    return Err(Error::bad_file(index_path, format!("`{}` is not a file name", shorten(shard))));
                 }
                 files.push(SafetensorsFile::open(&folder.join(shard))?);
                 numbers.insert(shard, files.len() - 1);

@@ -227,7 +227,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     }
     let report = report?;
     write_file(&resolved, |out| out.write_all(report.config.to_yaml().as_bytes()))?;
-    let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Argument(why.to_string()))?;
+    let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Failed(why.to_string()))?;
     write_file(&about, |out| writeln!(out, "{json}"))?;
 
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));

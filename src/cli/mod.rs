@@ -120,7 +120,7 @@ fn prepare() -> Result<(), Error> {
     place::check()?;
     // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like any other.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
-        .map_err(|why| Error::Argument(format!("the signal of the file size limit cannot be caught: {why}")))?;
+        .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
     Ok(())
 }
 
@@ -161,7 +161,20 @@ fn print(text: &str) -> Result<(), Error> {
 
 fn complain(what: &str) {
     // There is nobody left to tell if this fails.
-    let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {what}");
+    let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {}", readable(what));
+}
+
+/// A message of a length that somebody may read, whatever it quotes: names in damaged files may have megabytes.
+fn readable(message: &str) -> String {
+    const BEGIN: usize = 1500;
+    const END: usize = 300;
+    let characters = message.chars().count();
+    if characters <= BEGIN + END {
+        return message.to_owned();
+    }
+    let begin: String = message.chars().take(BEGIN).collect();
+    let end: String = message.chars().skip(characters - END).collect();
+    format!("{begin} … {end}")
 }
 
 /// An error and its causes in one line.
@@ -185,5 +198,17 @@ fn message(panic: &(dyn Any + Send)) -> &str {
         (Some(text), _) => text,
         (_, Some(text)) => text,
         _ => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::readable;
+
+    #[test]
+    fn messages_are_of_readable_length_and_keep_both_ends() {
+        assert_eq!(readable("short"), "short");
+        let long = readable(&format!("begin{}end", "é".repeat(10 << 20)));
+        assert!(long.starts_with("begin") && long.ends_with("end") && long.chars().count() == 1803);
     }
 }

@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<()> {
         rows.push((name, plan, seconds));
     }
     if args.json {
-        let text = serde_json::to_string_pretty(&json).map_err(|why| Error::Argument(why.to_string()))?;
+        let text = serde_json::to_string_pretty(&json).map_err(|why| Error::Failed(why.to_string()))?;
         return super::print(&format!("{text}\n"));
     }
     if rows.len() > 1 {

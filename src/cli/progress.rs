@@ -84,7 +84,7 @@ impl Reporter {
 
     /// From now on the first interrupt (Ctrl-C) ends the work where nothing is lost, and the second at once.
     pub fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
-        let failed = |why: io::Error| sdxl_squeeze::Error::Argument(format!("interrupts cannot be caught: {why}"));
+        let failed = |why: io::Error| sdxl_squeeze::Error::Failed(format!("interrupts cannot be caught: {why}"));
         for signal in signal_hook::consts::TERM_SIGNALS.iter().filter(|signal| **signal != signal_hook::consts::SIGQUIT) {
             // In this order the first one finds the flag unset.
             signal_hook::flag::register_conditional_shutdown(*signal, 1, self.interrupted.clone()).map_err(failed)?;

@@ -267,7 +267,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     };
     compress(&job, samples, captions, &mut workspace, progress)?;
 
-    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Argument(why.to_string()))?;
+    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Failed(why.to_string()))?;
     let (written, sums) = write_container(path, folder, weights, &workspace, ContainerParts { settings, sources }, progress)?;
     let mut reports: std::collections::BTreeMap<&str, (&LayerReport, &[String])> =
         workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
@@ -328,7 +328,7 @@ fn kept_samples(
         return Ok(samples);
     }
     let samples = calibrate(folder, weights, &config.calibration, options, progress)?;
-    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Argument(why.to_string()))?;
+    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Failed(why.to_string()))?;
     write_file(&said, |out| out.write_all(&notes))?;
     samples.write(&path)?;
     Ok(samples)

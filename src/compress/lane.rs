@@ -119,7 +119,7 @@ impl Lane {
     }
 
     fn part(&self) -> Result<&Part> {
-        self.part.as_ref().ok_or_else(|| Error::Argument("no stage is loaded".into()))
+        self.part.as_ref().ok_or_else(|| Error::Failed("no stage is loaded".into()))
     }
 
     /// Puts the stored weights of the finished layers among `which` in the place of the dense ones.
@@ -365,7 +365,7 @@ fn on_each<T: Send>(lanes: &mut [Lane], run: &(dyn Fn(&mut Lane, Tick) -> Result
         let started: Vec<_> = others.iter_mut().map(|lane| scope.spawn(move || run(lane, tick))).collect();
         let mut results = vec![run(first, tick)?];
         for thread in started {
-            results.push(thread.join().map_err(|_| Error::Argument("a device's thread ended in a panic".into()))??);
+            results.push(thread.join().map_err(|_| Error::Failed("a device's thread ended in a panic".into()))??);
         }
         Ok(results)
     })

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use tch::Device;
+
 use super::{Recipe, RunOptions, Sequencing, Treatment, Treatments, allocate, expected_calls, workspace_folder};
 use crate::checkpoint::Weights;
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
@@ -41,8 +43,8 @@ impl<'a> Prepared<'a> {
         let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
         let calls = if needs_samples { Some(calls(folder, config)?) } else { None };
         let mut budget = options.memory_budget()?;
-        if let (None, Some(calls)) = (options.budget, &calls) {
-            // What is free now will be less by the samples.
+        if let (None, Some(calls), Device::Cpu) = (options.budget, &calls, options.placement().device) {
+            // What is free now will be less by the samples, which wait in the CPU's memory.
             let samples = plan::of_samples(calls, folder.unet.config());
             let size = number::size;
             let few = || Error::Argument(format!("{} of memory are too little for {} of samples", size(budget), size(samples)));
