@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use tch::{Cuda, Device, Kind};
 
 use crate::error::{Error, Result};
+use crate::shorten::shorten;
 
 /// A device and a dtype: where a part of a model is put, and in what precision it computes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,7 +31,7 @@ pub fn parse_device(name: &str) -> Result<Device> {
         "cuda" => 0,
         _ => match name.strip_prefix("cuda:").and_then(|n| n.parse::<u16>().ok()) {
             Some(index) => usize::from(index),
-            None => return Err(Error::Argument(format!("unknown device `{name}` (known: cpu, cuda, cuda:N)"))),
+            None => return Err(Error::Argument(format!("unknown device `{}` (known: cpu, cuda, cuda:N)", shorten(name)))),
         },
     };
     match cuda_devices() {
@@ -85,18 +86,54 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
+/// What the CUDA runtime may be called, given the process's memory map as Linux shows it (`/proc/self/maps`): what is loaded under such a
+/// name, as some libtorchs bring theirs under a name with a hash in it; then the name of each version, the newest first.
+#[cfg(unix)]
+fn cuda_runtimes(map: &str) -> Vec<&str> {
+    let paths = map.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..)));
+    let mut names: Vec<&str> =
+        paths.filter(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("libcudart"))).collect();
+    names.dedup();
+    names.extend(["libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so"]);
+    names
+}
+
+/// The CUDA runtime that libtorch has brought. It is loaded already: nothing but a name is asked for, and where its functions are among those
+/// that the whole process sees, not even that.
+#[cfg(unix)]
+fn cuda_runtime() -> Option<libloading::os::unix::Library> {
+    use libloading::os::unix::{Library, RTLD_NOW};
+    /// Only what is loaded: another version than libtorch's would know nothing of its devices.
+    const RTLD_NOLOAD: std::ffi::c_int = libc::RTLD_NOLOAD;
+    let whole = Library::this();
+    // SAFETY: the symbol is looked up and not used.
+    if unsafe { whole.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice\0") }.is_ok() {
+        return Some(whole);
+    }
+    // SAFETY: with RTLD_NOLOAD no library is loaded, so no initializer runs.
+    let map = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    cuda_runtimes(&map).into_iter().find_map(|name| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_NOLOAD) }.ok())
+}
+
 /// What the CUDA runtime says is free on GPU `index`.
+#[cfg(unix)]
 fn cuda_free_memory(index: usize) -> Option<u64> {
     cuda_devices().ok()?;
+    let runtime = cuda_runtime()?;
     // SAFETY: the runtime is the one that libtorch has loaded already; both functions are of its stable C interface, with these
     // signatures, and write to the two places that they are given, which live until they return.
     unsafe {
-        let runtime = libloading::Library::new("libcudart.so.13").ok()?;
         let set_device = runtime.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice\0").ok()?;
         let info = runtime.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> i32>(b"cudaMemGetInfo\0").ok()?;
         let (mut free, mut total) = (0, 0);
         (set_device(i32::try_from(index).ok()?) == 0 && info(&mut free, &mut total) == 0).then_some(free as u64)
     }
+}
+
+/// Only Unix has runtimes of these names.
+#[cfg(not(unix))]
+fn cuda_free_memory(_index: usize) -> Option<u64> {
+    None
 }
 
 /// Reads a dtype name: `f32`, `f16` or `bf16` (and `float32`, `float16`, `bfloat16`, `fp32`, `fp16`).
@@ -108,7 +145,7 @@ pub fn parse_dtype(name: &str) -> Result<Kind> {
         "f32" | "fp32" | "float32" => Ok(Kind::Float),
         "f16" | "fp16" | "float16" => Ok(Kind::Half),
         "bf16" | "bfloat16" => Ok(Kind::BFloat16),
-        _ => Err(Error::Argument(format!("unknown dtype `{name}` (known: f32, f16, bf16)"))),
+        _ => Err(Error::Argument(format!("unknown dtype `{}` (known: f32, f16, bf16)", shorten(name)))),
     }
 }
 
@@ -125,6 +162,23 @@ mod tests {
         }
         assert_eq!(parse_dtype("bf16").unwrap(), Kind::BFloat16);
         assert!(parse_dtype("int8").is_err());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn the_runtime_is_looked_for_under_every_version_and_only_where_it_is_loaded() {
+        let versions = ["libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so"];
+        assert_eq!(cuda_runtimes(""), versions);
+        let map = "7f00-7f01 r-xp 00000000 08:01 42   /opt/a b/libcudart-d0da41ae.so.11.0\n\
+                   7f01-7f02 r--p 00000000 08:01 42   /opt/a b/libcudart-d0da41ae.so.11.0\n\
+                   7f02-7f03 rw-p 00000000 00:00 0\n7f03-7f04 r--p 00000000 08:01 43   /opt/libcudart/libother.so\n";
+        assert_eq!(cuda_runtimes(map)[0], "/opt/a b/libcudart-d0da41ae.so.11.0");
+        assert_eq!(cuda_runtimes(map)[1..], versions);
+        if cuda_devices().is_err() {
+            assert!(free_memory(Device::Cuda(0)).is_none());
+        } else {
+            assert!(free_memory(Device::Cuda(0)).is_some_and(|free| free > 0));
+        }
     }
 
     #[test]

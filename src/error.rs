@@ -76,6 +76,9 @@ pub enum Error {
     /// An argument that cannot be honoured.
     #[error("{0}")]
     Argument(String),
+    /// What no input is to blame for: the system refused what every program may ask for, or the library broke a promise of its own.
+    #[error("{0}")]
+    Failed(String),
     /// libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
@@ -117,6 +120,7 @@ impl Error {
             | Error::Argument(_) => true,
             Error::Write { .. }
             | Error::Changed { .. }
+            | Error::Failed(_)
             | Error::Torch(_)
             | Error::NotFinite(_)
             | Error::NotPositiveDefinite { .. }

@@ -2,6 +2,7 @@
 
 mod coremltools;
 
+use std::fs::File;
 use std::path::Path;
 
 use tch::{Device, Kind};
@@ -12,6 +13,7 @@ use crate::checkpoint::TensorSource;
 use crate::container::Container;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::input;
 use crate::output::NewFolder;
 use crate::pipeline::PipelineFolder;
 use crate::progress::{Progress, Task};
@@ -28,7 +30,7 @@ pub fn diffusers(container: &Container, model: &Path, out: &Path, progress: &dyn
         return Err(Error::Argument(format!("{path} holds another architecture than {}", model.display())));
     }
     let folder = NewFolder::create(out)?;
-    copy_all_but_unet_weights(model, folder.path())?;
+    copy_all_but_unet_weights(model, folder.path(), 8)?;
     let tensors = chain.tensors()?;
     let task = Task::begin(progress, "decoding", "tensors", tensors.len());
     let source = container.source(Placement { device: Device::Cpu, kind: Kind::Half });
@@ -42,8 +44,12 @@ pub fn diffusers(container: &Container, model: &Path, out: &Path, progress: &dyn
     folder.commit()
 }
 
-/// Everything of a pipeline but the UNet's weights; links are followed, as the hub's cache consists of them.
-fn copy_all_but_unet_weights(from: &Path, to: &Path) -> Result<()> {
+/// Everything of a pipeline but the UNet's weights; links are followed, as the hub's cache consists of them. A pipeline is two levels deep:
+/// one that does not end is a link to a folder that it is in.
+fn copy_all_but_unet_weights(from: &Path, to: &Path, levels: usize) -> Result<()> {
+    if levels == 0 {
+        return Err(Error::bad_file(from, "is too deep below the pipeline's folder; does a link lead back up?"));
+    }
     for entry in std::fs::read_dir(from).map_err(Error::read(from))? {
         let path = entry.map_err(Error::read(from))?.path();
         let Some(name) = path.file_name() else { continue };
@@ -51,9 +57,12 @@ fn copy_all_but_unet_weights(from: &Path, to: &Path) -> Result<()> {
         let lossy = name.to_string_lossy();
         if path.is_dir() {
             std::fs::create_dir(&target).map_err(Error::write(&target))?;
-            copy_all_but_unet_weights(&path, &target)?;
+            copy_all_but_unet_weights(&path, &target, levels - 1)?;
         } else if !(from.file_name() == Some("unet".as_ref()) && lossy.starts_with("diffusion_pytorch_model")) {
-            std::fs::copy(&path, &target).map_err(Error::write(&target))?;
+            // Opened so, a pipe or a device is refused.
+            let mut source = input::open(&path)?;
+            let mut copied = File::create_new(&target).map_err(Error::write(&target))?;
+            std::io::copy(&mut source, &mut copied).map_err(Error::write(&target))?;
         }
     }
     Ok(())

@@ -21,7 +21,7 @@ impl Limit {
     /// A diffusers or transformers `config.json` or `model_index.json`: a few KiB.
     pub const MODEL_CONFIG: Limit = Limit { kind: "a config file", bytes: 16 << 20 };
     /// A run config in YAML: a few KiB, or 100 KiB with a rule for each layer.
-    pub const RUN_CONFIG: Limit = Limit { kind: "a run config", bytes: 4 << 20 };
+    pub const RUN_CONFIG: Limit = Limit { kind: "a run config", bytes: 1 << 20 };
     /// A file of prompts or captions, one a line.
     pub const PROMPTS: Limit = Limit { kind: "a file of prompts", bytes: 16 << 20 };
     /// The index of a checkpoint in several files.

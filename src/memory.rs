@@ -1,6 +1,7 @@
 //! The process's memory, where the system tells (Linux).
 
 use crate::error::{Error, Result};
+use crate::shorten::shorten;
 
 /// The most bytes that have been resident at once since the start, or since [`reset_peak`].
 pub fn peak() -> Option<u64> {
@@ -31,7 +32,7 @@ pub fn available() -> Option<u64> {
 /// # Errors
 /// [`Error::Argument`] for anything else; KB, MB and GB are refused, since they mean two things.
 pub fn parse_size(text: &str) -> Result<u64> {
-    let wrong = |why: &str| Error::Argument(format!("`{text}` is no size: {why}"));
+    let wrong = |why: &str| Error::Argument(format!("`{}` is no size: {why}", shorten(text)));
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let number: f64 = number.parse().map_err(|_| wrong("it must begin with a number, as in 8GiB"))?;

@@ -1,57 +1,84 @@
-//! Writing so that a reader finds the old file or the new one, never half of either.
+//! Writing so that a reader finds the old file or the new one, never half of either, and so that what a killed run leaves is cleared away.
+
+mod destination;
+mod leftovers;
 
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use tempfile::{NamedTempFile, TempDir};
+use tempfile::TempDir;
 
 use crate::error::{Error, Result};
+use destination::Destination;
+pub use destination::is_standard_output;
 
 /// Writes `path` through a temporary sibling that is synced and renamed. An existing file is replaced at once, or not at all.
 ///
+/// A link is followed, and the file that it names is written, whether that is there or not. Devices, pipes and open descriptors
+/// (`/dev/stdout`, `/dev/fd/3`) cannot be replaced, so they are written to as they are. What killed runs left beside the file is removed.
+///
 /// # Errors
-/// [`Error::Write`]; then `path` is as it was.
+/// [`Error::Argument`] if `path` is a folder, a socket or a block device; [`Error::Write`], and then `path` is as it was.
 pub fn write_file(path: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let write = || -> std::io::Result<()> {
-        let mut file = NamedTempFile::with_prefix_in(".partial-", parent(path))?;
-        let mut buffered = std::io::BufWriter::new(file.as_file_mut());
-        content(&mut buffered)?;
-        buffered.flush()?;
-        drop(buffered);
-        share(file.path())?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|failed| failed.error)?;
-        sync_folder(parent(path))
-    };
-    write().map_err(Error::write(path))
+    match Destination::of(path)? {
+        Destination::File(target) => replace(&target, content),
+        Destination::Stream(mut stream) => stream.write(content),
+    }
+    .map_err(Error::write(path))
+}
+
+/// Whether [`write_file`] could be asked to write `path`, as far as can be told before there is anything to write.
+///
+/// # Errors
+/// [`Error::Argument`] if `path` is what cannot be written, or its folder is not there.
+pub fn check_file(path: &Path) -> Result<()> {
+    let Destination::File(target) = Destination::of(path)? else { return Ok(()) };
+    let folder = parent(&target);
+    if folder.is_dir() {
+        return Ok(());
+    }
+    Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), folder.display())))
+}
+
+fn replace(target: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> std::io::Result<()> {
+    leftovers::remove(target);
+    let mut file = leftovers::new_file(target)?;
+    let mut buffered = std::io::BufWriter::new(file.as_file_mut());
+    content(&mut buffered)?;
+    buffered.flush()?;
+    drop(buffered);
+    share(file.path())?;
+    file.as_file().sync_all()?;
+    file.persist(target).map_err(|failed| failed.error)?;
+    sync_folder(parent(target))
 }
 
 /// A folder that comes into being whole: filled under a temporary name beside its own, renamed by [`commit`](Self::commit),
-/// removed if dropped before.
+/// removed if dropped before. What killed runs left of the same folder is removed when it is begun.
 #[derive(Debug)]
 pub struct NewFolder {
     temporary: TempDir,
+    /// Locked as long as this run lives, so that no other takes the folder for what a killed run left.
+    _lock: File,
     path: PathBuf,
 }
 
 impl NewFolder {
-    /// Begins the folder that will be `path`.
+    /// Begins the folder that will be `path`. A link is followed, and what it names will be the folder.
     ///
     /// # Errors
     /// [`Error::Argument`] if something other than an empty folder is there already; [`Error::Write`] if its parent cannot be
     /// written.
     pub fn create(path: &Path) -> Result<Self> {
-        let free = match std::fs::read_dir(path) {
-            Ok(mut entries) => entries.next().is_none(),
-            Err(why) => why.kind() == std::io::ErrorKind::NotFound,
+        let target = destination::of_folder(path)?;
+        let begin = || {
+            std::fs::create_dir_all(parent(&target))?;
+            leftovers::remove(&target);
+            leftovers::new_folder(&target)
         };
-        if !free {
-            return Err(Error::Argument(format!("{} is there already; name a new folder", path.display())));
-        }
-        std::fs::create_dir_all(parent(path)).map_err(Error::write(path))?;
-        let temporary = TempDir::with_prefix_in(".partial-", parent(path)).map_err(Error::write(path))?;
-        Ok(NewFolder { temporary, path: path.to_owned() })
+        let (temporary, lock) = begin().map_err(Error::write(path))?;
+        Ok(NewFolder { temporary, _lock: lock, path: target })
     }
 
     /// Where to put the files until then.
@@ -141,5 +168,82 @@ mod tests {
         folder.commit().unwrap();
         assert_eq!(std::fs::read(path.join("a")).unwrap(), b"a");
         assert!(NewFolder::create(&path).unwrap_err().is_bad_input());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_written_through_and_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let (link, file) = (folder.path().join("link"), elsewhere.path().join("file"));
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        // The first time the link leads nowhere yet.
+        for content in [b"new", b"two"] {
+            write_file(&link, |out| out.write_all(content)).unwrap();
+            assert_eq!(std::fs::read(&file).unwrap(), content);
+            assert!(link.is_symlink());
+        }
+        let (link, model) = (folder.path().join("to-a-folder"), elsewhere.path().join("model"));
+        std::os::unix::fs::symlink(&model, &link).unwrap();
+        let new = NewFolder::create(&link).unwrap();
+        std::fs::write(new.path().join("a"), b"a").unwrap();
+        new.commit().unwrap();
+        assert!(link.is_symlink() && model.join("a").exists());
+        let (link, round) = (folder.path().join("round"), folder.path().join("about"));
+        std::os::unix::fs::symlink(&link, &round).unwrap();
+        std::os::unix::fs::symlink(&round, &link).unwrap();
+        assert!(write_file(&link, |out| out.write_all(b"new")).unwrap_err().to_string().contains("cannot write"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_file_is_written_to_or_refused_but_never_replaced() {
+        use std::io::Read;
+        use std::os::unix::fs::FileTypeExt;
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || {
+                let mut read = Vec::new();
+                File::open(pipe).unwrap().read_to_end(&mut read).unwrap();
+                read
+            }
+        });
+        write_file(&pipe, |out| out.write_all(b"through")).unwrap();
+        assert_eq!(reader.join().unwrap(), b"through");
+        assert!(std::fs::metadata(&pipe).unwrap().file_type().is_fifo());
+
+        write_file(Path::new("/dev/null"), |out| out.write_all(b"gone")).unwrap();
+        assert!(std::fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+
+        let socket = folder.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for (path, what) in [(socket.as_path(), "a socket"), (folder.path(), "a folder")] {
+            let refused = write_file(path, |_| Ok(())).unwrap_err();
+            assert!(refused.is_bad_input() && refused.to_string().contains(what), "{refused}");
+            assert!(check_file(path).is_err());
+            assert!(NewFolder::create(path).is_err());
+        }
+        assert!(std::fs::metadata(&socket).unwrap().file_type().is_socket());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_device_is_a_failure_and_an_open_descriptor_is_written_to() {
+        use std::os::fd::AsRawFd;
+        let failed = write_file(Path::new("/dev/full"), |out| out.write_all(b"x")).unwrap_err();
+        assert!(!failed.is_bad_input(), "{failed}");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, b"before ").unwrap();
+        let open = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
+        write_file(Path::new(&format!("/dev/fd/{}", open.as_raw_fd())), |out| out.write_all(b"after")).unwrap();
+        // The same file, not another under its name.
+        open.sync_all().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"before after");
+        assert_eq!(std::os::unix::fs::MetadataExt::nlink(&open.metadata().unwrap()), 1);
     }
 }

@@ -4,8 +4,9 @@ use crate::error::{Error, Result};
 
 /// Listens to long work. The library calls it; what people see is the caller's business.
 ///
-/// Work is a stack of tasks: a task begun inside another ends before it.
-pub trait Progress {
+/// Work is a stack of tasks: a task begun inside another ends before it. The pieces of one task may be done by several threads at once, each
+/// of which says so, hence `Sync`; tasks are begun and ended by one thread.
+pub trait Progress: Sync {
     /// A task of `total` pieces begins; `unit` is the plural of one piece ("steps", "tensors").
     fn begin(&self, task: &str, unit: &str, total: u64);
     /// One piece is done or at hand, named for people ("timestep 981").

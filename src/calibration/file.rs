@@ -11,6 +11,7 @@ use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::unet::{Conditioning, UnetConfig};
 use crate::output::write_file;
+use crate::plan::Calls;
 
 /// The file's tensors, n samples of batch b each, in any floating dtype.
 const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
@@ -65,6 +66,15 @@ impl Samples {
         safetensors::serialize(views, None).map_err(refused)
     }
 
+    /// How many samples [`read`](Self::read) would give, and their shape, by the file's header alone.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), but for the numbers themselves.
+    pub fn calls_in(path: &Path, config: &UnetConfig, wanted: usize) -> Result<Calls> {
+        let calls = calls(&SafetensorsFile::open(path)?, path, config)?;
+        Ok(Calls { count: calls.count.min(wanted), ..calls })
+    }
+
     /// Reads samples written by [`write`](Self::write), or by anybody who knows the layout, for a UNet of this architecture; the
     /// first `wanted` of them.
     ///
@@ -80,50 +90,15 @@ impl Samples {
     /// As [`read`](Self::read).
     pub fn from_file(file: &SafetensorsFile, config: &UnetConfig, wanted: usize) -> Result<Self> {
         let path = file.path();
-        let shape = |name: &str| -> Result<Vec<i64>> {
-            let entry = file.entries().get(name);
-            entry.map(|entry| entry.shape.clone()).ok_or_else(|| {
-                Error::bad_file(path, format!("has no tensor `{name}`; calibration samples are {}", NAMES.join(", ")))
-            })
-        };
-        let [count, batch, channels, height, width] = shape("sample")?[..] else {
-            return Err(Error::bad_file(path, format!("`sample` is {:?}, not [n, b, c, h, w]", shape("sample")?)));
-        };
-        let states = shape("encoder_hidden_states")?;
-        let length = states.get(2).copied().unwrap_or(0);
-        let pooled = shape("text_embeds")?.get(2).copied().unwrap_or(0);
-        let ids = shape("time_ids")?.get(2).copied().unwrap_or(0);
-        let expected = [
-            ("sample", vec![count, batch, config.in_channels, height, width]),
-            ("timestep", vec![count]),
-            ("encoder_hidden_states", vec![count, batch, length, config.cross_attention_dim]),
-            ("text_embeds", vec![count, batch, pooled]),
-            ("time_ids", vec![count, batch, ids]),
-        ];
-        for (name, expected) in expected {
-            if shape(name)? != expected {
-                return Err(Error::bad_file(path, format!("`{name}` is {:?}, not {expected:?}", shape(name)?)));
-            }
-        }
-        let told = pooled + ids * config.addition_time_embed_dim;
-        if told != config.projection_class_embeddings_input_dim {
-            let want = config.projection_class_embeddings_input_dim;
-            return Err(Error::bad_file(path, format!("pooled text and time ids make {told} numbers; the UNet takes {want}")));
-        }
-        if count == 0 || batch == 0 || length == 0 || height * width * channels == 0 {
-            return Err(Error::bad_file(path, "has no samples in it"));
-        }
-        if let Some(extra) = file.entries().keys().find(|name| !NAMES.contains(&name.as_str())) {
-            return Err(Error::bad_file(path, format!("has the unknown tensor `{extra}`")));
-        }
+        let count = calls(file, path, config)?.count;
         let tensors = NAMES.map(|name| file.tensor(name, Placement::CPU));
         let [sample, timestep, states, pooled, ids] = tensors;
         let (sample, timestep, states, pooled, ids) = (sample?, timestep?, states?, pooled?, ids?);
         let mut samples = Samples::default();
-        if (count as usize) < wanted {
+        if count < wanted {
             samples.notes.push(format!("{wanted} samples were asked for; {} has {count}", path.display()));
         }
-        for index in 0..count.min(i64::try_from(wanted).unwrap_or(i64::MAX)) {
+        for index in 0..count.min(wanted) as i64 {
             samples.calls.push(Sample {
                 sample: sample.f_get(index)?,
                 timestep: timestep.f_double_value(&[index])?,
@@ -136,4 +111,45 @@ impl Samples {
         }
         Ok(samples)
     }
+}
+
+/// The samples of a file by its header, checked.
+fn calls(file: &SafetensorsFile, path: &Path, config: &UnetConfig) -> Result<Calls> {
+    let shape = |name: &str| -> Result<Vec<i64>> {
+        let entry = file.entries().get(name);
+        entry
+            .map(|entry| entry.shape.clone())
+            .ok_or_else(|| Error::bad_file(path, format!("has no tensor `{name}`; calibration samples are {}", NAMES.join(", "))))
+    };
+    let [count, batch, channels, height, width] = shape("sample")?[..] else {
+        return Err(Error::bad_file(path, format!("`sample` is {:?}, not [n, b, c, h, w]", shape("sample")?)));
+    };
+    let states = shape("encoder_hidden_states")?;
+    let length = states.get(2).copied().unwrap_or(0);
+    let pooled = shape("text_embeds")?.get(2).copied().unwrap_or(0);
+    let ids = shape("time_ids")?.get(2).copied().unwrap_or(0);
+    let expected = [
+        ("sample", vec![count, batch, config.in_channels, height, width]),
+        ("timestep", vec![count]),
+        ("encoder_hidden_states", vec![count, batch, length, config.cross_attention_dim]),
+        ("text_embeds", vec![count, batch, pooled]),
+        ("time_ids", vec![count, batch, ids]),
+    ];
+    for (name, expected) in expected {
+        if shape(name)? != expected {
+            return Err(Error::bad_file(path, format!("`{name}` is {:?}, not {expected:?}", shape(name)?)));
+        }
+    }
+    let told = pooled.saturating_add(ids.saturating_mul(config.addition_time_embed_dim));
+    if told != config.projection_class_embeddings_input_dim {
+        let want = config.projection_class_embeddings_input_dim;
+        return Err(Error::bad_file(path, format!("pooled text and time ids make {told} numbers; the UNet takes {want}")));
+    }
+    if [count, batch, length, height, width, channels].contains(&0) {
+        return Err(Error::bad_file(path, "has no samples in it"));
+    }
+    if let Some(extra) = file.entries().keys().find(|name| !NAMES.contains(&name.as_str())) {
+        return Err(Error::bad_file(path, format!("has the unknown tensor `{extra}`")));
+    }
+    Ok(Calls { count: usize::try_from(count).unwrap_or(0), batch, height, width, text: length })
 }

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::input::{self, Limit};
+use crate::shorten::shorten;
 
 /// A diffusers or transformers config file being taken apart.
 ///
@@ -23,9 +24,14 @@ impl ConfigFile {
     /// Reads and parses `path`.
     ///
     /// # Errors
-    /// If the file cannot be read, is larger than [`Limit::MODEL_CONFIG`], or is not a JSON object.
+    /// If the file cannot be read, is not a regular file, is larger than [`Limit::MODEL_CONFIG`], or is not a JSON object.
     pub fn read(path: &Path) -> Result<Self> {
-        Self::from_bytes(path, &input::read(path, Limit::MODEL_CONFIG)?)
+        ConfigFile::read_within(path, Limit::MODEL_CONFIG)
+    }
+
+    /// The same of another kind of JSON object, which may be of another size.
+    pub(crate) fn read_within(path: &Path, limit: Limit) -> Result<Self> {
+        Self::from_bytes(path, &input::read(path, limit)?)
     }
 
     /// Parses `content`, which was read from `path`.
@@ -71,7 +77,7 @@ impl ConfigFile {
                 let shown = value.to_string();
                 serde_json::from_value(value)
                     .map(Some)
-                    .map_err(|why| self.error(key, format!("cannot be {}: {why}", shorten(&shown))))
+                    .map_err(|why| self.error(key, format!("cannot be {}: {}", shorten(&shown), shorten(&why.to_string()))))
             }
         }
     }
@@ -132,6 +138,7 @@ impl ConfigFile {
         for (key, value) in &self.entries {
             if !key.starts_with('_') {
                 let value = shorten(&value.to_string());
+                let key = shorten(key);
                 tracing::warn!("{}: unknown key `{key}` = {value} is ignored, as diffusers does", self.path.display());
             }
         }
@@ -146,10 +153,4 @@ impl ConfigFile {
 /// Equality in which `1` and `1.0` are the same number.
 fn same(a: &Value, b: &Value) -> bool {
     a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b)
-}
-
-/// A value's text, cut to what fits in one line.
-fn shorten(text: &str) -> String {
-    const KEEP: usize = 60;
-    if text.chars().count() <= KEEP { text.to_owned() } else { text.chars().take(KEEP).chain("…".chars()).collect() }
 }

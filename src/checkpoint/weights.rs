@@ -13,6 +13,7 @@ use super::source_file::SourceFile;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::input::{self, Limit};
+use crate::shorten::shorten;
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
 #[derive(Debug)]
@@ -47,7 +48,7 @@ impl Weights {
     /// # Errors
     /// If there are none, or one is damaged, or an index disagrees with its shards.
     pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
-        let found = |name: String| Some(folder.join(name)).filter(|path| path.is_file());
+        let found = |name: String| Some(folder.join(name)).filter(|path| path.exists());
         for variant in ["", ".fp16"] {
             if let Some(path) = found(format!("{stem}{variant}.safetensors")) {
                 let file = SafetensorsFile::open(&path)?;
@@ -258,7 +259,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>
             None => {
                 // An index is data: it may name files of its own folder, nothing else.
                 if Path::new(shard).file_name() != Some(shard.as_ref()) {
-                    return Err(Error::bad_file(index_path, format!("`{shard}` is not a file name")));
+                    return Err(Error::bad_file(index_path, format!("`{}` is not a file name", shorten(shard))));
                 }
                 files.push(SafetensorsFile::open(&folder.join(shard))?);
                 numbers.insert(shard, files.len() - 1);

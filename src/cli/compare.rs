@@ -1,15 +1,17 @@
 //! `sdxl-squeeze compare`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::calibration::PromptSet;
-use sdxl_squeeze::compare::{Entry, compare};
-use sdxl_squeeze::config::read_prompts;
+use sdxl_squeeze::compare::{Entry, compare, container_path};
+use sdxl_squeeze::compress::workspace_folder;
+use sdxl_squeeze::config::{RunConfig, read_prompts};
 use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::report;
 use sdxl_squeeze::{Error, Result};
 
-use super::compress::{LimitArgs, OverrideArgs};
+use super::compress::{LimitArgs, OverrideArgs, model_of};
+use super::paths::Paths;
 use super::progress::Reporter;
 
 #[derive(Debug, clap::Args)]
@@ -36,16 +38,27 @@ pub struct Args {
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
-    let mut entries = Vec::new();
-    let mut place = None;
+    let mut entries: Vec<Entry> = Vec::new();
+    let mut outputs = Paths::default().reads("--judge", Some(&args.judge)).puts_into("--out", &args.out);
     for path in &args.configs {
-        let (config, folder) = args.overrides.clone().resolve(path)?;
+        let config = args.overrides.clone().config(path)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        place = Some((folder, args.limits.options(&config)?));
+        let container = container_path(&args.out, &name);
+        outputs = outputs.run("the config", path, &config);
+        outputs = outputs.writes(&name, Some(&container)).fills(&name, &workspace_folder(&container));
+        if let Some(first) = entries.first() {
+            check_alike((&args.configs[0], &first.config), (path, &config))?;
+        }
         entries.push(Entry { name, config });
     }
-    let Some((folder, options)) = place else { return Err(Error::Argument("there is nothing to compare".into())) };
-    let calibration = &entries[0].config.calibration;
+    let Some(first) = entries.first() else { return Err(Error::Argument("there is nothing to compare".into())) };
+    for name in ["report.html", "report.json", "table.md"] {
+        outputs = outputs.writes("--out", Some(&args.out.join(name)));
+    }
+    outputs.check()?;
+    let folder = model_of(&first.config)?;
+    let options = args.limits.options(&first.config)?;
+    let calibration = &first.config.calibration;
     let judged = PromptSet {
         prompts: read_prompts(&args.judge)?,
         seed: args.judge_seed,
@@ -53,9 +66,29 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         guidance: calibration.guidance,
         size: folder.picture_size(calibration.size)?,
     };
-    std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
     let found = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
     let written = report::write(&found, &args.out)?;
     write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&found).as_bytes()))?;
     super::print(&format!("{}\n{}\n", report::table::plain(&found), written.html.display()))
+}
+
+/// All rows are judged against one dense model, on one device, in one dtype: configs that name others cannot be compared.
+fn check_alike((first, one): (&Path, &RunConfig), (second, other): (&Path, &RunConfig)) -> Result<()> {
+    let shown = |path: &Option<PathBuf>| path.as_ref().map_or("none".to_owned(), |path| path.display().to_string());
+    // Two names of one folder are one model.
+    let real = |path: &Option<PathBuf>| path.as_ref().map(|path| path.canonicalize().unwrap_or_else(|_| path.clone()));
+    let (one, other) = (&one.model, &other.model);
+    let differing = [
+        ("model", real(&one.path) != real(&other.path), shown(&one.path), shown(&other.path)),
+        ("device", one.device != other.device, one.device.clone(), other.device.clone()),
+        ("dtype", one.dtype != other.dtype, one.dtype.clone(), other.dtype.clone()),
+    ];
+    match differing.into_iter().find(|(_, differs, ..)| *differs) {
+        None => Ok(()),
+        Some((flag, _, one, other)) => Err(Error::Argument(format!(
+            "{} names the {flag} {one}, and {} {other}: they cannot be compared; give --{flag} for all",
+            first.display(),
+            second.display()
+        ))),
+    }
 }

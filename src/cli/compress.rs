@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use sdxl_squeeze::compress::{JobReport, RunOptions, calibrate, run as run_job};
+use sdxl_squeeze::compress::{JobReport, Prepared, RunOptions, calibrate, run as run_job, workspace_folder};
 use sdxl_squeeze::config::{Overrides, RunConfig};
-use sdxl_squeeze::device::{parse_devices, parse_dtype};
 use sdxl_squeeze::memory::parse_size;
 use sdxl_squeeze::number;
-use sdxl_squeeze::output::write_file;
+use sdxl_squeeze::output::{check_file, write_file};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::{Error, Result};
 
+use super::paths::Paths;
 use super::progress::Reporter;
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The run, in YAML (configs/ has the tutorial's)
@@ -49,8 +50,7 @@ impl LimitArgs {
 
     /// Where and how to compute, as config and flags say.
     pub fn options(&self, config: &RunConfig) -> Result<RunOptions> {
-        let devices = parse_devices(&config.model.device)?;
-        Ok(RunOptions { devices, kind: parse_dtype(&config.model.dtype)?, budget: self.budget()?, resume: false })
+        Ok(RunOptions { budget: self.budget()?, ..RunOptions::of(config)? })
     }
 }
 
@@ -187,39 +187,48 @@ impl OverrideArgs {
     /// The same, and its model.
     pub fn resolve(self, path: &Path) -> Result<(RunConfig, PipelineFolder)> {
         let config = self.config(path)?;
-        let model = config
-            .model
-            .path
-            .clone()
-            .ok_or_else(|| Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into()))?;
-        Ok((config, PipelineFolder::open(&model)?))
+        let folder = model_of(&config)?;
+        Ok((config, folder))
     }
+}
+
+/// The model that a config names.
+pub fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
+    let asked = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
+    PipelineFolder::open(config.model.path.as_deref().ok_or_else(asked)?)
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let (config, folder) = args.overrides.resolve(&args.config)?;
     let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };
+    let [container, resolved, about] =
+        ["unet.squeezed.safetensors", "config.yaml", "report.json"].map(|name| args.out.join(name));
+    let outputs = Paths::default().run("--config", &args.config, &config).puts_into("--out", &args.out);
+    let outputs = outputs.fills("the work folder", &workspace_folder(&container));
+    let outputs = [&container, &resolved, &about].into_iter().fold(outputs, |outputs, path| outputs.writes("--out", Some(path)));
+    outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
+    let prepared = Prepared::new(&folder, &config, args.samples_out.is_some(), &options, &container)?;
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
-    let container = args.out.join("unet.squeezed.safetensors");
 
     let samples = match &args.samples_out {
         None => None,
         Some(path) => {
-            let samples = calibrate(&folder, &folder.unet_weights()?, &config.calibration, &options, reporter)?;
+            check_file(path)?;
+            let samples = calibrate(&folder, prepared.weights(), &config.calibration, &options, reporter)?;
             samples.write(path)?;
             Some(samples)
         }
     };
     reporter.end_on_interrupt()?;
-    let report = run_job(&folder, &config, samples.as_ref(), &options, &container, reporter);
+    let report = run_job(&prepared, samples.as_ref(), reporter);
     if let Err(Error::Stopped) = report {
         super::print(&format!("stopped; the same command with --resume goes on from here ({})\n", args.out.display()))?;
     }
     let report = report?;
-    write_file(&args.out.join("config.yaml"), |out| out.write_all(report.config.to_yaml().as_bytes()))?;
-    let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Argument(why.to_string()))?;
-    write_file(&args.out.join("report.json"), |out| writeln!(out, "{json}"))?;
+    write_file(&resolved, |out| out.write_all(report.config.to_yaml().as_bytes()))?;
+    let json = serde_json::to_string_pretty(&report).map_err(|why| Error::Failed(why.to_string()))?;
+    write_file(&about, |out| writeln!(out, "{json}"))?;
 
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
     super::print(&format!(

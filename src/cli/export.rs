@@ -10,6 +10,7 @@ use sdxl_squeeze::number;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::{Error, Result, export};
 
+use super::paths::Paths;
 use super::progress::Reporter;
 
 #[derive(Debug, clap::Args)]
@@ -104,6 +105,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     if let Some(flag) = args.misplaced() {
         return Err(Error::Argument(format!("{flag} does nothing with this --to")));
     }
+    args.paths().check()?;
     match args.to {
         Format::Diffusers => {
             let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
@@ -130,6 +132,17 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
 }
 
 impl Args {
+    /// What is read and written. A container is a file, and a pipeline for its dense UNet a folder.
+    fn paths(&self) -> Paths {
+        let (file, folder) = if self.path.is_dir() { (None, Some(&*self.path)) } else { (Some(&*self.path), None) };
+        let paths =
+            Paths::default().reads("the argument", file).model("the argument", folder).model("--model", self.model.as_deref());
+        match self.to {
+            Format::Diffusers | Format::Coreml => paths.fills("--out", &self.out),
+            Format::Coremltools => paths.writes("--out", Some(&self.out)),
+        }
+    }
+
     /// A flag that belongs to another format.
     fn misplaced(&self) -> Option<&'static str> {
         let CoremlArgs { height, width, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;

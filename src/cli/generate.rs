@@ -5,12 +5,14 @@ use std::time::Instant;
 
 use safetensors::tensor::TensorView;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
-use sdxl_squeeze::output::write_file;
+use sdxl_squeeze::output::{is_standard_output, write_file};
 use sdxl_squeeze::pipeline::{GenerateRequest, Generated, PipelineFolder, generate};
+use sdxl_squeeze::progress::Progress;
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
 use tch::{Device, Kind};
 
+use super::paths::Paths;
 use super::progress::Reporter;
 use sdxl_squeeze::number;
 
@@ -69,9 +71,13 @@ pub struct Args {
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
-    for path in [Some(&args.output), args.latents_out.as_ref()].into_iter().flatten() {
-        check_writable(path)?;
-    }
+    // Before minutes of work.
+    Paths::default()
+        .model("--model", Some(&args.model))
+        .reads("--unet", args.unet.as_deref())
+        .writes("-o", Some(&args.output))
+        .writes("--latents-out", args.latents_out.as_deref())
+        .check_writable()?;
     let folder = PipelineFolder::open(&args.model)?;
     let request = GenerateRequest {
         prompt: args.prompt,
@@ -92,26 +98,20 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     }
     let (height, width) = generated.size;
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
-    super::print(&format!(
-        "{}: {width}x{height}, {} steps of {}, seed {}, {}{peak}\n",
+    let line = format!(
+        "{}: {width}x{height}, {} steps of {}, seed {}, {}{peak}",
         args.output.display(),
         request.steps,
         generated.scheduler,
         request.seed,
         number::time(start.elapsed().as_secs_f64()),
-    ))
-}
-
-/// Before minutes of work: is there a folder to write to?
-fn check_writable(path: &Path) -> Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    match parent {
-        Some(parent) if !parent.is_dir() => {
-            Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), parent.display())))
-        }
-        _ if path.is_dir() => Err(Error::Argument(format!("cannot write {}: it is a folder", path.display()))),
-        _ => Ok(()),
+    );
+    // Nothing is to follow a picture on its way.
+    if [Some(&args.output), args.latents_out.as_ref()].into_iter().flatten().any(|path| is_standard_output(path)) {
+        reporter.note(&line);
+        return Ok(());
     }
+    super::print(&format!("{line}\n"))
 }
 
 /// What the PNG says of itself: the prompt for viewers, and everything that it takes to draw it again.

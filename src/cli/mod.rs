@@ -6,10 +6,13 @@ mod environment;
 mod export;
 mod generate;
 mod inspect;
+mod paths;
+mod place;
 mod plan;
 mod progress;
 mod synth;
 mod table;
+mod terminal;
 mod verify;
 
 use std::any::Any;
@@ -18,6 +21,7 @@ use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use sdxl_squeeze::Error;
@@ -66,6 +70,9 @@ enum Command {
     Synth(synth::Args),
 }
 
+/// Mistakes of a config that are shown.
+const MISTAKES: usize = 100;
+
 /// Runs the program: what fails ends in one line on standard error and an exit code.
 pub fn main() -> ExitCode {
     // TF32 would cut fp32 to ten bits of mantissa on a GPU. libtorch has it on for convolutions, and tch no switch for it.
@@ -73,15 +80,23 @@ pub fn main() -> ExitCode {
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
     sdxl_squeeze::init();
-    let args = Args::parse();
     // A panic is a bug of ours; it still ends in one line.
     panic::set_hook(Box::new(|_| {}));
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(answer) => return tell(&answer),
+    };
     match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             match &error {
-                // Every mistake of a config, each on a line of its own.
-                Error::Config { mistakes } => mistakes.iter().for_each(|mistake| complain(&mistake.to_string())),
+                // Every mistake of a config, each on a line of its own, as many as somebody may want to read.
+                Error::Config { mistakes } => {
+                    mistakes.iter().take(MISTAKES).for_each(|mistake| complain(&mistake.to_string()));
+                    if mistakes.len() > MISTAKES {
+                        complain(&format!("and {} more mistakes", mistakes.len() - MISTAKES));
+                    }
+                }
                 error => complain(&chain(error)),
             }
             ExitCode::from(if error.is_bad_input() { 2 } else { 1 })
@@ -93,7 +108,30 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Prints what clap has to say: help or the version to standard output, a mistake to standard error.
+fn tell(answer: &clap::Error) -> ExitCode {
+    let code = ExitCode::from(u8::try_from(answer.exit_code()).unwrap_or(2));
+    let printed = answer.print().and_then(|()| io::stdout().flush());
+    match printed {
+        Err(why) if !answer.use_stderr() && why.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&chain(&Error::write("standard output".as_ref())(why)));
+            ExitCode::from(1)
+        }
+        _ => code,
+    }
+}
+
+/// What has to hold whatever is done.
+fn prepare() -> Result<(), Error> {
+    place::check()?;
+    // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like any other.
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
+        .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
+    Ok(())
+}
+
 fn run(args: Args) -> Result<(), Error> {
+    prepare()?;
     let reporter = Reporter::new(if args.quiet { Mode::None } else { args.progress });
     let level = match (args.quiet, args.verbose) {
         (true, _) => Level::ERROR,
@@ -120,7 +158,8 @@ fn run(args: Args) -> Result<(), Error> {
 
 /// Writes a command's result to standard output. A reader that has gone away is no error.
 fn print(text: &str) -> Result<(), Error> {
-    match io::stdout().lock().write_all(text.as_bytes()) {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(Error::write("standard output".as_ref())(why)),
         _ => Ok(()),
     }
@@ -133,7 +172,20 @@ fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
 
 fn complain(what: &str) {
     // There is nobody left to tell if this fails.
-    let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {what}");
+    let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {}", readable(what));
+}
+
+/// A message of a length that somebody may read, whatever it quotes: names in damaged files may have megabytes.
+fn readable(message: &str) -> String {
+    const BEGIN: usize = 1500;
+    const END: usize = 300;
+    let characters = message.chars().count();
+    if characters <= BEGIN + END {
+        return message.to_owned();
+    }
+    let begin: String = message.chars().take(BEGIN).collect();
+    let end: String = message.chars().skip(characters - END).collect();
+    format!("{begin} … {end}")
 }
 
 /// An error and its causes in one line.
@@ -157,5 +209,17 @@ fn message(panic: &(dyn Any + Send)) -> &str {
         (Some(text), _) => text,
         (_, Some(text)) => text,
         _ => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::readable;
+
+    #[test]
+    fn messages_are_of_readable_length_and_keep_both_ends() {
+        assert_eq!(readable("short"), "short");
+        let long = readable(&format!("begin{}end", "é".repeat(10 << 20)));
+        assert!(long.starts_with("begin") && long.ends_with("end") && long.chars().count() == 1803);
     }
 }

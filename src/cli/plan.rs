@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use sdxl_squeeze::compress::{CLIP_LENGTH, Recipe, expected_calls};
-use sdxl_squeeze::config::{BudgetSection, BudgetTarget, RunConfig};
+use sdxl_squeeze::compress::{CLIP_LENGTH, Recipe, expected_calls, plan_of_run};
+use sdxl_squeeze::config::{BudgetSection, RunConfig};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::PipelineFolder;
@@ -51,7 +51,7 @@ pub fn run(args: Args) -> Result<()> {
         };
         let recipe = Recipe::new(&config, &target.chain)?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
-        let plan = Plan::new(&target.chain, &recipe.treatments, recipe.sequencing, Some(target.calls), memory, &target.bytes_of)?;
+        let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         if args.json {
@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<()> {
         rows.push((name, plan, seconds));
     }
     if args.json {
-        let text = serde_json::to_string_pretty(&json).map_err(|why| Error::Argument(why.to_string()))?;
+        let text = serde_json::to_string_pretty(&json).map_err(|why| Error::Failed(why.to_string()))?;
         return super::print(&format!("{text}\n"));
     }
     if rows.len() > 1 {
@@ -76,11 +76,7 @@ pub fn run(args: Args) -> Result<()> {
 
 /// What a budget changes in what is planned.
 fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
-    let fixed = plan.payload_bytes - plan.compressed_bytes;
-    let bytes = match budget.target {
-        BudgetTarget::Size(bytes) => bytes,
-        BudgetTarget::Bits(bits) => fixed + (bits / 8.0 * plan.compressed_elements as f64) as u64,
-    };
+    let bytes = budget.bytes(plan);
     format!(
         "settings will be found for each layer that take {} ({} bytes) together, instead of the {} above; finding them takes one pass over \
          the samples more, and trying every layer with several settings",
@@ -166,13 +162,14 @@ fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64) -> String {
         }
     };
     text += &format!(
-        "\nsize {} ({} bytes), {:.3} bits a compressed weight, {} of them zero; peak memory {}; about {} on this machine, calibration runs not counted\n\n",
+        "\nsize {} ({} bytes), {:.3} bits a compressed weight, {} of them zero; peak memory {}; about {} on this machine, calibration runs not counted\n{}\n\n",
         number::size(plan.payload_bytes),
         number::count(plan.payload_bytes),
         8.0 * plan.compressed_bytes as f64 / plan.compressed_elements.max(1) as f64,
         number::percent(plan.sparsity),
         number::size(plan.peak_bytes),
         number::time(seconds),
+        plan.disk.text(),
     );
     text
 }

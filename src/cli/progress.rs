@@ -1,16 +1,17 @@
 //! Shows the library's progress: bars, lines or JSON.
 
-use std::cell::RefCell;
 use std::io::{self, IsTerminal, Write};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use sdxl_squeeze::number;
 use sdxl_squeeze::progress::Progress;
 use serde_json::json;
+
+use super::terminal;
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +40,10 @@ impl FromStr for Mode {
 /// Takes what the library reports to standard error.
 pub struct Reporter {
     how: How,
-    bars: MultiProgress,
-    tasks: RefCell<Vec<Running>>,
+    /// The terminal with the bars, where progress is shown as bars.
+    bars: Option<MultiProgress>,
+    /// The innermost is the last.
+    tasks: Mutex<Vec<Running>>,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -75,12 +78,13 @@ impl Reporter {
             Mode::Json => How::Json,
             Mode::None => How::Nothing,
         };
-        Reporter { how, bars: MultiProgress::new(), tasks: RefCell::new(Vec::new()), interrupted: Arc::default() }
+        let bars = (how == How::Bars).then(|| MultiProgress::with_draw_target(terminal::stderr()));
+        Reporter { how, bars, tasks: Mutex::default(), interrupted: Arc::default() }
     }
 
     /// From now on the first interrupt (Ctrl-C) ends the work where nothing is lost, and the second at once.
     pub fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
-        let failed = |why: io::Error| sdxl_squeeze::Error::Argument(format!("interrupts cannot be caught: {why}"));
+        let failed = |why: io::Error| sdxl_squeeze::Error::Failed(format!("interrupts cannot be caught: {why}"));
         for signal in signal_hook::consts::TERM_SIGNALS.iter().filter(|signal| **signal != signal_hook::consts::SIGQUIT) {
             // In this order the first one finds the flag unset.
             signal_hook::flag::register_conditional_shutdown(*signal, 1, self.interrupted.clone()).map_err(failed)?;
@@ -92,6 +96,11 @@ impl Reporter {
     /// A writer for log lines that keeps them and the bars out of each other's way.
     pub fn log_writer(&self) -> LogWriter {
         LogWriter(self.bars.clone())
+    }
+
+    /// The tasks under way. Nothing that holds this lock can leave them half changed, so a panic elsewhere does no harm to them.
+    fn tasks(&self) -> MutexGuard<'_, Vec<Running>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn say(&self, line: &str) {
@@ -135,8 +144,8 @@ impl Progress for Reporter {
 
     fn begin(&self, task: &str, unit: &str, total: u64) {
         let now = Instant::now();
-        let bar = (self.how == How::Bars).then(|| {
-            let bar = self.bars.add(ProgressBar::new(total));
+        let bar = self.bars.as_ref().map(|bars| {
+            let bar = bars.add(ProgressBar::new(total));
             let style = ProgressStyle::with_template("{prefix:>22} {bar:28.cyan/dim} {pos:>4}/{len} {wide_msg}");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.set_prefix(task.to_owned());
@@ -147,11 +156,11 @@ impl Progress for Reporter {
             self.say(&json!({"event": "begin", "task": task, "unit": unit, "total": total}).to_string());
         }
         let (task, unit) = (task.to_owned(), unit.to_owned());
-        self.tasks.borrow_mut().push(Running { task, unit, total, begun: 0, start: now, said: now, bar });
+        self.tasks().push(Running { task, unit, total, begun: 0, start: now, said: now, bar });
     }
 
     fn advance(&self, item: &str) {
-        let mut tasks = self.tasks.borrow_mut();
+        let mut tasks = self.tasks();
         let Some(running) = tasks.last_mut() else { return };
         running.begun += 1;
         match self.how {
@@ -179,23 +188,27 @@ impl Progress for Reporter {
     }
 
     fn note(&self, line: &str) {
-        match self.how {
-            How::Bars => self.bars.suspend(|| self.say(line)),
-            How::Lines => self.say(line),
-            How::Json => self.say(&json!({"event": "note", "text": line}).to_string()),
-            How::Nothing => {}
+        match (self.how, &self.bars) {
+            (How::Bars, Some(bars)) => bars.suspend(|| self.say(line)),
+            (How::Bars | How::Lines, _) => self.say(line),
+            (How::Json, _) => self.say(&json!({"event": "note", "text": line}).to_string()),
+            (How::Nothing, _) => {}
         }
     }
 
     fn end(&self) {
-        let Some(running) = self.tasks.borrow_mut().pop() else { return };
-        if let Some(bar) = running.bar {
+        let Some(running) = self.tasks().pop() else { return };
+        if let Some(bar) = &running.bar {
             bar.finish_and_clear();
         }
         match self.how {
             How::Json => {
                 let seconds = running.start.elapsed().as_secs_f64();
-                self.say(&json!({"event": "end", "task": running.task, "seconds": seconds}).to_string());
+                // The last piece is done where all were begun; where the task was broken off it is not.
+                let done = if running.begun >= running.total { running.begun } else { running.done() };
+                let line =
+                    json!({"event": "end", "task": running.task, "done": done, "total": running.total, "seconds": seconds});
+                self.say(&line.to_string());
             }
             // What was short has no need to be told of.
             How::Lines if running.start.elapsed() >= PAUSE => {
@@ -207,15 +220,44 @@ impl Progress for Reporter {
 }
 
 /// Writes log lines to standard error, above the bars.
+///
+/// It never fails: where nobody can read the log, the work goes on without. tracing-subscriber would panic, as it tells of a writer's failure
+/// by printing to the same standard error.
 #[derive(Clone)]
-pub struct LogWriter(MultiProgress);
+pub struct LogWriter(Option<MultiProgress>);
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.suspend(|| io::stderr().lock().write(bytes))
+        let write = || io::stderr().lock().write_all(bytes);
+        let _ = match &self.0 {
+            Some(bars) => bars.suspend(write),
+            None => write(),
+        };
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().lock().flush()
+        let _ = io::stderr().lock().flush();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_are_advanced_by_many_threads_and_none_is_lost() {
+        let reporter = Reporter::new(Mode::None);
+        reporter.begin("outer", "pieces", 1);
+        reporter.begin("inner", "pieces", 800);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| (0..100).for_each(|_| reporter.advance("one")));
+            }
+        });
+        assert_eq!(reporter.tasks().last().map(|running| running.begun), Some(800));
+        reporter.end();
+        assert_eq!(reporter.tasks().last().map(|running| running.begun), Some(0));
     }
 }

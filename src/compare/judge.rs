@@ -98,7 +98,7 @@ impl Judge {
     }
 
     fn picture(&self, latents: Option<&Tensor>) -> Result<Picture> {
-        let latents = latents.ok_or_else(|| Error::Argument("the sampler took no step".into()))?;
+        let latents = latents.ok_or_else(|| Error::Failed("the sampler took no step".into()))?;
         decode_with(&self.vae, latents)
     }
 

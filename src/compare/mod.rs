@@ -2,22 +2,25 @@
 
 mod judge;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use judge::{Judge, Measured};
 
 use crate::calibration::{PromptSet, Samples};
-use crate::compress::{JobReport, RunOptions, calibrate, run};
+use crate::compress::{JobReport, Prepared, RunOptions, calibrate, run};
 use crate::config::{CalibrationSection, RunConfig, read_prompts};
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::unet::Unet;
+use crate::number;
 use crate::pipeline::{PipelineFolder, PromptEncoder};
+use crate::plan;
 use crate::progress::{Progress, Task};
 use crate::report::metrics::closeness;
 use crate::report::{Comparison, Dense, Judged, LayerRow, Row, StageError};
+use crate::shorten::shorten;
 
 /// A config under the name that its row will have.
 #[derive(Debug)]
@@ -32,8 +35,11 @@ pub struct Entry {
 ///
 /// Entries with the same calibration share its samples, and all share the dense model's pictures.
 ///
+/// All that can be checked is checked before anything is drawn: every entry is [prepared](Prepared), and all have to fit on the disk together.
+///
 /// # Errors
-/// If there are no entries, a judged prompt is among the calibration's, or a run fails.
+/// If there are no entries, two have one name, one does not fit the model, `options`, the memory or the disk, a judged prompt is among the
+/// calibration's, or a run fails.
 pub fn compare(
     folder: &PipelineFolder,
     entries: &[Entry],
@@ -43,11 +49,12 @@ pub fn compare(
     out: &Path,
     progress: &dyn Progress,
 ) -> Result<Comparison> {
+    let prepared = prepare(folder, entries, options, out)?;
     let mut calibration: Vec<String> = Vec::new();
     for entry in entries.iter().filter(|entry| entry.config.is_calibrated() && entry.config.calibration.samples.is_none()) {
         for prompt in entry.config.calibration.prompts.load()? {
             if judged.prompts.contains(&prompt) {
-                return Err(Error::Argument(format!("`{prompt}` is judged on, so it cannot be calibrated on")));
+                return Err(Error::Argument(format!("`{}` is judged on, so it cannot be calibrated on", shorten(&prompt))));
             }
             if !calibration.contains(&prompt) {
                 calibration.push(prompt);
@@ -56,9 +63,13 @@ pub fn compare(
         if let Some(path) = &entry.config.calibration.captions
             && let Some(caption) = read_prompts(path)?.into_iter().find(|caption| judged.prompts.contains(caption))
         {
-            return Err(Error::Argument(format!("`{caption}` is judged on, so it cannot be a caption of the calibration")));
+            return Err(Error::Argument(format!(
+                "`{}` is judged on, so it cannot be a caption of the calibration",
+                shorten(&caption)
+            )));
         }
     }
+    std::fs::create_dir_all(out).map_err(Error::write(out))?;
     let placement = options.placement();
     let weights = folder.unet_weights()?;
     let source = weights.source(placement);
@@ -71,7 +82,7 @@ pub fn compare(
     let mut shared: Vec<(CalibrationSection, Samples)> = Vec::new();
     let mut rows = Vec::new();
     let task = Task::begin(progress, "comparing", "configs", entries.len());
-    for Entry { name, config } in entries {
+    for (Entry { name, config }, prepared) in entries.iter().zip(&prepared) {
         task.advance(name);
         let samples = match (config.is_calibrated(), shared.iter().position(|(section, _)| *section == config.calibration)) {
             (false, _) => None,
@@ -82,13 +93,12 @@ pub fn compare(
                 Some(shared.len() - 1)
             }
         };
-        let path = out.join(format!("{name}.squeezed.safetensors"));
         memory::reset_peak();
         let start = Instant::now();
-        let report = run(folder, config, samples.map(|index| &shared[index].1), options, &path, progress)?;
+        let report = run(prepared, samples.map(|index| &shared[index].1), progress)?;
         let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak());
         // Judged on what was stored, read back.
-        let container = Container::open(&path)?;
+        let container = Container::open(prepared.path())?;
         let stored = container.source(placement);
         let unet = Unet::resident(folder.unet.clone(), stored, progress)?;
         let measured = judge.measure(folder, &unet, progress)?;
@@ -141,6 +151,35 @@ pub fn compare(
         warnings: Vec::new(),
         how: how(set, judge.held_out()),
     })
+}
+
+/// Where the container of the entry `name` will be.
+pub fn container_path(out: &Path, name: &str) -> PathBuf {
+    out.join(format!("{name}.squeezed.safetensors"))
+}
+
+/// Every entry, checked. The containers stay, so what an entry takes on the disk comes to those of the entries before it.
+fn prepare<'a>(folder: &'a PipelineFolder, entries: &[Entry], options: &RunOptions, out: &Path) -> Result<Vec<Prepared<'a>>> {
+    let mut prepared: Vec<Prepared> = Vec::new();
+    let (mut results, mut needed) = (0, 0);
+    for (index, Entry { name, config }) in entries.iter().enumerate() {
+        if entries.iter().take(index).any(|other| other.name == *name) {
+            return Err(Error::Argument(format!("two of the configs to compare are called `{name}`; rename one")));
+        }
+        let named = |why: Error| match why {
+            Error::Argument(why) => Error::Argument(format!("{name}: {why}")),
+            other => other,
+        };
+        let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named)?;
+        needed = needed.max(results + entry.plan().disk.peak());
+        results += entry.plan().disk.result;
+        prepared.push(entry);
+    }
+    if prepared.is_empty() {
+        return Err(Error::Argument("there is nothing to compare".into()));
+    }
+    plan::check_disk(out, needed, 0, &format!("{} of {} runs", number::size(needed), entries.len()))?;
+    Ok(prepared)
 }
 
 fn layer_rows(report: &JobReport) -> Vec<LayerRow> {

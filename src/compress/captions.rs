@@ -3,7 +3,6 @@
 use tch::{Device, Kind, Tensor};
 
 use super::Gatherer;
-use super::head::TIMESTEPS;
 use crate::checkpoint::{Blueprint, Weights};
 use crate::config::CalibrationSection;
 use crate::elementwise::silu;
@@ -46,6 +45,8 @@ pub(super) fn gather(
     let encoder = PromptEncoder::load(folder, placement)?;
     let head = folder.unet.load_head(&weights.narrow_source(placement))?;
     let size = folder.picture_size(section.size)?;
+    let timesteps = folder.scheduler.train_timesteps()?;
+    let stride = stride(timesteps);
     let task = Task::begin(progress, "captions", "captions", captions.len());
     for (number, caption) in captions.iter().enumerate() {
         task.go_on()?;
@@ -58,8 +59,7 @@ pub(super) fn gather(
         let sample = Tensor::f_zeros([batch, folder.unet.config().in_channels, 1, 1], (placement.kind, placement.device))?;
         let told = Conditioning { encoder_hidden_states, text_embeds, time_ids };
         for time in 0..TIMES {
-            // 619 and 1000 have no common factor: every timestep has its turn, and neighbours in the file are far apart.
-            let timestep = (TIMES * number + time) * 619 % TIMESTEPS;
+            let timestep = (TIMES * number + time) * stride % timesteps;
             let carry = head.forward(&sample, timestep as f64, &told, &mut Unobserved)?;
             gatherer.add(&LayerInput::Time, &silu(&carry.temb)?.f_to_kind(Kind::Float)?)?;
         }
@@ -73,4 +73,33 @@ fn shared_inputs(chain: &UnetChain, treated: &dyn Fn(&Layer) -> bool, device: De
     let stages = chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
     let layers = stages.iter().flat_map(|stage| stage.layers());
     Gatherer::new(layers.filter(|layer| !matches!(layer.input(), LayerInput::Features(_)) && treated(layer)), device)
+}
+
+/// Steps of this length through `timesteps` of them, over and over, come to each before they come to one again, as the two numbers have no
+/// common factor; and neighbours are far apart: 619 for 1,000.
+fn stride(timesteps: usize) -> usize {
+    let have_common_factor = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a > 1
+    };
+    let first = (timesteps * 619 / 1000).max(1);
+    (first..).find(|stride| !have_common_factor(*stride, timesteps)).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::stride;
+
+    #[test]
+    fn every_timestep_has_its_turn() {
+        assert_eq!(stride(1000), 619);
+        for timesteps in [2, 3, 50, 619, 1238, 4000] {
+            let stride = stride(timesteps);
+            let mut seen: Vec<usize> = (0..timesteps).map(|turn| turn * stride % timesteps).collect();
+            seen.sort_unstable();
+            assert!(seen.iter().enumerate().all(|(index, timestep)| index == *timestep), "{timesteps}");
+        }
+    }
 }

@@ -100,7 +100,7 @@ impl Carries {
     }
 
     pub fn get(&self, index: usize) -> Result<Carry> {
-        let absent = || Error::Argument(format!("there is no carry {index}"));
+        let absent = || Error::Failed(format!("there is no carry {index}"));
         Ok(match self {
             Carries::Memory(carries) => carries.get(index).ok_or_else(absent)?.shallow_clone(),
             Carries::Files(files) => {

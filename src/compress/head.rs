@@ -12,9 +12,6 @@ use crate::model::unet::{Conditioning, Head, HeadInput};
 use crate::model::{Layer, Observer};
 use crate::progress::{Progress, Task};
 
-/// The timesteps of training.
-pub(super) const TIMESTEPS: usize = 1000;
-
 /// The head with its weights as they are stored so far, and the dense one, where layers aim at its outputs.
 struct Heads {
     stored: Head,
@@ -59,8 +56,13 @@ impl Job<'_> {
         let mut gatherer = gatherer.hasty();
         let sees = heads.stored.sees(layer.name());
         if sees == HeadInput::Time {
-            let times = Tensor::f_arange(TIMESTEPS as i64, (Kind::Float, device))?;
-            heads.show(layer, &mut gatherer, &|head, observer| head.embed_times(&times, self.kind, observer))?;
+            // All that SDXL has go at once; a model trained on many more would take much memory so.
+            const AT_ONCE: i64 = 1000;
+            for first in (0..self.timesteps as i64).step_by(AT_ONCE as usize) {
+                let end = (first + AT_ONCE).min(self.timesteps as i64);
+                let times = Tensor::f_arange_start(first, end, (Kind::Float, device))?;
+                heads.show(layer, &mut gatherer, &|head, observer| head.embed_times(&times, self.kind, observer))?;
+            }
             return Ok(gatherer);
         }
         let mut calls: Vec<usize> = (0..samples.calls.len()).collect();

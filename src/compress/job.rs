@@ -8,13 +8,14 @@ use tch::{Device, Kind};
 
 use super::identity::{Inputs, sources_of};
 use super::{
-    Gatherer, Job, LayerReport, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress, kept,
+    Gatherer, Job, LayerReport, Prepared, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress,
+    kept,
 };
 use crate::calibration::{self, PromptSet, Samples, encode, record};
 use crate::checkpoint::{SafetensorsFile, SourceFile, TensorSource, Weights};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
 use crate::container::{ContainerInfo, ContainerWriter, Written};
-use crate::device::{Placement, free_memory};
+use crate::device::{Placement, free_memory, parse_devices, parse_dtype};
 use crate::error::{Error, Result};
 use crate::model::Layer;
 use crate::model::unet::Unet;
@@ -37,6 +38,15 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
+    /// The devices and the dtype that `config` names, without a budget, and for a run from the start.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a device that is not there.
+    pub fn of(config: &RunConfig) -> Result<Self> {
+        let (devices, kind) = (parse_devices(&config.model.device)?, parse_dtype(&config.model.dtype)?);
+        Ok(RunOptions { devices, kind, budget: None, resume: false })
+    }
+
     /// One device.
     pub fn on(placement: Placement) -> Self {
         RunOptions { devices: vec![placement.device], kind: placement.kind, budget: None, resume: false }
@@ -133,8 +143,7 @@ pub fn calibrate(
 /// If the picture's size is none that the model draws, or a samples file cannot be read.
 pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Calls> {
     if let Some(path) = &section.samples {
-        let samples = Samples::read(path, folder.unet.config(), section.calibration_nsamples)?;
-        return samples.shape().ok_or_else(|| Error::bad_file(path, "has no samples in it"));
+        return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
     }
     let (height, width) = folder.picture_size(section.size)?;
     let scale = folder.vae.scale();
@@ -155,29 +164,21 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
 }
 
-/// Compresses the pipeline's UNet as `config` says and writes the container to `path`.
+/// Compresses the pipeline's UNet as the config of `prepared` says and writes the container to its path.
 ///
 /// `samples` are used if they are given (several runs can share them); otherwise they are made if a layer needs them. What is finished is
-/// kept beside `path` until the container is there; with [`RunOptions::resume`] a run goes on with it.
+/// kept beside the container's path until the container is there; with [`RunOptions::resume`] a run goes on with it.
 ///
 /// # Errors
-/// If the config does not fit the model, the memory does not do, calibration fails, a layer cannot be treated, or the container cannot
-/// be written; [`Error::Stopped`].
-pub fn run(
-    folder: &PipelineFolder,
-    config: &RunConfig,
-    samples: Option<&Samples>,
-    options: &RunOptions,
-    path: &Path,
-    progress: &dyn Progress,
-) -> Result<JobReport> {
+/// If the memory does not do for the samples that there are, calibration fails, a layer cannot be treated, or the container cannot be
+/// written; [`Error::Stopped`].
+pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
     let numerics = crate::init();
-    let mut recipe = Recipe::new(config, &folder.unet)?;
-    let mut config = config.clone();
+    let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
+    let (mut recipe, mut config) = (recipe.clone(), config.clone());
     let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
     let mut inputs = Inputs::read(folder, &config, samples, needs_samples)?;
-    let weights = folder.unet_weights()?;
-    let sources = sources_of(folder, &weights, progress)?;
+    let sources = sources_of(folder, weights, progress)?;
     let identity = inputs.identity(&config, &sources, options);
     let mut workspace = Workspace::open(&workspace_folder(path), &identity, options.resume)?;
     let section = inputs.section(&config.calibration);
@@ -186,31 +187,30 @@ pub fn run(
     let made = match (samples, inputs.samples.take()) {
         (None, Some(read)) => Some(read),
         (None, None) if needs_samples => {
-            let made = kept_samples(folder, &weights, &section, options, &mut workspace, progress)?;
+            let made = kept_samples(folder, weights, &section, options, &mut workspace, progress)?;
             inputs.check_prompt_files(folder)?;
             Some(made)
         }
         _ => None,
     };
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
+    // Samples take memory too, and there may be fewer than were planned with.
     let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
-    let placement = options.placement();
-    let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
-    let plan =
-        |treatments: &Treatments, sequencing| Plan::new(&folder.unet, treatments, sequencing, samples.shape(), memory, &bytes_of);
+    let plan = |treatments: &Treatments, sequencing| prepared.plan_for(treatments, sequencing, samples.shape(), memory);
     let calibration_weights = match config.calibration.timestep_weighting {
         TimestepWeighting::Uniform => Vec::new(),
         by => calibration::weights(samples, folder, by)?,
     };
     let captions = |treatments: &Treatments| -> Result<Gatherer> {
         let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-        let gathered = captions::gather(folder, &weights, &section, &inputs.captions, &hungry, options, progress)?;
+        let gathered = captions::gather(folder, weights, &section, &inputs.captions, &hungry, options, progress)?;
         if !inputs.captions.is_empty() {
             inputs.check_prompt_files(folder)?;
         }
         Ok(gathered)
     };
-    let source = weights.narrow_source(placement);
+    let source = weights.narrow_source(options.placement());
+    let timesteps = folder.scheduler.train_timesteps()?;
     let few = few_prompts(&config, &recipe, inputs.prompts.len());
     let mut said: Vec<String> = numerics.note().into_iter().chain(few).collect();
     said.iter().for_each(|said| tracing::warn!("{said}"));
@@ -228,6 +228,7 @@ pub fn run(
                 plan: &measuring,
                 sequencing: Sequencing::Stage,
                 weights: &calibration_weights,
+                timesteps,
                 kind: options.kind,
                 devices: &options.devices,
             };
@@ -259,13 +260,14 @@ pub fn run(
         plan: &plan,
         sequencing: recipe.sequencing,
         weights: &calibration_weights,
+        timesteps,
         kind: options.kind,
         devices: &options.devices,
     };
     compress(&job, samples, captions, &mut workspace, progress)?;
 
-    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Argument(why.to_string()))?;
-    let (written, sums) = write_container(path, folder, &weights, &workspace, ContainerParts { settings, sources }, progress)?;
+    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Failed(why.to_string()))?;
+    let (written, sums) = write_container(path, folder, weights, &workspace, ContainerParts { settings, sources }, progress)?;
     let mut reports: std::collections::BTreeMap<&str, (&LayerReport, &[String])> =
         workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
     let in_order: Vec<_> = recipe.resolution.layers.iter().filter_map(|layer| reports.remove(layer.name.as_str())).collect();
@@ -338,7 +340,7 @@ fn kept_samples(
         }
     }
     let samples = calibrate(folder, weights, section, options, progress)?;
-    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Argument(why.to_string()))?;
+    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Failed(why.to_string()))?;
     workspace.keep(NOTES, &notes)?;
     workspace.keep(SAMPLES, &samples.to_bytes()?)?;
     Ok(samples)

@@ -120,7 +120,7 @@ impl Lane {
     }
 
     fn part(&self) -> Result<&Part> {
-        self.part.as_ref().ok_or_else(|| Error::Argument("no stage is loaded".into()))
+        self.part.as_ref().ok_or_else(|| Error::Failed("no stage is loaded".into()))
     }
 
     /// Puts the stored weights of the finished layers among `which` in the place of the dense ones.
@@ -355,17 +355,18 @@ pub(super) fn outputs(lanes: &mut [Lane], way: Way, stage: &str, go_on: bool, pr
     on_each(lanes, &run, &tick).map(drop)
 }
 
-/// Called before each sample.
-type Tick<'a> = &'a dyn Fn() -> Result<()>;
+/// Called before each sample, by whichever lane has it.
+type Tick<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
-/// Runs something on every lane, each in its own thread where there are several. `tick` is called before each sample, by one lane alone.
+/// Runs something on every lane, each in its own thread where there are several. Every lane calls `tick` before each of its samples, so that
+/// progress counts all of them, and all of them stop when the work is to stop.
 fn on_each<T: Send>(lanes: &mut [Lane], run: &(dyn Fn(&mut Lane, Tick) -> Result<T> + Sync), tick: Tick) -> Result<Vec<T>> {
     let [first, others @ ..] = lanes else { return Ok(Vec::new()) };
     std::thread::scope(|scope| {
-        let started: Vec<_> = others.iter_mut().map(|lane| scope.spawn(|| run(lane, &|| Ok(())))).collect();
+        let started: Vec<_> = others.iter_mut().map(|lane| scope.spawn(move || run(lane, tick))).collect();
         let mut results = vec![run(first, tick)?];
         for thread in started {
-            results.push(thread.join().map_err(|_| Error::Argument("a device's thread ended in a panic".into()))??);
+            results.push(thread.join().map_err(|_| Error::Failed("a device's thread ended in a panic".into()))??);
         }
         Ok(results)
     })

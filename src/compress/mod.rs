@@ -15,6 +15,7 @@ mod joint;
 mod kept;
 mod lane;
 mod layer;
+mod prepare;
 mod recipe;
 mod workspace;
 
@@ -28,6 +29,7 @@ pub use gather::Gatherer;
 pub use identity::BUILD;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
 pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
+pub use prepare::{Prepared, plan_of_run};
 pub use recipe::{Recipe, Sequencing, layers_of};
 pub use workspace::Workspace;
 
@@ -85,6 +87,8 @@ pub struct Job<'a> {
     pub kind: Kind,
     /// How much each sample counts; empty: all the same.
     pub weights: &'a [f64],
+    /// Timesteps of training: of the layers that see nothing but the time, each is an input.
+    pub timesteps: usize,
     /// Where stages run: samples are spread over them, and the first one solves. At least one.
     pub devices: &'a [Device],
 }

@@ -31,7 +31,7 @@ impl Sequencing {
 }
 
 /// A config, resolved on the layers of one UNet.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Recipe {
     /// What is done to each layer.
     pub treatments: Treatments,

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use super::limits;
 use super::mistake::{Mistakes, nearest};
-use super::tree::{Node, Position, Value, shorten};
+use super::tree::{Node, Position, Value};
+use crate::shorten::shorten;
 
 /// The entries of one mapping. Each key is taken once; [`finish`](Self::finish) complains of what nobody took, so that the list
 /// of known keys is the code that reads them.

@@ -18,14 +18,12 @@ mod sections;
 mod settings;
 mod tree;
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 pub use finding::{Finding, Misfit, Section, Severity, Why};
 pub use mistake::{Mistake, Place, Written};
 pub use overrides::Overrides;
-pub use prompts::read_prompts;
+pub use prompts::{check_prompt, read_prompts};
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
 pub use rules::{ModuleType, RuleIndex, Rules};
 pub use sections::{
@@ -35,6 +33,7 @@ pub use sections::{
 pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
 use crate::solver::Effort;
 use emit::Yaml;
 use fields::{Fields, word};
@@ -74,13 +73,9 @@ impl RunConfig {
     /// Reads a config.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::Config`] with all mistakes of the file.
+    /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file of at most 1 MiB; [`Error::Config`] with all mistakes of the file.
     pub fn read(path: &Path) -> Result<RunConfig> {
-        let mut bytes = Vec::new();
-        let file = File::open(path).map_err(Error::read(path))?;
-        // One byte more than is allowed, so that too much is seen to be too much.
-        file.take(tree::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Error::read(path))?;
-        RunConfig::parse(path, &bytes)
+        RunConfig::parse(path, &input::read(path, Limit::RUN_CONFIG)?)
     }
 
     /// Reads a config from memory; `path` names it in mistakes.

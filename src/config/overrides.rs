@@ -10,6 +10,7 @@ use super::rules::Rules;
 use super::sections::{BudgetSection, BudgetTarget, OnMisfit, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
 use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
 use crate::error::{Error, Result};
+use crate::shorten::shorten;
 
 /// What the command line says in place of the file; `None` leaves the config as it is. Values are as typed and are checked by
 /// [`RunConfig::apply`], by the rules that hold for files.
@@ -69,6 +70,7 @@ struct Flags {
 
 impl Flags {
     fn mistake(&mut self, flag: &str, value: impl std::fmt::Display, problem: impl Into<String>) {
+        let value = shorten(&value.to_string());
         self.mistakes.push(Mistake { place: Place::Flag(format!("{flag} {value}")), problem: problem.into() });
     }
 

@@ -1,29 +1,61 @@
-//! Files of prompts.
+//! Prompts: one by one, in lists and in files.
 
 use std::path::Path;
 
 use super::sections::Prompts;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
+use crate::number;
+use crate::shorten::shorten;
 
-/// Prompts are a few hundred bytes each; this bounds what is read of a wrong file.
-const MAX_BYTES: u64 = 16 << 20;
+/// The most bytes of a prompt. Encoders read 77 tokens of it, some 400 bytes.
+pub(super) const PROMPT_BYTES: usize = 64 << 10;
+/// The most prompts of a run. All of them are encoded; 512 captions are what a run takes unless told otherwise.
+pub(super) const PROMPTS: usize = 100_000;
+
+/// Refuses a prompt that is no prompt: `which` names it in the message.
+///
+/// # Errors
+/// [`Error::Argument`] if it has more than 64 KiB.
+pub fn check_prompt(which: &str, prompt: &str) -> Result<()> {
+    prompt_of_length(which, prompt).map_err(Error::Argument)
+}
+
+/// The same with the message alone.
+pub(super) fn prompt_of_length(which: &str, prompt: &str) -> Result<(), String> {
+    if prompt.len() <= PROMPT_BYTES {
+        return Ok(());
+    }
+    let (bytes, most) = (number::count(prompt.len() as u64), PROMPT_BYTES >> 10);
+    Err(format!("{which} has {bytes} bytes; at most {most} KiB (it begins `{}`)", shorten(prompt)))
+}
+
+/// What is wrong with a list of so many prompts.
+pub(super) fn too_many(prompts: usize) -> Option<String> {
+    let count = |number: usize| number::count(number as u64);
+    (prompts > PROMPTS).then(|| format!("has {} prompts; at most {}", count(prompts), count(PROMPTS)))
+}
 
 /// Reads a file with one prompt a line. Blank lines are skipped, and so are lines that begin with `#`.
 ///
 /// # Errors
-/// If it cannot be read, is larger than 16 MiB or not UTF-8, or has no prompt in it.
+/// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file, is larger than 16 MiB or not UTF-8, has no prompt in it, more than
+/// 100,000 of them, or one of more than 64 KiB.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
-    if size > MAX_BYTES {
-        return Err(Error::bad_file(path, format!("{size} bytes are too many for a file of prompts")));
-    }
-    let bytes = std::fs::read(path).map_err(Error::read(path))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|why| Error::bad_file(path, format!("not UTF-8 text from byte {}", why.utf8_error().valid_up_to())))?;
+    let text = input::read_text(path, Limit::PROMPTS)?;
     // Editors on Windows put a byte order mark in front.
     let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
-    let prompts: Vec<String> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect();
-    if prompts.is_empty() { Err(Error::bad_file(path, "no prompts in it (one a line is expected)")) } else { Ok(prompts) }
+    let prompts: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    if let Some(problem) = too_many(prompts.len()) {
+        return Err(Error::bad_file(path, problem));
+    }
+    for (number, prompt) in (1..).zip(&prompts) {
+        prompt_of_length(&format!("prompt {number}"), prompt).map_err(|problem| Error::bad_file(path, problem))?;
+    }
+    if prompts.is_empty() {
+        return Err(Error::bad_file(path, "no prompts in it (one a line is expected)"));
+    }
+    Ok(prompts.into_iter().map(str::to_owned).collect())
 }
 
 impl Prompts {
@@ -36,5 +68,29 @@ impl Prompts {
             Prompts::File(path) => read_prompts(path),
             Prompts::List(prompts) => Ok(prompts.clone()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_that_are_too_long_or_too_many_are_refused_by_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("prompts.txt");
+        let refused = |content: String| {
+            std::fs::write(&path, content).unwrap();
+            let why = read_prompts(&path).unwrap_err();
+            assert!(why.is_bad_input());
+            why.to_string()
+        };
+        let long = refused(format!("a cat\n\n# said\na dog\n{}\n", "x".repeat(10 << 20)));
+        assert!(long.contains("prompt 3 has 10,485,760 bytes; at most 64 KiB (it begins `xxx"), "{long}");
+        assert!(long.len() < 300, "{long}");
+        let many = refused("a\n".repeat(PROMPTS + 1));
+        assert!(many.contains("has 100,001 prompts; at most 100,000"), "{many}");
+        std::fs::write(&path, format!("\u{feff}a cat\r\n{}\r\n", "é".repeat(PROMPT_BYTES / 2))).unwrap();
+        assert_eq!(read_prompts(&path).unwrap().len(), 2);
     }
 }

@@ -222,6 +222,9 @@ fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mu
     }
 }
 
+/// Patterns that match nothing for which a likely name is looked for.
+const FEW: usize = 32;
+
 /// Counts what each rule matches and decides, and complains of those that are idle.
 fn check_rules<S>(
     section: Section,
@@ -242,7 +245,10 @@ fn check_rules<S>(
         let (pattern, place) = (pattern.to_string(), place.clone());
         let by: BTreeSet<RuleIndex> = matched.iter().copied().collect();
         if matched.is_empty() {
-            let nearest = nearest(&literal(&pattern), layers.iter().map(|layer| layer.name.as_str())).map(str::to_owned);
+            // Looking for the nearest name takes a while; a config with many such patterns is for another model.
+            let few = findings.iter().filter(|finding| matches!(finding, Finding::NoLayer { .. })).count() < FEW;
+            let names = layers.iter().map(|layer| layer.name.as_str());
+            let nearest = if few { nearest(&literal(&pattern), names).map(str::to_owned) } else { None };
             findings.push(Finding::NoLayer { section, pattern, place, nearest });
         } else if !by.contains(&rule) {
             let name = |by: &RuleIndex| match by {

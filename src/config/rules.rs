@@ -10,6 +10,7 @@ use super::tree::{Node, Value};
 use crate::error::Error;
 use crate::model::LayerKind;
 use crate::pattern::NamePattern;
+use crate::shorten::shorten;
 
 /// The rules of a section, as coremltools' `OptimizationConfig.get_module_config` applies them: the first pattern of
 /// `module_name_configs` that matches the whole of a layer's name, else the layer's type in `module_type_configs`, else
@@ -120,15 +121,18 @@ pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistake
                 let known = ModuleType::ALL.map(ModuleType::name);
                 let near = nearest(entry.key, known).map_or(String::new(), |near| format!("; did you mean `{near}`?"));
                 let known = known.join(" and ");
-                mistakes.add(
-                    entry.position,
-                    format!("unknown module type `{}`: {known} are compressed{near}", super::tree::shorten(entry.key)),
-                );
+                mistakes
+                    .add(entry.position, format!("unknown module type `{}`: {known} are compressed{near}", shorten(entry.key)));
             }
         }
     }
     let mut module_name_configs = Vec::new();
-    for entry in names.map(|node| entries(&format!("{name}.module_name_configs"), node, mistakes)).unwrap_or_default() {
+    let mut names = names.map(|node| entries(&format!("{name}.module_name_configs"), node, mistakes)).unwrap_or_default();
+    if let (Some(problem), Some(first)) = (too_many(names.len()), names.first()) {
+        mistakes.add(first.position, format!("`{name}.module_name_configs` {problem}"));
+        names.clear();
+    }
+    for entry in names {
         let settings = settings(&format!("{name}.module_name_configs.{}", entry.key), entry.value, mistakes);
         match pattern(entry.key) {
             Ok(value) => module_name_configs.push((Written { value, place: mistakes.place(entry.position) }, settings)),
@@ -175,6 +179,14 @@ fn settings<S: Settings>(name: &str, node: &Node, mistakes: &mut Mistakes<'_>) -
     Some(settings)
 }
 
+/// The most patterns of a section. SDXL has 794 layers.
+const PATTERNS: usize = 4096;
+
+/// What is wrong with so many patterns.
+pub(super) fn too_many(patterns: usize) -> Option<String> {
+    (patterns > PATTERNS).then(|| format!("has {patterns} patterns; at most {PATTERNS}"))
+}
+
 /// A pattern, or what is wrong with it in one line.
 pub(super) fn pattern(written: &str) -> Result<NamePattern, String> {
     NamePattern::parse(written).map_err(|why| {
@@ -185,6 +197,6 @@ pub(super) fn pattern(written: &str) -> Result<NamePattern, String> {
         // The regex crate points at the place over several lines; the last one says what is wrong.
         let last = why.lines().last().unwrap_or_default();
         let reason = last.trim().trim_start_matches("error: ").rsplit("regular expression: ").next().unwrap_or_default();
-        format!("`{}` is not a regular expression: {reason}", super::tree::shorten(written))
+        format!("`{}` is not a regular expression: {reason}", shorten(written))
     })
 }

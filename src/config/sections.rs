@@ -6,6 +6,7 @@ use super::emit::{self, Yaml};
 use super::fields::{Fields, number, path, text, whole, word};
 use super::limits;
 use super::mistake::{Mistakes, Place, Written};
+use super::prompts::{prompt_of_length, too_many};
 use super::rules::{self, Rules, pattern};
 use super::settings::{PaletteSettings, PruneSettings};
 use super::tree::{Node, Position, Value};
@@ -335,7 +336,16 @@ fn prompts(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Promp
     if let Value::Text(_) = node.value {
         return fields.get("prompts", mistakes, path).map(Prompts::File);
     }
-    Some(Prompts::List(texts("prompts", node, mistakes).into_iter().map(|(prompt, _)| prompt.to_owned()).collect()))
+    let listed = texts("prompts", node, mistakes);
+    if let Some(problem) = too_many(listed.len()) {
+        mistakes.add(node.position, format!("`prompts` {problem}"));
+    }
+    for (number, (prompt, position)) in (1..).zip(&listed) {
+        if let Err(problem) = prompt_of_length(&format!("prompt {number}"), prompt) {
+            mistakes.add(*position, problem);
+        }
+    }
+    Some(Prompts::List(listed.into_iter().map(|(prompt, _)| prompt.to_owned()).collect()))
 }
 
 /// The entries of a list that are text. The others are mistakes.
@@ -376,7 +386,12 @@ fn layers(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Vec<Wr
         _ => Err("must be a list of regular expressions".to_owned()),
     })?;
     let mut patterns = Vec::new();
-    for (written, position) in texts("layers", node, mistakes) {
+    let listed = texts("layers", node, mistakes);
+    if let Some(problem) = rules::too_many(listed.len()) {
+        mistakes.add(node.position, format!("`layers` {problem}"));
+        return None;
+    }
+    for (written, position) in listed {
         match pattern(written) {
             Ok(value) => patterns.push(Written { value, place: mistakes.place(position) }),
             Err(why) => mistakes.add(position, why),

@@ -7,8 +7,11 @@ use std::fmt::{self, Display};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{DuplicateKeyPolicy, MergeKeyPolicy, Spanned, options::NonFiniteFloatPolicy};
 
-/// A config is a few KB; this bounds what is parsed of a wrong file.
-pub(super) const MAX_BYTES: usize = 1 << 20;
+use crate::input::Limit;
+use crate::shorten::shorten;
+
+/// The most bytes of a config.
+const MAX_BYTES: usize = Limit::RUN_CONFIG.bytes as usize;
 
 /// A value and where it stands.
 #[derive(Debug, Clone)]
@@ -60,16 +63,6 @@ impl Display for Value {
     }
 }
 
-/// Text from a file as it is shown in a message: in one line, and not too much of it.
-pub(super) fn shorten(text: &str) -> String {
-    const KEEP: usize = 60;
-    let mut shown: String = text.chars().take(KEEP).flat_map(char::escape_debug).collect::<String>().replace("\\\\", "\\");
-    if text.chars().nth(KEEP).is_some() {
-        shown.push('…');
-    }
-    shown
-}
-
 /// Parses one document.
 ///
 /// # Errors
@@ -109,7 +102,7 @@ fn explain(why: &serde_yaml::Error) -> String {
         other => {
             let message = other.to_string();
             let first = message.lines().next().unwrap_or_default();
-            format!("not valid YAML: {}", first.split(" at line ").next().unwrap_or(first))
+            format!("not valid YAML: {}", shorten(first.split(" at line ").next().unwrap_or(first)))
         }
     }
 }

@@ -54,9 +54,9 @@ impl BlobWriter {
     /// Adds the elements of an array, packed as [`crate::container::Packed`] packs them, and returns the record's offset.
     ///
     /// # Errors
-    /// [`Error::Argument`] if these are not the array's bytes, or it is of a type that no blob has; [`Error::Write`].
+    /// [`Error::Failed`] if these are not the array's bytes, or it is of a type that no blob has; [`Error::Write`].
     pub fn push(&mut self, array: &ArrayType, data: &[u8]) -> Result<u64> {
-        let wrong = || Error::Argument(format!("{} bytes are not those of an array {array}", data.len()));
+        let wrong = || Error::Failed(format!("{} bytes are not those of an array {array}", data.len()));
         let (code, numel) = (array.element.blob_code().ok_or_else(wrong)?, array.numel().ok_or_else(wrong)?);
         if array.bytes() != Some(data.len() as u64) {
             return Err(wrong());

@@ -21,10 +21,10 @@ impl Lut {
     /// operation of its own is what the Neural Engine has been seen to fail on (coremltools pull request 2688).
     ///
     /// # Errors
-    /// [`Error::Argument`] if the weight is not palettized; [`Error::NotFinite`] if a product that is used is beyond fp16.
+    /// [`Error::Failed`] if the weight is not palettized; [`Error::NotFinite`] if a product that is used is beyond fp16.
     pub fn of(weight: &CompressedWeight) -> Result<Self> {
         let Values::Palettized { bits, axis, group_size, palettes, scales, .. } = &weight.values else {
-            return Err(Error::Argument("a weight without palettes has no look-up table".into()));
+            return Err(Error::Failed("a weight without palettes has no look-up table".into()));
         };
         let entries = 1usize << bits;
         let groups = palettes.len() / entries;

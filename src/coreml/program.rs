@@ -81,12 +81,12 @@ impl ProgramBuilder {
     /// An operation with one output, which has its name.
     ///
     /// # Errors
-    /// [`Error::Argument`] if its parameters do not fit together; [`Error::Write`].
+    /// [`Error::Failed`] if its parameters do not fit together; [`Error::Write`].
     pub fn op(&mut self, kind: &str, name: &str, parameters: &[(&'static str, Arg)]) -> Result<Var> {
         let mut outputs = self.ops(kind, name, parameters)?;
         match (outputs.pop(), outputs.pop()) {
             (Some(output), None) => Ok(output),
-            _ => Err(Error::Argument(format!("`{name}` ({kind}) has several outputs"))),
+            _ => Err(Error::Failed(format!("`{name}` ({kind}) has several outputs"))),
         }
     }
 
@@ -117,7 +117,7 @@ impl ProgramBuilder {
             given.push((parameter, operands));
         }
         let operands = Operands(given.iter().map(|(name, operands)| (*name, operands.iter().collect())).collect());
-        let types = infer(kind, &operands).map_err(|problem| Error::Argument(format!("`{name}` ({kind}): {problem}")))?;
+        let types = infer(kind, &operands).map_err(|problem| Error::Failed(format!("`{name}` ({kind}): {problem}")))?;
         let several = types.len() > 1;
         let constant = kind.starts_with("constexpr_");
         let outputs: Vec<Var> = types
@@ -167,7 +167,7 @@ impl ProgramBuilder {
     /// Where the packed elements of an array lie: in the program if they are few, in the blob file otherwise.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the bytes are not the array's; [`Error::Write`].
+    /// [`Error::Failed`] if the bytes are not the array's; [`Error::Write`].
     pub fn data(&mut self, array: &ArrayType, bytes: &[u8]) -> Result<Value> {
         if array.numel().is_some_and(|numel| numel < BLOB_FROM) {
             return Ok(immediate_bytes(array, bytes));

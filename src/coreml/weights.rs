@@ -96,7 +96,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             ];
             let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
             let [mask, values] = &sparse[..] else {
-                return Err(Error::Argument(format!("`{name}` did not become a mask and values")));
+                return Err(Error::Failed(format!("`{name}` did not become a mask and values")));
             };
             program.op("constexpr_sparse_to_dense", name, &[("mask", mask.into()), ("nonzero_data", values.into())])
         }

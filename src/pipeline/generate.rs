@@ -8,6 +8,7 @@ use super::folder::PipelineFolder;
 use super::prompt::{Guidance, PromptEncoder, noise};
 use super::sampling::sample;
 use crate::checkpoint::TensorSource;
+use crate::config::check_prompt;
 use crate::container::Container;
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -60,6 +61,8 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
     if request.prompt.trim().is_empty() {
         return Err(Error::Argument("the prompt is empty".into()));
     }
+    check_prompt("the prompt", &request.prompt)?;
+    check_prompt("the negative prompt", request.negative_prompt.as_deref().unwrap_or_default())?;
     if !request.guidance.is_finite() {
         return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
     }

@@ -7,6 +7,7 @@ use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::text::{ClipText, ClipTokenizer};
 use crate::model::unet::Conditioning;
+use crate::shorten::both_ends;
 
 /// The tokenizers and text encoders of a pipeline.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl PromptEncoder {
             for text in texts {
                 let tokens = tokenizer.encode(text)?;
                 if let Some(end) = tokens.dropped {
-                    tracing::warn!("the prompt is cut to {} tokens; not read: `{end}`", tokenizer.length());
+                    tracing::warn!("the prompt is cut to {} tokens; not read: `{}`", tokenizer.length(), both_ends(&end));
                 }
                 ids.extend(tokens.ids);
             }

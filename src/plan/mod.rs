@@ -1,5 +1,6 @@
 //! What a run will do, before it does anything: sizes, memory, passes over the samples, work.
 
+mod disk;
 mod memory;
 mod size;
 mod stage;
@@ -7,6 +8,8 @@ mod work;
 
 use serde::Serialize;
 
+pub use disk::Disk;
+pub(crate) use disk::{check as check_disk, of_samples, taken};
 pub(crate) use memory::of_batch;
 pub use memory::{Memory, WAITING};
 pub use size::{kept, stored_bytes};
@@ -57,6 +60,8 @@ pub struct Plan {
     pub carry_bytes: u64,
     /// The most bytes at once, by estimate. Calibration runs are not in it.
     pub peak_bytes: u64,
+    /// What it takes on the disk.
+    pub disk: Disk,
     /// What it computes, calibration runs not counted.
     pub work: Work,
 }
@@ -164,16 +169,27 @@ impl Plan {
             batch_bytes: memory.batch,
             carry_bytes: 0,
             peak_bytes: 0,
+            disk: Disk {
+                samples: calls.map_or(0, |calls| of_samples(&calls, chain.config())),
+                carries: 0,
+                carries_left: 0,
+                parts: compressed_bytes,
+                result: 0,
+            },
             work: Work::default(),
         };
+        let runs = if sequencing.aims() { 2 } else { 1 };
+        let of_carries = |numbers: i64| {
+            calls.map_or(0, |calls| runs * memory.element_bytes * (calls.count as i64 * calls.batch * numbers).unsigned_abs())
+        };
+        // Of the parts of a transformer a carry has tokens too, as many as its features; their files stay until there are others.
+        let features = |carry: &CarryShape| carry.hidden_states.iter().product::<i64>();
+        let mut tokens = features(&carry);
         for (spec, (stage, tensors)) in chain.stages().iter().zip(&built) {
             let after = spec.after(&carry);
             let resident_bytes = tensors.iter().map(|tensor| tensor.numel() * bytes_of(&tensor.name) as u64).sum();
-            let bytes = calls.map_or(0, |calls| {
-                let numbers = calls.count as i64 * calls.batch * carry.numel().max(after.numel());
-                let runs = if sequencing.aims() { 2 } else { 1 };
-                runs * memory.element_bytes * numbers.unsigned_abs()
-            });
+            let bytes = of_carries(carry.numel().max(after.numel()));
+            tokens = tokens.max(features(&after));
             plan.carry_bytes = plan.carry_bytes.max(bytes);
             let held = if carries == CarriesIn::Memory { bytes } else { 0 };
             let (layers, before) = (stage.layers(), carry);
@@ -191,6 +207,11 @@ impl Plan {
             .into_iter()
             .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !treatments.contains_key(layer)));
         plan.payload_bytes = compressed_bytes + plain.map(|tensor| 2 * tensor.numel()).sum::<u64>();
+        plan.disk.result = plan.payload_bytes;
+        if carries == CarriesIn::Files {
+            plan.disk.carries = plan.carry_bytes + of_carries(tokens);
+            plan.disk.carries_left = of_carries(carry.numel() + tokens);
+        }
         Ok(plan)
     }
 }

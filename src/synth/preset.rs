@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
+use crate::shorten::shorten;
 
 /// An architecture that `synth` knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,7 @@ impl FromStr for Preset {
         NAMES
             .iter()
             .find_map(|(known, preset)| (*known == name).then_some(*preset))
-            .ok_or_else(|| Error::Argument(format!("unknown preset `{name}` (known: {known})")))
+            .ok_or_else(|| Error::Argument(format!("unknown preset `{}` (known: {known})", shorten(name))))
     }
 }
 

@@ -323,6 +323,7 @@ fn layers_in_batches_are_those_one_by_one() {
             sequencing,
             kind: Kind::Float,
             weights: &[],
+            timesteps: 1000,
             devices: &[Device::Cpu],
         };
         let mut finished = Workspace::open(&out.path().join(batch_bytes.to_string()), &Default::default(), false).unwrap();

@@ -34,14 +34,14 @@ impl Lowering<'_> {
     /// The embeddings and conv_in.
     pub(super) fn head(&mut self, config: &UnetConfig, inputs: &[Var]) -> Result<Var> {
         let [sample, timestep, text, time_ids, text_embeds] = inputs else {
-            return Err(Error::Argument("a UNet has five inputs".into()));
+            return Err(Error::Failed("a UNet has five inputs".into()));
         };
         let first = config.block_out_channels.first().copied().unwrap_or_default();
         let time = self.sinusoids("time", timestep, &Sinusoids::new(config, first))?;
         let time = self.cast("time.fp16", &time, "fp16")?;
         let time = self.embedding("time_embedding", time, config.time_embed_dim)?;
 
-        let [batch, numbers] = *time_ids.shape() else { return Err(Error::Argument("time_ids of another rank".into())) };
+        let [batch, numbers] = *time_ids.shape() else { return Err(Error::Failed("time_ids of another rank".into())) };
         let width = config.addition_time_embed_dim;
         let flat = self.reshape("time_ids.flat", time_ids, &[batch * numbers])?;
         let ids = self.sinusoids("time_ids", &flat, &Sinusoids::new(config, width))?;

@@ -79,7 +79,7 @@ pub(super) fn lower(
     let output = lowering.tail(config, &hidden)?;
     // What is built from a source is the list of a network's tensors; the program must read the same.
     if lowering.read != tensors {
-        return Err(Error::Argument("the program does not read the UNet's tensors in their order".into()));
+        return Err(Error::Failed("the program does not read the UNet's tensors in their order".into()));
     }
     Ok(Lowered { program: lowering.program, inputs, output })
 }
@@ -132,7 +132,7 @@ impl Lowering<'_> {
 
     /// The Conv2d `name`, with a bias. `after` pads below and to the right only.
     fn conv2d(&mut self, name: &str, x: &Var, output: i64, kernel: i64, geometry: ConvGeometry, after: i64) -> Result<Var> {
-        let [_, input, ..] = *x.shape() else { return Err(Error::Argument(format!("`{name}` is given {:?}", x.shape()))) };
+        let [_, input, ..] = *x.shape() else { return Err(Error::Failed(format!("`{name}` is given {:?}", x.shape()))) };
         let (output, kernel) = (output as u64, kernel as u64);
         let shape = [output, input, kernel, kernel];
         let weight = self.tensor(&format!("{name}.weight"), &shape, &shape)?;

@@ -15,7 +15,7 @@ impl Lowering<'_> {
     pub(super) fn group_norm(&mut self, name: &str, x: &Var, groups: i64, eps: f64) -> Result<Var> {
         let shape = x.shape().to_vec();
         let [batch, channels, height, width] = shape[..] else {
-            return Err(Error::Argument(format!("`{name}` is given {shape:?}")));
+            return Err(Error::Failed(format!("`{name}` is given {shape:?}")));
         };
         let groups = groups as u64;
         let gamma = self.tensor(&format!("{name}.weight"), &[channels], &[channels])?;

@@ -13,7 +13,7 @@ impl Lowering<'_> {
         let normed = self.group_norm(&format!("{name}.norm1"), x, groups, eps)?;
         let active = self.unary("silu", &format!("{name}.silu1"), &normed)?;
         let mut hidden = self.conv2d(&format!("{name}.conv1"), &active, output, 3, same, 0)?;
-        let silu_temb = self.silu_temb.clone().ok_or_else(|| Error::Argument("a resnet before the time embedding".into()))?;
+        let silu_temb = self.silu_temb.clone().ok_or_else(|| Error::Failed("a resnet before the time embedding".into()))?;
         let time = self.dense(&format!("{name}.time_emb_proj"), &silu_temb, output, true)?;
         let time = self.pixels(&format!("{name}.time"), time)?;
         hidden = self.binary("add", &format!("{name}.timed"), &hidden, &time)?;

@@ -13,7 +13,7 @@ impl Lowering<'_> {
         let name = stage.name().to_string();
         for (i, shape) in stage.resnets().iter().enumerate() {
             if let StageName::Up(_) = stage.name() {
-                let residual = self.residuals.pop().ok_or_else(|| Error::Argument(format!("`{name}` has no residual left")))?;
+                let residual = self.residuals.pop().ok_or_else(|| Error::Failed(format!("`{name}` has no residual left")))?;
                 hidden = self.concat(&format!("{name}.skip.{i}"), &[&hidden, &residual], 1)?;
             }
             hidden = self.resnet(&format!("{name}.resnets.{i}"), &hidden, *shape)?;

@@ -61,7 +61,7 @@ impl Lowering<'_> {
     }
 
     fn transformer_block(&mut self, name: &str, x: Var, shape: TransformerShape) -> Result<Var> {
-        let text = self.text.clone().ok_or_else(|| Error::Argument("a transformer before the text states".into()))?;
+        let text = self.text.clone().ok_or_else(|| Error::Failed("a transformer before the text states".into()))?;
         let normed = self.layer_norm(&format!("{name}.norm1"), &x)?;
         let mixed = self.attention(&format!("{name}.attn1"), &normed, &normed, shape)?;
         let x = self.binary("add", &format!("{name}.residual1"), &mixed, &x)?;
@@ -162,5 +162,5 @@ impl Lowering<'_> {
 }
 
 fn misshapen(name: &str, x: &Var) -> Error {
-    Error::Argument(format!("`{name}` is given {:?}", x.shape()))
+    Error::Failed(format!("`{name}` is given {:?}", x.shape()))
 }

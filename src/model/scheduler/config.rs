@@ -13,6 +13,8 @@ use super::euler::Euler;
 use super::noise::NoiseSchedule;
 use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
+use crate::shorten::shorten;
 
 /// A sampler that is implemented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +78,7 @@ impl FromStr for SchedulerChoice {
         let known = CHOICES.iter().chain(&classes).map(|choice| choice.0);
         let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default();
         let names = Self::NAMES.join(", ");
-        Err(Error::Argument(format!("unknown scheduler `{name}`: did you mean `{nearest}`? (known: {names})")))
+        Err(Error::Argument(format!("unknown scheduler `{}`: did you mean `{nearest}`? (known: {names})", shorten(name))))
     }
 }
 
@@ -138,20 +140,13 @@ const COMPATIBLE_KEYS: [&str; 43] = [
     "variance_type",
 ];
 
-/// Config files are a few KB, or tens with `trained_betas`; this bounds what is read of a wrong file.
-const MAX_BYTES: u64 = 16 << 20;
-
 impl SchedulerConfig {
     /// Reads `path`, of any class.
     ///
     /// # Errors
     /// If the file cannot be read, is larger than 16 MiB, is not a JSON object, or does not name its class.
     pub fn read(path: &Path) -> Result<Self> {
-        let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
-        if size > MAX_BYTES {
-            return Err(Error::bad_file(path, format!("{size} bytes is too large for a config file")));
-        }
-        let text = std::fs::read_to_string(path).map_err(Error::read(path))?;
+        let text = input::read_text(path, Limit::MODEL_CONFIG)?;
         let text = quote_non_finite(path, &text)?;
         let mut entries = match serde_json::from_str(&text) {
             Ok(Value::Object(entries)) => entries,
@@ -174,6 +169,14 @@ impl SchedulerConfig {
         let mut file = ConfigFile::from_entries(&self.path, self.entries.clone());
         let signal = NoiseSchedule::read(&mut file)?.positive_signal(&file)?;
         Ok(super::noise::sigmas(&signal)?.into_iter().map(f64::from).collect())
+    }
+
+    /// The timesteps that the model was trained on: 0 and all below this number.
+    ///
+    /// # Errors
+    /// [`Error::ConfigKey`] if `num_train_timesteps` is no such number.
+    pub fn train_timesteps(&self) -> Result<usize> {
+        NoiseSchedule::count(&mut ConfigFile::from_entries(&self.path, self.entries.clone()))
     }
 
     /// diffusers' name for the sampler.

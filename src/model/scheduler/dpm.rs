@@ -122,7 +122,7 @@ impl Scheduler for DpmSolver {
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         if index != 0 && index != self.turn {
-            return Err(Error::Argument(format!("step {index} out of turn: the next is {}", self.turn)));
+            return Err(Error::Failed(format!("step {index} out of turn: the next is {}", self.turn)));
         }
         let picture = self.picture(index, model_output, sample)?;
         let sample = sample.f_to_kind(Kind::Float)?;

@@ -97,5 +97,5 @@ fn check_index(index: usize, timesteps: &[f64]) -> Result<()> {
     if index < timesteps.len() {
         return Ok(());
     }
-    Err(Error::Argument(format!("there is no step {index}: the sampler has {}", timesteps.len())))
+    Err(Error::Failed(format!("there is no step {index}: the sampler has {}", timesteps.len())))
 }

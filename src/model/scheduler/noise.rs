@@ -19,12 +19,18 @@ pub(super) struct NoiseSchedule {
 const MOST_TIMESTEPS: usize = 1_000_000;
 
 impl NoiseSchedule {
-    /// Takes the keys that describe training, which all classes share with the same defaults.
-    pub fn read(file: &mut ConfigFile) -> Result<Self> {
+    /// Takes the number of training timesteps alone.
+    pub fn count(file: &mut ConfigFile) -> Result<usize> {
         let count: usize = file.or("num_train_timesteps", 1000)?;
         if !(2..=MOST_TIMESTEPS).contains(&count) {
             return Err(file.error("num_train_timesteps", format!("= {count} is not between 2 and {MOST_TIMESTEPS}")));
         }
+        Ok(count)
+    }
+
+    /// Takes the keys that describe training, which all classes share with the same defaults.
+    pub fn read(file: &mut ConfigFile) -> Result<Self> {
+        let count = NoiseSchedule::count(file)?;
         let start = fraction(file, "beta_start", 0.0001)?;
         let end = fraction(file, "beta_end", 0.02)?;
         let schedule: String = file.or("beta_schedule", "linear".to_owned())?;

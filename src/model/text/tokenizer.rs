@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
@@ -13,6 +13,8 @@ use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
+use crate::input::{self, Limit};
+use crate::shorten::shorten;
 
 /// A byte-pair tokenizer that sets a begin and an end around a text, cuts it to length and pads it, as
 /// `transformers.CLIPTokenizer` does for diffusers (`padding="max_length", truncation=True`).
@@ -73,8 +75,8 @@ impl ClipTokenizer {
     pub fn open(folder: &Path) -> Result<Self> {
         let bad = |name: &str, why: tokenizers::Error| Error::bad_file(&folder.join(name), why.to_string());
         let whole = folder.join("tokenizer.json");
-        let mut tokenizer = if whole.is_file() {
-            Tokenizer::from_file(&whole).map_err(|why| bad("tokenizer.json", why))?
+        let mut tokenizer = if whole.exists() {
+            Tokenizer::from_bytes(input::read(&whole, Limit::TOKENIZER)?).map_err(|why| bad("tokenizer.json", why))?
         } else {
             from_vocab_and_merges(folder)?
         };
@@ -118,7 +120,8 @@ impl ClipTokenizer {
     /// # Errors
     /// If the `tokenizers` crate refuses the text.
     pub fn encode(&self, text: &str) -> Result<Tokens> {
-        let refused = |why: tokenizers::Error| Error::bad_file(&self.folder, format!("cannot tokenize `{text}`: {why}"));
+        let refused =
+            |why: tokenizers::Error| Error::bad_file(&self.folder, format!("cannot tokenize `{}`: {why}", shorten(text)));
         let found = self.tokenizer.encode(text, false).map_err(refused)?;
         let (kept, cut) = found.get_ids().split_at(found.len().min(self.length - 2));
         let dropped = if cut.is_empty() {
@@ -139,12 +142,14 @@ impl ClipTokenizer {
 fn from_vocab_and_merges(folder: &Path) -> Result<Tokenizer> {
     let (vocab, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
     for path in [&vocab, &merges] {
-        if !path.is_file() {
+        if !path.exists() {
             return Err(Error::bad_file(folder, "has neither tokenizer.json nor vocab.json and merges.txt"));
         }
     }
+    let (vocab, merges) = (read_vocab(&vocab)?, read_merges(&merges)?);
     let build = || -> tokenizers::Result<Tokenizer> {
-        let model = BPE::from_file(&vocab.to_string_lossy(), &merges.to_string_lossy())
+        let model = BPE::builder()
+            .vocab_and_merges(vocab, merges)
             .unk_token("<|endoftext|>".into())
             .continuing_subword_prefix(String::new())
             .end_of_word_suffix("</w>".into())
@@ -164,13 +169,35 @@ fn from_vocab_and_merges(folder: &Path) -> Result<Tokenizer> {
     build().map_err(|why| Error::bad_file(folder, format!("vocab.json and merges.txt: {why}")))
 }
 
+/// `vocab.json`: each token's id.
+fn read_vocab(path: &Path) -> Result<Vocab> {
+    let mut vocab = Vocab::new();
+    for (token, id) in ConfigFile::read_within(path, Limit::TOKENIZER)?.into_entries() {
+        match id.as_u64().and_then(|id| u32::try_from(id).ok()) {
+            Some(id) => vocab.insert(token, id),
+            None => return Err(Error::bad_file(path, format!("`{}` has no id", shorten(&token)))),
+        };
+    }
+    Ok(vocab)
+}
+
+/// `merges.txt`: two tokens a line, with a space between them, in the order in which they are merged.
+fn read_merges(path: &Path) -> Result<Merges> {
+    let text = input::read_text(path, Limit::TOKENIZER)?;
+    let merge = |line: &str| match line.split(' ').collect::<Vec<_>>()[..] {
+        [first, second] => Ok((first.to_owned(), second.to_owned())),
+        _ => Err(Error::bad_file(path, format!("`{}` is not two tokens", shorten(line)))),
+    };
+    text.lines().filter(|line| !line.starts_with("#version")).map(merge).collect()
+}
+
 /// `tokenizer_config.json` and `special_tokens_map.json`; the second wins.
 struct Specials(Vec<ConfigFile>);
 
 impl Specials {
     fn read(folder: &Path) -> Result<Self> {
         let files = ["special_tokens_map.json", "tokenizer_config.json"].map(|name| folder.join(name));
-        Ok(Specials(files.iter().filter(|path| path.is_file()).map(|path| ConfigFile::read(path)).collect::<Result<_>>()?))
+        Ok(Specials(files.iter().filter(|path| path.exists()).map(|path| ConfigFile::read(path)).collect::<Result<_>>()?))
     }
 
     fn take(&mut self, key: &str) -> Result<Option<SpecialToken>> {

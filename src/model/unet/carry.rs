@@ -37,7 +37,7 @@ impl Carry {
     /// # Errors
     /// If there are none, or their shapes differ.
     pub fn join(carries: &[Carry]) -> Result<Carry> {
-        let [first, others @ ..] = carries else { return Err(crate::Error::Argument("no carries to join".into())) };
+        let [first, others @ ..] = carries else { return Err(crate::Error::Failed("no carries to join".into())) };
         if others.is_empty() {
             return Ok(first.shallow_clone());
         }
@@ -80,7 +80,7 @@ impl Carry {
     /// Takes the newest residual and appends its channels to `hidden_states`.
     pub(super) fn pop_residual(&mut self) -> Result<()> {
         let residual = self.down_block_res_samples.pop().ok_or_else(|| {
-            crate::Error::Argument("an up stage was given a carry without residuals: the stages ran out of order".into())
+            crate::Error::Failed("an up stage was given a carry without residuals: the stages ran out of order".into())
         })?;
         self.hidden_states = Tensor::f_cat(&[&self.hidden_states, &residual], 1)?;
         Ok(())

@@ -311,8 +311,8 @@ impl Stage {
     /// As [`forward`](Self::forward), and if there is no such unit.
     pub fn forward_unit(&self, unit: usize, mut carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
         let mut run = Run::new(&self.layers, observer);
-        let absent = || Error::Argument(format!("`{}` has no unit {unit}", self.name));
-        let outside = || Error::Argument("a transformer's part was given a carry that is not in a transformer".into());
+        let absent = || Error::Failed(format!("`{}` has no unit {unit}", self.name));
+        let outside = || Error::Failed("a transformer's part was given a carry that is not in a transformer".into());
         match *self.units.get(unit).ok_or_else(absent)? {
             Unit::Resnet(i) => {
                 if let StageName::Up(_) = self.name {
@@ -353,7 +353,7 @@ impl Stage {
 /// Doubles the resolution, or what the next residual asks for where a size was odd on the way down.
 fn upsample(hidden: &Tensor, carry: &Carry) -> Result<Tensor> {
     let Some(next) = carry.down_block_res_samples.last() else {
-        return Err(Error::Argument("an up stage was given a carry without residuals: the stages ran out of order".into()));
+        return Err(Error::Failed("an up stage was given a carry without residuals: the stages ran out of order".into()));
     };
     let (_, _, height, width) = next.size4()?;
     Ok(hidden.f_upsample_nearest2d([height, width], None, None)?)

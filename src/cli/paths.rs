@@ -1,0 +1,249 @@
+//! Outputs that would destroy what the same command reads, or another of its outputs.
+
+use std::path::{Path, PathBuf};
+
+use sdxl_squeeze::config::{Prompts, RunConfig};
+use sdxl_squeeze::output::check_file;
+use sdxl_squeeze::{Error, Result};
+
+/// The folders of a pipeline's parts: nothing else is to be written into them.
+const PARTS: [&str; 7] = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"];
+
+/// The paths of a command, each under the flag that names it. What each is for is said by the method that adds it.
+#[derive(Debug, Default)]
+pub struct Paths {
+    inputs: Vec<Named>,
+    models: Vec<Named>,
+    files: Vec<Named>,
+    folders: Vec<Named>,
+    places: Vec<Named>,
+}
+
+/// A path and what it leads to.
+#[derive(Debug)]
+struct Named {
+    flag: String,
+    written: PathBuf,
+    /// Without links and dots, as far as it exists.
+    real: PathBuf,
+}
+
+impl Paths {
+    /// A file or a folder that is read.
+    pub fn reads(mut self, flag: &str, path: Option<&Path>) -> Self {
+        self.inputs.extend(path.map(|path| Named::of(flag, path)));
+        self
+    }
+
+    /// A pipeline's folder that is read.
+    pub fn model(mut self, flag: &str, path: Option<&Path>) -> Self {
+        self.models.extend(path.map(|path| Named::of(flag, path)));
+        self
+    }
+
+    /// Everything that a run reads.
+    pub fn run(self, flag: &str, file: &Path, config: &RunConfig) -> Self {
+        let calibration = &config.calibration;
+        let prompts = match &calibration.prompts {
+            Prompts::File(path) if config.is_calibrated() && calibration.samples.is_none() => Some(path.as_path()),
+            Prompts::File(_) | Prompts::List(_) => None,
+        };
+        self.reads(flag, Some(file))
+            .model("the model", config.model.path.as_deref())
+            .reads("the prompts", prompts)
+            .reads("the samples", calibration.samples.as_deref())
+            .reads("the captions", calibration.captions.as_deref())
+    }
+
+    /// A file that is written.
+    pub fn writes(mut self, flag: &str, path: Option<&Path>) -> Self {
+        self.files.extend(path.map(|path| Named::of(flag, path)));
+        self
+    }
+
+    /// A folder that is made, or emptied: nothing that is read may be in it, and it may be in nothing that is read.
+    pub fn fills(mut self, flag: &str, path: &Path) -> Self {
+        self.folders.push(Named::of(flag, path));
+        self
+    }
+
+    /// A folder that files are put into, beside what is there. It may be in no pipeline's folder.
+    pub fn puts_into(mut self, flag: &str, path: &Path) -> Self {
+        self.places.push(Named::of(flag, path));
+        self
+    }
+
+    /// # Errors
+    /// [`Error::Argument`] naming the two that get into each other's way.
+    pub fn check(&self) -> Result<()> {
+        let Paths { inputs, models, files, folders, places } = self;
+        for place in places {
+            check_inputs(place, models.iter().filter(|model| place.is_in(model)))?;
+        }
+        for (index, file) in files.iter().enumerate() {
+            if file.is_device() {
+                continue;
+            }
+            check_inputs(file, inputs.iter().filter(|input| input.is(file)))?;
+            check_inputs(file, models.iter().filter(|model| file.is_part_of(model)))?;
+            check_outputs(file, files.iter().take(index).filter(|other| other.is(file)))?;
+            check_outputs(file, folders.iter().filter(|folder| file.is_in(folder)))?;
+        }
+        for (index, folder) in folders.iter().enumerate() {
+            check_inputs(folder, inputs.iter().chain(models).filter(|input| folder.is_in(input) || input.is_in(folder)))?;
+            check_outputs(folder, folders.iter().take(index).filter(|other| folder.is_in(other) || other.is_in(folder)))?;
+        }
+        Ok(())
+    }
+
+    /// The same, and whether there is a folder for each file.
+    pub fn check_writable(&self) -> Result<()> {
+        self.check()?;
+        self.files.iter().try_for_each(|file| check_file(&file.written))
+    }
+}
+
+fn check_inputs<'a>(output: &Named, mut hit: impl Iterator<Item = &'a Named>) -> Result<()> {
+    let Some(Named { flag, written, .. }) = hit.next() else { return Ok(()) };
+    let (output, by) = (output.written.display(), &output.flag);
+    Err(Error::Argument(format!("{by} would write {output}, but {flag} reads {}; name another place", written.display())))
+}
+
+fn check_outputs<'a>(output: &Named, mut hit: impl Iterator<Item = &'a Named>) -> Result<()> {
+    let Some(Named { flag, written, .. }) = hit.next() else { return Ok(()) };
+    let (output, by) = (output.written.display(), &output.flag);
+    Err(Error::Argument(format!("{by} would write {output}, and {flag} {}; name different places", written.display())))
+}
+
+impl Named {
+    fn of(flag: &str, path: &Path) -> Self {
+        Named { flag: flag.to_owned(), written: path.to_owned(), real: real(path) }
+    }
+
+    /// Whether both are the same file or folder, or will be.
+    fn is(&self, other: &Named) -> bool {
+        same(&self.real, &other.real)
+    }
+
+    /// Whether it is the other, or in it at any depth.
+    fn is_in(&self, folder: &Named) -> bool {
+        self.real.ancestors().any(|ancestor| same(ancestor, &folder.real))
+    }
+
+    /// Whether it is a file of the pipeline in `model`, wherever the pipeline's links lead, or lies in the folder of one of its parts.
+    fn is_part_of(&self, model: &Named) -> bool {
+        let parts = PARTS.map(|part| model.real.join(part));
+        let in_a_part = parts.iter().any(|part| part.is_dir() && self.real.ancestors().any(|ancestor| same(ancestor, part)));
+        let files = parts.iter().filter_map(|part| std::fs::read_dir(part).ok()).flatten().flatten();
+        let links_here = self.real.is_file() && files.into_iter().any(|file| same(&file.path(), &self.real));
+        in_a_part || links_here || same(&self.real, &model.real.join("model_index.json")) || self.is(model)
+    }
+
+    /// Whether what is written there is not kept, or is kept apart: `/dev/null`, a terminal. Two outputs may go there.
+    fn is_device(&self) -> bool {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::FileTypeExt;
+            std::fs::metadata(&self.written).is_ok_and(|found| found.file_type().is_char_device())
+        }
+        #[cfg(not(unix))]
+        false
+    }
+}
+
+/// What a path leads to: without links and dots as far as it exists, and the rest as it is written.
+fn real(path: &Path) -> PathBuf {
+    /// As many as Linux follows.
+    const LINKS: usize = 40;
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        if let Ok(real) = path.canonicalize() {
+            return real;
+        }
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        // A link to what is not there yet: that is where an output goes.
+        match std::fs::read_link(&path) {
+            Ok(link) => path = parent.join(link),
+            Err(_) if path.parent().is_none() => return path,
+            Err(_) => return real(&parent).join(path.file_name().unwrap_or_default()),
+        }
+    }
+    path
+}
+
+/// Whether two paths, followed to their ends, name one thing.
+fn same(a: &Path, b: &Path) -> bool {
+    if a == b {
+        return true;
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+        id(a).is_some_and(|a| id(b) == Some(a))
+    }
+    #[cfg(not(unix))]
+    false
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn refused(paths: Paths) -> String {
+        let error = paths.check().unwrap_err();
+        assert!(error.is_bad_input());
+        error.to_string()
+    }
+
+    #[test]
+    fn outputs_and_inputs_under_any_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = |name: &str| folder.path().join(name);
+        std::fs::write(here("input"), b"x").unwrap();
+        std::fs::create_dir(here("below")).unwrap();
+        std::os::unix::fs::symlink(here("input"), here("link")).unwrap();
+        std::os::unix::fs::symlink(here("absent"), here("dangling")).unwrap();
+        std::fs::hard_link(here("input"), here("twin")).unwrap();
+        let reads = || Paths::default().reads("--unet", Some(&here("input")));
+        for name in ["input", "link", "twin", "below/../input", "./input"] {
+            let said = refused(reads().writes("-o", Some(&here(name))));
+            assert!(said.contains("-o would write") && said.contains("--unet reads"), "{said}");
+        }
+        reads().writes("-o", Some(&here("other"))).check().unwrap();
+        for name in ["new", "below/../new", "./new"] {
+            refused(Paths::default().writes("-o", Some(&here("new"))).writes("--latents-out", Some(&here(name))));
+        }
+        refused(Paths::default().writes("-o", Some(&here("absent"))).writes("--latents-out", Some(&here("dangling"))));
+        let null = Some(Path::new("/dev/null"));
+        Paths::default().reads("--unet", null).writes("-o", null).writes("--latents-out", null).check().unwrap();
+    }
+
+    #[test]
+    fn folders_in_and_around_what_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = |name: &str| folder.path().join(name);
+        std::fs::create_dir_all(here("model/unet")).unwrap();
+        std::fs::write(here("model/model_index.json"), b"{}").unwrap();
+        std::fs::write(here("blob"), b"x").unwrap();
+        std::os::unix::fs::symlink(here("blob"), here("model/unet/weights")).unwrap();
+        std::os::unix::fs::symlink(here("model"), here("alias")).unwrap();
+        let model = || Paths::default().model("--model", Some(&here("alias")));
+        for name in ["model", "model/new", "model/unet/very/deep", "alias/new", "."] {
+            refused(model().fills("--out", &here(name)));
+        }
+        for name in ["model", "model/new", "alias/unet"] {
+            refused(model().puts_into("--out", &here(name)));
+        }
+        model().puts_into("--out", folder.path()).check().unwrap();
+        model().fills("--out", &here("new/deep")).check().unwrap();
+        for name in ["blob", "model/model_index.json", "alias/unet/new"] {
+            refused(model().writes("-o", Some(&here(name))));
+        }
+        model().writes("-o", Some(&here("model/picture.png"))).check().unwrap();
+        refused(Paths::default().fills("the work folder", &here("work")).writes("--samples-out", Some(&here("work/samples"))));
+    }
+}

@@ -1,0 +1,64 @@
+//! A terminal that may go away.
+
+use std::io;
+
+use console::Term;
+use indicatif::{ProgressDrawTarget, TermLike};
+
+/// Standard error for bars, drawn at most 20 times a second, where what cannot be drawn is left out.
+///
+/// indicatif hands errors on in most places, but panics on them where it makes room for a line between the bars: a terminal that is closed
+/// must not end the work.
+pub fn stderr() -> ProgressDrawTarget {
+    ProgressDrawTarget::term_like_with_hz(Box::new(Forgiving(Term::buffered_stderr())), 20)
+}
+
+/// Passes everything on, and no error back.
+#[derive(Debug)]
+struct Forgiving(Term);
+
+fn forgive(result: io::Result<()>) -> io::Result<()> {
+    result.or(Ok(()))
+}
+
+impl TermLike for Forgiving {
+    fn width(&self) -> u16 {
+        self.0.size().1
+    }
+
+    fn height(&self) -> u16 {
+        self.0.size().0
+    }
+
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        forgive(self.0.move_cursor_up(n))
+    }
+
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        forgive(self.0.move_cursor_down(n))
+    }
+
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        forgive(self.0.move_cursor_right(n))
+    }
+
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        forgive(self.0.move_cursor_left(n))
+    }
+
+    fn write_line(&self, line: &str) -> io::Result<()> {
+        forgive(self.0.write_line(line))
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        forgive(self.0.write_str(text))
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        forgive(self.0.clear_line())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        forgive(self.0.flush())
+    }
+}

@@ -1,0 +1,179 @@
+//! What has to hold before a run computes anything: found out at once, not after the calibration.
+
+use std::path::{Path, PathBuf};
+
+use tch::Device;
+
+use super::{Recipe, RunOptions, Sequencing, Treatment, Treatments, allocate, expected_calls, workspace_folder};
+use crate::checkpoint::Weights;
+use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
+use crate::device::{parse_devices, parse_dtype};
+use crate::error::{Error, Result};
+use crate::model::unet::UnetChain;
+use crate::number;
+use crate::output::parent;
+use crate::pipeline::PipelineFolder;
+use crate::plan::{self, Calls, Disk, Memory, Plan};
+
+/// A run of which everything is checked that can be before it computes: that its config fits the model, its prompts can be read, and that
+/// memory and disk do for it, by the [plan](Plan).
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    pub(super) folder: &'a PipelineFolder,
+    pub(super) config: RunConfig,
+    pub(super) options: RunOptions,
+    pub(super) path: PathBuf,
+    pub(super) weights: Weights,
+    pub(super) recipe: Recipe,
+    plan: Plan,
+}
+
+impl<'a> Prepared<'a> {
+    /// Prepares to compress the UNet of `folder` as `config` says, into the container `path`. `shares` says whether the run will be given
+    /// its samples, which it does not keep then.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if `options` or `folder` are not those that `config` names, or memory or disk do not do;
+    /// [`Error::Config`] if the config does not fit the model; if weights, prompts or samples cannot be read.
+    pub fn new(folder: &'a PipelineFolder, config: &RunConfig, shares: bool, options: &RunOptions, path: &Path) -> Result<Self> {
+        check_place(folder, config, options)?;
+        let recipe = Recipe::new(config, &folder.unet)?;
+        let weights = folder.unet_weights()?;
+        folder.scheduler.train_timesteps()?;
+        let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
+        let calls = if needs_samples { Some(calls(folder, config)?) } else { None };
+        let mut budget = options.memory_budget()?;
+        if let (None, Some(calls), Device::Cpu) = (options.budget, &calls, options.placement().device) {
+            // What is free now will be less by the samples, which wait in the CPU's memory.
+            let samples = plan::of_samples(calls, folder.unet.config());
+            let size = number::size;
+            let few = || Error::Argument(format!("{} of memory are too little for {} of samples", size(budget), size(samples)));
+            budget = budget.checked_sub(samples).ok_or_else(few)?;
+        }
+        let memory = Memory::new(budget, options.kind, options.placement().device);
+        let placement = options.placement();
+        let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
+        let mut plan = plan_of_run(&folder.unet, config, &recipe, calls, memory, &bytes_of)?;
+        if shares {
+            plan.disk = plan.disk.without_samples();
+        }
+        let (disk, work) = (plan.disk, workspace_folder(path));
+        plan::check_disk(parent(path), disk.peak(), plan::taken(&work), &disk.text())?;
+        let (config, options, path) = (config.clone(), options.clone(), path.to_owned());
+        Ok(Prepared { folder, config, options, path, weights, recipe, plan })
+    }
+
+    /// The pipeline.
+    pub fn folder(&self) -> &PipelineFolder {
+        self.folder
+    }
+
+    /// The run.
+    pub fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
+    /// The dense UNet's weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Where the container will be.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the run will do, if there are as many samples as it asks for.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The plan for these treatments, and for the samples that there are in the end.
+    pub(super) fn plan_for(
+        &self,
+        treatments: &Treatments,
+        sequencing: Sequencing,
+        calls: Option<Calls>,
+        memory: Memory,
+    ) -> Result<Plan> {
+        let placement = self.options.placement();
+        let bytes_of = |name: &str| self.weights.narrow_bytes(name, placement).unwrap_or(4);
+        let plan = Plan::new(&self.folder.unet, treatments, sequencing, calls, memory, &bytes_of)?;
+        // Whether samples are kept is settled; of how many there are, little depends.
+        let keeps = self.plan.disk.samples > 0;
+        Ok(Plan { disk: if keeps { plan.disk } else { plan.disk.without_samples() }, ..plan })
+    }
+}
+
+/// Plans the run that `config` describes, resolved to `recipe`; the other arguments are those of [`Plan::new`]. A run with a budget measures
+/// first and makes a result of the budget's size: that is in [`Plan::disk`].
+///
+/// # Errors
+/// [`Error::Argument`] if the memory does not do.
+pub fn plan_of_run(
+    chain: &UnetChain,
+    config: &RunConfig,
+    recipe: &Recipe,
+    calls: Option<Calls>,
+    memory: Memory,
+    bytes_of: &dyn Fn(&str) -> usize,
+) -> Result<Plan> {
+    let mut plan = Plan::new(chain, &recipe.treatments, recipe.sequencing, calls, memory, bytes_of)?;
+    if let Some(budget) = &config.budget {
+        let treatments = allocate::measuring(&recipe.treatments);
+        let measuring = Plan::new(chain, &treatments, Sequencing::Stage, calls, memory, bytes_of)?.disk;
+        let (result, fixed) = (budget.bytes(&plan), plan.payload_bytes - plan.compressed_bytes);
+        let carries = plan.disk.carries.max(measuring.carries);
+        plan.disk = Disk { carries, parts: result.saturating_sub(fixed), result, ..plan.disk };
+    }
+    if config.calibration.samples.is_some() {
+        plan.disk = plan.disk.without_samples();
+    }
+    Ok(plan)
+}
+
+/// Whether options and folder are what the config says: a run must not be another than the one that its config, kept with the result,
+/// describes.
+fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
+    let disagrees = |key: &str, said: &str, is: String| {
+        Err(Error::Argument(format!("the config's `model.{key}` is {said}, but the run was given {is}")))
+    };
+    let model = &config.model;
+    if parse_devices(&model.device)? != options.devices {
+        return disagrees("device", &model.device, format!("{:?}", options.devices));
+    }
+    if parse_dtype(&model.dtype)? != options.kind {
+        return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));
+    }
+    let Some(path) = &model.path else { return Ok(()) };
+    let real = |path: &Path| path.canonicalize().map_err(Error::read(path));
+    if real(path)? == real(folder.root())? {
+        return Ok(());
+    }
+    disagrees("path", &path.display().to_string(), folder.root().display().to_string())
+}
+
+/// The calls that the config will calibrate on, with its prompts read.
+fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
+    let section = &config.calibration;
+    if let Some(path) = &section.captions {
+        read_prompts(path)?;
+    }
+    let mut calls = expected_calls(folder, section)?;
+    if section.samples.is_none() {
+        calls.count = calls.count.min(section.prompts.load()?.len().saturating_mul(section.steps));
+    }
+    Ok(calls)
+}
+
+impl BudgetSection {
+    /// Bytes of the tensors of a result that keeps to it, of a UNet with this plan.
+    pub fn bytes(&self, plan: &Plan) -> u64 {
+        match self.target {
+            BudgetTarget::Size(bytes) => bytes,
+            BudgetTarget::Bits(bits) => {
+                plan.payload_bytes - plan.compressed_bytes + (bits / 8.0 * plan.compressed_elements as f64) as u64
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! What a run cannot do is found before it computes anything; and it does what its config says.
+
+use std::path::Path;
+use std::time::Instant;
+
+use sdxl_squeeze::compress::{Prepared, RunOptions};
+use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use serde_json::Value;
+use tch::Kind;
+
+use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
+
+/// `compress` with progress in JSON, its exit code, and what it said.
+fn compress(code: i32, model: &Path, out: &Path, more: &[&str]) -> String {
+    let config = repo("configs/joint-s40-4bit-gs16.yaml");
+    let mut args = vec!["compress", "--progress", "json"];
+    if !more.contains(&"--config") {
+        args.extend(["--config", config.to_str().unwrap()]);
+    }
+    args.extend(["--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()]);
+    args.extend(more);
+    ended_with(code, &squeeze(&args))
+}
+
+#[test]
+fn memory_and_disk_that_do_not_do_are_refused_before_anything_is_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, prompts) = (folder.path().join("out"), repo("calibration/emoji.txt"));
+    let prompts = prompts.to_str().unwrap();
+    let samples = folder.path().join("samples.safetensors");
+    let few = ["--prompts", prompts, "--calibration-nsamples", "2", "--steps", "2", "--memory-budget", "100MiB"];
+    for more in [&few[..], &[&few[..], &["--samples-out", samples.to_str().unwrap()]].concat()] {
+        let said = compress(2, &emoji(), &out, more);
+        assert!(said.contains("are too little for stage") && !said.contains("begin"), "{said}");
+        assert!(!out.exists() && !samples.exists());
+    }
+
+    let many = folder.path().join("many.txt");
+    std::fs::write(&many, (0..100_000).map(|number| format!("picture {number}\n")).collect::<String>()).unwrap();
+    let much = ["--prompts", many.to_str().unwrap(), "--calibration-nsamples", "100000000", "--steps", "1000"];
+    let memory = compress(2, &emoji(), &out, &much);
+    assert!(memory.contains("of memory are too little for") && memory.contains("of samples"), "{memory}");
+    let much = [&much[..], &["--memory-budget", "1024TiB"]].concat();
+    let said = compress(2, &emoji(), &out, &much);
+    assert!(said.contains("free, which is too little for") && said.contains("of samples"), "{said}");
+    assert!(!said.contains("begin") && !out.exists(), "{said}");
+}
+
+#[test]
+fn the_plan_says_what_a_run_takes_on_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = repo("calibration/emoji.txt");
+    let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "4", "--steps", "2"];
+    let config = repo("configs/joint-s40-4bit-gs16.yaml");
+    let plan = ["plan", config.to_str().unwrap(), "--model", tiny().to_str().unwrap()];
+    let said = ended_with(0, &squeeze(&[&plan[..], &few].concat()));
+    assert!(said.contains("on the disk: ") && said.contains(" of carries, "), "{said}");
+    let planned: Value = serde_json::from_str(&ended_with(0, &squeeze(&[&plan[..], &few, &["--json"]].concat()))).unwrap();
+    let disk = planned[0]["plan"]["disk"].clone();
+
+    let samples = folder.path().join("samples.safetensors");
+    let out = folder.path().join("out");
+    compress(0, tiny(), &out, &[&few[..], &["--samples-out", samples.to_str().unwrap()]].concat());
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap();
+    let ratio = |planned: &Value, is: u64| planned.as_f64().unwrap() / is as f64;
+    let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+    for (name, ratio) in [
+        ("samples", ratio(&disk["samples"], size(&samples))),
+        ("result", ratio(&disk["result"], size(&out.join("unet.squeezed.safetensors")))),
+    ] {
+        // The header, of which plans know nothing, is a large part of a container of so small a model.
+        assert!((0.6..1.2).contains(&ratio), "{name}: {ratio}, {disk}");
+    }
+    assert_eq!(report["plan"]["disk"]["samples"], 0, "the run was given its samples");
+}
+
+#[test]
+fn all_entries_of_a_comparison_are_checked_before_anything_is_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let write = |name: &str, text: &str| {
+        std::fs::create_dir_all(Path::new(&here(name)).parent().unwrap()).unwrap();
+        std::fs::write(here(name), text).unwrap();
+        here(name)
+    };
+    let (emoji, other) = (emoji(), tiny());
+    let (emoji, other) = (emoji.to_str().unwrap(), other.to_str().unwrap());
+    let judge = write("judge.txt", "a dog\n");
+    let out = here("out");
+    let palettize = "solver: sequential\npalettize: {on_misfit: dense}\n";
+    let good = write("good.yaml", &format!("model: {{path: {emoji}}}\n{palettize}"));
+    let compare = |configs: &[&str], more: &[&str], parts: &[&str]| {
+        let args = [&["compare", "--progress", "json", "--judge", &judge, "--out", &out], configs, more].concat();
+        let said = ended_with(2, &squeeze(&args));
+        parts.iter().for_each(|part| assert!(said.contains(part), "no `{part}` in: {said}"));
+        assert!(!said.contains("\"begin\"") && !Path::new(&out).exists(), "{said}");
+    };
+    let models = write("models.yaml", &format!("model: {{path: {other}}}\n{palettize}"));
+    compare(&[&good, &models], &[], &["good.yaml", "models.yaml", "the model"]);
+    let dtype = write("dtype.yaml", &format!("model: {{path: {emoji}, dtype: bf16}}\n{palettize}"));
+    compare(&[&good, &dtype], &[], &["dtype.yaml", "the dtype f32", "bf16"]);
+    let device = write("device.yaml", &format!("model: {{path: {emoji}, device: 'cpu,cpu'}}\n{palettize}"));
+    compare(&[&good, &device], &[], &["device.yaml", "the device cpu"]);
+    let twin = write("twin/good.yaml", palettize);
+    compare(&[&good, &twin], &["--model", emoji], &["good"]);
+    // A config of which only the model's layers tell that it cannot be.
+    let misfit =
+        write("misfit.yaml", "palettize: {on_misfit: error, global_config: {granularity: per_grouped_channel, group_size: 7}}\n");
+    let prompts = repo("calibration/emoji.txt");
+    let begin = Instant::now();
+    compare(&[&good, &misfit], &["--model", emoji, "--prompts", prompts.to_str().unwrap()], &["7"]);
+    assert!(begin.elapsed().as_secs() < 20, "{:?}", begin.elapsed());
+    let joint = repo("configs/joint-s40-4bit-gs16.yaml");
+    let little = ["--model", emoji, "--prompts", prompts.to_str().unwrap(), "--memory-budget", "100MiB"];
+    compare(&[&good, joint.to_str().unwrap()], &little, &["are too little"]);
+}
+
+#[test]
+fn progress_reaches_its_total_on_several_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = repo("calibration/emoji.txt");
+    let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "5", "--steps", "2", "--device", "cpu,cpu"];
+    let said = compress(0, tiny(), &folder.path().join("out"), &few);
+    let events: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let of = |event: &str, task: &str| -> Vec<&Value> {
+        events.iter().filter(|line| line["event"] == event && line["task"] == task).collect()
+    };
+    for task in ["Hessians", "outputs", "first carries"] {
+        let ends = of("end", task);
+        assert!(!ends.is_empty(), "{task}: {said}");
+        for end in ends {
+            assert_eq!(end["done"], end["total"], "{task}: {end}");
+        }
+    }
+    let advanced = of("advance", "Hessians").into_iter().filter(|line| line["total"].as_u64() > Some(1));
+    assert!(advanced.clone().count() > 0);
+    let last = advanced.filter(|line| line["done"].as_u64().unwrap() + 1 == line["total"].as_u64().unwrap());
+    assert!(last.count() > 0, "no task came to its last piece");
+}
+
+/// The layers that see only the time see every timestep that the model was trained on.
+#[test]
+fn as_many_timesteps_as_the_scheduler_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    copy(&emoji(), &model);
+    let path = model.join("scheduler/scheduler_config.json");
+    let mut scheduler: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    scheduler["num_train_timesteps"] = 1500.into();
+    std::fs::write(&path, scheduler.to_string()).unwrap();
+    let config = folder.path().join("time.yaml");
+    let rules = "module_name_configs: {'time_embedding\\.linear_1': {n_bits: 4, granularity: per_tensor}}";
+    std::fs::write(&config, format!("palettize: {{weight_threshold: 0, {rules}}}\n")).unwrap();
+    let (prompts, out) = (repo("calibration/emoji.txt"), folder.path().join("out"));
+    let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "2", "--steps", "2"];
+    compress(0, &model, &out, &[&["--config", config.to_str().unwrap()], &few[..]].concat());
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap();
+    assert_eq!(report["layers"][0]["name"], "time_embedding.linear_1");
+    assert_eq!(report["layers"][0]["vectors"], 1500);
+}
+
+/// Through the library a run is the one that its config describes, or none.
+#[test]
+fn a_run_obeys_its_config() {
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let config = RunConfig::read(&repo("configs/dense-4bit.yaml")).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("x.safetensors");
+    let prepare = |config: &RunConfig, options: &RunOptions| Prepared::new(&folder, config, false, options, &path).map(drop);
+    prepare(&config, &RunOptions::of(&config).unwrap()).unwrap();
+    let refused = |config: &RunConfig, options: &RunOptions, part: &str| {
+        let why = prepare(config, options).unwrap_err();
+        assert!(why.is_bad_input() && why.to_string().contains(part), "{why}");
+    };
+    let half = Placement { kind: Kind::Half, ..Placement::CPU };
+    refused(&config, &RunOptions::on(half), "`model.dtype` is f32");
+    let mut two = config.clone();
+    two.model.device = "cpu,cpu".into();
+    refused(&two, &RunOptions::of(&config).unwrap(), "`model.device` is cpu,cpu");
+    assert_eq!(RunOptions::of(&two).unwrap().devices.len(), 2);
+    let mut other = config.clone();
+    other.model.path = Some(tiny().to_owned());
+    refused(&other, &RunOptions::of(&other).unwrap(), "`model.path` is");
+    other.model.path = Some(emoji().join("unet/.."));
+    prepare(&other, &RunOptions::of(&other).unwrap()).unwrap();
+}
