@@ -60,6 +60,7 @@ fn tf32_off(process: &Library) -> Option<()> {
 
 /// `mkl_cbwr_set(MKL_CBWR_AUTO | MKL_CBWR_STRICT)`, by the name that it has inside libtorch. True also where there is no MKL.
 fn mkl_strict(process: &Library) -> bool {
+    const NOTHING: i32 = 1;
     const AUTO: i32 = 2;
     const STRICT: i32 = 0x1_0000;
     const ALL: i32 = -1;
@@ -72,8 +73,9 @@ fn mkl_strict(process: &Library) -> bool {
             return !cfg!(target_arch = "x86_64");
         };
         // A branch that the user has chosen in the environment stays.
-        if get(ALL) & STRICT == 0 {
-            set(AUTO | STRICT);
+        let chosen = get(ALL);
+        if chosen & STRICT == 0 {
+            set(if chosen == NOTHING { AUTO } else { chosen } | STRICT);
         }
         get(ALL) & STRICT != 0
     }

@@ -380,6 +380,34 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
 }
 
 #[test]
+fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() {
+    let inputs = correlated(300, 24, 5, 1);
+    let hessian = hessian(&inputs);
+    for values in [&[0.05_f32][..], &[-0.0625, 0.07], &[-0.08, 0.01, 0.09]] {
+        let elements: Vec<f32> = (0..16 * 24).map(|at| values[(at * 7919 + at / 24) % values.len()]).collect();
+        let weight = Tensor::from_slice(&elements).reshape([16, 24]).to_kind(Kind::Half).to_kind(Kind::Float);
+        let options = JointOptions::new(None, Some(palette(4, Some(4))));
+        let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
+        // Without anything to make up for, exact is the best there is.
+        let found = solve(&weight, &hessian, &options);
+        assert_eq!(tensor(&found.weight, &weight), weight);
+        assert!(found.loss == 0.0 && found.notes.is_empty(), "{:?}", found.notes);
+        // With errors before it to make up for, another may be better; none may be worse. Tiny errors are below what 16 values can tell.
+        for size in [1e-9, 1e-6, 1e-3, 0.3] {
+            let lack = numbers(&[300, 16], 9) * size;
+            let mut correction = Correction::for_weight(LayerKind::Linear, &[16, 24], Device::Cpu).unwrap();
+            correction.add(&inputs, &lack).unwrap();
+            let beside = Beside { correction: Some(&correction), held_out: None };
+            let found = joint("layer", &weight, &hessian, &factors, &beside, &options).unwrap();
+            let exact = Vec::<f16>::try_from(weight.to_kind(Kind::Half).flatten(0, -1)).unwrap();
+            let target = found.target.as_ref().unwrap();
+            let [ours, exact] = [&found.weight, &exact].map(|values| cost(values, target, &hessian));
+            assert!(ours <= exact * (1.0 + 1e-6), "{values:?}, {size}: {ours:.3e}, exact {exact:.3e}");
+        }
+    }
+}
+
+#[test]
 fn what_is_worse_on_held_out_samples_is_not_taken() {
     // Calibrated on a few directions; what is held out lies across them.
     let weight = numbers(&[32, 96], 40);

@@ -7,6 +7,7 @@
 //! Everything minimises tr((W - W0) H (W - W0)^T) with the damped H; all products with H are libtorch's, all else goes row by row.
 
 mod entries;
+mod exact;
 mod exchange;
 mod factors;
 mod fit;
@@ -149,7 +150,8 @@ pub struct Joint {
 ///
 /// Palettes along input channels, or with scales for each output channel, are not in the joint solve: they are made for the refitted
 /// weights by [`palettize`], and a note says so. Where the joint solution costs more than the sequential one, on the Hessian or on vectors
-/// that are held out, the sequential one is what comes back, with a note.
+/// that are held out, the sequential one is what comes back, with a note. A weight of so few values that its palettes hold it exactly comes
+/// back as it is, unless another makes up for more of a correction than that.
 ///
 /// The same on any number of rayon threads.
 ///
@@ -175,7 +177,9 @@ pub fn joint(
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
     let mut target = None;
+    let mut own = None;
     if let Some(correction) = beside.correction {
+        own = exact::palettes_can_hold(&flat, options)?;
         flat = corrected(&flat, correction, factors, &natural)?;
         target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
     }
@@ -235,21 +239,30 @@ pub fn joint(
         }
     };
     let sequential_loss = sequential.loss.bare;
-    let worse = if solution.loss.bare > sequential_loss {
-        Some(Note::JointNoBetter { ratio: solution.loss.bare / sequential_loss })
+    let held_out = |solution: &Solution, other: &Solution| {
+        beside.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, other))
+    };
+    let (worse, note) = if solution.loss.bare > sequential_loss {
+        // Nothing is to be said of a weight that the sequential way stores without any error.
+        let ratio = solution.loss.bare / sequential_loss;
+        (true, (sequential_loss > 0.0).then_some(Note::JointNoBetter { ratio }))
     } else {
-        let ratio =
-            beside.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, &solution, &sequential))?;
-        (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio })
+        let ratio = held_out(&solution, &sequential)?;
+        (ratio > 1.0, (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio }))
     };
-    let solution = match worse {
-        None => solution,
-        Some(note) => {
-            notes.push(note);
-            problem.data.keep = first_mask.or(problem.data.keep);
-            sequential
+    notes.extend(note);
+    let mut solution = if worse { sequential } else { solution };
+    if let Some(mut own) = own {
+        natural.sort(&mut own);
+        let exact = Solution::plain(name, &problem, &own, options)?;
+        let is_exact = exact.weight.iter().zip(&own).all(|(stored, own)| stored.to_f32() == *own);
+        if is_exact && (exact.loss.bare <= solution.loss.bare || held_out(&solution, &exact)? > 1.0) {
+            solution = exact;
         }
-    };
+    }
+    if worse {
+        problem.data.keep = first_mask.or(problem.data.keep);
+    }
     let Solution { mut weight, mut palettized, loss } = solution;
     natural.restore(&mut weight);
     if let Some(palettized) = &mut palettized {

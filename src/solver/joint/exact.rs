@@ -1,0 +1,49 @@
+//! Weights of so few values that their palettes hold them exactly.
+
+use tch::Tensor;
+
+use super::{JointOptions, along_outputs};
+use crate::error::Result;
+use crate::solver::matrix::to_vec;
+use crate::solver::palette::Granularity;
+
+/// The numbers of a weight [o, d] of which no palette would lose anything, row by row; `None` if some group has too many values, or the
+/// weight is to be pruned.
+///
+/// Of an ordinary weight few elements are looked at: a group's first ones have more values than its palette.
+pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
+    let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
+    if palette.per_channel_scale || !along_outputs(&palette.granularity) {
+        return Ok(None);
+    }
+    let (rows, columns) = weight.size2()?;
+    let group_rows = match palette.granularity {
+        Granularity::PerTensor => rows as usize,
+        Granularity::PerGroupedChannel { group_size, .. } => group_size,
+    };
+    let values = to_vec(weight)?;
+    let fits = values.chunks(group_rows.max(1) * columns as usize).all(|group| has_at_most(group, 1 << palette.bits));
+    Ok(fits.then_some(values))
+}
+
+/// Whether there are no more than `most` different numbers.
+fn has_at_most(numbers: &[f32], most: usize) -> bool {
+    let mut seen: Vec<f32> = Vec::new();
+    numbers.iter().all(|number| {
+        if !seen.contains(number) {
+            seen.push(*number);
+        }
+        seen.len() <= most
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn different_numbers_are_counted() {
+        assert!(has_at_most(&[], 1) && has_at_most(&[0.0, -0.0, 0.0], 1) && has_at_most(&[1.0, 2.0, 1.0], 2));
+        assert!(!has_at_most(&[1.0, 2.0, 1.0, 3.0], 2));
+    }
+}
