@@ -56,7 +56,8 @@ impl Inputs {
             inputs.captions = read_prompts(path)?;
             inputs.entries.insert("captions".to_owned(), json!(of_lines(&inputs.captions)));
         }
-        if !inputs.prompts.is_empty() || !inputs.captions.is_empty() {
+        // The caller's samples have been encoded already.
+        if (given.is_none() && !inputs.prompts.is_empty()) || !inputs.captions.is_empty() {
             inputs.prompt_files = folder.prompt_files()?;
             inputs.entries.insert("text encoders and scheduler".to_owned(), json!(inputs.prompt_files));
         }
@@ -113,4 +114,48 @@ pub(super) fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &
     let task = Task::begin(progress, "checking the model", "files", weights.files().count());
     let files = weights.survey("unet/", |name| task.advance(name))?;
     Ok([vec![folder.unet_config_file().clone()], files].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tch::Kind;
+
+    use super::*;
+    use crate::progress::Silent;
+    use crate::synth::{Preset, synthesize};
+
+    #[test]
+    fn what_encodes_prompts_must_stay_what_it_was() {
+        let parent = tempfile::tempdir().unwrap();
+        let root = parent.path().join("model");
+        synthesize(Preset::Tiny, &root, 0, Kind::Half, &Silent).unwrap();
+        let folder = PipelineFolder::open(&root).unwrap();
+        let yaml = b"prune: {global_config: {target_sparsity: 0.5}}\ncalibration: {prompts: [a, b]}\n";
+        let config = RunConfig::parse(Path::new("c.yaml"), yaml).unwrap();
+        let inputs = Inputs::read(&folder, &config, None, true).unwrap();
+        inputs.check_prompt_files(&folder).unwrap();
+        assert_eq!(inputs.prompts, ["a", "b"]);
+        let said = |options: &RunOptions| inputs.identity(&config, &[], options);
+        let options = RunOptions { devices: vec![tch::Device::Cpu], kind: Kind::Float, budget: None, resume: false };
+        assert_ne!(said(&options), said(&RunOptions { kind: Kind::Half, ..options.clone() }));
+        assert_eq!(said(&options)["build"], json!(BUILD));
+        for name in ["text_encoder_2/model.safetensors", "tokenizer/merges.txt", "model_index.json"] {
+            let path = root.join(name);
+            let before = std::fs::read(&path).unwrap();
+            // Another file takes the name: whoever opens it now reads something else.
+            let mut other = before.clone();
+            *other.last_mut().unwrap() ^= 1;
+            let beside = root.join("other");
+            std::fs::write(&beside, other).unwrap();
+            std::fs::rename(&beside, &path).unwrap();
+            let why = inputs.check_prompt_files(&folder).unwrap_err();
+            assert!(matches!(&why, Error::Changed { path: named } if *named == path), "{why}");
+            std::fs::write(&path, before).unwrap();
+        }
+        inputs.check_prompt_files(&folder).unwrap();
+        // Of a run that reads no prompts they are no part.
+        assert_eq!(Inputs::read(&folder, &config, None, false).unwrap().entries.len(), 0);
+    }
 }

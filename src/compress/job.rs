@@ -170,8 +170,9 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
 /// kept beside the container's path until the container is there; with [`RunOptions::resume`] a run goes on with it.
 ///
 /// # Errors
-/// If the memory does not do for the samples that there are, calibration fails, a layer cannot be treated, or the container cannot be
-/// written; [`Error::Stopped`].
+/// If prompts, captions or samples cannot be read, the model has values that a container cannot hold, the memory does not do for the samples
+/// that there are, calibration fails, a layer cannot be treated, or the container cannot be written; [`Error::Changed`] if a file is written
+/// to while it is read; [`Error::Stopped`].
 pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
     let numerics = crate::init();
     let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
