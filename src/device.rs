@@ -62,8 +62,8 @@ pub fn cuda_devices() -> Result<usize, &'static str> {
 
 /// Loads libtorch's CUDA backend, which registers itself with the libtorch that is already there.
 fn load_cuda() -> Result<(), libloading::Error> {
-    // SAFETY: the library comes from the rpath or the folder that this process's own libtorch comes from, and is of one build with
-    // it; its initializers only register kernels and hooks. It is never unloaded.
+    // SAFETY: the library comes from the rpath or the folder that this process's own libtorch comes from, and is of one build
+    // with it; its initializers only register kernels and hooks. It is never unloaded.
     let library = unsafe { libloading::Library::new(libloading::library_filename("torch_cuda")) }?;
     std::mem::forget(library);
     Ok(())
@@ -86,8 +86,9 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
-/// What the CUDA runtime may be called, given the process's memory map as Linux shows it (`/proc/self/maps`): what is loaded under such a
-/// name, as some libtorchs bring theirs under a name with a hash in it; then the name of each version, the newest first.
+/// What the CUDA runtime may be called, given the process's memory map as Linux shows it (`/proc/self/maps`): what is loaded
+/// under such a name, as some libtorchs bring theirs under a name with a hash in it; then the name of each version, the newest
+/// first.
 #[cfg(unix)]
 fn cuda_runtimes(map: &str) -> Vec<&str> {
     let paths = map.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..)));
@@ -98,8 +99,8 @@ fn cuda_runtimes(map: &str) -> Vec<&str> {
     names
 }
 
-/// The CUDA runtime that libtorch has brought. It is loaded already: nothing but a name is asked for, and where its functions are among those
-/// that the whole process sees, not even that.
+/// The CUDA runtime that libtorch has brought. It is loaded already: nothing but a name is asked for, and where its functions are
+/// among those that the whole process sees, not even that.
 #[cfg(unix)]
 fn cuda_runtime() -> Option<libloading::os::unix::Library> {
     use libloading::os::unix::{Library, RTLD_NOW};

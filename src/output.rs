@@ -1,4 +1,5 @@
-//! Writing so that a reader finds the old file or the new one, never half of either, and so that what a killed run leaves is cleared away.
+//! Writing so that a reader finds the old file or the new one, never half of either, and so that what a killed run leaves is
+//! cleared away.
 
 mod destination;
 mod leftovers;
@@ -16,7 +17,8 @@ pub use destination::is_standard_output;
 /// Writes `path` through a temporary sibling that is synced and renamed. An existing file is replaced at once, or not at all.
 ///
 /// A link is followed, and the file that it names is written, whether that is there or not. Devices, pipes and open descriptors
-/// (`/dev/stdout`, `/dev/fd/3`) cannot be replaced, so they are written to as they are. What killed runs left beside the file is removed.
+/// (`/dev/stdout`, `/dev/fd/3`) cannot be replaced, so they are written to as they are. What killed runs left beside the file is
+/// removed.
 ///
 /// # Errors
 /// [`Error::Argument`] if `path` is a folder, a socket or a block device; [`Error::Write`], and then `path` is as it was.

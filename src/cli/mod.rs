@@ -124,7 +124,8 @@ fn tell(answer: &clap::Error) -> ExitCode {
 /// What has to hold whatever is done.
 fn prepare() -> Result<(), Error> {
     place::check()?;
-    // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like any other.
+    // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like
+    // any other.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
         .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
     Ok(())

@@ -130,7 +130,8 @@ impl Named {
         self.real.ancestors().any(|ancestor| same(ancestor, &folder.real))
     }
 
-    /// Whether it is a file of the pipeline in `model`, wherever the pipeline's links lead, or lies in the folder of one of its parts.
+    /// Whether it is a file of the pipeline in `model`, wherever the pipeline's links lead, or lies in the folder of one of its
+    /// parts.
     fn is_part_of(&self, model: &Named) -> bool {
         let parts = PARTS.map(|part| model.real.join(part));
         let in_a_part = parts.iter().any(|part| part.is_dir() && self.real.ancestors().any(|ancestor| same(ancestor, part)));

@@ -16,14 +16,14 @@ pub fn check() -> Result<()> {
     if GONE.load(Ordering::Relaxed) || std::env::current_dir().is_err() { Err(gone()) } else { Ok(()) }
 }
 
-/// Runs before the initializers of the libraries, of which libtorch's MKL ends the program with a message of its own, and no other, where
-/// there is no working directory. It is given one, so that we can say what is wrong.
+/// Runs before the initializers of the libraries, of which libtorch's MKL ends the program with a message of its own, and no
+/// other, where there is no working directory. It is given one, so that we can say what is wrong.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 extern "C" fn leave_what_is_gone() {
     let mut path = [0u8; libc::PATH_MAX as usize];
-    // SAFETY: getcwd writes at most as many bytes as it is told, into memory that lives until it returns; chdir is given a constant with a
-    // zero at its end. Both are system calls that need nothing of libc that is not set up when the loader comes here, and at that time
-    // there is one thread.
+    // SAFETY: getcwd writes at most as many bytes as it is told, into memory that lives until it returns; chdir is given a
+    // constant with a zero at its end. Both are system calls that need nothing of libc that is not set up when the loader comes
+    // here, and at that time there is one thread.
     unsafe {
         if libc::getcwd(path.as_mut_ptr().cast(), path.len()).is_null() && *libc::__errno_location() == libc::ENOENT {
             GONE.store(true, Ordering::Relaxed);

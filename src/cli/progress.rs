@@ -221,8 +221,8 @@ impl Progress for Reporter {
 
 /// Writes log lines to standard error, above the bars.
 ///
-/// It never fails: where nobody can read the log, the work goes on without. tracing-subscriber would panic, as it tells of a writer's failure
-/// by printing to the same standard error.
+/// It never fails: where nobody can read the log, the work goes on without. tracing-subscriber would panic, as it tells of a
+/// writer's failure by printing to the same standard error.
 #[derive(Clone)]
 pub struct LogWriter(Option<MultiProgress>);
 

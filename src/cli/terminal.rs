@@ -7,8 +7,8 @@ use indicatif::{ProgressDrawTarget, TermLike};
 
 /// Standard error for bars, drawn at most 20 times a second, where what cannot be drawn is left out.
 ///
-/// indicatif hands errors on in most places, but panics on them where it makes room for a line between the bars: a terminal that is closed
-/// must not end the work.
+/// indicatif hands errors on in most places, but panics on them where it makes room for a line between the bars: a terminal that
+/// is closed must not end the work.
 pub fn stderr() -> ProgressDrawTarget {
     ProgressDrawTarget::term_like_with_hz(Box::new(Forgiving(Term::buffered_stderr())), 20)
 }

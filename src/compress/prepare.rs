@@ -15,8 +15,8 @@ use crate::output::parent;
 use crate::pipeline::PipelineFolder;
 use crate::plan::{self, Calls, Disk, Memory, Plan};
 
-/// A run of which everything is checked that can be before it computes: that its config fits the model, its prompts can be read, and that
-/// memory and disk do for it, by the [plan](Plan).
+/// A run of which everything is checked that can be before it computes: that its config fits the model, its prompts can be read,
+/// and that memory and disk do for it, by the [plan](Plan).
 #[derive(Debug)]
 pub struct Prepared<'a> {
     pub(super) folder: &'a PipelineFolder,
@@ -29,8 +29,8 @@ pub struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    /// Prepares to compress the UNet of `folder` as `config` says, into the container `path`. `shares` says whether the run will be given
-    /// its samples, which it does not keep then.
+    /// Prepares to compress the UNet of `folder` as `config` says, into the container `path`. `shares` says whether the run will
+    /// be given its samples, which it does not keep then.
     ///
     /// # Errors
     /// [`Error::Argument`] if `options` or `folder` are not those that `config` names, or memory or disk do not do;
@@ -105,8 +105,8 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// Plans the run that `config` describes, resolved to `recipe`; the other arguments are those of [`Plan::new`]. A run with a budget measures
-/// first and makes a result of the budget's size: that is in [`Plan::disk`].
+/// Plans the run that `config` describes, resolved to `recipe`; the other arguments are those of [`Plan::new`]. A run with a
+/// budget measures first and makes a result of the budget's size: that is in [`Plan::disk`].
 ///
 /// # Errors
 /// [`Error::Argument`] if the memory does not do.
@@ -132,8 +132,8 @@ pub fn plan_of_run(
     Ok(plan)
 }
 
-/// Whether options and folder are what the config says: a run must not be another than the one that its config, kept with the result,
-/// describes.
+/// Whether options and folder are what the config says: a run must not be another than the one that its config, kept with the
+/// result, describes.
 fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
     let disagrees = |key: &str, said: &str, is: String| {
         Err(Error::Argument(format!("the config's `model.{key}` is {said}, but the run was given {is}")))

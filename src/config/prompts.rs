@@ -39,8 +39,8 @@ pub(super) fn too_many(prompts: usize) -> Option<String> {
 /// Reads a file with one prompt a line. Blank lines are skipped, and so are lines that begin with `#`.
 ///
 /// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file, is larger than 16 MiB or not UTF-8, has no prompt in it, more than
-/// 100,000 of them, or one of more than 64 KiB.
+/// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file, is larger than 16 MiB or not UTF-8, has no prompt in it, more
+/// than 100,000 of them, or one of more than 64 KiB.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let text = input::read_text(path, Limit::PROMPTS)?;
     // Editors on Windows put a byte order mark in front.

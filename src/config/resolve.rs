@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::RunConfig;
 use super::finding::{Finding, Misfit, Section, Severity, Why};
 use super::mistake::{Written, nearest};
-use super::rules::{ModuleType, RuleIndex, Rules};
+use super::rules::{Decided, ModuleType, RuleIndex, Rules};
 use super::sections::{OnMisfit, PalettizeSection, PruneSection};
 use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
 use crate::error::{Error, Result};
@@ -140,14 +140,14 @@ fn resolve_prune(
     let inside =
         |layer: &LayerInfo| layer.stage.as_ref().is_some_and(|stage| stages.iter().any(|listed| listed.value.matches(stage)));
     let in_scope: Vec<bool> = layers.iter().map(inside).collect();
-    check_rules(Section::Prune, rules, layers, &in_scope, uses, findings);
-    let choose = |(layer, inside): (&LayerInfo, &bool)| {
+    let decided = check_rules(Section::Prune, rules, layers, &in_scope, uses, findings);
+    let choose = |((layer, inside), rule): ((&LayerInfo, &bool), &RuleIndex)| {
         if !inside {
             return Choice::Leave(Why::OutsideLayers);
         }
-        let settings = match rules.decide(&layer.name, layer.module_type) {
-            (_, Some(settings)) => *settings,
-            (rule, None) => return Choice::Leave(Why::NoSettings(describe(rules, rule))),
+        let settings = match rules.settings(*rule) {
+            Some(settings) => *settings,
+            None => return Choice::Leave(Why::NoSettings(describe(rules, *rule))),
         };
         match settings.sparsity {
             Sparsity::NOfM(ratio) if !divides(ratio.m, layer.columns()) => {
@@ -157,7 +157,7 @@ fn resolve_prune(
             Sparsity::NOfM(_) | Sparsity::Unstructured(_) => Choice::Apply(settings),
         }
     };
-    let choices: Vec<_> = layers.iter().zip(&in_scope).map(choose).collect();
+    let choices: Vec<_> = layers.iter().zip(&in_scope).zip(&decided).map(choose).collect();
     left_alone(Section::Prune, layers, &choices, findings);
     choices
 }
@@ -169,11 +169,11 @@ fn resolve_palettize(
     findings: &mut Vec<Finding>,
 ) -> Vec<Choice<PaletteSettings>> {
     let PalettizeSection { rules, on_misfit, weight_threshold } = section;
-    check_rules(Section::Palettize, rules, layers, &vec![true; layers.len()], uses, findings);
-    let choose = |layer: &LayerInfo| {
-        let settings = match rules.decide(&layer.name, layer.module_type) {
-            (_, Some(settings)) => *settings,
-            (rule, None) => return Choice::Leave(Why::NoSettings(describe(rules, rule))),
+    let decided = check_rules(Section::Palettize, rules, layers, &vec![true; layers.len()], uses, findings);
+    let choose = |(layer, rule): (&LayerInfo, &RuleIndex)| {
+        let settings = match rules.settings(*rule) {
+            Some(settings) => *settings,
+            None => return Choice::Leave(Why::NoSettings(describe(rules, *rule))),
         };
         if layer.elements() <= *weight_threshold {
             return Choice::Leave(Why::Small { weight_threshold: *weight_threshold });
@@ -195,7 +195,7 @@ fn resolve_palettize(
             Misfit::Dense | Misfit::Error => Choice::Leave(Why::Misfit),
         }
     };
-    let choices: Vec<_> = layers.iter().map(choose).collect();
+    let choices: Vec<_> = layers.iter().zip(&decided).map(choose).collect();
     left_alone(Section::Palettize, layers, &choices, findings);
     choices
 }
@@ -225,7 +225,7 @@ fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mu
 /// Patterns that match nothing for which a likely name is looked for.
 const FEW: usize = 32;
 
-/// Counts what each rule matches and decides, and complains of those that are idle.
+/// Counts what each rule matches and decides, and complains of those that are idle. Returns for each layer the rule that decides.
 fn check_rules<S>(
     section: Section,
     rules: &Rules<S>,
@@ -233,14 +233,13 @@ fn check_rules<S>(
     in_scope: &[bool],
     uses: &mut Vec<RuleUse>,
     findings: &mut Vec<Finding>,
-) {
-    let decided: Vec<RuleIndex> = layers.iter().map(|layer| rules.decide(&layer.name, layer.module_type).0).collect();
+) -> Vec<RuleIndex> {
+    let Decided { matched: by_pattern, by: decided } = rules.decide_all(layers);
     let decides = |rule: RuleIndex| decided.iter().zip(in_scope).filter(|(by, inside)| **by == rule && **inside).count();
     let Rules { global_config: _, module_type_configs, module_name_configs } = rules;
     for (index, (Written { value: pattern, place }, _)) in module_name_configs.iter().enumerate() {
         let rule = RuleIndex::Name(index);
-        let matched = layers.iter().zip(&decided).filter(|(layer, _)| pattern.matches(&layer.name)).map(|(_, by)| *by);
-        let matched: Vec<RuleIndex> = matched.collect();
+        let matched: Vec<RuleIndex> = by_pattern[index].iter().filter_map(|layer| decided.get(*layer).copied()).collect();
         uses.push(RuleUse { section, rule: describe(rules, rule), matched: matched.len(), decided: decides(rule) });
         let (pattern, place) = (pattern.to_string(), place.clone());
         let by: BTreeSet<RuleIndex> = matched.iter().copied().collect();
@@ -270,6 +269,7 @@ fn check_rules<S>(
     }
     let rule = RuleIndex::Global;
     uses.push(RuleUse { section, rule: describe(rules, rule), matched: layers.len(), decided: decides(rule) });
+    decided
 }
 
 /// A pattern with its escapes taken off: near enough to a name to look for one that is like it.

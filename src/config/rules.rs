@@ -5,6 +5,7 @@ use std::fmt::{self, Display};
 use super::emit::{self, Yaml};
 use super::fields::{Fields, entries};
 use super::mistake::{Mistakes, Written, nearest};
+use super::resolve::LayerInfo;
 use super::settings::Settings;
 use super::tree::{Node, Value};
 use crate::error::Error;
@@ -34,6 +35,14 @@ pub enum RuleIndex {
     Type(ModuleType),
     /// `global_config`.
     Global,
+}
+
+/// What rules make of a model's layers.
+pub(super) struct Decided {
+    /// For each of `module_name_configs`, the layers that it matches.
+    pub matched: Vec<Vec<usize>>,
+    /// For each layer, the rule that decides.
+    pub by: Vec<RuleIndex>,
 }
 
 /// The types of layers that have weights to compress, under torch's class names.
@@ -89,6 +98,39 @@ impl<S> Rules<S> {
             return (RuleIndex::Type(module_type), settings.as_ref());
         }
         (RuleIndex::Global, self.global_config.as_ref())
+    }
+
+    /// The same for all of a model's layers, in which every pattern is compared with every name once: there may be thousands of both.
+    pub(super) fn decide_all(&self, layers: &[LayerInfo]) -> Decided {
+        let matching = |pattern: &NamePattern| -> Vec<usize> {
+            let names = layers.iter().enumerate().filter(|(_, layer)| pattern.matches(&layer.name));
+            names.map(|(index, _)| index).collect()
+        };
+        let matched: Vec<Vec<usize>> = self.module_name_configs.iter().map(|(pattern, _)| matching(&pattern.value)).collect();
+        let by_type = |module_type| match self.module_type_configs.iter().any(|(listed, _)| *listed == module_type) {
+            true => RuleIndex::Type(module_type),
+            false => RuleIndex::Global,
+        };
+        let mut by: Vec<RuleIndex> = layers.iter().map(|layer| by_type(layer.module_type)).collect();
+        // The first pattern decides, so it comes last here.
+        for (index, layers) in matched.iter().enumerate().rev() {
+            for layer in layers {
+                by[*layer] = RuleIndex::Name(index);
+            }
+        }
+        Decided { matched, by }
+    }
+
+    /// The settings of a rule; `None` leaves layers alone.
+    pub(super) fn settings(&self, rule: RuleIndex) -> Option<&S> {
+        match rule {
+            RuleIndex::Name(index) => self.module_name_configs.get(index).and_then(|(_, settings)| settings.as_ref()),
+            RuleIndex::Type(module_type) => {
+                let listed = self.module_type_configs.iter().find(|(listed, _)| *listed == module_type);
+                listed.and_then(|(_, settings)| settings.as_ref())
+            }
+            RuleIndex::Global => self.global_config.as_ref(),
+        }
     }
 
     /// Every rule that is not `null`.

@@ -112,7 +112,8 @@ fn follow(path: &Path) -> io::Result<(PathBuf, End)> {
     Err(io::Error::new(ErrorKind::InvalidInput, "more links than can be followed"))
 }
 
-/// The number of the descriptor that `link` stands for: Linux has them as links in `/proc/self/fd`, which lead to the files' names.
+/// The number of the descriptor that `link` stands for: Linux has them as links in `/proc/self/fd`, which lead to the files'
+/// names.
 fn descriptor_of(link: &Path) -> Option<u32> {
     let own = Path::new("/proc/self/fd").canonicalize().ok()?;
     let folder = parent(link).canonicalize().ok()?;

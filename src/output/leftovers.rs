@@ -1,7 +1,7 @@
 //! Temporary siblings of an output, and what killed runs left of them.
 //!
-//! The sibling of `NAME` is `.NAME.partial-XXXXXX`, and locked while its run lives. The system takes the lock away when a process ends,
-//! however it ends: so a sibling that can be locked belongs to nobody any more.
+//! The sibling of `NAME` is `.NAME.partial-XXXXXX`, and locked while its run lives. The system takes the lock away when a process
+//! ends, however it ends: so a sibling that can be locked belongs to nobody any more.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
@@ -16,8 +16,8 @@ use super::parent;
 const RANDOM: usize = 6;
 /// The longest name of a file.
 const LONGEST: usize = 255;
-/// Another run may take a sibling for a leftover between its making and its locking; then another is made. More often than this that is no
-/// accident.
+/// Another run may take a sibling for a leftover between its making and its locking; then another is made. More often than this
+/// that is no accident.
 const ATTEMPTS: usize = 100;
 
 /// Makes a temporary sibling of the file `target` and locks it.

@@ -25,7 +25,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// The most bytes at once. A container is put together beside its place and then written to it, so it is there twice for a moment.
+    /// The most bytes at once. A container is put together beside its place and then written to it, so it is there twice for a
+    /// moment.
     pub fn peak(&self) -> u64 {
         let Disk { samples, carries, carries_left, parts, result } = self;
         samples + parts + (*carries).max(carries_left + 2 * result)
@@ -59,8 +60,8 @@ pub(crate) fn of_samples(calls: &Calls, config: &UnetConfig) -> u64 {
     calls.count as u64 * (calls.batch * (latents + told)).unsigned_abs() * 4
 }
 
-/// Refuses what cannot fit into `folder`, or where that is not there yet, into the folder that it will be in. Of a run that goes on,
-/// `there` bytes are there already.
+/// Refuses what cannot fit into `folder`, or where that is not there yet, into the folder that it will be in. Of a run that goes
+/// on, `there` bytes are there already.
 ///
 /// # Errors
 /// [`Error::Argument`] with the numbers; `what` says what is to be there.

@@ -170,7 +170,7 @@ fn thousands_of_patterns_are_soon_resolved_and_more_are_refused() {
         assert_eq!(output.status.code(), Some(2));
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.lines().count() <= 110 && said.contains("more mistakes"), "{} lines", said.lines().count());
-        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
         write(20_000, pattern);
         refused_soon(&plan, &["many.yaml:6:", "has 20000 patterns; at most 4096"]);
     }
