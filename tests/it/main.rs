@@ -1,6 +1,8 @@
 //! Tests from outside: against golden values, through the public interface and through the binary.
 #![allow(clippy::print_stdout)]
 
+mod as_people_have_them;
+mod attacks;
 mod bad_input;
 mod budget;
 mod chain;
@@ -16,6 +18,7 @@ mod joint;
 mod palettes;
 mod pipelines;
 mod plan;
+mod reliability;
 mod report;
 mod resume;
 mod schedulers;
@@ -23,3 +26,4 @@ mod sparsegpt;
 mod support;
 mod synth;
 mod tokens;
+mod watched;
