@@ -1,7 +1,7 @@
 //! Reads a container: opens it, decodes every weight, verifies it.
 //!
-//! What the target puts together without a lie is also decoded here, from the definition in `docs/container.md`: the library must accept it and
-//! find the same weight.
+//! What the target puts together without a lie is also decoded here, from the definition in `docs/container.md`: the library must
+//! accept it and find the same weight.
 
 use half::f16;
 use sdxl_squeeze::container::{Container, verify};
@@ -12,7 +12,8 @@ use crate::choices::Choices;
 use crate::layout::{self, Tensor};
 use crate::scratch;
 
-/// The input is a file, a file whose hashes are made right, or decisions by which a container is put together, with lies or without.
+/// The input is a file, a file whose hashes are made right, or decisions by which a container is put together, with lies or
+/// without.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     match choices.below(4) {

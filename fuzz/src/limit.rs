@@ -1,4 +1,5 @@
-//! Refuses allocations beyond 2 GiB. The fuzzer's own limit of memory is looked at once a second, and only pages that were touched count.
+//! Refuses allocations beyond 2 GiB. The fuzzer looks at its own limit of memory once a second, and counts only pages that were
+//! touched.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 

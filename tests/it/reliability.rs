@@ -1,7 +1,7 @@
 //! Runs that are killed, and files with one bit changed.
 //!
 //! Two long tests are ignored by default and print a table: `killed_runs` and `flipped_bits`. These variables set them up:
-//! `RELIABILITY_KILLS` (100), `RELIABILITY_FLIPS` (300) and `RELIABILITY_SEED` (1). A few kills and flips are tried in every run of the tests.
+//! `RELIABILITY_KILLS` (100), `RELIABILITY_FLIPS` (300) and `RELIABILITY_SEED` (1). A few kills and flips are tried every time.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
