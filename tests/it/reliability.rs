@@ -75,6 +75,9 @@ impl Scene {
             if format == "diffusers" {
                 args.extend(["--model", text(tiny())]);
             }
+            if format == "coremltools" {
+                args.extend(["--small-weights", "move"]);
+            }
             Action { new: Some(new.clone()), ..plain(name, &args) }
         };
         let (picture, latents) = (out.join("x.png"), out.join("latents.safetensors"));
@@ -395,12 +398,21 @@ fn flip_containers(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: 
         ("container: inspect", vec!["inspect", file]),
         ("container: export --to coreml", vec!["export", file, "--to", "coreml", "--out", text(&package)]),
         ("container: export --to diffusers", vec!["export", file, "--to", "diffusers", "--model", model, "--out", text(&folder)]),
-        ("container: export --to coremltools", vec!["export", file, "--to", "coremltools", "--out", text(&dense)]),
+        (
+            "container: export --to coremltools",
+            vec!["export", file, "--to", "coremltools", "--small-weights", "move", "--out", text(&dense)],
+        ),
         (
             "container: generate --unet",
             vec!["generate", "--model", model, "--unet", file, "--prompt", "a cat", "--steps", "1", "-o", text(&picture)],
         ),
     ];
+    // A refusal says something only where the whole file is accepted.
+    std::fs::copy(&scene.container, &damaged).unwrap();
+    for (_, command) in &commands {
+        scene.clear();
+        ended_with(0, &squeeze(command));
+    }
     for _ in 0..count {
         std::fs::copy(&scene.container, &damaged).unwrap();
         let place = flip(&damaged, random);

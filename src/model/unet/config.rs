@@ -108,7 +108,7 @@ impl<T: Clone> PerLevel<T> {
 const MAX_LEVELS: usize = 16;
 const MAX_DEPTH: usize = 256;
 const MAX_WIDTH: i64 = 1 << 17;
-/// The most resnets and transformer blocks of all levels together. SDXL base has about 100; each is listed before a tensor is read.
+/// The most resnets and transformer blocks of all levels together. SDXL base has about 100; each is listed before any is read.
 const MAX_BLOCKS: usize = 1 << 12;
 
 impl UnetConfig {
