@@ -78,7 +78,11 @@ impl SafetensorsFile {
         let mut entries = BTreeMap::new();
         for (name, info) in parsed.tensors() {
             let shape = info.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<_, _>>();
-            let shape = shape.map_err(|_| wrong(format!("`{name}` is of shape {:?}", info.shape)))?;
+            let shape: Vec<i64> = shape.map_err(|_| wrong(format!("`{name}` is of shape {:?}", info.shape)))?;
+            // A tensor without elements may have any other dimensions in the library's eyes; here they can be multiplied in any order.
+            if shape.iter().try_fold(1i64, |product, n| product.checked_mul((*n).max(1))).is_none() {
+                return Err(wrong(format!("`{name}` is of shape {shape:?}")));
+            }
             // The library has checked that offsets follow each other without overflow, from 0 on.
             let (start, end) = (data + info.data_offsets.0 as u64, data.saturating_add(info.data_offsets.1 as u64));
             entries.insert(name, Entry { dtype: info.dtype, shape, start, end });

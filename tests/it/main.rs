@@ -1,6 +1,8 @@
 //! Tests from outside: against golden values, through the public interface and through the binary.
 #![allow(clippy::print_stdout)]
 
+mod as_people_have_them;
+mod attacks;
 mod bad_input;
 mod budget;
 mod chain;
@@ -19,6 +21,7 @@ mod outputs;
 mod palettes;
 mod pipelines;
 mod plan;
+mod reliability;
 mod report;
 mod resume;
 mod schedulers;
@@ -27,3 +30,4 @@ mod streams;
 mod support;
 mod synth;
 mod tokens;
+mod watched;

@@ -70,6 +70,14 @@ pub enum Depth {
 }
 
 impl Depth {
+    /// The blocks of the level's deepest transformer.
+    fn deepest(&self) -> usize {
+        match self {
+            Depth::Same(depth) => *depth,
+            Depth::Each(depths) => depths.iter().copied().max().unwrap_or(0),
+        }
+    }
+
     /// The blocks of transformer `index`.
     pub(super) fn of(&self, index: usize) -> usize {
         match self {
@@ -100,6 +108,8 @@ impl<T: Clone> PerLevel<T> {
 const MAX_LEVELS: usize = 16;
 const MAX_DEPTH: usize = 256;
 const MAX_WIDTH: i64 = 1 << 17;
+/// The most resnets and transformer blocks of all levels together. SDXL base has about 100; each is listed before any is read.
+const MAX_BLOCKS: usize = 1 << 12;
 
 impl UnetConfig {
     /// Reads `path`, usually `unet/config.json`.
@@ -139,7 +149,7 @@ impl UnetConfig {
                 _ => return Err(file.error("sample_size", "must be one number or two")),
             },
         };
-        let time_embed_dim = file.or("time_embedding_dim", 4 * block_out_channels[0])?;
+        let time_embed_dim = file.or("time_embedding_dim", block_out_channels[0].saturating_mul(4))?;
         let config = UnetConfig {
             sample_size,
             in_channels: file.or("in_channels", 4)?,
@@ -168,6 +178,13 @@ impl UnetConfig {
         config.check(&file)?;
         file.finish();
         Ok(config)
+    }
+
+    /// Resnets and transformer blocks of all levels, at most: an up stage has one resnet more than the down stage of its level.
+    fn most_blocks(&self) -> usize {
+        let reverse = self.reverse_transformer_layers_per_block.as_deref().unwrap_or_default();
+        let deepest = self.transformer_layers_per_block.iter().chain(reverse).map(Depth::deepest).max().unwrap_or(0);
+        self.layers_per_block.iter().map(|layers| (2 * layers + 1) * (1 + deepest)).sum()
     }
 
     /// The size of a sum of all its parts is only asked for once each number is sane and they agree.
@@ -220,14 +237,16 @@ impl UnetConfig {
             ("reverse_transformer_layers_per_block", self.reverse_transformer_layers_per_block.as_ref()),
         ] {
             for (level, depth) in depths.into_iter().flatten().enumerate() {
-                let deepest = match depth {
-                    Depth::Same(depth) => *depth,
-                    Depth::Each(depths) => depths.iter().copied().max().unwrap_or(0),
-                };
+                let deepest = depth.deepest();
                 if deepest > MAX_DEPTH {
                     return Err(file.error(key, format!("= {deepest} at level {level} is more than {MAX_DEPTH}")));
                 }
             }
+        }
+        let blocks = self.most_blocks();
+        if blocks > MAX_BLOCKS {
+            return Err(file
+                .error("layers_per_block", format!("and the transformers' depths make {blocks} blocks; at most {MAX_BLOCKS}")));
         }
         for (level, (channels, heads)) in self.block_out_channels.iter().zip(&self.heads).enumerate() {
             if channels % self.norm_num_groups != 0 {

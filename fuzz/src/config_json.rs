@@ -1,0 +1,48 @@
+//! Reads the config of a UNet, a VAE, a text encoder or a sampler, and asks what it would be made of.
+
+use sdxl_squeeze::checkpoint::ConfigFile;
+use sdxl_squeeze::model::scheduler::SchedulerConfig;
+use sdxl_squeeze::model::text::{ClipText, TextConfig};
+use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::model::vae::VaeConfig;
+
+use crate::choices::Choices;
+use crate::scratch;
+
+/// The first byte says whose config the rest is.
+pub fn run(data: &[u8]) {
+    let mut choices = Choices(data);
+    let whose = choices.below(4);
+    let path = scratch::file("config.json", choices.rest());
+    match whose {
+        0 => {
+            if let Ok(config) = UnetConfig::read(&path) {
+                // What the program does with every config: list its tensors.
+                if let Ok(tensors) = UnetChain::new(config).tensors() {
+                    assert!(tensors.iter().all(|tensor| tensor.shape.iter().all(|n| *n > 0)));
+                }
+            }
+        }
+        1 => {
+            let Ok(file) = ConfigFile::read(&path) else { return };
+            if let Ok(config) = TextConfig::parse(file) {
+                let _ = ClipText::tensors(&config);
+            }
+        }
+        2 => {
+            if let Ok(config) = VaeConfig::read(&path) {
+                assert!(config.scale() > 0);
+            }
+        }
+        _ => {
+            let Ok(config) = SchedulerConfig::read(&path) else { return };
+            let _ = config.sigmas();
+            for steps in [1, 4, 30] {
+                let _ = config.scheduler(steps);
+            }
+            for name in ["euler", "ddim", "dpmpp-2m", "dpmpp-2m-karras"] {
+                let _ = config.with_override(name);
+            }
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Where a target puts its files: in memory, if the system has a folder there.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use tempfile::TempDir;
+
+/// The process's own folder. It is used again for each input.
+pub fn folder() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    FOLDER
+        .get_or_init(|| {
+            let memory = Path::new("/dev/shm");
+            let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+            tempfile::Builder::new().prefix("sdxl-squeeze-fuzz-").tempdir_in(parent).expect("a folder for files can be made")
+        })
+        .path()
+}
+
+/// Writes the file `name` and returns where it is.
+///
+/// The old file is removed first, so that a reader's map of it stays whole.
+pub fn file(name: &str, content: &[u8]) -> PathBuf {
+    let path = folder().join(name);
+    let _ = std::fs::remove_file(&path);
+    std::fs::write(&path, content).expect("the folder for files can be written");
+    path
+}

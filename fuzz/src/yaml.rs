@@ -1,0 +1,48 @@
+//! Reads a run config and gives a small model's layers their settings by it.
+
+use sdxl_squeeze::Error;
+use sdxl_squeeze::config::{LayerInfo, ModuleType, RunConfig};
+
+/// Layers of each kind: of the two ends, of a stage, with shapes that groups divide or do not.
+fn layers() -> Vec<LayerInfo> {
+    let rows: [(&str, Option<&str>, ModuleType, &[i64]); 6] = [
+        ("conv_in", None, ModuleType::Conv2d, &[8, 4, 3, 3]),
+        ("down_blocks.0.resnets.0.conv1", Some("down_blocks.0"), ModuleType::Conv2d, &[8, 8, 3, 3]),
+        ("down_blocks.0.resnets.0.time_emb_proj", Some("down_blocks.0"), ModuleType::Linear, &[8, 32]),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", Some("mid_block"), ModuleType::Linear, &[24, 24]),
+        ("mid_block.attentions.0.transformer_blocks.0.ff.net.2", Some("mid_block"), ModuleType::Linear, &[7, 96]),
+        ("conv_out", None, ModuleType::Conv2d, &[4, 8, 3, 3]),
+    ];
+    rows.into_iter()
+        .map(|(name, stage, module_type, shape)| LayerInfo {
+            name: name.into(),
+            stage: stage.map(str::to_owned),
+            module_type,
+            shape: shape.to_vec(),
+        })
+        .collect()
+}
+
+/// The input is the file.
+pub fn run(data: &[u8]) {
+    let path = "config.yaml".as_ref();
+    match RunConfig::parse(path, data) {
+        Err(why) => {
+            // Each mistake is one line.
+            let Error::Config { mistakes } = why else { panic!("another error than mistakes: {why}") };
+            assert!(!mistakes.is_empty());
+            assert!(mistakes.iter().all(|mistake| !mistake.to_string().contains('\n')), "{mistakes:?}");
+        }
+        Ok(config) => {
+            // A config that is written down means the same.
+            let text = config.to_yaml();
+            match RunConfig::parse(path, text.as_bytes()) {
+                Ok(again) => assert_eq!(again, config, "{text}"),
+                Err(why) => panic!("what was written is refused: {why}\n{text}"),
+            }
+            let resolution = config.resolve(&layers());
+            assert_eq!(resolution.layers.len(), layers().len());
+            let _ = resolution.checked();
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Runs the program and measures what it took.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+/// How a child ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code or signal.
+    pub status: ExitStatus,
+    /// What it wrote to standard output and then to standard error.
+    pub said: String,
+    /// Seconds of processor time, of all its threads.
+    pub seconds: f64,
+    /// The most memory that it had at once, in bytes.
+    pub peak: u64,
+    /// Whether it did not end within the limit and was killed.
+    pub hung: bool,
+}
+
+impl Ended {
+    /// The exit code; `None` if a signal ended it.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    /// What keeps this from being a refusal of bad input: exit code 2, one line, no panic, little time and little memory.
+    pub fn fault(&self) -> Option<String> {
+        const SECONDS: f64 = 5.0;
+        const BYTES: u64 = 1 << 30;
+        let errors = self.said.lines().filter(|line| line.contains("error")).count();
+        let fault = match self {
+            _ if self.hung => "did not end".to_owned(),
+            _ if self.code() != Some(2) => format!("ended with {}, not with exit code 2", self.status),
+            _ if self.said.contains("panicked") || self.said.contains("internal error") => "a panic".to_owned(),
+            _ if errors != 1 => format!("{errors} lines with errors instead of one"),
+            _ if self.said.len() > 4096 => format!("{} bytes of messages", self.said.len()),
+            _ if self.seconds > SECONDS => format!("took {:.1} s of processor time", self.seconds),
+            _ if self.peak > BYTES => format!("took {} MiB of memory", self.peak >> 20),
+            _ => return None,
+        };
+        Some(fault)
+    }
+}
+
+/// Runs `command` to its end, for at most `limit`.
+pub fn run(mut command: Command, limit: Duration) -> Ended {
+    let folder = tempfile::tempdir().unwrap();
+    let [out, err] = ["out", "err"].map(|name| folder.path().join(name));
+    command.stdin(std::process::Stdio::null()).stdout(File::create(&out).unwrap()).stderr(File::create(&err).unwrap());
+    let child = command.spawn().unwrap();
+    let begin = Instant::now();
+    let mut hung = false;
+    let (status, usage) = loop {
+        if let Some(found) = wait(child.id()) {
+            break found;
+        }
+        if !hung && begin.elapsed() > limit {
+            hung = true;
+            // SAFETY: a signal to a child that has not been waited for.
+            unsafe { libc::kill(child.id() as i32, libc::SIGKILL) };
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    // Names and quotations in messages may be anything; the messages are text.
+    let text = |path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
+    Ended {
+        status,
+        said: text(&out) + &text(&err),
+        seconds: seconds(usage.ru_utime) + seconds(usage.ru_stime),
+        // In KiB on Linux, in bytes elsewhere.
+        peak: usage.ru_maxrss as u64 * if cfg!(target_os = "linux") { 1024 } else { 1 },
+        hung,
+    }
+}
+
+/// Status and use of a child, if it has ended. The standard library tells only the status.
+fn wait(child: u32) -> Option<(ExitStatus, libc::rusage)> {
+    let mut status = 0;
+    // SAFETY: a rusage is numbers only, for all of which zero is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to values that live for the call.
+    let ended = unsafe { libc::wait4(child as i32, &mut status, libc::WNOHANG, &mut usage) };
+    assert!(ended >= 0, "{}", std::io::Error::last_os_error());
+    (ended > 0).then(|| (ExitStatus::from_raw(status), usage))
+}
