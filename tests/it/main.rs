@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout)]
 
 mod as_people_have_them;
+#[cfg(unix)]
 mod attacks;
 mod bad_input;
 mod budget;
@@ -30,4 +31,5 @@ mod streams;
 mod support;
 mod synth;
 mod tokens;
+#[cfg(unix)]
 mod watched;

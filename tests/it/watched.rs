@@ -46,6 +46,7 @@ impl Ended {
 }
 
 /// Runs `command` to its end, for at most `limit`.
+#[expect(clippy::zombie_processes, reason = "wait4 waits for the child, as the standard library does not tell what it used")]
 pub fn run(mut command: Command, limit: Duration) -> Ended {
     let folder = tempfile::tempdir().unwrap();
     let [out, err] = ["out", "err"].map(|name| folder.path().join(name));
