@@ -100,7 +100,13 @@ pub(crate) fn name_of(kind: std::fs::FileType) -> &'static str {
             return "a device";
         }
     }
-    if kind.is_dir() { "a folder" } else { "something else" }
+    if kind.is_dir() {
+        "a folder"
+    } else if kind.is_file() {
+        "a file"
+    } else {
+        "something else"
+    }
 }
 
 #[cfg(test)]

@@ -43,6 +43,30 @@ pub fn check_file(path: &Path) -> Result<()> {
     Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), folder.display())))
 }
 
+/// Whether the folder `path` is there, or could be made.
+///
+/// # Errors
+/// [`Error::Argument`] if something on the way is no folder, or a name is too long.
+pub fn check_folder(path: &Path) -> Result<()> {
+    use std::io::ErrorKind::{InvalidFilename, NotADirectory, NotFound};
+    for ancestor in path.ancestors() {
+        match std::fs::metadata(ancestor) {
+            Ok(found) if found.is_dir() => return Ok(()),
+            Ok(found) => {
+                let (folder, is) = (path.display(), crate::input::name_of(found.file_type()));
+                return Err(Error::Argument(format!("cannot make the folder {folder}: {} is {is}", ancestor.display())));
+            }
+            // What is not there can be made; what is there decides.
+            Err(why) if matches!(why.kind(), NotFound | NotADirectory) => {}
+            Err(why) if why.kind() == InvalidFilename => {
+                return Err(Error::Argument(format!("cannot make the folder {}: {why}", path.display())));
+            }
+            Err(why) => return Err(Error::write(path)(why)),
+        }
+    }
+    Ok(())
+}
+
 fn replace(target: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> std::io::Result<()> {
     leftovers::remove(target);
     let mut file = leftovers::new_file(target)?;
@@ -50,7 +74,11 @@ fn replace(target: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Resul
     content(&mut buffered)?;
     buffered.flush()?;
     drop(buffered);
-    share(file.path())?;
+    match std::fs::metadata(target) {
+        // Who may read it is the owner's choice.
+        Ok(old) => std::fs::set_permissions(file.path(), old.permissions())?,
+        Err(_) => share(file.path())?,
+    }
     file.as_file().sync_all()?;
     file.persist(target).map_err(|failed| failed.error)?;
     sync_folder(parent(target))
@@ -153,6 +181,37 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn who_may_read_a_file_stays_as_it_was() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        write_file(&path, |out| out.write_all(b"new")).unwrap();
+        assert_eq!(mode(), 0o644);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        write_file(&path, |out| out.write_all(b"newer")).unwrap();
+        assert_eq!(mode(), 0o600);
+    }
+
+    #[test]
+    fn what_is_in_the_way_of_a_folder_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, b"").unwrap();
+        for (path, words) in
+            [(file.clone(), "is a file"), (file.join("a/b"), "is a file"), (folder.path().join("x".repeat(300)), "too long")]
+        {
+            let refused = check_folder(&path).unwrap_err();
+            assert!(refused.is_bad_input() && refused.to_string().contains(words), "{refused}");
+        }
+        check_folder(&folder.path().join("new/newer")).unwrap();
+        check_folder(Path::new("new/newer")).unwrap();
+        let refused = check_file(&folder.path().join("x".repeat(300))).unwrap_err();
+        assert!(refused.is_bad_input() && refused.to_string().contains("too long"), "{refused}");
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub fn run(data: &[u8]) {
     let Ok(prompts) = read_prompts(&scratch::file("prompts.txt", data)) else { return };
     assert!(!prompts.is_empty());
     for prompt in &prompts {
-        assert!(!prompt.trim().is_empty() && !prompt.contains('\n') && !prompt.starts_with('#'));
+        assert!(!prompt.trim().is_empty() && !prompt.contains(['\n', '\r']) && !prompt.starts_with('#'));
         for (tokenizer, vocabulary) in tokenizers() {
             if let Ok(tokens) = tokenizer.encode(prompt) {
                 assert_eq!(tokens.ids.len(), tokenizer.length());

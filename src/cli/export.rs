@@ -214,6 +214,11 @@ fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFol
             *latent = pixels / scale;
         }
     }
+    if let (Some(asked), Some(pipeline)) = (args.time_ids, pipeline)
+        && asked != pipeline.time_ids()
+    {
+        return Err(Error::Argument(format!("the model is told {} numbers of size and crop, not {asked}", pipeline.time_ids())));
+    }
     options.time_ids = args.time_ids.or(pipeline.map(PipelineFolder::time_ids)).unwrap_or(options.time_ids);
     options.batch = args.batch.unwrap_or(options.batch);
     options.tokens = args.tokens.unwrap_or(options.tokens);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::config::{Prompts, RunConfig};
-use sdxl_squeeze::output::check_file;
+use sdxl_squeeze::output::{check_file, check_folder};
 use sdxl_squeeze::{Error, Result};
 
 /// The folders of a pipeline's parts: nothing else is to be written into them.
@@ -78,6 +78,7 @@ impl Paths {
     pub fn check(&self) -> Result<()> {
         let Paths { inputs, models, files, folders, places } = self;
         for place in places {
+            check_folder(&place.written)?;
             check_inputs(place, models.iter().filter(|model| place.is_in(model)))?;
         }
         for (index, file) in files.iter().enumerate() {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::container::verify;
-use sdxl_squeeze::{Result, coreml, number};
+use sdxl_squeeze::{Error, Result, coreml, number};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -16,6 +16,11 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    if args.path.is_dir() && !args.path.join("Manifest.json").exists() {
+        let problem =
+            "is a folder, and no Core ML package, which has a Manifest.json; a container is a file; `inspect` shows models";
+        return Err(Error::Argument(format!("{} {problem}", args.path.display())));
+    }
     if args.path.is_dir() {
         return package(&args.path, args.json);
     }

@@ -43,8 +43,8 @@ pub(super) fn too_many(prompts: usize) -> Option<String> {
 /// than 100,000 of them, or one of more than 64 KiB.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let text = input::read_text(path, Limit::PROMPTS)?;
-    // Editors on Windows put a byte order mark in front.
-    let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+    // Editors on Windows put a byte order mark in front, which is in the middle once files are joined. Old Macs end lines with CR alone.
+    let lines = text.split(['\n', '\r']).map(|line| line.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}'));
     let prompts: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
     if let Some(problem) = too_many(prompts.len()) {
         return Err(Error::bad_file(path, problem));

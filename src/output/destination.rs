@@ -29,7 +29,7 @@ pub(super) enum Stream {
 impl Destination {
     /// What `path` leads to, links followed.
     pub fn of(path: &Path) -> Result<Self> {
-        let (end, kind) = follow(path).map_err(Error::write(path))?;
+        let (end, kind) = follow(path).map_err(|why| unusable(path, why))?;
         match kind {
             End::Absent => Ok(Destination::File(end)),
             End::Descriptor if descriptor_of(&end) == Some(1) => Ok(Destination::Stream(Stream::StandardOutput)),
@@ -49,7 +49,7 @@ pub fn is_standard_output(path: &Path) -> bool {
 /// Where the new folder `path` will be.
 pub(super) fn of_folder(path: &Path) -> Result<PathBuf> {
     let there = |what: &str| Err(Error::Argument(format!("{} is {what}; name a new folder", path.display())));
-    let (end, kind) = follow(path).map_err(Error::write(path))?;
+    let (end, kind) = follow(path).map_err(|why| unusable(path, why))?;
     match kind {
         End::Absent if end.file_name().is_some() => Ok(end),
         End::There(kind) if kind.is_dir() => {
@@ -88,6 +88,16 @@ enum End {
     /// A descriptor that this program has open, under one of the names that the system has for those.
     Descriptor,
     There(FileType),
+}
+
+/// A path that no file can have is a mistake of whoever wrote it; anything else is the system's.
+fn unusable(path: &Path, why: io::Error) -> Error {
+    match why.kind() {
+        ErrorKind::InvalidFilename | ErrorKind::NotADirectory => {
+            Error::Argument(format!("cannot write {}: {why}", path.display()))
+        }
+        _ => Error::write(path)(why),
+    }
 }
 
 /// Follows links to their end.
