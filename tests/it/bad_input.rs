@@ -216,6 +216,18 @@ fn synth_refuses_what_it_cannot_write() {
 }
 
 #[test]
+fn a_folder_that_is_no_package_and_numbers_that_the_model_is_not_told() {
+    let model = emoji();
+    let model = model.to_str().unwrap();
+    let said = ended_with(2, &squeeze(&["verify", model]));
+    assert!(said.contains("no Core ML package") && said.contains("`inspect` shows models"), "{said}");
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("Unet.mlpackage");
+    let said = ended_with(2, &squeeze(&["export", model, "--to", "coreml", "--time-ids", "7", "--out", out.to_str().unwrap()]));
+    assert!(said.contains("is told 6 numbers of size and crop, not 7") && !out.exists(), "{said}");
+}
+
+#[test]
 fn inspect_refuses_what_is_no_model() {
     assert!(ended_with(2, &squeeze(&["inspect", "/nowhere"])).contains("is not a folder"));
     let folder = tempfile::tempdir().unwrap();

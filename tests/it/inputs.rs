@@ -81,7 +81,8 @@ fn every_small_file_of_a_model_is_bounded() {
     ];
     let files = files.map(|file| (model.clone(), model.join(file)));
     for (model, file) in files.into_iter().chain([(shards, index)]) {
-        let kept = file.with_extension("kept");
+        // Outside of the package, which holds nothing but its own files.
+        let kept = folder.path().join("kept");
         std::fs::rename(&file, &kept).unwrap();
         for impostor in &impostors {
             std::os::unix::fs::symlink(impostor, &file).unwrap();
@@ -102,7 +103,8 @@ fn every_file_of_a_package_is_bounded() {
     let data = "Data/com.apple.CoreML";
     for file in ["Manifest.json".to_owned(), format!("{data}/model.mlmodel"), format!("{data}/weights/weight.bin")] {
         let file = package.join(file);
-        let kept = file.with_extension("kept");
+        // Outside of the package, which holds nothing but its own files.
+        let kept = folder.path().join("kept");
         std::fs::rename(&file, &kept).unwrap();
         for impostor in &impostors {
             // A file of weights may be of any size: this one is sparse, and wrong from its first byte.
