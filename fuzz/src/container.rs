@@ -210,7 +210,7 @@ impl Weight {
     fn decode(&self) -> Vec<f16> {
         let numel = self.shape.iter().try_fold(1u64, |product, n| product.checked_mul(*n)).filter(|numel| *numel < 1 << 16);
         let numel = numel.unwrap_or(0) as usize;
-        let inner: u64 = self.shape[2..].iter().product::<u64>().max(1);
+        let inner = self.shape[2..].iter().fold(1u64, |product, n| product.saturating_mul(*n)).max(1);
         let mut k = 0;
         (0..numel)
             .map(|e| {
