@@ -5,7 +5,8 @@
 ///
 /// - `GOMP_SPINCOUNT`: GNU OpenMP's threads wait for 5,000 turns of a loop before they sleep, not for the 300,000 that are the default, which
 ///   keep a core from the solver's own threads for milliseconds after each product. Compressing the bundled model takes 12 % less time so.
-/// - `MKL_CBWR`: MKL's products are the same on any number of threads. It costs no time that could be measured.
+/// - `MKL_CBWR`: the products that libtorch still gives to MKL, inside attention and convolutions, are the same on any number of threads. It
+///   costs no time that could be measured. (Matrix products of our own are faer's.)
 #[cfg(target_os = "linux")]
 pub fn settle() {
     use std::os::unix::process::CommandExt;
