@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{copy, ended_with, repo, squeeze, squeezing, tiny};
+use crate::support::{copy, ended_with, interrupted_among_the_layers, repo, squeeze, squeezing, tiny};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|why| panic!("{name}={text}: {why}")))
@@ -453,7 +453,7 @@ fn flip_work_folders(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table
     let report = expected.files.keys().find(|path| path.ends_with("report.json")).cloned().unwrap();
     expected.files.insert(report, None);
     scene.clear();
-    interrupt_among_the_layers(&action.args);
+    interrupted_among_the_layers(&args(&action.args));
     let kept = scene.root.path().join("kept");
     copy(&scene.out(), &kept);
     // The lock has no content.
@@ -481,25 +481,6 @@ fn flip_work_folders(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table
         };
         table.count(name, &place, &outcome);
     }
-}
-
-/// Begins a run and interrupts it when some layers are done; it then writes down what is finished.
-#[cfg(unix)]
-fn interrupt_among_the_layers(run: &[String]) {
-    let run: Vec<&str> = args(run).into_iter().chain(["--progress", "json"]).collect();
-    let mut child = squeezing(&run).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
-    let mut seen = 0;
-    for line in lines.by_ref().map_while(Result::ok) {
-        seen += usize::from(line.contains("attn1.to_q"));
-        if seen > 2 {
-            break;
-        }
-    }
-    // SAFETY: a signal to a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
-    lines.for_each(drop);
-    assert_eq!(child.wait().unwrap().code(), Some(1));
 }
 
 #[cfg(unix)]

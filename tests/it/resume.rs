@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{ended_with, repo, same_on_all_threads, squeeze, squeezing, tiny};
+use crate::support::{ended_with, interrupted_among_the_layers, repo, same_on_all_threads, squeeze, squeezing, tiny};
 
 fn args(out: &Path, more: &[&str]) -> Vec<String> {
     let config = repo("configs/joint-s50-4bit-gs16.yaml");
@@ -67,26 +67,8 @@ fn an_interrupt_ends_after_the_layer_at_hand_and_says_how_to_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, out) = (folder.path().join("whole"), folder.path().join("stopped"));
     run(&whole, &[], 0);
-    let json = args(&out, &["--progress", "json"]);
-    let mut child = squeezing(&json.iter().map(String::as_str).collect::<Vec<_>>())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // In the middle of the layers.
-    let mut seen = 0;
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
-    for line in lines.by_ref().map_while(Result::ok) {
-        seen += usize::from(line.contains("attn1.to_q"));
-        if seen > 2 {
-            break;
-        }
-    }
-    // SAFETY: a signal to a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
-    lines.for_each(drop);
-    let ended = child.wait_with_output().unwrap();
-    assert_eq!(ended.status.code(), Some(1));
+    let run_of = args(&out, &[]);
+    let ended = interrupted_among_the_layers(&run_of.iter().map(String::as_str).collect::<Vec<_>>());
     let said = String::from_utf8_lossy(&ended.stdout).into_owned();
     assert!(said.contains("--resume goes on from here"), "{said}");
     let parts = std::fs::read_dir(out.join("unet.squeezed.work")).unwrap().flatten();

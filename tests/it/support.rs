@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 use tch::{Kind, Tensor};
@@ -97,6 +97,27 @@ pub fn squeezing(args: &[&str]) -> Command {
 /// Runs the binary.
 pub fn squeeze(args: &[&str]) -> Output {
     squeezing(args).output().unwrap()
+}
+
+/// Begins a run and interrupts it when some layers are done; it ends with 1 after the layer at hand. Gives what it printed.
+#[cfg(unix)]
+pub fn interrupted_among_the_layers(run: &[&str]) -> Output {
+    let json = [run, &["--progress", "json"]].concat();
+    let mut child = squeezing(&json).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    let mut seen = 0;
+    for line in lines.by_ref().map_while(Result::ok) {
+        seen += usize::from(line.contains("attn1.to_q"));
+        if seen > 2 {
+            break;
+        }
+    }
+    // SAFETY: a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+    lines.for_each(drop);
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    ended
 }
 
 /// What a command printed, which must have ended with `code`.
