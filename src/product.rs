@@ -36,9 +36,15 @@ pub(crate) fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
 
 /// T + A B in the place of T [m, n], for A [m, k] and B [k, n].
 pub(crate) fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
-    if !faer_product(target, left, right, Change::Add)? {
+    if faer_product(target, left, right, Change::Add)? {
+        return Ok(());
+    }
+    let mut target = target.shallow_clone();
+    if faer_serves(&target) {
         // Where the target shares memory with a factor, say: the product comes first, in new memory.
-        let _ = target.shallow_clone().f_add_(&product(left, right)?)?;
+        let _ = target.f_add_(&product(left, right)?)?;
+    } else {
+        let _ = target.f_addmm_(left, right)?;
     }
     Ok(())
 }
@@ -57,10 +63,8 @@ pub(crate) fn subtract_product(target: &Tensor, left: &Tensor, right: &Tensor) -
 pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (o, d) = weight.size2()?;
     let kind = input.f_kind()?;
-    if matches!(kind, Kind::Half | Kind::BFloat16) && input.device() == Device::Cpu && !input.requires_grad() {
-        let wide = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
-        let bias = bias.map(wide).transpose()?;
-        return Ok(linear(&wide(input)?, &wide(weight)?, bias.as_ref())?.f_to_kind(kind)?);
+    if let Some(output) = in_fp32(input, weight, bias, linear)? {
+        return Ok(output);
     }
     if !faer_serves(input) || input.size().last() != Some(&d) {
         return Ok(input.f_linear(weight, bias)?);
@@ -79,6 +83,22 @@ pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> 
     size.pop();
     size.push(o);
     Ok(output.f_view(size.as_slice())?)
+}
+
+/// A layer of fp16 or bf16 on a CPU, computed in fp32 by `layer` and rounded once; `None` if these tensors are of another dtype or device.
+pub(crate) fn in_fp32(
+    input: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    layer: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    let kind = input.f_kind()?;
+    if input.device() != Device::Cpu || !matches!(kind, Kind::Half | Kind::BFloat16) || input.requires_grad() {
+        return Ok(None);
+    }
+    let wide = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
+    let bias = bias.map(wide).transpose()?;
+    Ok(Some(layer(&wide(input)?, &wide(weight)?, bias.as_ref())?.f_to_kind(kind)?))
 }
 
 /// Multiply-adds from which on more threads than one pay.

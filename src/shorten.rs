@@ -16,6 +16,11 @@ pub(crate) fn shorten(text: &str) -> String {
     shown
 }
 
+/// Writes a path into JSON, which has no bytes that are not text: such bytes become U+FFFD.
+pub(crate) fn path_as_text<S: serde::Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
 /// The same of a text whose end says as much as its beginning: both are shown.
 pub(crate) fn both_ends(text: &str) -> String {
     const KEEP: usize = 30;

@@ -83,8 +83,9 @@ impl SafetensorsFile {
             if shape.iter().try_fold(1i64, |product, n| product.checked_mul((*n).max(1))).is_none() {
                 return Err(wrong(format!("`{name}` is of shape {shape:?}")));
             }
-            // The library has checked that offsets follow each other without overflow, from 0 on.
-            let (start, end) = (data + info.data_offsets.0 as u64, data.saturating_add(info.data_offsets.1 as u64));
+            // The library has checked that offsets follow each other, from 0 on; whether they lie in the file is seen below.
+            let (start, end) = info.data_offsets;
+            let [start, end] = [start, end].map(|offset| data.saturating_add(offset as u64));
             entries.insert(name, Entry { dtype: info.dtype, shape, start, end });
         }
         let end = entries.values().map(|entry| entry.end).max().unwrap_or(data);

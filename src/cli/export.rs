@@ -116,7 +116,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         Format::Coreml => {
             let written = to_coreml(&args, reporter)?;
             if args.json {
-                return super::print(&format!("{}\n", serde_json::to_string_pretty(&written).unwrap_or_default()));
+                return super::print_json(&written);
             }
             let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
             super::print(&format!(
@@ -169,7 +169,7 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
     };
     let moved = export::coremltools(&super::open_container(&args.path, args.no_verify)?, &args.out, small, reporter)?;
     if args.json {
-        return super::print(&format!("{}\n", serde_json::to_string_pretty(&moved).unwrap_or_default()));
+        return super::print_json(&moved);
     }
     let lines = moved.iter().map(|row| format!("{}: {} weights moved above 2^-10\n", row.name, number::count(row.elements)));
     super::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))

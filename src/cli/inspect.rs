@@ -34,8 +34,7 @@ pub fn run(args: Args) -> Result<()> {
         if args.summary {
             found.stages.iter_mut().for_each(|stage| stage.layers.clear());
         }
-        let text = serde_json::to_string_pretty(&found).unwrap_or_default();
-        return super::print(&format!("{text}\n"));
+        return super::print_json(&found);
     }
     super::print(&tables(&found, args.summary))
 }
@@ -81,7 +80,7 @@ fn inspect_container(container: &Container, json: bool, summary: bool) -> Result
     container.unet()?;
     if json {
         let layers: Vec<_> = container.layers().collect();
-        return super::print(&format!("{}\n", serde_json::to_string_pretty(&layers).unwrap_or_default()));
+        return super::print_json(&layers);
     }
     let mut text = String::new();
     if !summary {

@@ -75,7 +75,8 @@ const MISTAKES: usize = 100;
 
 /// Runs the program: what fails ends in one line on standard error and an exit code.
 pub fn main() -> ExitCode {
-    // TF32 would cut fp32 to ten bits of mantissa on a GPU. libtorch has it on for convolutions, and tch no switch for it.
+    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside libtorch; this also reaches NVIDIA's libraries
+    // of a libtorch that does not have the functions which `init` calls.
     // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
@@ -169,6 +170,12 @@ fn print(text: &str) -> Result<(), Error> {
 /// Opens a container; its hashes are checked, which reads the whole file, unless a flag says not to.
 fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
     if no_verify { Container::open_unverified(path) } else { Container::open(path) }
+}
+
+/// Writes a command's result to standard output as JSON.
+fn print_json(result: &impl serde::Serialize) -> Result<(), Error> {
+    let text = serde_json::to_string_pretty(result).map_err(|why| Error::Failed(format!("the result is no JSON: {why}")))?;
+    print(&format!("{text}\n"))
 }
 
 fn complain(what: &str) {

@@ -9,7 +9,7 @@ use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::plan::{Calls, CarriesIn, Memory, Plan, measured_rate};
 use sdxl_squeeze::synth::Preset;
-use sdxl_squeeze::{Error, Result, number};
+use sdxl_squeeze::{Result, number};
 
 use super::compress::{LimitArgs, OverrideArgs};
 use super::table;
@@ -65,8 +65,7 @@ pub fn run(args: Args) -> Result<()> {
         rows.push((name, plan, seconds));
     }
     if args.json {
-        let text = serde_json::to_string_pretty(&json).map_err(|why| Error::Failed(why.to_string()))?;
-        return super::print(&format!("{text}\n"));
+        return super::print_json(&json);
     }
     if rows.len() > 1 {
         super::print(&summary(&rows))?;

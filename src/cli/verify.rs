@@ -26,7 +26,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let found = verify(&args.path)?;
     if args.json {
-        return super::print(&format!("{}\n", serde_json::to_string_pretty(&found).unwrap_or_default()));
+        return super::print_json(&found);
     }
     super::print(&format!(
         "{}: whole, every hash holds\n{} compressed weights of {} elements, {:.3} bits each, {:.2} % zero; {} tensors in fp16; {}\n",
@@ -44,7 +44,7 @@ pub fn run(args: Args) -> Result<()> {
 fn package(path: &Path, json: bool) -> Result<()> {
     let found = coreml::verify(path)?;
     if json {
-        return super::print(&format!("{}\n", serde_json::to_string_pretty(&found).unwrap_or_default()));
+        return super::print_json(&found);
     }
     let share = found.pruned as f64 / (found.compressed_elements.max(1)) as f64;
     let hashes = if found.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };

@@ -34,12 +34,13 @@ pub(super) fn write(folder: &Path, run: &str, name: &str, content: &[u8]) -> Res
 
 /// Reads `folder/name` and checks it against its seal.
 pub(super) fn read(folder: &Path, run: &str, name: &str) -> Kept<Vec<u8>> {
-    match (input::read(&folder.join(name), Limit::RUN_STATE), has_seal(folder, name)) {
-        (Ok(content), true) if fits(folder, run, name, &digest::of_bytes(&content)) => Kept::Whole(content),
-        (Ok(_), true) => Kept::Damaged,
-        // Not readable although there: a fault of the disk, say.
-        (Err(_), true) if folder.join(name).exists() => Kept::Damaged,
-        _ => Kept::Absent,
+    if !has_seal(folder, name) {
+        return Kept::Absent;
+    }
+    match input::read(&folder.join(name), Limit::RUN_STATE) {
+        Ok(content) if fits(folder, run, name, &digest::of_bytes(&content)) => Kept::Whole(content),
+        // Also what cannot be read although it is there: a fault of the disk, say.
+        Ok(_) | Err(_) => Kept::Damaged,
     }
 }
 

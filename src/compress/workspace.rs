@@ -63,8 +63,8 @@ impl Workspace {
 
         let found = match kept::read(folder, UNKNOWN, RUN) {
             Kept::Whole(text) => serde_json::from_slice::<Map<String, Value>>(&text).map_or(Kept::Damaged, Kept::Whole),
-            // A run is said before it has parts.
-            Kept::Absent if !folder.join(part_name(0)).exists() => Kept::Absent,
+            // A run writes down what it is before anything else.
+            Kept::Absent if !has_results(folder)? => Kept::Absent,
             _ => Kept::Damaged,
         };
         let text = serde_json::to_vec_pretty(identity).map_err(|why| Error::Argument(why.to_string()))?;
@@ -249,6 +249,15 @@ const RUN: &str = "run.json";
 /// What [`RUN`] is sealed with: of what run it is is what it says.
 const UNKNOWN: &str = "";
 
+/// Whether a work folder holds more than the lock and what is said of the run: then a run was under way here.
+fn has_results(folder: &Path) -> Result<bool> {
+    let entries = std::fs::read_dir(folder).map_err(Error::read(folder))?;
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    // Temporary files of killed runs begin with a dot.
+    let result = |name: String| name != "lock" && !name.starts_with(RUN) && !name.starts_with('.');
+    Ok(names.into_iter().any(result))
+}
+
 fn part_name(number: usize) -> String {
     format!("part-{number:04}.safetensors")
 }
@@ -329,6 +338,26 @@ mod tests {
         assert!(!anew.has("a"));
         anew.remove().unwrap();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_run_that_does_not_say_any_more_what_it_is_is_not_thrown_away_without_a_word() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("work");
+        let first = Workspace::open(&path, &identity("a"), false).unwrap();
+        first.keep("samples.json", b"[]").unwrap();
+        drop(first);
+        for name in ["run.json", "run.json.sha256"] {
+            std::fs::remove_file(path.join(name)).unwrap();
+        }
+        let mut second = Workspace::open(&path, &identity("a"), true).unwrap();
+        assert!(second.said().len() == 1 && second.said()[0].contains("run.json is damaged"), "{:?}", second.said());
+        assert_eq!(second.kept("samples.json").unwrap(), b"[]");
+        // A run that had nothing yet begins without a word.
+        let new = folder.path().join("new");
+        drop(Workspace::open(&new, &identity("a"), false).unwrap());
+        std::fs::remove_file(new.join("run.json.sha256")).unwrap();
+        assert!(Workspace::open(&new, &identity("a"), true).unwrap().said().is_empty());
     }
 
     #[test]

@@ -88,19 +88,8 @@ impl<S> Rules<S> {
         Rules { global_config: Some(settings), module_type_configs: Vec::new(), module_name_configs: Vec::new() }
     }
 
-    /// The rule that decides for a layer, and its settings; `None` leaves the layer alone.
-    pub fn decide(&self, name: &str, module_type: ModuleType) -> (RuleIndex, Option<&S>) {
-        let by_name = self.module_name_configs.iter().enumerate().find(|(_, (pattern, _))| pattern.value.matches(name));
-        if let Some((index, (_, settings))) = by_name {
-            return (RuleIndex::Name(index), settings.as_ref());
-        }
-        if let Some((_, settings)) = self.module_type_configs.iter().find(|(listed, _)| *listed == module_type) {
-            return (RuleIndex::Type(module_type), settings.as_ref());
-        }
-        (RuleIndex::Global, self.global_config.as_ref())
-    }
-
-    /// The same for all of a model's layers, in which every pattern is compared with every name once: there may be thousands of both.
+    /// The rule that decides for each of a model's layers: the first pattern that matches its name, else the rule of its type, else
+    /// `global_config`. Every pattern is compared with every name once: there may be thousands of both.
     pub(super) fn decide_all(&self, layers: &[LayerInfo]) -> Decided {
         let matching = |pattern: &NamePattern| -> Vec<usize> {
             let names = layers.iter().enumerate().filter(|(_, layer)| pattern.matches(&layer.name));

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Verification {
     /// The file.
+    #[serde(serialize_with = "crate::shorten::path_as_text")]
     pub path: PathBuf,
     /// Its length.
     pub bytes: u64,

@@ -1,9 +1,9 @@
 //! The layers that have weights worth compressing: Conv2d and Linear.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::product::{add_product, linear};
+use crate::product::{add_product, in_fp32, linear};
 
 /// A Conv2d or Linear under its checkpoint name.
 #[derive(Debug)]
@@ -154,12 +154,8 @@ impl Layer {
 
 /// A 1 x 1 convolution as a matrix product. oneDNN's kernels for it round otherwise on another number of threads.
 fn pointwise(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let kind = input.f_kind()?;
-    if input.device() == Device::Cpu && matches!(kind, Kind::Half | Kind::BFloat16) {
-        // As Linear layers do: multiplied and added in fp32, rounded once.
-        let wide = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
-        let bias = bias.map(wide).transpose()?;
-        return Ok(pointwise(&wide(input)?, &wide(weight)?, bias.as_ref())?.f_to_kind(kind)?);
+    if let Some(output) = in_fp32(input, weight, bias, pointwise)? {
+        return Ok(output);
     }
     let (batch, channels, height, width) = input.size4()?;
     let weight = weight.f_flatten(1, -1)?;

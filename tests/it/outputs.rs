@@ -203,7 +203,8 @@ fn paths_that_are_not_text_work_or_are_refused_by_name() {
     let bytes = |path: &Path| std::fs::read(path).unwrap();
     let copied = here(b"c\xff.safetensors");
     std::fs::copy(&made, &copied).unwrap();
-    ended_with(0, &run(&words(&[&"verify", &copied, &"--json"])));
+    let said = ended_with(0, &run(&words(&[&"verify", &copied, &"--json"])));
+    assert!(said.contains("\u{fffd}") && said.contains("\"version\""), "{said}");
     ended_with(0, &run(&words(&[&"inspect", &copied])));
     ended_with(0, &run(&draw(&model, &[&"--unet", &copied, &"-o", &picture])));
     let exported = here(b"e\xff");

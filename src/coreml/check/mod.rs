@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PackageVerification {
     /// The package.
+    #[serde(serialize_with = "crate::shorten::path_as_text")]
     pub path: PathBuf,
     /// The bytes of manifest, program and weights.
     pub bytes: u64,
