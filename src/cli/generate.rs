@@ -7,7 +7,7 @@ use safetensors::tensor::TensorView;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
 use sdxl_squeeze::output::{is_standard_output, write_file};
 use sdxl_squeeze::pipeline::{GenerateRequest, Generated, PipelineFolder, generate};
-use sdxl_squeeze::progress::Progress;
+use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
 use tch::{Device, Kind};
@@ -108,7 +108,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     );
     // Nothing is to follow a picture on its way.
     if [Some(&args.output), args.latents_out.as_ref()].into_iter().flatten().any(|path| is_standard_output(path)) {
-        reporter.note(&line);
+        reporter.report(Event::Note(&line));
         return Ok(());
     }
     super::print(&format!("{line}\n"))

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use sdxl_squeeze::number;
-use sdxl_squeeze::progress::Progress;
-use serde_json::json;
+use sdxl_squeeze::progress::{Event, LayerDone, Progress};
+use serde_json::{Map, Value, json};
 
 use super::terminal;
 
@@ -60,10 +60,13 @@ struct Running {
     task: String,
     unit: String,
     total: u64,
-    /// Pieces begun; the last of them is under way.
+    /// Pieces that were reported when they began; the last of them is under way.
     begun: u64,
+    /// Pieces that were reported when they were done.
+    finished: u64,
     start: Instant,
-    said: Instant,
+    /// When a line last showed it.
+    shown: Instant,
     bar: Option<ProgressBar>,
 }
 
@@ -111,7 +114,7 @@ impl Reporter {
 
 impl Running {
     fn done(&self) -> u64 {
-        self.begun.saturating_sub(1)
+        self.finished + self.begun.saturating_sub(1)
     }
 
     /// Pieces a second and seconds left, once there is something to tell from.
@@ -142,6 +145,20 @@ impl Progress for Reporter {
         self.interrupted.load(Ordering::Relaxed)
     }
 
+    fn report(&self, event: Event<'_>) {
+        match event {
+            Event::Begin { task, unit, total } => self.begin(task, unit, total),
+            Event::Advance { item } => self.piece(&event, item, |running| running.begun += 1),
+            Event::Stage { stage, .. } => self.piece(&event, stage, |running| running.begun += 1),
+            Event::Sample { stage, .. } => self.piece(&event, stage, |running| running.finished += 1),
+            Event::Layer(layer) => self.remark(&event, &describe(&layer)),
+            Event::Note(line) => self.remark(&event, line),
+            Event::End => self.end(),
+        }
+    }
+}
+
+impl Reporter {
     fn begin(&self, task: &str, unit: &str, total: u64) {
         let now = Instant::now();
         let bar = self.bars.as_ref().map(|bars| {
@@ -153,16 +170,17 @@ impl Progress for Reporter {
             bar
         });
         if self.how == How::Json {
-            self.say(&json!({"event": "begin", "task": task, "unit": unit, "total": total}).to_string());
+            self.say(&json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string());
         }
         let (task, unit) = (task.to_owned(), unit.to_owned());
-        self.tasks().push(Running { task, unit, total, begun: 0, start: now, said: now, bar });
+        self.tasks().push(Running { task, unit, total, begun: 0, finished: 0, start: now, shown: now, bar });
     }
 
-    fn advance(&self, item: &str) {
+    /// Shows that a piece of the innermost task has begun or is done.
+    fn piece(&self, event: &Event<'_>, item: &str, count: impl FnOnce(&mut Running)) {
         let mut tasks = self.tasks();
         let Some(running) = tasks.last_mut() else { return };
-        running.begun += 1;
+        count(running);
         match self.how {
             How::Bars => {
                 if let Some(bar) = &running.bar {
@@ -170,28 +188,30 @@ impl Progress for Reporter {
                     bar.set_message(format!("{item}  {}", running.status()));
                 }
             }
-            How::Lines if running.said.elapsed() >= PAUSE => {
-                running.said = Instant::now();
+            How::Lines if running.shown.elapsed() >= PAUSE => {
+                running.shown = Instant::now();
                 let (done, total) = (running.done(), running.total);
                 self.say(&format!("{}: {done}/{total} {}, {item}, {}", running.task, running.unit, running.status()));
             }
             How::Json => {
                 let (rate, left) = running.pace().unzip();
-                let line = json!({
-                    "event": "advance", "task": running.task, "item": item, "done": running.done(), "total": running.total,
+                let mut line = json_of(event);
+                line.extend(members(json!({
+                    "task": running.task, "done": running.done(), "total": running.total,
                     "per_second": rate, "seconds_left": left, "peak_bytes": sdxl_squeeze::memory::peak(),
-                });
-                self.say(&line.to_string());
+                })));
+                self.say(&Value::Object(line).to_string());
             }
             How::Lines | How::Nothing => {}
         }
     }
 
-    fn note(&self, line: &str) {
+    /// Shows a line of its own.
+    fn remark(&self, event: &Event<'_>, line: &str) {
         match (self.how, &self.bars) {
             (How::Bars, Some(bars)) => bars.suspend(|| self.say(line)),
             (How::Bars | How::Lines, _) => self.say(line),
-            (How::Json, _) => self.say(&json!({"event": "note", "text": line}).to_string()),
+            (How::Json, _) => self.say(&Value::Object(json_of(event)).to_string()),
             (How::Nothing, _) => {}
         }
     }
@@ -205,18 +225,63 @@ impl Progress for Reporter {
             How::Json => {
                 let seconds = running.start.elapsed().as_secs_f64();
                 // The last piece is done where all were begun; where the task was broken off it is not.
-                let done = if running.begun >= running.total { running.begun } else { running.done() };
-                let line =
-                    json!({"event": "end", "task": running.task, "done": done, "total": running.total, "seconds": seconds});
+                let done = if running.begun >= running.total { running.total } else { running.done() };
+                let line = json!({
+                    "version": VERSION, "event": "end", "task": running.task, "done": done, "total": running.total,
+                    "seconds": seconds,
+                });
                 self.say(&line.to_string());
             }
-            // What was short has no need to be told of.
+            // A short task needs no line at its end.
             How::Lines if running.start.elapsed() >= PAUSE => {
                 self.say(&format!("{}: {}", running.task, number::time(running.start.elapsed().as_secs_f64())));
             }
             _ => {}
         }
     }
+}
+
+/// The version of the JSON lines. It grows when a member is renamed, removed or gets another
+/// meaning; new members and events leave it as it is. See docs/progress.md.
+const VERSION: u32 = 1;
+
+/// The members that say what an event is; the caller adds where the task stands.
+fn json_of(event: &Event<'_>) -> Map<String, Value> {
+    let mut line = members(match event {
+        Event::Begin { task, unit, total } => json!({"event": "begin", "task": task, "unit": unit, "total": total}),
+        Event::Advance { item } => json!({"event": "advance", "item": item}),
+        Event::Stage { stage, index, count } => json!({"event": "stage", "stage": stage, "index": index, "count": count}),
+        Event::Sample { stage, device } => json!({"event": "sample", "stage": stage, "device": device}),
+        Event::Layer(layer) => json!({
+            "event": "layer", "layer": layer.layer, "stage": layer.stage, "sparsity": layer.sparsity,
+            "bits_per_weight": layer.bits_per_weight, "bytes": layer.bytes, "weight_error": layer.weight_error,
+            "pruned_output_error": layer.pruned_output_error, "output_error": layer.output_error,
+        }),
+        Event::Note(text) => json!({"event": "note", "text": text}),
+        Event::End => json!({"event": "end"}),
+    });
+    line.insert("version".into(), VERSION.into());
+    line
+}
+
+fn members(object: Value) -> Map<String, Value> {
+    match object {
+        Value::Object(members) => members,
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
+            unreachable!("`json!({{..}})` makes an object")
+        }
+    }
+}
+
+/// A compressed layer in one line.
+fn describe(layer: &LayerDone<'_>) -> String {
+    let errors = match (layer.pruned_output_error, layer.output_error) {
+        (Some(pruned), Some(output)) => {
+            format!("output error {} pruned, {} stored", number::percent(pruned), number::percent(output))
+        }
+        _ => format!("weight error {}", number::percent(layer.weight_error)),
+    };
+    format!("{}: {:.2} bits a weight, {errors}", layer.layer, layer.bits_per_weight)
 }
 
 /// Writes log lines to standard error, above the bars.
@@ -249,15 +314,47 @@ mod tests {
     #[test]
     fn tasks_are_advanced_by_many_threads_and_none_is_lost() {
         let reporter = Reporter::new(Mode::None);
-        reporter.begin("outer", "pieces", 1);
-        reporter.begin("inner", "pieces", 800);
+        reporter.report(Event::Begin { task: "outer", unit: "pieces", total: 1 });
+        reporter.report(Event::Begin { task: "inner", unit: "pieces", total: 800 });
         std::thread::scope(|scope| {
             for _ in 0..8 {
-                scope.spawn(|| (0..100).for_each(|_| reporter.advance("one")));
+                scope.spawn(|| (0..100).for_each(|_| reporter.report(Event::Advance { item: "one" })));
             }
         });
         assert_eq!(reporter.tasks().last().map(|running| running.begun), Some(800));
-        reporter.end();
+        reporter.report(Event::End);
         assert_eq!(reporter.tasks().last().map(|running| running.begun), Some(0));
+    }
+
+    #[test]
+    fn the_documentation_lists_the_members_of_every_event() {
+        let layer = LayerDone {
+            layer: "conv_in",
+            stage: "head",
+            sparsity: 0.0,
+            bits_per_weight: 4.0,
+            bytes: 1,
+            weight_error: 0.0,
+            pruned_output_error: None,
+            output_error: None,
+        };
+        let docs = include_str!("../../docs/progress.md");
+        for event in [
+            Event::Begin { task: "t", unit: "u", total: 1 },
+            Event::Advance { item: "i" },
+            Event::Stage { stage: "s", index: 0, count: 1 },
+            Event::Sample { stage: "s", device: 0 },
+            Event::Layer(layer),
+            Event::Note("n"),
+            Event::End,
+        ] {
+            let members = json_of(&event);
+            assert_eq!(members["version"], 1);
+            let name = members["event"].as_str().unwrap();
+            let row = docs.lines().find(|line| line.starts_with(&format!("| `{name}` |"))).unwrap();
+            for member in members.keys().filter(|member| !["event", "version"].contains(&member.as_str())) {
+                assert!(row.contains(&format!("`{member}`")), "docs/progress.md does not name `{member}` of `{name}`");
+            }
+        }
     }
 }

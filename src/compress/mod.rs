@@ -41,9 +41,8 @@ use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::unet::{Stage, StageSpec, UnetChain};
 use crate::model::{Layer, LayerInput};
-use crate::number;
 use crate::plan::{Plan, StagePlan};
-use crate::progress::{Progress, Task};
+use crate::progress::{LayerDone, Progress, Task};
 use crate::solver::{Correction, Factor, Hessian, JointFactors};
 use lane::{Lane, Pass, Way};
 
@@ -120,7 +119,8 @@ impl Job<'_> {
         if samples.calls.is_empty() && self.treatments.values().any(Treatment::needs_hessian) {
             return Err(Error::Argument("calibration needs samples, and there are none".into()));
         }
-        task.advance("head");
+        let count = self.chain.stages().len() + 2;
+        task.stage("head", 0, count);
         self.head(samples, finished, progress)?;
 
         // The last stage of which a layer still needs a Hessian, or their number for what comes after them: until there the samples must go.
@@ -139,7 +139,7 @@ impl Job<'_> {
         }
         for (index, (spec, plan)) in self.chain.stages().iter().zip(&self.plan.stages).enumerate() {
             let name = spec.name().to_string();
-            task.advance(&name);
+            task.stage(&name, index + 1, count);
             if last.is_some_and(|last| index <= last) {
                 let go_on = last != Some(index);
                 match self.sequencing {
@@ -156,7 +156,7 @@ impl Job<'_> {
             }
         }
 
-        task.advance("tail");
+        task.stage("tail", count - 1, count);
         if last == Some(outlines.len()) {
             lanes.iter_mut().try_for_each(|lane| lane.load_tail(self.chain, self.source))?;
             return self.sublayers("tail", &mut lanes, &shared, false, finished, progress);
@@ -427,20 +427,17 @@ fn finish(
         vectors: calibrated.map(|calibrated| calibrated.hessian.vectors()),
         errors: treated.errors,
     };
-    task.note(&describe(&report));
+    task.layer(LayerDone {
+        layer: &report.name,
+        stage: &report.stage,
+        sparsity: report.sparsity,
+        bits_per_weight: report.bits_per_weight,
+        bytes: report.bytes,
+        weight_error: report.errors.weight,
+        pruned_output_error: report.errors.pruned_output,
+        output_error: report.errors.output,
+    });
     finished.push(report, notes, treated.stored)
-}
-
-/// A line for people who watch.
-fn describe(layer: &LayerReport) -> String {
-    let LayerErrors { weight, pruned_output, output } = layer.errors;
-    let errors = match (pruned_output, output) {
-        (Some(pruned), Some(output)) => {
-            format!("output error {} pruned, {} stored", number::percent(pruned), number::percent(output))
-        }
-        _ => format!("weight error {}", number::percent(weight)),
-    };
-    format!("{}: {:.2} bits a weight, {errors}", layer.name, layer.bits_per_weight)
 }
 
 /// Where the samples of [`Job`] are placed.

@@ -114,6 +114,7 @@ fn progress_as_json_and_not_at_all() {
     let steps: Vec<&Value> = events.iter().filter(|e| e["event"] == "advance" && e["task"] == "denoising").collect();
     assert_eq!(steps.len(), 4);
     assert!(steps.iter().all(|e| e["total"] == 4 && e["item"].as_str().unwrap().starts_with("timestep")));
+    assert!(events.iter().all(|e| e["version"] == 1), "{text}");
     let count = |kind: &str| events.iter().filter(|e| e["event"] == kind).count();
     assert_eq!(count("begin"), count("end"));
 
