@@ -33,5 +33,5 @@ pub mod solver;
 mod sum;
 pub mod synth;
 
-pub use error::{Error, Result};
+pub use error::{Bug, Error, Mistake, Place, Result};
 pub use numerics::{Numerics, init};
