@@ -28,6 +28,7 @@ pub mod plan;
 mod product;
 pub mod progress;
 pub mod report;
+mod safetensors_file;
 mod shorten;
 pub mod solver;
 mod sum;

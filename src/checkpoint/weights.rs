@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde::Deserialize;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::safetensors_file::{Entry, SafetensorsFile, float_kind};
 use super::source::{TensorSource, TensorSpec};
-use super::source_file::SourceFile;
+use super::tensor::{float_kind, read_tensor};
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::input::{self, Limit};
+use crate::input::{self, Limit, SourceFile};
+use crate::safetensors_file::{Entry, SafetensorsFile};
 use crate::shorten::shorten;
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
@@ -131,7 +131,7 @@ impl Weights {
             let (sha256, magnitudes) = file.survey()?;
             sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), sha256 });
             for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
-                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Kind::Half)) {
+                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Dtype::F16)) {
                     problems.push(format!("`{name}` {problem}"));
                 }
             }
@@ -296,7 +296,7 @@ impl TensorSource for WeightsSource<'_> {
             }
             _ => self.placement.kind,
         };
-        let tensor = self.weights.files[place.file].tensor(&place.stored, Placement { kind, ..self.placement })?;
+        let tensor = read_tensor(&self.weights.files[place.file], &place.stored, Placement { kind, ..self.placement })?;
         Ok(tensor.f_view(shape)?)
     }
 }

@@ -24,7 +24,7 @@ pub use crate::error::{Mistake, Place};
 pub use finding::{Finding, Misfit, Section, Severity, Why};
 pub use mistake::Written;
 pub use overrides::Overrides;
-pub use prompts::{check_prompt, read_prompts};
+pub use prompts::read_prompts;
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
 pub use rules::{ModuleType, RuleIndex, Rules};
 pub use sections::{

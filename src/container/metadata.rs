@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{packed, weight};
-use crate::checkpoint::SourceFile;
 use crate::digest;
 use crate::error::{Error, Result};
+use crate::input::SourceFile;
 
 /// The value of `format`.
 pub const FORMAT: &str = "sdxl-squeeze";
@@ -146,21 +146,21 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    /// The strings that a safetensors header takes.
-    pub fn to_entries(&self) -> serde_json::Result<BTreeMap<String, String>> {
+    /// The strings of the safetensors header's `__metadata__`.
+    pub fn to_entries(&self) -> BTreeMap<String, String> {
         let mut entries = BTreeMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("version".to_owned(), VERSION.to_string()),
-            ("unet_config".to_owned(), serde_json::to_string(&self.info.unet_config)?),
-            ("recipe".to_owned(), serde_json::to_string(&self.info.recipe)?),
-            ("sources".to_owned(), serde_json::to_string(&self.info.sources)?),
-            ("weights".to_owned(), serde_json::to_string(&self.weights)?),
+            ("unet_config".to_owned(), to_json(&self.info.unet_config)),
+            ("recipe".to_owned(), to_json(&self.info.recipe)),
+            ("sources".to_owned(), to_json(&self.info.sources)),
+            ("weights".to_owned(), to_json(&self.weights)),
             ("data_sha256".to_owned(), self.data_sha256.clone()),
             ("tensors_sha256".to_owned(), self.tensors_sha256.clone()),
         ]);
         let hash = digest::of_entries(text_pairs(&entries));
         entries.insert(METADATA_HASH.to_owned(), hash);
-        Ok(entries)
+        entries
     }
 
     /// Takes the metadata of the file `path` apart.
@@ -207,4 +207,8 @@ pub(super) fn table_hash<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a 
 
 fn json<T: DeserializeOwned>(path: &Path, key: &str, text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|why| Error::bad_file(path, format!("the metadata's `{key}`: {why}")))
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain structs, and maps whose keys are text, can be written as JSON")
 }

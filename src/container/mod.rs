@@ -14,9 +14,9 @@ mod writer;
 
 pub use metadata::{ContainerInfo, FORMAT, VERSION};
 pub use packed::{BIT_WIDTHS, Mask, Packed};
-pub use reader::{Container, ContainerSource, StoredLayer};
-pub use verify::{Verification, verify};
+pub use reader::{Container, StoredLayer};
+pub use verify::Verification;
 pub use weight::{CompressedWeight, Values};
 pub use writer::{ContainerWriter, Written};
 
-pub use crate::checkpoint::SourceFile;
+pub use crate::input::SourceFile;

@@ -1,6 +1,6 @@
 //! Checks a container to the last bit.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::half_bytes;
 use super::metadata::VERSION;
 use super::reader::{Container, StoredLayer};
-use crate::checkpoint::SourceFile;
 use crate::error::{Error, Result};
+use crate::input::SourceFile;
 
 /// A container that holds what was written, in numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -43,16 +43,6 @@ pub struct Verification {
     pub tensor_bytes: u64,
     /// The files that the weights came from.
     pub sources: Vec<SourceFile>,
-}
-
-/// Checks the container `path`: that it has exactly the tensors of its architecture, and all that [`Container::verify`] checks.
-///
-/// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming what is wrong, and with which weight.
-pub fn verify(path: &Path) -> Result<Verification> {
-    let container = Container::open_unverified(path)?;
-    container.unet()?;
-    container.verify()
 }
 
 impl Container {

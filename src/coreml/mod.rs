@@ -25,4 +25,3 @@ pub use element::{ArrayType, Element};
 pub(crate) use lut::Lut;
 pub use options::{Io, Layout, Options};
 pub use package::{WrittenPackage, write};
-pub use weights::UnetWeights;

@@ -15,11 +15,10 @@ use super::options::Options;
 use super::program::{ProgramBuilder, declared};
 use super::proto::mil_spec::{Block, Function, Operation, Program};
 use super::proto::specification::{Metadata, Model, ModelDescription, model};
-use super::weights::UnetWeights;
 use crate::digest;
 use crate::error::{Error, Result};
-use crate::model::unet::UnetChain;
 use crate::output::NewFolder;
+use crate::pipeline::UnetWeights;
 use crate::progress::Progress;
 
 /// The specification of iOS 18 and macOS 15.
@@ -55,20 +54,15 @@ pub struct WrittenPackage {
     pub compressed: usize,
 }
 
-/// Writes the UNet `chain` with `weights` as the new package `out`, whose name ends in `.mlpackage`.
+/// Writes the UNet of `weights` as the new package `out`, whose name ends in `.mlpackage`.
 ///
 /// Weights go from their file to the package one at a time. The same input gives the same bytes.
 ///
 /// # Errors
 /// [`Error::Argument`] if `out` is there already or an option does not fit the UNet; if a weight cannot be read; [`Error::Write`]. Then
 /// there is no package.
-pub fn write(
-    chain: &UnetChain,
-    weights: UnetWeights,
-    options: &Options,
-    out: &Path,
-    progress: &dyn Progress,
-) -> Result<WrittenPackage> {
+pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
+    let chain = weights.chain()?;
     if out.extension() != Some("mlpackage".as_ref()) {
         return Err(Error::Argument(format!("{}: a Core ML package's name ends in .mlpackage", out.display())));
     }
@@ -79,7 +73,7 @@ pub fn write(
     std::fs::create_dir_all(&weights_folder).map_err(Error::write(out))?;
     let blobs = BlobWriter::create(&weights_folder.join(manifest::BLOBS))?;
 
-    let Lowered { program, inputs, output } = lower(chain, weights, options, ProgramBuilder::new(blobs), progress)?;
+    let Lowered { program, inputs, output } = lower(&chain, weights, options, ProgramBuilder::new(blobs), progress)?;
     let (operations, blobs) = program.into_parts();
     let blobs = blobs.finish()?;
     let mut written = WrittenPackage {
@@ -143,11 +137,7 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result
     ]);
     let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
     let mut sizes = json!({ "weight_bin_bytes": blobs.bytes });
-    let config = match weights {
-        UnetWeights::Container(container) => container.info().unet_config.clone(),
-        UnetWeights::Dense { config, .. } => config.clone(),
-    };
-    user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(config)));
+    user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(weights.config().clone())));
     if let UnetWeights::Container(container) = weights {
         let layers: Vec<_> = container.layers().collect();
         let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();

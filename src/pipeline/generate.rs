@@ -7,11 +7,12 @@ use tch::{Kind, Tensor};
 use super::folder::PipelineFolder;
 use super::prompt::{Guidance, PromptEncoder, noise};
 use super::sampling::sample;
+use super::unet_weights::UnetWeights;
 use crate::checkpoint::TensorSource;
-use crate::config::check_prompt;
 use crate::container::Container;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::input::check_prompt;
 use crate::model::scheduler::SchedulerConfig;
 use crate::model::unet::Unet;
 use crate::model::vae::VaeDecoder;
@@ -96,18 +97,19 @@ pub fn generate(
     };
 
     let latents = {
+        let weights;
         let open = if request.unverified { Container::open_unverified } else { Container::open };
         let container = request.unet.as_deref().map(open).transpose()?;
-        let weights = if container.is_none() { Some(folder.unet_weights()?) } else { None };
-        let source: Box<dyn TensorSource> = match (&container, &weights) {
-            (Some(container), _) => {
-                if container.unet()?.config() != folder.unet.config() {
-                    return Err(Error::bad_file(container.path(), "holds another architecture than the pipeline's UNet"));
-                }
-                Box::new(container.source(placement))
+        let source: Box<dyn TensorSource> = match &container {
+            Some(container) => {
+                let weights = UnetWeights::from(container);
+                weights.chain_of(folder)?;
+                Box::new(weights.source(placement))
             }
-            (None, Some(weights)) => Box::new(weights.source(placement)),
-            (None, None) => return Err(Error::Argument("there is no UNet".into())),
+            None => {
+                weights = folder.unet_weights()?;
+                Box::new(weights.source(placement))
+            }
         };
         let unet = if request.low_memory {
             Unet::one_at_a_time(folder.unet.clone(), source.as_ref())?

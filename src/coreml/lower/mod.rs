@@ -13,11 +13,12 @@ use super::element::ArrayType;
 use super::literal::Literal;
 use super::options::{Io, Layout, Options};
 use super::program::{Arg, ProgramBuilder, Var};
-use super::weights::{UnetWeights, add};
+use super::weights::add;
 use crate::checkpoint::TensorSpec;
 use crate::error::{Error, Result};
 use crate::model::ConvGeometry;
 use crate::model::unet::UnetChain;
+use crate::pipeline::UnetWeights;
 use crate::progress::{Progress, Task};
 
 /// A program under construction, and what it is made of.

@@ -1,8 +1,17 @@
 //! Reading files that may not be what their name promises: devices, pipes that never end, files of any size.
 
+mod prompt;
+mod source_file;
+mod steady_file;
+
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
+
+pub(crate) use prompt::prompt_of_length;
+pub use prompt::{PROMPT_BYTES, check_prompt};
+pub use source_file::SourceFile;
+pub(crate) use steady_file::SteadyFile;
 
 use crate::error::{Error, Result};
 

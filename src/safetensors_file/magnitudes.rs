@@ -4,7 +4,6 @@
 //! maximum over integers tells both.
 
 use safetensors::Dtype;
-use tch::Kind;
 
 /// What has been seen of a tensor's values so far.
 #[derive(Debug, Clone)]
@@ -67,18 +66,18 @@ impl Magnitudes {
     ///
     /// # Errors
     /// A sentence that goes on after the tensor's name.
-    pub fn check(&self, kind: Kind) -> Result<(), String> {
+    pub fn check(&self, dtype: Dtype) -> Result<(), String> {
         if let Some(first) = self.not_finite {
             return Err(format!("has NaN or infinite values (first at index {first})"));
         }
         let largest = self.largest();
-        if kind == Kind::Half && largest >= FIRST_BEYOND_FP16 {
+        if dtype == Dtype::F16 && largest >= FIRST_BEYOND_FP16 {
             return Err(format!(
                 "has values of up to {largest:e}, but fp16 ends at 65504: compute with --dtype f32 or bf16; containers and Core ML packages \
                  hold fp16, so for them scale the rows of this layer down first, and what reads its output up"
             ));
         }
-        if kind == Kind::Float && largest > f64::from(f32::MAX) {
+        if dtype == Dtype::F32 && largest > f64::from(f32::MAX) {
             return Err(format!("has values of up to {largest:e}, which fp32 does not hold"));
         }
         Ok(())
@@ -114,7 +113,7 @@ mod tests {
     fn the_largest_magnitude_and_the_first_that_is_none() {
         for (dtype, bytes) in in_all(&[0.0, -3.0, 2.5, -0.0]) {
             let found = of(dtype, &bytes);
-            assert_eq!((found.largest(), found.not_finite, found.check(Kind::Half)), (3.0, None, Ok(())), "{dtype:?}");
+            assert_eq!((found.largest(), found.not_finite, found.check(Dtype::F16)), (3.0, None, Ok(())), "{dtype:?}");
         }
         for bad in [f64::NAN, -f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for (dtype, bytes) in in_all(&[1.0, 2.0, 3.0, bad, f64::NAN]) {
@@ -122,7 +121,7 @@ mod tests {
                 // Piece by piece, as a file is read.
                 bytes.chunks(bytes.len() / 5).for_each(|piece| found.add(piece));
                 assert_eq!(found.not_finite, Some(3), "{dtype:?} {bad}");
-                assert!(found.check(Kind::Float).unwrap_err().contains("NaN or infinite values (first at index 3)"));
+                assert!(found.check(Dtype::F32).unwrap_err().contains("NaN or infinite values (first at index 3)"));
             }
         }
         assert!(Magnitudes::new(Dtype::I64).is_none());
@@ -133,11 +132,11 @@ mod tests {
         for value in [65_504.0, 65_519.99, 65_520.0, 7e4, 1e30] {
             let bytes = (value as f32).to_le_bytes();
             let fits = f16::from_f32(value as f32).is_finite();
-            assert_eq!(of(Dtype::F32, &bytes).check(Kind::Half).is_ok(), fits, "{value}");
-            assert!(of(Dtype::F32, &bytes).check(Kind::BFloat16).is_ok());
+            assert_eq!(of(Dtype::F32, &bytes).check(Dtype::F16).is_ok(), fits, "{value}");
+            assert!(of(Dtype::F32, &bytes).check(Dtype::BF16).is_ok());
         }
-        let said = of(Dtype::BF16, &bf16::from_f32(-7e4).to_le_bytes()).check(Kind::Half).unwrap_err();
+        let said = of(Dtype::BF16, &bf16::from_f32(-7e4).to_le_bytes()).check(Dtype::F16).unwrap_err();
         assert!(said.contains("up to 7.0144e4") && said.contains("--dtype"), "{said}");
-        assert!(of(Dtype::F64, &1e39f64.to_le_bytes()).check(Kind::Float).is_err());
+        assert!(of(Dtype::F64, &1e39f64.to_le_bytes()).check(Dtype::F32).is_err());
     }
 }
