@@ -13,8 +13,8 @@ use crate::safetensors_file::{Entry, Magnitudes, SafetensorsFile};
 /// Reads a tensor of `file`, converts it and puts it on the device of `placement`.
 ///
 /// # Errors
-/// [`Error::Tensors`] if it is missing, is not of a floating-point type that is read (F64, F32, F16,
-/// BF16), or has a value that is NaN, infinite or beyond the dtype of `placement`;
+/// [`Error::Tensors`] if it is missing, is not of a floating-point type that is read (F64, F32,
+/// F16, BF16), or has a value that is NaN, infinite or beyond the dtype of `placement`;
 /// [`Error::Changed`]; [`Error::Read`].
 pub fn read_tensor(file: &SafetensorsFile, name: &str, placement: Placement) -> Result<Tensor> {
     let wrong = |problem: String| Error::Tensors { path: file.path().to_owned(), problem };
@@ -40,9 +40,9 @@ fn stored(file: &SafetensorsFile, entry: &Entry, kind: Kind, magnitudes: &mut Ma
         return Err(Error::bad_file(file.path(), problem));
     }
     if length > 0 {
-        // SAFETY: the tensor was made above, on the CPU and contiguous, and has `length` bytes, all written.
-        // Nothing else knows of it until this function returns, when the slice is gone. Every pattern of bits is
-        // a value of a floating-point dtype.
+        // SAFETY: the tensor was made above, on the CPU and contiguous, and has `length` bytes, all
+        // written. Nothing else knows of it until this function returns, when the slice is gone.
+        // Every pattern of bits is a value of a floating-point dtype.
         let bytes = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) };
         file.read_into(entry, bytes)?;
         magnitudes.add(bytes);

@@ -32,12 +32,13 @@ pub struct ContainerInfo {
     pub sources: Vec<SourceFile>,
 }
 
-/// A compressed weight's entry in `weights`. Keys that are not known are refused: they could change what the parts mean. The fields
-/// stand in the order of their names, as they are written.
+/// A compressed weight's entry in `weights`. Keys that are not known are refused: they could change
+/// what the parts mean. The fields stand in the order of their names, as they are written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WeightRow {
-    /// The axis whose channels are grouped; `bits`, `axis` and `group_size` are there if the weight is palettized.
+    /// The axis whose channels are grouped; `bits`, `axis` and `group_size` are there if the weight
+    /// is palettized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub axis: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -166,7 +167,8 @@ impl Metadata {
     /// Takes the metadata of the file `path` apart.
     ///
     /// # Errors
-    /// [`Error::BadFile`] if it is not a container, of another version, damaged, or lacks something.
+    /// [`Error::BadFile`] if it is not a container, of another version, damaged, or lacks
+    /// something.
     pub fn from_entries(path: &Path, entries: &BTreeMap<String, String>) -> Result<Self> {
         let wrong = |problem: String| Error::bad_file(path, problem);
         let text = |key: &str| entries.get(key).ok_or_else(|| wrong(format!("the metadata lacks `{key}`")));
@@ -196,8 +198,8 @@ fn text_pairs(entries: &BTreeMap<String, String>) -> impl Iterator<Item = (&str,
     entries.iter().map(|(key, value)| (key.as_str(), value.as_str()))
 }
 
-/// The hash of which tensors there are and where: a line `name=dtype shape` each, in the order of their data. `tensors` gives name,
-/// dtype, shape, and where the data begins and ends.
+/// The hash of which tensors there are and where: a line `name=dtype shape` each, in the order of
+/// their data. `tensors` gives name, dtype, shape, and where the data begins and ends.
 pub(super) fn table_hash<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [i64], [u64; 2])>) -> String {
     // Without data, begin and end cannot tell two tensors apart; their names do.
     let mut tensors: Vec<_> = tensors.map(|(name, dtype, shape, place)| (place, name, format!("{dtype} {shape:?}"))).collect();

@@ -15,7 +15,8 @@ use super::weight::{CompressedWeight, Values, numel};
 use crate::error::{Error, Result};
 use crate::safetensors_file::{Magnitudes, SafetensorsFile};
 
-/// A container whose header, and usually data, has been checked. The data stays in the file until it is asked for.
+/// A container whose header, and usually data, has been checked. The data stays in the file until
+/// it is asked for.
 #[derive(Debug)]
 pub struct Container {
     file: SafetensorsFile,
@@ -50,18 +51,21 @@ pub struct StoredLayer {
 }
 
 impl Container {
-    /// Opens `path`, checks its header, and reads it once to check that its data is what was written, to the last bit.
+    /// Opens `path`, checks its header, and reads it once to check that its data is what was
+    /// written, to the last bit.
     ///
     /// # Errors
-    /// As [`open_unverified`](Self::open_unverified); [`Error::BadFile`] naming the weights that are damaged.
+    /// As [`open_unverified`](Self::open_unverified); [`Error::BadFile`] naming the weights that
+    /// are damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let container = Self::open_unverified(path)?;
         container.check_data()?;
         Ok(container)
     }
 
-    /// Opens `path` and checks its header: version, metadata, and of every compressed weight which parts it has, their dtypes and sizes.
-    /// Whether the data is what was written is not checked; [`open`](Self::open) does, at the cost of reading the whole file.
+    /// Opens `path` and checks its header: version, metadata, and of every compressed weight which
+    /// parts it has, their dtypes and sizes. Whether the data is what was written is not checked;
+    /// [`open`](Self::open) does, at the cost of reading the whole file.
     ///
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] naming what is wrong, and with which weight.
@@ -74,7 +78,8 @@ impl Container {
         Ok(container)
     }
 
-    /// Whether the file has exactly the parts that the metadata says, and else nothing but fp16 tensors.
+    /// Whether the file has exactly the parts that the metadata says, and else nothing but fp16
+    /// tensors.
     fn check_parts(&self) -> Result<()> {
         let mut problems = Vec::new();
         let mut rest: BTreeMap<&str, _> = self.file.entries().iter().map(|(name, entry)| (name.as_str(), entry)).collect();
@@ -108,7 +113,8 @@ impl Container {
         self.no_problems(problems)
     }
 
-    /// Whether the table of tensors is the one that was written. It comes last: where something more precise can be said, it has been.
+    /// Whether the table of tensors is the one that was written. It comes last: where something
+    /// more precise can be said, it has been.
     fn check_table(&self) -> Result<()> {
         let entries = self.file.entries().iter();
         let places = entries.map(|(name, entry)| {
@@ -149,9 +155,9 @@ impl Container {
     }
 
     fn layer(&self, name: &str, row: &WeightRow) -> StoredLayer {
-        let parts = row.parts().unwrap_or_default();
-        let bytes = parts.iter().filter_map(|(part, ..)| Some(self.file.entries().get(&part.of(name))?.bytes())).sum();
-        let numel = numel(&row.shape).unwrap_or(1) as f64;
+        let parts = row.parts().expect("the parts were checked when the container was opened");
+        let bytes = parts.iter().map(|(part, ..)| self.file.entries()[&part.of(name)].bytes()).sum();
+        let numel = numel(&row.shape).expect("the shape was checked when the container was opened") as f64;
         StoredLayer {
             name: name.to_owned(),
             shape: row.shape.clone(),
@@ -186,8 +192,8 @@ impl Container {
     /// Reads the compressed weight `name`.
     ///
     /// # Errors
-    /// [`Error::BadFile`] naming the weight if there is none, or its mask, indices, palettes, scales or values are not what they must
-    /// be.
+    /// [`Error::BadFile`] naming the weight if there is none, or its mask, indices, palettes,
+    /// scales or values are not what they must be.
     pub fn weight(&self, name: &str) -> Result<CompressedWeight> {
         let wrong = |problem: String| Error::bad_file(self.path(), format!("`{name}`: {problem}"));
         let row = self.metadata.weights.get(name).ok_or_else(|| wrong("is not a compressed weight of this file".into()))?;
@@ -270,7 +276,8 @@ fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<Compr
                 false => None,
             },
         },
-        _ => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
+        (None, None, None) => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
+        (Some(_) | None, ..) => return Err("must have all of bits, axis and group_size, or none".into()),
     };
     let weight = CompressedWeight { shape: row.shape.clone(), mask, values };
     weight.check_structure()?;

@@ -46,8 +46,9 @@ pub struct Verification {
 }
 
 impl Container {
-    /// Checks the content of every weight: the mask's count, bits that must be zero, that all values are finite, that it decodes to the
-    /// weight that was written, and that the data is the written data to the last bit.
+    /// Checks the content of every weight: the mask's count, bits that must be zero, that all
+    /// values are finite, that it decodes to the weight that was written, and that the data is the
+    /// written data to the last bit.
     ///
     /// # Errors
     /// [`Error::BadFile`] naming the weights that are damaged; [`Error::Read`].
@@ -104,7 +105,8 @@ impl Container {
         })
     }
 
-    /// Whether the data is the written data to the last bit: one pass over the file. If it is not, [`verify`](Self::verify) says where.
+    /// Whether the data is the written data to the last bit: one pass over the file. If it is not,
+    /// [`verify`](Self::verify) says where.
     pub(super) fn check_data(&self) -> Result<()> {
         if self.file().data_sha256()?.0 == self.metadata().data_sha256 {
             return Ok(());

@@ -17,11 +17,12 @@ use crate::error::{Error, Result};
 use crate::output::{parent, write_file};
 use crate::safetensors_file::Header;
 
-/// A container that is being written. Weights and tensors are given one after the other and need not be kept; the file appears when
-/// [`finish`](Self::finish) is called, whole or not at all.
+/// A container that is being written. Weights and tensors are given one after the other and need
+/// not be kept; the file appears when [`finish`](Self::finish) is called, whole or not at all.
 ///
-/// A safetensors file begins with the place of everything in it, and fp16 data must come before bytes to be aligned. So until then the
-/// data waits in two unnamed temporary files beside `path`. The same calls in the same order give the same bytes.
+/// A safetensors file begins with the place of everything in it, and fp16 data must come before
+/// bytes to be aligned. So until then the data waits in two unnamed temporary files beside `path`.
+/// The same calls in the same order give the same bytes.
 #[derive(Debug)]
 pub struct ContainerWriter {
     path: PathBuf,
@@ -89,12 +90,12 @@ impl ContainerWriter {
         })
     }
 
-    /// Adds a compressed weight under its checkpoint name, which ends in `.weight`. `report` is kept with it: its error, say; null for
-    /// nothing.
+    /// Adds a compressed weight under its checkpoint name, which ends in `.weight`. `report` is
+    /// kept with it: its error, say; null for nothing.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is such a name already, the weight's parts disagree, or it is neither pruned nor palettized;
-    /// [`Error::NotFinite`]; [`Error::Write`].
+    /// [`Error::Argument`] if there is such a name already, the weight's parts disagree, or it is
+    /// neither pruned nor palettized; [`Error::NotFinite`]; [`Error::Write`].
     pub fn add_weight(&mut self, name: &str, weight: &CompressedWeight, report: Value) -> Result<()> {
         if weight.mask.is_none() && matches!(weight.values, Values::Plain(_)) {
             return Err(Error::Argument(format!("`{name}` is neither pruned nor palettized: add it as a tensor")));
@@ -121,7 +122,7 @@ impl ContainerWriter {
         }
         // The name itself stays free of a tensor, so that it means one thing.
         self.claim(name)?;
-        for (part, dtype, shape) in row.parts().map_err(|problem| Error::Argument(format!("`{name}`: {problem}")))? {
+        for (part, dtype, shape) in row.parts().map_err(|problem| Error::internal(format!("`{name}`: {problem}")))? {
             let part_name = part.of(name);
             self.claim(&part_name)?;
             match (part, &weight.values) {
@@ -134,7 +135,7 @@ impl ContainerWriter {
                     self.push(dtype, part_name, shape, &half_bytes::to_bytes(scales))?;
                 }
                 (Part::Values, Values::Plain(values)) => self.push(dtype, part_name, shape, &half_bytes::to_bytes(values))?,
-                _ => return Err(Error::Argument(format!("`{name}` lacks its {part:?}"))),
+                _ => return Err(Error::internal(format!("`{name}` lacks its {part:?}"))),
             }
         }
         self.weights.insert(name.to_owned(), row);
@@ -144,8 +145,9 @@ impl ContainerWriter {
     /// Adds an uncompressed tensor under its checkpoint name; `values` in row-major order.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is such a name already or the number of values is not that of the shape; [`Error::NotFinite`] if a
-    /// value is not a number, or was too large for fp16; [`Error::Write`].
+    /// [`Error::Argument`] if there is such a name already or the number of values is not that of
+    /// the shape; [`Error::NotFinite`] if a value is not a number, or was too large for fp16;
+    /// [`Error::Write`].
     pub fn add_tensor(&mut self, name: &str, shape: &[i64], values: &[f16]) -> Result<()> {
         let numel = shape.iter().try_fold(1usize, |product, n| product.checked_mul(usize::try_from(*n).ok().filter(|n| *n > 0)?));
         if numel != Some(values.len()) {
@@ -177,8 +179,8 @@ impl ContainerWriter {
     /// Writes the file.
     ///
     /// # Errors
-    /// [`Error::Write`]; then there is no new file, and an old one is as it was. [`Error::Argument`] if the header is beyond what
-    /// safetensors readers accept.
+    /// [`Error::Write`]; then there is no new file, and an old one is as it was.
+    /// [`Error::Argument`] if the header is beyond what safetensors readers accept.
     pub fn finish(mut self) -> Result<Written> {
         if let Some(name) = self.names.iter().find(|name| self.stray(name)) {
             return Err(Error::Argument(format!("`{name}` would be taken for a part of a compressed weight")));

@@ -1,4 +1,5 @@
-//! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's constant expressions.
+//! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's
+//! constant expressions.
 
 use super::element::{ArrayType, Element};
 use super::lut::Lut;
@@ -7,7 +8,8 @@ use crate::container::{CompressedWeight, Values};
 use crate::error::{Error, Result};
 use crate::pipeline::StoredTensor;
 
-/// Adds a tensor to the program as the constant `name` of `shape`, which may have more dimensions of 1 than the tensor.
+/// Adds a tensor to the program as the constant `name` of `shape`, which may have more dimensions
+/// of 1 than the tensor.
 pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: StoredTensor) -> Result<Var> {
     let weight = match stored {
         StoredTensor::Dense(values) => return program.halves(name, shape, &values),
@@ -51,7 +53,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             ];
             let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
             let [mask, values] = &sparse[..] else {
-                return Err(Error::Failed(format!("`{name}` did not become a mask and values")));
+                return Err(Error::internal(format!("`{name}` did not become a mask and values")));
             };
             program.op("constexpr_sparse_to_dense", name, &[("mask", mask.into()), ("nonzero_data", values.into())])
         }

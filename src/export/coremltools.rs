@@ -1,8 +1,10 @@
 //! Dense weights with coremltools' compression buffers, for those who convert in Python.
 //!
-//! coremltools stores neither mask nor indices in a torch model: it finds them again when it converts, from the dense weight and the buffers
-//! `_COREML_/weight/compression_type` and `_COREML_/weight/lut` of each layer (`optimize/torch/_utils/metadata_utils.py`,
-//! `converters/mil/frontend/torch/converter.py`). In a pruned weight it takes everything up to 2^-10 for pruned, whatever the palette says.
+//! coremltools stores neither mask nor indices in a torch model: it finds them again when it
+//! converts, from the dense weight and the buffers `_COREML_/weight/compression_type` and
+//! `_COREML_/weight/lut` of each layer (`optimize/torch/_utils/metadata_utils.py`,
+//! `converters/mil/frontend/torch/converter.py`). In a pruned weight it takes everything up to
+//! 2^-10 for pruned, whatever the palette says.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -24,7 +26,8 @@ use crate::safetensors_file::Header;
 /// The largest weight that coremltools drops: fp16's epsilon, 2^-10.
 const DROPPED: f32 = 0.000_976_562_5;
 
-/// What to do with weights that coremltools would drop: kept, not zero, and at most 2^-10 in a pruned layer.
+/// What to do with weights that coremltools would drop: kept, not zero, and at most 2^-10 in a
+/// pruned layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SmallWeights {
     /// Name the layers, and write nothing.
@@ -43,11 +46,12 @@ pub struct Moved {
     pub elements: u64,
 }
 
-/// Writes the UNet's dense weights, in fp16, and the buffers to the safetensors file `path`. Weights are decoded one at a time.
+/// Writes the UNet's dense weights, in fp16, and the buffers to the safetensors file `path`.
+/// Weights are decoded one at a time.
 ///
 /// # Errors
-/// [`Error::Argument`] naming the weights of which coremltools would drop some, if they are not to be moved; if a weight cannot be read, or
-/// the file cannot be written.
+/// [`Error::Argument`] naming the weights of which coremltools would drop some, if they are not to
+/// be moved; if a weight cannot be read, or the file cannot be written.
 pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progress: &dyn Progress) -> Result<Vec<Moved>> {
     let tensors = weights.chain()?.tensors()?;
     let compressed = || tensors.iter().filter(|tensor| weights.is_compressed(&tensor.name));

@@ -24,7 +24,8 @@ use crate::progress::{Progress, Task};
 pub struct GenerateRequest {
     /// What to draw.
     pub prompt: String,
-    /// What not to draw; `None` is what the pipeline's config says, `Some("")` is the encoded empty text.
+    /// What not to draw; `None` is what the pipeline's config says, `Some("")` is the encoded empty
+    /// text.
     pub negative_prompt: Option<String>,
     /// The noise's seed.
     pub seed: u64,
@@ -57,13 +58,16 @@ pub struct Generated {
     pub scheduler: String,
 }
 
-/// Checks a request against a pipeline, before anything is loaded: the size in pixels and the sampler.
+/// Checks a request against a pipeline, before anything is loaded: the size in pixels and the
+/// sampler.
 fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, i64), SchedulerConfig)> {
     if request.prompt.trim().is_empty() {
         return Err(Error::Argument("the prompt is empty".into()));
     }
     check_prompt("the prompt", &request.prompt)?;
-    check_prompt("the negative prompt", request.negative_prompt.as_deref().unwrap_or_default())?;
+    if let Some(negative) = &request.negative_prompt {
+        check_prompt("the negative prompt", negative)?;
+    }
     if !request.guidance.is_finite() {
         return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
     }
@@ -75,10 +79,12 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
     Ok((size, config))
 }
 
-/// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders, UNet, VAE.
+/// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders,
+/// UNet, VAE.
 ///
 /// # Errors
-/// [`Error::Argument`] for a request that cannot be honoured; otherwise if a part cannot be read or run.
+/// [`Error::Argument`] for a request that cannot be honoured; otherwise if a part cannot be read or
+/// run.
 pub fn generate(
     folder: &PipelineFolder,
     request: &GenerateRequest,
@@ -131,7 +137,8 @@ pub fn generate(
     Ok(Generated { latents, picture, size, scheduler: config.class().to_owned() })
 }
 
-/// Loads a pipeline's VAE decoder, in fp32 whatever the model's dtype: SDXL's VAE overflows in fp16.
+/// Loads a pipeline's VAE decoder, in fp32 whatever the model's dtype: SDXL's VAE overflows in
+/// fp16.
 ///
 /// # Errors
 /// If it cannot be read.

@@ -119,8 +119,8 @@ impl<'a> UnetWeights<'a> {
     /// Reads the tensor `name` of `shape` as it is stored, or in fp16 from dense weights.
     ///
     /// # Errors
-    /// [`Error::BadFile`] or [`Error::Tensors`] if it is missing, damaged or of another shape, or has
-    /// a value that fp16 does not hold; [`Error::Read`]; [`Error::Changed`].
+    /// [`Error::BadFile`] or [`Error::Tensors`] if it is missing, damaged or of another shape, or
+    /// has a value that fp16 does not hold; [`Error::Read`]; [`Error::Changed`].
     pub fn read(&self, name: &str, shape: &[i64]) -> Result<StoredTensor> {
         match self {
             UnetWeights::Container(container) => {
@@ -153,8 +153,8 @@ impl<'a> UnetWeights<'a> {
         }
     }
 
-    /// A source of decoded weights, each with the device and dtype of `placement`. A UNet built from
-    /// it computes with exactly the stored values.
+    /// A source of decoded weights, each with the device and dtype of `placement`. A UNet built
+    /// from it computes with exactly the stored values.
     pub fn source(&self, placement: Placement) -> UnetSource<'a> {
         UnetSource { weights: *self, placement }
     }

@@ -1,14 +1,23 @@
 //! The largest magnitude among stored values, and whether all are numbers.
 //!
-//! Without their sign, floating-point numbers are ordered as the integers of the same bits are, with infinity and then NaN at the end. So one
-//! maximum over integers tells both.
+//! Without their sign, floating-point numbers are ordered as the integers of the same bits are,
+//! with infinity and then NaN at the end. So one maximum over integers tells both.
 
 use safetensors::Dtype;
 
-/// What has been seen of a tensor's values so far.
+/// The floating-point types that weights come in.
+#[derive(Debug, Clone, Copy)]
+enum Float {
+    F64,
+    F32,
+    F16,
+    BF16,
+}
+
+/// The magnitudes of the part of a tensor that has been read so far.
 #[derive(Debug, Clone)]
 pub(crate) struct Magnitudes {
-    dtype: Dtype,
+    float: Float,
     seen: u64,
     /// The bits of the largest magnitude.
     largest: u64,
@@ -18,16 +27,22 @@ pub(crate) struct Magnitudes {
 impl Magnitudes {
     /// Nothing seen yet; none if `dtype` is not a floating-point type that weights come in.
     pub fn new(dtype: Dtype) -> Option<Self> {
-        let known = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        known.then_some(Magnitudes { dtype, seen: 0, largest: 0, not_finite: None })
+        let float = match dtype {
+            Dtype::F64 => Float::F64,
+            Dtype::F32 => Float::F32,
+            Dtype::F16 => Float::F16,
+            Dtype::BF16 => Float::BF16,
+            _ => return None,
+        };
+        Some(Magnitudes { float, seen: 0, largest: 0, not_finite: None })
     }
 
     /// Looks at the next values; `bytes` ends with a whole one.
     pub fn add(&mut self, bytes: &[u8]) {
-        match self.dtype {
-            Dtype::F64 => self.look(bytes, |value| u64::from_le_bytes(value) & (u64::MAX >> 1)),
-            Dtype::F32 => self.look(bytes, |value| u32::from_le_bytes(value) & (u32::MAX >> 1)),
-            _ => self.look(bytes, |value| u16::from_le_bytes(value) & (u16::MAX >> 1)),
+        match self.float {
+            Float::F64 => self.look(bytes, |value| u64::from_le_bytes(value) & (u64::MAX >> 1)),
+            Float::F32 => self.look(bytes, |value| u32::from_le_bytes(value) & (u32::MAX >> 1)),
+            Float::F16 | Float::BF16 => self.look(bytes, |value| u16::from_le_bytes(value) & (u16::MAX >> 1)),
         }
     }
 
@@ -44,21 +59,21 @@ impl Magnitudes {
 
     /// The bits of infinity.
     fn infinity(&self) -> u64 {
-        match self.dtype {
-            Dtype::F64 => f64::INFINITY.to_bits(),
-            Dtype::F32 => f32::INFINITY.to_bits().into(),
-            Dtype::BF16 => half::bf16::INFINITY.to_bits().into(),
-            _ => half::f16::INFINITY.to_bits().into(),
+        match self.float {
+            Float::F64 => f64::INFINITY.to_bits(),
+            Float::F32 => f32::INFINITY.to_bits().into(),
+            Float::BF16 => half::bf16::INFINITY.to_bits().into(),
+            Float::F16 => half::f16::INFINITY.to_bits().into(),
         }
     }
 
     /// The largest magnitude, if all values are finite.
     pub fn largest(&self) -> f64 {
-        match self.dtype {
-            Dtype::F64 => f64::from_bits(self.largest),
-            Dtype::F32 => f32::from_bits(self.largest as u32).into(),
-            Dtype::BF16 => half::bf16::from_bits(self.largest as u16).to_f64(),
-            _ => half::f16::from_bits(self.largest as u16).to_f64(),
+        match self.float {
+            Float::F64 => f64::from_bits(self.largest),
+            Float::F32 => f32::from_bits(self.largest as u32).into(),
+            Float::BF16 => half::bf16::from_bits(self.largest as u16).to_f64(),
+            Float::F16 => half::f16::from_bits(self.largest as u16).to_f64(),
         }
     }
 

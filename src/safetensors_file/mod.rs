@@ -40,10 +40,12 @@ impl Entry {
     }
 }
 
-/// A safetensors file whose header has been read and checked, and whose data is read when asked for.
+/// A safetensors file whose header has been read and checked, and whose data is read when asked
+/// for.
 ///
-/// The file stays open. One that another program writes to or cuts short is refused from then on with [`Error::Changed`]; one that is
-/// replaced by another of its name goes on being read as it was.
+/// The file stays open. One that another program writes to or cuts short is refused from then on
+/// with [`Error::Changed`]; one that is replaced by another of its name goes on being read as it
+/// was.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     file: SteadyFile,
@@ -57,7 +59,8 @@ const MAX_HEADER: u64 = 100_000_000;
 const PREFIX: u64 = 8;
 
 impl SafetensorsFile {
-    /// Opens `path` and checks its header: sizes, offsets, dtypes, that the data covers the file exactly.
+    /// Opens `path` and checks its header: sizes, offsets, dtypes, that the data covers the file
+    /// exactly.
     ///
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] saying what is wrong with it.
@@ -82,11 +85,13 @@ impl SafetensorsFile {
         for (name, info) in parsed.tensors() {
             let shape = info.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<_, _>>();
             let shape: Vec<i64> = shape.map_err(|_| wrong(format!("`{name}` is of shape {:?}", info.shape)))?;
-            // A tensor without elements may have any other dimensions in the library's eyes; here they can be multiplied in any order.
+            // A tensor without elements may have any other dimensions in the library's eyes; here
+            // they can be multiplied in any order.
             if shape.iter().try_fold(1i64, |product, n| product.checked_mul((*n).max(1))).is_none() {
                 return Err(wrong(format!("`{name}` is of shape {shape:?}")));
             }
-            // The library has checked that offsets follow each other, from 0 on; whether they lie in the file is seen below.
+            // The library has checked that offsets follow each other, from 0 on; whether they lie
+            // in the file is seen below.
             let (start, end) = info.data_offsets;
             let [start, end] = [start, end].map(|offset| data.saturating_add(offset as u64));
             entries.insert(name, Entry { dtype: info.dtype, shape, start, end });
@@ -158,7 +163,8 @@ impl SafetensorsFile {
         Ok((digest::hex(hash), self.bytes() - start))
     }
 
-    /// Reads the whole file once, for its hash and for the magnitudes of its floating-point tensors.
+    /// Reads the whole file once, for its hash and for the magnitudes of its floating-point
+    /// tensors.
     ///
     /// # Errors
     /// As [`sha256`](Self::sha256).
