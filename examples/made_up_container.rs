@@ -16,7 +16,6 @@ use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter};
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::{Error, Result};
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -44,7 +43,7 @@ fn main() -> Result<()> {
         if tensor.shape.len() < 2 || !channels.is_multiple_of(group) {
             // Norms and biases that change nothing much.
             let value = if tensor.shape.len() < 2 && tensor.name.ends_with(".weight") { 1.0 } else { 0.01 };
-            writer.add_tensor(&tensor.name, &Tensor::full(&tensor.shape, value, (Kind::Half, Device::Cpu)))?;
+            writer.add_tensor(&tensor.name, &tensor.shape, &vec![f16::from_f32(value); numel])?;
             continue;
         }
         let in_stage = ["down_blocks.", "mid_block.", "up_blocks."].iter().any(|stage| tensor.name.starts_with(stage));

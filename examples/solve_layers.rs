@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use half::f16;
-use sdxl_squeeze::checkpoint::SafetensorsFile;
+use sdxl_squeeze::checkpoint::{SafetensorsFile, read_tensor};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::{ConvGeometry, LayerKind};
 use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions, palettize};
@@ -23,8 +23,8 @@ fn main() -> Result<()> {
     let mut names: Vec<&str> = file.entries().keys().filter_map(|name| name.strip_suffix(".weight")).collect();
     names.sort_by_key(|name| (file.entries()[&format!("{name}.weight")].bytes(), *name));
     for name in names {
-        let weight = file.tensor(&format!("{name}.weight"), Placement::CPU)?;
-        let inputs = file.tensor(&format!("{name}.inputs"), Placement::CPU)?;
+        let weight = read_tensor(&file, &format!("{name}.weight"), Placement::CPU)?;
+        let inputs = read_tensor(&file, &format!("{name}.inputs"), Placement::CPU)?;
         // Once to warm up, once to count.
         sparsegpt(&weight, &inputs)?;
         report("SparseGPT 40 %", name, sparsegpt(&weight, &inputs)?);

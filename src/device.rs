@@ -24,7 +24,8 @@ impl Placement {
 /// Reads a device name: `cpu`, `cuda` (the first GPU) or `cuda:N`.
 ///
 /// # Errors
-/// [`Error::Argument`] for another name, and for a GPU that this machine or this libtorch does not have.
+/// [`Error::Argument`] for another name, and for a GPU that this machine or this libtorch does not
+/// have.
 pub fn parse_device(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
@@ -43,8 +44,8 @@ pub fn parse_device(name: &str) -> Result<Device> {
 
 /// The number of CUDA devices, or why there are none.
 ///
-/// The CUDA half of libtorch is loaded here, on first use: runs on a CPU are spared its start-up time and memory, and the same
-/// binary works on a libtorch that has none.
+/// The CUDA half of libtorch is loaded here, on first use: runs on a CPU are spared its start-up
+/// time and memory, and the same binary works on a libtorch that has none.
 ///
 /// # Errors
 /// A sentence for people.
@@ -62,14 +63,16 @@ pub fn cuda_devices() -> Result<usize, &'static str> {
 
 /// Loads libtorch's CUDA backend, which registers itself with the libtorch that is already there.
 fn load_cuda() -> Result<(), libloading::Error> {
-    // SAFETY: the library comes from the rpath or the folder that this process's own libtorch comes from, and is of one build
-    // with it; its initializers only register kernels and hooks. It is never unloaded.
+    // SAFETY: the library comes from the rpath or the folder that this process's own libtorch comes
+    // from, and is of one build with it; its initializers only register kernels and hooks. It is
+    // never unloaded.
     let library = unsafe { libloading::Library::new(libloading::library_filename("torch_cuda")) }?;
     std::mem::forget(library);
     Ok(())
 }
 
-/// Reads a list of device names with commas between them, such as `cuda:0,cuda:1`; for what is spread over several devices.
+/// Reads a list of device names with commas between them, such as `cuda:0,cuda:1`; for what is
+/// spread over several devices.
 ///
 /// # Errors
 /// As [`parse_device`].
@@ -86,9 +89,9 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
-/// What the CUDA runtime may be called, given the process's memory map as Linux shows it (`/proc/self/maps`): what is loaded
-/// under such a name, as some libtorchs bring theirs under a name with a hash in it; then the name of each version, the newest
-/// first.
+/// What the CUDA runtime may be called, given the process's memory map as Linux shows it
+/// (`/proc/self/maps`): what is loaded under such a name, as some libtorchs bring theirs under a
+/// name with a hash in it; then the name of each version, the newest first.
 #[cfg(unix)]
 fn cuda_runtimes(map: &str) -> Vec<&str> {
     let paths = map.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..)));
@@ -99,8 +102,8 @@ fn cuda_runtimes(map: &str) -> Vec<&str> {
     names
 }
 
-/// The CUDA runtime that libtorch has brought. It is loaded already: nothing but a name is asked for, and where its functions are
-/// among those that the whole process sees, not even that.
+/// The CUDA runtime that libtorch has brought. It is loaded already: nothing but a name is asked
+/// for, and where its functions are among those that the whole process sees, not even that.
 #[cfg(unix)]
 fn cuda_runtime() -> Option<libloading::os::unix::Library> {
     use libloading::os::unix::{Library, RTLD_NOW};
@@ -121,8 +124,9 @@ fn cuda_runtime() -> Option<libloading::os::unix::Library> {
 fn cuda_free_memory(index: usize) -> Option<u64> {
     cuda_devices().ok()?;
     let runtime = cuda_runtime()?;
-    // SAFETY: the runtime is the one that libtorch has loaded already; both functions are of its stable C interface, with these
-    // signatures, and write to the two places that they are given, which live until they return.
+    // SAFETY: the runtime is the one that libtorch has loaded already; both functions are of its
+    // stable C interface, with these signatures, and write to the two places that they are given,
+    // which live until they return.
     unsafe {
         let set_device = runtime.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice\0").ok()?;
         let info = runtime.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> i32>(b"cudaMemGetInfo\0").ok()?;
@@ -137,7 +141,8 @@ fn cuda_free_memory(_index: usize) -> Option<u64> {
     None
 }
 
-/// Reads a dtype name: `f32`, `f16` or `bf16` (and `float32`, `float16`, `bfloat16`, `fp32`, `fp16`).
+/// Reads a dtype name: `f32`, `f16` or `bf16` (and `float32`, `float16`, `bfloat16`, `fp32`,
+/// `fp16`).
 ///
 /// # Errors
 /// [`Error::Argument`] for another name.

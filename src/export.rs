@@ -10,30 +10,25 @@ use tch::{Device, Kind};
 pub use coremltools::{Moved, SmallWeights, coremltools};
 
 use crate::checkpoint::TensorSource;
-use crate::container::Container;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::input;
 use crate::output::NewFolder;
-use crate::pipeline::PipelineFolder;
+use crate::pipeline::{PipelineFolder, UnetWeights};
 use crate::progress::{Progress, Task};
 
-/// Writes the new diffusers folder `out`: the pipeline in `model`, with the UNet that `container` decodes to, in fp16, bit for bit.
+/// Writes the new diffusers folder `out`: the pipeline in `model`, with `weights` as its UNet,
+/// decoded, in fp16, bit for bit.
 ///
 /// # Errors
-/// If the container is not of this pipeline's architecture, or a file cannot be read or written.
-pub fn diffusers(container: &Container, model: &Path, out: &Path, progress: &dyn Progress) -> Result<()> {
-    let pipeline = PipelineFolder::open(model)?;
-    let chain = container.unet()?;
-    if chain.config() != pipeline.unet.config() {
-        let path = container.path().display();
-        return Err(Error::Argument(format!("{path} holds another architecture than {}", model.display())));
-    }
+/// If the weights are not of this pipeline's architecture, or a file cannot be read or written.
+pub fn diffusers(weights: UnetWeights, model: &Path, out: &Path, progress: &dyn Progress) -> Result<()> {
+    let chain = weights.chain_of(&PipelineFolder::open(model)?)?;
     let folder = NewFolder::create(out)?;
     copy_all_but_unet_weights(model, folder.path(), 8)?;
     let tensors = chain.tensors()?;
     let task = Task::begin(progress, "decoding", "tensors", tensors.len());
-    let source = container.source(Placement { device: Device::Cpu, kind: Kind::Half });
+    let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let mut decoded = Vec::new();
     for spec in &tensors {
         task.advance(&spec.name);
@@ -44,16 +39,17 @@ pub fn diffusers(container: &Container, model: &Path, out: &Path, progress: &dyn
     folder.commit()
 }
 
-/// Everything of a pipeline but the UNet's weights; links are followed, as the hub's cache consists of them. A pipeline is two levels deep:
-/// one that does not end is a link to a folder that it is in.
+/// Everything of a pipeline but the UNet's weights; links are followed, as the hub's cache consists
+/// of them. A pipeline is two levels deep: one that does not end is a link to a folder that it is
+/// in.
 fn copy_all_but_unet_weights(from: &Path, to: &Path, levels: usize) -> Result<()> {
     if levels == 0 {
         return Err(Error::bad_file(from, "is too deep below the pipeline's folder; does a link lead back up?"));
     }
     for entry in std::fs::read_dir(from).map_err(Error::read(from))? {
-        let path = entry.map_err(Error::read(from))?.path();
-        let Some(name) = path.file_name() else { continue };
-        let target = to.join(name);
+        let entry = entry.map_err(Error::read(from))?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let target = to.join(&name);
         let lossy = name.to_string_lossy();
         if path.is_dir() {
             std::fs::create_dir(&target).map_err(Error::write(&target))?;

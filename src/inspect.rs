@@ -25,7 +25,8 @@ pub struct Inspection {
     pub bytes: u64,
     /// The dtype of most of the UNet's elements; absent if there are no weights.
     pub dtype: Option<String>,
-    /// The UNet in execution order; the first is what comes before the stages, the last what comes after.
+    /// The UNet in execution order; the first is what comes before the stages, the last what comes
+    /// after.
     pub stages: Vec<StageRow>,
     /// The other parts of the pipeline; none if a UNet's own folder was inspected.
     pub parts: Vec<PartRow>,
@@ -72,7 +73,8 @@ pub struct PartRow {
     pub dtype: Option<String>,
 }
 
-/// Inspects a pipeline folder, or the folder of a UNet alone. Only configs and headers are read; weights may be absent.
+/// Inspects a pipeline folder, or the folder of a UNet alone. Only configs and headers are read;
+/// weights may be absent.
 ///
 /// # Errors
 /// If a config cannot be read, or weights that are there disagree with it.

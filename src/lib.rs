@@ -28,10 +28,11 @@ pub mod plan;
 mod product;
 pub mod progress;
 pub mod report;
+mod safetensors_file;
 mod shorten;
 pub mod solver;
 mod sum;
 pub mod synth;
 
-pub use error::{Error, Result};
+pub use error::{Bug, Error, Mistake, Place, Result};
 pub use numerics::{Numerics, init};

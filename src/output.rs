@@ -1,5 +1,5 @@
-//! Writing so that a reader finds the old file or the new one, never half of either, and so that what a killed run leaves is
-//! cleared away.
+//! Writing so that a reader finds the old file or the new one, never half of either, and so that
+//! what a killed run leaves is cleared away.
 
 mod destination;
 mod leftovers;
@@ -14,14 +14,16 @@ use crate::error::{Error, Result};
 use destination::Destination;
 pub use destination::is_standard_output;
 
-/// Writes `path` through a temporary sibling that is synced and renamed. An existing file is replaced at once, or not at all.
+/// Writes `path` through a temporary sibling that is synced and renamed. An existing file is
+/// replaced at once, or not at all.
 ///
-/// A link is followed, and the file that it names is written, whether that is there or not. Devices, pipes and open descriptors
-/// (`/dev/stdout`, `/dev/fd/3`) cannot be replaced, so they are written to as they are. What killed runs left beside the file is
-/// removed.
+/// A link is followed, and the file that it names is written, whether that is there or not.
+/// Devices, pipes and open descriptors (`/dev/stdout`, `/dev/fd/3`) cannot be replaced, so they are
+/// written to as they are. What killed runs left beside the file is removed.
 ///
 /// # Errors
-/// [`Error::Argument`] if `path` is a folder, a socket or a block device; [`Error::Write`], and then `path` is as it was.
+/// [`Error::Argument`] if `path` is a folder, a socket or a block device; [`Error::Write`], and
+/// then `path` is as it was.
 pub fn write_file(path: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     match Destination::of(path)? {
         Destination::File(target) => replace(&target, content),
@@ -30,7 +32,8 @@ pub fn write_file(path: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::
     .map_err(Error::write(path))
 }
 
-/// Whether [`write_file`] could be asked to write `path`, as far as can be told before there is anything to write.
+/// Whether [`write_file`] could be asked to write `path`, as far as can be told before there is
+/// anything to write.
 ///
 /// # Errors
 /// [`Error::Argument`] if `path` is what cannot be written, or its folder is not there.
@@ -84,22 +87,25 @@ fn replace(target: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Resul
     sync_folder(parent(target))
 }
 
-/// A folder that comes into being whole: filled under a temporary name beside its own, renamed by [`commit`](Self::commit),
-/// removed if dropped before. What killed runs left of the same folder is removed when it is begun.
+/// A folder that comes into being whole: filled under a temporary name beside its own, renamed by
+/// [`commit`](Self::commit), removed if dropped before. What killed runs left of the same folder is
+/// removed when it is begun.
 #[derive(Debug)]
 pub struct NewFolder {
     temporary: TempDir,
-    /// Locked as long as this run lives, so that no other takes the folder for what a killed run left.
+    /// Locked as long as this run lives, so that no other takes the folder for what a killed run
+    /// left.
     _lock: File,
     path: PathBuf,
 }
 
 impl NewFolder {
-    /// Begins the folder that will be `path`. A link is followed, and what it names will be the folder.
+    /// Begins the folder that will be `path`. A link is followed, and what it names will be the
+    /// folder.
     ///
     /// # Errors
-    /// [`Error::Argument`] if something other than an empty folder is there already; [`Error::Write`] if its parent cannot be
-    /// written.
+    /// [`Error::Argument`] if something other than an empty folder is there already;
+    /// [`Error::Write`] if its parent cannot be written.
     pub fn create(path: &Path) -> Result<Self> {
         let target = destination::of_folder(path)?;
         let begin = || {

@@ -17,21 +17,24 @@ pub struct NamePattern {
 /// What names are compared with.
 #[derive(Debug, Clone)]
 enum Whole {
-    /// One name, as most patterns of a config with a rule for each layer are. Thousands of them take no time.
+    /// One name, as most patterns of a config with a rule for each layer are. Thousands of them
+    /// take no time.
     Name(String),
     Pattern(Regex),
 }
 
 /// The most bytes of a pattern.
 const PATTERN_BYTES: usize = 4096;
-/// The most bytes that a pattern may compile to. `\d+` and the like take a few KiB, names and choices of names less.
+/// The most bytes that a pattern may compile to. `\d+` and the like take a few KiB, names and
+/// choices of names less.
 const COMPILED_BYTES: usize = 1 << 20;
 
 impl NamePattern {
     /// Compiles a pattern.
     ///
     /// # Errors
-    /// [`Error::Argument`] saying what is wrong with it, or if it has more than 4,096 bytes or compiles to more than 1 MiB.
+    /// [`Error::Argument`] saying what is wrong with it, or if it has more than 4,096 bytes or
+    /// compiles to more than 1 MiB.
     pub fn parse(written: &str) -> Result<Self> {
         if written.len() > PATTERN_BYTES {
             let (shown, bytes) = (shorten(written), written.len());
@@ -64,7 +67,8 @@ impl NamePattern {
     }
 }
 
-/// The only name that a pattern matches, if it consists of letters, digits, `_`, `-` and dots with a backslash before them.
+/// The only name that a pattern matches, if it consists of letters, digits, `_`, `-` and dots with
+/// a backslash before them.
 fn name(pattern: &str) -> Option<String> {
     let mut name = String::new();
     let mut characters = pattern.chars();

@@ -1,6 +1,7 @@
 //! Input as messages show it.
 
-/// Text from a file or the command line as it is shown in a message: in one line, and no more of it than says which text it is.
+/// Text from a file or the command line as it is shown in a message: in one line, and no more of it
+/// than says which text it is.
 pub(crate) fn shorten(text: &str) -> String {
     const KEEP: usize = 60;
     let mut shown = String::new();
@@ -27,7 +28,7 @@ pub(crate) fn both_ends(text: &str) -> String {
     match text.char_indices().rev().nth(KEEP - 1) {
         Some((end, _)) if text.chars().nth(2 * KEEP).is_some() => {
             let begin: String = text.chars().take(KEEP).collect();
-            format!("{} … {}", shorten(&begin), shorten(text.get(end..).unwrap_or_default()))
+            format!("{} … {}", shorten(&begin), shorten(&text[end..]))
         }
         _ => shorten(text),
     }

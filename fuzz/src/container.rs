@@ -4,7 +4,8 @@
 //! accept it and find the same weight.
 
 use half::f16;
-use sdxl_squeeze::container::{Container, verify};
+use sdxl_squeeze::container::Container;
+use sdxl_squeeze::pipeline::verify;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 

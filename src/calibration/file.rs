@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use safetensors::tensor::TensorView;
 use tch::{Device, Kind, Tensor};
 
 use super::{Sample, Samples};
-use crate::checkpoint::SafetensorsFile;
+use crate::checkpoint::{SafetensorsFile, TensorBytes, read_tensor};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::unet::{Conditioning, UnetConfig};
@@ -48,22 +47,9 @@ impl Samples {
             stacked(|call| &call.conditioning.text_embeds)?,
             stacked(|call| &call.conditioning.time_ids)?,
         ];
-        let mut parts = Vec::new();
-        for tensor in &tensors {
-            let tensor = tensor.f_contiguous()?;
-            let mut bytes = vec![0; tensor.numel() * 4];
-            tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-            parts.push((tensor.size().iter().map(|n| *n as usize).collect::<Vec<_>>(), bytes));
-        }
-        let refused = |why: safetensors::SafeTensorError| Error::Argument(format!("samples cannot be written: {why}"));
-        let views = NAMES
-            .iter()
-            .zip(&parts)
-            .map(|(name, (shape, bytes))| {
-                Ok((*name, TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).map_err(refused)?))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        safetensors::serialize(views, None).map_err(refused)
+        let views = tensors.iter().map(TensorBytes::of).collect::<Result<Vec<_>>>()?;
+        safetensors::serialize(NAMES.into_iter().zip(views), None)
+            .map_err(|why| Error::internal(format!("samples cannot be written: {why}")))
     }
 
     /// How many samples [`read`](Self::read) would give, and their shape, by the file's header alone.
@@ -91,7 +77,7 @@ impl Samples {
     pub fn from_file(file: &SafetensorsFile, config: &UnetConfig, wanted: usize) -> Result<Self> {
         let path = file.path();
         let count = calls(file, path, config)?.count;
-        let tensors = NAMES.map(|name| file.tensor(name, Placement::CPU));
+        let tensors = NAMES.map(|name| read_tensor(file, name, Placement::CPU));
         let [sample, timestep, states, pooled, ids] = tensors;
         let (sample, timestep, states, pooled, ids) = (sample?, timestep?, states?, pooled?, ids?);
         let mut samples = Samples::default();

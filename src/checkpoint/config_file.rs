@@ -11,9 +11,10 @@ use crate::shorten::shorten;
 
 /// A diffusers or transformers config file being taken apart.
 ///
-/// Each key is taken once, as something that is honoured ([`or`](Self::or), [`required`](Self::required)), refused unless it has
-/// its neutral value ([`only`](Self::only)), or known to have no effect on inference ([`ignore`](Self::ignore)).
-/// [`finish`](Self::finish) warns of what is left: diffusers ignores keys that it does not know, so do we, but aloud.
+/// Each key is taken once, as something that is honoured ([`or`](Self::or),
+/// [`required`](Self::required)), refused unless it has its neutral value ([`only`](Self::only)),
+/// or known to have no effect on inference ([`ignore`](Self::ignore)). [`finish`](Self::finish)
+/// warns of what is left: diffusers ignores keys that it does not know, so do we, but aloud.
 #[derive(Debug)]
 pub struct ConfigFile {
     path: PathBuf,
@@ -24,7 +25,8 @@ impl ConfigFile {
     /// Reads and parses `path`.
     ///
     /// # Errors
-    /// If the file cannot be read, is not a regular file, is larger than [`Limit::MODEL_CONFIG`], or is not a JSON object.
+    /// If the file cannot be read, is not a regular file, is larger than [`Limit::MODEL_CONFIG`],
+    /// or is not a JSON object.
     pub fn read(path: &Path) -> Result<Self> {
         ConfigFile::read_within(path, Limit::MODEL_CONFIG)
     }
@@ -98,7 +100,8 @@ impl ConfigFile {
         self.optional(key)?.ok_or_else(|| self.error(key, "is missing"))
     }
 
-    /// Takes `key` and refuses every value but the `neutral` ones; absent and `null` are always neutral.
+    /// Takes `key` and refuses every value but the `neutral` ones; absent and `null` are always
+    /// neutral.
     ///
     /// # Errors
     /// Names the key and what it asks for.
@@ -114,7 +117,8 @@ impl ConfigFile {
         }
     }
 
-    /// Takes `key` and refuses every value but `expected`; absent means `default`, and `null` is a value like any other.
+    /// Takes `key` and refuses every value but `expected`; absent means `default`, and `null` is a
+    /// value like any other.
     ///
     /// # Errors
     /// Names the key and what it asks for.
@@ -133,7 +137,8 @@ impl ConfigFile {
         }
     }
 
-    /// Warns of the keys that nobody took. Names with a leading underscore are diffusers' notes to itself.
+    /// Warns of the keys that nobody took. Names with a leading underscore are diffusers' notes to
+    /// itself.
     pub fn finish(self) {
         for (key, value) in &self.entries {
             if !key.starts_with('_') {

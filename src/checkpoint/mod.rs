@@ -1,17 +1,16 @@
 //! What lies in a diffusers folder: config files and safetensors.
 
 mod config_file;
-mod magnitudes;
-mod safetensors_file;
 mod source;
-mod source_file;
-mod steady_file;
+mod tensor;
 mod weights;
 
 pub use config_file::ConfigFile;
-pub use safetensors_file::{Entry, SafetensorsFile};
 pub use source::{Blueprint, TensorSource, TensorSpec};
-pub use source_file::SourceFile;
-pub(crate) use steady_file::SteadyFile;
+pub use tensor::{TensorBytes, halves, read_tensor};
 pub(crate) use weights::check_tensors;
 pub use weights::{Weights, WeightsSource};
+
+pub use crate::input::SourceFile;
+pub(crate) use crate::input::SteadyFile;
+pub use crate::safetensors_file::{Entry, SafetensorsFile};

@@ -6,7 +6,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// Gives tensors by their checkpoint name. Building a network from a source asks for each of its tensors once, in execution order.
+/// Gives tensors by their checkpoint name. Building a network from a source asks for each of its
+/// tensors once, in execution order.
 pub trait TensorSource {
     /// The tensor `name` of `shape`, placed and converted as the source is set to.
     ///
@@ -37,10 +38,11 @@ impl TensorSpec {
     }
 }
 
-/// A source without weights: what is built from it has every shape and name and no memory, and it remembers what was asked for.
+/// A source without weights: what is built from it has every shape and name and no memory, and it
+/// remembers what was asked for.
 ///
-/// So the code that builds a network is also the one list of its tensors: for checking a checkpoint before anything is read, for
-/// `inspect`, and for `synth`.
+/// So the code that builds a network is also the one list of its tensors: for checking a checkpoint
+/// before anything is read, for `inspect`, and for `synth`.
 #[derive(Debug, Default)]
 pub struct Blueprint {
     asked: RefCell<Vec<TensorSpec>>,

@@ -7,15 +7,16 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
-use super::safetensors_file::{Entry, SafetensorsFile, float_kind};
 use super::source::{TensorSource, TensorSpec};
-use super::source_file::SourceFile;
+use super::tensor::{float_kind, read_tensor};
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::input::{self, Limit};
+use crate::input::{self, Limit, SourceFile};
+use crate::safetensors_file::{Entry, SafetensorsFile};
 use crate::shorten::shorten;
 
-/// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks use.
+/// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks
+/// use.
 #[derive(Debug)]
 pub struct Weights {
     folder: PathBuf,
@@ -42,8 +43,9 @@ struct ShardIndex {
 }
 
 impl Weights {
-    /// Opens `folder/stem.safetensors`, its shards (`stem.safetensors.index.json`), or the `.fp16` variant of either, the plain ones
-    /// first. `rename` turns a name in the file into the network's name for it.
+    /// Opens `folder/stem.safetensors`, its shards (`stem.safetensors.index.json`), or the `.fp16`
+    /// variant of either, the plain ones first. `rename` turns a name in the file into the
+    /// network's name for it.
     ///
     /// # Errors
     /// If there are none, or one is damaged, or an index disagrees with its shards.
@@ -87,8 +89,8 @@ impl Weights {
         Ok(Weights { folder: folder.to_owned(), files, index })
     }
 
-    /// Takes the weights that `is_linear` names for matrices [o, i] where they are stored as 1x1 convolutions, [o, i, 1, 1]: the same
-    /// numbers in the same order.
+    /// Takes the weights that `is_linear` names for matrices [o, i] where they are stored as 1x1
+    /// convolutions, [o, i, 1, 1]: the same numbers in the same order.
     pub fn with_linear(mut self, is_linear: impl Fn(&str) -> bool) -> Self {
         for (_, place) in self.index.iter_mut().filter(|(name, _)| is_linear(name)) {
             if let [output, input, 1, 1] = place.shape[..] {
@@ -110,28 +112,29 @@ impl Weights {
 
     /// The tensors' names and where they lie.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
-        self.index.iter().filter_map(|(name, place)| Some((name.as_str(), self.entry(place)?)))
+        self.index.iter().map(|(name, place)| (name.as_str(), self.entry(place)))
     }
 
-    fn entry(&self, place: &Place) -> Option<&Entry> {
-        self.files[place.file].entries().get(&place.stored)
+    fn entry(&self, place: &Place) -> &Entry {
+        &self.files[place.file].entries()[&place.stored]
     }
 
-    /// Reads all files once, from beginning to end, before anything is computed: for their hashes, under their names after `prefix`, and to
-    /// see whether a container can hold every tensor, that is whether each value is a number in fp16. `began` is told each file's name.
+    /// Reads all files once, from beginning to end, before anything is computed: for their hashes,
+    /// under their names after `prefix`, and to see whether a container can hold every tensor, that
+    /// is whether each value is a number in fp16. `began` is told each file's name.
     ///
     /// # Errors
-    /// [`Error::Tensors`] naming the tensors with a NaN, an infinity, or a value that fp16 does not hold; [`Error::Changed`];
-    /// [`Error::Read`].
+    /// [`Error::Tensors`] naming the tensors with a NaN, an infinity, or a value that fp16 does not
+    /// hold; [`Error::Changed`]; [`Error::Read`].
     pub fn survey(&self, prefix: &str, mut began: impl FnMut(&str)) -> Result<Vec<SourceFile>> {
         let (mut sources, mut problems) = (Vec::new(), Vec::new());
         for (number, file) in self.files.iter().enumerate() {
-            let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+            let name = file.path().file_name().expect("a regular file has a name").to_string_lossy();
             began(&name);
             let (sha256, magnitudes) = file.survey()?;
             sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), sha256 });
             for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
-                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Kind::Half)) {
+                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Dtype::F16)) {
                     problems.push(format!("`{name}` {problem}"));
                 }
             }
@@ -166,18 +169,14 @@ impl Weights {
         elements.into_iter().max_by_key(|(_, sum)| *sum).map(|(dtype, _)| dtype)
     }
 
-    /// Compares names, shapes and dtypes with what the architecture has, before anything is read. `unused` says which surplus tensors
-    /// are known and not needed.
+    /// Compares names, shapes and dtypes with what the architecture has, before anything is read.
+    /// `unused` says which surplus tensors are known and not needed.
     ///
     /// # Errors
     /// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
     pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
-        let found = self.index.iter().filter_map(|(name, place)| {
-            let dtype = self.entry(place)?.dtype;
-            Some((name.as_str(), (place.shape.as_slice(), dtype)))
-        });
-        let found = found.collect();
-        check_tensors(&self.folder, expected, found, unused)
+        let stored = self.index.iter().map(|(name, place)| (name.as_str(), (place.shape.as_slice(), self.entry(place).dtype)));
+        check_tensors(&self.folder, expected, stored.collect(), unused)
     }
 
     /// A source that reads from here and places each tensor.
@@ -185,32 +184,34 @@ impl Weights {
         WeightsSource { weights: self, placement, narrow: false }
     }
 
-    /// The same, but kernels and matrices that are stored in fewer bytes than `placement` says rest in their own dtype; layers convert
-    /// them at each use. Half the memory for fp32 on an fp16 checkpoint, and the same results.
+    /// The same, but kernels and matrices that are stored in fewer bytes than `placement` says rest
+    /// in their own dtype; layers convert them at each use. Half the memory for fp32 on an fp16
+    /// checkpoint, and the same results.
     pub fn narrow_source(&self, placement: Placement) -> WeightsSource<'_> {
         WeightsSource { weights: self, placement, narrow: true }
     }
 
-    /// Bytes that each element of the tensor `name` takes where it comes from [`narrow_source`](Self::narrow_source).
+    /// Bytes that each element of the tensor `name` takes where it comes from
+    /// [`narrow_source`](Self::narrow_source).
     pub fn narrow_bytes(&self, name: &str, placement: Placement) -> Option<usize> {
-        let kind = float_kind(self.entry(self.index.get(name)?)?.dtype)?;
+        let kind = float_kind(self.entry(self.index.get(name)?).dtype)?;
         Some(kind.elt_size_in_bytes().min(placement.kind.elt_size_in_bytes()))
     }
 }
 
-/// Compares tensors by name, shape and dtype with what an architecture has. `path` names them in errors, `unused` says which surplus
-/// tensors are known and not needed.
+/// Compares tensors by name, shape and dtype with what an architecture has. `path` names them in
+/// errors, `unused` says which surplus tensors are known and not needed.
 ///
 /// # Errors
 /// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
 pub(crate) fn check_tensors(
     path: &Path,
     expected: &[TensorSpec],
-    found: BTreeMap<&str, (&[i64], Dtype)>,
+    stored: BTreeMap<&str, (&[i64], Dtype)>,
     unused: impl Fn(&str) -> bool,
 ) -> Result<()> {
     let (mut missing, mut misshapen, mut mistyped) = (Vec::new(), Vec::new(), Vec::new());
-    let mut surplus = found;
+    let mut surplus = stored;
     for spec in expected {
         match surplus.remove(spec.name.as_str()) {
             None => missing.push(format!("{} {:?}", spec.name, spec.shape)),
@@ -289,14 +290,10 @@ impl TensorSource for WeightsSource<'_> {
         if place.shape != shape {
             return Err(wrong(format!("tensor `{name}` is {:?}, not {shape:?}", place.shape)));
         }
-        let own = self.weights.entry(place).and_then(|entry| float_kind(entry.dtype));
-        let kind = match own {
-            Some(own) if self.narrow && shape.len() > 1 && own.elt_size_in_bytes() < self.placement.kind.elt_size_in_bytes() => {
-                own
-            }
-            _ => self.placement.kind,
-        };
-        let tensor = self.weights.files[place.file].tensor(&place.stored, Placement { kind, ..self.placement })?;
+        let stored = float_kind(self.weights.entry(place).dtype);
+        let is_narrower = |stored: &Kind| stored.elt_size_in_bytes() < self.placement.kind.elt_size_in_bytes();
+        let kind = stored.filter(|stored| self.narrow && shape.len() > 1 && is_narrower(stored)).unwrap_or(self.placement.kind);
+        let tensor = read_tensor(&self.weights.files[place.file], &place.stored, Placement { kind, ..self.placement })?;
         Ok(tensor.f_view(shape)?)
     }
 }

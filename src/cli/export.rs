@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use sdxl_squeeze::coreml::{self, Io, Layout, Options, UnetWeights, WrittenPackage};
+use sdxl_squeeze::coreml::{self, Io, Layout, Options, WrittenPackage};
 use sdxl_squeeze::export::SmallWeights;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::number;
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
 use sdxl_squeeze::{Error, Result, export};
 
 use super::paths::Paths;
@@ -109,7 +109,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     match args.to {
         Format::Diffusers => {
             let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
-            export::diffusers(&super::open_container(&args.path, args.no_verify)?, &model, &args.out, reporter)?;
+            export::diffusers((&super::open_container(&args.path, args.no_verify)?).into(), &model, &args.out, reporter)?;
             super::print(&format!("{}\n", args.out.display()))
         }
         Format::Coremltools => to_coremltools(&args, reporter),
@@ -167,7 +167,7 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
         None | Some(SmallWeightsArg::Refuse) => SmallWeights::Refuse,
         Some(SmallWeightsArg::Move) => SmallWeights::Move,
     };
-    let moved = export::coremltools(&super::open_container(&args.path, args.no_verify)?, &args.out, small, reporter)?;
+    let moved = export::coremltools((&super::open_container(&args.path, args.no_verify)?).into(), &args.out, small, reporter)?;
     if args.json {
         return super::print_json(&moved);
     }
@@ -181,13 +181,14 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
         let weights = pipeline.unet_weights()?;
         let options = options(&args.coreml, pipeline.unet.config(), Some(&pipeline))?;
         let dense = UnetWeights::Dense { weights: &weights, config: pipeline.unet_config() };
-        return coreml::write(&pipeline.unet, dense, &options, &args.out, reporter);
+        return coreml::write(dense, &options, &args.out, reporter);
     }
     let container = super::open_container(&args.path, args.no_verify)?;
-    let chain = container.unet()?;
+    let weights = UnetWeights::from(&container);
+    let chain = weights.chain()?;
     let pipeline = args.model.as_deref().map(|model| pipeline_of(&chain, &args.path, model)).transpose()?;
     let options = options(&args.coreml, chain.config(), pipeline.as_ref())?;
-    coreml::write(&chain, UnetWeights::Container(&container), &options, &args.out, reporter)
+    coreml::write(weights, &options, &args.out, reporter)
 }
 
 /// The pipeline in `model`, which must be of the container's architecture.

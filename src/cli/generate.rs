@@ -3,17 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use safetensors::tensor::TensorView;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
 use sdxl_squeeze::output::{is_standard_output, write_file};
 use sdxl_squeeze::pipeline::{GenerateRequest, Generated, PipelineFolder, generate};
 use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
-use tch::{Device, Kind};
+use tch::Kind;
 
 use super::paths::Paths;
 use super::progress::Reporter;
+use sdxl_squeeze::checkpoint::TensorBytes;
 use sdxl_squeeze::number;
 
 #[derive(Debug, clap::Args)]
@@ -131,12 +131,8 @@ fn metadata(request: &GenerateRequest, generated: &Generated, model: &Path, dtyp
 
 /// One tensor, `latents` [1, c, h, w], in fp32.
 fn write_latents(path: &Path, generated: &Generated) -> Result<()> {
-    let latents = generated.latents.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-    let mut bytes = vec![0; latents.numel() * 4];
-    latents.f_copy_data_u8(&mut bytes, latents.numel())?;
-    let shape = latents.size().iter().map(|n| *n as usize).collect();
-    let refused = |why: safetensors::SafeTensorError| Error::write(path)(std::io::Error::other(why));
-    let view = TensorView::new(safetensors::Dtype::F32, shape, &bytes).map_err(refused)?;
-    let file = safetensors::serialize([("latents", view)], None).map_err(refused)?;
+    let latents = TensorBytes::of(&generated.latents.f_to_kind(Kind::Float)?)?;
+    let file =
+        safetensors::serialize([("latents", latents)], None).map_err(|why| Error::write(path)(std::io::Error::other(why)))?;
     write_file(path, |out| out.write_all(&file))
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use sdxl_squeeze::Result;
 use sdxl_squeeze::container::Container;
 use sdxl_squeeze::inspect::{Inspection, inspect};
+use sdxl_squeeze::pipeline::UnetWeights;
 
 use super::table::{new as table, right_aligned};
 use sdxl_squeeze::number::{count, size as bytes};
@@ -77,7 +78,7 @@ fn shape(sizes: &[i64]) -> String {
 
 /// A row a layer: what it is stored as, and what that cost.
 fn inspect_container(container: &Container, json: bool, summary: bool) -> Result<()> {
-    container.unet()?;
+    UnetWeights::from(container).chain()?;
     if json {
         let layers: Vec<_> = container.layers().collect();
         return super::print_json(&layers);

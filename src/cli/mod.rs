@@ -4,6 +4,7 @@ mod compare;
 mod compress;
 mod environment;
 mod export;
+mod failure;
 mod generate;
 mod inspect;
 mod paths;
@@ -15,10 +16,7 @@ mod table;
 mod terminal;
 mod verify;
 
-use std::any::Any;
-use std::error::Error as _;
 use std::io::{self, Write};
-use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -70,10 +68,7 @@ enum Command {
     Synth(synth::Args),
 }
 
-/// Mistakes of a config that are shown.
-const MISTAKES: usize = 100;
-
-/// Runs the program: what fails ends in one line on standard error and an exit code.
+/// Runs the program and returns its exit code. A failure is one line on standard error.
 pub fn main() -> ExitCode {
     // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside libtorch; this also reaches NVIDIA's libraries
     // of a libtorch that does not have the functions which `init` calls.
@@ -81,31 +76,9 @@ pub fn main() -> ExitCode {
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
     sdxl_squeeze::init();
-    // A panic is a bug of ours; it still ends in one line.
-    panic::set_hook(Box::new(|_| {}));
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(answer) => return tell(&answer),
-    };
-    match panic::catch_unwind(AssertUnwindSafe(|| run(args))) {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) => {
-            match &error {
-                // Every mistake of a config, each on a line of its own, as many as somebody may want to read.
-                Error::Config { mistakes } => {
-                    mistakes.iter().take(MISTAKES).for_each(|mistake| complain(&mistake.to_string()));
-                    if mistakes.len() > MISTAKES {
-                        complain(&format!("and {} more mistakes", mistakes.len() - MISTAKES));
-                    }
-                }
-                error => complain(&chain(error)),
-            }
-            ExitCode::from(if error.is_bad_input() { 2 } else { 1 })
-        }
-        Err(panic) => {
-            complain(&format!("internal error, please report it: {}", message(&*panic)));
-            ExitCode::from(1)
-        }
+    match Args::try_parse() {
+        Ok(args) => ExitCode::from(failure::exit_code(|| run(args))),
+        Err(answer) => tell(&answer),
     }
 }
 
@@ -115,7 +88,7 @@ fn tell(answer: &clap::Error) -> ExitCode {
     let printed = answer.print().and_then(|()| io::stdout().flush());
     match printed {
         Err(why) if !answer.use_stderr() && why.kind() != io::ErrorKind::BrokenPipe => {
-            complain(&chain(&Error::write("standard output".as_ref())(why)));
+            failure::report(&Error::write("standard output".as_ref())(why));
             ExitCode::from(1)
         }
         _ => code,
@@ -176,58 +149,4 @@ fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
 fn print_json(result: &impl serde::Serialize) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(result).map_err(|why| Error::Failed(format!("the result is no JSON: {why}")))?;
     print(&format!("{text}\n"))
-}
-
-fn complain(what: &str) {
-    // There is nobody left to tell if this fails.
-    let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {}", readable(what));
-}
-
-/// A message of a length that somebody may read, whatever it quotes: names in damaged files may have megabytes.
-fn readable(message: &str) -> String {
-    const BEGIN: usize = 1500;
-    const END: usize = 300;
-    let characters = message.chars().count();
-    if characters <= BEGIN + END {
-        return message.to_owned();
-    }
-    let begin: String = message.chars().take(BEGIN).collect();
-    let end: String = message.chars().skip(characters - END).collect();
-    format!("{begin} … {end}")
-}
-
-/// An error and its causes in one line.
-fn chain(error: &Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        // libtorch's errors are transparent: they say the same again, with a C++ stack.
-        if !line.contains(text.lines().next().unwrap_or_default()) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        cause = error.source();
-    }
-    line.replace('\n', " ")
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
-        (Some(text), _) => text,
-        (_, Some(text)) => text,
-        _ => "unknown",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::readable;
-
-    #[test]
-    fn messages_are_of_readable_length_and_keep_both_ends() {
-        assert_eq!(readable("short"), "short");
-        let long = readable(&format!("begin{}end", "é".repeat(10 << 20)));
-        assert!(long.starts_with("begin") && long.ends_with("end") && long.chars().count() == 1803);
-    }
 }

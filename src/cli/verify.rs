@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sdxl_squeeze::container::verify;
+use sdxl_squeeze::pipeline::verify;
 use sdxl_squeeze::{Error, Result, coreml, number};
 
 #[derive(Debug, clap::Args)]

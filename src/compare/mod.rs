@@ -99,7 +99,7 @@ pub fn compare(
         let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak());
         // Judged on what was stored, read back.
         let container = Container::open(prepared.path())?;
-        let stored = container.source(placement);
+        let stored = crate::pipeline::UnetWeights::from(&container).source(placement);
         let unet = Unet::resident(folder.unet.clone(), stored, progress)?;
         let measured = judge.measure(folder, &unet, progress)?;
         drop(unet);

@@ -390,7 +390,11 @@ fn write_container(
                 let report = reports.get(layer).map_or(Value::Null, |layer| json!(layer.errors));
                 writer.add_weight(&spec.name, &weight, report)?;
             }
-            None => writer.add_tensor(&spec.name, &halves.tensor(&spec.name, &spec.shape)?)?,
+            None => writer.add_tensor(
+                &spec.name,
+                &spec.shape,
+                &crate::checkpoint::halves(&halves.tensor(&spec.name, &spec.shape)?)?,
+            )?,
         }
     }
     // Nothing of another model is in it: `sources` says what it was made from.

@@ -211,7 +211,7 @@ impl Workspace {
         }
         if self.waiting.iter().all(|(_, _, weight)| weight.is_none()) {
             // A safetensors file of no tensors is none.
-            writer.add_values("nothing", &[1], &[f16::ZERO])?;
+            writer.add_tensor("nothing", &[1], &[f16::ZERO])?;
         }
         writer.finish()?;
         self.waiting.clear();

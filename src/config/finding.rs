@@ -2,9 +2,9 @@
 
 use std::fmt::{self, Display};
 
-use super::mistake::{Mistake, Place};
 use super::rules::ModuleType;
 use super::settings::NmRatio;
+use crate::error::{Mistake, Place};
 
 /// The sections that have rules for layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

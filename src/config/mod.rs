@@ -20,10 +20,11 @@ mod tree;
 
 use std::path::Path;
 
+pub use crate::error::{Mistake, Place};
 pub use finding::{Finding, Misfit, Section, Severity, Why};
-pub use mistake::{Mistake, Place, Written};
+pub use mistake::Written;
 pub use overrides::Overrides;
-pub use prompts::{check_prompt, read_prompts};
+pub use prompts::read_prompts;
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
 pub use rules::{ModuleType, RuleIndex, Rules};
 pub use sections::{

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use super::RunConfig;
 use super::fields::named;
 use super::limits;
-use super::mistake::{Mistake, Place};
 use super::rules::Rules;
 use super::sections::{BudgetSection, BudgetTarget, OnMisfit, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
 use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
-use crate::error::{Error, Result};
+use crate::error::{Error, Mistake, Place, Result};
 use crate::shorten::shorten;
 
 /// What the command line says in place of the file; `None` leaves the config as it is. Values are as typed and are checked by

@@ -4,31 +4,11 @@ use std::path::Path;
 
 use super::sections::Prompts;
 use crate::error::{Error, Result};
-use crate::input::{self, Limit};
+use crate::input::{self, Limit, prompt_of_length};
 use crate::number;
-use crate::shorten::shorten;
 
-/// The most bytes of a prompt. Encoders read 77 tokens of it, some 400 bytes.
-pub(super) const PROMPT_BYTES: usize = 64 << 10;
 /// The most prompts of a run. All of them are encoded; 512 captions are what a run takes unless told otherwise.
 pub(super) const PROMPTS: usize = 100_000;
-
-/// Refuses a prompt that is no prompt: `which` names it in the message.
-///
-/// # Errors
-/// [`Error::Argument`] if it has more than 64 KiB.
-pub fn check_prompt(which: &str, prompt: &str) -> Result<()> {
-    prompt_of_length(which, prompt).map_err(Error::Argument)
-}
-
-/// The same with the message alone.
-pub(super) fn prompt_of_length(which: &str, prompt: &str) -> Result<(), String> {
-    if prompt.len() <= PROMPT_BYTES {
-        return Ok(());
-    }
-    let (bytes, most) = (number::count(prompt.len() as u64), PROMPT_BYTES >> 10);
-    Err(format!("{which} has {bytes} bytes; at most {most} KiB (it begins `{}`)", shorten(prompt)))
-}
 
 /// What is wrong with a list of so many prompts.
 pub(super) fn too_many(prompts: usize) -> Option<String> {
@@ -90,7 +70,7 @@ mod tests {
         assert!(long.len() < 300, "{long}");
         let many = refused("a\n".repeat(PROMPTS + 1));
         assert!(many.contains("has 100,001 prompts; at most 100,000"), "{many}");
-        std::fs::write(&path, format!("\u{feff}a cat\r\n{}\r\n", "é".repeat(PROMPT_BYTES / 2))).unwrap();
+        std::fs::write(&path, format!("\u{feff}a cat\r\n{}\r\n", "é".repeat(input::PROMPT_BYTES / 2))).unwrap();
         assert_eq!(read_prompts(&path).unwrap().len(), 2);
     }
 }

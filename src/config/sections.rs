@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use super::emit::{self, Yaml};
 use super::fields::{Fields, number, path, text, whole, word};
 use super::limits;
-use super::mistake::{Mistakes, Place, Written};
-use super::prompts::{prompt_of_length, too_many};
+use super::mistake::{Mistakes, Written};
+use super::prompts::too_many;
 use super::rules::{self, Rules, pattern};
 use super::settings::{PaletteSettings, PruneSettings};
 use super::tree::{Node, Position, Value};
+use crate::error::Place;
+use crate::input::prompt_of_length;
 use crate::pattern::NamePattern;
 
 /// What is compressed, and where it is computed.

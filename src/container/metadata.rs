@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{packed, weight};
-use crate::checkpoint::SourceFile;
 use crate::digest;
 use crate::error::{Error, Result};
+use crate::input::SourceFile;
 
 /// The value of `format`.
 pub const FORMAT: &str = "sdxl-squeeze";
@@ -32,12 +32,13 @@ pub struct ContainerInfo {
     pub sources: Vec<SourceFile>,
 }
 
-/// A compressed weight's entry in `weights`. Keys that are not known are refused: they could change what the parts mean. The fields
-/// stand in the order of their names, as they are written.
+/// A compressed weight's entry in `weights`. Keys that are not known are refused: they could change
+/// what the parts mean. The fields stand in the order of their names, as they are written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WeightRow {
-    /// The axis whose channels are grouped; `bits`, `axis` and `group_size` are there if the weight is palettized.
+    /// The axis whose channels are grouped; `bits`, `axis` and `group_size` are there if the weight
+    /// is palettized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub axis: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -146,27 +147,28 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    /// The strings that a safetensors header takes.
-    pub fn to_entries(&self) -> serde_json::Result<BTreeMap<String, String>> {
+    /// The strings of the safetensors header's `__metadata__`.
+    pub fn to_entries(&self) -> BTreeMap<String, String> {
         let mut entries = BTreeMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("version".to_owned(), VERSION.to_string()),
-            ("unet_config".to_owned(), serde_json::to_string(&self.info.unet_config)?),
-            ("recipe".to_owned(), serde_json::to_string(&self.info.recipe)?),
-            ("sources".to_owned(), serde_json::to_string(&self.info.sources)?),
-            ("weights".to_owned(), serde_json::to_string(&self.weights)?),
+            ("unet_config".to_owned(), to_json(&self.info.unet_config)),
+            ("recipe".to_owned(), to_json(&self.info.recipe)),
+            ("sources".to_owned(), to_json(&self.info.sources)),
+            ("weights".to_owned(), to_json(&self.weights)),
             ("data_sha256".to_owned(), self.data_sha256.clone()),
             ("tensors_sha256".to_owned(), self.tensors_sha256.clone()),
         ]);
         let hash = digest::of_entries(text_pairs(&entries));
         entries.insert(METADATA_HASH.to_owned(), hash);
-        Ok(entries)
+        entries
     }
 
     /// Takes the metadata of the file `path` apart.
     ///
     /// # Errors
-    /// [`Error::BadFile`] if it is not a container, of another version, damaged, or lacks something.
+    /// [`Error::BadFile`] if it is not a container, of another version, damaged, or lacks
+    /// something.
     pub fn from_entries(path: &Path, entries: &BTreeMap<String, String>) -> Result<Self> {
         let wrong = |problem: String| Error::bad_file(path, problem);
         let text = |key: &str| entries.get(key).ok_or_else(|| wrong(format!("the metadata lacks `{key}`")));
@@ -196,8 +198,8 @@ fn text_pairs(entries: &BTreeMap<String, String>) -> impl Iterator<Item = (&str,
     entries.iter().map(|(key, value)| (key.as_str(), value.as_str()))
 }
 
-/// The hash of which tensors there are and where: a line `name=dtype shape` each, in the order of their data. `tensors` gives name,
-/// dtype, shape, and where the data begins and ends.
+/// The hash of which tensors there are and where: a line `name=dtype shape` each, in the order of
+/// their data. `tensors` gives name, dtype, shape, and where the data begins and ends.
 pub(super) fn table_hash<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [i64], [u64; 2])>) -> String {
     // Without data, begin and end cannot tell two tensors apart; their names do.
     let mut tensors: Vec<_> = tensors.map(|(name, dtype, shape, place)| (place, name, format!("{dtype} {shape:?}"))).collect();
@@ -207,4 +209,8 @@ pub(super) fn table_hash<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a 
 
 fn json<T: DeserializeOwned>(path: &Path, key: &str, text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|why| Error::bad_file(path, format!("the metadata's `{key}`: {why}")))
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain structs, and maps whose keys are text, can be written as JSON")
 }

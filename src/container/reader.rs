@@ -7,18 +7,16 @@ use half::f16;
 use safetensors::Dtype;
 use serde::Serialize;
 use serde_json::Value;
-use tch::Tensor;
 
 use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
 use super::packed::{Mask, Packed};
 use super::weight::{CompressedWeight, Values, numel};
-use crate::checkpoint::{ConfigFile, SafetensorsFile, TensorSource, TensorSpec, check_tensors};
-use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::model::unet::{UnetChain, UnetConfig};
+use crate::safetensors_file::{Magnitudes, SafetensorsFile};
 
-/// A container whose header, and usually data, has been checked. The data stays in the file until it is asked for.
+/// A container whose header, and usually data, has been checked. The data stays in the file until
+/// it is asked for.
 #[derive(Debug)]
 pub struct Container {
     file: SafetensorsFile,
@@ -53,18 +51,21 @@ pub struct StoredLayer {
 }
 
 impl Container {
-    /// Opens `path`, checks its header, and reads it once to check that its data is what was written, to the last bit.
+    /// Opens `path`, checks its header, and reads it once to check that its data is what was
+    /// written, to the last bit.
     ///
     /// # Errors
-    /// As [`open_unverified`](Self::open_unverified); [`Error::BadFile`] naming the weights that are damaged.
+    /// As [`open_unverified`](Self::open_unverified); [`Error::BadFile`] naming the weights that
+    /// are damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let container = Self::open_unverified(path)?;
         container.check_data()?;
         Ok(container)
     }
 
-    /// Opens `path` and checks its header: version, metadata, and of every compressed weight which parts it has, their dtypes and sizes.
-    /// Whether the data is what was written is not checked; [`open`](Self::open) does, at the cost of reading the whole file.
+    /// Opens `path` and checks its header: version, metadata, and of every compressed weight which
+    /// parts it has, their dtypes and sizes. Whether the data is what was written is not checked;
+    /// [`open`](Self::open) does, at the cost of reading the whole file.
     ///
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] naming what is wrong, and with which weight.
@@ -77,7 +78,8 @@ impl Container {
         Ok(container)
     }
 
-    /// Whether the file has exactly the parts that the metadata says, and else nothing but fp16 tensors.
+    /// Whether the file has exactly the parts that the metadata says, and else nothing but fp16
+    /// tensors.
     fn check_parts(&self) -> Result<()> {
         let mut problems = Vec::new();
         let mut rest: BTreeMap<&str, _> = self.file.entries().iter().map(|(name, entry)| (name.as_str(), entry)).collect();
@@ -111,7 +113,8 @@ impl Container {
         self.no_problems(problems)
     }
 
-    /// Whether the table of tensors is the one that was written. It comes last: where something more precise can be said, it has been.
+    /// Whether the table of tensors is the one that was written. It comes last: where something
+    /// more precise can be said, it has been.
     fn check_table(&self) -> Result<()> {
         let entries = self.file.entries().iter();
         let places = entries.map(|(name, entry)| {
@@ -146,48 +149,15 @@ impl Container {
         &self.metadata.info
     }
 
-    /// The UNet's architecture.
-    ///
-    /// # Errors
-    /// As [`UnetConfig::parse`]; the path in the error is the container's.
-    pub fn unet_config(&self) -> Result<UnetConfig> {
-        UnetConfig::parse(ConfigFile::from_entries(self.path(), self.metadata.info.unet_config.clone()))
-    }
-
-    /// The UNet's chain of stages, after a check that the container has exactly its tensors.
-    ///
-    /// # Errors
-    /// As [`unet_config`](Self::unet_config); [`Error::Tensors`] naming what is missing, misshapen or surplus.
-    pub fn unet(&self) -> Result<UnetChain> {
-        let chain = UnetChain::new(self.unet_config()?);
-        self.check(&chain.tensors()?)?;
-        Ok(chain)
-    }
-
-    /// Compares the weights' names and shapes with what an architecture has.
-    ///
-    /// # Errors
-    /// [`Error::Tensors`] naming what is missing, misshapen or surplus.
-    pub fn check(&self, expected: &[TensorSpec]) -> Result<()> {
-        let compressed = self.metadata.weights.iter().map(|(name, row)| (name.as_str(), (row.shape.as_slice(), Dtype::F16)));
-        let found = self.tensors().map(|(name, shape, _)| (name, (shape, Dtype::F16))).chain(compressed).collect();
-        check_tensors(self.path(), expected, found, |_| false)
-    }
-
-    /// Whether the tensor `name` is stored compressed.
-    pub fn is_compressed(&self, name: &str) -> bool {
-        self.metadata.weights.contains_key(name)
-    }
-
     /// The compressed weights by name.
     pub fn layers(&self) -> impl ExactSizeIterator<Item = StoredLayer> {
         self.metadata.weights.iter().map(|(name, row)| self.layer(name, row))
     }
 
     fn layer(&self, name: &str, row: &WeightRow) -> StoredLayer {
-        let parts = row.parts().unwrap_or_default();
-        let bytes = parts.iter().filter_map(|(part, ..)| Some(self.file.entries().get(&part.of(name))?.bytes())).sum();
-        let numel = numel(&row.shape).unwrap_or(1) as f64;
+        let parts = row.parts().expect("the parts were checked when the container was opened");
+        let bytes = parts.iter().map(|(part, ..)| self.file.entries()[&part.of(name)].bytes()).sum();
+        let numel = numel(&row.shape).expect("the shape was checked when the container was opened") as f64;
         StoredLayer {
             name: name.to_owned(),
             shape: row.shape.clone(),
@@ -210,17 +180,20 @@ impl Container {
 
     /// The uncompressed tensors by name: shape and bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[i64], u64)> {
-        let weights = &self.metadata.weights;
-        let is_part = |name: &str| Part::owner(name).is_some_and(|owner| weights.contains_key(owner));
-        let plain = self.file.entries().iter().filter(move |(name, _)| !is_part(name));
+        let plain = self.file.entries().iter().filter(|(name, _)| !self.is_part(name));
         plain.map(|(name, entry)| (name.as_str(), entry.shape.as_slice(), entry.bytes()))
+    }
+
+    /// Whether the tensor `name` of the file is a part of a compressed weight.
+    fn is_part(&self, name: &str) -> bool {
+        Part::owner(name).is_some_and(|owner| self.has_weight(owner))
     }
 
     /// Reads the compressed weight `name`.
     ///
     /// # Errors
-    /// [`Error::BadFile`] naming the weight if there is none, or its mask, indices, palettes, scales or values are not what they must
-    /// be.
+    /// [`Error::BadFile`] naming the weight if there is none, or its mask, indices, palettes,
+    /// scales or values are not what they must be.
     pub fn weight(&self, name: &str) -> Result<CompressedWeight> {
         let wrong = |problem: String| Error::bad_file(self.path(), format!("`{name}`: {problem}"));
         let row = self.metadata.weights.get(name).ok_or_else(|| wrong("is not a compressed weight of this file".into()))?;
@@ -239,17 +212,44 @@ impl Container {
         self.weight(name)?.decode().map_err(|why| Error::bad_file(self.path(), format!("`{name}`: {why}")))
     }
 
+    /// Reads the uncompressed tensor `name`, in row-major order.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] if there is none, or it has NaN or infinite values; [`Error::Changed`];
+    /// [`Error::Read`].
+    pub fn tensor(&self, name: &str) -> Result<Vec<f16>> {
+        let wrong = |problem: String| Error::Tensors { path: self.path().to_owned(), problem };
+        if self.has_weight(name) || self.shape(name).is_none() {
+            return Err(wrong(format!("tensor `{name}` is missing")));
+        }
+        let bytes = self.file.read(name)?;
+        let mut magnitudes = Magnitudes::new(Dtype::F16).expect("fp16 is a floating-point type");
+        magnitudes.add(&bytes);
+        magnitudes.check(Dtype::F16).map_err(|problem| wrong(format!("`{name}` {problem}")))?;
+        Ok(half_bytes::from_bytes(&bytes))
+    }
+
+    /// The dense shape of the weight or tensor `name`, if there is one.
+    pub fn shape(&self, name: &str) -> Option<&[i64]> {
+        match self.metadata.weights.get(name) {
+            Some(row) => Some(&row.shape),
+            None if self.is_part(name) => None,
+            None => self.file.entries().get(name).map(|entry| entry.shape.as_slice()),
+        }
+    }
+
+    /// The dense shapes of all weights and tensors by name.
+    pub fn shapes(&self) -> impl Iterator<Item = (&str, &[i64])> {
+        let weights = self.metadata.weights.iter().map(|(name, row)| (name.as_str(), row.shape.as_slice()));
+        weights.chain(self.tensors().map(|(name, shape, _)| (name, shape)))
+    }
+
     pub(super) fn metadata(&self) -> &Metadata {
         &self.metadata
     }
 
     pub(super) fn file(&self) -> &SafetensorsFile {
         &self.file
-    }
-
-    /// A source of decoded weights, each placed as given. It builds a UNet that computes with exactly what the container holds.
-    pub fn source(&self, placement: Placement) -> ContainerSource<'_> {
-        ContainerSource { container: self, placement }
     }
 }
 
@@ -276,38 +276,11 @@ fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<Compr
                 false => None,
             },
         },
-        _ => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
+        (None, None, None) => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
+        (Some(_) | None, ..) => return Err("must have all of bits, axis and group_size, or none".into()),
     };
     let weight = CompressedWeight { shape: row.shape.clone(), mask, values };
     weight.check_structure()?;
     weight.check_finite()?;
     Ok(weight)
-}
-
-/// A [`Container`] as a [`TensorSource`].
-#[derive(Debug, Clone, Copy)]
-pub struct ContainerSource<'a> {
-    container: &'a Container,
-    placement: Placement,
-}
-
-impl TensorSource for ContainerSource<'_> {
-    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
-        let ContainerSource { container, placement } = *self;
-        let tensor = if container.has_weight(name) {
-            let weight = container.weight(name)?;
-            let dense = weight.decode().map_err(|why| Error::bad_file(container.path(), format!("`{name}`: {why}")))?;
-            Tensor::f_from_slice(&dense)?
-                .f_view(weight.shape.as_slice())?
-                .f_to_device(placement.device)?
-                .f_to_kind(placement.kind)?
-        } else {
-            container.file.tensor(name, placement)?
-        };
-        if tensor.size() != shape {
-            let problem = format!("tensor `{name}` is {:?}, not {shape:?}", tensor.size());
-            return Err(Error::Tensors { path: container.path().to_owned(), problem });
-        }
-        Ok(tensor)
-    }
 }

@@ -1,6 +1,6 @@
 //! Checks a container to the last bit.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::half_bytes;
 use super::metadata::VERSION;
 use super::reader::{Container, StoredLayer};
-use crate::checkpoint::SourceFile;
 use crate::error::{Error, Result};
+use crate::input::SourceFile;
 
 /// A container that holds what was written, in numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -45,19 +45,10 @@ pub struct Verification {
     pub sources: Vec<SourceFile>,
 }
 
-/// Checks the container `path`: that it has exactly the tensors of its architecture, and all that [`Container::verify`] checks.
-///
-/// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming what is wrong, and with which weight.
-pub fn verify(path: &Path) -> Result<Verification> {
-    let container = Container::open_unverified(path)?;
-    container.unet()?;
-    container.verify()
-}
-
 impl Container {
-    /// Checks the content of every weight: the mask's count, bits that must be zero, that all values are finite, that it decodes to the
-    /// weight that was written, and that the data is the written data to the last bit.
+    /// Checks the content of every weight: the mask's count, bits that must be zero, that all
+    /// values are finite, that it decodes to the weight that was written, and that the data is the
+    /// written data to the last bit.
     ///
     /// # Errors
     /// [`Error::BadFile`] naming the weights that are damaged; [`Error::Read`].
@@ -114,7 +105,8 @@ impl Container {
         })
     }
 
-    /// Whether the data is the written data to the last bit: one pass over the file. If it is not, [`verify`](Self::verify) says where.
+    /// Whether the data is the written data to the last bit: one pass over the file. If it is not,
+    /// [`verify`](Self::verify) says where.
     pub(super) fn check_data(&self) -> Result<()> {
         if self.file().data_sha256()?.0 == self.metadata().data_sha256 {
             return Ok(());

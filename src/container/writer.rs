@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use safetensors::Dtype;
-use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use serde_json::Value;
 
 use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
@@ -16,12 +15,14 @@ use super::weight::{CompressedWeight, Values};
 use crate::digest;
 use crate::error::{Error, Result};
 use crate::output::{parent, write_file};
+use crate::safetensors_file::Header;
 
-/// A container that is being written. Weights and tensors are given one after the other and need not be kept; the file appears when
-/// [`finish`](Self::finish) is called, whole or not at all.
+/// A container that is being written. Weights and tensors are given one after the other and need
+/// not be kept; the file appears when [`finish`](Self::finish) is called, whole or not at all.
 ///
-/// A safetensors file begins with the place of everything in it, and fp16 data must come before bytes to be aligned. So until then the
-/// data waits in two unnamed temporary files beside `path`. The same calls in the same order give the same bytes.
+/// A safetensors file begins with the place of everything in it, and fp16 data must come before
+/// bytes to be aligned. So until then the data waits in two unnamed temporary files beside `path`.
+/// The same calls in the same order give the same bytes.
 #[derive(Debug)]
 pub struct ContainerWriter {
     path: PathBuf,
@@ -89,12 +90,12 @@ impl ContainerWriter {
         })
     }
 
-    /// Adds a compressed weight under its checkpoint name, which ends in `.weight`. `report` is kept with it: its error, say; null for
-    /// nothing.
+    /// Adds a compressed weight under its checkpoint name, which ends in `.weight`. `report` is
+    /// kept with it: its error, say; null for nothing.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is such a name already, the weight's parts disagree, or it is neither pruned nor palettized;
-    /// [`Error::NotFinite`]; [`Error::Write`].
+    /// [`Error::Argument`] if there is such a name already, the weight's parts disagree, or it is
+    /// neither pruned nor palettized; [`Error::NotFinite`]; [`Error::Write`].
     pub fn add_weight(&mut self, name: &str, weight: &CompressedWeight, report: Value) -> Result<()> {
         if weight.mask.is_none() && matches!(weight.values, Values::Plain(_)) {
             return Err(Error::Argument(format!("`{name}` is neither pruned nor palettized: add it as a tensor")));
@@ -121,7 +122,7 @@ impl ContainerWriter {
         }
         // The name itself stays free of a tensor, so that it means one thing.
         self.claim(name)?;
-        for (part, dtype, shape) in row.parts().map_err(|problem| Error::Argument(format!("`{name}`: {problem}")))? {
+        for (part, dtype, shape) in row.parts().map_err(|problem| Error::internal(format!("`{name}`: {problem}")))? {
             let part_name = part.of(name);
             self.claim(&part_name)?;
             match (part, &weight.values) {
@@ -134,28 +135,20 @@ impl ContainerWriter {
                     self.push(dtype, part_name, shape, &half_bytes::to_bytes(scales))?;
                 }
                 (Part::Values, Values::Plain(values)) => self.push(dtype, part_name, shape, &half_bytes::to_bytes(values))?,
-                _ => return Err(Error::Argument(format!("`{name}` lacks its {part:?}"))),
+                _ => return Err(Error::internal(format!("`{name}` lacks its {part:?}"))),
             }
         }
         self.weights.insert(name.to_owned(), row);
         Ok(())
     }
 
-    /// Adds an uncompressed tensor, rounded to fp16, under its checkpoint name.
-    ///
-    /// # Errors
-    /// As [`add_values`](Self::add_values); [`Error::Torch`].
-    pub fn add_tensor(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
-        let flat = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Half)?.f_contiguous()?.f_view([-1])?;
-        self.add_values(name, &tensor.size(), &Vec::<f16>::try_from(&flat)?)
-    }
-
     /// Adds an uncompressed tensor under its checkpoint name; `values` in row-major order.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is such a name already or the number of values is not that of the shape; [`Error::NotFinite`] if a
-    /// value is not a number, or was too large for fp16; [`Error::Write`].
-    pub fn add_values(&mut self, name: &str, shape: &[i64], values: &[f16]) -> Result<()> {
+    /// [`Error::Argument`] if there is such a name already or the number of values is not that of
+    /// the shape; [`Error::NotFinite`] if a value is not a number, or was too large for fp16;
+    /// [`Error::Write`].
+    pub fn add_tensor(&mut self, name: &str, shape: &[i64], values: &[f16]) -> Result<()> {
         let numel = shape.iter().try_fold(1usize, |product, n| product.checked_mul(usize::try_from(*n).ok().filter(|n| *n > 0)?));
         if numel != Some(values.len()) {
             return Err(Error::Argument(format!("`{name}`: {} values for a tensor of {shape:?}", values.len())));
@@ -186,8 +179,8 @@ impl ContainerWriter {
     /// Writes the file.
     ///
     /// # Errors
-    /// [`Error::Write`]; then there is no new file, and an old one is as it was. [`Error::Argument`] if the header is beyond what
-    /// safetensors readers accept.
+    /// [`Error::Write`]; then there is no new file, and an old one is as it was.
+    /// [`Error::Argument`] if the header is beyond what safetensors readers accept.
     pub fn finish(mut self) -> Result<Written> {
         if let Some(name) = self.names.iter().find(|name| self.stray(name)) {
             return Err(Error::Argument(format!("`{name}` would be taken for a part of a compressed weight")));
@@ -201,22 +194,18 @@ impl ContainerWriter {
         let tensors = places([&self.halves, &self.bytes]);
         let tensors_sha256 = table_hash(tensors.iter().copied());
         let metadata = Metadata { info: self.info, weights: self.weights, data_sha256, tensors_sha256 };
-        let header = header(&metadata, &tensors)
-            .map_err(|why| Error::Argument(format!("the container's metadata cannot be written: {why}")))?;
-        if header.len() > MAX_HEADER {
-            return Err(Error::Argument(format!(
-                "the container's header has {} bytes; readers accept {MAX_HEADER}",
-                header.len()
-            )));
+        let mut header = Header::new(&metadata.to_entries());
+        for (name, dtype, shape, [start, end]) in tensors {
+            header.push(name, dtype, shape, end - start);
         }
+        let header = header.to_bytes()?;
         write_file(&path, |out| {
-            out.write_all(&(header.len() as u64).to_le_bytes())?;
             out.write_all(&header)?;
             std::io::copy(&mut self.halves.rewound()?, out)?;
             std::io::copy(&mut self.bytes.rewound()?, out)?;
             Ok(())
         })?;
-        Ok(Written { bytes: 8 + header.len() as u64 + payload_bytes, payload_bytes })
+        Ok(Written { bytes: header.len() as u64 + payload_bytes, payload_bytes })
     }
 
     /// Whether `name` looks like a part of a weight, but is not one.
@@ -227,9 +216,6 @@ impl ContainerWriter {
         !row.parts().is_ok_and(|parts| parts.iter().any(|(part, ..)| part.of(owner) == name))
     }
 }
-
-/// What the safetensors library accepts.
-const MAX_HEADER: usize = 100_000_000;
 
 /// A tensor's name, dtype, shape, and where its data begins and ends.
 type Place<'a> = (&'a str, Dtype, &'a [i64], [u64; 2]);
@@ -245,17 +231,4 @@ fn places<'a>(sections: [&'a Section; 2]) -> Vec<Place<'a>> {
             (name.as_str(), dtype, shape.as_slice(), [start, end])
         })
         .collect()
-}
-
-/// The file's header. The safetensors library would write `__metadata__` in the random order of a `HashMap`; here all keys are sorted,
-/// so that the same weights give the same bytes.
-fn header(metadata: &Metadata, tensors: &[Place]) -> serde_json::Result<Vec<u8>> {
-    let mut entries = BTreeMap::from([("__metadata__", json!(metadata.to_entries()?))]);
-    for (name, dtype, shape, place) in tensors {
-        entries.insert(name, json!({ "data_offsets": place, "dtype": dtype.to_string(), "shape": shape }));
-    }
-    let mut header = serde_json::to_vec(&entries)?;
-    // The data is to begin at a multiple of 8.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    Ok(header)
 }

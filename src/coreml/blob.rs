@@ -1,7 +1,7 @@
 //! `weight.bin`: MIL blob storage, version 2.
 //!
-//! A header, then records at multiples of 64 bytes: 64 bytes that describe the data, and the data. Follows coremltools'
-//! `mlmodel/src/MILBlob/Blob/StorageFormat.hpp` and `StorageWriter.cpp`.
+//! A header, then records at multiples of 64 bytes: 64 bytes that describe the data, and the data.
+//! Follows coremltools' `mlmodel/src/MILBlob/Blob/StorageFormat.hpp` and `StorageWriter.cpp`.
 
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -51,12 +51,14 @@ impl BlobWriter {
         Ok(BlobWriter { path: path.to_owned(), file, hash: Sha256::new(), count: 0, length: UNIT })
     }
 
-    /// Adds the elements of an array, packed as [`crate::container::Packed`] packs them, and returns the record's offset.
+    /// Adds the elements of an array, packed as [`crate::container::Packed`] packs them, and
+    /// returns the record's offset.
     ///
     /// # Errors
-    /// [`Error::Failed`] if these are not the array's bytes, or it is of a type that no blob has; [`Error::Write`].
+    /// [`Error::Internal`] if these are not the array's bytes, or it is of a type that no blob has;
+    /// [`Error::Write`].
     pub fn push(&mut self, array: &ArrayType, data: &[u8]) -> Result<u64> {
-        let wrong = || Error::Failed(format!("{} bytes are not those of an array {array}", data.len()));
+        let wrong = || Error::internal(format!("{} bytes are not those of an array {array}", data.len()));
         let (code, numel) = (array.element.blob_code().ok_or_else(wrong)?, array.numel().ok_or_else(wrong)?);
         if array.bytes() != Some(data.len() as u64) {
             return Err(wrong());

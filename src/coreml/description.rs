@@ -20,7 +20,7 @@ pub(super) fn feature_type(array: &ArrayType) -> FeatureType {
         Element::F32 => ArrayDataType::Float32,
         Element::F16 => ArrayDataType::Float16,
         Element::I32 => ArrayDataType::Int32,
-        _ => ArrayDataType::InvalidArrayDataType,
+        Element::Bool | Element::Text | Element::Unsigned(_) => ArrayDataType::InvalidArrayDataType,
     };
     let shape = array.shape.iter().map(|n| *n as i64).collect();
     let array = ArrayFeatureType { shape, data_type: data_type as i32 };

@@ -1,7 +1,9 @@
-//! The operations that a UNet's program consists of: which parameters each has, and the type of what it makes.
+//! The operations that a UNet's program consists of: which parameters each has, and the type of
+//! what it makes.
 //!
-//! The builder declares what is inferred here, and `verify` infers it again from a file. Parameters are those that coremltools 9.0
-//! writes for a converted UNet (`converters/mil/mil/ops/defs`), all of them and no others.
+//! The builder declares what is inferred here, and `verify` infers it again from a file. Parameters
+//! are those that coremltools 9.0 writes for a converted UNet (`converters/mil/mil/ops/defs`), all
+//! of them and no others.
 
 mod compressed;
 mod dense;

@@ -8,8 +8,10 @@ use super::proto::mil_spec::tensor_value::{
 };
 use super::proto::mil_spec::value::{ImmediateValue, Value as Kind, immediate_value};
 use super::proto::mil_spec::{TensorValue, Value};
+use crate::error::{Error, Result};
 
-/// From this many elements on, numbers lie in the blob file (coremltools: `backend/mil/load.py`, `should_use_weight_file`).
+/// From this many elements on, numbers lie in the blob file (coremltools: `backend/mil/load.py`,
+/// `should_use_weight_file`).
 pub(super) const BLOB_FROM: u64 = 10;
 
 /// A small constant: a parameter of an operation.
@@ -30,8 +32,14 @@ impl Literal {
     }
 
     /// Sizes as integers.
-    pub fn sizes(sizes: &[u64]) -> Self {
-        Literal::Ints(sizes.iter().map(|n| i32::try_from(*n).unwrap_or(i32::MAX)).collect())
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if one is beyond 32 bits.
+    pub fn sizes(sizes: &[u64]) -> Result<Self> {
+        let int = |n: &u64| {
+            i32::try_from(*n).map_err(|_| Error::Argument(format!("a dimension of {n} is more than Core ML's 32 bits hold")))
+        };
+        sizes.iter().map(int).collect::<Result<_>>().map(Literal::Ints)
     }
 
     /// Its type.
@@ -56,7 +64,8 @@ impl Literal {
             Literal::Bools(values) => Content::Bools(RepeatedBools { values: values.clone() }),
             Literal::Int(value) => Content::Ints(RepeatedInts { values: vec![*value] }),
             Literal::Ints(values) => Content::Ints(RepeatedInts { values: values.clone() }),
-            // fp16 has no field of its own: it is kept as bytes (coremltools: `backend/mil/helper.py`).
+            // fp16 has no field of its own: it is kept as bytes (coremltools:
+            // `backend/mil/helper.py`).
             Literal::Half(value) => Content::Bytes(RepeatedBytes { values: value.to_le_bytes().to_vec() }),
             Literal::Float(value) => Content::Floats(RepeatedFloats { values: vec![*value] }),
             Literal::Text(text) => Content::Strings(RepeatedStrings { values: vec![text.clone()] }),
@@ -98,7 +107,9 @@ pub(super) fn immediate_bytes(array: &ArrayType, bytes: &[u8]) -> Value {
             let (quads, _) = bytes.as_chunks::<4>();
             Content::Floats(RepeatedFloats { values: quads.iter().map(|quad| f32::from_le_bytes(*quad)).collect() })
         }
-        _ => Content::Bytes(RepeatedBytes { values: bytes.to_vec() }),
+        Element::F16 | Element::I32 | Element::Unsigned(_) | Element::Bool | Element::Text => {
+            Content::Bytes(RepeatedBytes { values: bytes.to_vec() })
+        }
     };
     immediate(array, content)
 }

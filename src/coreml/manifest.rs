@@ -1,4 +1,5 @@
-//! `Manifest.json`: which files a package consists of (coremltools: `modelpackage/src/ModelPackage.cpp`).
+//! `Manifest.json`: which files a package consists of (coremltools:
+//! `modelpackage/src/ModelPackage.cpp`).
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -12,8 +13,8 @@ pub(super) const BLOBS: &str = "weight.bin";
 /// The version of the manifest.
 pub(super) const VERSION: &str = "1.0.0";
 
-/// The manifest of a package whose program is `model`. The items' identifiers are made from the program, so that the same package has the
-/// same bytes, and another has other identifiers.
+/// The manifest of a package whose program is `model`. The items' identifiers are made from the
+/// program, so that the same package has the same bytes, and another has other identifiers.
 pub(super) fn manifest(model: &[u8]) -> String {
     let (program, weights) = (identifier("model.mlmodel", model), identifier("weights", model));
     let manifest = json!({
@@ -37,7 +38,8 @@ pub(super) fn manifest(model: &[u8]) -> String {
     format!("{manifest:#}\n")
 }
 
-/// Whether an item's identifier can be one of [`manifest`]'s. Apple's writer makes random ones, of version 4.
+/// Whether an item's identifier can be one of [`manifest`]'s. Apple's writer makes random ones, of
+/// version 4.
 pub(super) fn is_ours(identifier: &str) -> bool {
     let parts: Vec<&str> = identifier.split('-').collect();
     let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();
@@ -51,11 +53,7 @@ fn identifier(name: &str, model: &[u8]) -> String {
     hash.update([0]);
     hash.update(model);
     let mut digits: Vec<char> = crate::digest::hex(hash).chars().take(32).collect();
-    for (at, digit) in [(12, '8'), (16, 'a')] {
-        if let Some(place) = digits.get_mut(at) {
-            *place = digit;
-        }
-    }
-    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| digits.get(range).unwrap_or_default().iter().collect());
+    (digits[12], digits[16]) = ('8', 'a');
+    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| digits[range].iter().collect());
     <[String]>::join(&parts, "-")
 }

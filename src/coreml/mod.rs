@@ -1,8 +1,10 @@
-//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights as they are.
+//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights as
+//! they are.
 //!
-//! A package is a manifest, the program (`model.mlmodel`, protobuf) and the weights (`weight.bin`). Nothing of Core ML is needed to write
-//! one. The operations, their parameters and their order follow what coremltools 9.0 writes for the same network; `docs/coreml.md` says
-//! how that is checked.
+//! A package is a manifest, the program (`model.mlmodel`, protobuf) and the weights (`weight.bin`).
+//! Nothing of Core ML is needed to write one. The operations, their parameters and their order
+//! follow what coremltools 9.0 writes for the same network; `docs/coreml.md` says how that is
+//! checked.
 
 mod blob;
 mod check;
@@ -25,4 +27,3 @@ pub use element::{ArrayType, Element};
 pub(crate) use lut::Lut;
 pub use options::{Io, Layout, Options};
 pub use package::{WrittenPackage, write};
-pub use weights::UnetWeights;

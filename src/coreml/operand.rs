@@ -12,7 +12,8 @@ pub(super) struct Operand {
     pub array: ArrayType,
     /// Its value, if it is a parameter that stands in the program.
     pub literal: Option<Literal>,
-    /// Whether it is known before the program runs: constants, and what `constexpr` operations make.
+    /// Whether it is known before the program runs: constants, and what `constexpr` operations
+    /// make.
     pub constant: bool,
     /// The set bits of a mask, where they have been counted.
     pub ones: Option<u64>,

@@ -8,21 +8,24 @@ use crate::model::unet::UnetConfig;
 /// How the transformers compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Layout {
-    /// `linear` on [b, tokens, channels] and `scaled_dot_product_attention`: what coremltools makes of diffusers' own UNet.
+    /// `linear` on [b, tokens, channels] and `scaled_dot_product_attention`: what coremltools makes
+    /// of diffusers' own UNet.
     #[default]
     Linear,
-    /// 1x1 convolutions on [b, channels, 1, tokens] and attention head by head: what Apple runs on the Neural Engine
-    /// (apple/ml-stable-diffusion, `SPLIT_EINSUM`).
+    /// 1x1 convolutions on [b, channels, 1, tokens] and attention head by head: what Apple runs on
+    /// the Neural Engine (apple/ml-stable-diffusion, `SPLIT_EINSUM`).
     SplitEinsum,
 }
 
 /// How the program's inputs look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Io {
-    /// As diffusers' UNet takes them: `encoder_hidden_states` [b, tokens, channels]; `timestep` and `time_ids` in fp32.
+    /// As diffusers' UNet takes them: `encoder_hidden_states` [b, tokens, channels]; `timestep` and
+    /// `time_ids` in fp32.
     #[default]
     Diffusers,
-    /// As Apple's Swift pipeline gives them: `encoder_hidden_states` [b, channels, 1, tokens]; all in fp16.
+    /// As Apple's Swift pipeline gives them: `encoder_hidden_states` [b, channels, 1, tokens]; all
+    /// in fp16.
     Apple,
 }
 
@@ -66,7 +69,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// The options for a UNet at the size that it was made for: both samples of guidance in one call, 77 tokens.
+    /// The options for a UNet at the size that it was made for: both samples of guidance in one
+    /// call, 77 tokens.
     pub fn new(config: &UnetConfig) -> Self {
         Options {
             layout: Layout::default(),
@@ -80,7 +84,8 @@ impl Options {
         }
     }
 
-    /// The width of the pooled text, which is what the time ids leave of `projection_class_embeddings_input_dim`.
+    /// The width of the pooled text, which is what the time ids leave of
+    /// `projection_class_embeddings_input_dim`.
     ///
     /// # Errors
     /// [`Error::Argument`] if a size is out of range, or does not fit the architecture.
@@ -108,7 +113,8 @@ impl Options {
     }
 }
 
-/// A refiner has one text encoder, whose states and pooled text are of the same width; it takes 5 numbers. Others take 6.
+/// A refiner has one text encoder, whose states and pooled text are of the same width; it takes 5
+/// numbers. Others take 6.
 fn default_time_ids(config: &UnetConfig) -> i64 {
     let of_refiner = config.projection_class_embeddings_input_dim - 5 * config.addition_time_embed_dim;
     if of_refiner == config.cross_attention_dim { 5 } else { 6 }

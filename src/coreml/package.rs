@@ -5,7 +5,7 @@ use std::path::Path;
 
 use prost::Message;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::blob::{BlobFile, BlobWriter};
 use super::description::feature;
@@ -15,11 +15,10 @@ use super::options::Options;
 use super::program::{ProgramBuilder, declared};
 use super::proto::mil_spec::{Block, Function, Operation, Program};
 use super::proto::specification::{Metadata, Model, ModelDescription, model};
-use super::weights::UnetWeights;
 use crate::digest;
 use crate::error::{Error, Result};
-use crate::model::unet::UnetChain;
 use crate::output::NewFolder;
+use crate::pipeline::UnetWeights;
 use crate::progress::Progress;
 
 /// The specification of iOS 18 and macOS 15.
@@ -55,20 +54,15 @@ pub struct WrittenPackage {
     pub compressed: usize,
 }
 
-/// Writes the UNet `chain` with `weights` as the new package `out`, whose name ends in `.mlpackage`.
+/// Writes the UNet of `weights` as the new package `out`, whose name ends in `.mlpackage`.
 ///
 /// Weights go from their file to the package one at a time. The same input gives the same bytes.
 ///
 /// # Errors
-/// [`Error::Argument`] if `out` is there already or an option does not fit the UNet; if a weight cannot be read; [`Error::Write`]. Then
-/// there is no package.
-pub fn write(
-    chain: &UnetChain,
-    weights: UnetWeights,
-    options: &Options,
-    out: &Path,
-    progress: &dyn Progress,
-) -> Result<WrittenPackage> {
+/// [`Error::Argument`] if `out` is there already or an option does not fit the UNet; if a weight
+/// cannot be read; [`Error::Write`]. Then there is no package.
+pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
+    let chain = weights.chain()?;
     if out.extension() != Some("mlpackage".as_ref()) {
         return Err(Error::Argument(format!("{}: a Core ML package's name ends in .mlpackage", out.display())));
     }
@@ -79,7 +73,7 @@ pub fn write(
     std::fs::create_dir_all(&weights_folder).map_err(Error::write(out))?;
     let blobs = BlobWriter::create(&weights_folder.join(manifest::BLOBS))?;
 
-    let Lowered { program, inputs, output } = lower(chain, weights, options, ProgramBuilder::new(blobs), progress)?;
+    let Lowered { program, inputs, output } = lower(&chain, weights, options, ProgramBuilder::new(blobs), progress)?;
     let (operations, blobs) = program.into_parts();
     let blobs = blobs.finish()?;
     let mut written = WrittenPackage {
@@ -91,7 +85,7 @@ pub fn write(
         compressed: operations.iter().filter(|op| is_dense_weight(op)).count(),
     };
     let description = ModelDescription {
-        metadata: Some(metadata(weights, options, &blobs)?),
+        metadata: Some(metadata(weights, options, &blobs)),
         input: inputs.iter().map(feature).collect(),
         output: vec![feature(&output)],
     };
@@ -114,9 +108,8 @@ pub fn write(
         r#type: Some(model::Type::MlProgram(program)),
     };
     let hash = digest::of_bytes(&model.encode_to_vec());
-    if let Some(metadata) = model.description.as_mut().and_then(|description| description.metadata.as_mut()) {
-        metadata.user_defined.insert(MODEL_HASH.to_owned(), hash);
-    }
+    let metadata = model.description.as_mut().and_then(|description| description.metadata.as_mut());
+    metadata.expect("both were set above").user_defined.insert(MODEL_HASH.to_owned(), hash);
     let model = model.encode_to_vec();
     let manifest = manifest(&model);
     let put = |path: &Path, bytes: &[u8]| std::fs::write(path, bytes).map_err(Error::write(path));
@@ -134,7 +127,7 @@ fn is_dense_weight(operation: &Operation) -> bool {
 }
 
 /// The package's own fields.
-fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result<Metadata> {
+fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Metadata {
     let text = |value: &Value| value.to_string();
     let mut user_defined = BTreeMap::from([
         (WEIGHTS_HASH.to_owned(), blobs.sha256.clone()),
@@ -142,12 +135,8 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result
         ("sdxl-squeeze.io".to_owned(), options.io.to_string()),
     ]);
     let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
-    let mut sizes = json!({ "weight_bin_bytes": blobs.bytes });
-    let config = match weights {
-        UnetWeights::Container(container) => container.info().unet_config.clone(),
-        UnetWeights::Dense { config, .. } => config.clone(),
-    };
-    user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(config)));
+    let mut sizes = Map::from_iter([("weight_bin_bytes".to_owned(), json!(blobs.bytes))]);
+    user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(weights.config().clone())));
     if let UnetWeights::Container(container) = weights {
         let layers: Vec<_> = container.layers().collect();
         let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();
@@ -155,23 +144,22 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Result
         let share = |part: f64| if elements == 0 { 0.0 } else { part / elements as f64 };
         let (sparsity, bits) = (1.0 - share(kept as f64), share(8.0 * bytes as f64));
         about = format!("{about}. {:.1} % of its weights are zero; {bits:.2} bits a weight", 100.0 * sparsity);
-        if let (Some(sizes), true) = (sizes.as_object_mut(), elements > 0) {
+        if elements > 0 {
             sizes.insert("compressed_weights".into(), json!(layers.len()));
             sizes.insert("compressed_elements".into(), json!(elements));
             sizes.insert("sparsity".into(), json!(sparsity));
             sizes.insert("bits_per_weight".into(), json!(bits));
         }
-        let sources = serde_json::to_value(&container.info().sources)
-            .map_err(|why| Error::Argument(format!("the container's sources: {why}")))?;
+        let sources = json!(container.info().sources);
         user_defined.insert("sdxl-squeeze.recipe".to_owned(), text(&container.info().recipe));
         user_defined.insert("sdxl-squeeze.sources".to_owned(), text(&sources));
     }
-    user_defined.insert("sdxl-squeeze.sizes".to_owned(), text(&sizes));
-    Ok(Metadata {
+    user_defined.insert("sdxl-squeeze.sizes".to_owned(), text(&Value::Object(sizes)));
+    Metadata {
         short_description: about,
         version_string: format!("{MAKER} {}", env!("CARGO_PKG_VERSION")),
         author: options.author.clone(),
         license: options.license.clone(),
         user_defined,
-    })
+    }
 }

@@ -28,6 +28,16 @@ impl Var {
     pub fn shape(&self) -> &[u64] {
         &self.operand.array.shape
     }
+
+    /// The shape of a value that must have N dimensions.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] naming `layer`, which was given the value, if it has another number of
+    /// them.
+    pub fn dims<const N: usize>(&self, layer: &str) -> Result<[u64; N]> {
+        let shape = self.shape();
+        shape.try_into().map_err(|_| Error::internal(format!("`{layer}` is given {shape:?}, not {N} dimensions")))
+    }
 }
 
 /// What an operation's parameter is given.
@@ -52,7 +62,8 @@ impl From<Literal> for Arg<'_> {
     }
 }
 
-/// The operations so far, in the order in which they run, and the blob file that their constants go to.
+/// The operations so far, in the order in which they run, and the blob file that their constants go
+/// to.
 #[derive(Debug)]
 pub(super) struct ProgramBuilder {
     blobs: BlobWriter,
@@ -81,12 +92,12 @@ impl ProgramBuilder {
     /// An operation with one output, which has its name.
     ///
     /// # Errors
-    /// [`Error::Failed`] if its parameters do not fit together; [`Error::Write`].
+    /// [`Error::Internal`] if its parameters do not fit together; [`Error::Write`].
     pub fn op(&mut self, kind: &str, name: &str, parameters: &[(&'static str, Arg)]) -> Result<Var> {
         let mut outputs = self.ops(kind, name, parameters)?;
         match (outputs.pop(), outputs.pop()) {
             (Some(output), None) => Ok(output),
-            _ => Err(Error::Failed(format!("`{name}` ({kind}) has several outputs"))),
+            _ => Err(Error::internal(format!("`{name}` ({kind}) does not have one output"))),
         }
     }
 
@@ -117,7 +128,7 @@ impl ProgramBuilder {
             given.push((parameter, operands));
         }
         let operands = Operands(given.iter().map(|(name, operands)| (*name, operands.iter().collect())).collect());
-        let types = infer(kind, &operands).map_err(|problem| Error::Failed(format!("`{name}` ({kind}): {problem}")))?;
+        let types = infer(kind, &operands).map_err(|problem| Error::internal(format!("`{name}` ({kind}): {problem}")))?;
         let several = types.len() > 1;
         let constant = kind.starts_with("constexpr_");
         let outputs: Vec<Var> = types
@@ -164,10 +175,11 @@ impl ProgramBuilder {
         Ok(var)
     }
 
-    /// Where the packed elements of an array lie: in the program if they are few, in the blob file otherwise.
+    /// Where the packed elements of an array lie: in the program if they are few, in the blob file
+    /// otherwise.
     ///
     /// # Errors
-    /// [`Error::Failed`] if the bytes are not the array's; [`Error::Write`].
+    /// [`Error::Internal`] if the bytes are not the array's; [`Error::Write`].
     pub fn data(&mut self, array: &ArrayType, bytes: &[u8]) -> Result<Value> {
         if array.numel().is_some_and(|numel| numel < BLOB_FROM) {
             return Ok(immediate_bytes(array, bytes));

@@ -1,62 +1,19 @@
-//! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's constant expressions.
-
-use half::f16;
-use serde_json::{Map, Value};
-use tch::{Device, Kind};
+//! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's
+//! constant expressions.
 
 use super::element::{ArrayType, Element};
 use super::lut::Lut;
 use super::program::{Arg, ProgramBuilder, Var};
-use crate::checkpoint::{TensorSource, Weights};
-use crate::container::{CompressedWeight, Container, Values};
-use crate::device::Placement;
+use crate::container::{CompressedWeight, Values};
 use crate::error::{Error, Result};
+use crate::pipeline::StoredTensor;
 
-/// Where a package's weights come from. They are read one at a time.
-#[derive(Debug, Clone, Copy)]
-pub enum UnetWeights<'a> {
-    /// A container: its compressed weights stay compressed, bit for bit.
-    Container(&'a Container),
-    /// A model's dense weights, in fp16.
-    Dense {
-        /// The weights.
-        weights: &'a Weights,
-        /// The UNet's `config.json`, which the package will have in it.
-        config: &'a Map<String, Value>,
-    },
-}
-
-/// A tensor as it is stored.
-#[derive(Debug)]
-pub(super) enum Stored {
-    Dense(Vec<f16>),
-    Compressed(CompressedWeight),
-}
-
-impl UnetWeights<'_> {
-    /// Reads the tensor `name` of `shape`.
-    pub(super) fn read(&self, name: &str, shape: &[i64]) -> Result<Stored> {
-        const AS_STORED: Placement = Placement { device: Device::Cpu, kind: Kind::Half };
-        let dense = match self {
-            UnetWeights::Container(container) if container.is_compressed(name) => {
-                return Ok(Stored::Compressed(container.weight(name)?));
-            }
-            UnetWeights::Container(container) => container.source(AS_STORED).tensor(name, shape)?,
-            UnetWeights::Dense { weights, .. } => weights.source(AS_STORED).tensor(name, shape)?,
-        };
-        let values = Vec::<f16>::try_from(&dense.f_flatten(0, -1)?)?;
-        if !values.iter().all(|value| value.is_finite()) {
-            return Err(Error::NotFinite(format!("`{name}` has values that are not finite in fp16")));
-        }
-        Ok(Stored::Dense(values))
-    }
-}
-
-/// Adds a tensor to the program as the constant `name` of `shape`, which may have more dimensions of 1 than the tensor.
-pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: Stored) -> Result<Var> {
+/// Adds a tensor to the program as the constant `name` of `shape`, which may have more dimensions
+/// of 1 than the tensor.
+pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: StoredTensor) -> Result<Var> {
     let weight = match stored {
-        Stored::Dense(values) => return program.halves(name, shape, &values),
-        Stored::Compressed(weight) => weight,
+        StoredTensor::Dense(values) => return program.halves(name, shape, &values),
+        StoredTensor::Compressed(weight) => weight,
     };
     let CompressedWeight { mask, values, .. } = &weight;
     let flat = |element, length: usize| ArrayType::new(element, [length as u64]);
@@ -96,7 +53,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             ];
             let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
             let [mask, values] = &sparse[..] else {
-                return Err(Error::Failed(format!("`{name}` did not become a mask and values")));
+                return Err(Error::internal(format!("`{name}` did not become a mask and values")));
             };
             program.op("constexpr_sparse_to_dense", name, &[("mask", mask.into()), ("nonzero_data", values.into())])
         }

@@ -1,29 +1,33 @@
 //! Dense weights with coremltools' compression buffers, for those who convert in Python.
 //!
-//! coremltools stores neither mask nor indices in a torch model: it finds them again when it converts, from the dense weight and the buffers
-//! `_COREML_/weight/compression_type` and `_COREML_/weight/lut` of each layer (`optimize/torch/_utils/metadata_utils.py`,
-//! `converters/mil/frontend/torch/converter.py`). In a pruned weight it takes everything up to 2^-10 for pruned, whatever the palette says.
+//! coremltools stores neither mask nor indices in a torch model: it finds them again when it
+//! converts, from the dense weight and the buffers `_COREML_/weight/compression_type` and
+//! `_COREML_/weight/lut` of each layer (`optimize/torch/_utils/metadata_utils.py`,
+//! `converters/mil/frontend/torch/converter.py`). In a pruned weight it takes everything up to
+//! 2^-10 for pruned, whatever the palette says.
 
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
 use half::f16;
-use serde_json::json;
-use tch::{Device, Kind};
+use safetensors::Dtype;
+use serde_json::{Map, Value};
 
-use crate::checkpoint::{TensorSource, TensorSpec};
-use crate::container::{CompressedWeight, Container, Values};
+use crate::checkpoint::TensorSpec;
+use crate::container::{CompressedWeight, Values};
 use crate::coreml::Lut;
-use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::output::write_file;
+use crate::pipeline::{StoredTensor, UnetWeights};
 use crate::progress::{Progress, Task};
+use crate::safetensors_file::Header;
 
 /// The largest weight that coremltools drops: fp16's epsilon, 2^-10.
 const DROPPED: f32 = 0.000_976_562_5;
 
-/// What to do with weights that coremltools would drop: kept, not zero, and at most 2^-10 in a pruned layer.
+/// What to do with weights that coremltools would drop: kept, not zero, and at most 2^-10 in a
+/// pruned layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SmallWeights {
     /// Name the layers, and write nothing.
@@ -42,46 +46,43 @@ pub struct Moved {
     pub elements: u64,
 }
 
-/// Writes the UNet's dense weights, in fp16, and the buffers to the safetensors file `path`. Weights are decoded one at a time.
+/// Writes the UNet's dense weights, in fp16, and the buffers to the safetensors file `path`.
+/// Weights are decoded one at a time.
 ///
 /// # Errors
-/// [`Error::Argument`] naming the weights of which coremltools would drop some, if they are not to be moved; if a weight cannot be read, or
-/// the file cannot be written.
-pub fn coremltools(container: &Container, path: &Path, small: SmallWeights, progress: &dyn Progress) -> Result<Vec<Moved>> {
-    let tensors = container.unet()?.tensors()?;
-    let task = Task::begin(progress, "looking for small weights", "weights", container.layers().len());
-    let (mut buffers, mut moved) = (BTreeMap::new(), Vec::new());
-    for layer in container.layers() {
-        task.advance(&layer.name);
-        let weight = container.weight(&layer.name)?;
-        let elements = match &weight.mask {
-            Some(_) => weight.decode()?.iter().filter(|value| is_dropped(**value)).count() as u64,
-            None => 0,
-        };
-        if elements > 0 {
-            moved.push(Moved { name: layer.name.clone(), elements });
+/// [`Error::Argument`] naming the weights of which coremltools would drop some, if they are not to
+/// be moved; if a weight cannot be read, or the file cannot be written.
+pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progress: &dyn Progress) -> Result<Vec<Moved>> {
+    let tensors = weights.chain()?.tensors()?;
+    let compressed = || tensors.iter().filter(|tensor| weights.is_compressed(&tensor.name));
+    let task = Task::begin(progress, "looking for small weights", "weights", compressed().count());
+    let mut buffers = BTreeMap::new();
+    for TensorSpec { name, shape } in compressed() {
+        task.advance(name);
+        if let StoredTensor::Compressed(weight) = weights.read(name, shape)? {
+            buffers.insert(name.clone(), Buffers::of(&weight)?);
         }
-        buffers.insert(layer.name, Buffers::of(&weight)?);
     }
     drop(task);
+    let moved = buffers.iter().filter(|(_, buffers)| buffers.small > 0);
+    let moved: Vec<Moved> = moved.map(|(name, buffers)| Moved { name: name.clone(), elements: buffers.small }).collect();
     if small == SmallWeights::Refuse && !moved.is_empty() {
         return Err(refusal(&moved));
     }
-    let header = header(container, &tensors, &buffers)?;
+    let header = header(weights.config(), &tensors, &buffers)?;
     let task = Task::begin(progress, "decoding", "tensors", tensors.len());
     let mut failed = None;
     let written = write_file(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         buffers.values().try_for_each(|buffers| buffers.write_types(out))?;
         out.write_all(&1i64.to_le_bytes())?;
         for buffers in buffers.values() {
             write_halves(out, buffers.lut.iter().flat_map(|lut| &lut.entries).copied().map(|entry| buffers.adjust(entry)))?;
         }
-        for tensor in &tensors {
-            task.advance(&tensor.name);
-            match read(container, tensor) {
-                Ok(values) => match buffers.get(&tensor.name) {
+        for TensorSpec { name, shape } in &tensors {
+            task.advance(name);
+            match weights.decode(name, shape) {
+                Ok(values) => match buffers.get(name) {
                     Some(buffers) => write_halves(out, values.into_iter().map(|value| buffers.adjust(value)))?,
                     None => write_halves(out, values.into_iter())?,
                 },
@@ -104,24 +105,30 @@ fn is_dropped(value: f16) -> bool {
     value != f16::ZERO && value.to_f32().abs() <= DROPPED
 }
 
-/// What belongs to a compressed weight.
+/// The compression buffers of one weight.
 struct Buffers {
-    /// 1 pruned, 2 palettized, in this order.
+    /// The compressions: 1 pruned, 2 palettized, in this order.
     types: Vec<i64>,
     lut: Option<Lut>,
-    lut_shape: Vec<u64>,
+    lut_shape: Vec<i64>,
+    /// The number of elements that coremltools would drop.
+    small: u64,
 }
 
 impl Buffers {
     fn of(weight: &CompressedWeight) -> Result<Self> {
+        let small = match &weight.mask {
+            Some(_) => weight.decode()?.iter().filter(|value| is_dropped(**value)).count() as u64,
+            None => 0,
+        };
         let mut types: Vec<i64> = weight.mask.iter().map(|_| 1).collect();
         let Values::Palettized { bits, .. } = &weight.values else {
-            return Ok(Buffers { types, lut: None, lut_shape: Vec::new() });
+            return Ok(Buffers { types, lut: None, lut_shape: Vec::new(), small });
         };
         types.push(2);
         let lut = Lut::of(weight)?;
-        let lut_shape = lut.array(*bits, weight.shape.len()).shape;
-        Ok(Buffers { types, lut: Some(lut), lut_shape })
+        let lut_shape = lut.array(*bits, weight.shape.len()).shape.iter().map(|n| *n as i64).collect();
+        Ok(Buffers { types, lut: Some(lut), lut_shape, small })
     }
 
     /// Where anything is pruned, moves a value above what coremltools drops.
@@ -135,40 +142,27 @@ impl Buffers {
     }
 }
 
-/// The safetensors header: the numbers of types first, which are aligned to 8 bytes, then look-up tables, then weights.
-fn header(container: &Container, tensors: &[TensorSpec], buffers: &BTreeMap<String, Buffers>) -> Result<Vec<u8>> {
-    let mut end = 0;
-    let mut entries = serde_json::Map::new();
-    let mut place = |name: String, dtype: &str, shape: Vec<u64>, width: u64| {
-        let start = end;
-        end += width * shape.iter().product::<u64>();
-        entries.insert(name, json!({ "data_offsets": [start, end], "dtype": dtype, "shape": shape }));
+/// The safetensors header: the compression types first, whose elements have 8 bytes, then look-up
+/// tables, then weights.
+fn header(config: &Map<String, Value>, tensors: &[TensorSpec], buffers: &BTreeMap<String, Buffers>) -> Result<Vec<u8>> {
+    let config = Value::Object(config.clone()).to_string();
+    let mut header = Header::new(&BTreeMap::from([("format".into(), "pt".into()), ("unet_config".into(), config)]));
+    let mut push = |name: &str, dtype: Dtype, shape: &[i64]| {
+        let elements: i64 = shape.iter().product();
+        header.push(name, dtype, shape, elements as u64 * (dtype.bitsize() / 8) as u64);
     };
     let buffer = |weight: &str, key: &str| format!("{}._COREML_/weight/{key}", weight.trim_end_matches(".weight"));
     for (name, buffers) in buffers {
-        place(buffer(name, "compression_type"), "I64", vec![buffers.types.len() as u64], 8);
+        push(&buffer(name, "compression_type"), Dtype::I64, &[buffers.types.len() as i64]);
     }
-    place("_COREML_/metadata_version".to_owned(), "I64", Vec::new(), 8);
+    push("_COREML_/metadata_version", Dtype::I64, &[]);
     for (name, buffers) in buffers.iter().filter(|(_, buffers)| buffers.lut.is_some()) {
-        place(buffer(name, "lut"), "F16", buffers.lut_shape.clone(), 2);
+        push(&buffer(name, "lut"), Dtype::F16, &buffers.lut_shape);
     }
-    for tensor in tensors {
-        place(tensor.name.clone(), "F16", tensor.shape.iter().map(|n| *n as u64).collect(), 2);
+    for TensorSpec { name, shape } in tensors {
+        push(name, Dtype::F16, shape);
     }
-    let config = serde_json::Value::Object(container.info().unet_config.clone()).to_string();
-    entries.insert("__metadata__".to_owned(), json!({ "format": "pt", "unet_config": config }));
-    let mut header =
-        serde_json::to_vec(&entries).map_err(|why| Error::Argument(format!("the header cannot be written: {why}")))?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    Ok(header)
-}
-
-fn read(container: &Container, tensor: &TensorSpec) -> Result<Vec<f16>> {
-    if container.is_compressed(&tensor.name) {
-        return container.decode(&tensor.name);
-    }
-    let source = container.source(Placement { device: Device::Cpu, kind: Kind::Half });
-    Ok(Vec::try_from(&source.tensor(&tensor.name, &tensor.shape)?.f_flatten(0, -1)?)?)
+    header.to_bytes()
 }
 
 fn write_halves(out: &mut dyn Write, values: impl Iterator<Item = f16>) -> std::io::Result<()> {

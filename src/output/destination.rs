@@ -20,7 +20,8 @@ pub(super) enum Destination {
 /// What is written to as it is.
 #[derive(Debug)]
 pub(super) enum Stream {
-    /// The program's own standard output. It is not opened anew: two openings of one file overwrite each other.
+    /// The program's own standard output. It is not opened anew: two openings of one file overwrite
+    /// each other.
     StandardOutput,
     /// A device, a pipe or an open descriptor.
     At(PathBuf),
@@ -85,7 +86,8 @@ fn open(path: &Path) -> io::Result<File> {
 /// What is at the end of a path.
 enum End {
     Absent,
-    /// A descriptor that this program has open, under one of the names that the system has for those.
+    /// A descriptor that this program has open, under one of the names that the system has for
+    /// those.
     Descriptor,
     There(FileType),
 }
@@ -122,8 +124,8 @@ fn follow(path: &Path) -> io::Result<(PathBuf, End)> {
     Err(io::Error::new(ErrorKind::InvalidInput, "more links than can be followed"))
 }
 
-/// The number of the descriptor that `link` stands for: Linux has them as links in `/proc/self/fd`, which lead to the files'
-/// names.
+/// The number of the descriptor that `link` stands for: Linux has them as links in `/proc/self/fd`,
+/// which lead to the files' names.
 fn descriptor_of(link: &Path) -> Option<u32> {
     let own = Path::new("/proc/self/fd").canonicalize().ok()?;
     let folder = parent(link).canonicalize().ok()?;
@@ -133,7 +135,8 @@ fn descriptor_of(link: &Path) -> Option<u32> {
     link.file_name()?.to_str()?.parse().ok()
 }
 
-/// Whether something takes bytes one after another and keeps its name: a device such as a terminal, or a pipe.
+/// Whether something takes bytes one after another and keeps its name: a device such as a terminal,
+/// or a pipe.
 fn is_stream(kind: FileType) -> bool {
     #[cfg(unix)]
     {

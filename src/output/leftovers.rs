@@ -1,7 +1,8 @@
 //! Temporary siblings of an output, and what killed runs left of them.
 //!
-//! The sibling of `NAME` is `.NAME.partial-XXXXXX`, and locked while its run lives. The system takes the lock away when a process
-//! ends, however it ends: so a sibling that can be locked belongs to nobody any more.
+//! The sibling of `NAME` is `.NAME.partial-XXXXXX`, and locked while its run lives. The system
+//! takes the lock away when a process ends, however it ends: so a sibling that can be locked
+//! belongs to nobody any more.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
@@ -16,8 +17,8 @@ use super::parent;
 const RANDOM: usize = 6;
 /// The longest name of a file.
 const LONGEST: usize = 255;
-/// Another run may take a sibling for a leftover between its making and its locking; then another is made. More often than this
-/// that is no accident.
+/// Another run may take a sibling for a leftover between its making and its locking; then another
+/// is made. More often than this that is no accident.
 const ATTEMPTS: usize = 100;
 
 /// Makes a temporary sibling of the file `target` and locks it.
@@ -38,7 +39,8 @@ pub(super) fn new_folder(target: &Path) -> io::Result<(TempDir, File)> {
     })
 }
 
-/// Removes the siblings of `target` whose runs have ended. What cannot be removed stays: it is in nobody's way.
+/// Removes the siblings of `target` whose runs have ended. What cannot be removed stays: it is in
+/// nobody's way.
 pub(super) fn remove(target: &Path) {
     let prefix = prefix(target);
     let Ok(entries) = std::fs::read_dir(parent(target)) else { return };
@@ -86,7 +88,8 @@ fn remove_if_dead(path: &Path) -> io::Result<bool> {
         options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
     }
     let opened = options.open(path)?;
-    // It is removed with its lock held, so that a run which has only just made it sees that it is gone.
+    // It is removed with its lock held, so that a run which has only just made it sees that it is
+    // gone.
     if opened.try_lock().is_err() || !is_at(&opened, path)? {
         return Ok(false);
     }
@@ -117,7 +120,8 @@ fn is_at(opened: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// What the names of `target`'s siblings begin with. Of a name that is too long for more, its beginning is taken.
+/// What the names of `target`'s siblings begin with. Of a name that is too long for more, its
+/// beginning is taken.
 fn prefix(target: &Path) -> OsString {
     const PARTIAL: &str = ".partial-";
     let name = target.file_name().unwrap_or_default();
@@ -137,7 +141,7 @@ fn beginning(name: &OsStr, bytes: usize) -> PathBuf {
         .map(|(start, character)| start + character.len_utf8())
         .take_while(|end| *end <= bytes)
         .last()
-        .map_or(PathBuf::new(), |end| text.get(..end).unwrap_or_default().into())
+        .map_or(PathBuf::new(), |end| text[..end].into())
 }
 
 fn is_sibling(name: &OsStr, prefix: &OsStr) -> bool {

@@ -12,7 +12,8 @@ use crate::model::text::{ClipText, ClipTokenizer, TextConfig};
 use crate::model::unet::{UnetChain, UnetConfig};
 use crate::model::vae::{VaeConfig, VaeDecoder};
 
-/// A pipeline in diffusers layout: `model_index.json` and a folder for each part. Opening it reads configs only.
+/// A pipeline in diffusers layout: `model_index.json` and a folder for each part. Opening it reads
+/// configs only.
 #[derive(Debug)]
 pub struct PipelineFolder {
     root: PathBuf,
@@ -48,7 +49,8 @@ impl PipelineFolder {
     /// Reads the configs of the pipeline in `root`, and checks that its parts fit together.
     ///
     /// # Errors
-    /// If `root` is not a folder, or a config cannot be read or asks for something that is not implemented.
+    /// If `root` is not a folder, or a config cannot be read or asks for something that is not
+    /// implemented.
     pub fn open(root: &Path) -> Result<Self> {
         if root.is_file() {
             let problem = "is a file; --model takes a folder in diffusers layout (single-file checkpoints are not read yet)";
@@ -192,14 +194,16 @@ impl PipelineFolder {
     pub fn text_weights(&self, part: &TextPart) -> Result<Weights> {
         let weights = Weights::open(&self.root.join(part.encoder), "model", ClipText::rename)?;
         let pools = part.config.projection_dim.is_some();
-        // An encoder without a projection may come with its final norm, or a projection, that nothing reads.
+        // An encoder without a projection may come with its final norm, or a projection, that
+        // nothing reads.
         weights.check(&ClipText::tensors(&part.config)?, |name| {
             ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
         })?;
         Ok(weights)
     }
 
-    /// The files that decide what a prompt becomes: text encoders, tokenizers, configs and the scheduler's, each with its hash, by name.
+    /// The files that decide what a prompt becomes: text encoders, tokenizers, configs and the
+    /// scheduler's, each with its hash, by name.
     ///
     /// # Errors
     /// If one cannot be read.
@@ -214,14 +218,17 @@ impl PipelineFolder {
             }
         }
         paths.sort();
-        let name = |path: &Path| path.strip_prefix(&self.root).unwrap_or(path).to_string_lossy().into_owned();
+        let name = |path: &Path| {
+            path.strip_prefix(&self.root).expect("every path was joined to the root").to_string_lossy().into_owned()
+        };
         paths.iter().map(|path| SourceFile::read(path, name(path))).collect()
     }
 
     /// A part's tokenizer.
     ///
     /// # Errors
-    /// If it cannot be read, or makes more ids than the encoder has positions, or ids that it has no embedding for.
+    /// If it cannot be read, or makes more ids than the encoder has positions, or ids that it has
+    /// no embedding for.
     pub fn tokenizer(&self, part: &TextPart) -> Result<ClipTokenizer> {
         let folder = self.root.join(part.tokenizer);
         let tokenizer = ClipTokenizer::open(&folder)?;
@@ -242,7 +249,8 @@ impl PipelineFolder {
 /// Where the UNet's config lies in a pipeline.
 const UNET_CONFIG: &str = "unet/config.json";
 
-/// Takes a component's entry, `[library, class]`; `[null, null]`, `null` and absence mean that it is not there.
+/// Takes a component's entry, `[library, class]`; `[null, null]`, `null` and absence mean that it
+/// is not there.
 fn component(index: &mut ConfigFile, key: &str, known: &[&str]) -> Result<bool> {
     let Some(entry) = index.optional::<Value>(key)? else { return Ok(false) };
     match entry.get(1) {

@@ -7,11 +7,12 @@ use tch::{Kind, Tensor};
 use super::folder::PipelineFolder;
 use super::prompt::{Guidance, PromptEncoder, noise};
 use super::sampling::sample;
+use super::unet_weights::UnetWeights;
 use crate::checkpoint::TensorSource;
-use crate::config::check_prompt;
 use crate::container::Container;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::input::check_prompt;
 use crate::model::scheduler::SchedulerConfig;
 use crate::model::unet::Unet;
 use crate::model::vae::VaeDecoder;
@@ -23,7 +24,8 @@ use crate::progress::{Progress, Task};
 pub struct GenerateRequest {
     /// What to draw.
     pub prompt: String,
-    /// What not to draw; `None` is what the pipeline's config says, `Some("")` is the encoded empty text.
+    /// What not to draw; `None` is what the pipeline's config says, `Some("")` is the encoded empty
+    /// text.
     pub negative_prompt: Option<String>,
     /// The noise's seed.
     pub seed: u64,
@@ -56,13 +58,16 @@ pub struct Generated {
     pub scheduler: String,
 }
 
-/// Checks a request against a pipeline, before anything is loaded: the size in pixels and the sampler.
+/// Checks a request against a pipeline, before anything is loaded: the size in pixels and the
+/// sampler.
 fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, i64), SchedulerConfig)> {
     if request.prompt.trim().is_empty() {
         return Err(Error::Argument("the prompt is empty".into()));
     }
     check_prompt("the prompt", &request.prompt)?;
-    check_prompt("the negative prompt", request.negative_prompt.as_deref().unwrap_or_default())?;
+    if let Some(negative) = &request.negative_prompt {
+        check_prompt("the negative prompt", negative)?;
+    }
     if !request.guidance.is_finite() {
         return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
     }
@@ -74,10 +79,12 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
     Ok((size, config))
 }
 
-/// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders, UNet, VAE.
+/// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders,
+/// UNet, VAE.
 ///
 /// # Errors
-/// [`Error::Argument`] for a request that cannot be honoured; otherwise if a part cannot be read or run.
+/// [`Error::Argument`] for a request that cannot be honoured; otherwise if a part cannot be read or
+/// run.
 pub fn generate(
     folder: &PipelineFolder,
     request: &GenerateRequest,
@@ -96,18 +103,19 @@ pub fn generate(
     };
 
     let latents = {
+        let weights;
         let open = if request.unverified { Container::open_unverified } else { Container::open };
         let container = request.unet.as_deref().map(open).transpose()?;
-        let weights = if container.is_none() { Some(folder.unet_weights()?) } else { None };
-        let source: Box<dyn TensorSource> = match (&container, &weights) {
-            (Some(container), _) => {
-                if container.unet()?.config() != folder.unet.config() {
-                    return Err(Error::bad_file(container.path(), "holds another architecture than the pipeline's UNet"));
-                }
-                Box::new(container.source(placement))
+        let source: Box<dyn TensorSource> = match &container {
+            Some(container) => {
+                let weights = UnetWeights::from(container);
+                weights.chain_of(folder)?;
+                Box::new(weights.source(placement))
             }
-            (None, Some(weights)) => Box::new(weights.source(placement)),
-            (None, None) => return Err(Error::Argument("there is no UNet".into())),
+            None => {
+                weights = folder.unet_weights()?;
+                Box::new(weights.source(placement))
+            }
         };
         let unet = if request.low_memory {
             Unet::one_at_a_time(folder.unet.clone(), source.as_ref())?
@@ -129,7 +137,8 @@ pub fn generate(
     Ok(Generated { latents, picture, size, scheduler: config.class().to_owned() })
 }
 
-/// Loads a pipeline's VAE decoder, in fp32 whatever the model's dtype: SDXL's VAE overflows in fp16.
+/// Loads a pipeline's VAE decoder, in fp32 whatever the model's dtype: SDXL's VAE overflows in
+/// fp16.
 ///
 /// # Errors
 /// If it cannot be read.

@@ -63,7 +63,7 @@ impl PromptEncoder {
             states.push(found.penultimate);
             pooled = found.pooled;
         }
-        let pooled = pooled.ok_or_else(|| Error::Argument("the last text encoder has no pooled projection".into()))?;
+        let pooled = pooled.ok_or_else(|| Error::internal("the last text encoder has no pooled projection"))?;
         Ok(PromptEmbedding { states: Tensor::f_cat(&states, -1)?, pooled })
     }
 

@@ -25,10 +25,11 @@ impl Predictor for Unet<'_> {
     }
 }
 
-/// Takes `noise` [1, c, h, w] through every timestep of `scheduler`: the final latents, of the same shape.
+/// Takes `noise` [1, c, h, w] through every timestep of `scheduler`: the final latents, of the same
+/// shape.
 ///
-/// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided prediction. `on_step` is given the
-/// latents after each step.
+/// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided
+/// prediction. `on_step` is given the latents after each step.
 ///
 /// # Errors
 /// If the UNet cannot run, `on_step` fails, or the latents become NaN or infinite.

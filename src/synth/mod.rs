@@ -1,4 +1,5 @@
-//! Writes whole pipelines with made-up weights, for tests and benchmarks at full size where no real model is at hand.
+//! Writes whole pipelines with made-up weights, for tests and benchmarks at full size where no real
+//! model is at hand.
 
 mod preset;
 mod statistics;
@@ -23,11 +24,11 @@ use crate::output::NewFolder;
 use crate::progress::{Progress, Task};
 use statistics::{Statistics, size_of_dtype};
 
-/// Writes the pipeline `preset` to the new folder `out`, in diffusers layout, with weights of `kind` made from `seed`. Tensors are
-/// made one at a time: memory is that of the largest.
+/// Writes the pipeline `preset` to the new folder `out`, in diffusers layout, with weights of
+/// `kind` made from `seed`. Tensors are made one at a time: memory is that of the largest.
 ///
-/// The tokenizers have the first 3,000 merges of CLIP's (those of the bundled model), as the whole vocabulary is not needed to
-/// exercise the encoders.
+/// The tokenizers have the first 3,000 merges of CLIP's (those of the bundled model), as the whole
+/// vocabulary is not needed to exercise the encoders.
 ///
 /// # Errors
 /// If `out` is there already, cannot be written, or `kind` is not a dtype that weights come in.
@@ -120,7 +121,7 @@ impl View for Lazy<'_> {
 
 /// A config that is about to be written, read as a model's.
 fn in_memory(config: &Value) -> Result<ConfigFile> {
-    let entries: Map<String, Value> = config.as_object().cloned().unwrap_or_default();
+    let entries: Map<String, Value> = config.as_object().cloned().expect("a preset's configs are JSON objects");
     Ok(ConfigFile::from_entries(Path::new("config.json"), entries))
 }
 
@@ -136,7 +137,8 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, format!("{value:#}\n")).map_err(Error::write(path))
 }
 
-/// The bundled model's vocabulary, CLIP's first 3,000 merges (MIT licence, see `models/emoji-sdxl/README.md`).
+/// The bundled model's vocabulary, CLIP's first 3,000 merges (MIT licence, see
+/// `models/emoji-sdxl/README.md`).
 fn write_tokenizer(folder: &Path, second: bool) -> Result<()> {
     let pad = if second { "!" } else { "<|endoftext|>" };
     let special = serde_json::json!({

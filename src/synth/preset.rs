@@ -59,11 +59,12 @@ impl Preset {
         Configs { model_index: model_index(base), scheduler: scheduler(), unet: self.unet(), vae: self.vae(), text }
     }
 
-    /// The architecture of its UNet, as a config.json for [`UnetConfig::parse`](crate::model::unet::UnetConfig::parse).
+    /// The architecture of its UNet, as a config.json for
+    /// [`UnetConfig::parse`](crate::model::unet::UnetConfig::parse).
     pub fn unet_config(self) -> ConfigFile {
         let entries = match self.unet() {
             Value::Object(entries) => entries,
-            _ => Default::default(),
+            other => unreachable!("a preset's config is a JSON object, not {other}"),
         };
         ConfigFile::from_entries("unet/config.json".as_ref(), entries)
     }
@@ -106,7 +107,7 @@ impl Preset {
     fn vae(self) -> Value {
         let (widths, layers, groups, size) = match self {
             Preset::Tiny => (json!([8, 16, 16, 16]), 1, 8, 64),
-            _ => (json!([128, 256, 512, 512]), 2, 32, 1024),
+            Preset::SdxlBase | Preset::SdxlRefiner => (json!([128, 256, 512, 512]), 2, 32, 1024),
         };
         json!({
             "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": widths,
@@ -161,7 +162,8 @@ fn text_encoder(folder: &'static str, act: &str, sizes: [i64; 4], projection: i6
         "text_encoder" => ("CLIPTextModel", "tokenizer"),
         _ => ("CLIPTextModelWithProjection", "tokenizer_2"),
     };
-    // The ids of the vocabulary that is written with it, the first 3,514 of CLIP's; the embedding has CLIP's 49,408 rows.
+    // The ids of the vocabulary that is written with it, the first 3,514 of CLIP's; the embedding
+    // has CLIP's 49,408 rows.
     let config = json!({
         "architectures": [class], "bos_token_id": 3512, "eos_token_id": 3513, "hidden_act": act, "hidden_size": width,
         "intermediate_size": inner, "layer_norm_eps": 1e-5, "max_position_embeddings": 77, "model_type": "clip_text_model",

@@ -6,7 +6,8 @@ use std::path::Path;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use sdxl_squeeze::config::{RunConfig, read_prompts};
-use sdxl_squeeze::container::{Container, verify};
+use sdxl_squeeze::container::Container;
+use sdxl_squeeze::pipeline::verify;
 
 use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
 

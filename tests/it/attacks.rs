@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use sdxl_squeeze::container::{Container, verify};
+use sdxl_squeeze::container::Container;
+use sdxl_squeeze::pipeline::verify;
 
 use crate::support::{copy, ended_with, repo, squeeze, squeezing, tiny};
 use crate::watched::{Ended, run};

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use safetensors::{Dtype, SafeTensors};
-use sdxl_squeeze::checkpoint::{SafetensorsFile, TensorSource, TensorSpec, Weights};
-use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Packed, SourceFile, verify};
+use sdxl_squeeze::checkpoint::{self, SafetensorsFile, TensorSource, TensorSpec, Weights};
+use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Packed, SourceFile};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{Unet, UnetChain, UnetConfig};
+use sdxl_squeeze::pipeline::{UnetWeights, verify};
 use sdxl_squeeze::progress::Silent;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -39,7 +40,7 @@ fn tensor_bits(tensor: &Tensor) -> Vec<u16> {
 fn a_container_from_python_decodes_to_what_python_says() {
     let container = Container::open(&golden()).unwrap();
     let decoded = SafetensorsFile::open(&repo("tests/golden/container/decoded.safetensors")).unwrap();
-    let source = container.source(AS_STORED);
+    let source = UnetWeights::from(&container).source(AS_STORED);
     for (name, entry) in decoded.entries() {
         let ours = source.tensor(name, &entry.shape).unwrap();
         assert_eq!(tensor_bits(&ours), bits(&halves(&decoded.read(name).unwrap())), "{name}");
@@ -88,7 +89,7 @@ fn rewrite(from: &Path, order: &Path, to: &Path) {
             Some(report) => writer.add_weight(name, &container.weight(name).unwrap(), report.clone()).unwrap(),
             None => {
                 let shape = &order.entries()[name].shape;
-                writer.add_tensor(name, &container.source(Placement::CPU).tensor(name, shape).unwrap()).unwrap();
+                writer.add_tensor(name, shape, &container.tensor(name).unwrap()).unwrap();
             }
         }
     }
@@ -151,7 +152,7 @@ fn squeeze_emoji(path: &Path) -> (UnetChain, BTreeMap<String, Vec<f16>>) {
             writer.add_weight(&name, &weight, json!({ "error": 0.5 })).unwrap();
             weight.decode().unwrap()
         } else {
-            writer.add_tensor(&name, &tensor).unwrap();
+            writer.add_tensor(&name, &shape, &checkpoint::halves(&tensor).unwrap()).unwrap();
             Vec::<f16>::try_from(&tensor.to_kind(Kind::Half).view([-1])).unwrap()
         };
         dense.insert(name, values);
@@ -184,11 +185,12 @@ fn a_unet_comes_back_from_its_container() {
     assert!(verification.sparsity > 0.2 && verification.bits_per_weight < 10.0);
 
     let container = Container::open(&path).unwrap();
-    let source = container.source(AS_STORED);
+    let source = UnetWeights::from(&container).source(AS_STORED);
     for TensorSpec { name, shape } in chain.tensors().unwrap() {
         assert_eq!(tensor_bits(&source.tensor(&name, &shape).unwrap()), bits(&dense[&name]), "{name}");
     }
-    Unet::resident(container.unet().unwrap(), container.source(Placement::CPU), &Silent).unwrap();
+    let weights = UnetWeights::from(&container);
+    Unet::resident(weights.chain().unwrap(), weights.source(Placement::CPU), &Silent).unwrap();
 
     // The same bytes again, whatever the number of threads; and nothing is left beside the file.
     let again = folder.path().join("again.safetensors");
@@ -214,8 +216,8 @@ fn a_container_of_another_architecture_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("some.safetensors");
     let mut writer = ContainerWriter::create(&path, emoji_info()).unwrap();
-    writer.add_values("conv_in.bias", &[7], &[f16::ONE; 7]).unwrap();
-    writer.add_values("surplus", &[7], &[f16::ONE; 7]).unwrap();
+    writer.add_tensor("conv_in.bias", &[7], &[f16::ONE; 7]).unwrap();
+    writer.add_tensor("surplus", &[7], &[f16::ONE; 7]).unwrap();
     writer.finish().unwrap();
     let error = verify(&path).unwrap_err();
     let message = error.to_string();
@@ -233,16 +235,16 @@ fn what_cannot_be_written_is_refused() {
     let weight = CompressedWeight::sparse(vec![1, 2], &[true, false], &[f16::ONE; 2]).unwrap();
     writer.add_weight("a.weight", &weight, Value::Null).unwrap();
     assert!(writer.add_weight("a.weight", &weight, Value::Null).is_err());
-    assert!(writer.add_values("a.weight", &[1], &[f16::ONE]).is_err());
-    assert!(writer.add_values("a.weight.mask", &[1], &[f16::ONE]).is_err());
-    assert!(writer.add_values("b", &[2], &[f16::ONE]).is_err());
-    assert!(writer.add_values("b", &[0], &[]).is_err());
-    assert!(writer.add_values("b", &[1], &[f16::NAN]).is_err());
-    assert!(writer.add_tensor("b", &Tensor::from_slice(&[70_000f32])).is_err());
-    assert!(writer.add_values("__metadata__", &[1], &[f16::ONE]).is_err());
+    assert!(writer.add_tensor("a.weight", &[1], &[f16::ONE]).is_err());
+    assert!(writer.add_tensor("a.weight.mask", &[1], &[f16::ONE]).is_err());
+    assert!(writer.add_tensor("b", &[2], &[f16::ONE]).is_err());
+    assert!(writer.add_tensor("b", &[0], &[]).is_err());
+    assert!(writer.add_tensor("b", &[1], &[f16::NAN]).is_err());
+    assert!(writer.add_tensor("b", &[1], &checkpoint::halves(&Tensor::from_slice(&[70_000f32])).unwrap()).is_err());
+    assert!(writer.add_tensor("__metadata__", &[1], &[f16::ONE]).is_err());
     let dense = CompressedWeight { mask: None, ..weight.clone() };
     assert!(writer.add_weight("c.weight", &dense, Value::Null).unwrap_err().to_string().contains("c.weight"));
-    writer.add_values("a.weight.scales", &[1], &[f16::ONE]).unwrap();
+    writer.add_tensor("a.weight.scales", &[1], &[f16::ONE]).unwrap();
     assert!(writer.finish().unwrap_err().to_string().contains("a.weight.scales"));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     assert!(ContainerWriter::create(&folder.path().join("no/such/x.safetensors"), emoji_info()).is_err());

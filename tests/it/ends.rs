@@ -6,7 +6,7 @@ use sdxl_squeeze::container::Container;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::Unet;
-use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, noise};
+use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, UnetWeights, noise};
 use sdxl_squeeze::progress::Silent;
 use tch::{Kind, Tensor};
 
@@ -57,7 +57,7 @@ fn the_joint_solver_sees_what_their_errors_do() {
         let container = Container::open(&out.join("unet.squeezed.safetensors")).unwrap();
         let names: Vec<String> = container.layers().map(|layer| layer.name).collect();
         assert!(names.len() == 6, "{names:?}");
-        let unet = Unet::resident(pipeline.unet.clone(), container.source(Placement::CPU), &Silent).unwrap();
+        let unet = Unet::resident(pipeline.unet.clone(), UnetWeights::from(&container).source(Placement::CPU), &Silent).unwrap();
         ((outputs(&unet) - &expected).norm() / expected.norm()).double_value(&[])
     };
     let joint = error("joint", &[]);

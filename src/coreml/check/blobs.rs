@@ -1,4 +1,5 @@
-//! Reads `weight.bin` once, from its beginning to its end, and keeps what there is to know of each record.
+//! Reads `weight.bin` once, from its beginning to its end, and keeps what there is to know of each
+//! record.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -8,6 +9,7 @@ use std::path::Path;
 use half::f16;
 use sha2::{Digest, Sha256};
 
+use crate::container::BIT_WIDTHS;
 use crate::coreml::blob::{SENTINEL, UNIT, VERSION};
 use crate::coreml::element::{ArrayType, Element};
 use crate::error::{Error, Result};
@@ -97,15 +99,15 @@ impl Walk<'_> {
 
     fn record(&mut self, offset: u64) -> Result<Record> {
         let what = format!("the record at {offset}");
-        let record = self.unit(&what)?;
-        let (sentinel, code) = (u32_at(&record, 0), u32_at(&record, 4));
-        let (bytes, start, unused_bits) = (u64_at(&record, 8), u64_at(&record, 16), u64_at(&record, 24));
+        let unit = self.unit(&what)?;
+        let (sentinel, code) = (u32_at(&unit, 0), u32_at(&unit, 4));
+        let (bytes, start, unused_bits) = (u64_at(&unit, 8), u64_at(&unit, 16), u64_at(&unit, 24));
         if sentinel != SENTINEL {
             return Err(self.wrong(format!("{what} begins with {sentinel:#x}, not {SENTINEL:#x}")));
         }
         let element = [Element::F16, Element::F32, Element::I32]
             .into_iter()
-            .chain([1, 2, 3, 4, 6, 8].map(Element::Unsigned))
+            .chain(BIT_WIDTHS.map(Element::Unsigned))
             .find(|element| element.blob_code() == Some(code));
         let Some(element) = element else { return Err(self.wrong(format!("{what} is of the unknown dtype {code}"))) };
         if start != offset + UNIT {
@@ -114,28 +116,28 @@ impl Walk<'_> {
         if unused_bits > 7 || (unused_bits > 0 && bytes == 0) {
             return Err(self.wrong(format!("{what} says that {unused_bits} bits are unused")));
         }
-        if record.iter().skip(32).any(|byte| *byte != 0) {
+        if unit.iter().skip(32).any(|byte| *byte != 0) {
             return Err(self.wrong(format!("{what} has reserved bytes that are not zero")));
         }
         if bytes > self.bytes - self.at {
             return Err(self.wrong(format!("{what} has {bytes} bytes of data, beyond the end of the file")));
         }
-        let mut found = Record { element, bytes, unused_bits, ones: 0, finite: true };
+        let mut record = Record { element, bytes, unused_bits, ones: 0, finite: true };
         let mut left = bytes;
         let mut block = vec![0; 1 << 16];
         let mut last = 0;
         while left > 0 {
             let length = left.min(block.len() as u64) as usize;
-            let Some(part) = block.get_mut(..length) else { break };
+            let part = &mut block[..length];
             self.fill(part)?;
-            found.look(part);
-            last = part.last().copied().unwrap_or(0);
+            record.add(part);
+            last = part[length - 1];
             left -= length as u64;
         }
         if unused_bits > 0 && last >> (8 - unused_bits) != 0 {
             return Err(self.wrong(format!("{what} has bits set after its last number")));
         }
-        Ok(found)
+        Ok(record)
     }
 
     fn zeros(&mut self, count: u64) -> Result<()> {
@@ -170,7 +172,7 @@ impl Walk<'_> {
 
 impl Record {
     /// Counts and checks a part of the data, which begins and ends at whole numbers.
-    fn look(&mut self, part: &[u8]) {
+    fn add(&mut self, part: &[u8]) {
         match self.element {
             Element::Unsigned(1) => self.ones += part.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>(),
             Element::F16 => {
@@ -179,15 +181,15 @@ impl Record {
             Element::F32 => {
                 self.finite &= part.as_chunks::<4>().0.iter().all(|quad| f32::from_le_bytes(*quad).is_finite());
             }
-            _ => {}
+            Element::Unsigned(_) | Element::I32 | Element::Bool | Element::Text => {}
         }
     }
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(|bytes| bytes.first_chunk()).copied().map_or(0, u32::from_le_bytes)
+fn u32_at(unit: &[u8; UNIT as usize], at: usize) -> u32 {
+    u32::from_le_bytes(unit[at..at + 4].try_into().expect("the range has four bytes"))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(|bytes| bytes.first_chunk()).copied().map_or(0, u64::from_le_bytes)
+fn u64_at(unit: &[u8; UNIT as usize], at: usize) -> u64 {
+    u64::from_le_bytes(unit[at..at + 8].try_into().expect("the range has eight bytes"))
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::coreml::manifest::{BLOBS, MODEL, WEIGHTS};
 use crate::error::{Error, Result};
 
-/// Refuses files and folders that no hash covers, as whatever unpacks or signs the package takes them along.
+/// Refuses files and folders that no hash covers, as whatever unpacks or signs the package takes
+/// them along.
 pub fn check(package: &Path) -> Result<()> {
     let data = package.join("Data");
     let files = [package.join("Manifest.json"), data.join(MODEL), data.join(WEIGHTS).join(BLOBS)];
@@ -19,7 +20,7 @@ pub fn check(package: &Path) -> Result<()> {
                 folders.push(path);
                 continue;
             }
-            let strange = path.strip_prefix(package).unwrap_or(&path).display().to_string();
+            let strange = path.strip_prefix(package).expect("a folder's entries begin with its path").display().to_string();
             return Err(Error::bad_file(package, format!("`{strange}` was not written with this package; remove it")));
         }
     }

@@ -1,11 +1,13 @@
 //! Checks a package as far as that is possible without Core ML.
 //!
-//! The structure: manifest, blob records, names, the order of operations, their parameters, the types of everything, the counts of masks. And
-//! the content, by the hashes that the writer left: one flipped bit anywhere is found.
+//! The structure: manifest, blob records, names, the order of operations, their parameters, the
+//! types of everything, the counts of masks. And the content, by the hashes that the writer left:
+//! one flipped bit anywhere is found.
 //!
-//! Packages of other writers have no hashes, and only their structure is checked. So that no damage makes a package of ours look like one of
-//! theirs, several signs in two files say whose it is, and one is enough: then all hashes must be there, the manifest must be the one that
-//! belongs to the program, byte for byte, and the folder must hold nothing else.
+//! Packages of other writers have no hashes, and only their structure is checked. So that no damage
+//! makes a package of ours look like one of theirs, several signs in two files say whose it is, and
+//! one is enough: then all hashes must be there, the manifest must be the one that belongs to the
+//! program, byte for byte, and the folder must hold nothing else.
 
 mod blobs;
 mod files;
@@ -49,9 +51,11 @@ pub struct PackageVerification {
     pub pruned: u64,
     /// Records in `weight.bin`.
     pub blobs: usize,
-    /// Whether the hashes of program and weights are there, and hold. Packages of other writers have none.
+    /// Whether the hashes of program and weights are there, and hold. Packages of other writers
+    /// have none.
     pub hashed: bool,
-    /// Whether the program's constants are exactly the tensors of the UNet that it says it is. Packages of other writers do not say.
+    /// Whether the program's constants are exactly the tensors of the UNet that it says it is.
+    /// Packages of other writers do not say.
     pub named: bool,
 }
 

@@ -77,13 +77,15 @@ impl ModelFile {
         Ok(())
     }
 
-    /// Whether this library's name stands anywhere in the file. It does some ten times in a model of ours, in keys and values of the
-    /// metadata: so that is seen even if a damaged byte has made the parser pass over the metadata, or a key another key.
+    /// Whether this library's name stands anywhere in the file. It does some ten times in a model
+    /// of ours, in keys and values of the metadata: so that is seen even if a damaged byte has made
+    /// the parser pass over the metadata, or a key another key.
     pub fn names_maker(&self) -> bool {
         self.content.windows(MAKER.len()).any(|window| window == MAKER.as_bytes())
     }
 
-    /// Whether a package of ours has all entries that it must have, and its program the hash that was written with it.
+    /// Whether a package of ours has all entries that it must have, and its program the hash that
+    /// was written with it.
     pub fn check_own_hash(&self) -> Result<(), String> {
         let (of_model, ..) = (self.required(MODEL_HASH)?, self.required(WEIGHTS_HASH)?, self.required(UNET_CONFIG)?);
         let mut model = Model { r#type: Some(model::Type::MlProgram(self.program.clone())), ..self.model.clone() };
@@ -153,7 +155,8 @@ mod tests {
         model.encode_to_vec()
     }
 
-    /// Not one bit makes a package of ours look like another writer's, and not one is taken for good.
+    /// Not one bit makes a package of ours look like another writer's, and not one is taken for
+    /// good.
     #[test]
     fn every_flipped_bit_is_found() {
         let whole = small();

@@ -12,7 +12,8 @@ use crate::coreml::package::UNET_CONFIG;
 use crate::coreml::program::identifier;
 use crate::model::unet::{UnetChain, UnetConfig};
 
-/// Whether every tensor of the UNet is there in its shape and used where it belongs; `false` if the model does not say what UNet it is.
+/// Whether every tensor of the UNet is there in its shape and used where it belongs; `false` if the
+/// model does not say what UNet it is.
 pub fn check(model: &ModelFile, program: &Checked) -> Result<bool, String> {
     let Some(config) = model.entry(UNET_CONFIG) else { return Ok(false) };
     let Ok(Value::Object(config)) = serde_json::from_str(config) else { return Err(format!("`{UNET_CONFIG}` is not JSON")) };
@@ -25,14 +26,14 @@ pub fn check(model: &ModelFile, program: &Checked) -> Result<bool, String> {
     }
     for tensor in &tensors {
         let name = identifier(&tensor.name);
-        let found = program.values.get(&name).ok_or_else(|| format!("there is no `{name}`"))?;
+        let value = program.values.get(&name).ok_or_else(|| format!("there is no `{name}`"))?;
         // A Linear's weight can have two more dimensions, of 1.
-        let shape: Vec<i64> = found.array.shape.iter().map(|n| *n as i64).collect();
+        let shape: Vec<i64> = value.array.shape.iter().map(|n| *n as i64).collect();
         let rest = shape.strip_prefix(&tensor.shape[..]);
-        if !found.constant || !matches!(rest, Some([] | [1, 1])) {
-            return Err(format!("`{name}` is {}, not a constant of {:?}", found.array, tensor.shape));
+        if !value.constant || !matches!(rest, Some([] | [1, 1])) {
+            return Err(format!("`{name}` is {}, not a constant of {:?}", value.array, tensor.shape));
         }
-        let owner = tensor.name.rsplit_once('.').map_or("", |(owner, _)| owner);
+        let owner = tensor.name.rsplit_once('.').expect("a tensor is named after its layer, a dot and its part").0;
         if users.remove(name.as_str()).as_deref() != Some(&[identifier(owner).as_str()]) {
             return Err(format!("`{name}` is not used by `{}` alone", identifier(owner)));
         }

@@ -1,4 +1,5 @@
-//! The operations, one after the other: each reads only what was made before, has the parameters that it must have, and makes what it says.
+//! The operations, one after the other: each reads only what was made before, has the parameters
+//! that it must have, and makes what it says.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -154,8 +155,9 @@ impl Checked {
         bound: &BTreeMap<&str, &str>,
         outputs: &[NamedValueType],
     ) -> Result<(), String> {
-        let first = outputs.first().map(|output| output.name.clone()).unwrap_or_default();
-        let numel = |parameter: &str| operands.array(parameter).ok().and_then(ArrayType::numel).unwrap_or(0);
+        // Every operation that can be inferred has an output.
+        let first = outputs[0].name.clone();
+        let numel = |parameter: &str| operands.array(parameter)?.numel().ok_or_else(|| format!("`{parameter}` is too large"));
         match kind {
             "constexpr_lut_to_sparse" => {
                 self.pairs.extend(outputs.iter().map(|output| (output.name.clone(), first.clone())));
@@ -166,12 +168,12 @@ impl Checked {
                     return Err("takes mask and values of two different weights".into());
                 }
                 self.compressed += 1;
-                self.compressed_elements += numel("mask");
-                self.pruned += numel("mask") - numel("nonzero_data");
+                self.compressed_elements += numel("mask")?;
+                self.pruned += numel("mask")? - numel("nonzero_data")?;
             }
             "constexpr_lut_to_dense" => {
                 self.compressed += 1;
-                self.compressed_elements += numel("indices");
+                self.compressed_elements += numel("indices")?;
             }
             _ => {
                 self.operations += 1;

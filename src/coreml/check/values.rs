@@ -12,7 +12,8 @@ use crate::coreml::proto::mil_spec::tensor_value::Value as Content;
 use crate::coreml::proto::mil_spec::value::Value as Kind;
 use crate::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
 
-/// A value, after a check that it is what its type says; and the offset of its record if it lies in the blob file.
+/// A value, after a check that it is what its type says; and the offset of its record if it lies in
+/// the blob file.
 pub fn operand(value: &Value, blobs: &Blobs) -> Result<(Operand, Option<u64>), String> {
     if !value.doc_string.is_empty() {
         return Err("has a docString, which coremltools does not read".into());
@@ -39,7 +40,8 @@ pub fn operand(value: &Value, blobs: &Blobs) -> Result<(Operand, Option<u64>), S
     }
 }
 
-/// Whether the content is of the type and as long as it must be, and all are numbers. Gives the set bits of a mask.
+/// Whether the content is of the type and as long as it must be, and all are numbers. Gives the set
+/// bits of a mask.
 fn check(array: &ArrayType, content: &Content) -> Result<Option<u64>, String> {
     let (right, length) = match (array.element, content) {
         (Element::Bool, Content::Bools(list)) => (true, list.values.len()),
@@ -48,10 +50,10 @@ fn check(array: &ArrayType, content: &Content) -> Result<Option<u64>, String> {
         (Element::Text, Content::Strings(list)) => (true, list.values.len()),
         (Element::F16 | Element::Unsigned(_), Content::Bytes(list)) => {
             let bytes = &list.values;
-            if array.bytes() != Some(bytes.len() as u64) {
+            let (Some(numel), true) = (array.numel(), array.bytes() == Some(bytes.len() as u64)) else {
                 return Err(format!("has {} bytes, which are not {array}", bytes.len()));
-            }
-            let used = array.numel().unwrap_or(0) % 8 * array.element.bits() % 8;
+            };
+            let used = numel % 8 * array.element.bits() % 8;
             if used != 0 && bytes.last().is_some_and(|last| last >> used != 0) {
                 return Err("has bits set after its last number".into());
             }

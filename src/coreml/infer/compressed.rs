@@ -44,12 +44,12 @@ fn bits(mask: &Operand) -> Result<(), String> {
 fn counted(mask: &Operand, kept: u64) -> Result<(), String> {
     match mask.ones {
         Some(ones) if ones != kept => Err(format!("the mask keeps {ones} elements, but there are {kept} values")),
-        _ => Ok(()),
+        Some(_) | None => Ok(()),
     }
 }
 
-/// The dense weight of `shape` that indices of `element` into `lut` make: lut [g0, g1, .., 2^bits, 1], one palette for each of the
-/// g0 x g1 x .. blocks.
+/// The dense weight of `shape` that indices of `element` into `lut` make: lut [g0, g1, .., 2^bits,
+/// 1], one palette for each of the g0 x g1 x .. blocks.
 fn palette(operands: &Operands, element: Element, shape: &[u64]) -> Result<ArrayType, String> {
     let lut = constant(operands, "lut")?;
     let Element::Unsigned(width) = element else { return Err(format!("the indices are {element}")) };

@@ -32,7 +32,8 @@ pub fn cast(operands: &Operands) -> Inferred {
     Ok(vec![ArrayType::new(element, operands.shape("x")?)])
 }
 
-/// Element by element; sizes of 1 are repeated, and the shorter shape is filled up with them in front.
+/// Element by element; sizes of 1 are repeated, and the shorter shape is filled up with them in
+/// front.
 pub fn binary(operands: &Operands) -> Inferred {
     let (x, y) = (operands.array("x")?, operands.array("y")?);
     floating(x.element)?;
@@ -105,7 +106,7 @@ fn weight<'a>(operands: &Operands<'a>, element: Element) -> Result<&'a [u64], St
 pub fn layer_norm(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let [axis_index] = *operands.ints("axes")? else { return Err("is over more than one axis".into()) };
-    let channels = x.shape.get(axis(axis_index, x.shape.len())?).copied().unwrap_or_default();
+    let channels = x.shape[axis(axis_index, x.shape.len())?];
     operands.vector("gamma", x.element, channels)?;
     operands.vector("beta", x.element, channels)?;
     operands.epsilon("epsilon", x.element)?;
@@ -130,9 +131,7 @@ pub fn reduce_mean(operands: &Operands) -> Inferred {
     }
     let mut shape = x.shape.clone();
     for index in operands.ints("axes")? {
-        if let Some(size) = shape.get_mut(axis(*index, x.shape.len())?) {
-            *size = 1;
-        }
+        shape[axis(*index, x.shape.len())?] = 1;
     }
     Ok(vec![ArrayType { element: x.element, shape }])
 }

@@ -29,7 +29,7 @@ pub fn transpose(operands: &Operands) -> Inferred {
     if !sorted.iter().copied().eq(0..x.shape.len()) {
         return Err(format!("{perm:?} is no order of the axes of {x}"));
     }
-    let shape: Vec<u64> = axes.iter().filter_map(|axis| x.shape.get(*axis)).copied().collect();
+    let shape: Vec<u64> = axes.iter().map(|axis| x.shape[*axis]).collect();
     Ok(vec![ArrayType::new(x.element, shape)])
 }
 
@@ -64,10 +64,10 @@ pub fn concat(operands: &Operands) -> Inferred {
         let fits = value.element == first.element
             && value.shape.len() == shape.len()
             && value.shape.iter().zip(&shape).enumerate().all(|(i, (a, b))| i == along || a == b);
-        let (Some(size), Some(more), true) = (shape.get_mut(along), value.shape.get(along), fits) else {
+        if !fits {
             return Err(format!("{first} and {value} along axis {along}"));
-        };
-        *size = size.checked_add(*more).ok_or("is too large")?;
+        }
+        shape[along] = shape[along].checked_add(value.shape[along]).ok_or("is too large")?;
     }
     Ok(vec![ArrayType { element: first.element, shape }])
 }
@@ -75,12 +75,12 @@ pub fn concat(operands: &Operands) -> Inferred {
 pub fn split(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let (sizes, along) = (operands.sizes("split_sizes")?, axis(operands.int("axis")?, x.shape.len())?);
-    if x.shape.get(along) != Some(&sizes.iter().sum()) {
+    if x.shape[along] != sizes.iter().sum::<u64>() {
         return Err(format!("{x} into {sizes:?} along axis {along}"));
     }
     let part = |size: &u64| {
         let mut shape = x.shape.clone();
-        shape.iter_mut().skip(along).take(1).for_each(|n| *n = *size);
+        shape[along] = *size;
         ArrayType { element: x.element, shape }
     };
     Ok(sizes.iter().map(part).collect())

@@ -2,27 +2,26 @@
 
 use half::f16;
 
-use super::{Layout, Lowering};
+use super::Network;
 use crate::coreml::literal::Literal;
 use crate::coreml::program::Var;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-impl Lowering<'_> {
-    /// `torch.nn.GroupNorm`, in the operations that coremltools takes it apart to (`frontend/torch/ops.py`, `group_norm`).
+impl Network<'_> {
+    /// `torch.nn.GroupNorm`, in the operations that coremltools takes it apart to
+    /// (`frontend/torch/ops.py`, `group_norm`).
     ///
-    /// The last of them is a `batch_norm` of mean 0 and variance 1, for weight and bias; its epsilon of 1e-5 makes all values smaller by
-    /// 5e-6, here as there.
-    pub(super) fn group_norm(&mut self, name: &str, x: &Var, groups: i64, eps: f64) -> Result<Var> {
-        let shape = x.shape().to_vec();
-        let [batch, channels, height, width] = shape[..] else {
-            return Err(Error::Failed(format!("`{name}` is given {shape:?}")));
-        };
+    /// The last operation is a `batch_norm` of mean 0 and variance 1, which applies weight and
+    /// bias. Its epsilon of 1e-5 makes all values smaller by 5e-6, in coremltools too.
+    pub fn group_norm(&mut self, name: &str, x: &Var, groups: i64, eps: f64) -> Result<Var> {
+        let shape = x.dims(name)?;
+        let [batch, channels, height, width] = shape;
         let groups = groups as u64;
         let gamma = self.tensor(&format!("{name}.weight"), &[channels], &[channels])?;
         let beta = self.tensor(&format!("{name}.bias"), &[channels], &[channels])?;
-        let mean = |this: &mut Self, what: &str, x: &Var| {
+        let mean = |this: &mut Self, name: &str, x: &Var| {
             let axes = Literal::Ints(vec![2, 3, 4]);
-            this.op("reduce_mean", what, [("x", x.into()), ("axes", axes.into()), ("keep_dims", Literal::Bool(true).into())])
+            this.op("reduce_mean", name, [("x", x.into()), ("axes", axes.into()), ("keep_dims", Literal::Bool(true).into())])
         };
         let grouped = self.reshape(&format!("{name}.grouped"), x, &[batch, groups, channels / groups, height, width])?;
         let average = mean(self, &format!("{name}.mean"), &grouped)?;
@@ -48,18 +47,13 @@ impl Lowering<'_> {
     }
 
     /// `torch.nn.LayerNorm` over the channels of tokens.
-    pub(super) fn layer_norm(&mut self, name: &str, x: &Var) -> Result<Var> {
-        let axis = self.channel_axis(x);
-        let channels = x.shape().get(axis).copied().unwrap_or_default();
+    pub fn layer_norm(&mut self, name: &str, x: &Var) -> Result<Var> {
+        let channels = self.channels(x);
         let gamma = self.tensor(&format!("{name}.weight"), &[channels], &[channels])?;
         let beta = self.tensor(&format!("{name}.bias"), &[channels], &[channels])?;
-        let axis = match self.layout {
-            Layout::Linear => -1,
-            Layout::SplitEinsum => 1,
-        };
         let parameters = [
             ("x", x.into()),
-            ("axes", Literal::Ints(vec![axis]).into()),
+            ("axes", Literal::Ints(vec![self.channel_axis_literal()]).into()),
             ("gamma", (&gamma).into()),
             ("beta", (&beta).into()),
             ("epsilon", Literal::Half(epsilon(1e-5)).into()),

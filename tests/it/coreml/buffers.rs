@@ -26,10 +26,10 @@ fn coremltools_would_find_mask_and_palettes_again() {
     let container = Container::open(&path).unwrap();
     let out = folder.path().join("out.safetensors");
 
-    let refused = coremltools(&container, &out, SmallWeights::Refuse, &Silent).unwrap_err();
+    let refused = coremltools((&container).into(), &out, SmallWeights::Refuse, &Silent).unwrap_err();
     assert!(refused.is_bad_input() && refused.to_string().contains("2^-10") && !out.exists(), "{refused}");
 
-    let moved = coremltools(&container, &out, SmallWeights::Move, &Silent).unwrap();
+    let moved = coremltools((&container).into(), &out, SmallWeights::Move, &Silent).unwrap();
     assert!(moved.iter().any(|row| refused.to_string().contains(&format!("{} ({})", row.name, row.elements))));
     let file = SafetensorsFile::open(&out).unwrap();
     assert_eq!(file.read("_COREML_/metadata_version").unwrap(), 1i64.to_le_bytes());

@@ -11,7 +11,8 @@ use sdxl_squeeze::coreml::proto::mil_spec::value::Value as Kind;
 use sdxl_squeeze::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
 use sdxl_squeeze::coreml::proto::mil_spec::{Argument, DataType, Operation, TensorType, Value, value_type};
 use sdxl_squeeze::coreml::proto::specification::feature_type;
-use sdxl_squeeze::coreml::{Options, UnetWeights, verify, write};
+use sdxl_squeeze::coreml::{Options, verify, write};
+use sdxl_squeeze::pipeline::UnetWeights;
 use sdxl_squeeze::progress::Silent;
 use serde_json::json;
 
@@ -24,9 +25,9 @@ fn good(folder: &Path) -> Package {
     let path = folder.join("c.safetensors");
     made_up::container(&repo("tests/golden/base-like"), &path);
     let container = Container::open(&path).unwrap();
-    let chain = container.unet().unwrap();
+    let chain = UnetWeights::from(&container).chain().unwrap();
     let out = folder.join("good.mlpackage");
-    write(&chain, UnetWeights::Container(&container), &Options::new(chain.config()), &out, &Silent).unwrap();
+    write(UnetWeights::Container(&container), &Options::new(chain.config()), &out, &Silent).unwrap();
     assert!(verify(&out).unwrap().hashed);
     Package::read(&out)
 }

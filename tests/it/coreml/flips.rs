@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use sdxl_squeeze::container::Container;
-use sdxl_squeeze::coreml::{Options, UnetWeights, verify, write};
+use sdxl_squeeze::coreml::{Options, verify, write};
+use sdxl_squeeze::pipeline::UnetWeights;
 use sdxl_squeeze::progress::Silent;
 
 use super::file::{Package, blob_path, model_path};
@@ -14,9 +15,9 @@ fn package(folder: &Path) -> std::path::PathBuf {
     let path = folder.join("c.safetensors");
     made_up::container(&repo("tests/golden/base-like"), &path);
     let container = Container::open(&path).unwrap();
-    let chain = container.unet().unwrap();
+    let chain = UnetWeights::from(&container).chain().unwrap();
     let out = folder.join("x.mlpackage");
-    write(&chain, UnetWeights::Container(&container), &Options::new(chain.config()), &out, &Silent).unwrap();
+    write(UnetWeights::Container(&container), &Options::new(chain.config()), &out, &Silent).unwrap();
     out
 }
 

@@ -34,7 +34,7 @@ pub fn container(model: &Path, path: &Path) {
         let values = Vec::<f16>::try_from(&tensor.flatten(0, -1)).unwrap();
         if spec.shape.len() < 2 || layer % 17 == 16 {
             layer += usize::from(spec.shape.len() > 1);
-            writer.add_tensor(&spec.name, &tensor).unwrap();
+            writer.add_tensor(&spec.name, &spec.shape, &values).unwrap();
             continue;
         }
         let weight = compressed(layer, &spec.shape, &values);

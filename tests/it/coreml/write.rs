@@ -10,11 +10,11 @@ use sdxl_squeeze::coreml::proto::mil_spec::tensor_value::Value as Content;
 use sdxl_squeeze::coreml::proto::mil_spec::value::Value as Kind;
 use sdxl_squeeze::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
 use sdxl_squeeze::coreml::proto::mil_spec::{DataType, Value as MilValue};
-use sdxl_squeeze::coreml::{Io, Layout, Options, UnetWeights, verify, write};
+use sdxl_squeeze::coreml::{Io, Layout, Options, verify, write};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain, UnetConfig};
-use sdxl_squeeze::pipeline::{PipelineFolder, noise};
+use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights, noise};
 use sdxl_squeeze::progress::Silent;
 use serde_json::{Value, json};
 use tch::{Device, Kind as Dtype, Tensor};
@@ -66,8 +66,8 @@ fn the_program_computes_what_the_unet_computes() {
         let path = folder.path().join(format!("{i}.safetensors"));
         made_up::container(&model, &path);
         let container = Container::open(&path).unwrap();
-        let chain = container.unet().unwrap();
-        let unet = Unet::resident(chain.clone(), container.source(Placement::CPU), &Silent).unwrap();
+        let chain = UnetWeights::from(&container).chain().unwrap();
+        let unet = Unet::resident(chain.clone(), UnetWeights::from(&container).source(Placement::CPU), &Silent).unwrap();
         for (n, (layout, io, batch)) in [
             (Layout::Linear, Io::Diffusers, 2),
             (Layout::Linear, Io::Apple, 1),
@@ -81,7 +81,7 @@ fn the_program_computes_what_the_unet_computes() {
         {
             let options = Options { layout, io, batch, latents: [16, 8], tokens: 9 + n as i64, ..Options::new(chain.config()) };
             let out = folder.path().join(format!("{i}-{n}.mlpackage"));
-            let written = write(&chain, UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
+            let written = write(UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
             let found = verify(&out).unwrap();
             assert_eq!((found.hashed, found.named, found.compressed), (true, true, written.compressed));
             assert_eq!((found.bytes, found.weight_bytes), (written.bytes, written.weight_bytes));
@@ -99,7 +99,7 @@ fn the_bundled_models_dense_weights() {
     let out = folder.path().join("dense.mlpackage");
     let options = Options::new(pipeline.unet.config());
     assert_eq!((options.latents, options.time_ids), ([16, 16], 6));
-    let written = write(&pipeline.unet, dense(&pipeline, &weights), &options, &out, &Silent).unwrap();
+    let written = write(dense(&pipeline, &weights), &options, &out, &Silent).unwrap();
     assert_eq!((written.compressed, verify(&out).unwrap().compressed), (0, 0));
     let unet = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
     compare(&out, &pipeline.unet, &unet, &options);
@@ -130,7 +130,7 @@ fn unusual_architectures() {
     for (name, layout) in [("a.mlpackage", Layout::Linear), ("b.mlpackage", Layout::SplitEinsum)] {
         let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
         let out = folder.path().join(name);
-        write(&chain, UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
+        write(UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
         assert!(verify(&out).unwrap().named);
         compare(&out, &chain, &unet, &options);
     }
@@ -145,10 +145,10 @@ fn compressed_weights_keep_their_bits() {
     let path = folder.join("c.safetensors");
     made_up::container(&repo("tests/golden/base-like"), &path);
     let container = Container::open(&path).unwrap();
-    let chain = container.unet().unwrap();
+    let chain = UnetWeights::from(&container).chain().unwrap();
     let out = folder.join("c.mlpackage");
     let options = Options { latents: [8, 8], ..Options::new(chain.config()) };
-    write(&chain, UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
+    write(UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
     let mut package = Package::read(&out);
     let blobs = package.blobs.clone();
     let mut compared = 0;
@@ -205,7 +205,7 @@ fn the_same_input_gives_the_same_bytes() {
     let options = Options::new(pipeline.unet.config());
     let write = |name: &str, options: &Options| {
         let out = folder.path().join(name);
-        write(&pipeline.unet, dense(&pipeline, &weights), options, &out, &Silent).unwrap();
+        write(dense(&pipeline, &weights), options, &out, &Silent).unwrap();
         let content = |path| std::fs::read(path).unwrap();
         [content(out.join("Manifest.json")), content(model_path(&out)), content(blob_path(&out))]
     };
@@ -223,12 +223,12 @@ fn operations_are_serialized_as_by_coremltools() {
     let path = folder.path().join("c.safetensors");
     made_up::container(&repo("tests/golden/base-like"), &path);
     let container = Container::open(&path).unwrap();
-    let chain = container.unet().unwrap();
+    let chain = UnetWeights::from(&container).chain().unwrap();
     let mut seen = BTreeSet::new();
     for (name, layout) in [("linear", Layout::Linear), ("split", Layout::SplitEinsum)] {
         let out = folder.path().join(format!("{name}.mlpackage"));
         let options = Options { layout, ..Options::new(chain.config()) };
-        write(&chain, UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
+        write(UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
         let mut package = Package::read(&out);
         let mut known: BTreeMap<String, String> = BTreeMap::new();
         for input in &package.program().functions["main"].inputs {
@@ -291,9 +291,8 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     let weights = pipeline.unet_weights().unwrap();
     let options = Options::new(pipeline.unet.config());
     let out = folder.path().join("x.mlpackage");
-    let try_write = |options: &Options, out: &Path| {
-        write(&pipeline.unet, dense(&pipeline, &weights), options, out, &Silent).unwrap_err().to_string()
-    };
+    let try_write =
+        |options: &Options, out: &Path| write(dense(&pipeline, &weights), options, out, &Silent).unwrap_err().to_string();
     for (expected, options) in [
         ("latents of 18: a multiple of 4", Options { latents: [16, 18], ..options.clone() }),
         ("latents of 0", Options { latents: [0, 16], ..options.clone() }),
@@ -321,7 +320,7 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     let pipeline = PipelineFolder::open(&model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let out = folder.path().join("y.mlpackage");
-    let failed = write(&pipeline.unet, dense(&pipeline, &weights), &Options::new(pipeline.unet.config()), &out, &Silent);
+    let failed = write(dense(&pipeline, &weights), &Options::new(pipeline.unet.config()), &out, &Silent);
     assert!(failed.unwrap_err().to_string().contains(&tensors[3].0));
     assert!(!out.exists());
 }

@@ -1,14 +1,25 @@
-//! Reading files that may not be what their name promises: devices, pipes that never end, files of any size.
+//! Reading files that may not be what their name promises: devices, pipes that never end, files of
+//! any size.
+
+mod prompt;
+mod source_file;
+mod steady_file;
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::path::Path;
 
+pub(crate) use prompt::prompt_of_length;
+pub use prompt::{PROMPT_BYTES, check_prompt};
+pub use source_file::SourceFile;
+pub(crate) use steady_file::SteadyFile;
+
 use crate::error::{Error, Result};
 
 /// A kind of small file, and the most bytes that one may have.
 ///
-/// What is larger is refused before it is read: a file of this kind is never that large, so it is another file.
+/// What is larger is refused before it is read: a file of this kind is never that large, so it is
+/// another file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
     /// The kind, with its article, as in "is too large for a config file".
@@ -36,8 +47,8 @@ impl Limit {
     pub const RUN_STATE: Limit = Limit { kind: "a run's own notes", bytes: 256 << 20 };
 }
 
-/// Opens `path` for reading if it is a regular file, or a link to one. Folders, devices, pipes and sockets are refused at once: opening a
-/// pipe could wait for ever, and a device has no end.
+/// Opens `path` for reading if it is a regular file, or a link to one. Folders, devices, pipes and
+/// sockets are refused at once: opening a pipe could wait for ever, and a device has no end.
 ///
 /// # Errors
 /// [`Error::Read`] if it cannot be opened, [`Error::BadFile`] if it is not a regular file.
@@ -47,7 +58,8 @@ pub fn open(path: &Path) -> Result<File> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::OpenOptionsExt;
-        // Without this, opening a pipe waits for somebody who writes to it. For regular files it does nothing.
+        // Without this, opening a pipe waits for somebody who writes to it. For regular files it
+        // does nothing.
         options.custom_flags(libc::O_NONBLOCK);
     }
     let file = options.open(path).map_err(Error::read(path))?;
@@ -71,7 +83,7 @@ pub fn read(path: &Path, limit: Limit) -> Result<Vec<u8>> {
         return Err(too_large(size));
     }
     // The size is what was said a moment ago, and some files say 0: so the bytes are counted too.
-    let mut content = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+    let mut content = Vec::with_capacity(size as usize);
     let count = file.take(limit.bytes + 1).read_to_end(&mut content).map_err(Error::read(path))? as u64;
     if count > limit.bytes { Err(too_large(count)) } else { Ok(content) }
 }

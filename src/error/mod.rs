@@ -1,14 +1,20 @@
 //! The one error type of the library.
 
+mod bug;
+mod mistake;
+mod torch;
+
+use std::backtrace::Backtrace;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::config::Mistake;
+pub use bug::Bug;
+pub use mistake::{Mistake, Place};
 
 /// The result of everything in this library that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can go wrong, each with what a user needs to mend it.
+/// A failure, with the facts that a user needs to mend it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or folder could not be read.
@@ -16,7 +22,7 @@ pub enum Error {
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         source: io::Error,
     },
     /// A file or folder could not be written.
@@ -24,15 +30,15 @@ pub enum Error {
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// A file's content is not what its name promises.
+    /// A file whose content is damaged or of another format than expected.
     #[error("{}: {problem}", path.display())]
     BadFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The damage, or the difference from the expected format.
         problem: String,
     },
     /// A file that another program wrote to, or cut short, while it was read.
@@ -46,17 +52,18 @@ pub enum Error {
     Json {
         /// The file.
         path: PathBuf,
-        /// Where and why.
+        /// The parser's error, with line and column.
         source: serde_json::Error,
     },
-    /// A key of a config.json that is wrong, or that asks for a computation that is not implemented.
+    /// A key of a `config.json` with a wrong value, or with one that asks for a computation that is
+    /// not implemented.
     #[error("{}: `{key}` {problem}", path.display())]
     ConfigKey {
         /// The config file.
         path: PathBuf,
         /// The key.
         key: String,
-        /// What is wrong with its value.
+        /// The problem with its value.
         problem: String,
     },
     /// A run config, or the flags that override it, with all their mistakes: one line each.
@@ -70,39 +77,44 @@ pub enum Error {
     Tensors {
         /// The checkpoint.
         path: PathBuf,
-        /// The tensors by name, and what is wrong with each.
+        /// The tensors by name, and the problem with each.
         problem: String,
     },
-    /// An argument that cannot be honoured.
+    /// An argument that cannot be honoured: the caller's mistake.
     #[error("{0}")]
     Argument(String),
-    /// What no input is to blame for: the system refused what every program may ask for, or the library broke a promise of its own.
+    /// A failure that no input is to blame for: the system refused a request that every program may
+    /// make.
     #[error("{0}")]
     Failed(String),
-    /// libtorch refused an operation.
+    /// A broken promise of this library, made by [`Error::internal`].
+    #[error("internal error, please report it: {}", .0.problem)]
+    Internal(Box<Bug>),
+    /// libtorch refused an operation. The text is libtorch's: a message, then its C++ stack.
     #[error("libtorch: {}", first_line(.0))]
-    Torch(#[from] tch::TchError),
+    Torch(String),
     /// A tensor with NaN or infinite values where finite ones are needed.
     #[error("{0}")]
     NotFinite(String),
     /// A Hessian without a Cholesky factor.
     #[error("the Hessian has no Cholesky factor, even with a dampening of {dampening}")]
     NotPositiveDefinite {
-        /// The most that was tried.
+        /// The largest dampening that was tried.
         dampening: f64,
     },
     /// The run was asked to stop, and has.
     #[error("stopped; what is finished is kept")]
     Stopped,
-    /// An observer has seen all that it wanted of a forward, which need not go on. Whoever gave the observer catches it.
+    /// An early stop of a forward pass whose observer needs no further layers. The caller that gave
+    /// the observer catches it.
     #[error("an observer has seen enough")]
     SeenEnough,
-    /// What went wrong with one layer.
+    /// A failure of the work on one layer.
     #[error("`{layer}`")]
     Layer {
-        /// Its checkpoint name.
+        /// The layer's checkpoint name.
         layer: String,
-        /// What went wrong.
+        /// The failure.
         source: Box<Error>,
     },
 }
@@ -121,6 +133,7 @@ impl Error {
             Error::Write { .. }
             | Error::Changed { .. }
             | Error::Failed(_)
+            | Error::Internal(_)
             | Error::Torch(_)
             | Error::NotFinite(_)
             | Error::NotPositiveDefinite { .. }
@@ -128,6 +141,35 @@ impl Error {
             | Error::SeenEnough => false,
             Error::Layer { source, .. } => source.is_bad_input(),
         }
+    }
+
+    /// The bug that this error reports, if it reports one.
+    pub fn bug(&self) -> Option<&Bug> {
+        match self {
+            Error::Internal(bug) => Some(bug),
+            Error::Layer { source, .. } => source.bug(),
+            Error::Read { .. }
+            | Error::BadFile { .. }
+            | Error::Json { .. }
+            | Error::ConfigKey { .. }
+            | Error::Config { .. }
+            | Error::Tensors { .. }
+            | Error::Argument(_)
+            | Error::Write { .. }
+            | Error::Changed { .. }
+            | Error::Failed(_)
+            | Error::Torch(_)
+            | Error::NotFinite(_)
+            | Error::NotPositiveDefinite { .. }
+            | Error::Stopped
+            | Error::SeenEnough => None,
+        }
+    }
+
+    /// An [`Error::Internal`] with the caller's backtrace. `problem` names the invariant that does
+    /// not hold, as "no stage is loaded".
+    pub fn internal(problem: impl Into<String>) -> Error {
+        Error::Internal(Box::new(Bug { problem: problem.into(), backtrace: Backtrace::force_capture() }))
     }
 
     /// For `map_err` on reading `path`.
@@ -148,17 +190,45 @@ impl Error {
         |source| Error::Layer { layer, source: Box::new(source) }
     }
 
-    /// A [`Error::BadFile`].
+    /// An [`Error::BadFile`].
     pub fn bad_file(path: &Path, problem: impl Into<String>) -> Error {
         Error::BadFile { path: path.to_owned(), problem: problem.into() }
     }
 }
 
-/// libtorch appends a C++ stack to its messages; people need the first line.
-fn first_line(error: &tch::TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+/// The message without the C++ stack that libtorch appends to it.
+fn first_line(text: &str) -> &str {
+    text.split_once('\n').map_or(text, |(first, _)| first)
 }
 
 fn one_a_line(mistakes: &[Mistake]) -> String {
     mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::backtrace::BacktraceStatus;
+
+    use super::*;
+
+    #[test]
+    fn a_bug_asks_for_a_report_and_is_no_bad_input() {
+        let error = Error::internal("no stage is loaded");
+        assert_eq!(error.to_string(), "internal error, please report it: no stage is loaded");
+        assert!(!error.is_bad_input());
+        let bug = error.bug().expect("the error is internal");
+        assert_eq!(bug.backtrace.status(), BacktraceStatus::Captured);
+        let layer = Error::layer("conv_in")(error);
+        assert!(!layer.is_bad_input() && layer.bug().is_some());
+        assert!(Error::Argument("no such device".into()).bug().is_none());
+    }
+
+    #[test]
+    fn an_error_of_libtorch_is_its_first_line() {
+        let error = tch::Tensor::zeros([2], (tch::Kind::Float, tch::Device::Cpu)).f_view([3]).unwrap_err();
+        assert!(error.to_string().lines().count() > 1);
+        let error = Error::from(error);
+        assert!(!error.is_bad_input() && error.to_string().starts_with("libtorch: "));
+        assert_eq!(error.to_string().lines().count(), 1);
+    }
 }

@@ -10,11 +10,12 @@ use crate::digest;
 use crate::error::{Error, Result};
 use crate::input;
 
-/// An open regular file. Every read is followed by a look at the file's times and size, so that bytes of a file that another program
-/// overwrites or cuts short are not used.
+/// An open regular file. Every read is followed by a look at the file's times and size, so that
+/// bytes of a file that another program overwrites or cuts short are not used.
 ///
-/// Files are read, not mapped: a map of a file that is cut short ends the program with SIGBUS. A file that is replaced by another of its
-/// name (as editors and package managers do) goes on being read as it was.
+/// Files are read, not mapped: a map of a file that is cut short ends the program with SIGBUS. A
+/// file that is replaced by another of its name (as editors and package managers do) goes on being
+/// read as it was.
 #[derive(Debug)]
 pub(crate) struct SteadyFile {
     path: PathBuf,
@@ -117,7 +118,8 @@ impl SteadyFile {
         self.sha256.get_or_init(|| sha256).clone()
     }
 
-    /// Gives the bytes of `range` one block after the other. Blocks begin at multiples of 1 MiB from the range's beginning.
+    /// Gives the bytes of `range` one block after the other. Blocks begin at multiples of 1 MiB
+    /// from the range's beginning.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -153,8 +155,8 @@ impl SteadyFile {
         if now.content != stamp.content {
             return Err(Error::Changed { path: self.path.clone() });
         }
-        // Another name, owner or mode, or none any more because another file has taken its name; or a write whose time was set back. The hash
-        // tells, if there is one.
+        // Another name, owner or mode, or none any more because another file has taken its name; or
+        // a write whose time was set back. The hash tells, if there is one.
         if let Some(known) = self.sha256.get() {
             let mut hash = Sha256::new();
             self.blocks(0..self.bytes, &mut |block| hash.update(block)).map_err(Error::read(&self.path))?;

@@ -1,4 +1,7 @@
-//! One safetensors file.
+//! Safetensors files as bytes, without libtorch.
+
+mod header;
+mod magnitudes;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,13 +9,13 @@ use std::path::Path;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use sha2::{Digest, Sha256};
-use tch::{Device, Kind, Tensor};
 
-use super::magnitudes::Magnitudes;
-use super::steady_file::SteadyFile;
-use crate::device::Placement;
+pub(crate) use header::Header;
+pub(crate) use magnitudes::Magnitudes;
+
 use crate::digest;
 use crate::error::{Error, Result};
+use crate::input::SteadyFile;
 
 /// Where a tensor lies in its file.
 #[derive(Debug, Clone)]
@@ -37,10 +40,12 @@ impl Entry {
     }
 }
 
-/// A safetensors file whose header has been read and checked, and whose data is read when asked for.
+/// A safetensors file whose header has been read and checked, and whose data is read when asked
+/// for.
 ///
-/// The file stays open. One that another program writes to or cuts short is refused from then on with [`Error::Changed`]; one that is
-/// replaced by another of its name goes on being read as it was.
+/// The file stays open. One that another program writes to or cuts short is refused from then on
+/// with [`Error::Changed`]; one that is replaced by another of its name goes on being read as it
+/// was.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     file: SteadyFile,
@@ -54,7 +59,8 @@ const MAX_HEADER: u64 = 100_000_000;
 const PREFIX: u64 = 8;
 
 impl SafetensorsFile {
-    /// Opens `path` and checks its header: sizes, offsets, dtypes, that the data covers the file exactly.
+    /// Opens `path` and checks its header: sizes, offsets, dtypes, that the data covers the file
+    /// exactly.
     ///
     /// # Errors
     /// [`Error::Read`], or [`Error::BadFile`] saying what is wrong with it.
@@ -79,11 +85,13 @@ impl SafetensorsFile {
         for (name, info) in parsed.tensors() {
             let shape = info.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<_, _>>();
             let shape: Vec<i64> = shape.map_err(|_| wrong(format!("`{name}` is of shape {:?}", info.shape)))?;
-            // A tensor without elements may have any other dimensions in the library's eyes; here they can be multiplied in any order.
+            // A tensor without elements may have any other dimensions in the library's eyes; here
+            // they can be multiplied in any order.
             if shape.iter().try_fold(1i64, |product, n| product.checked_mul((*n).max(1))).is_none() {
                 return Err(wrong(format!("`{name}` is of shape {shape:?}")));
             }
-            // The library has checked that offsets follow each other, from 0 on; whether they lie in the file is seen below.
+            // The library has checked that offsets follow each other, from 0 on; whether they lie
+            // in the file is seen below.
             let (start, end) = info.data_offsets;
             let [start, end] = [start, end].map(|offset| data.saturating_add(offset as u64));
             entries.insert(name, Entry { dtype: info.dtype, shape, start, end });
@@ -116,40 +124,12 @@ impl SafetensorsFile {
         &self.metadata
     }
 
-    /// Reads a tensor, converts it and puts it in its place.
+    /// Fills `bytes` with the data of `entry`, which is one of this file's; both have one length.
     ///
     /// # Errors
-    /// [`Error::Tensors`] if it is not there, is not of a floating-point type that is read (F64, F32, F16, BF16), or has a value that is
-    /// not a number or beyond the dtype that is asked for; [`Error::Changed`]; [`Error::Read`].
-    pub fn tensor(&self, name: &str, placement: Placement) -> Result<Tensor> {
-        let wrong = |problem: String| Error::Tensors { path: self.path().to_owned(), problem };
-        let entry = self.entries.get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
-        let (Some(kind), Some(mut magnitudes)) = (float_kind(entry.dtype), Magnitudes::new(entry.dtype)) else {
-            return Err(wrong(format!("tensor `{name}` is {:?}; weights are read as F32, F16 or BF16", entry.dtype)));
-        };
-        let stored = self.stored(entry, kind, &mut magnitudes)?;
-        magnitudes.check(placement.kind).map_err(|problem| wrong(format!("`{name}` {problem}")))?;
-        // To the device before the conversion: fp16 is half the way.
-        Ok(stored.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
-    }
-
-    /// Reads the data of `entry` straight into a tensor of its own dtype, so that there is no second copy of it.
-    fn stored(&self, entry: &Entry, kind: Kind, magnitudes: &mut Magnitudes) -> Result<Tensor> {
-        // Of zeros, as memory without content must not be given to a reader.
-        let tensor = Tensor::f_zeros(&entry.shape, (kind, Device::Cpu))?;
-        let length = tensor.numel() * kind.elt_size_in_bytes();
-        if length as u64 != entry.bytes() {
-            let problem = format!("a tensor of {} bytes for {length} bytes of {:?}", entry.bytes(), entry.shape);
-            return Err(Error::bad_file(self.path(), problem));
-        }
-        if length > 0 {
-            // SAFETY: the tensor was made above, on the CPU and contiguous, and has `length` bytes, all written. Nothing else knows of it
-            // until this function returns, when the slice is gone. Every pattern of bits is a value of a floating-point dtype.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), length) };
-            self.file.read(bytes, entry.start)?;
-            magnitudes.add(bytes);
-        }
-        Ok(tensor)
+    /// [`Error::Changed`]; [`Error::Read`].
+    pub(crate) fn read_into(&self, entry: &Entry, bytes: &mut [u8]) -> Result<()> {
+        self.file.read(bytes, entry.start)
     }
 
     /// The bytes of a tensor.
@@ -183,7 +163,8 @@ impl SafetensorsFile {
         Ok((digest::hex(hash), self.bytes() - start))
     }
 
-    /// Reads the whole file once, for its hash and for the magnitudes of its floating-point tensors.
+    /// Reads the whole file once, for its hash and for the magnitudes of its floating-point
+    /// tensors.
     ///
     /// # Errors
     /// As [`sha256`](Self::sha256).
@@ -219,17 +200,6 @@ impl SafetensorsFile {
     }
 }
 
-/// The dtypes that weights come in.
-pub(super) fn float_kind(dtype: Dtype) -> Option<Kind> {
-    match dtype {
-        Dtype::F64 => Some(Kind::Double),
-        Dtype::F32 => Some(Kind::Float),
-        Dtype::F16 => Some(Kind::Half),
-        Dtype::BF16 => Some(Kind::BFloat16),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
@@ -261,14 +231,8 @@ mod tests {
             ],
         );
         let file = SafetensorsFile::open(&path).unwrap();
-        let first = file.tensor("x", Placement::CPU).unwrap();
-        assert_eq!(first, file.tensor("x", Placement::CPU).unwrap());
-        assert_eq!((first.size(), first.double_value(&[199, 199])), (vec![200, 200], 39_999.0));
-        assert_eq!(file.tensor("h", Placement::CPU).unwrap().double_value(&[1, 2]), 1.25);
-        assert_eq!(file.tensor("none", Placement::CPU).unwrap().size(), [0, 3]);
         assert_eq!(file.read("x").unwrap(), values);
-        assert!(file.tensor("ids", Placement::CPU).unwrap_err().to_string().contains("`ids` is I64"));
-        assert!(file.tensor("y", Placement::CPU).unwrap_err().to_string().contains("`y` is missing"));
+        assert!(file.read("y").unwrap_err().to_string().contains("`y` is missing"));
 
         let whole = std::fs::read(&path).unwrap();
         let (hash, magnitudes) = file.survey().unwrap();
@@ -302,27 +266,5 @@ mod tests {
             let said = SafetensorsFile::open(&path).unwrap_err().to_string();
             assert!(said.contains("not a whole safetensors file") && said.contains(expected), "{said}");
         }
-    }
-
-    #[test]
-    fn values_that_are_no_numbers_are_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
-        let path = written(
-            folder.path(),
-            &[
-                ("bad", Dtype::F32, vec![3], bytes(&[1.0, 2.0, f32::NAN])),
-                ("large", Dtype::F32, vec![2], bytes(&[1.0, -70_000.0])),
-            ],
-        );
-        let file = SafetensorsFile::open(&path).unwrap();
-        let refused = |name, kind| {
-            let why = file.tensor(name, Placement { device: Device::Cpu, kind }).unwrap_err();
-            assert!(why.is_bad_input());
-            why.to_string()
-        };
-        assert!(refused("bad", Kind::Float).contains("`bad` has NaN or infinite values (first at index 2)"));
-        assert!(refused("large", Kind::Half).contains("`large` has values of up to 7e4, but fp16 ends at 65504"));
-        assert_eq!(file.tensor("large", Placement::CPU).unwrap().double_value(&[1]), -70_000.0);
     }
 }

@@ -1,15 +1,23 @@
 //! The largest magnitude among stored values, and whether all are numbers.
 //!
-//! Without their sign, floating-point numbers are ordered as the integers of the same bits are, with infinity and then NaN at the end. So one
-//! maximum over integers tells both.
+//! Without their sign, floating-point numbers are ordered as the integers of the same bits are,
+//! with infinity and then NaN at the end. So one maximum over integers tells both.
 
 use safetensors::Dtype;
-use tch::Kind;
 
-/// What has been seen of a tensor's values so far.
+/// The floating-point types that weights come in.
+#[derive(Debug, Clone, Copy)]
+enum Float {
+    F64,
+    F32,
+    F16,
+    BF16,
+}
+
+/// The magnitudes of the part of a tensor that has been read so far.
 #[derive(Debug, Clone)]
 pub(crate) struct Magnitudes {
-    dtype: Dtype,
+    float: Float,
     seen: u64,
     /// The bits of the largest magnitude.
     largest: u64,
@@ -19,16 +27,22 @@ pub(crate) struct Magnitudes {
 impl Magnitudes {
     /// Nothing seen yet; none if `dtype` is not a floating-point type that weights come in.
     pub fn new(dtype: Dtype) -> Option<Self> {
-        let known = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        known.then_some(Magnitudes { dtype, seen: 0, largest: 0, not_finite: None })
+        let float = match dtype {
+            Dtype::F64 => Float::F64,
+            Dtype::F32 => Float::F32,
+            Dtype::F16 => Float::F16,
+            Dtype::BF16 => Float::BF16,
+            _ => return None,
+        };
+        Some(Magnitudes { float, seen: 0, largest: 0, not_finite: None })
     }
 
     /// Looks at the next values; `bytes` ends with a whole one.
     pub fn add(&mut self, bytes: &[u8]) {
-        match self.dtype {
-            Dtype::F64 => self.look(bytes, |value| u64::from_le_bytes(value) & (u64::MAX >> 1)),
-            Dtype::F32 => self.look(bytes, |value| u32::from_le_bytes(value) & (u32::MAX >> 1)),
-            _ => self.look(bytes, |value| u16::from_le_bytes(value) & (u16::MAX >> 1)),
+        match self.float {
+            Float::F64 => self.look(bytes, |value| u64::from_le_bytes(value) & (u64::MAX >> 1)),
+            Float::F32 => self.look(bytes, |value| u32::from_le_bytes(value) & (u32::MAX >> 1)),
+            Float::F16 | Float::BF16 => self.look(bytes, |value| u16::from_le_bytes(value) & (u16::MAX >> 1)),
         }
     }
 
@@ -45,21 +59,21 @@ impl Magnitudes {
 
     /// The bits of infinity.
     fn infinity(&self) -> u64 {
-        match self.dtype {
-            Dtype::F64 => f64::INFINITY.to_bits(),
-            Dtype::F32 => f32::INFINITY.to_bits().into(),
-            Dtype::BF16 => half::bf16::INFINITY.to_bits().into(),
-            _ => half::f16::INFINITY.to_bits().into(),
+        match self.float {
+            Float::F64 => f64::INFINITY.to_bits(),
+            Float::F32 => f32::INFINITY.to_bits().into(),
+            Float::BF16 => half::bf16::INFINITY.to_bits().into(),
+            Float::F16 => half::f16::INFINITY.to_bits().into(),
         }
     }
 
     /// The largest magnitude, if all values are finite.
     pub fn largest(&self) -> f64 {
-        match self.dtype {
-            Dtype::F64 => f64::from_bits(self.largest),
-            Dtype::F32 => f32::from_bits(self.largest as u32).into(),
-            Dtype::BF16 => half::bf16::from_bits(self.largest as u16).to_f64(),
-            _ => half::f16::from_bits(self.largest as u16).to_f64(),
+        match self.float {
+            Float::F64 => f64::from_bits(self.largest),
+            Float::F32 => f32::from_bits(self.largest as u32).into(),
+            Float::BF16 => half::bf16::from_bits(self.largest as u16).to_f64(),
+            Float::F16 => half::f16::from_bits(self.largest as u16).to_f64(),
         }
     }
 
@@ -67,18 +81,18 @@ impl Magnitudes {
     ///
     /// # Errors
     /// A sentence that goes on after the tensor's name.
-    pub fn check(&self, kind: Kind) -> Result<(), String> {
+    pub fn check(&self, dtype: Dtype) -> Result<(), String> {
         if let Some(first) = self.not_finite {
             return Err(format!("has NaN or infinite values (first at index {first})"));
         }
         let largest = self.largest();
-        if kind == Kind::Half && largest >= FIRST_BEYOND_FP16 {
+        if dtype == Dtype::F16 && largest >= FIRST_BEYOND_FP16 {
             return Err(format!(
                 "has values of up to {largest:e}, but fp16 ends at 65504: compute with --dtype f32 or bf16; containers and Core ML packages \
                  hold fp16, so for them scale the rows of this layer down first, and what reads its output up"
             ));
         }
-        if kind == Kind::Float && largest > f64::from(f32::MAX) {
+        if dtype == Dtype::F32 && largest > f64::from(f32::MAX) {
             return Err(format!("has values of up to {largest:e}, which fp32 does not hold"));
         }
         Ok(())
@@ -114,7 +128,7 @@ mod tests {
     fn the_largest_magnitude_and_the_first_that_is_none() {
         for (dtype, bytes) in in_all(&[0.0, -3.0, 2.5, -0.0]) {
             let found = of(dtype, &bytes);
-            assert_eq!((found.largest(), found.not_finite, found.check(Kind::Half)), (3.0, None, Ok(())), "{dtype:?}");
+            assert_eq!((found.largest(), found.not_finite, found.check(Dtype::F16)), (3.0, None, Ok(())), "{dtype:?}");
         }
         for bad in [f64::NAN, -f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for (dtype, bytes) in in_all(&[1.0, 2.0, 3.0, bad, f64::NAN]) {
@@ -122,7 +136,7 @@ mod tests {
                 // Piece by piece, as a file is read.
                 bytes.chunks(bytes.len() / 5).for_each(|piece| found.add(piece));
                 assert_eq!(found.not_finite, Some(3), "{dtype:?} {bad}");
-                assert!(found.check(Kind::Float).unwrap_err().contains("NaN or infinite values (first at index 3)"));
+                assert!(found.check(Dtype::F32).unwrap_err().contains("NaN or infinite values (first at index 3)"));
             }
         }
         assert!(Magnitudes::new(Dtype::I64).is_none());
@@ -133,11 +147,11 @@ mod tests {
         for value in [65_504.0, 65_519.99, 65_520.0, 7e4, 1e30] {
             let bytes = (value as f32).to_le_bytes();
             let fits = f16::from_f32(value as f32).is_finite();
-            assert_eq!(of(Dtype::F32, &bytes).check(Kind::Half).is_ok(), fits, "{value}");
-            assert!(of(Dtype::F32, &bytes).check(Kind::BFloat16).is_ok());
+            assert_eq!(of(Dtype::F32, &bytes).check(Dtype::F16).is_ok(), fits, "{value}");
+            assert!(of(Dtype::F32, &bytes).check(Dtype::BF16).is_ok());
         }
-        let said = of(Dtype::BF16, &bf16::from_f32(-7e4).to_le_bytes()).check(Kind::Half).unwrap_err();
+        let said = of(Dtype::BF16, &bf16::from_f32(-7e4).to_le_bytes()).check(Dtype::F16).unwrap_err();
         assert!(said.contains("up to 7.0144e4") && said.contains("--dtype"), "{said}");
-        assert!(of(Dtype::F64, &1e39f64.to_le_bytes()).check(Kind::Float).is_err());
+        assert!(of(Dtype::F64, &1e39f64.to_le_bytes()).check(Dtype::F32).is_err());
     }
 }
