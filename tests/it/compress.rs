@@ -120,7 +120,7 @@ fn the_joint_solver_stores_the_same_bytes_and_loses_less() {
     };
     let s40 = "configs/tutorial-s40-4bit-gs16.yaml";
     let (sequential, _) = run("sequential", s40, &[]);
-    let (joint, _) = run("joint", s40, &["--solver", "joint", "--granularity", "stage"]);
+    let (joint, _) = run("joint", s40, &["--solver", "joint", "--sequencing", "stage"]);
     let bytes = |found: &Value| found["payload_bytes"].as_f64().unwrap();
     assert!((bytes(&joint) - bytes(&sequential)).abs() < 8.0);
     let share = |found: &Value| found["sparsity"].as_f64().unwrap();

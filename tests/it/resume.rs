@@ -100,7 +100,7 @@ fn the_same_bytes_by_the_joint_solver_on_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
     same_on_all_threads(&["1", "3", "7"], |command| {
         let out = folder.path().join("out");
-        let more = ["--solver", "joint", "--granularity", "sublayer", "--target", "dense"];
+        let more = ["--solver", "joint", "--sequencing", "sublayer", "--target", "dense"];
         ended_with(0, &command(&args(&out, &more)).output().unwrap());
         let bytes = container(&out);
         std::fs::remove_dir_all(&out).unwrap();
