@@ -10,7 +10,8 @@ use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::report;
 use sdxl_squeeze::{Error, Result};
 
-use super::compress::{LimitArgs, OverrideArgs, model_of};
+use super::compress::{LimitArgs, model_of};
+use super::edits::Edits;
 use super::paths::Paths;
 use super::progress::Reporter;
 
@@ -22,17 +23,17 @@ pub struct Args {
     /// The folder for report.html, report.json, the contact sheet and the containers
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Prompts to judge on, one a line; none of them may be calibrated on
+    /// Prompts to judge the results on, one a line; no run may be calibrated on any of them
     #[arg(long, value_name = "FILE")]
     judge: PathBuf,
     /// Seed of the first judged picture; each further one has the next
     #[arg(long, value_name = "N", default_value_t = 231)]
     judge_seed: u64,
-    /// UNet calls that the UNet's error is measured on
+    /// UNet calls on which the error of the UNet's output is measured
     #[arg(long, value_name = "N", default_value_t = 48)]
     held_out: usize,
     #[command(flatten)]
-    overrides: OverrideArgs,
+    edits: Edits,
     #[command(flatten)]
     limits: LimitArgs,
 }
@@ -41,7 +42,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut outputs = Paths::default().reads("--judge", Some(&args.judge)).puts_into("--out", &args.out);
     for path in &args.configs {
-        let config = args.overrides.clone().config(path)?;
+        let config = args.edits.config(path)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let container = container_path(&args.out, &name);
         outputs = outputs.run("the config", path, &config);
@@ -66,13 +67,14 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         guidance: calibration.guidance,
         size: folder.picture_size(calibration.size)?,
     };
-    let found = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
-    let written = report::write(&found, &args.out)?;
-    write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&found).as_bytes()))?;
-    super::print(&format!("{}\n{}\n", report::table::plain(&found), written.html.display()))
+    let comparison = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
+    let written = report::write(&comparison, &args.out)?;
+    write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&comparison).as_bytes()))?;
+    super::print(&format!("{}\n{}\n", report::table::plain(&comparison), written.html.display()))
 }
 
-/// All rows are judged against one dense model, on one device, in one dtype: configs that name others cannot be compared.
+/// Refuses to compare configs that name different models, devices or dtypes: all results are judged
+/// against one dense model.
 fn check_alike((first, one): (&Path, &RunConfig), (second, other): (&Path, &RunConfig)) -> Result<()> {
     let shown = |path: &Option<PathBuf>| path.as_ref().map_or("none".to_owned(), |path| path.display().to_string());
     // Two names of one folder are one model.

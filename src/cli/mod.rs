@@ -1,12 +1,15 @@
-//! Everything that knows of a terminal: arguments, progress bars, tables, error messages, exit codes.
+//! The command line: arguments, progress bars, tables, error messages and exit codes.
 
 mod compare;
+mod completions;
 mod compress;
+mod edits;
 mod environment;
 mod export;
 mod failure;
 mod generate;
 mod inspect;
+mod man;
 mod paths;
 mod place;
 mod plan;
@@ -35,13 +38,13 @@ const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (build ", env!("SDXL_
 #[derive(Debug, Parser)]
 #[command(name = "sdxl-squeeze", version = VERSION, max_term_width = 100)]
 struct Args {
-    /// Say nothing but errors and the result
+    /// Print nothing but errors and the result
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// How progress is shown, on standard error: bars on a terminal and lines elsewhere, or JSON lines for programs
+    /// Progress on standard error: bars on a terminal and lines elsewhere, or JSON lines for programs
     #[arg(long, global = true, value_name = "auto|json|none", default_value = "auto")]
     progress: Mode,
-    /// Log more: -v what is done, -vv everything
+    /// Log more: -v each step, -vv everything
     #[arg(long, short, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
     #[command(subcommand)]
@@ -52,26 +55,30 @@ struct Args {
 enum Command {
     /// Compress a UNet as a config says
     Compress(compress::Args),
-    /// Compress with several configs and report what each costs
+    /// Compress with several configs and report size and quality of each
     Compare(compare::Args),
-    /// Say what compress would do, and what it takes, without doing it
+    /// Show the work, time, memory and result size of a compression without running it
     Plan(plan::Args),
     /// Check a container or a Core ML package: structure, counts and hashes
     Verify(verify::Args),
-    /// Write what other programs load: a diffusers folder, a Core ML package
+    /// Write a model for other programs: a diffusers folder, a Core ML package
     Export(export::Args),
     /// Draw a picture from a prompt
     Generate(generate::Args),
-    /// Show what a model consists of: stages, layers, shapes, parameters, bytes
+    /// Show a model's stages and layers with their shapes, parameters and bytes
     Inspect(inspect::Args),
     /// Write a whole pipeline with made-up weights, for tests and benchmarks
     Synth(synth::Args),
+    /// Print a shell's completion script
+    Completions(completions::Args),
+    /// Print the man page, or write those of all commands
+    Man(man::Args),
 }
 
 /// Runs the program and returns its exit code. A failure is one line on standard error.
 pub fn main() -> ExitCode {
-    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside libtorch; this also reaches NVIDIA's libraries
-    // of a libtorch that does not have the functions which `init` calls.
+    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside libtorch. The
+    // variable also reaches NVIDIA's libraries in a libtorch without the functions that `init` calls.
     // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
@@ -82,7 +89,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Prints what clap has to say: help or the version to standard output, a mistake to standard error.
+/// Prints clap's answer: help or the version to standard output, a mistake to standard error.
 fn tell(answer: &clap::Error) -> ExitCode {
     let code = ExitCode::from(u8::try_from(answer.exit_code()).unwrap_or(2));
     let printed = answer.print().and_then(|()| io::stdout().flush());
@@ -95,11 +102,11 @@ fn tell(answer: &clap::Error) -> ExitCode {
     }
 }
 
-/// What has to hold whatever is done.
+/// Prepares the process for any command.
 fn prepare() -> Result<(), Error> {
     place::check()?;
-    // A write beyond `ulimit -f` kills the program, unless somebody catches the signal: then the write fails and is told of like
-    // any other.
+    // A write beyond `ulimit -f` kills a program that does not catch the signal. With a handler the write
+    // fails instead, and is reported like any other failure.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
         .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
     Ok(())
@@ -128,6 +135,8 @@ fn run(args: Args) -> Result<(), Error> {
         Command::Generate(args) => generate::run(args, &reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, &reporter),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
     }
 }
 
@@ -140,13 +149,14 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// Opens a container; its hashes are checked, which reads the whole file, unless a flag says not to.
+/// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is set.
 fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
     if no_verify { Container::open_unverified(path) } else { Container::open(path) }
 }
 
 /// Writes a command's result to standard output as JSON.
 fn print_json(result: &impl serde::Serialize) -> Result<(), Error> {
-    let text = serde_json::to_string_pretty(result).map_err(|why| Error::Failed(format!("the result is no JSON: {why}")))?;
+    let text = serde_json::to_string_pretty(result)
+        .map_err(|why| Error::Failed(format!("the result cannot be written as JSON: {why}")))?;
     print(&format!("{text}\n"))
 }

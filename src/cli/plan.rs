@@ -1,17 +1,17 @@
 //! `sdxl-squeeze plan`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use sdxl_squeeze::compress::{CLIP_LENGTH, Recipe, expected_calls, plan_of_run};
 use sdxl_squeeze::config::{BudgetSection, RunConfig};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
-use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::plan::{Calls, CarriesIn, Memory, Plan, measured_rate};
 use sdxl_squeeze::synth::Preset;
 use sdxl_squeeze::{Result, number};
 
-use super::compress::{LimitArgs, OverrideArgs};
+use super::compress::{LimitArgs, model_of};
+use super::edits::Edits;
 use super::table;
 
 #[derive(Debug, clap::Args)]
@@ -19,11 +19,11 @@ pub struct Args {
     /// The runs to plan
     #[arg(value_name = "CONFIG.yaml", required = true)]
     configs: Vec<PathBuf>,
-    /// Plan for an architecture of which no model is at hand: sdxl-base or sdxl-refiner
+    /// Plan for an architecture instead of a model: sdxl-base or sdxl-refiner
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     architecture: Option<Preset>,
     #[command(flatten)]
-    overrides: OverrideArgs,
+    edits: Edits,
     #[command(flatten)]
     limits: LimitArgs,
     /// Print JSON instead of tables
@@ -43,11 +43,11 @@ pub fn run(args: Args) -> Result<()> {
     let mut rows = Vec::new();
     let mut json = Vec::new();
     for path in &args.configs {
-        let config = args.overrides.clone().config(path)?;
+        let config = args.edits.config(path)?;
         let options = args.limits.options(&config)?;
         let target = match args.architecture {
             Some(preset) => of_architecture(preset, &config)?,
-            None => of_model(args.overrides.clone(), path, options.placement())?,
+            None => of_model(&config, options.placement())?,
         };
         let recipe = Recipe::new(&config, &target.chain)?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
@@ -73,12 +73,12 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// What a budget changes in what is planned.
+/// A sentence on how a budget changes the plan.
 fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
     let bytes = budget.bytes(plan);
     format!(
-        "settings will be found for each layer that take {} ({} bytes) together, instead of the {} above; finding them takes one pass over \
-         the samples more, and trying every layer with several settings",
+        "the budget gives each layer settings of its own, so that all take {} ({} bytes) instead of the {} above; choosing them \
+         takes one more pass over the samples, and a trial of several settings for every layer",
         number::size(bytes),
         number::count(bytes),
         number::size(plan.payload_bytes)
@@ -99,8 +99,8 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
     Ok(Target { chain: UnetChain::new(unet), calls, bytes_of: Box::new(|_| 2) })
 }
 
-fn of_model(overrides: OverrideArgs, path: &Path, placement: Placement) -> Result<Target> {
-    let (config, folder): (RunConfig, PipelineFolder) = overrides.resolve(path)?;
+fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
+    let folder = model_of(config)?;
     let weights = folder.unet_weights()?;
     let calls = expected_calls(&folder, &config.calibration)?;
     Ok(Target { chain: folder.unet, calls, bytes_of: Box::new(move |name| weights.narrow_bytes(name, placement).unwrap_or(4)) })

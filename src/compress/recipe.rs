@@ -65,7 +65,7 @@ impl Recipe {
                 treatments.insert(layer.name.clone(), treatment);
             }
         }
-        let sequencing = match config.pace {
+        let sequencing = match config.sequencing {
             Pace::Stage => Sequencing::Stage,
             Pace::Sublayer => Sequencing::Sublayer { dense_target: config.target == Target::Dense },
         };

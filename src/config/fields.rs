@@ -1,21 +1,20 @@
-//! A mapping of the config being taken apart, key by key.
+//! Reads a mapping of the config key by key.
 
-use std::path::PathBuf;
-
+use super::finding::Finding;
+use super::key::{Key, Section};
 use super::limits;
 use super::mistake::{Mistakes, nearest};
 use super::tree::{Node, Position, Value};
 use crate::shorten::shorten;
 
-/// The entries of one mapping. Each key is taken once; [`finish`](Self::finish) complains of what nobody took, so that the list
-/// of known keys is the code that reads them.
+/// The entries of one mapping, of which the keys are known to the section.
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
-    /// What the mapping is called in messages: `prune.global_config`.
+    /// The mapping's name in messages: `prune.global_config`.
     name: String,
+    section: &'static Section,
     position: Position,
     entries: Vec<Entry<'a>>,
-    known: Vec<&'static str>,
 }
 
 /// A key that has been checked to be text and to be the first of its name.
@@ -39,9 +38,7 @@ pub(super) fn entries<'a>(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_
             continue;
         };
         match entries.iter().find(|entry| entry.key == text) {
-            Some(first) => {
-                mistakes.add(key.position, format!("`{}` is given twice, first in line {}", shorten(text), first.position.line))
-            }
+            Some(first) => mistakes.add(key.position, format!("`{}` is given twice, first in {}", shorten(text), first.position)),
             None => entries.push(Entry { key: text, position: key.position, value }),
         }
     }
@@ -49,66 +46,82 @@ pub(super) fn entries<'a>(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_
 }
 
 impl<'a> Fields<'a> {
-    pub fn new(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Self {
-        Fields { name: name.to_owned(), position: node.position, entries: entries(name, node, mistakes), known: Vec::new() }
+    /// Takes a node apart. What is no mapping, and every key that the section does not have, is a
+    /// mistake.
+    pub fn new(name: &str, section: &'static Section, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Self {
+        let fields = Fields { name: name.to_owned(), section, position: node.position, entries: entries(name, node, mistakes) };
+        for Entry { key, position, .. } in &fields.entries {
+            if !section.known().any(|known| known == *key) && !section.was_known(key) {
+                mistakes.add(*position, fields.unknown(key));
+            }
+        }
+        fields
     }
 
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where it begins.
+    /// Where the mapping begins.
     pub fn position(&self) -> Position {
         self.position
     }
 
     /// The entry of `key`, `null` or not.
-    pub fn entry(&mut self, key: &'static str) -> Option<Entry<'a>> {
-        if !self.known.contains(&key) {
-            self.known.push(key);
-        }
+    pub fn entry(&self, key: &str) -> Option<Entry<'a>> {
         self.entries.iter().find(|entry| entry.key == key).copied()
     }
 
-    /// The value of `key`; `null` is the same as not given.
-    pub fn given(&mut self, key: &'static str) -> Option<&'a Node> {
+    /// The value of `key`, unless that is absent or `null`.
+    pub fn given(&self, key: &str) -> Option<&'a Node> {
         self.entry(key).map(|entry| entry.value).filter(|node| !matches!(node.value, Value::Null))
     }
 
-    /// The value of `key` through `read`, or the mistake that it is.
-    pub fn get<T>(
-        &mut self,
-        key: &'static str,
-        mistakes: &mut Mistakes<'_>,
-        read: impl FnOnce(&'a Node) -> Result<T, String>,
-    ) -> Option<T> {
-        let node = self.given(key)?;
-        match read(node) {
+    /// A section in the mapping, unless that is absent or `null`.
+    pub fn section(&self, section: &'static Section, mistakes: &mut Mistakes<'_>) -> Option<Fields<'a>> {
+        self.given(section.name).map(|node| Fields::new(section.name, section, node, mistakes))
+    }
+
+    /// The value of `key`, if it is given and can be read. Under a former name it is read with a remark.
+    pub fn get<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> Option<T> {
+        let former = key.formerly.and_then(|old| Some((old, self.given(old)?)));
+        let (name, node) = match (former, self.given(key.name)) {
+            (None, present) => (key.name, present?),
+            (Some((old, node)), present) => {
+                if present.is_some() {
+                    mistakes.add(node.position, format!("`{old}` is the former name of `{}`; give one", key.name));
+                }
+                let place = mistakes.place(node.position);
+                mistakes.remark(Finding::FormerName { old: old.to_owned(), new: key.name.to_owned(), place });
+                (old, node)
+            }
+        };
+        match (key.kind.read)(node) {
             Ok(value) => Some(value),
             Err(must) => {
-                mistakes.add(node.position, format!("`{key}` {must}, not {}", node.value));
+                mistakes.add(node.position, format!("`{name}` {must}, not {}", node.value));
                 None
             }
         }
     }
 
-    /// Complains of the keys that nobody took.
-    pub fn finish(self, mistakes: &mut Mistakes<'_>) {
-        for Entry { key, position, .. } in &self.entries {
-            if self.known.contains(key) {
-                continue;
-            }
-            let hint = match (nearest(key, self.known.iter().copied()), elsewhere(key)) {
-                (Some(near), _) => format!("; did you mean `{near}`?"),
-                (None, Some(hint)) => format!("; {hint}"),
-                (None, None) => format!(" (known: {})", self.known.join(", ")),
-            };
-            mistakes.add(*position, format!("unknown key `{}` in {}{hint}", shorten(key), self.name));
-        }
+    /// The value of `key`, or its default.
+    pub fn value<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> T {
+        self.get(key, mistakes).unwrap_or_else(|| key.default_value())
+    }
+
+    fn unknown(&self, key: &str) -> String {
+        let known = || self.section.known();
+        let hint = match (nearest(key, known()), elsewhere(key)) {
+            (Some(near), _) => format!("; did you mean `{near}`?"),
+            (None, Some(hint)) => format!("; {hint}"),
+            (None, None) => format!(" (known: {})", known().collect::<Vec<_>>().join(", ")),
+        };
+        format!("unknown key `{}` in {}{hint}", shorten(key), self.name)
     }
 }
 
-/// What to say of coremltools' own keys that stand in another place here, or that this program does not have.
+/// A hint for coremltools' keys that belong to another section here, or that this program does not have.
 fn elsewhere(key: &str) -> Option<&'static str> {
     Some(match key {
         "calibration_nsamples" => "it belongs to calibration",
@@ -126,48 +139,49 @@ pub(super) fn number(node: &Node) -> Result<f64, String> {
     match node.value {
         Value::Integer(value) => Ok(value as f64),
         Value::Number(value) => Ok(value),
-        _ => Err("must be a number".into()),
+        Value::Null | Value::Boolean(_) | Value::Text(_) | Value::List(_) | Value::Mapping(_) => Err("must be a number".into()),
     }
 }
 
 pub(super) fn whole(node: &Node) -> Result<i128, String> {
     match node.value {
         Value::Integer(value) => Ok(value),
-        _ => Err("must be a whole number".into()),
+        Value::Null | Value::Boolean(_) | Value::Number(_) | Value::Text(_) | Value::List(_) | Value::Mapping(_) => {
+            Err("must be a whole number".into())
+        }
     }
 }
 
 pub(super) fn boolean(node: &Node) -> Result<bool, String> {
     match node.value {
         Value::Boolean(value) => Ok(value),
-        _ => Err("must be true or false".into()),
+        Value::Null | Value::Integer(_) | Value::Number(_) | Value::Text(_) | Value::List(_) | Value::Mapping(_) => {
+            Err("must be true or false".into())
+        }
     }
 }
 
 pub(super) fn text(node: &Node) -> Result<&str, String> {
     match &node.value {
         Value::Text(value) => limits::not_blank(value),
-        _ => Err("must be text (in quotes, if need be)".into()),
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::List(_) | Value::Mapping(_) => {
+            Err("must be text (in quotes, if need be)".into())
+        }
     }
-}
-
-pub(super) fn path(node: &Node) -> Result<PathBuf, String> {
-    text(node).map(PathBuf::from)
 }
 
 /// One of several words.
 pub(super) fn word<T: Copy>(node: &Node, words: &[(&'static str, T)]) -> Result<T, String> {
-    named(text(node).unwrap_or_default(), words)
-}
-
-/// The value that `name` stands for.
-pub(super) fn named<T: Copy>(name: &str, words: &[(&'static str, T)]) -> Result<T, String> {
-    let found = words.iter().find(|(word, _)| *word == name);
-    found.map(|(_, value)| *value).ok_or_else(|| {
-        let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-        match nearest(name, words.iter().copied()) {
-            Some(near) if words.len() > 1 => format!("must be one of {}, perhaps `{near}`", words.join(", ")),
-            _ => format!("must be {}", words.join(", or ")),
-        }
+    let written = match &node.value {
+        Value::Text(written) => Some(written),
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::List(_) | Value::Mapping(_) => None,
+    };
+    if let Some((_, value)) = words.iter().find(|(word, _)| written.is_some_and(|written| written == word)) {
+        return Ok(*value);
+    }
+    let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+    Err(match written.and_then(|written| nearest(written, words.iter().copied())) {
+        Some(near) if words.len() > 1 => format!("must be one of {}, perhaps `{near}`", words.join(", ")),
+        Some(_) | None => format!("must be {}", words.join(", or ")),
     })
 }

@@ -1,4 +1,4 @@
-//! What there is to say of a config once the model's layers are known.
+//! Findings: what people should know of a config, most of it once the model's layers are known.
 
 use std::fmt::{self, Display};
 
@@ -24,23 +24,23 @@ impl Display for Section {
     }
 }
 
-/// How much a [`Finding`] weighs.
+/// The severity of a [`Finding`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// The config says so; worth listing.
+    /// As the config asks; for information.
     Note,
-    /// Probably not what was meant.
+    /// Probably a mistake.
     Warning,
     /// The run must not begin.
     Error,
 }
 
-/// Why a layer is left alone by a section.
+/// The reason why a section leaves a layer alone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Why {
     /// The config has no such section.
     NoSection,
-    /// Its stage is none of `prune.layers`, or it is in no stage.
+    /// Its stage matches no entry of `prune.layers`, or it belongs to no stage.
     OutsideLayers,
     /// The rule that decides, named here, is `null` or absent.
     NoSettings(String),
@@ -49,47 +49,56 @@ pub enum Why {
         /// The threshold.
         weight_threshold: u64,
     },
-    /// Its channels are no multiple of the group size, or its columns no multiple of m.
+    /// The group size does not divide its channels, or m its columns.
     Misfit,
 }
 
-/// What becomes of a layer whose channels its group size does not divide.
+/// The treatment of a layer whose channels its group size does not divide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Misfit {
-    /// It gets groups of this size.
+    /// The layer gets groups of this size.
     SmallerGroup(usize),
-    /// It stays fp16.
+    /// The layer stays fp16.
     Dense,
-    /// The config forbids it.
+    /// The config forbids such layers.
     Error,
 }
 
-/// Something that the config means for the model at hand, and that people should know.
+/// An observation about a config that people should know.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Finding {
-    /// A pattern of `prune.layers` that is no stage's name. An error.
+    /// A key or flag under a name that it had once. A warning.
+    FormerName {
+        /// The name given.
+        old: String,
+        /// The present name.
+        new: String,
+        /// Where it was written.
+        place: Place,
+    },
+    /// A pattern of `prune.layers` that matches no stage's name. An error.
     NoStage {
         /// The pattern.
         pattern: String,
         /// Where it was written.
         place: Place,
-        /// The stages that there are.
+        /// The model's stages.
         stages: Vec<String>,
     },
-    /// A pattern of `module_name_configs` that is no layer's name. An error.
+    /// A pattern of `module_name_configs` that matches no layer's name. An error.
     NoLayer {
-        /// Whose pattern.
+        /// The section of the pattern.
         section: Section,
         /// The pattern.
         pattern: String,
         /// Where it was written.
         place: Place,
-        /// The layer's name that is most like it.
+        /// The most similar layer name.
         nearest: Option<String>,
     },
     /// A pattern that matches only what earlier ones have matched. A warning.
     Shadowed {
-        /// Whose pattern.
+        /// The section of the pattern.
         section: Section,
         /// The pattern.
         pattern: String,
@@ -107,7 +116,7 @@ pub enum Finding {
     },
     /// A rule for a type of which the model has no layer. A warning.
     NoLayerOfType {
-        /// Whose rule.
+        /// The section of the rule.
         section: Section,
         /// The type.
         module_type: ModuleType,
@@ -117,7 +126,8 @@ pub enum Finding {
         /// The section.
         section: Section,
     },
-    /// A layer whose channels its group size does not divide. An error or a warning, as `on_misfit` says.
+    /// A layer whose channels its group size does not divide. An error or a warning, depending on
+    /// `on_misfit`.
     GroupMisfit {
         /// The layer.
         layer: String,
@@ -125,10 +135,10 @@ pub enum Finding {
         channels: i64,
         /// The group size.
         group_size: usize,
-        /// What becomes of it.
+        /// The treatment of the layer.
         becomes: Misfit,
     },
-    /// A layer whose rows are no whole number of n:m groups. An error.
+    /// A layer whose rows n:m groups do not divide. An error.
     RatioMisfit {
         /// The layer.
         layer: String,
@@ -141,7 +151,7 @@ pub enum Finding {
     LeftAlone {
         /// The section.
         section: Section,
-        /// For what reason.
+        /// The reason.
         why: Why,
         /// The layers, in the model's order.
         layers: Vec<String>,
@@ -149,23 +159,26 @@ pub enum Finding {
 }
 
 impl Finding {
-    /// How much it weighs.
+    /// The severity.
     pub fn severity(&self) -> Severity {
         match self {
             Finding::NoStage { .. } | Finding::NoLayer { .. } | Finding::RatioMisfit { .. } => Severity::Error,
             Finding::GroupMisfit { becomes: Misfit::Error, .. } => Severity::Error,
             Finding::GroupMisfit { becomes: Misfit::SmallerGroup(_) | Misfit::Dense, .. } => Severity::Warning,
-            Finding::Shadowed { .. } | Finding::OutOfReach { .. } | Finding::NoLayerOfType { .. } | Finding::Idle { .. } => {
-                Severity::Warning
-            }
+            Finding::FormerName { .. }
+            | Finding::Shadowed { .. }
+            | Finding::OutOfReach { .. }
+            | Finding::NoLayerOfType { .. }
+            | Finding::Idle { .. } => Severity::Warning,
             Finding::LeftAlone { .. } => Severity::Note,
         }
     }
 
-    /// Where the config says it, as far as that is one place.
+    /// Its place in the config, if it has a single one.
     pub fn place(&self) -> Place {
         match self {
-            Finding::NoStage { place, .. }
+            Finding::FormerName { place, .. }
+            | Finding::NoStage { place, .. }
             | Finding::NoLayer { place, .. }
             | Finding::Shadowed { place, .. }
             | Finding::OutOfReach { place, .. } => place.clone(),
@@ -177,7 +190,7 @@ impl Finding {
         }
     }
 
-    /// As a mistake, which puts the place in front.
+    /// The finding as a mistake, which is shown with its place in front.
     pub fn mistake(&self) -> Mistake {
         Mistake { place: self.place(), problem: self.to_string() }
     }
@@ -186,6 +199,7 @@ impl Finding {
 impl Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Finding::FormerName { old, new, place: _ } => write!(f, "`{old}` is called `{new}` now; the old name still works"),
             Finding::NoStage { pattern, stages, place: _ } => {
                 write!(f, "prune: `{pattern}` in `layers` is no stage's whole name (there are {})", stages.join(", "))
             }

@@ -1,4 +1,4 @@
-//! What each value may be, for the file and for the flags alike. A refusal reads on from the key's name: "must be …".
+//! The bounds of each value. Messages continue the key's name: "must be …".
 
 use super::settings::NmRatio;
 use crate::device::parse_dtype;
@@ -35,7 +35,7 @@ pub(super) fn count(value: i128) -> Checked<usize> {
     }
 }
 
-/// How often something is done, if at all.
+/// A number of repetitions, 0 included.
 pub(super) fn steps(value: i128) -> Checked<usize> {
     usize::try_from(value).ok().filter(|value| *value <= 1000).ok_or_else(|| "must be between 0 and 1000".into())
 }
@@ -56,11 +56,14 @@ pub(super) fn not_negative(value: f64) -> Checked<f64> {
     if value >= 0.0 && value.is_finite() { Ok(value + 0.0) } else { Err("must be at least 0 and finite".into()) }
 }
 
+/// The message about a ratio that is none.
+pub(super) const NM_RATIO: &str = "must be n:m with 0 < n < m (of every m weights in a row, n are zero)";
+
 /// Of every `m` columns, `n` are zero.
 pub(super) fn n_m_ratio(n: i128, m: i128) -> Checked<NmRatio> {
     match (usize::try_from(n), u32::try_from(m)) {
         (Ok(n), Ok(m)) if 0 < n && n < m as usize => Ok(NmRatio { n, m: m as usize }),
-        _ => Err("must be n:m with 0 < n < m (of every m weights in a row, n are zero)".into()),
+        _ => Err(NM_RATIO.into()),
     }
 }
 
@@ -80,7 +83,7 @@ pub(super) fn whole_groups(NmRatio { n, m }: NmRatio, block: usize) -> Checked<(
     }
 }
 
-/// A device's name; whether this machine has it is asked when it is used.
+/// A device's name. Whether this machine has the device is checked when a run begins.
 pub(super) fn device(name: &str) -> Checked<String> {
     let numbered = |name: &str| name.strip_prefix("cuda:").is_some_and(|index| index.parse::<u16>().is_ok());
     let known = |name: &str| matches!(name, "cpu" | "cuda") || numbered(name);
@@ -101,12 +104,12 @@ pub(super) fn bytes(text: &str) -> Checked<u64> {
     crate::memory::parse_size(text).map_err(|_| "must be a size such as 933MiB or 1.2GiB".into())
 }
 
-/// Bits of a weight in the mean.
+/// Mean bits of a weight.
 pub(super) fn target_bits(value: f64) -> Checked<f64> {
     if value > 0.0 && value <= 16.0 { Ok(value) } else { Err("must be above 0 and at most 16".into()) }
 }
 
-/// A path or a prompt: anything but nothing.
+/// Text that is not blank: a path or a prompt.
 pub(super) fn not_blank(text: &str) -> Checked<&str> {
     if text.trim().is_empty() { Err("must not be empty".into()) } else { Ok(text) }
 }

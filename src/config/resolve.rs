@@ -1,4 +1,4 @@
-//! A config and a model's layers make settings for each layer.
+//! Resolution: the settings of each layer of a model, from the rules of a config.
 
 use std::collections::BTreeSet;
 
@@ -11,12 +11,12 @@ use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
 use crate::error::{Error, Result};
 use crate::pattern::NamePattern;
 
-/// What resolution needs to know of a layer.
+/// A layer of a model, as far as resolution needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerInfo {
     /// The checkpoint name without `.weight`.
     pub name: String,
-    /// The stage that it belongs to (`down_blocks.0`); `None` for the UNet's two ends.
+    /// The stage that the layer belongs to (`down_blocks.0`); `None` for the UNet's two ends.
     pub stage: Option<String>,
     /// Its type.
     pub module_type: ModuleType,
@@ -26,7 +26,8 @@ pub struct LayerInfo {
 
 impl LayerInfo {
     fn elements(&self) -> u64 {
-        self.shape.iter().map(|n| u64::try_from(*n).unwrap_or(0)).fold(1, u64::saturating_mul)
+        // A dimension below 0, which no tensor has, counts as 0.
+        self.shape.iter().map(|n| n.max(&0).unsigned_abs()).fold(1, u64::saturating_mul)
     }
 
     /// d of [o, d], convolutions flattened to [o, c kh kw].
@@ -35,32 +36,32 @@ impl LayerInfo {
     }
 }
 
-/// What is done to each layer, by which rule, and what should be known of it.
+/// The settings of each layer, the effect of each rule, and the findings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolution {
     /// One for each layer, in the order given.
     pub layers: Vec<LayerResolution>,
-    /// What each rule did, section by section in the order in which rules are tried.
+    /// The effect of each rule, section by section in the order in which rules are tried.
     pub rules: Vec<RuleUse>,
     /// Errors first, then warnings, then notes.
     pub findings: Vec<Finding>,
 }
 
-/// What is done to a layer.
+/// The settings of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerResolution {
     /// The layer's name.
     pub name: String,
     /// How it is pruned.
     pub prune: Choice<PruneSettings>,
-    /// How it is palettized. A group size that `on_misfit` changed is the changed one.
+    /// How it is palettized. A group size that `on_misfit` has changed is given as changed.
     pub palettize: Choice<PaletteSettings>,
 }
 
-/// Settings, or why there are none.
+/// Settings, or the reason for which there are none.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Choice<S> {
-    /// The layer gets these.
+    /// The layer gets these settings.
     Apply(S),
     /// The layer is left alone.
     Leave(Why),
@@ -76,7 +77,7 @@ impl<S> Choice<S> {
     }
 }
 
-/// How far a rule reaches.
+/// The effect of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleUse {
     /// The rule's section.
@@ -85,12 +86,12 @@ pub struct RuleUse {
     pub rule: String,
     /// Layers that it matches.
     pub matched: usize,
-    /// Layers for which it is the one that decides.
+    /// Layers whose settings it decides.
     pub decided: usize,
 }
 
 impl Resolution {
-    /// The resolution, if nothing in it is an error.
+    /// The resolution, if none of its findings is an error.
     ///
     /// # Errors
     /// [`Error::Config`] with all findings that are errors.
@@ -104,11 +105,11 @@ impl Resolution {
 impl RunConfig {
     /// Gives each of a model's layers its settings, by coremltools' order of rules (see [`Rules`]).
     ///
-    /// Patterns that match nothing, groups that do not divide the channels and all else that is not as written are findings;
-    /// warnings are logged too. [`Resolution::checked`] turns findings that are errors into one.
+    /// Patterns that match nothing, groups that do not divide the channels and the like are findings.
+    /// Warnings are logged too. [`Resolution::checked`] turns findings that are errors into an [`Error`].
     pub fn resolve(&self, layers: &[LayerInfo]) -> Resolution {
-        let RunConfig { prune, palettize, .. } = self;
-        let mut findings = Vec::new();
+        let RunConfig { prune, palettize, remarks, .. } = self;
+        let mut findings = remarks.0.clone();
         let mut rules = Vec::new();
         let pruned = match prune {
             Some(section) => resolve_prune(section, layers, &mut rules, &mut findings),
@@ -222,10 +223,11 @@ fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mu
     }
 }
 
-/// Patterns that match nothing for which a likely name is looked for.
+/// The number of patterns without a match for which the nearest name is searched.
 const FEW: usize = 32;
 
-/// Counts what each rule matches and decides, and complains of those that are idle. Returns for each layer the rule that decides.
+/// Counts the layers that each rule matches and decides, and reports the rules that decide none. Returns
+/// for each layer the rule that decides.
 fn check_rules<S>(
     section: Section,
     rules: &Rules<S>,
@@ -239,19 +241,20 @@ fn check_rules<S>(
     let Rules { global_config: _, module_type_configs, module_name_configs } = rules;
     for (index, (Written { value: pattern, place }, _)) in module_name_configs.iter().enumerate() {
         let rule = RuleIndex::Name(index);
-        let matched: Vec<RuleIndex> = by_pattern[index].iter().filter_map(|layer| decided.get(*layer).copied()).collect();
+        let matched: Vec<RuleIndex> = by_pattern[index].iter().map(|layer| decided[*layer]).collect();
         uses.push(RuleUse { section, rule: describe(rules, rule), matched: matched.len(), decided: decides(rule) });
         let (pattern, place) = (pattern.to_string(), place.clone());
         let by: BTreeSet<RuleIndex> = matched.iter().copied().collect();
         if matched.is_empty() {
-            // Looking for the nearest name takes a while; a config with many such patterns is for another model.
+            // The search for the nearest name is slow, and a config with many such patterns is meant for
+            // another model.
             let few = findings.iter().filter(|finding| matches!(finding, Finding::NoLayer { .. })).count() < FEW;
             let names = layers.iter().map(|layer| layer.name.as_str());
             let nearest = if few { nearest(&literal(&pattern), names).map(str::to_owned) } else { None };
             findings.push(Finding::NoLayer { section, pattern, place, nearest });
         } else if !by.contains(&rule) {
             let name = |by: &RuleIndex| match by {
-                RuleIndex::Name(index) => module_name_configs.get(*index).map(|(earlier, _)| earlier.value.to_string()),
+                RuleIndex::Name(index) => Some(module_name_configs[*index].0.value.to_string()),
                 RuleIndex::Type(_) | RuleIndex::Global => None,
             };
             findings.push(Finding::Shadowed { section, pattern, place, by: by.iter().filter_map(name).collect() });
@@ -272,7 +275,7 @@ fn check_rules<S>(
     decided
 }
 
-/// A pattern with its escapes taken off: near enough to a name to look for one that is like it.
+/// A pattern without its escapes, which can be compared with names.
 fn literal(pattern: &str) -> String {
     pattern.replace(r"\d+", "0").replace(".*", "").replace('\\', "")
 }
@@ -280,17 +283,17 @@ fn literal(pattern: &str) -> String {
 fn describe<S>(rules: &Rules<S>, rule: RuleIndex) -> String {
     match rule {
         RuleIndex::Name(index) => {
-            let pattern = rules.module_name_configs.get(index).map(|(pattern, _)| pattern.value.to_string());
-            format!("module_name_configs `{}`", pattern.unwrap_or_default())
+            format!("module_name_configs `{}`", rules.module_name_configs[index].0.value)
         }
         RuleIndex::Type(module_type) => format!("module_type_configs `{module_type}`"),
         RuleIndex::Global => "global_config".to_owned(),
     }
 }
 
-/// Lists the layers that are left alone, by reason. Misfits have findings of their own.
+/// Lists the layers that are left alone, by reason. Layers that do not fit have findings of their own.
 fn left_alone<S>(section: Section, layers: &[LayerInfo], choices: &[Choice<S>], findings: &mut Vec<Finding>) {
-    /// A recipe with a rule for each layer would say as much of itself as the model has layers.
+    /// The most `null` rules that are listed one by one. A recipe with a rule for each layer would
+    /// otherwise make as many findings as the model has layers.
     const LISTED: usize = 8;
     let nulls =
         choices.iter().filter_map(|choice| if let Choice::Leave(Why::NoSettings(rule)) = choice { Some(rule) } else { None });

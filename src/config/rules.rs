@@ -2,31 +2,34 @@
 
 use std::fmt::{self, Display};
 
-use super::emit::{self, Yaml};
+use serde::{Serialize, Serializer};
+
 use super::fields::{Fields, entries};
 use super::mistake::{Mistakes, Written, nearest};
 use super::resolve::LayerInfo;
 use super::settings::Settings;
 use super::tree::{Node, Value};
-use crate::error::Error;
 use crate::model::LayerKind;
 use crate::pattern::NamePattern;
 use crate::shorten::shorten;
 
-/// The rules of a section, as coremltools' `OptimizationConfig.get_module_config` applies them: the first pattern of
-/// `module_name_configs` that matches the whole of a layer's name, else the layer's type in `module_type_configs`, else
-/// `global_config`. Where the one that is found is `None` (`null` in the file), the layer is left alone.
-#[derive(Debug, Clone, PartialEq)]
+/// The rules of a section, as coremltools' `OptimizationConfig.get_module_config` applies them: the
+/// first pattern of `module_name_configs` that matches the whole of a layer's name, else the layer's
+/// type in `module_type_configs`, else `global_config`. A rule without settings (`null` in the file)
+/// leaves its layers alone.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Rules<S> {
     /// For every layer that no other rule names.
     pub global_config: Option<S>,
     /// By type; at most one rule for each type.
+    #[serde(serialize_with = "as_mapping")]
     pub module_type_configs: Vec<(ModuleType, Option<S>)>,
     /// By name, in the order of the file.
+    #[serde(serialize_with = "as_mapping")]
     pub module_name_configs: Vec<(Written<NamePattern>, Option<S>)>,
 }
 
-/// A rule: where in [`Rules`] it is found.
+/// The position of a rule in [`Rules`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RuleIndex {
     /// This one of `module_name_configs`.
@@ -37,7 +40,7 @@ pub enum RuleIndex {
     Global,
 }
 
-/// What rules make of a model's layers.
+/// Rules applied to a model's layers.
 pub(super) struct Decided {
     /// For each of `module_name_configs`, the layers that it matches.
     pub matched: Vec<Vec<usize>>,
@@ -67,6 +70,12 @@ impl ModuleType {
     }
 }
 
+impl Serialize for ModuleType {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
 impl Display for ModuleType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -88,8 +97,9 @@ impl<S> Rules<S> {
         Rules { global_config: Some(settings), module_type_configs: Vec::new(), module_name_configs: Vec::new() }
     }
 
-    /// The rule that decides for each of a model's layers: the first pattern that matches its name, else the rule of its type, else
-    /// `global_config`. Every pattern is compared with every name once: there may be thousands of both.
+    /// Finds the rule that decides for each of a model's layers: the first pattern that matches its
+    /// name, else the rule of its type, else `global_config`. Every pattern is compared with every name
+    /// once, since there may be thousands of both.
     pub(super) fn decide_all(&self, layers: &[LayerInfo]) -> Decided {
         let matching = |pattern: &NamePattern| -> Vec<usize> {
             let names = layers.iter().enumerate().filter(|(_, layer)| pattern.matches(&layer.name));
@@ -101,7 +111,7 @@ impl<S> Rules<S> {
             false => RuleIndex::Global,
         };
         let mut by: Vec<RuleIndex> = layers.iter().map(|layer| by_type(layer.module_type)).collect();
-        // The first pattern decides, so it comes last here.
+        // The first pattern that matches decides, so the patterns overwrite each other from the last on.
         for (index, layers) in matched.iter().enumerate().rev() {
             for layer in layers {
                 by[*layer] = RuleIndex::Name(index);
@@ -113,10 +123,11 @@ impl<S> Rules<S> {
     /// The settings of a rule; `None` leaves layers alone.
     pub(super) fn settings(&self, rule: RuleIndex) -> Option<&S> {
         match rule {
-            RuleIndex::Name(index) => self.module_name_configs.get(index).and_then(|(_, settings)| settings.as_ref()),
+            RuleIndex::Name(index) => self.module_name_configs[index].1.as_ref(),
             RuleIndex::Type(module_type) => {
-                let listed = self.module_type_configs.iter().find(|(listed, _)| *listed == module_type);
-                listed.and_then(|(_, settings)| settings.as_ref())
+                let mut rules = self.module_type_configs.iter();
+                let rule = rules.find(|(listed, _)| *listed == module_type);
+                rule.expect("a type decides only where it has a rule").1.as_ref()
             }
             RuleIndex::Global => self.global_config.as_ref(),
         }
@@ -131,9 +142,9 @@ impl<S> Rules<S> {
     }
 }
 
-/// Takes the three keys out of a section. Without any of them, `global_config` has its defaults; with rules for types or
-/// names only, the other layers are left alone, as in coremltools.
-pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Rules<S> {
+/// Reads the three keys of a section. Without any of them, `global_config` has its defaults. With rules
+/// for types or names only, the other layers are left alone, as in coremltools.
+pub(super) fn read<S: Settings>(section: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Rules<S> {
     let name = section.name().to_owned();
     let global = section.entry("global_config");
     let types = section.given("module_type_configs");
@@ -144,7 +155,8 @@ pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistake
         None => None,
     };
     let mut module_type_configs = Vec::new();
-    for entry in types.map(|node| entries(&format!("{name}.module_type_configs"), node, mistakes)).unwrap_or_default() {
+    let types = types.map_or(Vec::new(), |node| entries(&format!("{name}.module_type_configs"), node, mistakes));
+    for entry in types {
         let settings = settings(&format!("{name}.module_type_configs.{}", entry.key), entry.value, mistakes);
         match ModuleType::ALL.into_iter().find(|listed| listed.name() == entry.key) {
             Some(module_type) => module_type_configs.push((module_type, settings)),
@@ -158,7 +170,7 @@ pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistake
         }
     }
     let mut module_name_configs = Vec::new();
-    let mut names = names.map(|node| entries(&format!("{name}.module_name_configs"), node, mistakes)).unwrap_or_default();
+    let mut names = names.map_or(Vec::new(), |node| entries(&format!("{name}.module_name_configs"), node, mistakes));
     if let (Some(problem), Some(first)) = (too_many(names.len()), names.first()) {
         mistakes.add(first.position, format!("`{name}.module_name_configs` {problem}"));
         names.clear();
@@ -173,30 +185,9 @@ pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistake
     Rules { global_config, module_type_configs, module_name_configs }
 }
 
-/// Writes the three keys of a section.
-pub(super) fn write<S: Settings>(rules: &Rules<S>, yaml: &mut Yaml) {
-    let Rules { global_config, module_type_configs, module_name_configs } = rules;
-    let write = |yaml: &mut Yaml, key: &str, settings: &Option<S>| match settings {
-        Some(settings) => yaml.block(key, |yaml| settings.write(yaml)),
-        None => yaml.entry(key, "null"),
-    };
-    write(yaml, "global_config", global_config);
-    if module_type_configs.is_empty() {
-        yaml.entry("module_type_configs", "{}");
-    } else {
-        yaml.block("module_type_configs", |yaml| {
-            module_type_configs.iter().for_each(|(module_type, settings)| write(yaml, module_type.name(), settings));
-        });
-    }
-    if module_name_configs.is_empty() {
-        yaml.entry("module_name_configs", "{}");
-    } else {
-        yaml.block("module_name_configs", |yaml| {
-            module_name_configs.iter().for_each(|(pattern, settings)| {
-                write(yaml, &emit::text(&pattern.value.to_string()), settings);
-            });
-        });
-    }
+/// Writes rules as a mapping in their order.
+fn as_mapping<K: Serialize, V: Serialize, S: Serializer>(rules: &[(K, V)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(rules.iter().map(|(key, settings)| (key, settings)))
 }
 
 /// A rule's settings; `null` is a rule to leave layers alone.
@@ -204,30 +195,25 @@ fn settings<S: Settings>(name: &str, node: &Node, mistakes: &mut Mistakes<'_>) -
     if let Value::Null = node.value {
         return None;
     }
-    let mut fields = Fields::new(name, node, mistakes);
-    let settings = S::read(&mut fields, mistakes);
-    fields.finish(mistakes);
-    Some(settings)
+    let fields = Fields::new(name, S::SECTION, node, mistakes);
+    Some(S::read(&fields, mistakes))
 }
 
 /// The most patterns of a section. SDXL has 794 layers.
 const PATTERNS: usize = 4096;
 
-/// What is wrong with so many patterns.
+/// The complaint about a number of patterns that is too large.
 pub(super) fn too_many(patterns: usize) -> Option<String> {
     (patterns > PATTERNS).then(|| format!("has {patterns} patterns; at most {PATTERNS}"))
 }
 
-/// A pattern, or what is wrong with it in one line.
+/// Compiles a pattern, or says in one line why it cannot be.
 pub(super) fn pattern(written: &str) -> Result<NamePattern, String> {
     NamePattern::parse(written).map_err(|why| {
-        let why = match why {
-            Error::Argument(why) => why,
-            other => other.to_string(),
-        };
-        // The regex crate points at the place over several lines; the last one says what is wrong.
-        let last = why.lines().last().unwrap_or_default();
-        let reason = last.trim().trim_start_matches("error: ").rsplit("regular expression: ").next().unwrap_or_default();
+        let why = why.to_string();
+        // The regex crate points at the place in several lines, of which the last one has the reason.
+        let last = why.lines().last().unwrap_or(&why).trim().trim_start_matches("error: ");
+        let reason = last.rsplit_once("regular expression: ").map_or(last, |(_, reason)| reason);
         format!("`{}` is not a regular expression: {reason}", shorten(written))
     })
 }

@@ -1,10 +1,10 @@
-//! The four sections of a run config.
+//! The sections of a run config.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::emit::{self, Yaml};
-use super::fields::{Fields, number, path, text, whole, word};
-use super::limits;
+use super::fields::{Fields, text};
+use super::keys;
+use super::kinds::Words;
 use super::mistake::{Mistakes, Written};
 use super::prompts::too_many;
 use super::rules::{self, Rules, pattern};
@@ -13,11 +13,13 @@ use super::tree::{Node, Position, Value};
 use crate::error::Place;
 use crate::input::prompt_of_length;
 use crate::pattern::NamePattern;
+use crate::shorten::path_as_text;
 
 /// What is compressed, and where it is computed.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelSection {
     /// The pipeline's folder; absent where the command line names it.
+    #[serde(serialize_with = "path_or_null")]
     pub path: Option<PathBuf>,
     /// cpu, cuda or cuda:N. Whether this machine has it is not known here.
     pub device: String,
@@ -26,13 +28,16 @@ pub struct ModelSection {
 }
 
 /// Where the UNet inputs come from that Hessians are built on.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CalibrationSection {
     /// The prompts that are run through the dense pipeline.
     pub prompts: Prompts,
     /// A safetensors file of samples that are read instead; then no prompt is run.
+    #[serde(serialize_with = "path_or_null")]
     pub samples: Option<PathBuf>,
-    /// Prompts that are only encoded, not drawn: for the layers that see nothing but text, and those that see nothing but time and text.
+    /// Prompts that are encoded but not drawn. They calibrate the layers whose inputs come from the
+    /// text states alone, or from the timestep and the pooled text.
+    #[serde(serialize_with = "path_or_null")]
     pub captions: Option<PathBuf>,
     /// How many captions are taken, evenly over the file. At least 1.
     pub captions_nsamples: usize,
@@ -47,26 +52,29 @@ pub struct CalibrationSection {
     /// Seed of the noise.
     pub seed: u64,
     /// Height and width of the pictures in pixels; absent: what the model was made for.
+    #[serde(flatten, serialize_with = "write_size")]
     pub size: Option<(i64, i64)>,
 }
 
 /// Prompts, or the file that they are in.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
 pub enum Prompts {
     /// A file for [`read_prompts`](super::read_prompts). A relative path starts at the current folder.
-    File(PathBuf),
+    File(#[serde(serialize_with = "path_as_text")] PathBuf),
     /// The prompts themselves; at least one.
     List(Vec<String>),
 }
 
 /// Which layers are pruned, and how.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PruneSection {
     /// The stages that are pruned (coremltools' `layers`); other stages and the UNet's two ends are not.
     pub layers: Vec<Written<NamePattern>>,
     /// The solver.
     pub algorithm: PruneAlgorithm,
     /// The settings of their layers.
+    #[serde(flatten)]
     pub rules: Rules<PruneSettings>,
 }
 
@@ -123,9 +131,10 @@ pub enum TimestepWeighting {
 }
 
 /// Which layers are palettized, and how.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PalettizeSection {
     /// The settings of all the UNet's layers.
+    #[serde(flatten)]
     pub rules: Rules<PaletteSettings>,
     /// What becomes of a layer whose channels no group of its size divides.
     pub on_misfit: OnMisfit,
@@ -134,9 +143,10 @@ pub struct PalettizeSection {
 }
 
 /// How many bytes the result may have. Settings for each layer are found that keep to it (see [`compress`](crate::compress)).
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BudgetSection {
     /// `target_size` or `target_bits`.
+    #[serde(flatten, serialize_with = "write_target")]
     pub target: BudgetTarget,
     /// The least bits of a palette index.
     pub min_bits: u8,
@@ -169,14 +179,22 @@ pub enum OnMisfit {
 /// The names of an enum's values in a config.
 macro_rules! words {
     ($kind:ident, $($word:literal => $value:ident),+) => {
-        impl $kind {
-            pub(super) const WORDS: &[(&str, $kind)] = &[$(($word, $kind::$value)),+];
+        impl Words for $kind {
+            const WORDS: &'static [(&'static str, Self)] = &[$(($word, $kind::$value)),+];
+        }
 
+        impl $kind {
             /// The name in a config.
             pub fn name(self) -> &'static str {
                 match self {
                     $($kind::$value => $word),+
                 }
+            }
+        }
+
+        impl Serialize for $kind {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.name())
             }
         }
     };
@@ -221,22 +239,24 @@ impl Target {
 
 impl Default for ModelSection {
     fn default() -> Self {
-        ModelSection { path: None, device: "cpu".into(), dtype: "f32".into() }
+        let (device, dtype) = (keys::model::DEVICE.default_value(), keys::model::DTYPE.default_value());
+        ModelSection { path: None, device, dtype }
     }
 }
 
 impl Default for CalibrationSection {
     fn default() -> Self {
+        use keys::calibration::*;
         CalibrationSection {
-            prompts: Prompts::File("calibration/varied.txt".into()),
+            prompts: Prompts::of(&PROMPTS.default_value()),
             samples: None,
             captions: None,
-            captions_nsamples: 512,
-            timestep_weighting: TimestepWeighting::Uniform,
-            calibration_nsamples: 384,
-            steps: 20,
-            guidance: 5.0,
-            seed: 0,
+            captions_nsamples: CAPTIONS_NSAMPLES.default_value(),
+            timestep_weighting: TIMESTEP_WEIGHTING.default_value(),
+            calibration_nsamples: CALIBRATION_NSAMPLES.default_value(),
+            steps: STEPS.default_value(),
+            guidance: GUIDANCE.default_value(),
+            seed: SEED.default_value(),
             size: None,
         }
     }
@@ -244,12 +264,9 @@ impl Default for CalibrationSection {
 
 impl Default for PruneSection {
     fn default() -> Self {
-        // These compile: a test says so.
-        let stages =
-            [r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"].into_iter().filter_map(|stage| NamePattern::parse(stage).ok());
         PruneSection {
-            layers: stages.map(|value| Written { value, place: Place::Default }).collect(),
-            algorithm: PruneAlgorithm::SparseGpt,
+            layers: default_layers(),
+            algorithm: keys::prune::ALGORITHM.default_value(),
             rules: Rules::global(PruneSettings::default()),
         }
     }
@@ -257,102 +274,85 @@ impl Default for PruneSection {
 
 impl Default for PalettizeSection {
     fn default() -> Self {
-        PalettizeSection { rules: Rules::global(PaletteSettings::default()), on_misfit: OnMisfit::Error, weight_threshold: 2048 }
+        PalettizeSection {
+            rules: Rules::global(PaletteSettings::default()),
+            on_misfit: keys::palettize::ON_MISFIT.default_value(),
+            weight_threshold: keys::palettize::WEIGHT_THRESHOLD.default_value(),
+        }
     }
 }
 
 impl ModelSection {
-    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
-        let default = Self::default();
+    pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::model::*;
         ModelSection {
-            path: fields.get("path", mistakes, path),
-            device: fields.get("device", mistakes, |node| limits::device(text(node)?)).unwrap_or(default.device),
-            dtype: fields.get("dtype", mistakes, |node| limits::dtype(text(node)?)).unwrap_or(default.dtype),
+            path: fields.get(&PATH, mistakes),
+            device: fields.value(&DEVICE, mistakes),
+            dtype: fields.value(&DTYPE, mistakes),
         }
-    }
-
-    pub(super) fn write(&self, yaml: &mut Yaml) {
-        let ModelSection { path, device, dtype } = self;
-        yaml.entry("path", emit::or_null(path.as_ref(), |path| emit::text(&path.to_string_lossy())));
-        yaml.entry("device", emit::text(device));
-        yaml.entry("dtype", emit::text(dtype));
     }
 }
 
 impl CalibrationSection {
-    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
-        let default = Self::default();
-        let (tall, wide) = (fields.given("height"), fields.given("width"));
-        if let (Some(alone), None) | (None, Some(alone)) = (tall, wide) {
-            mistakes.add(alone.position, "`height` and `width` go together; give both or neither");
+    pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::calibration::*;
+        for (key, partner) in [(&HEIGHT, &WIDTH), (&WIDTH, &HEIGHT)] {
+            if let (Some(alone), None) = (fields.given(key.name), fields.given(partner.name)) {
+                let advice = match alone.position {
+                    Position::File { .. } => "give both or neither".to_owned(),
+                    Position::Flag(_) => format!("--{} needs --{} too", key.name, partner.name),
+                };
+                mistakes.add(alone.position, format!("`height` and `width` go together; {advice}"));
+            }
         }
-        let height = fields.get("height", mistakes, |node| limits::pixels(whole(node)?));
-        let width = fields.get("width", mistakes, |node| limits::pixels(whole(node)?));
+        let (height, width) = (fields.get(&HEIGHT, mistakes), fields.get(&WIDTH, mistakes));
+        let prompts = fields.value(&PROMPTS, mistakes);
+        check_prompts(&prompts, mistakes);
         CalibrationSection {
-            prompts: prompts(fields, mistakes).unwrap_or(default.prompts),
-            samples: fields.get("samples", mistakes, path),
-            captions: fields.get("captions", mistakes, path),
-            captions_nsamples: fields
-                .get("captions_nsamples", mistakes, |node| limits::count(whole(node)?))
-                .unwrap_or(default.captions_nsamples),
-            timestep_weighting: fields
-                .get("timestep_weighting", mistakes, |node| word(node, TimestepWeighting::WORDS))
-                .unwrap_or(default.timestep_weighting),
-            calibration_nsamples: fields
-                .get("calibration_nsamples", mistakes, |node| limits::count(whole(node)?))
-                .unwrap_or(default.calibration_nsamples),
-            steps: fields.get("steps", mistakes, |node| limits::count(whole(node)?)).unwrap_or(default.steps),
-            guidance: fields.get("guidance", mistakes, |node| limits::not_negative(number(node)?)).unwrap_or(default.guidance),
-            seed: fields.get("seed", mistakes, |node| limits::elements(whole(node)?)).unwrap_or(default.seed),
+            prompts: Prompts::of(&prompts),
+            samples: fields.get(&SAMPLES, mistakes),
+            captions: fields.get(&CAPTIONS, mistakes),
+            captions_nsamples: fields.value(&CAPTIONS_NSAMPLES, mistakes),
+            timestep_weighting: fields.value(&TIMESTEP_WEIGHTING, mistakes),
+            calibration_nsamples: fields.value(&CALIBRATION_NSAMPLES, mistakes),
+            steps: fields.value(&STEPS, mistakes),
+            guidance: fields.value(&GUIDANCE, mistakes),
+            seed: fields.value(&SEED, mistakes),
             size: height.zip(width),
         }
     }
+}
 
-    pub(super) fn write(&self, yaml: &mut Yaml) {
-        let CalibrationSection { prompts, samples, captions, captions_nsamples, timestep_weighting, .. } = self;
-        let CalibrationSection { calibration_nsamples, steps, guidance, seed, size, .. } = self;
-        match prompts {
-            Prompts::File(path) => yaml.entry("prompts", emit::text(&path.to_string_lossy())),
-            Prompts::List(prompts) => yaml.list("prompts", prompts.iter().map(|prompt| emit::text(prompt))),
+impl Prompts {
+    /// The prompts in a node that the key's kind has accepted. Entries that are no text are left out:
+    /// [`check_prompts`] reports them.
+    fn of(node: &Node) -> Self {
+        match &node.value {
+            Value::List(prompts) => Prompts::List(prompts.iter().filter_map(|node| text(node).ok()).map(str::to_owned).collect()),
+            Value::Text(path) => Prompts::File(path.into()),
+            Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Mapping(_) => {
+                unreachable!("the kind of `prompts` is text or a list")
+            }
         }
-        yaml.entry("samples", emit::or_null(samples.as_ref(), |path| emit::text(&path.to_string_lossy())));
-        yaml.entry("captions", emit::or_null(captions.as_ref(), |path| emit::text(&path.to_string_lossy())));
-        yaml.entry("captions_nsamples", captions_nsamples.to_string());
-        yaml.entry("timestep_weighting", timestep_weighting.name());
-        yaml.entry("calibration_nsamples", calibration_nsamples.to_string());
-        yaml.entry("steps", steps.to_string());
-        yaml.entry("guidance", emit::number(*guidance));
-        yaml.entry("seed", seed.to_string());
-        yaml.entry("height", emit::or_null(*size, |(height, _)| height.to_string()));
-        yaml.entry("width", emit::or_null(*size, |(_, width)| width.to_string()));
     }
 }
 
-/// A path, or a list of prompts.
-fn prompts(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Prompts> {
-    let node = fields.get("prompts", mistakes, |node| match &node.value {
-        Value::List(list) if list.is_empty() => Err("must list at least one prompt".to_owned()),
-        Value::Text(_) | Value::List(_) => Ok(node),
-        _ => Err("must be a file or a list of prompts".to_owned()),
-    })?;
-    if let Value::Text(_) = node.value {
-        return fields.get("prompts", mistakes, path).map(Prompts::File);
-    }
-    let listed = texts("prompts", node, mistakes);
-    if let Some(problem) = too_many(listed.len()) {
+/// Checks each prompt of a list.
+fn check_prompts(node: &Node, mistakes: &mut Mistakes<'_>) {
+    let Value::List(list) = &node.value else { return };
+    let prompts = texts("prompts", list, mistakes);
+    if let Some(problem) = too_many(prompts.len()) {
         mistakes.add(node.position, format!("`prompts` {problem}"));
     }
-    for (number, (prompt, position)) in (1..).zip(&listed) {
+    for (number, (prompt, position)) in (1..).zip(&prompts) {
         if let Err(problem) = prompt_of_length(&format!("prompt {number}"), prompt) {
             mistakes.add(*position, problem);
         }
     }
-    Some(Prompts::List(listed.into_iter().map(|(prompt, _)| prompt.to_owned()).collect()))
 }
 
 /// The entries of a list that are text. The others are mistakes.
-fn texts<'a>(key: &str, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Vec<(&'a str, Position)> {
-    let Value::List(list) = &node.value else { return Vec::new() };
+fn texts<'a>(key: &str, list: &'a [Node], mistakes: &mut Mistakes<'_>) -> Vec<(&'a str, Position)> {
     let mut texts = Vec::new();
     for node in list {
         match text(node) {
@@ -364,103 +364,107 @@ fn texts<'a>(key: &str, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Vec<(&'a
 }
 
 impl PruneSection {
-    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
-        let default = Self::default();
+    pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::prune::*;
         PruneSection {
-            layers: layers(fields, mistakes).unwrap_or(default.layers),
-            algorithm: fields.get("algorithm", mistakes, |node| word(node, PruneAlgorithm::WORDS)).unwrap_or(default.algorithm),
+            layers: layers(fields, mistakes),
+            algorithm: fields.value(&ALGORITHM, mistakes),
             rules: rules::read(fields, mistakes),
         }
     }
-
-    pub(super) fn write(&self, yaml: &mut Yaml) {
-        let PruneSection { layers, algorithm, rules } = self;
-        yaml.list("layers", layers.iter().map(|stage| emit::text(&stage.value.to_string())));
-        yaml.entry("algorithm", algorithm.name());
-        rules::write(rules, yaml);
-    }
 }
 
-fn layers(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Vec<Written<NamePattern>>> {
-    let node = fields.get("layers", mistakes, |node| match &node.value {
-        Value::List(list) if list.is_empty() => Err("must name at least one stage".to_owned()),
-        Value::List(_) => Ok(node),
-        _ => Err("must be a list of regular expressions".to_owned()),
-    })?;
-    let mut patterns = Vec::new();
-    let listed = texts("layers", node, mistakes);
+fn layers(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Vec<Written<NamePattern>> {
+    let key = &keys::prune::LAYERS;
+    let (Some(listed), Some(node)) = (fields.get(key, mistakes), fields.given(key.name)) else { return default_layers() };
+    let listed = texts(key.name, &listed, mistakes);
     if let Some(problem) = rules::too_many(listed.len()) {
-        mistakes.add(node.position, format!("`layers` {problem}"));
-        return None;
+        mistakes.add(node.position, format!("`{}` {problem}", key.name));
+        return Vec::new();
     }
+    let mut patterns = Vec::new();
     for (written, position) in listed {
         match pattern(written) {
             Ok(value) => patterns.push(Written { value, place: mistakes.place(position) }),
-            Err(why) => mistakes.add(position, why),
+            Err(problem) => mistakes.add(position, problem),
         }
     }
-    Some(patterns)
+    patterns
+}
+
+/// The stages that are pruned where a config does not name them.
+fn default_layers() -> Vec<Written<NamePattern>> {
+    let stages = keys::prune::LAYERS.default_value();
+    let stages = stages.iter().map(|stage| text(stage).expect("the default stages are text"));
+    let patterns = stages.map(|stage| pattern(stage).expect("the default stages are regular expressions"));
+    patterns.map(|value| Written { value, place: Place::Default }).collect()
 }
 
 impl PalettizeSection {
-    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
-        let default = Self::default();
+    pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::palettize::*;
         PalettizeSection {
             rules: rules::read(fields, mistakes),
-            on_misfit: fields.get("on_misfit", mistakes, |node| word(node, OnMisfit::WORDS)).unwrap_or(default.on_misfit),
-            weight_threshold: fields
-                .get("weight_threshold", mistakes, |node| limits::elements(whole(node)?))
-                .unwrap_or(default.weight_threshold),
+            on_misfit: fields.value(&ON_MISFIT, mistakes),
+            weight_threshold: fields.value(&WEIGHT_THRESHOLD, mistakes),
         }
-    }
-
-    pub(super) fn write(&self, yaml: &mut Yaml) {
-        let PalettizeSection { rules, on_misfit, weight_threshold } = self;
-        rules::write(rules, yaml);
-        yaml.entry("on_misfit", on_misfit.name());
-        yaml.entry("weight_threshold", weight_threshold.to_string());
-    }
-}
-
-/// A size with its unit, or a number of bytes.
-fn byte_size(node: &Node) -> Result<u64, String> {
-    match &node.value {
-        Value::Integer(bytes) => limits::bytes(&bytes.to_string()),
-        _ => limits::bytes(text(node)?),
     }
 }
 
 impl BudgetSection {
-    /// Only this target.
+    /// A target, with the defaults of all else.
     pub fn of(target: BudgetTarget) -> Self {
-        BudgetSection { target, min_bits: 2, max_sparsity: 0.6, probes: 8 }
+        use keys::budget::*;
+        BudgetSection {
+            target,
+            min_bits: MIN_BITS.default_value(),
+            max_sparsity: MAX_SPARSITY.default_value(),
+            probes: PROBES.default_value(),
+        }
     }
 
-    pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Self> {
-        let (size, bits) = (fields.given("target_size"), fields.given("target_bits"));
-        match (size, bits) {
+    /// `None` if there is no target that can be read, which is a mistake.
+    pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Self> {
+        use keys::budget::*;
+        match (fields.given(TARGET_SIZE.name), fields.given(TARGET_BITS.name)) {
             (Some(size), Some(_)) => mistakes.add(size.position, "`target_size` and `target_bits` exclude each other; give one"),
             (None, None) => mistakes.add(fields.position(), "`budget` needs `target_size` or `target_bits`"),
-            _ => {}
+            (Some(_), None) | (None, Some(_)) => {}
         }
-        let size = fields.get("target_size", mistakes, byte_size).map(BudgetTarget::Size);
-        let bits = fields.get("target_bits", mistakes, |node| limits::target_bits(number(node)?)).map(BudgetTarget::Bits);
-        let default = Self::of(BudgetTarget::Bits(4.0));
-        let min_bits = fields.get("min_bits", mistakes, |node| limits::n_bits(whole(node)?)).unwrap_or(default.min_bits);
-        let max_sparsity =
-            fields.get("max_sparsity", mistakes, |node| limits::target_sparsity(number(node)?)).unwrap_or(default.max_sparsity);
-        let probes = fields.get("probes", mistakes, |node| limits::count(whole(node)?)).unwrap_or(default.probes);
+        let size = fields.get(&TARGET_SIZE, mistakes).map(BudgetTarget::Size);
+        let bits = fields.get(&TARGET_BITS, mistakes).map(BudgetTarget::Bits);
+        let (min_bits, max_sparsity) = (fields.value(&MIN_BITS, mistakes), fields.value(&MAX_SPARSITY, mistakes));
+        let probes = fields.value(&PROBES, mistakes);
         Some(BudgetSection { target: size.or(bits)?, min_bits, max_sparsity, probes })
     }
+}
 
-    pub(super) fn write(&self, yaml: &mut Yaml) {
-        let BudgetSection { target, min_bits, max_sparsity, probes } = self;
-        match target {
-            BudgetTarget::Size(bytes) => yaml.entry("target_size", emit::text(&format!("{bytes} B"))),
-            BudgetTarget::Bits(bits) => yaml.entry("target_bits", emit::number(*bits)),
-        }
-        yaml.entry("min_bits", min_bits.to_string());
-        yaml.entry("max_sparsity", emit::number(*max_sparsity));
-        yaml.entry("probes", probes.to_string());
+fn path_or_null<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
+}
+
+/// Writes the keys `height` and `width`.
+fn write_size<S: Serializer>(size: &Option<(i64, i64)>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Keys {
+        height: Option<i64>,
+        width: Option<i64>,
     }
+    let (height, width) = size.unzip();
+    Keys { height, width }.serialize(serializer)
+}
+
+/// Writes the key of the target.
+fn write_target<S: Serializer>(target: &BudgetTarget, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Keys {
+        TargetSize(String),
+        TargetBits(f64),
+    }
+    match target {
+        BudgetTarget::Size(bytes) => Keys::TargetSize(format!("{bytes} B")),
+        BudgetTarget::Bits(bits) => Keys::TargetBits(*bits),
+    }
+    .serialize(serializer)
 }

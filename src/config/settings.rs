@@ -2,23 +2,30 @@
 
 use std::fmt::{self, Display};
 
-use super::emit::{self, Yaml};
-use super::fields::{Fields, boolean, number, whole, word};
+use serde::{Serialize, Serializer};
+use serde_yaml::FlowSeq;
+
+use super::fields::Fields;
+use super::key::Section;
+use super::keys;
+use super::kinds::Words;
 use super::limits;
 use super::mistake::Mistakes;
-use super::tree::{Node, Value};
 
-/// What a rule of the config gives to a layer. Each rule is complete in itself: what it leaves out has the default, not the value
-/// of `global_config`.
-pub(super) trait Settings: Default + Clone + PartialEq {
-    fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self;
-    fn write(&self, yaml: &mut Yaml);
+/// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key that
+/// it leaves out has its default, not the value of `global_config`.
+pub(super) trait Settings: Default + Clone + PartialEq + Serialize {
+    /// The keys.
+    const SECTION: &'static Section;
+
+    fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self;
 }
 
 /// How a layer is pruned: coremltools' `ModuleSparseGPTConfig` without its quantizer.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PruneSettings {
     /// Which weights are set to zero: `target_sparsity` or `n_m_ratio`.
+    #[serde(flatten, serialize_with = "write_sparsity")]
     pub sparsity: Sparsity,
     /// What is added to the Hessian's diagonal, as a share of its mean. At least 0.
     pub hessian_dampening: f64,
@@ -64,11 +71,12 @@ impl Display for Sparsity {
 }
 
 /// How a layer is palettized: coremltools' `ModulePostTrainingPalettizerConfig`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct PaletteSettings {
     /// A palette has 2^n_bits entries; 1, 2, 3, 4, 6 or 8.
     pub n_bits: u8,
     /// One palette for the whole weight, or one for each group of channels (`granularity` and `group_size`).
+    #[serde(flatten, serialize_with = "write_granularity")]
     pub granularity: Granularity,
     /// The channels that are grouped: 0, the output channels (o of [o, d]), or 1, the input channels.
     pub channel_axis: usize,
@@ -103,118 +111,129 @@ impl Granularity {
 
 impl Default for PruneSettings {
     fn default() -> Self {
-        PruneSettings { sparsity: Sparsity::Unstructured(0.5), hessian_dampening: 0.01, processing_group_size: 128 }
+        use keys::prune_settings::*;
+        PruneSettings {
+            sparsity: Sparsity::Unstructured(TARGET_SPARSITY.default_value()),
+            hessian_dampening: HESSIAN_DAMPENING.default_value(),
+            processing_group_size: PROCESSING_GROUP_SIZE.default_value(),
+        }
     }
 }
 
 impl Default for PaletteSettings {
     fn default() -> Self {
-        PaletteSettings { n_bits: 4, granularity: Granularity::PerTensor, channel_axis: 0, enable_per_channel_scale: false }
+        use keys::palette_settings::*;
+        PaletteSettings {
+            n_bits: N_BITS.default_value(),
+            granularity: Granularity::PerTensor,
+            channel_axis: CHANNEL_AXIS.default_value(),
+            enable_per_channel_scale: ENABLE_PER_CHANNEL_SCALE.default_value(),
+        }
     }
 }
 
 impl Settings for PruneSettings {
-    fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
-        let default = Self::default();
-        let target = fields.given("target_sparsity");
-        let ratio = fields.given("n_m_ratio");
-        if let (Some(_), Some(ratio)) = (target, ratio) {
+    const SECTION: &'static Section = &keys::prune_settings::SECTION;
+
+    fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::prune_settings::*;
+        let ratio = fields.given(N_M_RATIO.name);
+        if let (Some(_), Some(ratio)) = (fields.given(TARGET_SPARSITY.name), ratio) {
             mistakes.add(ratio.position, "`n_m_ratio` and `target_sparsity` exclude each other; give one");
         }
-        let unstructured =
-            fields.get("target_sparsity", mistakes, |node| limits::target_sparsity(number(node)?)).map(Sparsity::Unstructured);
-        let n_of_m = fields.get("n_m_ratio", mistakes, n_m_ratio).map(Sparsity::NOfM);
+        let share = fields.value(&TARGET_SPARSITY, mistakes);
         let settings = PruneSettings {
-            sparsity: n_of_m.or(unstructured).unwrap_or(default.sparsity),
-            hessian_dampening: fields
-                .get("hessian_dampening", mistakes, |node| limits::not_negative(number(node)?))
-                .unwrap_or(default.hessian_dampening),
-            processing_group_size: fields
-                .get("processing_group_size", mistakes, |node| limits::count(whole(node)?))
-                .unwrap_or(default.processing_group_size),
+            sparsity: fields.get(&N_M_RATIO, mistakes).map_or(Sparsity::Unstructured(share), Sparsity::NOfM),
+            hessian_dampening: fields.value(&HESSIAN_DAMPENING, mistakes),
+            processing_group_size: fields.value(&PROCESSING_GROUP_SIZE, mistakes),
         };
         if let (Sparsity::NOfM(pair), Some(node)) = (settings.sparsity, ratio)
-            && let Err(why) = limits::whole_groups(pair, settings.processing_group_size)
+            && let Err(problem) = limits::whole_groups(pair, settings.processing_group_size)
         {
-            mistakes.add(node.position, why);
+            mistakes.add(node.position, problem);
         }
         settings
     }
-
-    fn write(&self, yaml: &mut Yaml) {
-        let PruneSettings { sparsity, hessian_dampening, processing_group_size } = *self;
-        let (target, ratio) = match sparsity {
-            Sparsity::Unstructured(share) => (Some(share), None),
-            Sparsity::NOfM(pair) => (None, Some(pair)),
-        };
-        yaml.entry("target_sparsity", emit::or_null(target, emit::number));
-        yaml.entry("n_m_ratio", emit::or_null(ratio, |NmRatio { n, m }| format!("[{n}, {m}]")));
-        yaml.entry("hessian_dampening", emit::number(hessian_dampening));
-        yaml.entry("processing_group_size", processing_group_size.to_string());
-    }
 }
 
-/// `[2, 4]`, as coremltools writes it, or `2:4`, as people do.
-fn n_m_ratio(node: &Node) -> Result<NmRatio, String> {
-    match &node.value {
-        Value::Text(text) => limits::n_m_text(text),
-        Value::List(pair) => match pair.as_slice() {
-            [n, m] => limits::n_m_ratio(whole(n).unwrap_or(0), whole(m).unwrap_or(0)),
-            _ => Err("must be a list of two numbers, such as [2, 4]".into()),
-        },
-        _ => Err("must be a list of two numbers, such as [2, 4]".into()),
+/// Writes the keys `target_sparsity` and `n_m_ratio`.
+fn write_sparsity<S: Serializer>(sparsity: &Sparsity, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Keys {
+        target_sparsity: Option<f64>,
+        n_m_ratio: Option<FlowSeq<[usize; 2]>>,
     }
+    let (target_sparsity, n_m_ratio) = match *sparsity {
+        Sparsity::Unstructured(share) => (Some(share), None),
+        Sparsity::NOfM(NmRatio { n, m }) => (None, Some(FlowSeq([n, m]))),
+    };
+    Keys { target_sparsity, n_m_ratio }.serialize(serializer)
 }
 
 impl Settings for PaletteSettings {
-    fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
-        let default = Self::default();
-        PaletteSettings {
-            n_bits: fields.get("n_bits", mistakes, |node| limits::n_bits(whole(node)?)).unwrap_or(default.n_bits),
-            granularity: granularity(fields, mistakes).unwrap_or(default.granularity),
-            channel_axis: fields
-                .get("channel_axis", mistakes, |node| limits::channel_axis(whole(node)?))
-                .unwrap_or(default.channel_axis),
-            enable_per_channel_scale: fields
-                .get("enable_per_channel_scale", mistakes, boolean)
-                .unwrap_or(default.enable_per_channel_scale),
-        }
-    }
+    const SECTION: &'static Section = &keys::palette_settings::SECTION;
 
-    fn write(&self, yaml: &mut Yaml) {
-        let PaletteSettings { n_bits, granularity, channel_axis, enable_per_channel_scale } = *self;
-        yaml.entry("n_bits", n_bits.to_string());
-        yaml.entry(
-            "granularity",
-            match granularity {
-                Granularity::PerTensor => Granularity::PER_TENSOR,
-                Granularity::PerGroupedChannel { .. } => Granularity::PER_GROUPED_CHANNEL,
-            },
-        );
-        yaml.entry("group_size", emit::or_null(granularity.group_size(), |size| size.to_string()));
-        yaml.entry("channel_axis", channel_axis.to_string());
-        yaml.entry("enable_per_channel_scale", enable_per_channel_scale.to_string());
+    fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::palette_settings::*;
+        PaletteSettings {
+            n_bits: fields.value(&N_BITS, mistakes),
+            granularity: granularity(fields, mistakes),
+            channel_axis: fields.value(&CHANNEL_AXIS, mistakes),
+            enable_per_channel_scale: fields.value(&ENABLE_PER_CHANNEL_SCALE, mistakes),
+        }
     }
 }
 
-/// `granularity` and `group_size` together; nothing where either is absent or wrong.
-fn granularity(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Granularity> {
-    let words = [(Granularity::PER_TENSOR, false), (Granularity::PER_GROUPED_CHANNEL, true)];
-    let (named, sized) = (fields.given("granularity"), fields.given("group_size"));
-    let grouped = fields.get("granularity", mistakes, |node| word(node, &words));
-    let group_size = fields.get("group_size", mistakes, |node| limits::count(whole(node)?));
-    match (grouped, named, sized) {
-        (Some(true), Some(node), None) => mistakes.add(node.position, "`granularity: per_grouped_channel` needs a `group_size`"),
-        (Some(false), _, Some(node)) => {
+/// The values of the key `granularity`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GranularityWord {
+    PerTensor,
+    PerGroupedChannel,
+}
+
+impl Words for GranularityWord {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        (Granularity::PER_TENSOR, GranularityWord::PerTensor),
+        (Granularity::PER_GROUPED_CHANNEL, GranularityWord::PerGroupedChannel),
+    ];
+}
+
+/// Reads `granularity` and `group_size`, which go together.
+fn granularity(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Granularity {
+    use keys::palette_settings::*;
+    let (word_node, size_node) = (fields.given(GRANULARITY.name), fields.given(GROUP_SIZE.name));
+    let word = fields.get(&GRANULARITY, mistakes);
+    let group_size = fields.get(&GROUP_SIZE, mistakes);
+    match (word, word_node, size_node) {
+        (Some(GranularityWord::PerGroupedChannel), Some(node), None) => {
+            mistakes.add(node.position, "`granularity: per_grouped_channel` needs a `group_size`")
+        }
+        (Some(GranularityWord::PerTensor), _, Some(node)) => {
             mistakes.add(node.position, "`group_size` goes with `granularity: per_grouped_channel`, not per_tensor")
         }
         (None, None, Some(node)) => {
             mistakes.add(node.position, "`group_size` goes with `granularity: per_grouped_channel`, which is not given")
         }
-        _ => {}
+        // Complete, or with a `granularity` that cannot be read, of which nothing follows.
+        (Some(_) | None, _, Some(_) | None) => {}
     }
-    match grouped? {
-        true => group_size.map(|group_size| Granularity::PerGroupedChannel { group_size }),
-        false => Some(Granularity::PerTensor),
+    match (word.unwrap_or_else(|| GRANULARITY.default_value()), group_size) {
+        (GranularityWord::PerGroupedChannel, Some(group_size)) => Granularity::PerGroupedChannel { group_size },
+        // A missing group size is a mistake, so this config is not used.
+        (GranularityWord::PerGroupedChannel, None) | (GranularityWord::PerTensor, _) => Granularity::PerTensor,
     }
+}
+
+/// Writes the keys `granularity` and `group_size`.
+fn write_granularity<S: Serializer>(granularity: &Granularity, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Keys {
+        granularity: &'static str,
+        group_size: Option<usize>,
+    }
+    let word = match granularity {
+        Granularity::PerTensor => Granularity::PER_TENSOR,
+        Granularity::PerGroupedChannel { .. } => Granularity::PER_GROUPED_CHANNEL,
+    };
+    Keys { granularity: word, group_size: granularity.group_size() }.serialize(serializer)
 }

@@ -1,6 +1,7 @@
-//! A YAML document as a tree whose every node knows its line and column.
+//! A YAML document as a tree in which every node knows where it was written.
 //!
-//! serde would stop at the first mistake; this tree is parsed first and then walked by hand, so that all mistakes are found.
+//! serde stops at the first mistake. A config is therefore parsed into this tree first, edited by the
+//! command line's flags, and only then read key by key, so that all mistakes are reported at once.
 
 use std::fmt::{self, Display};
 
@@ -13,26 +14,96 @@ use crate::shorten::shorten;
 /// The most bytes of a config.
 const MAX_BYTES: usize = Limit::RUN_CONFIG.bytes as usize;
 
-/// A value and where it stands.
+/// A value and where it was written.
 #[derive(Debug, Clone)]
 pub(super) struct Node {
     pub value: Value,
     pub position: Position,
 }
 
-/// Line and column, both from 1, the column in characters.
+/// Where a node was written. Positions in the file come before flags, and each kind is in its order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Position {
-    pub line: u64,
-    pub column: u64,
+pub(super) enum Position {
+    /// Line and column, both from 1, the column in characters.
+    File { line: u64, column: u64 },
+    /// The index of the flag among those given.
+    Flag(usize),
 }
 
 impl Position {
-    pub const START: Position = Position { line: 1, column: 1 };
+    pub const START: Position = Position::File { line: 1, column: 1 };
 
     fn of(location: serde_yaml::Location) -> Self {
         // An unknown location is 0:0.
-        Position { line: location.line().max(1), column: location.column().max(1) }
+        Position::File { line: location.line().max(1), column: location.column().max(1) }
+    }
+}
+
+impl Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Position::File { line, .. } => write!(f, "line {line}"),
+            Position::Flag(_) => f.write_str("a flag"),
+        }
+    }
+}
+
+impl Node {
+    /// A mapping without keys.
+    pub fn empty_mapping(position: Position) -> Self {
+        Node { value: Value::Mapping(Vec::new()), position }
+    }
+
+    fn pairs_mut(&mut self) -> &mut [(Node, Node)] {
+        match &mut self.value {
+            Value::Mapping(pairs) => pairs,
+            Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Text(_) | Value::List(_) => &mut [],
+        }
+    }
+
+    /// Keys and values of a mapping; nothing where the node is not one.
+    pub fn entries_mut(&mut self) -> impl Iterator<Item = (&Node, &mut Node)> {
+        self.pairs_mut().iter_mut().map(|(key, value)| (&*key, value))
+    }
+
+    /// The value of `key`, `null` or not, if the node is a mapping that has it.
+    pub fn entry_mut(&mut self, key: &str) -> Option<&mut Node> {
+        self.entries_mut().find(|(name, _)| name.is_text(key)).map(|(_, value)| value)
+    }
+
+    /// The value of `key`, unless that is absent or `null`.
+    pub fn child_mut(&mut self, key: &str) -> Option<&mut Node> {
+        self.entry_mut(key).filter(|value| !matches!(value.value, Value::Null))
+    }
+
+    /// The value of `key`, which becomes an empty mapping where it is absent or `null`. `None` if the
+    /// node is not a mapping.
+    pub fn child_or_empty(&mut self, key: &str, position: Position) -> Option<&mut Node> {
+        if self.child_mut(key).is_none() {
+            self.set(key, Node::empty_mapping(position));
+        }
+        self.child_mut(key)
+    }
+
+    /// Gives `key` a value in the place of any that it has. Does nothing where the node is not a
+    /// mapping, which is a mistake that is reported when the node is read.
+    pub fn set(&mut self, key: &str, value: Node) {
+        if let Some(present) = self.entry_mut(key) {
+            *present = value;
+        } else if let Value::Mapping(pairs) = &mut self.value {
+            pairs.push((Node { value: Value::Text(key.to_owned()), position: value.position }, value));
+        }
+    }
+
+    /// Removes `key` from a mapping.
+    pub fn remove(&mut self, key: &str) {
+        if let Value::Mapping(pairs) = &mut self.value {
+            pairs.retain(|(name, _)| !name.is_text(key));
+        }
+    }
+
+    fn is_text(&self, text: &str) -> bool {
+        matches!(&self.value, Value::Text(written) if written == text)
     }
 }
 
@@ -48,7 +119,7 @@ pub(super) enum Value {
     Mapping(Vec<(Node, Node)>),
 }
 
-/// How a value is called in a mistake.
+/// The value as mistakes show it.
 impl Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -66,7 +137,7 @@ impl Display for Value {
 /// Parses one document.
 ///
 /// # Errors
-/// The first mistake of syntax, where and what: nothing is known of what follows it.
+/// The place and the description of the first syntax error; the parser cannot go on after it.
 pub(super) fn parse(bytes: &[u8]) -> Result<Node, (Position, String)> {
     if bytes.len() > MAX_BYTES {
         return Err((Position::START, format!("{} bytes are too many for a config", bytes.len())));
@@ -89,10 +160,11 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Node, (Position, String)> {
     })
 }
 
-/// The parser's message without the place, which we say in front, and without its advice to programmers.
+/// The parser's message without the place, which is shown in front of it, and without its advice to
+/// programmers.
 fn explain(why: &serde_yaml::Error) -> String {
     match why {
-        // What is wrong inside an anchor, where an alias brings it in.
+        // An error inside an anchored node, reported where an alias refers to it.
         serde_yaml::Error::AliasError { error, .. } => explain(error.without_snippet()),
         serde_yaml::Error::Budget { .. } => "nested too deeply, or too large, for a config".into(),
         serde_yaml::Error::AliasReplayLimitExceeded { .. } | serde_yaml::Error::AliasReplayStackDepthExceeded { .. } => {
@@ -101,17 +173,18 @@ fn explain(why: &serde_yaml::Error) -> String {
         serde_yaml::Error::MultipleDocuments { .. } => "a config is one YAML document; here a second begins".into(),
         other => {
             let message = other.to_string();
-            let first = message.lines().next().unwrap_or_default();
-            format!("not valid YAML: {}", shorten(first.split(" at line ").next().unwrap_or(first)))
+            let line = message.lines().next().unwrap_or("unreadable");
+            let problem = line.split_once(" at line ").map_or(line, |(problem, _)| problem);
+            format!("not valid YAML: {}", shorten(problem))
         }
     }
 }
 
 fn position_of_byte(bytes: &[u8], at: usize) -> Position {
-    let before = String::from_utf8_lossy(bytes.get(..at).unwrap_or(bytes));
+    let before = String::from_utf8_lossy(&bytes[..at]);
     let line = before.matches('\n').count() as u64 + 1;
-    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() as u64 + 1;
-    Position { line, column }
+    let last_line = before.rsplit('\n').next().expect("a split text has at least one part");
+    Position::File { line, column: last_line.chars().count() as u64 + 1 }
 }
 
 impl<'de> Deserialize<'de> for Node {
@@ -190,8 +263,14 @@ mod tests {
     use super::*;
 
     fn refused(text: impl AsRef<[u8]>) -> (u64, u64, String) {
-        let (Position { line, column }, why) = parse(text.as_ref()).unwrap_err();
+        let (position, why) = parse(text.as_ref()).unwrap_err();
+        let (line, column) = line_and_column(position);
         (line, column, why)
+    }
+
+    fn line_and_column(position: Position) -> (u64, u64) {
+        let Position::File { line, column } = position else { panic!("{position:?}") };
+        (line, column)
     }
 
     #[test]
@@ -199,7 +278,8 @@ mod tests {
         let node = parse("\u{feff}# é\nä: 1\nb:\n  c: [yes, 'é', 2.5]\n  c: null\n".as_bytes()).unwrap();
         let mut places = Vec::new();
         fn walk(node: &Node, places: &mut Vec<(String, u64, u64)>) {
-            places.push((node.value.to_string(), node.position.line, node.position.column));
+            let (line, column) = line_and_column(node.position);
+            places.push((node.value.to_string(), line, column));
             match &node.value {
                 Value::List(list) => list.iter().for_each(|node| walk(node, places)),
                 Value::Mapping(pairs) => {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::support::{ended_with, repo, squeeze, squeezing, tiny};
 
 /// Everything on: what our own configs ask for, on a small run.
-const ALL: [&str; 6] = ["--solver", "joint", "--granularity", "sublayer", "--target", "dense"];
+const ALL: [&str; 6] = ["--solver", "joint", "--sequencing", "sublayer", "--target", "dense"];
 
 fn args(config: &Path, out: &Path, more: &[&str]) -> Vec<String> {
     let prompts = repo("calibration/emoji.txt");
@@ -33,7 +33,7 @@ fn container(out: &Path) -> Vec<u8> {
 }
 
 fn s50() -> PathBuf {
-    repo("configs/joint-s50-4bit-gs16.yaml")
+    repo("configs/tutorial-s50-4bit-gs16.yaml")
 }
 
 #[test]

@@ -179,3 +179,41 @@ fn compress_starts_again_with_its_environment() {
     assert!(status.success() && settled, "{status}");
     assert!(out.path().join("unet.squeezed.safetensors").exists());
 }
+
+#[test]
+fn completions_for_three_shells() {
+    for (shell, words) in [("bash", "complete -F"), ("zsh", "#compdef sdxl-squeeze"), ("fish", "complete -c sdxl-squeeze")] {
+        let output = squeeze(&["completions", shell]);
+        ended_with(0, &output);
+        let script = String::from_utf8(output.stdout).unwrap();
+        assert!(script.contains(words) && script.contains("target-sparsity"), "{script}");
+        assert!(shell == "bash" || !script.contains("granularity"), "{shell} offers a former name");
+    }
+    ended_with(2, &squeeze(&["completions", "powershell"]));
+}
+
+#[test]
+fn a_man_page_for_each_command() {
+    let page = ended_with(0, &squeeze(&["man"]));
+    assert!(page.contains(".TH sdxl-squeeze 1") && page.contains("compress"), "{page}");
+    let out = tempfile::tempdir().unwrap();
+    let folder = out.path().join("man1");
+    ended_with(0, &squeeze(&["man", "--out", folder.to_str().unwrap()]));
+    let compress = std::fs::read_to_string(folder.join("sdxl-squeeze-compress.1")).unwrap();
+    assert!(compress.contains("sdxl\\-squeeze compress") && compress.contains("sequencing"), "{compress}");
+    assert!(!compress.contains("granularity"), "a former name is not shown");
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 11);
+}
+
+#[test]
+fn former_names_of_configs_and_flags() {
+    let root = emoji();
+    let plan = |args: &[&str]| squeeze(&[&["plan", "--model", root.to_str().unwrap()], args].concat());
+    let message = ended_with(2, &plan(&["configs/joint-s40-4bit-gs16.yaml"]));
+    assert!(message.contains("configs/tutorial-s40-4bit-gs16.yaml"), "{message}");
+    let dense = ["configs/dense-4bit.yaml", "--granularity", "sublayer"];
+    let message = ended_with(0, &plan(&dense));
+    assert!(message.contains("`--granularity` is called `--sequencing` now"), "{message}");
+    let message = ended_with(2, &plan(&[&dense[..], &["--sequencing", "stage"]].concat()));
+    assert!(message.contains("exclude each other"), "{message}");
+}

@@ -14,7 +14,7 @@ use crate::support::{emoji, ended_with, repo, squeeze};
 
 /// 3-bit palettes for the ends alone.
 const CONFIG: &str = "
-granularity: sublayer
+sequencing: sublayer
 target: dense
 palettize:
   weight_threshold: 0
@@ -64,6 +64,6 @@ fn the_joint_solver_sees_what_their_errors_do() {
     let sequential = error("sequential", &["--solver", "sequential"]);
     assert!(joint < 0.7 * sequential, "{joint} and {sequential}");
     // Stage by stage, without aiming at the dense outputs, is better than without calibration too.
-    let staged = error("staged", &["--granularity", "stage", "--target", "current"]);
+    let staged = error("staged", &["--sequencing", "stage", "--target", "current"]);
     assert!(staged < 0.9 * sequential, "{staged} and {sequential}");
 }

@@ -119,7 +119,7 @@ fn no_output_destroys_an_input_or_another_output() {
     let prompts = here("out/unet.squeezed.work/prompts.txt");
     std::fs::create_dir_all(prompts.parent().unwrap()).unwrap();
     std::fs::write(&prompts, "a cat\n").unwrap();
-    let joint = repo("configs/joint-s40-4bit-gs16.yaml");
+    let joint = repo("configs/tutorial-s40-4bit-gs16.yaml");
     compress(words(&[&"--config", &joint, &"--prompts", &prompts, &"--out", &here("out")]), &["the work folder would write"]);
     compress(words(&[&"--config", &joint, &"--samples-out", &joint, &"--out", &here("out")]), &["--samples-out would write"]);
     let judge = here("out/report.json");

@@ -99,11 +99,11 @@ fn values_out_of_bounds() {
 
 #[test]
 fn solvers_and_what_goes_with_them() {
-    wrong("palettize: {}\ngranularity: block\n", 2, 14, &["must be stage, or sublayer, not `block`"]);
+    wrong("palettize: {}\nsequencing: block\n", 2, 13, &["must be stage, or sublayer, not `block`"]);
     wrong("palettize: {}\ntarget: fp16\n", 2, 9, &["must be current, or dense, not `fp16`"]);
-    let needs = "`target: dense` needs `solver: joint` and `granularity: sublayer`";
-    wrong("palettize: {}\nsolver: sequential\ngranularity: sublayer\ntarget: dense\n", 4, 9, &[needs]);
-    wrong("palettize: {}\ngranularity: stage\ntarget: dense\n", 3, 9, &[needs]);
+    let needs = "`target: dense` needs `solver: joint` and `sequencing: sublayer`";
+    wrong("palettize: {}\nsolver: sequential\nsequencing: sublayer\ntarget: dense\n", 4, 9, &[needs]);
+    wrong("palettize: {}\nsequencing: stage\ntarget: dense\n", 3, 9, &[needs]);
     wrong("calibration:\n  timestep_weighting: late\n", 2, 23, &["must be uniform, or early, or log, not `late`"]);
     wrong("calibration:\n  captions_nsamples: 0\n", 2, 22, &["must be between 1"]);
     wrong("calibration:\n  caption: x.txt\n", 2, 3, &["unknown key `caption` in calibration; did you mean `captions`?"]);
@@ -321,7 +321,7 @@ mod never_a_panic {
 
         #[test]
         fn on_a_config_with_one_byte_changed(at in 0usize..700, byte in any::<u8>()) {
-            let mut bytes = std::fs::read(crate::support::repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
+            let mut bytes = std::fs::read(crate::support::repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
             let at = at % bytes.len();
             bytes[at] = byte;
             let _ = RunConfig::parse(Path::new("x"), &bytes);

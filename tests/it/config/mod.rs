@@ -2,6 +2,7 @@
 
 mod mistakes;
 mod overrides;
+mod reference;
 mod resolution;
 mod round_trip;
 mod shipped;

@@ -1,10 +1,19 @@
 //! Flags override the file, by the same rules.
 
+use std::path::Path;
+
+use sdxl_squeeze::Result;
 use sdxl_squeeze::config::{
-    Granularity, NmRatio, OnMisfit, Overrides, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity,
+    Edit, Finding, Granularity, NmRatio, OnMisfit, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity, flags,
 };
 
 use super::{mistakes_of, parsed};
+
+/// The config with flags, each given as its name and its argument.
+fn edited(yaml: &str, flags: &[(&str, &str)]) -> Result<RunConfig> {
+    let edits: Vec<Edit> = flags.iter().map(|(name, argument)| Edit::new(name, *argument).unwrap()).collect();
+    RunConfig::parse_edited(Path::new("x.yaml"), yaml.as_bytes(), &edits)
+}
 
 const CONFIG: &str = "
 calibration: {samples: s.safetensors, height: 512, width: 512}
@@ -20,9 +29,7 @@ palettize:
 
 #[test]
 fn settings_go_to_every_rule_that_is_not_null() {
-    let mut config = parsed(CONFIG);
-    let flags = Overrides { target_sparsity: Some(0.6), n_bits: Some(3), group_size: Some(16), ..Overrides::default() };
-    config.apply(&flags).unwrap();
+    let config = edited(CONFIG, &[("target-sparsity", "0.6"), ("n-bits", "3"), ("group-size", "16")]).unwrap();
     let expected = parsed(
         "
 calibration: {samples: s.safetensors, height: 512, width: 512}
@@ -41,23 +48,22 @@ palettize:
 
 #[test]
 fn the_other_flags() {
-    let mut config = parsed(CONFIG);
-    let flags = Overrides {
-        model: Some("m".into()),
-        device: Some("cuda:3".into()),
-        dtype: Some("bf16".into()),
-        prompts: Some("p.txt".into()),
-        calibration_nsamples: Some(7),
-        steps: Some(9),
-        guidance: Some(4.0),
-        seed: Some(u64::MAX),
-        width: Some(1024),
-        solver: Some("joint".into()),
-        n_m_ratio: Some("1:4".into()),
-        on_misfit: Some("smaller_group".into()),
-        ..Overrides::default()
-    };
-    config.apply(&flags).unwrap();
+    let seed = u64::MAX.to_string();
+    let flags = [
+        ("model", "m"),
+        ("device", "cuda:3"),
+        ("dtype", "bf16"),
+        ("prompts", "p.txt"),
+        ("calibration-nsamples", "7"),
+        ("steps", "9"),
+        ("guidance", "4.0"),
+        ("seed", &*seed),
+        ("width", "1024"),
+        ("solver", "joint"),
+        ("n-m-ratio", "1:4"),
+        ("on-misfit", "smaller_group"),
+    ];
+    let config = edited(CONFIG, &flags).unwrap();
     assert_eq!((config.model.path.as_deref(), config.model.device.as_str()), (Some("m".as_ref()), "cuda:3"));
     let calibration = &config.calibration;
     assert_eq!(
@@ -76,18 +82,19 @@ fn the_other_flags() {
 
 #[test]
 fn a_solver_brings_what_goes_with_it() {
-    let of = |yaml: &str, solver: Option<&str>, granularity: Option<&str>, target: Option<&str>| {
-        let own = |word: Option<&str>| word.map(str::to_owned);
-        let flags = Overrides { solver: own(solver), granularity: own(granularity), target: own(target), ..Overrides::default() };
-        let mut config = parsed(yaml);
-        config.apply(&flags).unwrap();
+    let of = |yaml: &str, solver: Option<&'static str>, sequencing: Option<&'static str>, target: Option<&'static str>| {
+        let named = [("solver", solver), ("sequencing", sequencing), ("target", target)];
+        let mut flags: Vec<(&str, &str)> = named.into_iter().filter_map(|(flag, word)| Some((flag, word?))).collect();
+        let config = edited(yaml, &flags).unwrap();
         assert_eq!(parsed(&config.to_yaml()), config);
-        (config.solver.name(), config.pace.name(), config.target.name())
+        flags.reverse();
+        assert_eq!(edited(yaml, &flags).unwrap(), config, "the order of flags does not matter");
+        (config.solver.name(), config.sequencing.name(), config.target.name())
     };
     let (joint, sequential) = ("palettize: {}", "palettize: {}\nsolver: sequential");
     assert_eq!(of(joint, None, None, None), ("joint", "sublayer", "dense"));
     assert_eq!(of("prune: {algorithm: magnitude}", None, None, None), ("sequential", "stage", "current"));
-    assert_eq!(of("granularity: stage\npalettize: {}", None, None, None), ("joint", "stage", "current"));
+    assert_eq!(of("sequencing: stage\npalettize: {}", None, None, None), ("joint", "stage", "current"));
     assert_eq!(of(sequential, None, None, None), ("sequential", "stage", "current"));
     assert_eq!(of(sequential, Some("joint"), None, None), ("joint", "sublayer", "dense"));
     assert_eq!(of(sequential, Some("joint"), Some("stage"), None), ("joint", "stage", "current"));
@@ -98,24 +105,18 @@ fn a_solver_brings_what_goes_with_it() {
     assert_eq!(of("target: current\npalettize: {}", Some("joint"), Some("sublayer"), None), ("joint", "sublayer", "current"));
     refused(
         joint,
-        Overrides { granularity: Some("stage".into()), target: Some("dense".into()), ..Overrides::default() },
-        &[("--target dense", "needs `solver: joint` and `granularity: sublayer`")],
+        &[("sequencing", "stage"), ("target", "dense")],
+        &[("--target dense", "needs `solver: joint` and `sequencing: sublayer`")],
     );
     let magnitude = "prune: {algorithm: magnitude}\npalettize: {}";
-    refused(magnitude, Overrides { solver: Some("joint".into()), ..Overrides::default() }, &[("--solver joint", "sparse_gpt")]);
-    refused(
-        sequential,
-        Overrides { target_size: Some("1GiB".into()), ..Overrides::default() },
-        &[("--target-size 1GiB", "a budget needs `solver: joint`")],
-    );
-    let both = Overrides { target_size: Some("1GiB".into()), target_bits: Some(3.0), ..Overrides::default() };
-    refused(joint, both, &[("--target-bits 3", "exclude each other")]);
+    refused(magnitude, &[("solver", "joint")], &[("--solver joint", "sparse_gpt")]);
+    refused(sequential, &[("target-size", "1GiB")], &[("--target-size 1GiB", "a budget needs `solver: joint`")]);
+    refused(joint, &[("target-size", "1GiB"), ("target-bits", "3")], &[("--target-size 1GiB", "exclude each other")]);
 }
 
 #[test]
 fn a_section_that_is_not_there_is_added() {
-    let mut config = parsed("palettize: null\n");
-    config.apply(&Overrides { target_sparsity: Some(0.0), group_size: Some(8), ..Overrides::default() }).unwrap();
+    let config = edited("palettize: null\n", &[("target-sparsity", "0.0"), ("group-size", "8")]).unwrap();
     let prune = config.prune.unwrap();
     assert_eq!(prune.layers, PruneSection::default().layers);
     assert_eq!(
@@ -127,17 +128,12 @@ fn a_section_that_is_not_there_is_added() {
         config.palettize.unwrap().rules.global_config.unwrap().granularity,
         Granularity::PerGroupedChannel { group_size: 8 }
     );
-    let mut config = RunConfig::default();
-    config.apply(&Overrides::default()).unwrap();
-    assert_eq!(config, RunConfig::default(), "no flags, no change");
+    assert_eq!(edited(CONFIG, &[]).unwrap(), parsed(CONFIG), "no flags, no change");
 }
 
 #[track_caller]
-fn refused(config: &str, flags: Overrides, expected: &[(&str, &str)]) {
-    let mut config = parsed(config);
-    let before = config.clone();
-    let mistakes = mistakes_of(config.apply(&flags).unwrap_err());
-    assert_eq!(config, before, "nothing is changed by halves");
+fn refused(config: &str, flags: &[(&str, &str)], expected: &[(&str, &str)]) {
+    let mistakes = mistakes_of(edited(config, flags).unwrap_err());
     let shown: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
     assert_eq!(mistakes.len(), expected.len(), "{shown:?}");
     for (mistake, (flag, words)) in mistakes.iter().zip(expected) {
@@ -148,26 +144,25 @@ fn refused(config: &str, flags: Overrides, expected: &[(&str, &str)]) {
 
 #[test]
 fn bad_flags_are_named_all_at_once() {
-    let flags = Overrides { target_sparsity: Some(1.0), n_bits: Some(5), group_size: Some(0), ..Overrides::default() };
+    let flags = [("target-sparsity", "1.0"), ("n-bits", "5"), ("group-size", "0")];
     let expected = [
         ("--target-sparsity 1.0", "must be at least 0 and less than 1"),
         ("--n-bits 5", "must be 1, 2, 3, 4, 6 or 8"),
         ("--group-size 0", "between 1"),
     ];
-    refused(CONFIG, flags, &expected);
-    let flags = Overrides {
-        device: Some("gpu".into()),
-        dtype: Some("f8".into()),
-        model: Some("".into()),
-        calibration_nsamples: Some(0),
-        steps: Some(-1),
-        guidance: Some(f64::NAN),
-        height: Some(0),
-        n_m_ratio: Some("4:2".into()),
-        on_misfit: Some("skip".into()),
-        solver: Some("both".into()),
-        ..Overrides::default()
-    };
+    refused(CONFIG, &flags, &expected);
+    let flags = [
+        ("model", ""),
+        ("device", "gpu"),
+        ("dtype", "f8"),
+        ("calibration-nsamples", "0"),
+        ("steps", "-1"),
+        ("guidance", "NaN"),
+        ("height", "0"),
+        ("n-m-ratio", "4:2"),
+        ("on-misfit", "skip"),
+        ("solver", "both"),
+    ];
     let expected = [
         ("--model ''", "empty"),
         ("--device gpu", "must be cpu"),
@@ -180,29 +175,91 @@ fn bad_flags_are_named_all_at_once() {
         ("--on-misfit skip", "smaller_group"),
         ("--solver both", "sequential, or joint"),
     ];
-    refused(CONFIG, flags, &expected);
+    refused(CONFIG, &flags, &expected);
+    let flags = [("seed", "-1"), ("steps", "many"), ("target-size", "933MB")];
+    let expected = [
+        ("--seed -1", "`seed` must be between 0 and"),
+        ("--steps many", "`steps` must be a whole number, not `many`"),
+        ("--target-size 933MB", "must be a size such as 933MiB"),
+    ];
+    refused(CONFIG, &flags, &expected);
+}
+
+#[test]
+fn mistakes_of_the_file_come_before_those_of_the_flags() {
+    let yaml = "palettize:\n  global_config: {n_bits: 5}\n  on_misfit: skip\n";
+    let mistakes = mistakes_of(edited(yaml, &[("steps", "0")]).unwrap_err());
+    let shown: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
+    assert_eq!(mistakes.len(), 3, "{shown:?}");
+    assert!(shown[0].starts_with("x.yaml:2:27: ") && shown[1].starts_with("x.yaml:3:14: "), "{shown:?}");
+    assert!(shown[2].starts_with("--steps 0: `steps` must be between 1"), "{shown:?}");
+    // A flag takes the place of a wrong value.
+    assert!(edited(yaml, &[("n-bits", "4"), ("on-misfit", "dense")]).is_ok());
 }
 
 #[test]
 fn flags_that_do_not_go_together_or_do_nothing() {
-    let both = Overrides { target_sparsity: Some(0.4), n_m_ratio: Some("2:4".into()), ..Overrides::default() };
-    refused(CONFIG, both, &[("--target-sparsity 0.4", "--n-m-ratio exclude each other")]);
-    let both = Overrides { prompts: Some("p".into()), samples: Some("s".into()), ..Overrides::default() };
-    refused(CONFIG, both, &[("--prompts p", "--samples exclude each other")]);
-    refused("prune: {}", Overrides { height: Some(512), ..Overrides::default() }, &[("--height 512", "needs --width")]);
-    let straddling = Overrides { n_m_ratio: Some("2:5".into()), ..Overrides::default() };
-    refused(CONFIG, straddling, &[("--n-m-ratio 2:5", "multiple of 5, not 128")]);
+    let both = [("target-sparsity", "0.4"), ("n-m-ratio", "2:4")];
+    refused(CONFIG, &both, &[("--target-sparsity 0.4", "--n-m-ratio exclude each other")]);
+    let both = [("prompts", "p"), ("samples", "s")];
+    refused(CONFIG, &both, &[("--prompts p", "--samples exclude each other")]);
+    refused("prune: {}", &[("height", "512")], &[("--height 512", "needs --width")]);
+    refused(CONFIG, &[("n-m-ratio", "2:5")], &[("--n-m-ratio 2:5", "multiple of 5, not 128")]);
     let nothing = "palettize: {global_config: null, module_type_configs: {Linear: null}}";
-    refused(
-        nothing,
-        Overrides { n_bits: Some(4), ..Overrides::default() },
-        &[("--n-bits 4", "every rule of `palettize` is null")],
-    );
-    refused(
-        "prune: {}",
-        Overrides { on_misfit: Some("dense".into()), ..Overrides::default() },
-        &[("--on-misfit dense", "no `palettize` section")],
-    );
-    let joint = Overrides { solver: Some("joint".into()), ..Overrides::default() };
-    refused("prune: {algorithm: magnitude}", joint, &[("--solver joint", "not magnitude")]);
+    refused(nothing, &[("n-bits", "4")], &[("--n-bits 4", "every rule of `palettize` is null")]);
+    refused("prune: {}", &[("on-misfit", "dense")], &[("--on-misfit dense", "no `palettize` section")]);
+    refused("prune: {algorithm: magnitude}", &[("solver", "joint")], &[("--solver joint", "not magnitude")]);
+}
+
+#[test]
+fn a_flag_replaces_what_excludes_it_in_the_file() {
+    let yaml = "palettize: {}\nbudget: {target_size: 1GiB, probes: 3}\nprune: {global_config: {n_m_ratio: [2, 4]}}";
+    let config = edited(yaml, &[("target-bits", "3"), ("target-sparsity", "0.4")]).unwrap();
+    let expected = "palettize: {}\nbudget: {target_bits: 3, probes: 3}\nprune: {global_config: {target_sparsity: 0.4}}";
+    assert_eq!(config, parsed(expected));
+}
+
+/// The key `sequencing` and its flag were called `granularity`.
+#[test]
+fn former_names_are_accepted_with_a_warning() {
+    let remarks = |config: RunConfig| -> Vec<String> {
+        assert!(config.remarks.0.iter().all(|finding| matches!(finding, Finding::FormerName { .. })));
+        config.remarks.0.iter().map(|finding| finding.mistake().to_string()).collect()
+    };
+    let old = parsed("palettize: {}\ngranularity: stage\n");
+    let new = parsed("palettize: {}\nsequencing: stage\n");
+    assert_eq!(old, new);
+    assert_eq!(remarks(new.clone()), [""; 0]);
+    assert_eq!(remarks(old.clone()), ["x.yaml:2:14: `granularity` is called `sequencing` now; the old name still works"]);
+    assert!(old.resolve(&[]).findings.iter().any(|finding| matches!(finding, Finding::FormerName { .. })));
+    assert!(old.to_yaml().contains("\nsequencing: stage\n"));
+
+    let by_flag = edited("palettize: {}", &[("granularity", "stage")]).unwrap();
+    assert_eq!(by_flag, new);
+    let warning = "--granularity stage: `--granularity` is called `--sequencing` now; the old name still works";
+    assert_eq!(remarks(by_flag), [warning]);
+    // The flag replaces the key under either name.
+    assert_eq!(edited("palettize: {}\ngranularity: sublayer\n", &[("sequencing", "stage")]).unwrap(), new);
+
+    let both = super::refused("palettize: {}\ngranularity: stage\nsequencing: stage\n");
+    assert_eq!(both.len(), 1, "{both:?}");
+    assert_eq!((both[0].0, both[0].1), (2, 14));
+    assert!(both[0].2.contains("`granularity` is the former name of `sequencing`; give one"), "{both:?}");
+    let both = [("sequencing", "stage"), ("granularity", "stage")];
+    refused("palettize: {}", &both, &[("--sequencing stage", "--granularity exclude each other")]);
+}
+
+#[test]
+fn every_flag_edits_a_key() {
+    let names: Vec<&str> = flags().map(|flag| flag.name).collect();
+    assert_eq!(names.len(), 23, "{names:?}");
+    for flag in flags() {
+        assert!(flag.help.len() > 10 && !flag.help.ends_with('.'), "{flag:?}");
+        assert_eq!(flag.former, flag.name == "granularity");
+        // An empty argument is wrong for every kind of value.
+        let config = "palettize: {}\nprune: {}\n";
+        let mistakes = mistakes_of(edited(config, &[(flag.name, "")]).unwrap_err());
+        assert_eq!(mistakes[0].place, Place::Flag(format!("--{} ''", flag.name)));
+    }
+    assert!(Edit::new("zebra", "1").unwrap_err().is_bad_input());
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use proptest::prelude::*;
+use sdxl_squeeze::config::RunConfig;
 
 use super::parsed;
 
@@ -139,10 +140,10 @@ fn config() -> impl Strategy<Value = String> {
             "",
             "solver: joint",
             "solver: sequential",
-            "solver: sequential, granularity: sublayer",
-            "granularity: stage",
+            "solver: sequential, sequencing: sublayer",
+            "sequencing: stage",
             "target: current",
-            "solver: joint, granularity: sublayer, target: dense",
+            "solver: joint, sequencing: sublayer, target: dense",
         ][..],
     )
     .prop_map(|keys| (!keys.is_empty()).then(|| keys.to_owned()));
@@ -211,7 +212,7 @@ calibration:
   height: null
   width: null
 solver: joint
-granularity: sublayer
+sequencing: sublayer
 target: dense
 joint:
   refit_steps: 8
@@ -250,6 +251,12 @@ budget: null
     let (comment, yaml) = written.split_once('\n').unwrap();
     assert!(comment.starts_with("# "));
     assert_eq!(yaml, expected);
+}
+
+#[test]
+fn the_default_is_the_shortest_config_with_palettes() {
+    assert_eq!(RunConfig::default(), parsed("palettize: {}"));
+    assert_eq!(parsed(&RunConfig::default().to_yaml()), RunConfig::default());
 }
 
 #[test]

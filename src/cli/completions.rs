@@ -1,0 +1,30 @@
+//! `sdxl-squeeze completions`.
+
+use clap::{CommandFactory, ValueEnum};
+use sdxl_squeeze::Result;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    shell: Shell,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut command = super::Args::command();
+    let name = command.get_name().to_owned();
+    let mut script = Vec::new();
+    match args.shell {
+        Shell::Bash => clap_complete::generate(clap_complete::Shell::Bash, &mut command, name, &mut script),
+        Shell::Zsh => clap_complete::generate(clap_complete::Shell::Zsh, &mut command, name, &mut script),
+        Shell::Fish => clap_complete::generate(clap_complete::Shell::Fish, &mut command, name, &mut script),
+    }
+    super::print(&String::from_utf8(script).expect("completion scripts are text"))
+}

@@ -1,0 +1,64 @@
+//! The flags that edit a config. The library declares them, each with the key that it edits.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::{Arg, ArgMatches, Command, FromArgMatches, value_parser};
+use sdxl_squeeze::Result;
+use sdxl_squeeze::config::{ConfigFlag, Edit, RunConfig, flags};
+use sdxl_squeeze::pipeline::PipelineFolder;
+
+use super::compress::model_of;
+
+/// The edits that the command line makes to every config it names.
+#[derive(Debug, Clone)]
+pub struct Edits(Vec<Edit>);
+
+impl Edits {
+    /// Reads a config and edits it.
+    pub fn config(&self, path: &Path) -> Result<RunConfig> {
+        RunConfig::read_edited(path, &self.0)
+    }
+
+    /// Reads a config, edits it and opens its model.
+    pub fn resolve(&self, path: &Path) -> Result<(RunConfig, PipelineFolder)> {
+        let config = self.config(path)?;
+        let folder = model_of(&config)?;
+        Ok((config, folder))
+    }
+}
+
+impl clap::Args for Edits {
+    fn augment_args(command: Command) -> Command {
+        command.args(flags().map(arg))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+fn arg(flag: ConfigFlag) -> Arg {
+    let ConfigFlag { name, argument, help, former } = flag;
+    Arg::new(name)
+        .long(name)
+        .value_name(argument)
+        .help(help)
+        .help_heading("In the place of the config's values")
+        .hide(former)
+        .allow_negative_numbers(true)
+        .value_parser(value_parser!(OsString))
+}
+
+impl FromArgMatches for Edits {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = flags().filter_map(|flag| Some((flag.name, matches.get_one::<OsString>(flag.name)?)));
+        let edits = given.map(|(name, argument)| Edit::new(name, argument).expect("the library declares its flags"));
+        Ok(Edits(edits.collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,35 @@
+//! `sdxl-squeeze man`.
+
+use std::path::PathBuf;
+
+use clap::{Command, CommandFactory};
+use clap_mangen::Man;
+use sdxl_squeeze::output::write_file;
+use sdxl_squeeze::{Error, Result};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Write the pages of all commands into this folder, instead of the first one to standard output
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut command = super::Args::command();
+    // Gives the subcommands their full names.
+    command.build();
+    let Some(out) = args.out else { return super::print(&page(&command)) };
+    std::fs::create_dir_all(&out).map_err(Error::write(&out))?;
+    let subcommands = command.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help");
+    for command in std::iter::once(&command).chain(subcommands) {
+        let path = out.join(Man::new(command.clone()).get_filename());
+        write_file(&path, |file| file.write_all(page(command).as_bytes()))?;
+    }
+    super::print(&format!("{}\n", out.display()))
+}
+
+fn page(command: &Command) -> String {
+    let mut page = Vec::new();
+    Man::new(command.clone()).render(&mut page).expect("memory can be written to");
+    String::from_utf8(page).expect("man pages are text")
+}

@@ -1,0 +1,206 @@
+//! What the declaration of a config key consists of.
+
+use serde_json::Value as Json;
+
+use super::tree::{Node, Position, Value};
+
+/// A config key. Reading, flags, the tables of `docs/config.md` and the JSON schema all follow from
+/// this declaration. See [`keys`](super::keys) for the list.
+#[derive(Debug)]
+pub(super) struct Key<T: 'static> {
+    pub name: &'static str,
+    pub kind: Kind<T>,
+    pub default: Preset,
+    /// Sentences in Markdown. The first one is the flag's help too.
+    pub doc: &'static str,
+    pub flag: Option<Flag>,
+    /// A name that the key had once. It is still accepted, with a warning.
+    pub formerly: Option<&'static str>,
+}
+
+/// The values that a key takes.
+#[derive(Debug)]
+pub(super) struct Kind<T: 'static> {
+    /// Reads a value. A refusal continues the key's name: "must be …".
+    pub read: fn(&Node) -> Result<T, String>,
+    /// The values in words, for the docs.
+    pub values: fn() -> String,
+    /// The values as a JSON schema.
+    pub schema: fn() -> Json,
+    /// How a flag's argument becomes a value.
+    pub argument: Argument,
+}
+
+/// How a flag's argument becomes a value.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Argument {
+    /// As text, whatever it looks like.
+    Text,
+    /// As a number; as text where it is none, which reading then refuses.
+    Number,
+}
+
+/// The value of a key that a config does not give.
+#[derive(Debug)]
+pub(super) enum Preset {
+    /// None. The text says what happens then, in Markdown.
+    Absent(&'static str),
+    Boolean(bool),
+    Integer(i128),
+    Number(f64),
+    Text(&'static str),
+    Texts(&'static [&'static str]),
+    /// A default that another module declares.
+    Of(fn() -> Value),
+}
+
+/// A flag of the command line that edits a key.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Flag {
+    /// Without the dashes.
+    pub name: &'static str,
+    /// What help calls the argument.
+    pub argument: &'static str,
+    pub reach: Reach,
+    /// Keys beside it that the flag removes, and whose flags exclude this one.
+    pub replaces: &'static [&'static str],
+    /// Keys beside it that return to their defaults where the flag changes the value in effect.
+    pub resets: &'static [&'static str],
+    /// A key beside it that the flag gives this value.
+    pub implies: Option<(&'static str, &'static str)>,
+}
+
+/// Which part of a config a flag edits.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Reach {
+    /// The key's section, which is added where there is none.
+    Section,
+    /// The key's section, which must be there.
+    PresentSection,
+    /// Every rule of the section that is not `null`. A section is added where there is none.
+    Rules,
+}
+
+impl Flag {
+    pub const fn new(name: &'static str, argument: &'static str) -> Self {
+        Flag { name, argument, reach: Reach::Section, replaces: &[], resets: &[], implies: None }
+    }
+
+    pub const fn of_rules(name: &'static str, argument: &'static str) -> Self {
+        Flag { reach: Reach::Rules, ..Flag::new(name, argument) }
+    }
+
+    pub const fn replaces(self, keys: &'static [&'static str]) -> Self {
+        Flag { replaces: keys, ..self }
+    }
+
+    pub const fn resets(self, keys: &'static [&'static str]) -> Self {
+        Flag { resets: keys, ..self }
+    }
+}
+
+/// A section of a config.
+#[derive(Debug)]
+pub(super) struct Section {
+    pub name: &'static str,
+    pub doc: &'static str,
+    pub keys: &'static [&'static dyn Declared],
+    /// The settings that its rules give to layers, if it has rules.
+    pub settings: Option<&'static Section>,
+    /// The sections in it.
+    pub sections: &'static [&'static Section],
+}
+
+impl Section {
+    /// Every key that it may have, nested sections included.
+    pub fn known(&self) -> impl Iterator<Item = &'static str> {
+        let rules = self.settings.iter().flat_map(|_| super::keys::RULES).map(|(name, _)| name);
+        let sections = self.sections.iter().map(|section| section.name);
+        self.keys.iter().map(|key| key.name()).chain(rules).chain(sections)
+    }
+
+    /// Whether `name` is a key that was renamed.
+    pub fn was_known(&self, name: &str) -> bool {
+        self.keys.iter().any(|key| key.formerly() == Some(name))
+    }
+}
+
+/// A key of whatever type, for docs, schema and flags.
+pub(super) trait Declared: std::fmt::Debug + Sync {
+    fn name(&self) -> &'static str;
+    fn doc(&self) -> &'static str;
+    fn default(&self) -> &Preset;
+    fn values(&self) -> String;
+    fn schema(&self) -> Json;
+    fn flag(&self) -> Option<&Flag>;
+    fn formerly(&self) -> Option<&'static str>;
+    /// The value that a flag's argument stands for.
+    fn argument(&self, text: &str) -> Value;
+}
+
+impl<T: std::fmt::Debug> Declared for Key<T> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn doc(&self) -> &'static str {
+        self.doc.trim()
+    }
+
+    fn default(&self) -> &Preset {
+        &self.default
+    }
+
+    fn values(&self) -> String {
+        (self.kind.values)()
+    }
+
+    fn schema(&self) -> Json {
+        (self.kind.schema)()
+    }
+
+    fn flag(&self) -> Option<&Flag> {
+        self.flag.as_ref()
+    }
+
+    fn formerly(&self) -> Option<&'static str> {
+        self.formerly
+    }
+
+    fn argument(&self, text: &str) -> Value {
+        match self.kind.argument {
+            Argument::Text => Value::Text(text.to_owned()),
+            Argument::Number => match (text.parse(), text.parse()) {
+                (Ok(integer), _) => Value::Integer(integer),
+                (Err(_), Ok(number)) => Value::Number(number),
+                (Err(_), Err(_)) => Value::Text(text.to_owned()),
+            },
+        }
+    }
+}
+
+impl<T> Key<T> {
+    /// The value where a config does not give one.
+    pub fn default_value(&self) -> T {
+        let value = self.default.value().expect("keys without a default are read as options");
+        let node = Node { value, position: Position::START };
+        (self.kind.read)(&node).expect("a test reads the default of every key")
+    }
+}
+
+impl Preset {
+    /// The default as a config would give it; nothing where there is none.
+    pub fn value(&self) -> Option<Value> {
+        let text = |text: &&str| Value::Text((*text).to_owned());
+        let node = |value| Node { value, position: Position::START };
+        match self {
+            Preset::Absent(_) => None,
+            Preset::Boolean(value) => Some(Value::Boolean(*value)),
+            Preset::Integer(value) => Some(Value::Integer(*value)),
+            Preset::Number(value) => Some(Value::Number(*value)),
+            Preset::Text(value) => Some(text(value)),
+            Preset::Texts(values) => Some(Value::List(values.iter().map(text).map(node).collect())),
+            Preset::Of(value) => Some(value()),
+        }
+    }
+}

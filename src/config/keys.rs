@@ -1,0 +1,278 @@
+//! Every key of a config, declared once.
+//!
+//! Each declaration is `NAME: type = ("name", kind, default, flag)`; its comment is the text of
+//! `docs/config.md`, of the JSON schema and, up to its first full stop, of the flag's help. After a
+//! change, `UPDATE=1 cargo test --test it -- config::reference` writes the docs and the schema anew.
+
+use std::path::PathBuf;
+
+use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
+use super::kinds;
+use super::sections::{OnMisfit, Pace, PruneAlgorithm, SolverKind, Target, TimestepWeighting};
+use super::settings::{GranularityWord, NmRatio};
+use super::tree::{Node, Value};
+use crate::solver::Effort;
+
+/// The three keys by which a section's settings reach layers, in the order of coremltools'
+/// `OptimizationConfig`.
+pub(super) const RULES: [(&str, &str); 3] = [
+    (
+        "global_config",
+        "The settings of every layer that no other rule names. The default settings where no rule is given; `null` where only others are.",
+    ),
+    ("module_type_configs", "Settings by type of layer, `Conv2d` or `Linear`. They go before `global_config`."),
+    (
+        "module_name_configs",
+        "Settings by regular expressions for whole layer names. They go before the other two, and the first one that matches decides.",
+    ),
+];
+
+/// Declares the keys of a section, and the section.
+macro_rules! keys {
+    (
+        $(#[doc = $about:literal])+
+        $module:ident $section:literal $(settings $settings:ident)? $(sections [$($nested:ident),+])? {
+            $(
+                $(#[doc = $doc:literal])+
+                $key:ident: $type:ty = ($name:literal, $kind:expr, $default:expr $(, flag $flag:expr)? $(, formerly $old:literal)?);
+            )*
+        }
+    ) => {
+        $(#[doc = $about])+
+        pub(super) mod $module {
+            use super::*;
+
+            $(
+                $(#[doc = $doc])+
+                pub(in crate::config) const $key: Key<$type> = Key {
+                    name: $name,
+                    kind: $kind,
+                    default: $default,
+                    doc: concat!($($doc),+),
+                    flag: keys!(@option $($flag)?),
+                    formerly: keys!(@option $($old)?),
+                };
+            )*
+
+            pub(in crate::config) const SECTION: Section = Section {
+                name: $section,
+                doc: concat!($($about),+),
+                keys: &[$(&$key as &dyn Declared),*],
+                settings: keys!(@option $(&super::$settings::SECTION)?),
+                sections: &[$($(&super::$nested::SECTION),+)?],
+            };
+        }
+    };
+    (@option) => { None };
+    (@option $value:expr) => { Some($value) };
+}
+
+keys! {
+    /// A run of sdxl-squeeze.
+    root "the config" sections [model, calibration, prune, palettize, joint, budget] {
+        /// How mask, weights and palettes are found. `joint` chooses the three of a layer together, for the least error of its
+        /// output. `sequential` prunes by SparseGPT and then makes palettes without looking at the inputs, as coremltools does.
+        SOLVER: SolverKind = (
+            "solver",
+            Kind::WORD,
+            Preset::Absent("`joint`; `sequential` with `algorithm: magnitude`"),
+            flag Flag::new("solver", "SOLVER").resets(&["sequencing", "target"])
+        );
+        /// Which inputs a layer is compressed for. `sublayer`: those that the already compressed layers before it produce.
+        /// `stage`: those that the dense layers of its stage produce, which takes fewer passes over the samples.
+        SEQUENCING: Pace = (
+            "sequencing",
+            Kind::WORD,
+            Preset::Absent("`sublayer`; `stage` with `solver: sequential`"),
+            flag Flag::new("sequencing", "ORDER").resets(&["target"]),
+            formerly "granularity"
+        );
+        /// Which outputs a compressed layer is fitted to. `dense`: those of the dense network, which corrects errors of earlier
+        /// layers; it needs `solver: joint` and `sequencing: sublayer`. `current`: those of the layer's own dense weights.
+        TARGET: Target = (
+            "target",
+            Kind::WORD,
+            Preset::Absent("`dense` where it can be had, else `current`"),
+            flag Flag::new("target", "OUTPUTS")
+        );
+    }
+}
+
+keys! {
+    /// The model, and where it is computed.
+    model "model" {
+        /// The pipeline: a folder in diffusers layout.
+        PATH: PathBuf = ("path", kinds::PATH, Preset::Absent("`--model` is needed"), flag Flag::new("model", "DIR"));
+        /// Where to compute.
+        DEVICE: String = ("device", kinds::DEVICES, Preset::Text("cpu"), flag Flag::new("device", "DEVICE"));
+        /// Precision of activations. Hessians are fp32 in any case.
+        DTYPE: String = ("dtype", kinds::DTYPE, Preset::Text("f32"), flag Flag::new("dtype", "DTYPE"));
+    }
+}
+
+keys! {
+    /// The samples on which Hessians are built.
+    calibration "calibration" {
+        /// Calibration prompts, one a line. The dense pipeline draws them. Many and varied prompts are better: `target: dense` fits
+        /// three prompts so closely that other pictures get worse.
+        PROMPTS: Node = (
+            "prompts",
+            kinds::PROMPTS,
+            Preset::Text("calibration/varied.txt"),
+            flag Flag::new("prompts", "FILE").replaces(&["samples"])
+        );
+        /// Calibration samples made before or elsewhere, as `--samples-out` writes them. No prompt is drawn then.
+        SAMPLES: PathBuf = ("samples", kinds::PATH, Preset::Absent("none"), flag Flag::new("samples", "FILE.safetensors"));
+        /// A file of prompts that are encoded but not drawn, which takes no run of the UNet. Their text states calibrate `to_k` and
+        /// `to_v` of all cross-attentions, and their pooled text, at all timesteps, calibrates `time_emb_proj`.
+        CAPTIONS: PathBuf = ("captions", kinds::PATH, Preset::Absent("none"), flag Flag::new("captions", "FILE"));
+        /// Captions to take, evenly over their file.
+        CAPTIONS_NSAMPLES: usize = ("captions_nsamples", kinds::COUNT, Preset::Integer(512));
+        /// Weight of a UNet call in the Hessians. `early` weighs by sigma, `log` by ln(1 + sigma). Neither has improved the bundled
+        /// model.
+        TIMESTEP_WEIGHTING: TimestepWeighting = ("timestep_weighting", Kind::WORD, Preset::Text("uniform"));
+        /// UNet calls to calibrate with, evenly over prompts and timesteps.
+        CALIBRATION_NSAMPLES: usize = (
+            "calibration_nsamples",
+            kinds::COUNT,
+            Preset::Integer(384),
+            flag Flag::new("calibration-nsamples", "N")
+        );
+        /// Denoising steps of the calibration runs.
+        STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(20), flag Flag::new("steps", "N"));
+        /// Guidance scale of the calibration runs.
+        GUIDANCE: f64 = ("guidance", kinds::NOT_NEGATIVE, Preset::Number(5.0), flag Flag::new("guidance", "G"));
+        /// Seed of the calibration runs.
+        SEED: u64 = ("seed", kinds::ELEMENTS, Preset::Integer(0), flag Flag::new("seed", "N"));
+        /// Height of the calibration runs in pixels.
+        HEIGHT: i64 = ("height", kinds::PIXELS, Preset::Absent("the model's"), flag Flag::new("height", "H"));
+        /// Width of the calibration runs in pixels.
+        WIDTH: i64 = ("width", kinds::PIXELS, Preset::Absent("the model's"), flag Flag::new("width", "W"));
+    }
+}
+
+keys! {
+    /// Which layers are pruned, and how.
+    prune "prune" settings prune_settings {
+        /// The stages whose layers are pruned: expressions for whole stage names.
+        LAYERS: Vec<Node> = (
+            "layers",
+            kinds::PATTERNS,
+            Preset::Texts(&[r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"])
+        );
+        /// How weights to prune are chosen. `magnitude` takes the smallest and needs no calibration.
+        ALGORITHM: PruneAlgorithm = ("algorithm", Kind::WORD, Preset::Text("sparse_gpt"));
+    }
+}
+
+keys! {
+    /// How a layer is pruned.
+    prune_settings "prune settings" {
+        /// Share of the weights to prune.
+        TARGET_SPARSITY: f64 = (
+            "target_sparsity",
+            kinds::SPARSITY,
+            Preset::Number(0.5),
+            flag Flag::of_rules("target-sparsity", "S").replaces(&["n_m_ratio"])
+        );
+        /// Prune n of every m weights of a row, in the place of `target_sparsity`.
+        N_M_RATIO: NmRatio = (
+            "n_m_ratio",
+            kinds::RATIO,
+            Preset::Absent("none"),
+            flag Flag::of_rules("n-m-ratio", "N:M").replaces(&["target_sparsity"])
+        );
+        /// Addition to the Hessian's diagonal, as a share of its mean. Layers that the joint solver only palettizes have 0.03.
+        HESSIAN_DAMPENING: f64 = ("hessian_dampening", kinds::NOT_NEGATIVE, Preset::Number(0.01));
+        /// Columns that are pruned as one block.
+        PROCESSING_GROUP_SIZE: usize = ("processing_group_size", kinds::COUNT, Preset::Integer(128));
+    }
+}
+
+keys! {
+    /// Which layers are palettized, and how.
+    palettize "palettize" settings palette_settings {
+        /// Treatment of layers whose channels the group size does not divide: refuse them, give them a smaller group, or leave them in
+        /// fp16 (`dense`), as coremltools does.
+        ON_MISFIT: OnMisfit = (
+            "on_misfit",
+            Kind::WORD,
+            Preset::Text("error"),
+            flag Flag { reach: Reach::PresentSection, ..Flag::new("on-misfit", "TREATMENT") }
+        );
+        /// Weights of at most this many elements stay fp16.
+        WEIGHT_THRESHOLD: u64 = ("weight_threshold", kinds::ELEMENTS, Preset::Integer(2048));
+    }
+}
+
+keys! {
+    /// How a layer is palettized.
+    palette_settings "palette settings" {
+        /// Bits of a palette index.
+        N_BITS: u8 = ("n_bits", kinds::BIT_WIDTH, Preset::Integer(4), flag Flag::of_rules("n-bits", "N"));
+        /// Whether one palette serves the whole weight, or each group of channels has its own.
+        GRANULARITY: GranularityWord = ("granularity", Kind::WORD, Preset::Text("per_tensor"));
+        /// Channels that share a palette. Needs `granularity: per_grouped_channel`, which the flag brings.
+        GROUP_SIZE: usize = (
+            "group_size",
+            kinds::COUNT,
+            Preset::Absent("none"),
+            flag Flag { implies: Some(("granularity", "per_grouped_channel")), ..Flag::of_rules("group-size", "N") }
+        );
+        /// The channels that are grouped: 0 for output channels, 1 for input channels.
+        CHANNEL_AXIS: usize = ("channel_axis", kinds::AXIS, Preset::Integer(0));
+        /// Whether each output channel is divided by its largest magnitude first, which is then stored.
+        ENABLE_PER_CHANNEL_SCALE: bool = ("enable_per_channel_scale", kinds::BOOLEAN, Preset::Boolean(false));
+    }
+}
+
+keys! {
+    /// Effort of the joint solver. The defaults are the settings that pay; less is faster.
+    joint "joint" {
+        /// Conjugate gradient steps for the kept weights after the mask is chosen, and again at the end.
+        REFIT_STEPS: usize = ("refit_steps", kinds::REPEATS, Preset::Of(|| count(Effort::default().refit_steps)));
+        /// Rounds in which pruned weights of high estimated gain are swapped with kept weights of low cost.
+        EXCHANGE_TURNS: usize = ("exchange_turns", kinds::REPEATS, Preset::Of(|| count(Effort::default().exchange_turns)));
+        /// Conjugate gradient steps after each round of swaps.
+        EXCHANGE_STEPS: usize = ("exchange_steps", kinds::REPEATS, Preset::Of(|| count(Effort::default().exchange_steps)));
+        /// Whether weights are rounded to the palette column by column with error feedback, or each to its nearest entry.
+        SWEEP: bool = ("sweep", kinds::BOOLEAN, Preset::Of(|| Value::Boolean(Effort::default().sweep)));
+        /// Conjugate gradient steps for the palettes in each round. They lower the error on the calibration samples, not on others.
+        PALETTE_STEPS: usize = ("palette_steps", kinds::REPEATS, Preset::Of(|| count(Effort::default().palette_steps)));
+        /// Whether each weight in turn moves to the palette entry that is best given all others.
+        POLISH: bool = ("polish", kinds::BOOLEAN, Preset::Of(|| Value::Boolean(Effort::default().polish)));
+        /// Rounds of palette steps and polish at most. They end when the error no longer falls.
+        TURNS: usize = ("turns", kinds::REPEATS, Preset::Of(|| count(Effort::default().turns)));
+    }
+}
+
+keys! {
+    /// A size that the result keeps to. Each layer gets settings of its own; either target is needed.
+    budget "budget" {
+        /// Mean bits of a compressed weight.
+        TARGET_BITS: f64 = (
+            "target_bits",
+            kinds::MEAN_BITS,
+            Preset::Absent("none"),
+            flag Flag::new("target-bits", "BITS").replaces(&["target_size"])
+        );
+        /// Bytes of all tensors of the result.
+        TARGET_SIZE: u64 = (
+            "target_size",
+            kinds::SIZE,
+            Preset::Absent("none"),
+            flag Flag::new("target-size", "SIZE").replaces(&["target_bits"])
+        );
+        /// Fewest bits of a palette index in any layer.
+        MIN_BITS: u8 = ("min_bits", kinds::BIT_WIDTH, Preset::Integer(2));
+        /// Largest sparsity of any layer.
+        MAX_SPARSITY: f64 = ("max_sparsity", kinds::SPARSITY, Preset::Number(0.6));
+        /// Samples by which the effect of a layer's error on the network's output is measured.
+        PROBES: usize = ("probes", kinds::COUNT, Preset::Integer(8));
+    }
+}
+
+/// A default that is a count.
+fn count(value: usize) -> Value {
+    Value::Integer(i128::try_from(value).expect("i128 holds every usize"))
+}

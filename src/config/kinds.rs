@@ -1,0 +1,158 @@
+//! The kinds of values that config keys take: how each is read, and what docs and schema say of it.
+//!
+//! The bounds are checked in [`limits`](super::limits).
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::fields::{boolean, number, text, whole, word};
+use super::key::{Argument, Kind};
+use super::limits;
+use super::settings::NmRatio;
+use super::tree::{Node, Value};
+
+/// The names of an enum's values in a config.
+pub(super) trait Words: Copy + 'static {
+    const WORDS: &'static [(&'static str, Self)];
+}
+
+macro_rules! kind {
+    ($argument:ident, $values:expr, $schema:tt, $read:expr) => {
+        Kind { read: $read, values: || $values.into(), schema: || json!($schema), argument: Argument::$argument }
+    };
+}
+
+impl<T: Words> Kind<T> {
+    /// One of an enum's words.
+    pub const WORD: Kind<T> = Kind {
+        read: |node| word(node, T::WORDS),
+        values: || T::WORDS.iter().map(|(word, _)| format!("`{word}`")).collect::<Vec<_>>().join(", "),
+        schema: || json!({ "enum": T::WORDS.iter().map(|(word, _)| *word).collect::<Vec<_>>() }),
+        argument: Argument::Text,
+    };
+}
+
+pub(super) const BOOLEAN: Kind<bool> = kind!(Text, "`true`, `false`", { "type": "boolean" }, boolean);
+
+pub(super) const COUNT: Kind<usize> = kind!(Number, "a whole number from 1", { "type": "integer", "minimum": 1, "maximum": u32::MAX }, |node| limits::count(
+    whole(node)?
+));
+
+/// A number of repetitions, 0 included.
+pub(super) const REPEATS: Kind<usize> =
+    kind!(Number, "0 to 1000", { "type": "integer", "minimum": 0, "maximum": 1000 }, |node| limits::steps(whole(node)?));
+
+pub(super) const ELEMENTS: Kind<u64> = kind!(Number, "a whole number from 0", { "type": "integer", "minimum": 0, "maximum": u64::MAX }, |node| {
+    limits::elements(whole(node)?)
+});
+
+pub(super) const PIXELS: Kind<i64> =
+    kind!(Number, "pixels", { "type": "integer", "minimum": 1, "maximum": u32::MAX }, |node| limits::pixels(whole(node)?));
+
+pub(super) const NOT_NEGATIVE: Kind<f64> =
+    kind!(Number, "a number from 0", { "type": "number", "minimum": 0 }, |node| limits::not_negative(number(node)?));
+
+/// A share of the weights.
+pub(super) const SPARSITY: Kind<f64> = kind!(Number, "from 0 to below 1", { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }, |node| {
+    limits::target_sparsity(number(node)?)
+});
+
+pub(super) const MEAN_BITS: Kind<f64> = kind!(Number, "above 0, at most 16", { "type": "number", "exclusiveMinimum": 0, "maximum": 16 }, |node| {
+    limits::target_bits(number(node)?)
+});
+
+pub(super) const BIT_WIDTH: Kind<u8> =
+    kind!(Number, "1, 2, 3, 4, 6, 8", { "enum": [1, 2, 3, 4, 6, 8] }, |node| limits::n_bits(whole(node)?));
+
+pub(super) const AXIS: Kind<usize> = kind!(Number, "0, 1", { "enum": [0, 1] }, |node| limits::channel_axis(whole(node)?));
+
+pub(super) const PATH: Kind<PathBuf> = kind!(Text, "a path", { "type": "string", "pattern": "\\S" }, |node| {
+    text(node).map(PathBuf::from)
+});
+
+pub(super) const DEVICES: Kind<String> = kind!(
+    Text,
+    "`cpu`, `cuda`, `cuda:N`, or several with commas",
+    { "type": "string", "pattern": "^\\s*(cpu|cuda|cuda:[0-9]+)\\s*(,\\s*(cpu|cuda|cuda:[0-9]+)\\s*)*$" },
+    |node| limits::device(text(node)?)
+);
+
+pub(super) const DTYPE: Kind<String> = kind!(
+    Text,
+    "`f32`, `f16`, `bf16`",
+    { "enum": ["f32", "fp32", "float32", "f16", "fp16", "float16", "bf16", "bfloat16"] },
+    |node| limits::dtype(text(node)?)
+);
+
+/// A size with its unit, or a number of bytes.
+pub(super) const SIZE: Kind<u64> = kind!(
+    Text,
+    "a size such as `933MiB`",
+    { "type": ["string", "integer"], "pattern": "^[0-9.]+ *([KMGT]iB|B)?$", "minimum": 1 },
+    |node| match &node.value {
+        Value::Integer(bytes) => limits::bytes(&bytes.to_string()),
+        Value::Null
+        | Value::Boolean(_)
+        | Value::Number(_)
+        | Value::Text(_)
+        | Value::List(_)
+        | Value::Mapping(_) => limits::bytes(text(node)?),
+    }
+);
+
+/// `[2, 4]`, as coremltools writes it, or `2:4`.
+pub(super) const RATIO: Kind<NmRatio> = kind!(
+    Text,
+    "`[n, m]` or `'n:m'`",
+    {
+        "type": ["array", "string"],
+        "items": { "type": "integer", "minimum": 1 },
+        "minItems": 2,
+        "maxItems": 2,
+        "pattern": "^\\s*[0-9]+\\s*:\\s*[0-9]+\\s*$"
+    },
+    |node| match &node.value {
+        Value::Text(text) => limits::n_m_text(text),
+        Value::List(pair) => match pair.as_slice() {
+            [Node { value: Value::Integer(n), .. }, Node { value: Value::Integer(m), .. }] => limits::n_m_ratio(*n, *m),
+            [_, _] => Err(limits::NM_RATIO.into()),
+            _ => Err("must be a list of two numbers, such as [2, 4]".into()),
+        },
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Mapping(_) => {
+            Err("must be a list of two numbers, such as [2, 4]".into())
+        }
+    }
+);
+
+/// A file of prompts, or a list of them whose entries are checked one by one.
+pub(super) const PROMPTS: Kind<Node> = kind!(
+    Text,
+    "a file, or a list of prompts",
+    { "type": ["string", "array"], "pattern": "\\S", "items": { "type": "string", "pattern": "\\S" }, "minItems": 1 },
+    |node| match &node.value {
+        Value::List(prompts) if prompts.is_empty() => Err("must list at least one prompt".into()),
+        Value::Text(path) => limits::not_blank(path).map(|_| node.clone()),
+        Value::List(_) => Ok(node.clone()),
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Mapping(_) => {
+            Err("must be a file or a list of prompts".into())
+        }
+    }
+);
+
+/// Regular expressions, which are checked one by one.
+pub(super) const PATTERNS: Kind<Vec<Node>> = kind!(
+    Text,
+    "a list of regular expressions",
+    { "type": "array", "items": { "type": "string", "pattern": "\\S" }, "minItems": 1 },
+    |node| match &node.value {
+        Value::List(patterns) if patterns.is_empty() => Err("must name at least one stage".into()),
+        Value::List(patterns) => Ok(patterns.clone()),
+        Value::Null
+        | Value::Boolean(_)
+        | Value::Integer(_)
+        | Value::Number(_)
+        | Value::Text(_)
+        | Value::Mapping(_) => Err("must be a list of regular expressions".into()),
+    }
+);
