@@ -79,7 +79,6 @@ pub fn main() -> ExitCode {
     // of a libtorch that does not have the functions which `init` calls.
     // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
-    sdxl_squeeze::allocator::reuse_large_blocks();
     sdxl_squeeze::init();
     // A panic is a bug of ours; it still ends in one line.
     panic::set_hook(Box::new(|_| {}));
