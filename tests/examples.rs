@@ -8,7 +8,7 @@ fn run(name: &str, arguments: &[&Path]) -> String {
     let test = std::env::current_exe().expect("a test knows its path");
     let profile = test.ancestors().nth(2).expect("tests lie in target/PROFILE/deps");
     let program = profile.join("examples").join(name);
-    assert!(program.exists(), "{} is missing: run `cargo test --examples --test examples`", program.display());
+    assert!(program.exists(), "{} is missing: run `cargo build --examples`", program.display());
     let output = Command::new(program)
         .args(arguments)
         .current_dir(env!("CARGO_MANIFEST_DIR"))

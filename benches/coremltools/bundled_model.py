@@ -1,6 +1,6 @@
 """The tutorial's recipe on the bundled model by coremltools 9.0, against this project: time, memory and quality on the same samples.
 
-    sdxl-squeeze compress --config configs/joint-s40-4bit-gs16.yaml --model models/emoji-sdxl --prompts calibration/emoji.txt \\
+    sdxl-squeeze compress --config configs/tutorial-s40-4bit-gs16.yaml --model models/emoji-sdxl --prompts calibration/emoji.txt \\
         --steps 30 --guidance 4 --calibration-nsamples 128 --out OUT --samples-out OUT/calibration.safetensors
     sdxl-squeeze export OUT/unet.squeezed.safetensors --to diffusers --model models/emoji-sdxl --out OUT/ours
     python benches/coremltools/bundled_model.py --model models/emoji-sdxl --calibration OUT/calibration.safetensors \\
