@@ -10,18 +10,14 @@ use sdxl_squeeze::pipeline::PipelineFolder;
 use serde_json::Value;
 use tch::Kind;
 
+use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
 
-/// `compress` with progress in JSON, its exit code, and what it said.
+/// Runs `compress` with progress in JSON, which must end with `code`; returns its output.
 fn compress(code: i32, model: &Path, out: &Path, more: &[&str]) -> String {
-    let config = repo("configs/joint-s40-4bit-gs16.yaml");
-    let mut args = vec!["compress", "--progress", "json"];
-    if !more.contains(&"--config") {
-        args.extend(["--config", config.to_str().unwrap()]);
-    }
-    args.extend(["--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()]);
-    args.extend(more);
-    ended_with(code, &squeeze(&args))
+    let run = Squeeze::new("compress").args(["--progress", "json"]).model(model).out(out).args(more);
+    let run = if more.contains(&"--config") { run } else { run.config("joint-s40-4bit-gs16") };
+    run.ends_with(code).text()
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! The samplers against diffusers' (tests/golden/make_schedulers.py), and what their configs may not ask for.
 
-
 use proptest::prelude::*;
 use sdxl_squeeze::model::scheduler::{Scheduler, SchedulerChoice, SchedulerConfig, SchedulerKind};
 use sdxl_squeeze::pipeline::noise;

@@ -55,6 +55,12 @@ impl Squeeze {
         self.arg("--prompts").arg(prompts).args(["--calibration-nsamples", &count.to_string(), "--steps", "4"])
     }
 
+    /// The arguments, to be given to the program by a shell.
+    #[cfg(unix)]
+    pub fn arguments(&self) -> &[OsString] {
+        &self.arguments
+    }
+
     /// The command, to be started by the test.
     pub fn command(&self) -> Command {
         let mut command = squeezing(&[]);
@@ -114,6 +120,11 @@ impl Ended {
             assert!(self.stdout.contains(part) || self.stderr.contains(part), "`{part}` is missing\n{self}");
         }
         self
+    }
+
+    /// Standard output, then standard error.
+    pub fn text(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
     }
 
     /// Standard output as JSON.
