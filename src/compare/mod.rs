@@ -25,7 +25,7 @@ use crate::shorten::shorten;
 /// A config under the name that its row will have.
 #[derive(Debug)]
 pub struct Entry {
-    /// `joint-s40-4bit-gs16`, say.
+    /// `tutorial-s40-4bit-gs16`, say.
     pub name: String,
     /// The run.
     pub config: RunConfig,

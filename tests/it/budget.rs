@@ -33,7 +33,7 @@ fn container(out: &Path) -> Vec<u8> {
 }
 
 fn s50() -> PathBuf {
-    repo("configs/joint-s50-4bit-gs16.yaml")
+    repo("configs/tutorial-s50-4bit-gs16.yaml")
 }
 
 #[test]

@@ -40,7 +40,7 @@ fn report(out: &Path) -> Value {
 fn pruned_and_palettized_end_to_end() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("s40");
-    let said = compress("configs/joint-s40-4bit-gs16.yaml", &out, &[]);
+    let said = compress("configs/tutorial-s40-4bit-gs16.yaml", &out, &[]);
     assert!(said.contains("few") || said.contains("fewer than its"), "{said}");
     let found = report(&out);
     assert_eq!(found["samples"], 6);
@@ -118,7 +118,7 @@ fn the_joint_solver_stores_the_same_bytes_and_loses_less() {
         let said = compress(config, &out, more);
         (report(&out), said)
     };
-    let s40 = "configs/joint-s40-4bit-gs16.yaml";
+    let s40 = "configs/tutorial-s40-4bit-gs16.yaml";
     let (sequential, _) = run("sequential", s40, &[]);
     let (joint, _) = run("joint", s40, &["--solver", "joint", "--granularity", "stage"]);
     let bytes = |found: &Value| found["payload_bytes"].as_f64().unwrap();
@@ -165,7 +165,7 @@ fn dense_palettes_need_no_calibration_and_keep_their_order() {
 fn the_container_decodes_to_the_exported_weights_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
-    compress("configs/joint-2of4-4bit-gs16.yaml", &out, &[]);
+    compress("configs/tutorial-2of4-4bit-gs16.yaml", &out, &[]);
     let file = out.join("unet.squeezed.safetensors");
     let exported = folder.path().join("exported");
     let model = emoji();
@@ -202,8 +202,8 @@ fn samples_can_be_kept_and_used_again() {
     let folder = tempfile::tempdir().unwrap();
     let samples = folder.path().join("samples.safetensors");
     let out = |name: &str| folder.path().join(name);
-    compress("configs/joint-s50-4bit-gs16.yaml", &out("a"), &["--samples-out", samples.to_str().unwrap()]);
-    let (config, model) = (repo("configs/joint-s50-4bit-gs16.yaml"), emoji());
+    compress("configs/tutorial-s50-4bit-gs16.yaml", &out("a"), &["--samples-out", samples.to_str().unwrap()]);
+    let (config, model) = (repo("configs/tutorial-s50-4bit-gs16.yaml"), emoji());
     let b = out("b");
     let args = [
         "compress",
@@ -234,7 +234,7 @@ fn samples_can_be_kept_and_used_again() {
 #[test]
 fn what_cannot_be_done_is_said() {
     let folder = tempfile::tempdir().unwrap();
-    let (config, model) = (repo("configs/joint-s40-4bit-gs16.yaml"), emoji());
+    let (config, model) = (repo("configs/tutorial-s40-4bit-gs16.yaml"), emoji());
     let out = folder.path().join("x");
     let run = |more: &[&str]| {
         let mut args = vec!["compress", "--config", config.to_str().unwrap(), "--out", out.to_str().unwrap()];
@@ -301,7 +301,7 @@ fn compare_judges_on_prompts_that_calibration_has_not_seen() {
 fn layers_in_batches_are_those_one_by_one() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
-    let mut config = RunConfig::read(&repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
+    let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
     (config.calibration.calibration_nsamples, config.calibration.steps) = (4, 2);
     config.palettize = None;
     let options = RunOptions::on(Placement::CPU);

@@ -16,7 +16,7 @@ use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
 /// Runs `compress` with progress in JSON, which must end with `code`; returns its output.
 fn compress(code: i32, model: &Path, out: &Path, more: &[&str]) -> String {
     let run = Squeeze::new("compress").args(["--progress", "json"]).model(model).out(out).args(more);
-    let run = if more.contains(&"--config") { run } else { run.config("joint-s40-4bit-gs16") };
+    let run = if more.contains(&"--config") { run } else { run.config("tutorial-s40-4bit-gs16") };
     run.ends_with(code).text()
 }
 
@@ -49,7 +49,7 @@ fn the_plan_says_what_a_run_takes_on_the_disk() {
     let folder = tempfile::tempdir().unwrap();
     let prompts = repo("calibration/emoji.txt");
     let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "4", "--steps", "2"];
-    let config = repo("configs/joint-s40-4bit-gs16.yaml");
+    let config = repo("configs/tutorial-s40-4bit-gs16.yaml");
     let plan = ["plan", config.to_str().unwrap(), "--model", tiny().to_str().unwrap()];
     let said = ended_with(0, &squeeze(&[&plan[..], &few].concat()));
     assert!(said.contains("on the disk: ") && said.contains(" of carries, "), "{said}");
@@ -108,7 +108,7 @@ fn all_entries_of_a_comparison_are_checked_before_anything_is_drawn() {
     let begin = Instant::now();
     compare(&[&good, &misfit], &["--model", emoji, "--prompts", prompts.to_str().unwrap()], &["7"]);
     assert!(begin.elapsed().as_secs() < 20, "{:?}", begin.elapsed());
-    let joint = repo("configs/joint-s40-4bit-gs16.yaml");
+    let joint = repo("configs/tutorial-s40-4bit-gs16.yaml");
     let little = ["--model", emoji, "--prompts", prompts.to_str().unwrap(), "--memory-budget", "100MiB"];
     compare(&[&good, joint.to_str().unwrap()], &little, &["are too little"]);
 }

@@ -38,7 +38,7 @@ fn impostors(folder: &Path) -> [PathBuf; 4] {
 #[test]
 fn what_is_no_regular_file_is_refused_wherever_one_is_read() {
     let folder = tempfile::tempdir().unwrap();
-    let (emoji, config) = (emoji(), repo("configs/joint-s40-4bit-gs16.yaml"));
+    let (emoji, config) = (emoji(), repo("configs/tutorial-s40-4bit-gs16.yaml"));
     let (model, config, out) = (emoji.to_str().unwrap(), config.to_str().unwrap(), folder.path().join("out"));
     let out = out.to_str().unwrap();
     for path in impostors(folder.path()) {
@@ -122,7 +122,7 @@ fn long_prompts_are_refused_by_name_wherever_they_are_written() {
     let folder = tempfile::tempdir().unwrap();
     let emoji = emoji();
     let (model, here) = (emoji.to_str().unwrap(), |name: &str| folder.path().join(name).to_str().unwrap().to_owned());
-    let config = repo("configs/joint-s40-4bit-gs16.yaml");
+    let config = repo("configs/tutorial-s40-4bit-gs16.yaml");
     let (config, out, file, listed) = (config.to_str().unwrap(), here("out"), here("prompts.txt"), here("listed.yaml"));
     std::fs::write(&file, format!("a cat\na dog\n{}\n", "x".repeat(10 << 20))).unwrap();
     let too_long = ["prompt 3 has 10,485,760 bytes; at most 64 KiB"];

@@ -105,7 +105,7 @@ impl Run {
         copy(tiny(), &folder.path().join("model"));
         std::fs::write(folder.path().join("prompts.txt"), "a cat\na dog\na red fish\n").unwrap();
         std::fs::write(folder.path().join("captions.txt"), "a house\na tree\na very old car\n").unwrap();
-        Run { folder, config: repo("configs/joint-s50-4bit-gs16.yaml") }
+        Run { folder, config: repo("configs/tutorial-s50-4bit-gs16.yaml") }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -427,7 +427,7 @@ fn a_file_for_a_model_is_called_a_file() {
     let file = folder.path().join("sdxl.safetensors");
     std::fs::write(&file, b"x").unwrap();
     let (config, judge, out) =
-        (repo("configs/joint-s50-4bit-gs16.yaml"), repo("calibration/emoji.txt"), folder.path().join("out"));
+        (repo("configs/tutorial-s50-4bit-gs16.yaml"), repo("calibration/emoji.txt"), folder.path().join("out"));
     for args in [
         vec!["generate", "--model", text(&file), "--prompt", "a", "-o", text(&out)],
         vec!["compress", "--config", text(&config), "--model", text(&file), "--out", text(&out)],

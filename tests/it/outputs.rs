@@ -119,7 +119,7 @@ fn no_output_destroys_an_input_or_another_output() {
     let prompts = here("out/unet.squeezed.work/prompts.txt");
     std::fs::create_dir_all(prompts.parent().unwrap()).unwrap();
     std::fs::write(&prompts, "a cat\n").unwrap();
-    let joint = repo("configs/joint-s40-4bit-gs16.yaml");
+    let joint = repo("configs/tutorial-s40-4bit-gs16.yaml");
     let run = compress(&joint, &model, here("out"));
     run.clone().arg("--prompts").arg(&prompts).is_refused(&["the work folder would write"]);
     run.arg("--samples-out").arg(&joint).is_refused(&["--samples-out would write"]);

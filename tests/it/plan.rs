@@ -28,10 +28,10 @@ fn sdxls_sizes_are_the_tutorials_to_one_percent() {
         ("dense-4bit-gs4", 1.22),
         ("dense-4bit-gs16", 1.21),
         ("dense-4bit-gs32", 1.21),
-        ("joint-s40-4bit-gs4", 1.04),
-        ("joint-s40-4bit-gs16", 1.03),
-        ("joint-s50-4bit-gs4", 942.0 / 1024.0),
-        ("joint-s50-4bit-gs16", 933.0 / 1024.0),
+        ("tutorial-s40-4bit-gs4", 1.04),
+        ("tutorial-s40-4bit-gs16", 1.03),
+        ("tutorial-s50-4bit-gs4", 942.0 / 1024.0),
+        ("tutorial-s50-4bit-gs16", 933.0 / 1024.0),
     ];
     let files: Vec<String> = table.iter().map(|(name, _)| config(name)).collect();
     let mut args = vec!["--architecture", "sdxl-base", "--height", "512", "--width", "512", "--memory-budget", "8GiB"];
@@ -50,7 +50,7 @@ fn sdxls_sizes_are_the_tutorials_to_one_percent() {
 
 /// `model` compressed on few samples, with more arguments.
 fn compress(model: &Path, out: &Path, more: &[&str]) -> Value {
-    let (config, prompts) = (config("joint-s40-4bit-gs16"), repo("calibration/emoji.txt"));
+    let (config, prompts) = (config("tutorial-s40-4bit-gs16"), repo("calibration/emoji.txt"));
     let mut args = vec!["compress", "--config", &config, "--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()];
     args.extend(["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "2", "--steps", "2"]);
     args.extend(more);
@@ -74,7 +74,7 @@ fn the_budget_changes_the_passes_and_not_one_byte() {
     assert_eq!(passes(&ample), 7);
 
     // Too little is refused with what would do; that does, in more passes.
-    let (config, model) = (config("joint-s40-4bit-gs16"), emoji());
+    let (config, model) = (config("tutorial-s40-4bit-gs16"), emoji());
     let prompts = repo("calibration/emoji.txt");
     let refused = ended_with(
         2,

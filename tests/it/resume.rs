@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::support::{ended_with, interrupted_among_the_layers, repo, same_on_all_threads, squeeze, squeezing, tiny};
 
 fn args(out: &Path, more: &[&str]) -> Vec<String> {
-    let config = repo("configs/joint-s50-4bit-gs16.yaml");
+    let config = repo("configs/tutorial-s50-4bit-gs16.yaml");
     let (model, prompts) = (tiny(), repo("calibration/emoji.txt"));
     let mut args = vec!["compress", "--config", config.to_str().unwrap(), "--model", model.to_str().unwrap()];
     args.extend(["--out", out.to_str().unwrap(), "--prompts", prompts.to_str().unwrap()]);

@@ -321,7 +321,7 @@ mod never_a_panic {
 
         #[test]
         fn on_a_config_with_one_byte_changed(at in 0usize..700, byte in any::<u8>()) {
-            let mut bytes = std::fs::read(crate::support::repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
+            let mut bytes = std::fs::read(crate::support::repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
             let at = at % bytes.len();
             bytes[at] = byte;
             let _ = RunConfig::parse(Path::new("x"), &bytes);

@@ -68,11 +68,11 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
         ("dense-4bit-gs4", 1.209),
         ("dense-4bit-gs16", 1.201),
         ("dense-4bit-gs32", 1.199),
-        ("joint-s40-4bit-gs4", 1.030),
-        ("joint-s40-4bit-gs16", 1.021),
-        ("joint-s50-4bit-gs4", 0.910),
-        ("joint-s50-4bit-gs16", 0.902),
-        ("joint-2of4-4bit-gs16", 0.902),
+        ("tutorial-s40-4bit-gs4", 1.030),
+        ("tutorial-s40-4bit-gs16", 1.021),
+        ("tutorial-s50-4bit-gs4", 0.910),
+        ("tutorial-s50-4bit-gs16", 0.902),
+        ("tutorial-2of4-4bit-gs16", 0.902),
         ("magnitude-s40-4bit-gs16", 1.021),
         // Ours.
         ("squeeze-s40-4bit-gs16", 1.021),
@@ -123,8 +123,8 @@ fn names_say_what_is_in_the_files_and_the_bundled_model_takes_them() {
                 Sparsity::Unstructured(share) if prune.algorithm == PruneAlgorithm::Magnitude => {
                     format!("magnitude-s{:.0}-", share * 100.0)
                 }
-                Sparsity::Unstructured(share) => format!("joint-s{:.0}-", share * 100.0),
-                Sparsity::NOfM(ratio) => format!("joint-{}of{}-", ratio.n, ratio.m),
+                Sparsity::Unstructured(share) => format!("tutorial-s{:.0}-", share * 100.0),
+                Sparsity::NOfM(ratio) => format!("tutorial-{}of{}-", ratio.n, ratio.m),
             };
         } else {
             said += "dense-";
