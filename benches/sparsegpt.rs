@@ -1,5 +1,5 @@
-//! Times of the Hessian, the factor and the pruning of one layer of SDXL's middle block: 1,280 x 1,280,
-//! 2,048 input vectors.
+//! Times of the Hessian, the factor and the pruning of one layer of SDXL's middle block:
+//! 1,280 x 1,280 elements, 2,048 input vectors.
 
 use std::hint::black_box;
 

@@ -2,15 +2,15 @@
 
 /// Lets glibc reuse freed blocks of up to 1 GiB instead of giving each back to the system.
 ///
-/// libtorch allocates every activation anew. glibc by itself maps blocks above a threshold (32 MiB at
-/// most) from the system and unmaps them when freed, and the system clears every page again: a tenth
-/// of a full-size forward. On systems other than Linux with glibc this does nothing.
+/// libtorch allocates every activation anew. glibc by itself maps blocks above a threshold (32 MiB
+/// at most) from the system and unmaps them when freed, and the system clears every page again: a
+/// tenth of a full-size forward. On systems other than Linux with glibc this does nothing.
 pub fn reuse_large_blocks() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         const LARGE: libc::c_int = 1 << 30;
-        // SAFETY: mallopt only sets parameters of the allocator, under its lock, and may be called at
-        // any time.
+        // SAFETY: mallopt only sets parameters of the allocator, under its lock, and may be called
+        // at any time.
         let accepted =
             unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) == 1 && libc::mallopt(libc::M_TRIM_THRESHOLD, LARGE) == 1 };
         if !accepted {
@@ -21,11 +21,12 @@ pub fn reuse_large_blocks() {
 
 /// Returns the freed memory that glibc keeps to the system.
 ///
-/// Useful before a large allocation of other sizes than the freed blocks, which could not reuse them.
+/// Useful before a large allocation of other sizes than the freed blocks, which could not reuse
+/// them.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: malloc_trim only releases pages of free blocks, under the allocator's locks, and may be
-    // called at any time.
+    // SAFETY: malloc_trim only releases pages of free blocks, under the allocator's locks, and may
+    // be called at any time.
     unsafe {
         libc::malloc_trim(0);
     }

@@ -35,8 +35,8 @@ impl Numerics {
 ///
 /// - TF32 is off, as in PyTorch's default for matrices but not for convolutions.
 /// - MKL's products are equal on any number of threads (`MKL_CBWR=AUTO,STRICT`).
-/// - glibc reuses freed blocks of up to 1 GiB instead of returning each to the system, which saves a
-///   tenth of a full-size forward.
+/// - glibc reuses freed blocks of up to 1 GiB instead of returning each to the system, which saves
+///   a tenth of a full-size forward.
 ///
 /// Call it first in `main`: MKL takes the setting only before its first product.
 /// [`compress::run`](crate::compress::run) and [`pipeline::generate`](crate::pipeline::generate())
@@ -50,14 +50,15 @@ pub fn init() -> Numerics {
     })
 }
 
-/// `at::globalContext().setAllowTF32CuDNN(false)` and `.setAllowTF32CuBLAS(false)`: tch has no function for them.
+/// `at::globalContext().setAllowTF32CuDNN(false)` and `.setAllowTF32CuBLAS(false)`: tch has no
+/// function for them.
 fn tf32_off(process: &Library) -> Option<()> {
     type Context = unsafe extern "C" fn() -> *mut c_void;
     type Set = unsafe extern "C" fn(*mut c_void, bool);
-    // SAFETY: the names are those of C++ functions under the Itanium ABI that libtorch is built with
-    // on this platform. A name spells out its argument types, so another signature has another name.
-    // `globalContext` returns a reference to an object that lives as long as the process, and member
-    // functions take it as their first argument.
+    // SAFETY: the names are those of C++ functions under the Itanium ABI that libtorch is built
+    // with on this platform. A name spells out its argument types, so another signature has another
+    // name. `globalContext` returns a reference to an object that lives as long as the process, and
+    // member functions take it as their first argument.
     unsafe {
         let context: Symbol<Context> = process.get(b"_ZN2at13globalContextEv\0").ok()?;
         let convolutions: Symbol<Set> = process.get(b"_ZN2at7Context17setAllowTF32CuDNNEb\0").ok()?;

@@ -1,7 +1,7 @@
 //! Writes a container with random weights of a model's architecture.
 //!
-//! It serves to measure the steps after compression at full size: the container has as many bytes as
-//! a compressed model with these settings.
+//! It serves to measure the steps after compression at full size: the container has as many bytes
+//! as a compressed model with these settings.
 //!
 //! ```sh
 //! cargo run --release --example made_up_container -- MODEL_DIR BITS GROUP_SIZE SPARSITY OUT.safetensors

@@ -1,4 +1,5 @@
-//! Results on a GPU against results on the CPU. Without a GPU these tests skip themselves and say so.
+//! Results on a GPU against results on the CPU. Without a GPU these tests skip themselves and say
+//! so.
 
 use std::io::Write;
 
@@ -12,8 +13,8 @@ use tch::{Device, Kind, Tensor};
 use crate::squeeze::Squeeze;
 use crate::support::{emoji, relative_error, tensors};
 
-/// Whether there is a GPU. If not, standard error says so, also where the output of passing tests is
-/// captured.
+/// Whether there is a GPU. If not, standard error says so, also where the output of passing tests
+/// is captured.
 fn has_gpu(test: &str) -> bool {
     match cuda_devices() {
         Ok(_) => true,

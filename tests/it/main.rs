@@ -1,4 +1,4 @@
-//! Tests from outside: against golden values, through the public interface and through the binary.
+//! Tests of the public interface and of the program, many of them against golden values.
 
 mod as_people_have_them;
 #[cfg(unix)]

@@ -1,7 +1,7 @@
 //! The whole text of help, plans, tables and errors, in `tests/it/snapshots/`.
 //!
-//! After a deliberate change, `INSTA_UPDATE=always cargo test --test it -- snapshots` writes the new
-//! texts, and `git diff` shows them.
+//! After a deliberate change, `INSTA_UPDATE=always cargo test --test it -- snapshots` writes the
+//! new texts, and `git diff` shows them.
 
 use std::path::Path;
 

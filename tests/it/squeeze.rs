@@ -49,10 +49,11 @@ impl Squeeze {
         self.arg("--out").arg(path.as_ref())
     }
 
-    /// `count` calibration samples, from pictures of four steps of the bundled model's prompts.
-    pub fn samples(self, count: usize) -> Self {
+    /// `count` calibration samples, from pictures of `steps` steps of the bundled model's prompts.
+    pub fn samples(self, count: usize, steps: usize) -> Self {
         let prompts = repo("calibration/emoji.txt");
-        self.arg("--prompts").arg(prompts).args(["--calibration-nsamples", &count.to_string(), "--steps", "4"])
+        let [count, steps] = [count, steps].map(|number| number.to_string());
+        self.arg("--prompts").arg(prompts).args(["--calibration-nsamples", &count, "--steps", &steps])
     }
 
     /// The arguments, to be given to the program by a shell.
