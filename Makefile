@@ -1,14 +1,15 @@
-# make demo   compress the bundled model, compare the results, leave pictures and a report in out/
+# make demo   compress the bundled model, compare the results; pictures and a report are left in out/
 # make test   run the tests
-# make lint   formatting, clippy, docs
-# Each sets up what it needs: libtorch is found, or installed into .libtorch/ once.
+# make lint   check formatting, clippy and docs
+# make deny   check licences and sources of the dependencies (needs cargo-deny)
+# Each installs libtorch into .libtorch/ first, unless it is found.
 
 CARGO ?= cargo
 SQUEEZE = target/release/sdxl-squeeze
-# The tutorial's recipe at three sizes and ours at one: within three minutes on two slow cores.
-DEMO = $(foreach bytes,4bit s40-4bit s50-4bit,configs/emoji/tutorial-$(bytes)-gs16.yaml) configs/emoji/squeeze-s40-4bit-gs16.yaml
+# The tutorial's recipe at three sizes and this project's at one: within three minutes on two slow cores.
+DEMO = $(foreach size,4bit s40-4bit s50-4bit,configs/emoji/tutorial-$(size)-gs16.yaml) configs/emoji/squeeze-s40-4bit-gs16.yaml
 
-.PHONY: all demo test lint bench setup clean
+.PHONY: all demo test lint deny bench setup clean
 
 all: setup
 	$(CARGO) build --release
@@ -23,13 +24,18 @@ demo: all
 	$(SQUEEZE) generate --model models/emoji-sdxl --unet out/demo/squeeze-s40-4bit-gs16.squeezed.safetensors \
 		--prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat-squeezed.png
 
+# INSTA_UPDATE=no: a text that differs from its snapshot fails, and no file is written.
 test: setup
-	$(CARGO) test
+	INSTA_UPDATE=no $(CARGO) test --locked
 
+# Clippy and rustdoc share the metadata of the dependencies, which are not compiled to machine code for them.
 lint: setup
 	$(CARGO) fmt --check
-	$(CARGO) clippy --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+
+deny:
+	$(CARGO) deny check
 
 bench: setup
 	$(CARGO) bench

@@ -1,4 +1,5 @@
-//! Writes libtorch's folder into the binary (rpath), so that nobody has to set `LD_LIBRARY_PATH`; and a build id.
+//! Sets the rpath of the programs, so that they find libtorch without `LD_LIBRARY_PATH`, and
+//! computes the build id.
 
 use std::path::{Path, PathBuf};
 
@@ -6,25 +7,31 @@ use sha2::{Digest, Sha256};
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    if let Some(lib) = std::env::var_os("DEP_TCH_LIBTORCH_LIB") {
-        // The folder itself, not a link to it: the binary then also works away from the checkout.
-        let lib = std::path::PathBuf::from(lib);
-        let lib = lib.canonicalize().unwrap_or(lib);
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    if let Some(libraries) = std::env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) {
+        // Without links in its path, the program also works when the checkout has moved.
+        let libraries = libraries.canonicalize().unwrap_or(libraries);
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", libraries.display());
     }
     println!("cargo:rustc-env=SDXL_SQUEEZE_BUILD={}", build_id());
 }
 
-/// The first 16 hex digits of a hash of all that the program is compiled from: a run that was begun by one build and resumed by another
-/// would be of neither. Not of git's state: a tarball has none, and changes that are not committed count.
+/// The first 16 hex digits of a hash of the sources and of `Cargo.lock`.
+///
+/// A run that was begun by one build and resumed by another would mix the results of both, so a
+/// resumed run compares this id. It does not come from git: a tarball has no history, and
+/// uncommitted changes count too.
 fn build_id() -> String {
-    let mut files = vec![PathBuf::from("Cargo.lock")];
-    sources(Path::new("src"), &mut files);
+    let mut files = Vec::new();
+    add_sources(Path::new("src"), &mut files);
+    // A published crate may come without its lock file.
+    let lock = PathBuf::from("Cargo.lock");
+    if lock.exists() {
+        files.push(lock);
+    }
     files.sort();
     let mut hash = Sha256::new();
     for path in files {
-        // A package without a lock file is built all the same.
-        let content = std::fs::read(&path).unwrap_or_default();
+        let content = std::fs::read(&path).expect("the files of the package are readable");
         hash.update(path.to_string_lossy().replace('\\', "/"));
         hash.update([0]);
         hash.update((content.len() as u64).to_le_bytes());
@@ -35,12 +42,12 @@ fn build_id() -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Adds the files below `folder`.
-fn sources(folder: &Path, files: &mut Vec<PathBuf>) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
-    for path in entries.flatten().map(|entry| entry.path()) {
+/// Adds the Rust files below `folder` to `files`.
+fn add_sources(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("the folders of the package are readable") {
+        let path = entry.expect("the folders of the package are readable").path();
         if path.is_dir() {
-            sources(&path, files);
+            add_sources(&path, files);
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             files.push(path);
         }

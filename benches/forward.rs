@@ -1,6 +1,6 @@
-//! Time of UNet forwards and of single stages, on the bundled model.
+//! Times of UNet forwards and of single stages, on the bundled model.
 //!
-//! Full size against diffusers is measured by `benches/forward_vs_diffusers.sh`, in whole processes.
+//! `benches/forward_vs_diffusers.sh` compares the full-size model with diffusers.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use sdxl_squeeze::device::Placement;
@@ -14,8 +14,8 @@ use tch::{Device, Kind, Tensor};
 fn forwards(c: &mut Criterion) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji-sdxl");
     let folder = PipelineFolder::open(&root).expect("the bundled model");
-    let weights = folder.unet_weights().expect("its weights");
-    let unet = Unet::resident(folder.unet.clone(), weights.source(Placement::CPU), &Silent).expect("its UNet");
+    let weights = folder.unet_weights().expect("the weights of the UNet");
+    let unet = Unet::resident(folder.unet.clone(), weights.source(Placement::CPU), &Silent).expect("the UNet");
     let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
     let conditioning = Conditioning {
         encoder_hidden_states: random(&[2, 77, 160]),
@@ -26,7 +26,7 @@ fn forwards(c: &mut Criterion) {
     c.bench_function("unet/emoji/batch 2", |b| b.iter(|| unet.forward(&sample, 500.0, &conditioning, &mut Unobserved)));
 
     let source = weights.source(Placement::CPU);
-    let head = folder.unet.load_head(&source).expect("its head");
+    let head = folder.unet.load_head(&source).expect("the input block");
     let mut carry = head.forward(&sample, 500.0, &conditioning, &mut Unobserved).expect("a carry");
     for spec in folder.unet.stages() {
         let stage = spec.load(&source).expect("a stage");

@@ -1,10 +1,11 @@
 #!/bin/sh
-# One full-size UNet forward, ours and diffusers', in turn on the same weights, inputs and machine.
+# Times full-size UNet forwards, in turn by this program and by diffusers, on equal weights and inputs.
 #
 #     benches/forward_vs_diffusers.sh MODEL_DIR PYTHON [ROUNDS]
 #
-# MODEL_DIR: `sdxl-squeeze synth --preset sdxl-base --out MODEL_DIR` makes one. PYTHON: one with torch 2.11.0 and diffusers 0.42.1
-# (tests/golden/README.md). Prints a JSON line a process; a process makes three forwards, of which the first warms up.
+# MODEL_DIR is a pipeline such as `sdxl-squeeze synth --preset sdxl-base --out MODEL_DIR` writes. PYTHON
+# has torch 2.11.0 and diffusers 0.42.1 (tests/golden/README.md). Each process makes three forwards, of
+# which the first warms up, and prints a JSON line.
 set -eu
 model=$1 python=$2 rounds=${3:-3}
 here=$(dirname "$0")

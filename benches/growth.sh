@@ -1,9 +1,11 @@
 #!/bin/sh
-# How time and memory of compressing grow with the samples, with carries in memory and in files, and with the latents' size.
+# Measures how time and memory of `compress` grow with the number of samples and with the size of the
+# latents.
 #
 #     benches/growth.sh MODEL_DIR [MEMORY_BUDGET]
 #
-# Calibration runs are made before and not counted. With the small budget carries wait in files.
+# Samples are recorded first, and the time for that is not counted. Carries are kept in memory, and with
+# the small MEMORY_BUDGET in files.
 set -eu
 model=$1
 small=${2:-600MiB}

@@ -1,4 +1,4 @@
-//! How long palettes of one of the UNet's larger weights take.
+//! Times of the palettes of one large weight.
 
 use std::hint::black_box;
 

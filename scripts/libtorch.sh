@@ -14,9 +14,9 @@ usable() { [ -n "$1" ] && [ -d "$1/include" ] && ls "$1"/lib/libtorch_cpu.* >/de
 of_python() {
     PYTHONPATH=${1:-} "$python" - "$version" <<'PYTHON'
 import importlib.util, pathlib, re, sys
-found = importlib.util.find_spec("torch")
-if found and found.origin:
-    folder = pathlib.Path(found.origin).parent
+spec = importlib.util.find_spec("torch")
+if spec and spec.origin:
+    folder = pathlib.Path(spec.origin).parent
     text = (folder / "version.py").read_text() if (folder / "version.py").exists() else ""
     if re.search(r"__version__ = '" + re.escape(sys.argv[1]) + r"\b", text):
         print(folder)

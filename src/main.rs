@@ -1,6 +1,6 @@
-//! The command line of sdxl-squeeze.
+//! The program `sdxl-squeeze`.
 //!
-//! Exit codes: 0 done, 1 failed, 2 bad input.
+//! It ends with 0 when the command is done, 1 when it failed, and 2 when its input is at fault.
 
 mod cli;
 

@@ -1,52 +1,64 @@
-//! What libtorch computes with, beyond dtype and device: settings of the whole process.
+//! Settings of the whole process that numbers and memory depend on.
 
 use std::ffi::c_void;
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, Symbol};
 
-/// What [`init`] has reached.
+use crate::allocator;
+
+/// Which settings [`init`] could make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Numerics {
-    /// Whether fp32 is fp32 on a GPU. Otherwise convolutions there may have ten bits of mantissa (TF32).
+    /// Whether fp32 is fp32 on a GPU. Otherwise convolutions there may have ten bits of mantissa
+    /// (TF32).
     pub tf32_is_off: bool,
-    /// Whether MKL's products are the same on any number of threads. Few of libtorch's operations use them.
+    /// Whether MKL's products are equal on any number of threads. Few operations of libtorch use
+    /// them.
     pub mkl_is_strict: bool,
 }
 
 impl Numerics {
-    /// What a report has to say, if something was not reached.
+    /// A sentence about the settings that could not be made; `None` if all were.
     pub fn note(self) -> Option<String> {
-        let lacks = [
+        let settings = [
             (self.tf32_is_off, "fp32 convolutions on a GPU may be TF32's"),
             (self.mkl_is_strict, "the last digits may depend on the number of threads"),
         ];
-        let said: Vec<&str> = lacks.iter().filter(|(reached, _)| !reached).map(|(_, what)| *what).collect();
-        (!said.is_empty()).then(|| format!("this libtorch does not take all settings: {}", said.join("; ")))
+        let consequences: Vec<&str> =
+            settings.iter().filter(|(reached, _)| !reached).map(|(_, consequence)| *consequence).collect();
+        (!consequences.is_empty()).then(|| format!("this libtorch does not take all settings: {}", consequences.join("; ")))
     }
 }
 
-/// Sets what results depend on in the whole process: TF32 off, as in PyTorch's default for matrices but not for convolutions; MKL's
-/// products the same on any number of threads (`MKL_CBWR=AUTO,STRICT`).
+/// Makes the settings of the process that the command line makes too:
 ///
-/// Call it first in `main`: MKL takes the setting only before its first product. [`compress::run`](crate::compress::run) and
-/// [`pipeline::generate`](crate::pipeline::generate()) call it too. Every call after the first does nothing and says what the first has
-/// reached.
+/// - TF32 is off, as in PyTorch's default for matrices but not for convolutions.
+/// - MKL's products are equal on any number of threads (`MKL_CBWR=AUTO,STRICT`).
+/// - glibc reuses freed blocks of up to 1 GiB instead of returning each to the system, which saves
+///   a tenth of a full-size forward.
+///
+/// Call it first in `main`: MKL takes the setting only before its first product.
+/// [`compress::run`](crate::compress::run) and [`pipeline::generate`](crate::pipeline::generate())
+/// call it too. Every later call does nothing and returns the result of the first.
 pub fn init() -> Numerics {
     static REACHED: OnceLock<Numerics> = OnceLock::new();
     *REACHED.get_or_init(|| {
+        allocator::reuse_large_blocks();
         let process = Library::this();
         Numerics { tf32_is_off: tf32_off(&process).is_some(), mkl_is_strict: mkl_strict(&process) }
     })
 }
 
-/// `at::globalContext().setAllowTF32CuDNN(false)` and `.setAllowTF32CuBLAS(false)`: tch has no function for them.
+/// `at::globalContext().setAllowTF32CuDNN(false)` and `.setAllowTF32CuBLAS(false)`: tch has no
+/// function for them.
 fn tf32_off(process: &Library) -> Option<()> {
     type Context = unsafe extern "C" fn() -> *mut c_void;
     type Set = unsafe extern "C" fn(*mut c_void, bool);
-    // SAFETY: the names are those of C++ functions under the Itanium ABI that libtorch is built with on this platform; they spell out
-    // their argument types, so that another signature has another name. `globalContext` returns a reference to an object that lives as long
-    // as the process, and member functions take it as their first argument.
+    // SAFETY: the names are those of C++ functions under the Itanium ABI that libtorch is built
+    // with on this platform. A name spells out its argument types, so another signature has another
+    // name. `globalContext` returns a reference to an object that lives as long as the process, and
+    // member functions take it as their first argument.
     unsafe {
         let context: Symbol<Context> = process.get(b"_ZN2at13globalContextEv\0").ok()?;
         let convolutions: Symbol<Set> = process.get(b"_ZN2at7Context17setAllowTF32CuDNNEb\0").ok()?;
@@ -58,15 +70,16 @@ fn tf32_off(process: &Library) -> Option<()> {
     Some(())
 }
 
-/// `mkl_cbwr_set(MKL_CBWR_AUTO | MKL_CBWR_STRICT)`, by the name that it has inside libtorch. True also where there is no MKL.
+/// `mkl_cbwr_set(MKL_CBWR_AUTO | MKL_CBWR_STRICT)`, by the name that the function has inside
+/// libtorch. True also where there is no MKL.
 fn mkl_strict(process: &Library) -> bool {
     const NOTHING: i32 = 1;
     const AUTO: i32 = 2;
     const STRICT: i32 = 0x1_0000;
     const ALL: i32 = -1;
     type Number = unsafe extern "C" fn(i32) -> i32;
-    // SAFETY: MKL's C functions `mkl_cbwr_set` and `mkl_cbwr_get` take and return an int; the names inside the library are those of the same
-    // functions (a test reads back what was set).
+    // SAFETY: MKL's C functions `mkl_cbwr_set` and `mkl_cbwr_get` take and return an int. The names
+    // inside the library belong to these functions: a test reads the setting back.
     unsafe {
         let (Ok(set), Ok(get)) = (process.get::<Number>(b"mkl_serv_cbwr_set\0"), process.get::<Number>(b"mkl_serv_cbwr_get\0"))
         else {

@@ -81,7 +81,6 @@ pub fn main() -> ExitCode {
     // variable also reaches NVIDIA's libraries in a libtorch without the functions that `init` calls.
     // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
-    sdxl_squeeze::allocator::reuse_large_blocks();
     sdxl_squeeze::init();
     match Args::try_parse() {
         Ok(args) => ExitCode::from(failure::exit_code(|| run(args))),

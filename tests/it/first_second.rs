@@ -10,18 +10,14 @@ use sdxl_squeeze::pipeline::PipelineFolder;
 use serde_json::Value;
 use tch::Kind;
 
+use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
 
-/// `compress` with progress in JSON, its exit code, and what it said.
+/// Runs `compress` with progress in JSON, which must end with `code`; returns its output.
 fn compress(code: i32, model: &Path, out: &Path, more: &[&str]) -> String {
-    let config = repo("configs/tutorial-s40-4bit-gs16.yaml");
-    let mut args = vec!["compress", "--progress", "json"];
-    if !more.contains(&"--config") {
-        args.extend(["--config", config.to_str().unwrap()]);
-    }
-    args.extend(["--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()]);
-    args.extend(more);
-    ended_with(code, &squeeze(&args))
+    let run = Squeeze::new("compress").args(["--progress", "json"]).model(model).out(out).args(more);
+    let run = if more.contains(&"--config") { run } else { run.config("tutorial-s40-4bit-gs16") };
+    run.ends_with(code).text()
 }
 
 #[test]
@@ -51,18 +47,23 @@ fn memory_and_disk_that_do_not_do_are_refused_before_anything_is_drawn() {
 #[test]
 fn the_plan_says_what_a_run_takes_on_the_disk() {
     let folder = tempfile::tempdir().unwrap();
-    let prompts = repo("calibration/emoji.txt");
-    let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "4", "--steps", "2"];
     let config = repo("configs/tutorial-s40-4bit-gs16.yaml");
-    let plan = ["plan", config.to_str().unwrap(), "--model", tiny().to_str().unwrap()];
-    let said = ended_with(0, &squeeze(&[&plan[..], &few].concat()));
-    assert!(said.contains("on the disk: ") && said.contains(" of carries, "), "{said}");
-    let planned: Value = serde_json::from_str(&ended_with(0, &squeeze(&[&plan[..], &few, &["--json"]].concat()))).unwrap();
+    let plan = Squeeze::new("plan").arg(&config).model(tiny()).samples(4, 2);
+    plan.succeeds().says(&["on the disk: ", " of carries, "]);
+    let planned: Value = plan.arg("--json").succeeds().json();
     let disk = planned[0]["plan"]["disk"].clone();
 
     let samples = folder.path().join("samples.safetensors");
     let out = folder.path().join("out");
-    compress(0, tiny(), &out, &[&few[..], &["--samples-out", samples.to_str().unwrap()]].concat());
+    Squeeze::new("compress")
+        .arg("--config")
+        .arg(&config)
+        .model(tiny())
+        .out(&out)
+        .samples(4, 2)
+        .arg("--samples-out")
+        .arg(&samples)
+        .succeeds();
     let report: Value = serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap();
     let ratio = |planned: &Value, is: u64| planned.as_f64().unwrap() / is as f64;
     let size = |path: &Path| std::fs::metadata(path).unwrap().len();

@@ -1,4 +1,7 @@
-//! On a GPU, where there is one: the same values as on the CPU. Elsewhere these tests skip themselves, and say so.
+//! Results on a GPU against results on the CPU. Without a GPU these tests skip themselves and say
+//! so.
+
+use std::io::Write;
 
 use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
@@ -7,14 +10,16 @@ use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::solver::{Factor, Hessian, PruneOptions, Pruned, Sparsity, prune_many};
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{emoji, ended_with, relative_error, squeeze, tensors};
+use crate::squeeze::Squeeze;
+use crate::support::{emoji, relative_error, tensors};
 
-/// Whether to go on.
+/// Whether there is a GPU. If not, standard error says so, also where the output of passing tests
+/// is captured.
 fn has_gpu(test: &str) -> bool {
     match cuda_devices() {
         Ok(_) => true,
         Err(why) => {
-            println!("{test}: skipped, {why}");
+            writeln!(std::io::stderr(), "{test}: skipped, {why}").expect("standard error is open");
             false
         }
     }
@@ -37,31 +42,18 @@ fn a_gpu_draws_what_the_cpu_draws() {
     if !has_gpu("a_gpu_draws_what_the_cpu_draws") {
         return;
     }
+    let folder = tempfile::tempdir().unwrap();
+    let latents = folder.path().join("cat.safetensors");
     // In a process of its own, where TF32 is off from the start.
-    let out = tempfile::tempdir().unwrap();
-    let path = |name: &str| out.path().join(name);
-    let (picture, latents) = (path("cat.png"), path("cat.safetensors"));
-    let root = emoji();
-    let args = [
-        "generate",
-        "--model",
-        root.to_str().unwrap(),
-        "--prompt",
-        "a picture of a cat face!",
-        "--seed",
-        "231",
-        "--guidance",
-        "4",
-        "--device",
-        "cuda",
-        "--latents-out",
-        latents.to_str().unwrap(),
-        "-o",
-        picture.to_str().unwrap(),
-    ];
-    ended_with(0, &squeeze(&args));
+    Squeeze::new("generate")
+        .model(emoji())
+        .args(["--prompt", "a picture of a cat face!", "--seed", "231", "--guidance", "4", "--device", "cuda"])
+        .arg("--latents-out")
+        .arg(&latents)
+        .arg("-o")
+        .arg(folder.path().join("cat.png"))
+        .succeeds();
     let error = relative_error(&tensors(&latents)["latents"], &final_latents(Device::Cpu));
-    println!("GPU against CPU: {error:.1e}");
     assert!(error < 1e-3, "{error}");
 }
 
@@ -97,8 +89,8 @@ fn a_gpu_prunes_layers_in_a_batch_as_the_cpu_does_one_by_one() {
         for (gpu, cpu) in prune_on(Device::Cuda(0), &options).iter().zip(prune_on(Device::Cpu, &options)) {
             let other = gpu.mask.to_device(Device::Cpu).not_equal_tensor(&cpu.mask).to_kind(Kind::Double);
             let (other, loss) = (other.mean(Kind::Double).double_value(&[]), gpu.loss / cpu.loss);
-            println!("{sparsity:?}: {other:.1e} of the mask differ, the loss is {loss:.6} times the CPU's");
-            assert!(other < 1e-3 && (loss - 1.0).abs() < 1e-3);
+            assert!(other < 1e-3, "{sparsity:?}: {other:.1e} of the mask differ");
+            assert!((loss - 1.0).abs() < 1e-3, "{sparsity:?}: the loss is {loss:.6} times the CPU's");
         }
     }
 }

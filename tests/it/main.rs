@@ -1,5 +1,4 @@
-//! Tests from outside: against golden values, through the public interface and through the binary.
-#![allow(clippy::print_stdout)]
+//! Tests of the public interface and of the program, many of them against golden values.
 
 mod as_people_have_them;
 #[cfg(unix)]
@@ -17,16 +16,21 @@ mod first_second;
 mod gpu;
 mod inputs;
 mod integrity;
+#[allow(clippy::print_stdout)]
 mod joint;
 mod outputs;
 mod palettes;
 mod pipelines;
 mod plan;
+#[allow(clippy::print_stdout)]
 mod reliability;
 mod report;
 mod resume;
 mod schedulers;
+mod snapshots;
+#[allow(clippy::print_stdout)]
 mod sparsegpt;
+mod squeeze;
 mod streams;
 mod support;
 mod synth;

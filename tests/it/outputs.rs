@@ -5,35 +5,39 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, ended_with, repo, tiny};
-
-fn run(args: &[&OsStr]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze")).args(args).env("OMP_WAIT_POLICY", "PASSIVE").output().unwrap()
-}
-
-fn words<'a>(words: &[&'a dyn AsRef<OsStr>]) -> Vec<&'a OsStr> {
-    words.iter().map(|word| (*word).as_ref()).collect()
-}
 
 fn base() -> PathBuf {
     repo("tests/golden/base-like")
 }
 
-/// Arguments of `generate` up to the outputs.
-fn draw<'a>(model: &'a Path, more: &[&'a dyn AsRef<OsStr>]) -> Vec<&'a OsStr> {
-    let first = ["generate", "--model"].map(OsStr::new);
-    let rest = ["--prompt", "a cat", "--steps", "2"].map(OsStr::new);
-    [&first[..], &[model.as_os_str()], &rest[..], &words(more)].concat()
+/// `generate` without its outputs.
+fn draw(model: impl AsRef<Path>) -> Squeeze {
+    Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "2"])
 }
 
-fn refused(args: &[&OsStr], parts: &[&str]) {
-    let said = ended_with(2, &run(args));
-    let errors: Vec<&str> = said.lines().filter(|line| line.contains("error")).collect();
-    assert_eq!(errors.len(), 1, "{said}");
-    parts.iter().for_each(|part| assert!(errors[0].contains(part), "no `{part}` in: {said}"));
+/// `generate` into the picture `path`.
+fn draw_into(model: impl AsRef<Path>, path: impl AsRef<Path>) -> Squeeze {
+    draw(model).arg("-o").arg(path.as_ref())
+}
+
+/// `export --to FORMAT` of `source` into `path`.
+fn export(source: impl AsRef<Path>, format: &str, path: impl AsRef<Path>) -> Squeeze {
+    Squeeze::new("export").arg(source.as_ref()).args(["--to", format]).out(path)
+}
+
+/// `synth` of the tiny pipeline into `folder`.
+fn synth(folder: impl AsRef<Path>) -> Squeeze {
+    Squeeze::new("synth").args(["--preset", "tiny"]).out(folder)
+}
+
+/// `compress` with the config in the file `config`.
+fn compress(config: impl AsRef<Path>, model: impl AsRef<Path>, out: impl AsRef<Path>) -> Squeeze {
+    Squeeze::new("compress").arg("--config").arg(config.as_ref()).model(model).out(out)
 }
 
 /// A container of the bundled model, and the config that it was made by.
@@ -41,7 +45,7 @@ fn container(folder: &Path) -> (PathBuf, PathBuf) {
     let config = folder.join("run.yaml");
     std::fs::write(&config, "solver: sequential\npalettize: {on_misfit: dense, global_config: {n_bits: 8}}\n").unwrap();
     let out = folder.join("made");
-    ended_with(0, &run(&words(&[&"compress", &"--config", &config, &"--model", &emoji(), &"--out", &out])));
+    compress(&config, emoji(), &out).succeeds();
     (out.join("unet.squeezed.safetensors"), config)
 }
 
@@ -50,42 +54,41 @@ fn a_picture_goes_into_whatever_takes_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let base = base();
     let picture = folder.path().join("x.png");
-    ended_with(0, &run(&draw(&base, &[&"-o", &picture])));
+    draw_into(&base, &picture).succeeds();
     let expected = std::fs::read(&picture).unwrap();
 
-    let through = run(&draw(&base, &[&"-o", &"/dev/stdout"]));
+    let through = draw_into(&base, "/dev/stdout").command().output().unwrap();
     assert!(through.status.success() && through.stdout == expected);
     let script = r#"exec 3>"$1"; shift; "$0" "$@" -o /dev/fd/3"#;
     let path = folder.path().join("by-descriptor.png");
     let mut shell = Command::new("bash");
-    shell.args(["-c", script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).arg(&path).args(draw(&base, &[]));
+    shell.args(["-c", script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).arg(&path).args(draw(&base).arguments());
     ended_with(0, &shell.output().unwrap());
     assert!(std::fs::read(&path).unwrap() == expected);
 
     let pipe = folder.path().join("pipe");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let reader = Command::new("cat").arg(&pipe).stdout(Stdio::piped()).spawn().unwrap();
-    ended_with(0, &run(&draw(&base, &[&"-o", &pipe])));
+    draw_into(&base, &pipe).succeeds();
     assert!(reader.wait_with_output().unwrap().stdout == expected);
     assert!(std::fs::metadata(&pipe).unwrap().file_type().is_fifo());
 
-    ended_with(0, &run(&draw(&base, &[&"-o", &"/dev/null", &"--latents-out", &"/dev/null"])));
+    draw_into(&base, "/dev/null").args(["--latents-out", "/dev/null"]).succeeds();
     assert!(std::fs::metadata("/dev/null").unwrap().file_type().is_char_device());
-    let full = ended_with(1, &run(&draw(&base, &[&"-o", &"/dev/full"])));
-    assert!(full.contains("cannot write /dev/full: No space left"), "{full}");
+    draw_into(&base, "/dev/full").ends_with(1).says(&["cannot write /dev/full: No space left"]);
 
     let (target, link) = (folder.path().join("target.png"), folder.path().join("link.png"));
     std::os::unix::fs::symlink(&target, &link).unwrap();
     for _ in 0..2 {
-        ended_with(0, &run(&draw(&base, &[&"-o", &link])));
+        draw_into(&base, &link).succeeds();
         assert!(link.is_symlink() && std::fs::read(&target).unwrap() == expected);
     }
     let socket = folder.path().join("socket");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    refused(&draw(&base, &[&"-o", &socket]), &["it is a socket"]);
-    refused(&draw(&base, &[&"-o", &folder.path()]), &["it is a folder"]);
-    refused(&draw(&base, &[&"-o", &folder.path().join("absent/x.png")]), &["there is no folder"]);
-    refused(&words(&[&"synth", &"--preset", &"tiny", &"--out", &pipe]), &["is a pipe; name a new folder"]);
+    draw_into(&base, &socket).is_refused(&["it is a socket"]);
+    draw_into(&base, &folder).is_refused(&["it is a folder"]);
+    draw_into(&base, folder.path().join("absent/x.png")).is_refused(&["there is no folder"]);
+    synth(&pipe).is_refused(&["is a pipe; name a new folder"]);
 }
 
 #[test]
@@ -98,35 +101,32 @@ fn no_output_destroys_an_input_or_another_output() {
     let before = std::fs::read(&container).unwrap();
 
     let (x, same) = (here("x.png"), folder.path().join("made/../x.png"));
-    refused(&draw(&model, &[&"-o", &x, &"--latents-out", &same]), &["-o would write", "--latents-out"].map(|_| "x.png"));
-    refused(&draw(&model, &[&"--unet", &container, &"-o", &container]), &["-o would write", "--unet reads"]);
-    refused(&draw(&model, &[&"-o", &model.join("unet/config.json")]), &["--model reads"]);
+    draw_into(&model, &x).arg("--latents-out").arg(&same).is_refused(&["x.png"]);
+    draw_into(&model, &container).arg("--unet").arg(&container).is_refused(&["-o would write", "--unet reads"]);
+    draw_into(&model, model.join("unet/config.json")).is_refused(&["--model reads"]);
 
     let inside = model.join("a/b");
     for out in [&model, &inside] {
-        let args = words(&[&"export", &container, &"--to", &"diffusers", &"--model", &model, &"--out", out]);
-        refused(&args, &["--out would write", "--model reads"]);
+        export(&container, "diffusers", out).model(&model).is_refused(&["--out would write", "--model reads"]);
     }
     let package = model.join("unet/x.mlpackage");
-    refused(&words(&[&"export", &model, &"--to", &"coreml", &"--out", &package]), &["--out would write"]);
-    refused(&words(&[&"export", &container, &"--to", &"coremltools", &"--out", &container]), &["--out would write"]);
+    export(&model, "coreml", &package).is_refused(&["--out would write"]);
+    export(&container, "coremltools", &container).is_refused(&["--out would write"]);
 
-    let run = words(&[&"compress", &"--model", &model]);
-    let compress = |more: Vec<&OsStr>, parts: &[&str]| refused(&[&run[..], &more].concat(), parts);
-    compress(words(&[&"--config", &config, &"--out", &model.join("out")]), &["--out would write", "the model reads"]);
+    compress(&config, &model, model.join("out")).is_refused(&["--out would write", "the model reads"]);
     let resolved = here("made/config.yaml");
-    compress(words(&[&"--config", &resolved, &"--out", &here("made")]), &["config.yaml, but --config reads"]);
+    compress(&resolved, &model, here("made")).is_refused(&["config.yaml, but --config reads"]);
     let prompts = here("out/unet.squeezed.work/prompts.txt");
     std::fs::create_dir_all(prompts.parent().unwrap()).unwrap();
     std::fs::write(&prompts, "a cat\n").unwrap();
     let joint = repo("configs/tutorial-s40-4bit-gs16.yaml");
-    compress(words(&[&"--config", &joint, &"--prompts", &prompts, &"--out", &here("out")]), &["the work folder would write"]);
-    compress(words(&[&"--config", &joint, &"--samples-out", &joint, &"--out", &here("out")]), &["--samples-out would write"]);
+    let run = compress(&joint, &model, here("out"));
+    run.clone().arg("--prompts").arg(&prompts).is_refused(&["the work folder would write"]);
+    run.arg("--samples-out").arg(&joint).is_refused(&["--samples-out would write"]);
     let judge = here("out/report.json");
     std::fs::write(&judge, "a dog\n").unwrap();
-    let compare = words(&[&"compare", &config, &"--model", &model, &"--judge", &judge, &"--out"]);
-    let out = here("out");
-    refused(&[&compare[..], &words(&[&out])].concat(), &["report.json, but --judge reads"]);
+    let compare = Squeeze::new("compare").arg(&config).model(&model).arg("--judge").arg(&judge).out(here("out"));
+    compare.is_refused(&["report.json, but --judge reads"]);
     assert!(std::fs::read(&container).unwrap() == before && prompts.exists());
 }
 
@@ -142,28 +142,19 @@ fn the_next_run_removes_what_killed_runs_left() {
     let (base, tiny) = (base(), tiny());
     let picture = folder.path().join("x.png");
     let (package, pipeline) = (folder.path().join("x.mlpackage"), folder.path().join("synthesized"));
-    let runs = [
-        draw(&base, &[&"-o", &picture]),
-        words(&[&"export", &tiny, &"--to", &"coreml", &"--out", &package]),
-        words(&[&"synth", &"--preset", &"tiny", &"--out", &pipeline]),
-    ];
+    let runs =
+        [(draw_into(&base, &picture), &picture), (export(tiny, "coreml", &package), &package), (synth(&pipeline), &pipeline)];
     let mut left = 0;
-    for args in runs {
-        let output = Path::new(args.last().unwrap());
+    for (run, output) in runs {
         let remove = || {
             let _ = if output.is_dir() { std::fs::remove_dir_all(output) } else { std::fs::remove_file(output) };
         };
         let begin = Instant::now();
-        ended_with(0, &run(&args));
+        run.succeeds();
         let time = begin.elapsed();
         for moment in 1..=8 {
             remove();
-            let mut child = Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze"))
-                .args(&args)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
+            let mut child = run.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
             // Until there is something to leave, and for one of eight moments after that.
             let begin = Instant::now();
             while leftovers(folder.path()).is_empty() && begin.elapsed() < 2 * time && child.try_wait().unwrap().is_none() {
@@ -175,8 +166,8 @@ fn the_next_run_removes_what_killed_runs_left() {
             left += leftovers(folder.path()).len();
         }
         remove();
-        ended_with(0, &run(&args));
-        assert!(leftovers(folder.path()).is_empty(), "{args:?}: {:?}", leftovers(folder.path()));
+        run.succeeds();
+        assert!(leftovers(folder.path()).is_empty(), "{run:?}: {:?}", leftovers(folder.path()));
         remove();
     }
     assert!(left > 0, "no kill left anything: nothing was tested");
@@ -195,31 +186,31 @@ fn paths_that_are_not_text_work_or_are_refused_by_name() {
     copy(&emoji(), &model);
     std::fs::create_dir(&out).unwrap();
     let (picture, latents) = (out.join("x.png"), out.join(OsStr::from_bytes(b"l\xff")));
-    ended_with(0, &run(&draw(&model, &[&"-o", &picture, &"--latents-out", &latents])));
+    draw_into(&model, &picture).arg("--latents-out").arg(&latents).succeeds();
     assert!(picture.exists() && latents.exists());
-    ended_with(0, &run(&words(&[&"inspect", &model, &"--json"])));
+    Squeeze::new("inspect").arg(&model).arg("--json").succeeds();
 
     let (made, config) = container(folder.path());
     let bytes = |path: &Path| std::fs::read(path).unwrap();
     let copied = here(b"c\xff.safetensors");
     std::fs::copy(&made, &copied).unwrap();
-    let said = ended_with(0, &run(&words(&[&"verify", &copied, &"--json"])));
-    assert!(said.contains("\u{fffd}") && said.contains("\"version\""), "{said}");
-    ended_with(0, &run(&words(&[&"inspect", &copied])));
-    ended_with(0, &run(&draw(&model, &[&"--unet", &copied, &"-o", &picture])));
+    Squeeze::new("verify").arg(&copied).arg("--json").succeeds().says(&["\u{fffd}", "\"version\""]);
+    Squeeze::new("inspect").arg(&copied).succeeds();
+    draw_into(&model, &picture).arg("--unet").arg(&copied).succeeds();
     let exported = here(b"e\xff");
-    ended_with(0, &run(&words(&[&"export", &copied, &"--to", &"diffusers", &"--model", &model, &"--out", &exported])));
+    export(&copied, "diffusers", &exported).model(&model).succeeds();
     assert!(exported.join("unet/diffusion_pytorch_model.safetensors").exists());
     let package = here(b"p\xff.mlpackage");
-    ended_with(0, &run(&words(&[&"export", &model, &"--to", &"coreml", &"--out", &package])));
-    ended_with(0, &run(&words(&[&"verify", &package])));
-    ended_with(0, &run(&words(&[&"synth", &"--preset", &"tiny", &"--out", &here(b"s\xff")])));
+    export(&model, "coreml", &package).succeeds();
+    Squeeze::new("verify").arg(&package).succeeds();
+    synth(here(b"s\xff")).succeeds();
 
-    let own = here(b"r\xff.yaml");
-    std::fs::copy(&config, &own).unwrap();
+    let renamed = here(b"r\xff.yaml");
+    std::fs::copy(&config, &renamed).unwrap();
     let again = here(b"a\xff");
-    ended_with(0, &run(&words(&[&"compress", &"--config", &own, &"--model", &emoji(), &"--out", &again])));
+    compress(&renamed, emoji(), &again).succeeds();
     assert!(bytes(&again.join("unet.squeezed.safetensors")) == bytes(&made));
-    refused(&words(&[&"compress", &"--config", &own, &"--model", &model, &"--out", &again]), &["--model", "is not UTF-8"]);
-    refused(&words(&[&"plan", &own, &"--model", &emoji(), &"--prompts", &out]), &["--prompts", "is not UTF-8"]);
+    compress(&renamed, &model, &again).is_refused(&["--model", "is not UTF-8"]);
+    let plan = Squeeze::new("plan").arg(&renamed).model(emoji()).arg("--prompts").arg(&out);
+    plan.is_refused(&["--prompts", "is not UTF-8"]);
 }

@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Paths, tensors and runs that several tests need.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -31,18 +31,18 @@ pub fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
     norm(&(&ours - &theirs)) / if scale > 0.0 { scale } else { 1.0 }
 }
 
-/// Compares tensors with a reference file, keeps account of which have been compared, and reports all that differ at once.
+/// Compares tensors with a reference file, remembers which were compared, and reports all
+/// differences at once.
 pub struct Checker {
     pub reference: BTreeMap<String, Tensor>,
     bound: f64,
     seen: BTreeSet<String>,
     failures: Vec<String>,
-    worst: f64,
 }
 
 impl Checker {
     pub fn new(file: &Path, bound: f64) -> Self {
-        Checker { reference: tensors(file), bound, seen: BTreeSet::new(), failures: Vec::new(), worst: 0.0 }
+        Checker { reference: tensors(file), bound, seen: BTreeSet::new(), failures: Vec::new() }
     }
 
     pub fn has(&self, key: &str) -> bool {
@@ -53,7 +53,7 @@ impl Checker {
         self.reference.get(key).unwrap_or_else(|| panic!("the reference has no {key}"))
     }
 
-    /// Within the bound, in the mean and at the worst element.
+    /// Asserts that the relative error is within the bound, in the norm and at the worst element.
     pub fn close(&mut self, key: &str, ours: &Tensor) {
         let theirs = self.get(key).shallow_clone();
         self.seen.insert(key.to_owned());
@@ -64,13 +64,12 @@ impl Checker {
         let error = relative_error(ours, &theirs);
         let difference = (ours.to_kind(Kind::Double) - theirs.to_kind(Kind::Double)).abs().max().double_value(&[]);
         let at_worst = difference / theirs.abs().max().double_value(&[]).max(1e-30);
-        self.worst = self.worst.max(error);
         if !(error <= self.bound && at_worst <= self.bound) && difference > 0.0 {
             self.failures.push(format!("{key}: relative error {error:.2e}, at worst {at_worst:.2e}"));
         }
     }
 
-    /// Equal to the last bit.
+    /// Asserts equality to the last bit.
     pub fn equal(&mut self, key: &str, ours: &Tensor) {
         self.seen.insert(key.to_owned());
         if ours != self.get(key) {
@@ -78,28 +77,30 @@ impl Checker {
         }
     }
 
-    /// Fails with everything that differed, and with every reference tensor that nothing was compared with.
+    /// Fails with all differences and with all reference tensors that were not compared, except for
+    /// those that `uncompared` names.
     pub fn finish(mut self, name: &str, uncompared: impl Fn(&str) -> bool) {
         let forgotten = self.reference.keys().filter(|key| !self.seen.contains(*key) && !uncompared(key));
         self.failures.extend(forgotten.map(|key| format!("{key}: not compared")));
         assert!(self.failures.is_empty(), "{name}:\n{}", self.failures.join("\n"));
-        println!("{name}: {} tensors, largest relative error {:.1e}", self.seen.len(), self.worst);
     }
 }
 
-/// The binary with arguments. Its threads wait without spinning: many tests share the cores.
+/// The program with arguments. Its threads wait without spinning, because many tests share the
+/// cores.
 pub fn squeezing(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze"));
     command.args(args).env("OMP_WAIT_POLICY", "PASSIVE");
     command
 }
 
-/// Runs the binary.
+/// Runs the program.
 pub fn squeeze(args: &[&str]) -> Output {
     squeezing(args).output().unwrap()
 }
 
-/// Begins a run and interrupts it when some layers are done; it ends with 1 after the layer at hand. Gives what it printed.
+/// Starts a run and interrupts it after some layers. It must end with 1 after the current layer;
+/// its output is returned.
 #[cfg(unix)]
 pub fn interrupted_among_the_layers(run: &[&str]) -> Output {
     let json = [run, &["--progress", "json"]].concat();
@@ -112,7 +113,7 @@ pub fn interrupted_among_the_layers(run: &[&str]) -> Output {
             break;
         }
     }
-    // SAFETY: a signal to a child that has not been waited for.
+    // SAFETY: the child has not been waited for, so its id is not in use by another process.
     assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
     lines.for_each(drop);
     let ended = child.wait_with_output().unwrap();
@@ -120,19 +121,20 @@ pub fn interrupted_among_the_layers(run: &[&str]) -> Output {
     ended
 }
 
-/// What a command printed, which must have ended with `code`.
+/// The output of a command, which must have ended with `code`.
 pub fn ended_with(code: i32, output: &Output) -> String {
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "{text}");
     text
 }
 
-/// What narrower processors of the same maker would compute with, as far as the libraries can be told.
+/// Variables that make the libraries use the instructions of processors without AVX-512.
 const NARROWER: [(&str, &str); 3] =
     [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "AVX2,STRICT"), ("ATEN_CPU_CAPABILITY", "avx2")];
 
-/// Runs something on each number of threads, on this processor and as on a narrower one. `run` is given a function that makes the command of
-/// its arguments; what it returns must be the same on all.
+/// Asserts that `run` returns equal bytes on each number of threads, both with the instructions of
+/// this processor and with those of a narrower one. `run` gets a function that makes a command of
+/// arguments.
 pub fn same_on_all_threads(threads: &[&str], mut run: impl FnMut(&dyn Fn(&[String]) -> Command) -> Vec<u8>) {
     for narrower in [&[][..], &NARROWER] {
         let mut on = |threads: &str| {
@@ -149,7 +151,7 @@ pub fn same_on_all_threads(threads: &[&str], mut run: impl FnMut(&dyn Fn(&[Strin
     }
 }
 
-/// A pipeline of SDXL's architecture that is quickly run, with made-up weights.
+/// A small pipeline of SDXL's architecture with random weights.
 pub fn tiny() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {

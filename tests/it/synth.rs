@@ -9,7 +9,7 @@ use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::synth::{Preset, synthesize};
 use tch::{Kind, Tensor};
 
-use crate::support::{ended_with, squeeze};
+use crate::squeeze::Squeeze;
 
 /// The UNet config that stabilityai/stable-diffusion-xl-base-1.0 publishes, as far as it says anything.
 pub const PUBLISHED_SDXL_BASE: &str = r#"{
@@ -35,9 +35,9 @@ pub const PUBLISHED_SDXL_BASE: &str = r#"{
 fn inspect_counts_sdxl_base_from_its_config_alone() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), PUBLISHED_SDXL_BASE).unwrap();
-    let said = ended_with(0, &squeeze(&["inspect", folder.path().to_str().unwrap()]));
-    assert!(said.contains("2,567,463,684 parameters, no weights here"), "{said}");
-    assert!(!said.contains("WARN"), "{said}");
+    let ended = Squeeze::new("inspect").arg(folder.path()).succeeds();
+    ended.says(&["2,567,463,684 parameters, no weights here"]);
+    assert!(!ended.text().contains("WARN"), "{ended}");
     let found = inspect(folder.path()).unwrap();
     let layers: Vec<_> = found.stages.iter().flat_map(|stage| &stage.layers).collect();
     let elements: i64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>()).sum();
@@ -64,19 +64,9 @@ fn a_tiny_pipeline_draws_and_is_the_same_every_time() {
     assert_ne!(weights("a"), weights("c"));
     for name in ["a", "c"] {
         let (model, picture) = (path(name), path(&format!("{name}.png")));
-        let args = [
-            "generate",
-            "--model",
-            model.to_str().unwrap(),
-            "--prompt",
-            "a cat",
-            "--steps",
-            "2",
-            "-o",
-            picture.to_str().unwrap(),
-        ];
-        let said = ended_with(0, &squeeze(&args));
-        assert!(!said.contains("WARN"), "{said}");
+        let run = Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "2", "-o"]).arg(picture);
+        let ended = run.succeeds();
+        assert!(!ended.text().contains("WARN"), "{ended}");
     }
 }
 

@@ -425,7 +425,6 @@ fn each_fault_is_named() {
         }
     }
     assert!(missed.is_empty(), "{} of {}:\n{}", missed.len(), faults.len(), missed.join("\n"));
-    println!("{} faults, each found and named", faults.len());
 
     // Without a hash it is a damaged package of ours; without any sign of us, another writer's, whose structure is still checked.
     for key in ["model_sha256", "weights_sha256", "unet_config"] {

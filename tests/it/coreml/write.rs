@@ -49,7 +49,6 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
     let expected = unet.forward(&inputs["sample"], 741.0, &conditioning, &mut Unobserved).unwrap();
     let outputs = evaluate(&mut package, &inputs);
     let error = relative_error(&outputs["noise_pred"], &expected);
-    println!("{} {} batch {}: relative error {error:.1e}", options.layout, options.io, options.batch);
     assert!(error < 1e-4, "{options:?}: {error}");
 }
 

@@ -1,10 +1,14 @@
-//! Writes a container with made-up weights of a model's architecture, for measuring what comes after compression at full size: its bytes are
-//! those of a really compressed one with the same settings.
+//! Writes a container with random weights of a model's architecture.
 //!
+//! It serves to measure the steps after compression at full size: the container has as many bytes
+//! as a compressed model with these settings.
+//!
+//! ```sh
 //! cargo run --release --example made_up_container -- MODEL_DIR BITS GROUP_SIZE SPARSITY OUT.safetensors
+//! ```
 //!
-//! GROUP_SIZE 0 is one palette for each weight. As in the shipped configs, what is in no stage is not pruned, and a weight whose channels
-//! the groups do not divide stays fp16.
+//! A GROUP_SIZE of 0 makes one palette for each weight. As in the shipped configs, weights outside
+//! the stages are not pruned, and a weight whose channels the groups do not divide stays fp16.
 
 use std::path::Path;
 
@@ -20,9 +24,9 @@ use serde_json::{Value, json};
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [model, bits, group_size, sparsity, out] = &args[..] else {
-        return Err(Error::Argument("MODEL_DIR BITS GROUP_SIZE SPARSITY OUT".into()));
+        return Err(Error::Argument("usage: made_up_container MODEL_DIR BITS GROUP_SIZE SPARSITY OUT".into()));
     };
-    let wrong = |text: &String| Error::Argument(format!("`{text}` is no number"));
+    let wrong = |text: &String| Error::Argument(format!("`{text}` is not a number"));
     let bits: u8 = bits.parse().map_err(|_| wrong(bits))?;
     let group_size: usize = group_size.parse().map_err(|_| wrong(group_size))?;
     let sparsity: f64 = sparsity.parse().map_err(|_| wrong(sparsity))?;
@@ -41,19 +45,19 @@ fn main() -> Result<()> {
         let group = if group_size == 0 { channels } else { group_size };
         let fan_in = (numel / channels) as f32;
         if tensor.shape.len() < 2 || !channels.is_multiple_of(group) {
-            // Norms and biases that change nothing much.
+            // Values of norms and biases that keep activations in range.
             let value = if tensor.shape.len() < 2 && tensor.name.ends_with(".weight") { 1.0 } else { 0.01 };
             writer.add_tensor(&tensor.name, &tensor.shape, &vec![f16::from_f32(value); numel])?;
             continue;
         }
         let in_stage = ["down_blocks.", "mid_block.", "up_blocks."].iter().any(|stage| tensor.name.starts_with(stage));
-        // A weight for each random byte: its index, and a little of it says whether it is kept.
+        // The low bits of a random byte for each element are its index.
         let mut noise = vec![0u8; numel];
         random.fill(&mut noise[..]);
         let indices: Vec<u8> = noise.iter().map(|byte| byte & (0xff >> (8 - bits))).collect();
         let keep: Option<Vec<bool>> = (in_stage && sparsity > 0.0).then(|| {
             let pruned = (numel as f64 * sparsity) as usize;
-            // Spread evenly: element i is pruned where the count of pruned ones so far grows.
+            // Pruned elements are spread evenly: element i is pruned if it increases the count.
             let before = |i: usize| i * pruned / numel;
             (0..numel).map(|i| before(i) == before(i + 1)).collect()
         });

@@ -1,31 +1,37 @@
-//! Times single forwards of a UNet on inputs that `tests/golden/make_unet_forward.py` made, and compares with its output.
+//! Times single forwards of a UNet on the inputs in a file of `tests/golden/make_unet_forward.py`,
+//! and compares the output with the one in the file.
 //!
-//! `unet_forward MODEL_DIR INPUTS.safetensors [--low-memory] [--repeat N]` prints one JSON line: seconds to load, seconds of each
-//! forward, peak resident bytes, relative error.
+//! ```sh
+//! unet_forward MODEL_DIR INPUTS.safetensors [--low-memory] [--repeat N] [--device D]
+//! ```
+//!
+//! Prints one JSON line: seconds to load, seconds of each forward, peak resident bytes, relative
+//! error.
 #![allow(clippy::print_stdout)]
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use sdxl_squeeze::Result;
 use sdxl_squeeze::device::{Placement, parse_device};
+use sdxl_squeeze::memory;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::{Error, Result};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
 fn main() -> Result<()> {
-    sdxl_squeeze::allocator::reuse_large_blocks();
+    sdxl_squeeze::init();
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     let low_memory = take_flag(&mut args, "--low-memory");
     let repeat = take_value(&mut args, "--repeat").and_then(|n| n.parse().ok()).unwrap_or(1);
     let device = parse_device(&take_value(&mut args, "--device").unwrap_or("cpu".into()))?;
     let [model, inputs] = &args[..] else {
-        println!("usage: unet_forward MODEL_DIR INPUTS.safetensors [--low-memory] [--repeat N] [--device D]");
-        return Ok(());
+        let usage = "usage: unet_forward MODEL_DIR INPUTS.safetensors [--low-memory] [--repeat N] [--device D]";
+        return Err(Error::Argument(usage.into()));
     };
     let placement = Placement { device, kind: Kind::Float };
     let tensors: BTreeMap<String, Tensor> = Tensor::read_safetensors(inputs)?.into_iter().collect();
@@ -52,11 +58,11 @@ fn main() -> Result<()> {
     for _ in 0..repeat {
         let start = Instant::now();
         let output = unet.forward(&input("sample"), timestep, &conditioning, &mut Unobserved)?;
-        // Reading a value waits for the device.
+        // Reading a value waits until the device is done.
         error = (&output - input("output")).norm().double_value(&[]) / input("output").norm().double_value(&[]);
         forwards.push(start.elapsed().as_secs_f64());
     }
-    println!("{}", json!({"load_s": load, "forward_s": forwards, "peak_bytes": peak_bytes(), "relative_error": error}));
+    println!("{}", json!({"load_s": load, "forward_s": forwards, "peak_bytes": memory::peak(), "relative_error": error}));
     Ok(())
 }
 
@@ -70,10 +76,4 @@ fn take_value(args: &mut Vec<String>, name: &str) -> Option<String> {
     let at = args.iter().position(|arg| arg == name)?;
     args.remove(at);
     (at < args.len()).then(|| args.remove(at))
-}
-
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    kib.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }

@@ -1,7 +1,9 @@
-//! Times SparseGPT and palettes on the layers of a safetensors file; `benches/coremltools/layers.py` compares.
+//! Times SparseGPT and palettes on the layers of a safetensors file, for
+//! `benches/coremltools/layers.py`, which compares the times with those of coremltools.
 //!
-//! For each layer the file has `NAME.weight` [o, ...] and `NAME.inputs` [vectors, d] or [samples, c, h, w]. Prints a JSON object a line.
-//! With `--joint` after the file, it times the joint solver too, as a whole and with less effort.
+//! For each layer the file has `NAME.weight` [o, ...] and `NAME.inputs` [vectors, d] or
+//! [samples, c, h, w]. The program prints one JSON object a line. With `--joint` after the file, it
+//! also times the joint solver with several efforts.
 #![allow(clippy::print_stdout)]
 
 use std::path::PathBuf;
@@ -17,22 +19,25 @@ use sdxl_squeeze::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 fn main() -> Result<()> {
-    sdxl_squeeze::allocator::reuse_large_blocks();
-    let path: PathBuf = std::env::args_os().nth(1).map(PathBuf::from).ok_or_else(|| Error::Argument("which file?".into()))?;
+    sdxl_squeeze::init();
+    let path: PathBuf = std::env::args_os()
+        .nth(1)
+        .map(PathBuf::from)
+        .ok_or_else(|| Error::Argument("usage: solve_layers FILE [--joint]".into()))?;
     let file = SafetensorsFile::open(&path)?;
     let mut names: Vec<&str> = file.entries().keys().filter_map(|name| name.strip_suffix(".weight")).collect();
     names.sort_by_key(|name| (file.entries()[&format!("{name}.weight")].bytes(), *name));
     for name in names {
         let weight = read_tensor(&file, &format!("{name}.weight"), Placement::CPU)?;
         let inputs = read_tensor(&file, &format!("{name}.inputs"), Placement::CPU)?;
-        // Once to warm up, once to count.
+        // The first call warms up; only the second is timed.
         sparsegpt(&weight, &inputs)?;
         report("SparseGPT 40 %", name, sparsegpt(&weight, &inputs)?);
         if std::env::args().nth(2).as_deref() == Some("--joint") {
             joint_solver(name, &weight, &inputs)?;
         }
-        for (of, group_size) in [("1280x1280", 16), ("1280x1280", 4), ("5120x1280", 16)] {
-            if of == name {
+        for (layer, group_size) in [("1280x1280", 16), ("1280x1280", 4), ("5120x1280", 16)] {
+            if layer == name {
                 palettes(&weight, group_size)?;
                 report("4-bit palettes", &format!("{name} gs{group_size}"), palettes(&weight, group_size)?);
             }
@@ -41,8 +46,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn report(what: &str, layer: &str, seconds: f64) {
-    println!("{}", serde_json::json!({ "what": what, "layer": layer, "seconds": seconds }));
+fn report(label: &str, layer: &str, seconds: f64) {
+    println!("{}", serde_json::json!({ "what": label, "layer": layer, "seconds": seconds }));
 }
 
 fn sparsegpt(weight: &Tensor, inputs: &Tensor) -> Result<f64> {
@@ -52,7 +57,7 @@ fn sparsegpt(weight: &Tensor, inputs: &Tensor) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// The joint solver after a Hessian that is at hand, and SparseGPT with palettes after it.
+/// Times the joint solver, and SparseGPT followed by palettes, given the Hessian.
 fn joint_solver(name: &str, weight: &Tensor, inputs: &Tensor) -> Result<()> {
     let hessian = hessian(weight, inputs)?;
     let prune_options = PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() };
@@ -64,13 +69,13 @@ fn joint_solver(name: &str, weight: &Tensor, inputs: &Tensor) -> Result<()> {
         ("without exchanges", Effort { exchange_turns: 0, ..Effort::default() }),
         ("all", Effort::default()),
     ];
-    for (what, effort) in efforts {
+    for (label, effort) in efforts {
         let start = Instant::now();
         let factors = JointFactors::new(&hessian, prune_options.dampening, Order::Natural)?;
-        let found = joint(name, weight, &hessian, &factors, &Beside::default(), &JointOptions { effort, ..options })?;
+        let solved = joint(name, weight, &hessian, &factors, &Beside::default(), &JointOptions { effort, ..options })?;
         let seconds = start.elapsed().as_secs_f64();
-        let share = found.loss / found.sequential_loss;
-        println!("{}", serde_json::json!({ "what": what, "layer": name, "seconds": seconds, "loss": share }));
+        let share = solved.loss / solved.sequential_loss;
+        println!("{}", serde_json::json!({ "what": label, "layer": name, "seconds": seconds, "loss": share }));
     }
     let start = Instant::now();
     let pruned = prune(weight, &hessian, &prune_options)?;

@@ -1,0 +1,148 @@
+//! Runs of the program, and a full report of a run that does not end as a test expects.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::{self, Display};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde::de::DeserializeOwned;
+
+use crate::support::{repo, squeezing};
+
+/// A command of the program with its arguments.
+#[derive(Debug, Clone)]
+pub struct Squeeze {
+    arguments: Vec<OsString>,
+    folder: PathBuf,
+}
+
+impl Squeeze {
+    /// The subcommand `name`, run in the root of the repository.
+    pub fn new(name: &str) -> Self {
+        Squeeze { arguments: vec![name.into()], folder: repo("") }
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        self
+    }
+
+    /// `--config configs/NAME.yaml`.
+    pub fn config(self, name: &str) -> Self {
+        self.arg("--config").arg(repo(&format!("configs/{name}.yaml")))
+    }
+
+    /// `--model FOLDER`.
+    pub fn model(self, folder: impl AsRef<Path>) -> Self {
+        self.arg("--model").arg(folder.as_ref())
+    }
+
+    /// `--out PATH`.
+    pub fn out(self, path: impl AsRef<Path>) -> Self {
+        self.arg("--out").arg(path.as_ref())
+    }
+
+    /// `count` calibration samples, from pictures of `steps` steps of the bundled model's prompts.
+    pub fn samples(self, count: usize, steps: usize) -> Self {
+        let prompts = repo("calibration/emoji.txt");
+        let [count, steps] = [count, steps].map(|number| number.to_string());
+        self.arg("--prompts").arg(prompts).args(["--calibration-nsamples", &count, "--steps", &steps])
+    }
+
+    /// The arguments, to be given to the program by a shell.
+    #[cfg(unix)]
+    pub fn arguments(&self) -> &[OsString] {
+        &self.arguments
+    }
+
+    /// The command, to be started by the test.
+    pub fn command(&self) -> Command {
+        let mut command = squeezing(&[]);
+        command.args(&self.arguments).current_dir(&self.folder);
+        command
+    }
+
+    /// Runs the command, which must end with the exit code `expected`.
+    #[track_caller]
+    pub fn ends_with(&self, expected: i32) -> Ended {
+        let output = self.command().output().expect("the program can be started");
+        let ended = Ended::new(self.clone(), &output);
+        assert_eq!(output.status.code(), Some(expected), "{ended}");
+        ended
+    }
+
+    /// Runs the command, which must succeed.
+    #[track_caller]
+    pub fn succeeds(&self) -> Ended {
+        self.ends_with(0)
+    }
+
+    /// Runs the command, which must refuse its input in one line that contains all `parts`.
+    #[track_caller]
+    pub fn is_refused(&self, parts: &[&str]) -> Ended {
+        let ended = self.ends_with(2);
+        let errors: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("error")).collect();
+        assert_eq!(errors.len(), 1, "there is not one line with an error\n{ended}");
+        for part in parts {
+            assert!(errors[0].contains(part), "`{part}` is not in the error\n{ended}");
+        }
+        ended
+    }
+}
+
+/// A run that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    squeeze: Squeeze,
+    status: String,
+    /// The text on standard output.
+    pub stdout: String,
+    /// The text on standard error.
+    pub stderr: String,
+}
+
+impl Ended {
+    fn new(squeeze: Squeeze, output: &Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ended { squeeze, status: output.status.to_string(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+    }
+
+    /// Asserts that standard output or standard error contains each of `parts`.
+    #[track_caller]
+    pub fn says(&self, parts: &[&str]) -> &Self {
+        for part in parts {
+            assert!(self.stdout.contains(part) || self.stderr.contains(part), "`{part}` is missing\n{self}");
+        }
+        self
+    }
+
+    /// Standard output, then standard error.
+    pub fn text(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
+    }
+
+    /// Standard output as JSON.
+    #[track_caller]
+    pub fn json<T: DeserializeOwned>(&self) -> T {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|why| panic!("standard output: {why}\n{self}"))
+    }
+}
+
+impl Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Ended { squeeze: Squeeze { arguments, folder }, status, stdout, stderr } = self;
+        let command: Vec<String> = arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
+        writeln!(f, "command: sdxl-squeeze {}", command.join(" "))?;
+        writeln!(f, "folder: {}", folder.display())?;
+        writeln!(f, "ended with: {status}")?;
+        writeln!(f, "--- standard output\n{stdout}")?;
+        writeln!(f, "--- standard error\n{stderr}")
+    }
+}
