@@ -1,4 +1,4 @@
-//! Where tensors live and in what precision.
+//! Devices and dtypes of tensors.
 
 use std::sync::OnceLock;
 
@@ -7,7 +7,7 @@ use tch::{Cuda, Device, Kind};
 use crate::error::{Error, Result};
 use crate::shorten::shorten;
 
-/// A device and a dtype: where a part of a model is put, and in what precision it computes.
+/// The device of a part of a model, and the dtype that it computes in.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Placement {
     /// The device.
@@ -44,8 +44,8 @@ pub fn parse_device(name: &str) -> Result<Device> {
 
 /// The number of CUDA devices, or why there are none.
 ///
-/// The CUDA half of libtorch is loaded here, on first use: runs on a CPU are spared its start-up
-/// time and memory, and the same binary works on a libtorch that has none.
+/// libtorch's CUDA library is loaded here, on first use: runs on a CPU are spared its start-up time
+/// and memory, and one binary works with a libtorch without CUDA too.
 ///
 /// # Errors
 /// A sentence for people.
@@ -71,8 +71,7 @@ fn load_cuda() -> Result<(), libloading::Error> {
     Ok(())
 }
 
-/// Reads a list of device names with commas between them, such as `cuda:0,cuda:1`; for what is
-/// spread over several devices.
+/// Reads a list of device names with commas between them, such as `cuda:0,cuda:1`.
 ///
 /// # Errors
 /// As [`parse_device`].
@@ -80,7 +79,7 @@ pub fn parse_devices(names: &str) -> Result<Vec<Device>> {
     names.split(',').map(|name| parse_device(name.trim())).collect()
 }
 
-/// Bytes of memory that a device has free, if it can be told.
+/// Bytes of free memory of a device, if known.
 pub fn free_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => crate::memory::available(),
@@ -89,9 +88,9 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
-/// What the CUDA runtime may be called, given the process's memory map as Linux shows it
-/// (`/proc/self/maps`): what is loaded under such a name, as some libtorchs bring theirs under a
-/// name with a hash in it; then the name of each version, the newest first.
+/// Possible names of the CUDA runtime, given the process's memory map as Linux shows it
+/// (`/proc/self/maps`): first the loaded libraries of such a name, as some libtorchs have a hash in
+/// it; then the name of each version, the newest first.
 #[cfg(unix)]
 fn cuda_runtimes(map: &str) -> Vec<&str> {
     let paths = map.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..)));
@@ -102,12 +101,12 @@ fn cuda_runtimes(map: &str) -> Vec<&str> {
     names
 }
 
-/// The CUDA runtime that libtorch has brought. It is loaded already: nothing but a name is asked
-/// for, and where its functions are among those that the whole process sees, not even that.
+/// The CUDA runtime of libtorch, which is loaded already: this looks up its functions in the whole
+/// process, or else the loaded library by its name.
 #[cfg(unix)]
 fn cuda_runtime() -> Option<libloading::os::unix::Library> {
     use libloading::os::unix::{Library, RTLD_NOW};
-    /// Only what is loaded: another version than libtorch's would know nothing of its devices.
+    /// Only a loaded library: a version other than libtorch's does not know its devices.
     const RTLD_NOLOAD: std::ffi::c_int = libc::RTLD_NOLOAD;
     let whole = Library::this();
     // SAFETY: the symbol is looked up and not used.
@@ -119,7 +118,7 @@ fn cuda_runtime() -> Option<libloading::os::unix::Library> {
     cuda_runtimes(&map).into_iter().find_map(|name| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_NOLOAD) }.ok())
 }
 
-/// What the CUDA runtime says is free on GPU `index`.
+/// Free bytes on GPU `index`, from the CUDA runtime.
 #[cfg(unix)]
 fn cuda_free_memory(index: usize) -> Option<u64> {
     cuda_devices().ok()?;

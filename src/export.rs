@@ -1,4 +1,4 @@
-//! Turns a container into what other programs load.
+//! Exports a UNet's weights to the formats of other programs.
 
 mod coremltools;
 
@@ -39,9 +39,9 @@ pub fn diffusers(weights: UnetWeights, model: &Path, out: &Path, progress: &dyn 
     folder.commit()
 }
 
-/// Everything of a pipeline but the UNet's weights; links are followed, as the hub's cache consists
-/// of them. A pipeline is two levels deep: one that does not end is a link to a folder that it is
-/// in.
+/// Copies everything of a pipeline except the UNet's weights. Links are followed, as the hub's
+/// cache consists of them. A pipeline is two levels deep: an endless one is a link to a folder that
+/// contains it.
 fn copy_all_but_unet_weights(from: &Path, to: &Path, levels: usize) -> Result<()> {
     if levels == 0 {
         return Err(Error::bad_file(from, "is too deep below the pipeline's folder; does a link lead back up?"));
@@ -55,7 +55,7 @@ fn copy_all_but_unet_weights(from: &Path, to: &Path, levels: usize) -> Result<()
             std::fs::create_dir(&target).map_err(Error::write(&target))?;
             copy_all_but_unet_weights(&path, &target, levels - 1)?;
         } else if !(from.file_name() == Some("unet".as_ref()) && lossy.starts_with("diffusion_pytorch_model")) {
-            // Opened so, a pipe or a device is refused.
+            // `input::open` refuses pipes and devices.
             let mut source = input::open(&path)?;
             let mut copied = File::create_new(&target).map_err(Error::write(&target))?;
             std::io::copy(&mut source, &mut copied).map_err(Error::write(&target))?;

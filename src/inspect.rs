@@ -1,4 +1,4 @@
-//! What a model consists of.
+//! Stages, layers, shapes, parameters and bytes of a model.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,8 +25,7 @@ pub struct Inspection {
     pub bytes: u64,
     /// The dtype of most of the UNet's elements; absent if there are no weights.
     pub dtype: Option<String>,
-    /// The UNet in execution order; the first is what comes before the stages, the last what comes
-    /// after.
+    /// The UNet in execution order, with the blocks before and after the stages as first and last.
     pub stages: Vec<StageRow>,
     /// The other parts of the pipeline; none if a UNet's own folder was inspected.
     pub parts: Vec<PartRow>,
@@ -50,7 +49,7 @@ pub struct StageRow {
 pub struct LayerRow {
     /// The checkpoint name, without `.weight`.
     pub name: String,
-    /// `Linear`, or `Conv2d` with what its window does.
+    /// `Linear`, or `Conv2d` with its stride.
     pub kind: String,
     /// The weight's shape.
     pub shape: Vec<i64>,
@@ -105,7 +104,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     inspect_unet(&chain, if_there(open(), path)?.as_ref(), Vec::new())
 }
 
-/// Weights that are absent altogether are no error here; damaged ones are.
+/// Absent weights are no error here; damaged ones are.
 fn if_there(opened: Result<Weights>, folder: &Path) -> Result<Option<Weights>> {
     let has_weights = std::fs::read_dir(folder)
         .map_err(Error::read(folder))?
@@ -176,14 +175,15 @@ fn inspect_unet(chain: &UnetChain, weights: Option<&Weights>, parts: Vec<PartRow
 }
 
 fn layer_row(layer: &Layer, tensors: &[TensorSpec], bytes: &Bytes) -> LayerRow {
-    let own = |spec: &&TensorSpec| spec.name.strip_prefix(layer.name()).is_some_and(|leaf| leaf == ".weight" || leaf == ".bias");
-    let own: Vec<TensorSpec> = tensors.iter().filter(own).cloned().collect();
+    let is_of_layer =
+        |spec: &&TensorSpec| spec.name.strip_prefix(layer.name()).is_some_and(|leaf| leaf == ".weight" || leaf == ".bias");
+    let layer_tensors: Vec<TensorSpec> = tensors.iter().filter(is_of_layer).cloned().collect();
     LayerRow {
         name: layer.name().to_owned(),
         kind: describe(layer.kind()),
         shape: layer.weight().size(),
-        parameters: parameters(&own),
-        bytes: bytes.sum(&own),
+        parameters: parameters(&layer_tensors),
+        bytes: bytes.sum(&layer_tensors),
     }
 }
 

@@ -1,5 +1,5 @@
-//! Writing so that a reader finds the old file or the new one, never half of either, and so that
-//! what a killed run leaves is cleared away.
+//! Writes files so that a reader sees the old content or the new, never half of either, and removes
+//! the leftovers of killed runs.
 
 mod destination;
 mod leftovers;
@@ -17,9 +17,9 @@ pub use destination::is_standard_output;
 /// Writes `path` through a temporary sibling that is synced and renamed. An existing file is
 /// replaced at once, or not at all.
 ///
-/// A link is followed, and the file that it names is written, whether that is there or not.
-/// Devices, pipes and open descriptors (`/dev/stdout`, `/dev/fd/3`) cannot be replaced, so they are
-/// written to as they are. What killed runs left beside the file is removed.
+/// A link is followed, and its target is written, whether it exists or not. Devices, pipes and open
+/// descriptors (`/dev/stdout`, `/dev/fd/3`) cannot be replaced and are written to directly.
+/// Leftovers of killed runs beside the file are removed.
 ///
 /// # Errors
 /// [`Error::Argument`] if `path` is a folder, a socket or a block device; [`Error::Write`], and
@@ -32,11 +32,10 @@ pub fn write_file(path: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::
     .map_err(Error::write(path))
 }
 
-/// Whether [`write_file`] could be asked to write `path`, as far as can be told before there is
-/// anything to write.
+/// Checks whether [`write_file`] can write `path`, as far as can be known without writing.
 ///
 /// # Errors
-/// [`Error::Argument`] if `path` is what cannot be written, or its folder is not there.
+/// [`Error::Argument`] if `path` cannot be written, or its folder does not exist.
 pub fn check_file(path: &Path) -> Result<()> {
     let Destination::File(target) = Destination::of(path)? else { return Ok(()) };
     let folder = parent(&target);
@@ -46,10 +45,10 @@ pub fn check_file(path: &Path) -> Result<()> {
     Err(Error::Argument(format!("cannot write {}: there is no folder {}", path.display(), folder.display())))
 }
 
-/// Whether the folder `path` is there, or could be made.
+/// Checks that the folder `path` exists or can be made.
 ///
 /// # Errors
-/// [`Error::Argument`] if something on the way is no folder, or a name is too long.
+/// [`Error::Argument`] if an ancestor is not a folder, or a name is too long.
 pub fn check_folder(path: &Path) -> Result<()> {
     use std::io::ErrorKind::{InvalidFilename, NotADirectory, NotFound};
     for ancestor in path.ancestors() {
@@ -59,7 +58,7 @@ pub fn check_folder(path: &Path) -> Result<()> {
                 let (folder, is) = (path.display(), crate::input::name_of(found.file_type()));
                 return Err(Error::Argument(format!("cannot make the folder {folder}: {} is {is}", ancestor.display())));
             }
-            // What is not there can be made; what is there decides.
+            // Absent folders can be made; the first existing ancestor decides.
             Err(why) if matches!(why.kind(), NotFound | NotADirectory) => {}
             Err(why) if why.kind() == InvalidFilename => {
                 return Err(Error::Argument(format!("cannot make the folder {}: {why}", path.display())));
@@ -78,7 +77,7 @@ fn replace(target: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Resul
     buffered.flush()?;
     drop(buffered);
     match std::fs::metadata(target) {
-        // Who may read it is the owner's choice.
+        // The owner's choice of permissions stays.
         Ok(old) => std::fs::set_permissions(file.path(), old.permissions())?,
         Err(_) => share(file.path())?,
     }
@@ -87,20 +86,19 @@ fn replace(target: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Resul
     sync_folder(parent(target))
 }
 
-/// A folder that comes into being whole: filled under a temporary name beside its own, renamed by
-/// [`commit`](Self::commit), removed if dropped before. What killed runs left of the same folder is
-/// removed when it is begun.
+/// A folder that appears whole: filled under a temporary name beside its own, renamed by
+/// [`commit`](Self::commit), removed if dropped before. Creating it removes the leftovers of killed
+/// runs.
 #[derive(Debug)]
 pub struct NewFolder {
     temporary: TempDir,
-    /// Locked as long as this run lives, so that no other takes the folder for what a killed run
-    /// left.
+    /// Locked while this run lives, so that no other run takes the folder for a leftover.
     _lock: File,
     path: PathBuf,
 }
 
 impl NewFolder {
-    /// Begins the folder that will be `path`. A link is followed, and what it names will be the
+    /// Begins the folder that will be `path`. A link is followed, and its target will be the
     /// folder.
     ///
     /// # Errors
@@ -117,7 +115,7 @@ impl NewFolder {
         Ok(NewFolder { temporary, _lock: lock, path: target })
     }
 
-    /// Where to put the files until then.
+    /// The temporary folder to fill.
     pub fn path(&self) -> &Path {
         self.temporary.path()
     }
@@ -146,7 +144,7 @@ pub(crate) fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Temporary files are made private; what is delivered has the usual modes.
+/// Gives a temporary file, which is private, the usual mode.
 fn share(path: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     {

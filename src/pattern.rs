@@ -14,7 +14,7 @@ pub struct NamePattern {
     whole: Whole,
 }
 
-/// What names are compared with.
+/// The compiled form of a pattern.
 #[derive(Debug, Clone)]
 enum Whole {
     /// One name, as most patterns of a config with a rule for each layer are. Thousands of them
@@ -33,8 +33,8 @@ impl NamePattern {
     /// Compiles a pattern.
     ///
     /// # Errors
-    /// [`Error::Argument`] saying what is wrong with it, or if it has more than 4,096 bytes or
-    /// compiles to more than 1 MiB.
+    /// [`Error::Argument`] naming the mistake, or if it has more than 4,096 bytes or compiles to
+    /// more than 1 MiB.
     pub fn parse(written: &str) -> Result<Self> {
         if written.len() > PATTERN_BYTES {
             let (shown, bytes) = (shorten(written), written.len());
@@ -45,7 +45,7 @@ impl NamePattern {
             None => {
                 let bad =
                     |why: &dyn Display| Error::Argument(format!("`{}` is not a regular expression: {why}", shorten(written)));
-                // Parsed alone first, so that its mistakes are not shown inside our own brackets.
+                // Parsed without the added brackets first, so that messages do not show them.
                 regex_syntax::Parser::new().parse(written).map_err(|why| match why {
                     regex_syntax::Error::Parse(why) => bad(why.kind()),
                     regex_syntax::Error::Translate(why) => bad(why.kind()),
@@ -84,7 +84,7 @@ fn name(pattern: &str) -> Option<String> {
 
 impl PartialEq for NamePattern {
     fn eq(&self, other: &Self) -> bool {
-        // What it compiles to follows from what is written.
+        // The compiled form follows from the text.
         let NamePattern { written, whole: _ } = self;
         *written == other.written
     }
@@ -110,7 +110,7 @@ mod tests {
         assert!(matches("mid|mid_block", "mid_block"));
         assert!(!matches("mid_block|up", "up_blocks.0"));
         assert!(NamePattern::parse("up_blocks(").unwrap_err().to_string().contains("up_blocks("));
-        // What would be a pattern only inside brackets of ours is none.
+        // A pattern only inside brackets is none.
         assert!(NamePattern::parse("a)|(b").is_err());
     }
 

@@ -1,7 +1,7 @@
-//! Input as messages show it.
+//! Quotations of input in messages.
 
-/// Text from a file or the command line as it is shown in a message: in one line, and no more of it
-/// than says which text it is.
+/// Text from a file or the command line for a message: one line, and at most enough to recognize
+/// the text.
 pub(crate) fn shorten(text: &str) -> String {
     const KEEP: usize = 60;
     let mut shown = String::new();
@@ -17,12 +17,12 @@ pub(crate) fn shorten(text: &str) -> String {
     shown
 }
 
-/// Writes a path into JSON, which has no bytes that are not text: such bytes become U+FFFD.
+/// Writes a path into JSON, which holds only text: other bytes become U+FFFD.
 pub(crate) fn path_as_text<S: serde::Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 
-/// The same of a text whose end says as much as its beginning: both are shown.
+/// As [`shorten`], with both ends of a long text.
 pub(crate) fn both_ends(text: &str) -> String {
     const KEEP: usize = 30;
     match text.char_indices().rev().nth(KEEP - 1) {

@@ -9,12 +9,12 @@ use crate::error::{Error, Result};
 use crate::input::{self, Limit};
 use crate::shorten::shorten;
 
-/// A diffusers or transformers config file being taken apart.
+/// A diffusers or transformers config file whose keys are taken one by one.
 ///
-/// Each key is taken once, as something that is honoured ([`or`](Self::or),
-/// [`required`](Self::required)), refused unless it has its neutral value ([`only`](Self::only)),
-/// or known to have no effect on inference ([`ignore`](Self::ignore)). [`finish`](Self::finish)
-/// warns of what is left: diffusers ignores keys that it does not know, so do we, but aloud.
+/// Each key is taken once: as a setting that is honoured ([`or`](Self::or),
+/// [`required`](Self::required)), as one that is refused unless it has its neutral value
+/// ([`only`](Self::only)), or as one that has no effect on inference ([`ignore`](Self::ignore)).
+/// [`finish`](Self::finish) warns of the rest, which diffusers ignores silently.
 #[derive(Debug)]
 pub struct ConfigFile {
     path: PathBuf,
@@ -31,7 +31,7 @@ impl ConfigFile {
         ConfigFile::read_within(path, Limit::MODEL_CONFIG)
     }
 
-    /// The same of another kind of JSON object, which may be of another size.
+    /// As [`read`](Self::read), for a JSON object of another kind and size.
     pub(crate) fn read_within(path: &Path, limit: Limit) -> Result<Self> {
         Self::from_bytes(path, &input::read(path, limit)?)
     }
@@ -61,11 +61,6 @@ impl ConfigFile {
     /// All entries, as they are.
     pub fn into_entries(self) -> Map<String, Value> {
         self.entries
-    }
-
-    /// The value of `key`, left in place.
-    pub fn peek(&self, key: &str) -> Option<&Value> {
-        self.entries.get(key).filter(|value| !value.is_null())
     }
 
     /// Takes `key`; absent or `null` gives `None`.
@@ -104,7 +99,7 @@ impl ConfigFile {
     /// neutral.
     ///
     /// # Errors
-    /// Names the key and what it asks for.
+    /// [`Error::ConfigKey`] naming the key and its value.
     pub fn only(&mut self, key: &str, neutral: &[Value]) -> Result<()> {
         match self.entries.remove(key) {
             None | Some(Value::Null) => Ok(()),
@@ -121,7 +116,7 @@ impl ConfigFile {
     /// value like any other.
     ///
     /// # Errors
-    /// Names the key and what it asks for.
+    /// [`Error::ConfigKey`] naming the key and its value.
     pub fn exactly(&mut self, key: &str, expected: &Value, default: &Value) -> Result<()> {
         let value = self.entries.remove(key).unwrap_or_else(|| default.clone());
         if same(&value, expected) {
@@ -137,8 +132,8 @@ impl ConfigFile {
         }
     }
 
-    /// Warns of the keys that nobody took. Names with a leading underscore are diffusers' notes to
-    /// itself.
+    /// Warns of the keys that were not taken. Names with a leading underscore are diffusers' own
+    /// notes.
     pub fn finish(self) {
         for (key, value) in &self.entries {
             if !key.starts_with('_') {
@@ -155,7 +150,7 @@ impl ConfigFile {
     }
 }
 
-/// Equality in which `1` and `1.0` are the same number.
+/// Equality in which `1` equals `1.0`.
 fn same(a: &Value, b: &Value) -> bool {
     a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b)
 }

@@ -1,4 +1,4 @@
-//! What lies in a diffusers folder: config files and safetensors.
+//! The files of a diffusers folder: configs and safetensors.
 
 mod config_file;
 mod source;

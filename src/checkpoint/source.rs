@@ -1,4 +1,4 @@
-//! Where a network's tensors come from while it is being built.
+//! Sources of a network's tensors while it is built.
 
 use std::cell::RefCell;
 
@@ -38,18 +38,18 @@ impl TensorSpec {
     }
 }
 
-/// A source without weights: what is built from it has every shape and name and no memory, and it
-/// remembers what was asked for.
+/// A source without weights. A network that is built from it has every shape and name and no
+/// memory, and the source records each tensor that was asked for.
 ///
-/// So the code that builds a network is also the one list of its tensors: for checking a checkpoint
-/// before anything is read, for `inspect`, and for `synth`.
+/// The code that builds a network is therefore also the one list of its tensors: for checking a
+/// checkpoint before anything is read, for `inspect`, and for `synth`.
 #[derive(Debug, Default)]
 pub struct Blueprint {
     asked: RefCell<Vec<TensorSpec>>,
 }
 
 impl Blueprint {
-    /// Everything that was asked for, in that order.
+    /// The recorded tensors, in the order in which they were asked for.
     pub fn into_tensors(self) -> Vec<TensorSpec> {
         self.asked.into_inner()
     }
@@ -58,7 +58,7 @@ impl Blueprint {
 impl TensorSource for Blueprint {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         self.asked.borrow_mut().push(TensorSpec { name: name.to_owned(), shape: shape.to_vec() });
-        // One zero, seen at every position.
+        // One zero, repeated without memory.
         Ok(Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?.f_expand(shape, false)?)
     }
 }

@@ -25,7 +25,7 @@ pub struct Weights {
     index: BTreeMap<String, Place>,
 }
 
-/// Where a tensor is found.
+/// The place of a tensor.
 #[derive(Debug)]
 struct Place {
     /// The file's index.
@@ -50,15 +50,15 @@ impl Weights {
     /// # Errors
     /// If there are none, or one is damaged, or an index disagrees with its shards.
     pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
-        let found = |name: String| Some(folder.join(name)).filter(|path| path.exists());
+        let existing = |name: String| Some(folder.join(name)).filter(|path| path.exists());
         for variant in ["", ".fp16"] {
-            if let Some(path) = found(format!("{stem}{variant}.safetensors")) {
+            if let Some(path) = existing(format!("{stem}{variant}.safetensors")) {
                 let file = SafetensorsFile::open(&path)?;
                 let owner = file.entries().keys().map(|name| (name.clone(), 0)).collect();
                 return Self::new(folder, vec![file], owner, rename);
             }
             let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
-            if let Some(path) = names.into_iter().find_map(found) {
+            if let Some(path) = names.into_iter().find_map(existing) {
                 let (files, owner) = open_shards(folder, &path)?;
                 return Self::new(folder, files, owner, rename);
             }
@@ -80,7 +80,7 @@ impl Weights {
         let mut index = BTreeMap::new();
         for (name, file) in owner {
             let renamed = rename(&name);
-            // Whoever gave the owners has looked into the files.
+            // The callers have looked each name up in its file.
             let shape = files[file].entries()[&name].shape.clone();
             if let Some(other) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
                 return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", other.stored)));
@@ -89,8 +89,8 @@ impl Weights {
         Ok(Weights { folder: folder.to_owned(), files, index })
     }
 
-    /// Takes the weights that `is_linear` names for matrices [o, i] where they are stored as 1x1
-    /// convolutions, [o, i, 1, 1]: the same numbers in the same order.
+    /// Presents the weights that `is_linear` names as matrices [o, i] if they are stored as 1x1
+    /// convolutions [o, i, 1, 1], whose elements have the same order.
     pub fn with_linear(mut self, is_linear: impl Fn(&str) -> bool) -> Self {
         for (_, place) in self.index.iter_mut().filter(|(name, _)| is_linear(name)) {
             if let [output, input, 1, 1] = place.shape[..] {
@@ -105,12 +105,12 @@ impl Weights {
         &self.folder
     }
 
-    /// The files that the tensors lie in.
+    /// The files of the tensors.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(SafetensorsFile::path)
     }
 
-    /// The tensors' names and where they lie.
+    /// The tensors' names and places.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
         self.index.iter().map(|(name, place)| (name.as_str(), self.entry(place)))
     }
@@ -119,18 +119,18 @@ impl Weights {
         &self.files[place.file].entries()[&place.stored]
     }
 
-    /// Reads all files once, from beginning to end, before anything is computed: for their hashes,
-    /// under their names after `prefix`, and to see whether a container can hold every tensor, that
-    /// is whether each value is a number in fp16. `began` is told each file's name.
+    /// Reads all files once, before anything is computed: for their hashes, and to check that every
+    /// value is finite in fp16, which a container needs. The hashes are under the files' names
+    /// after `prefix`. `on_file` is called with each file's name.
     ///
     /// # Errors
     /// [`Error::Tensors`] naming the tensors with a NaN, an infinity, or a value that fp16 does not
     /// hold; [`Error::Changed`]; [`Error::Read`].
-    pub fn survey(&self, prefix: &str, mut began: impl FnMut(&str)) -> Result<Vec<SourceFile>> {
+    pub fn survey(&self, prefix: &str, mut on_file: impl FnMut(&str)) -> Result<Vec<SourceFile>> {
         let (mut sources, mut problems) = (Vec::new(), Vec::new());
         for (number, file) in self.files.iter().enumerate() {
             let name = file.path().file_name().expect("a regular file has a name").to_string_lossy();
-            began(&name);
+            on_file(&name);
             let (sha256, magnitudes) = file.survey()?;
             sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), sha256 });
             for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
@@ -148,7 +148,7 @@ impl Weights {
         Err(Error::Tensors { path: self.folder.clone(), problem: format!("{}{more}", problems.join("; ")) })
     }
 
-    /// Whether all files are still what they were when they were opened. Every read looks too.
+    /// Checks that no file was changed since it was opened. Every read checks too.
     ///
     /// # Errors
     /// [`Error::Changed`] naming the file; [`Error::Read`].
@@ -169,11 +169,12 @@ impl Weights {
         elements.into_iter().max_by_key(|(_, sum)| *sum).map(|(dtype, _)| dtype)
     }
 
-    /// Compares names, shapes and dtypes with what the architecture has, before anything is read.
-    /// `unused` says which surplus tensors are known and not needed.
+    /// Compares names, shapes and dtypes with an architecture's, before any data is read. `unused`
+    /// names surplus tensors that are known and not needed.
     ///
     /// # Errors
-    /// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
+    /// [`Error::Tensors`] naming the tensors that are missing, misshapen, of a wrong dtype, or
+    /// surplus.
     pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
         let stored = self.index.iter().map(|(name, place)| (name.as_str(), (place.shape.as_slice(), self.entry(place).dtype)));
         check_tensors(&self.folder, expected, stored.collect(), unused)
@@ -184,26 +185,25 @@ impl Weights {
         WeightsSource { weights: self, placement, narrow: false }
     }
 
-    /// The same, but kernels and matrices that are stored in fewer bytes than `placement` says rest
-    /// in their own dtype; layers convert them at each use. Half the memory for fp32 on an fp16
-    /// checkpoint, and the same results.
+    /// As [`source`](Self::source), but kernels and matrices that are stored in fewer bytes than
+    /// the dtype of `placement` keep their own dtype; layers convert them at each use. That halves
+    /// the memory of fp32 computation on an fp16 checkpoint, and results are equal.
     pub fn narrow_source(&self, placement: Placement) -> WeightsSource<'_> {
         WeightsSource { weights: self, placement, narrow: true }
     }
 
-    /// Bytes that each element of the tensor `name` takes where it comes from
-    /// [`narrow_source`](Self::narrow_source).
+    /// Bytes of each element of the tensor `name` from [`narrow_source`](Self::narrow_source).
     pub fn narrow_bytes(&self, name: &str, placement: Placement) -> Option<usize> {
         let kind = float_kind(self.entry(self.index.get(name)?).dtype)?;
         Some(kind.elt_size_in_bytes().min(placement.kind.elt_size_in_bytes()))
     }
 }
 
-/// Compares tensors by name, shape and dtype with what an architecture has. `path` names them in
-/// errors, `unused` says which surplus tensors are known and not needed.
+/// Compares tensors by name, shape and dtype with an architecture's. `path` names them in errors,
+/// `unused` names surplus tensors that are known and not needed.
 ///
 /// # Errors
-/// [`Error::Tensors`] naming what is missing, misshapen, of a wrong dtype, or surplus.
+/// [`Error::Tensors`] naming the tensors that are missing, misshapen, of a wrong dtype, or surplus.
 pub(crate) fn check_tensors(
     path: &Path,
     expected: &[TensorSpec],
@@ -258,7 +258,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>
         let number = match numbers.get(shard.as_str()) {
             Some(number) => *number,
             None => {
-                // An index is data: it may name files of its own folder, nothing else.
+                // An index is untrusted data: it may name files of its own folder, no others.
                 if Path::new(shard).file_name() != Some(shard.as_ref()) {
                     return Err(Error::bad_file(index_path, format!("`{}` is not a file name", shorten(shard))));
                 }

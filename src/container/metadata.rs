@@ -1,4 +1,4 @@
-//! What the file's header says beside the tensors.
+//! The `__metadata__` of the file's header.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,7 @@ pub const VERSION: u32 = 1;
 /// The hash of all metadata but itself.
 pub(super) const METADATA_HASH: &str = "metadata_sha256";
 
-/// What a container says about itself as a whole.
+/// Facts about a container as a whole.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ContainerInfo {
     /// The UNet's `config.json`.
@@ -32,8 +32,8 @@ pub struct ContainerInfo {
     pub sources: Vec<SourceFile>,
 }
 
-/// A compressed weight's entry in `weights`. Keys that are not known are refused: they could change
-/// what the parts mean. The fields stand in the order of their names, as they are written.
+/// A compressed weight's entry in `weights`. Unknown keys are refused: they could change the
+/// meaning of the parts. The fields are in alphabetical order, in which they are written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WeightRow {
@@ -49,7 +49,7 @@ pub(super) struct WeightRow {
     pub kept: usize,
     /// Whether there is a mask.
     pub masked: bool,
-    /// Whatever the compressor had to say.
+    /// The compressor's report; null if there is none.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub report: Value,
     /// Whether there are scales.
@@ -100,7 +100,7 @@ impl WeightRow {
     /// The tensors that the weight consists of: which, dtype and shape.
     ///
     /// # Errors
-    /// If no weight can be so.
+    /// If the row contradicts itself.
     pub fn parts(&self) -> Result<Vec<(Part, Dtype, Vec<i64>)>, String> {
         let numel = weight::numel(&self.shape)?;
         if self.kept > numel || (!self.masked && self.kept != numel) {
@@ -134,7 +134,7 @@ fn length(n: usize) -> Result<i64, String> {
     i64::try_from(n).map_err(|_| format!("{n} is too long"))
 }
 
-/// The header's `__metadata__`, taken apart.
+/// The parsed `__metadata__`.
 #[derive(Debug)]
 pub(super) struct Metadata {
     pub info: ContainerInfo,
@@ -164,7 +164,7 @@ impl Metadata {
         entries
     }
 
-    /// Takes the metadata of the file `path` apart.
+    /// Parses the metadata of the file `path`.
     ///
     /// # Errors
     /// [`Error::BadFile`] if it is not a container, of another version, damaged, or lacks

@@ -46,13 +46,12 @@ pub struct StoredLayer {
     pub bits_per_weight: f64,
     /// The bytes of all parts.
     pub bytes: u64,
-    /// What the compressor had to say; null if nothing.
+    /// The compressor's report; null if there is none.
     pub report: Value,
 }
 
 impl Container {
-    /// Opens `path`, checks its header, and reads it once to check that its data is what was
-    /// written, to the last bit.
+    /// Opens `path`, checks its header, and reads the file once to check the hash of its data.
     ///
     /// # Errors
     /// As [`open_unverified`](Self::open_unverified); [`Error::BadFile`] naming the weights that
@@ -63,12 +62,12 @@ impl Container {
         Ok(container)
     }
 
-    /// Opens `path` and checks its header: version, metadata, and of every compressed weight which
-    /// parts it has, their dtypes and sizes. Whether the data is what was written is not checked;
-    /// [`open`](Self::open) does, at the cost of reading the whole file.
+    /// Opens `path` and checks its header: version, metadata, and the parts of every compressed
+    /// weight with their dtypes and sizes. The hash of the data is not checked;
+    /// [`open`](Self::open) checks it, at the cost of reading the whole file.
     ///
     /// # Errors
-    /// [`Error::Read`], or [`Error::BadFile`] naming what is wrong, and with which weight.
+    /// [`Error::Read`], or [`Error::BadFile`] naming the problems and their weights.
     pub fn open_unverified(path: &Path) -> Result<Self> {
         let file = SafetensorsFile::open(path)?;
         let metadata = Metadata::from_entries(path, file.metadata())?;
@@ -78,7 +77,7 @@ impl Container {
         Ok(container)
     }
 
-    /// Whether the file has exactly the parts that the metadata says, and else nothing but fp16
+    /// Checks that the file has exactly the parts that the metadata names, and otherwise only fp16
     /// tensors.
     fn check_parts(&self) -> Result<()> {
         let mut problems = Vec::new();
@@ -113,8 +112,8 @@ impl Container {
         self.no_problems(problems)
     }
 
-    /// Whether the table of tensors is the one that was written. It comes last: where something
-    /// more precise can be said, it has been.
+    /// Checks the hash of the table of tensors. This check comes last, because the others name the
+    /// damage more precisely.
     fn check_table(&self) -> Result<()> {
         let entries = self.file.entries().iter();
         let places = entries.map(|(name, entry)| {
@@ -128,7 +127,7 @@ impl Container {
         Ok(())
     }
 
-    /// An error if there are any.
+    /// An error that lists the first of `problems`, if there are any.
     pub(super) fn no_problems(&self, problems: Vec<String>) -> Result<()> {
         const SHOWN: usize = 4;
         if problems.is_empty() {
@@ -144,7 +143,7 @@ impl Container {
         self.file.path()
     }
 
-    /// What it says about itself: architecture, recipe, sources.
+    /// The container's own metadata: architecture, recipe, sources.
     pub fn info(&self) -> &ContainerInfo {
         &self.metadata.info
     }

@@ -11,7 +11,7 @@ use super::reader::{Container, StoredLayer};
 use crate::error::{Error, Result};
 use crate::input::SourceFile;
 
-/// A container that holds what was written, in numbers.
+/// A verified container, in numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Verification {
     /// The file.
@@ -47,8 +47,7 @@ pub struct Verification {
 
 impl Container {
     /// Checks the content of every weight: the mask's count, bits that must be zero, that all
-    /// values are finite, that it decodes to the weight that was written, and that the data is the
-    /// written data to the last bit.
+    /// values are finite, and the hash of the decoded weight. Then checks the hash of all data.
     ///
     /// # Errors
     /// [`Error::BadFile`] naming the weights that are damaged; [`Error::Read`].
@@ -72,7 +71,7 @@ impl Container {
                 problems.push(format!("`{name}` has NaN or infinite values"));
             }
         }
-        // Of a file that was changed meanwhile nothing else can be said.
+        // If the file was changed meanwhile, its problems are those of two files.
         self.file().check_unchanged()?;
         self.no_problems(problems)?;
 
@@ -105,8 +104,8 @@ impl Container {
         })
     }
 
-    /// Whether the data is the written data to the last bit: one pass over the file. If it is not,
-    /// [`verify`](Self::verify) says where.
+    /// Checks the hash of all data in one pass over the file. If it differs,
+    /// [`verify`](Self::verify) names the damaged weights.
     pub(super) fn check_data(&self) -> Result<()> {
         if self.file().data_sha256()?.0 == self.metadata().data_sha256 {
             return Ok(());

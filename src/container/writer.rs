@@ -17,12 +17,12 @@ use crate::error::{Error, Result};
 use crate::output::{parent, write_file};
 use crate::safetensors_file::Header;
 
-/// A container that is being written. Weights and tensors are given one after the other and need
-/// not be kept; the file appears when [`finish`](Self::finish) is called, whole or not at all.
+/// A container under construction. Weights and tensors are added one at a time and need not be kept
+/// by the caller. The file appears, whole, when [`finish`](Self::finish) returns, or not at all.
 ///
-/// A safetensors file begins with the place of everything in it, and fp16 data must come before
-/// bytes to be aligned. So until then the data waits in two unnamed temporary files beside `path`.
-/// The same calls in the same order give the same bytes.
+/// A safetensors file begins with the places of all tensors, and fp16 data must come before bytes
+/// to be aligned. Until `finish`, the data is therefore kept in two unnamed temporary files beside
+/// `path`. Equal calls in equal order give equal bytes.
 #[derive(Debug)]
 pub struct ContainerWriter {
     path: PathBuf,
@@ -33,7 +33,7 @@ pub struct ContainerWriter {
     bytes: Section,
 }
 
-/// What was written.
+/// The sizes of a written container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Written {
     /// The file's length.
@@ -90,8 +90,8 @@ impl ContainerWriter {
         })
     }
 
-    /// Adds a compressed weight under its checkpoint name, which ends in `.weight`. `report` is
-    /// kept with it: its error, say; null for nothing.
+    /// Adds a compressed weight under its checkpoint name, which ends in `.weight`, with the
+    /// compressor's `report`, such as its error; null for none.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is such a name already, the weight's parts disagree, or it is
@@ -103,7 +103,7 @@ impl ContainerWriter {
         let dense = weight.decode().map_err(|why| match why {
             Error::Argument(problem) => Error::Argument(format!("`{name}`: {problem}")),
             Error::NotFinite(problem) => Error::NotFinite(format!("`{name}`: {problem}")),
-            other => other,
+            why => why,
         })?;
         let mut row = WeightRow {
             axis: None,
@@ -120,7 +120,7 @@ impl ContainerWriter {
             (row.bits, row.axis, row.group_size) = (Some(*bits), Some(*axis), Some(*group_size));
             row.scaled = scales.is_some();
         }
-        // The name itself stays free of a tensor, so that it means one thing.
+        // No tensor has the weight's own name, so that a name means one thing.
         self.claim(name)?;
         for (part, dtype, shape) in row.parts().map_err(|problem| Error::internal(format!("`{name}`: {problem}")))? {
             let part_name = part.of(name);
@@ -160,7 +160,8 @@ impl ContainerWriter {
         self.push(Dtype::F16, name.to_owned(), shape.to_vec(), &half_bytes::to_bytes(values))
     }
 
-    /// Each name is used once, and none can be taken for a part of a weight that has it not.
+    /// Reserves a name. Each is used once, and none can be taken for a part of a weight that lacks
+    /// that part.
     fn claim(&mut self, name: &str) -> Result<()> {
         if name.is_empty() || name == "__metadata__" {
             return Err(Error::Argument(format!("`{name}` cannot be a tensor's name")));
@@ -217,10 +218,10 @@ impl ContainerWriter {
     }
 }
 
-/// A tensor's name, dtype, shape, and where its data begins and ends.
+/// A tensor's name, dtype, shape, and the begin and end of its data.
 type Place<'a> = (&'a str, Dtype, &'a [i64], [u64; 2]);
 
-/// Where each tensor lies in the data.
+/// The place of each tensor in the data.
 fn places<'a>(sections: [&'a Section; 2]) -> Vec<Place<'a>> {
     let mut end = 0;
     let tensors = sections.into_iter().flat_map(|section| section.tensors.iter().map(|tensor| (section.dtype, tensor)));

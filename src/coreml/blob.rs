@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 
 /// Header, record and alignment: each 64 bytes.
 pub(super) const UNIT: u64 = 64;
-/// What each record begins with.
+/// The first bytes of each record.
 pub(super) const SENTINEL: u32 = 0xDEAD_BEEF;
 /// The storage's version.
 pub(super) const VERSION: u32 = 2;
@@ -55,7 +55,7 @@ impl BlobWriter {
     /// returns the record's offset.
     ///
     /// # Errors
-    /// [`Error::Internal`] if these are not the array's bytes, or it is of a type that no blob has;
+    /// [`Error::Internal`] if the bytes are not the array's, or no blob has its dtype;
     /// [`Error::Write`].
     pub fn push(&mut self, array: &ArrayType, data: &[u8]) -> Result<u64> {
         let wrong = || Error::internal(format!("{} bytes are not those of an array {array}", data.len()));
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
     use crate::container::{BIT_WIDTHS, Packed};
 
-    /// `tests/golden/make_coreml.py` wrote the same numbers with Apple's own writer.
+    /// The golden file has these numbers from Apple's own writer (`tests/golden/make_coreml.py`).
     #[test]
     fn bytes_are_those_of_coremltools() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,11 +1,11 @@
-//! What a package says about itself.
+//! The description of a package's inputs and outputs.
 
 use super::element::{ArrayType, Element};
 use super::program::Var;
 use super::proto::specification::array_feature_type::ArrayDataType;
 use super::proto::specification::{ArrayFeatureType, FeatureDescription, FeatureType, feature_type};
 
-/// An input or output, with a line for people.
+/// The description of an input or output.
 pub(super) fn feature(var: &Var) -> FeatureDescription {
     FeatureDescription {
         name: var.name.clone(),
@@ -14,7 +14,7 @@ pub(super) fn feature(var: &Var) -> FeatureDescription {
     }
 }
 
-/// An array's type, as descriptions have it.
+/// An array's type in the form of descriptions.
 pub(super) fn feature_type(array: &ArrayType) -> FeatureType {
     let data_type = match array.element {
         Element::F32 => ArrayDataType::Float32,

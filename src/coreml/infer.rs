@@ -1,9 +1,8 @@
-//! The operations that a UNet's program consists of: which parameters each has, and the type of
-//! what it makes.
+//! The operations of a UNet's program: the parameters of each, and the types of its outputs.
 //!
-//! The builder declares what is inferred here, and `verify` infers it again from a file. Parameters
-//! are those that coremltools 9.0 writes for a converted UNet (`converters/mil/mil/ops/defs`), all
-//! of them and no others.
+//! The builder declares these types, and `verify` infers them again from a file. Each operation has
+//! exactly the parameters that coremltools 9.0 writes for a converted UNet
+//! (`converters/mil/mil/ops/defs`).
 
 mod compressed;
 mod dense;
@@ -14,7 +13,7 @@ use super::operand::Operands;
 
 type Inferred = Result<Vec<ArrayType>, String>;
 
-/// An operation's name, its parameters, and how its outputs follow from them.
+/// An operation's name, its parameters, and the function that infers its outputs.
 struct Definition {
     name: &'static str,
     parameters: &'static [&'static str],
@@ -69,10 +68,10 @@ const DEFINITIONS: &[Definition] = &[
     Definition { name: "constexpr_sparse_to_dense", parameters: &["nonzero_data", "mask"], infer: compressed::sparse_to_dense },
 ];
 
-/// The types of what the operation `name` makes.
+/// The types of the outputs of the operation `name`.
 ///
 /// # Errors
-/// If there is no such operation, it has other parameters, or they do not fit together.
+/// If the operation is unknown, has other parameters, or they do not fit together.
 pub(super) fn infer(name: &str, operands: &Operands) -> Inferred {
     let definition = DEFINITIONS.iter().find(|definition| definition.name == name);
     let Definition { parameters, infer, .. } = definition.ok_or_else(|| format!("unknown operation `{name}`"))?;

@@ -1,4 +1,4 @@
-//! Values that stand in the program itself.
+//! Values that are part of the program itself.
 
 use half::f16;
 
@@ -10,8 +10,8 @@ use super::proto::mil_spec::value::{ImmediateValue, Value as Kind, immediate_val
 use super::proto::mil_spec::{TensorValue, Value};
 use crate::error::{Error, Result};
 
-/// From this many elements on, numbers lie in the blob file (coremltools: `backend/mil/load.py`,
-/// `should_use_weight_file`).
+/// The number of elements from which on an array goes to the blob file (coremltools:
+/// `backend/mil/load.py`, `should_use_weight_file`).
 pub(super) const BLOB_FROM: u64 = 10;
 
 /// A small constant: a parameter of an operation.
@@ -64,7 +64,7 @@ impl Literal {
             Literal::Bools(values) => Content::Bools(RepeatedBools { values: values.clone() }),
             Literal::Int(value) => Content::Ints(RepeatedInts { values: vec![*value] }),
             Literal::Ints(values) => Content::Ints(RepeatedInts { values: values.clone() }),
-            // fp16 has no field of its own: it is kept as bytes (coremltools:
+            // fp16 has no field in the protobuf message: it is kept as bytes (coremltools:
             // `backend/mil/helper.py`).
             Literal::Half(value) => Content::Bytes(RepeatedBytes { values: value.to_le_bytes().to_vec() }),
             Literal::Float(value) => Content::Floats(RepeatedFloats { values: vec![*value] }),
@@ -73,7 +73,7 @@ impl Literal {
         immediate(&self.array_type(), content)
     }
 
-    /// Takes it from a program: `None` for a value that is no parameter, such as weights.
+    /// The literal of a program's value; `None` if the value is no parameter, such as a weight.
     pub fn of_content(array: &ArrayType, content: &Content) -> Option<Self> {
         Some(match (array.element, array.shape.len(), content) {
             (Element::Bool, 0, Content::Bools(list)) => Literal::Bool(*list.values.first()?),
@@ -90,7 +90,7 @@ impl Literal {
     }
 }
 
-/// A value that lies in the program.
+/// A value inside the program.
 pub(super) fn immediate(array: &ArrayType, content: Content) -> Value {
     let value = immediate_value::Value::Tensor(TensorValue { value: Some(content) });
     Value {
@@ -100,7 +100,7 @@ pub(super) fn immediate(array: &ArrayType, content: Content) -> Value {
     }
 }
 
-/// fp16 and packed numbers, fewer than [`BLOB_FROM`], that lie in the program.
+/// The value of an array with fewer than [`BLOB_FROM`] elements, given as bytes.
 pub(super) fn immediate_bytes(array: &ArrayType, bytes: &[u8]) -> Value {
     let content = match array.element {
         Element::F32 => {

@@ -4,17 +4,17 @@
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-/// Where the program lies, in the package's `Data`.
+/// The program's path in the package's `Data`.
 pub(super) const MODEL: &str = "com.apple.CoreML/model.mlmodel";
-/// The weights' folder, in the package's `Data`.
+/// The weights' folder in the package's `Data`.
 pub(super) const WEIGHTS: &str = "com.apple.CoreML/weights";
 /// The weights, in their folder.
 pub(super) const BLOBS: &str = "weight.bin";
 /// The version of the manifest.
 pub(super) const VERSION: &str = "1.0.0";
 
-/// The manifest of a package whose program is `model`. The items' identifiers are made from the
-/// program, so that the same package has the same bytes, and another has other identifiers.
+/// The manifest of a package whose program is `model`. The items' identifiers are hashes of the
+/// program, so that equal packages have equal bytes and different ones different identifiers.
 pub(super) fn manifest(model: &[u8]) -> String {
     let (program, weights) = (identifier("model.mlmodel", model), identifier("weights", model));
     let manifest = json!({
@@ -38,8 +38,8 @@ pub(super) fn manifest(model: &[u8]) -> String {
     format!("{manifest:#}\n")
 }
 
-/// Whether an item's identifier can be one of [`manifest`]'s. Apple's writer makes random ones, of
-/// version 4.
+/// Whether an item's identifier has the form of [`manifest`]'s. Apple's writer makes random ones,
+/// of version 4.
 pub(super) fn is_ours(identifier: &str) -> bool {
     let parts: Vec<&str> = identifier.split('-').collect();
     let lengths: Vec<usize> = parts.iter().map(|part| part.len()).collect();

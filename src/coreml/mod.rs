@@ -1,9 +1,9 @@
-//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights as
-//! they are.
+//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights
+//! unchanged.
 //!
-//! A package is a manifest, the program (`model.mlmodel`, protobuf) and the weights (`weight.bin`).
-//! Nothing of Core ML is needed to write one. The operations, their parameters and their order
-//! follow what coremltools 9.0 writes for the same network; `docs/coreml.md` says how that is
+//! A package consists of a manifest, the program (`model.mlmodel`, protobuf) and the weights
+//! (`weight.bin`). Writing one needs no part of Core ML. The operations, their parameters and their
+//! order follow coremltools 9.0 for the same network; `docs/coreml.md` describes how that is
 //! checked.
 
 mod blob;

@@ -1,4 +1,4 @@
-//! What an operation is given.
+//! The parameters of an operation.
 
 use std::collections::BTreeMap;
 
@@ -10,17 +10,17 @@ use super::literal::Literal;
 pub(super) struct Operand {
     /// Its type.
     pub array: ArrayType,
-    /// Its value, if it is a parameter that stands in the program.
+    /// Its value, if the program contains it as a literal.
     pub literal: Option<Literal>,
-    /// Whether it is known before the program runs: constants, and what `constexpr` operations
-    /// make.
+    /// Whether it is known before the program runs: constants, and the outputs of `constexpr`
+    /// operations.
     pub constant: bool,
-    /// The set bits of a mask, where they have been counted.
+    /// The number of set bits of a mask, if they have been counted.
     pub ones: Option<u64>,
 }
 
 impl Operand {
-    /// Something that is computed.
+    /// A value that the program computes.
     pub fn computed(array: ArrayType) -> Self {
         Operand { array, literal: None, constant: false, ones: None }
     }
@@ -58,14 +58,14 @@ impl<'a> Operands<'a> {
     pub fn int(&self, name: &str) -> Result<i32, String> {
         match self.literal(name)? {
             Literal::Int(value) => Ok(*value),
-            other => Err(format!("`{name}` is {}, not an int32", other.array_type())),
+            literal => Err(format!("`{name}` is {}, not an int32", literal.array_type())),
         }
     }
 
     pub fn ints(&self, name: &str) -> Result<&'a [i32], String> {
         match self.literal(name)? {
             Literal::Ints(values) => Ok(values),
-            other => Err(format!("`{name}` is {}, not a list of int32", other.array_type())),
+            literal => Err(format!("`{name}` is {}, not a list of int32", literal.array_type())),
         }
     }
 
@@ -78,28 +78,28 @@ impl<'a> Operands<'a> {
     pub fn bool(&self, name: &str) -> Result<bool, String> {
         match self.literal(name)? {
             Literal::Bool(value) => Ok(*value),
-            other => Err(format!("`{name}` is {}, not a bool", other.array_type())),
+            literal => Err(format!("`{name}` is {}, not a bool", literal.array_type())),
         }
     }
 
     pub fn bools(&self, name: &str) -> Result<&'a [bool], String> {
         match self.literal(name)? {
             Literal::Bools(values) => Ok(values),
-            other => Err(format!("`{name}` is {}, not a list of bools", other.array_type())),
+            literal => Err(format!("`{name}` is {}, not a list of bools", literal.array_type())),
         }
     }
 
     pub fn float(&self, name: &str) -> Result<f32, String> {
         match self.literal(name)? {
             Literal::Float(value) => Ok(*value),
-            other => Err(format!("`{name}` is {}, not an fp32", other.array_type())),
+            literal => Err(format!("`{name}` is {}, not an fp32", literal.array_type())),
         }
     }
 
     pub fn text(&self, name: &str) -> Result<&'a str, String> {
         match self.literal(name)? {
             Literal::Text(text) => Ok(text),
-            other => Err(format!("`{name}` is {}, not a string", other.array_type())),
+            literal => Err(format!("`{name}` is {}, not a string", literal.array_type())),
         }
     }
 
@@ -108,7 +108,7 @@ impl<'a> Operands<'a> {
         let value = match (self.literal(name)?, element) {
             (Literal::Half(value), Element::F16) => value.to_f32(),
             (Literal::Float(value), Element::F32) => *value,
-            (other, _) => return Err(format!("`{name}` is {}, where {element} is needed", other.array_type())),
+            (literal, _) => return Err(format!("`{name}` is {}, where {element} is needed", literal.array_type())),
         };
         if value > 0.0 && value < 1.0 { Ok(()) } else { Err(format!("`{name}` is {value}")) }
     }

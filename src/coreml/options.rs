@@ -1,4 +1,4 @@
-//! What a package is to be like.
+//! The choices for a package.
 
 use std::fmt::{self, Display};
 
@@ -8,12 +8,12 @@ use crate::model::unet::UnetConfig;
 /// How the transformers compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Layout {
-    /// `linear` on [b, tokens, channels] and `scaled_dot_product_attention`: what coremltools makes
-    /// of diffusers' own UNet.
+    /// `linear` on [b, tokens, channels] and `scaled_dot_product_attention`, as coremltools
+    /// converts diffusers' own UNet.
     #[default]
     Linear,
-    /// 1x1 convolutions on [b, channels, 1, tokens] and attention head by head: what Apple runs on
-    /// the Neural Engine (apple/ml-stable-diffusion, `SPLIT_EINSUM`).
+    /// 1x1 convolutions on [b, channels, 1, tokens] and attention head by head, as Apple lays UNets
+    /// out for the Neural Engine (apple/ml-stable-diffusion, `SPLIT_EINSUM`).
     SplitEinsum,
 }
 
@@ -47,7 +47,7 @@ impl Display for Io {
     }
 }
 
-/// What a package is to be like, besides its weights. Shapes in a package are fixed.
+/// Everything that decides a package besides the weights. Shapes in a package are fixed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// How the transformers compute.
@@ -62,15 +62,14 @@ pub struct Options {
     pub tokens: i64,
     /// Numbers of size, crop and score: 6 for base, 5 for the refiner.
     pub time_ids: i64,
-    /// Who made it, for the package's own field.
+    /// The author, for the package's own field.
     pub author: String,
-    /// Its licence, for the package's own field.
+    /// The licence, for the package's own field.
     pub license: String,
 }
 
 impl Options {
-    /// The options for a UNet at the size that it was made for: both samples of guidance in one
-    /// call, 77 tokens.
+    /// The options for a UNet's own size: both samples of guidance in one call, 77 tokens.
     pub fn new(config: &UnetConfig) -> Self {
         Options {
             layout: Layout::default(),
@@ -84,8 +83,8 @@ impl Options {
         }
     }
 
-    /// The width of the pooled text, which is what the time ids leave of
-    /// `projection_class_embeddings_input_dim`.
+    /// Checks the options and returns the width of the pooled text:
+    /// `projection_class_embeddings_input_dim` without the embedded time ids.
     ///
     /// # Errors
     /// [`Error::Argument`] if a size is out of range, or does not fit the architecture.
@@ -96,7 +95,7 @@ impl Options {
                 return Err(Error::Argument(format!("{what}: {value} is not between 1 and {LARGEST}")));
             }
         }
-        // Every level halves the size, and the way back doubles it.
+        // Every level halves the size on the way down and doubles it on the way up.
         let step = 1i64 << (config.block_out_channels.len() - 1);
         for size in self.latents {
             if size % step != 0 || !(step..=LARGEST).contains(&size) {
@@ -113,8 +112,8 @@ impl Options {
     }
 }
 
-/// A refiner has one text encoder, whose states and pooled text are of the same width; it takes 5
-/// numbers. Others take 6.
+/// The refiner takes 5 numbers: its one text encoder has states and pooled text of equal width.
+/// Other UNets take 6.
 fn default_time_ids(config: &UnetConfig) -> i64 {
     let of_refiner = config.projection_class_embeddings_input_dim - 5 * config.addition_time_embed_dim;
     if of_refiner == config.cross_attention_dim { 5 } else { 6 }

@@ -32,7 +32,7 @@ pub(super) const WEIGHTS_HASH: &str = "sdxl-squeeze.weights_sha256";
 /// The metadata key of the program's hash: SHA-256 of `model.mlmodel` without this entry.
 pub(super) const MODEL_HASH: &str = "sdxl-squeeze.model_sha256";
 
-/// What everything that this library says in a package begins with.
+/// The beginning of every metadata key and version of this library.
 pub(super) const MAKER: &str = "sdxl-squeeze";
 /// The metadata key of the UNet's `config.json`.
 pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
@@ -56,11 +56,11 @@ pub struct WrittenPackage {
 
 /// Writes the UNet of `weights` as the new package `out`, whose name ends in `.mlpackage`.
 ///
-/// Weights go from their file to the package one at a time. The same input gives the same bytes.
+/// Weights are copied one at a time. Equal input gives equal bytes.
 ///
 /// # Errors
-/// [`Error::Argument`] if `out` is there already or an option does not fit the UNet; if a weight
-/// cannot be read; [`Error::Write`]. Then there is no package.
+/// [`Error::Argument`] if `out` exists or an option does not fit the UNet; if a weight cannot be
+/// read; [`Error::Write`]. Then there is no package.
 pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
     let chain = weights.chain()?;
     if out.extension() != Some("mlpackage".as_ref()) {
@@ -121,7 +121,7 @@ pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn
     Ok(written)
 }
 
-/// Whether an operation makes a dense weight of a compressed one.
+/// Whether an operation decodes a compressed weight.
 fn is_dense_weight(operation: &Operation) -> bool {
     matches!(operation.r#type.as_str(), "constexpr_lut_to_dense" | "constexpr_sparse_to_dense")
 }

@@ -1,4 +1,4 @@
-//! Puts a program together, operation by operation.
+//! Builds a program, operation by operation.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -40,13 +40,13 @@ impl Var {
     }
 }
 
-/// What an operation's parameter is given.
+/// The argument of an operation's parameter.
 pub(super) enum Arg<'a> {
     Var(&'a Var),
     Vars(&'a [&'a Var]),
-    /// Becomes a constant of its own, shared by all operations that are given the same.
+    /// A constant, shared by all operations with an equal argument.
     Literal(Literal),
-    /// Stands in the operation itself, as the parameters of `constexpr` operations do.
+    /// A value inside the operation, as the parameters of `constexpr` operations have.
     Inline(ArrayType, Value),
 }
 
@@ -161,7 +161,7 @@ impl ProgramBuilder {
         self.constant(name, ArrayType::new(Element::F32, shape), &bytes)
     }
 
-    /// A vector of `length` times the same fp16 value; there is one of each kind.
+    /// A vector of `length` equal fp16 values; equal vectors share one constant.
     ///
     /// # Errors
     /// As [`data`](Self::data).
@@ -175,7 +175,7 @@ impl ProgramBuilder {
         Ok(var)
     }
 
-    /// Where the packed elements of an array lie: in the program if they are few, in the blob file
+    /// The packed elements of an array as a value: in the program if they are few, in the blob file
     /// otherwise.
     ///
     /// # Errors
@@ -222,7 +222,7 @@ impl ProgramBuilder {
         });
     }
 
-    /// A name of the program like `name`: letters, digits and underscores, and none twice.
+    /// An unused identifier made from `name`: letters, digits and underscores.
     fn claim(&mut self, name: &str) -> String {
         let plain = identifier(name);
         let mut claimed = plain.clone();

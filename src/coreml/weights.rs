@@ -1,5 +1,5 @@
-//! A UNet's weights as constants of a program: dense ones as they are, compressed ones as Core ML's
-//! constant expressions.
+//! A network's weights as constants of a program: dense ones as values, compressed ones as Core
+//! ML's constant expressions.
 
 use super::element::{ArrayType, Element};
 use super::lut::Lut;
@@ -8,8 +8,8 @@ use crate::container::{CompressedWeight, Values};
 use crate::error::{Error, Result};
 use crate::pipeline::StoredTensor;
 
-/// Adds a tensor to the program as the constant `name` of `shape`, which may have more dimensions
-/// of 1 than the tensor.
+/// Adds a tensor to the program as the constant `name` of `shape`, which may have additional
+/// dimensions of 1.
 pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: StoredTensor) -> Result<Var> {
     let weight = match stored {
         StoredTensor::Dense(values) => return program.halves(name, shape, &values),
@@ -19,7 +19,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
     let flat = |element, length: usize| ArrayType::new(element, [length as u64]);
     let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::Unsigned(1), shape), mask));
     match (mask, values) {
-        // No array is empty in Core ML: one element is kept, and it is zero.
+        // Core ML has no empty arrays: one element is kept, and it is zero.
         (Some((array, mask)), _) if mask.kept() == 0 => {
             let mut bytes = mask.bytes().to_vec();
             bytes.iter_mut().take(1).for_each(|byte| *byte = 1);

@@ -1,10 +1,10 @@
-//! Dense weights with coremltools' compression buffers, for those who convert in Python.
+//! Dense weights with coremltools' compression buffers, for conversion in Python.
 //!
-//! coremltools stores neither mask nor indices in a torch model: it finds them again when it
-//! converts, from the dense weight and the buffers `_COREML_/weight/compression_type` and
-//! `_COREML_/weight/lut` of each layer (`optimize/torch/_utils/metadata_utils.py`,
+//! coremltools stores neither mask nor indices in a torch model. On conversion it finds them again
+//! from the dense weight and each layer's buffers `_COREML_/weight/compression_type` and
+//! `_COREML_/weight/lut` (`optimize/torch/_utils/metadata_utils.py`,
 //! `converters/mil/frontend/torch/converter.py`). In a pruned weight it takes everything up to
-//! 2^-10 for pruned, whatever the palette says.
+//! 2^-10 as pruned, whatever the palette.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -26,23 +26,23 @@ use crate::safetensors_file::Header;
 /// The largest weight that coremltools drops: fp16's epsilon, 2^-10.
 const DROPPED: f32 = 0.000_976_562_5;
 
-/// What to do with weights that coremltools would drop: kept, not zero, and at most 2^-10 in a
-/// pruned layer.
+/// The treatment of kept, non-zero weights of at most 2^-10 in pruned layers, which coremltools
+/// would drop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SmallWeights {
-    /// Name the layers, and write nothing.
+    /// Refuse to write, and name the layers.
     #[default]
     Refuse,
-    /// Make them the next fp16 number above 2^-10, with their sign.
+    /// Round them, away from zero, to the next fp16 number above 2^-10.
     Move,
 }
 
-/// What was moved.
+/// The moved elements of a weight.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Moved {
     /// The weight.
     pub name: String,
-    /// How many of its elements.
+    /// The number of moved elements.
     pub elements: u64,
 }
 
@@ -100,7 +100,7 @@ pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progr
     }
 }
 
-/// Whether coremltools takes a kept value for pruned. A zero is as good pruned as kept.
+/// Whether coremltools takes a kept value as pruned. A kept zero is no loss.
 fn is_dropped(value: f16) -> bool {
     value != f16::ZERO && value.to_f32().abs() <= DROPPED
 }
@@ -131,7 +131,7 @@ impl Buffers {
         Ok(Buffers { types, lut: Some(lut), lut_shape, small })
     }
 
-    /// Where anything is pruned, moves a value above what coremltools drops.
+    /// In a pruned weight, moves a value above the limit of coremltools.
     fn adjust(&self, value: f16) -> f16 {
         let above = f16::from_bits(f16::from_f32(DROPPED).to_bits() + 1);
         if self.types.first() == Some(&1) && is_dropped(value) { above.copysign(value) } else { value }

@@ -1,5 +1,4 @@
-//! Reading files that may not be what their name promises: devices, pipes that never end, files of
-//! any size.
+//! Reads files that may be of any size and kind: devices, endless pipes, other formats.
 
 mod prompt;
 mod source_file;
@@ -18,8 +17,7 @@ use crate::error::{Error, Result};
 
 /// A kind of small file, and the most bytes that one may have.
 ///
-/// What is larger is refused before it is read: a file of this kind is never that large, so it is
-/// another file.
+/// A larger file is refused before it is read: it must be of another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
     /// The kind, with its article, as in "is too large for a config file".
@@ -43,7 +41,7 @@ impl Limit {
     pub const MANIFEST: Limit = Limit { kind: "a manifest", bytes: 1 << 20 };
     /// The program of a Core ML package: SDXL's has 10 MB.
     pub const PROGRAM: Limit = Limit { kind: "a UNet's program", bytes: 256 << 20 };
-    /// What a run writes down about itself.
+    /// The notes of a run in its work folder.
     pub const RUN_STATE: Limit = Limit { kind: "a run's own notes", bytes: 256 << 20 };
 }
 
@@ -58,8 +56,7 @@ pub fn open(path: &Path) -> Result<File> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::OpenOptionsExt;
-        // Without this, opening a pipe waits for somebody who writes to it. For regular files it
-        // does nothing.
+        // Without this flag, opening a pipe waits for a writer. For regular files it has no effect.
         options.custom_flags(libc::O_NONBLOCK);
     }
     let file = options.open(path).map_err(Error::read(path))?;
@@ -82,7 +79,7 @@ pub fn read(path: &Path, limit: Limit) -> Result<Vec<u8>> {
     if size > limit.bytes {
         return Err(too_large(size));
     }
-    // The size is what was said a moment ago, and some files say 0: so the bytes are counted too.
+    // The size is that of a moment ago, and special files report 0: so the bytes are counted too.
     let mut content = Vec::with_capacity(size as usize);
     let count = file.take(limit.bytes + 1).read_to_end(&mut content).map_err(Error::read(path))? as u64;
     if count > limit.bytes { Err(too_large(count)) } else { Ok(content) }
@@ -97,7 +94,7 @@ pub fn read_text(path: &Path, limit: Limit) -> Result<String> {
         .map_err(|why| Error::bad_file(path, format!("is not UTF-8 text from byte {}", why.utf8_error().valid_up_to())))
 }
 
-/// What something that is not a regular file is.
+/// The kind of a file, with its article.
 pub(crate) fn name_of(kind: std::fs::FileType) -> &'static str {
     #[cfg(unix)]
     {

@@ -1,4 +1,4 @@
-//! What a file was when it was read.
+//! The identity of an input file.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::digest;
 use crate::error::{Error, Result};
 use crate::input;
 
-/// A file that something was made of: its name, length and hash.
+/// An input file: its name, length and hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourceFile {
@@ -21,7 +21,7 @@ pub struct SourceFile {
 }
 
 impl SourceFile {
-    /// Hashes `path`, which is to be called `file`.
+    /// Hashes `path` and records it under the name `file`.
     ///
     /// # Errors
     /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file.
@@ -31,7 +31,7 @@ impl SourceFile {
         Ok(SourceFile { bytes, file: file.into(), sha256 })
     }
 
-    /// The same of a file that has been read: `content` is all that is in it.
+    /// As [`read`](Self::read), from the whole `content` of a file that has been read.
     pub fn of_bytes(content: &[u8], file: impl Into<String>) -> Self {
         SourceFile { bytes: content.len() as u64, file: file.into(), sha256: digest::of_bytes(content) }
     }

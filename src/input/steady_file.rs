@@ -1,4 +1,4 @@
-//! A file that is read over minutes or hours, and must stay what it was when it was opened.
+//! A file that is read over minutes or hours and must not change meanwhile.
 
 use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
@@ -13,9 +13,9 @@ use crate::input;
 /// An open regular file. Every read is followed by a look at the file's times and size, so that
 /// bytes of a file that another program overwrites or cuts short are not used.
 ///
-/// Files are read, not mapped: a map of a file that is cut short ends the program with SIGBUS. A
-/// file that is replaced by another of its name (as editors and package managers do) goes on being
-/// read as it was.
+/// Files are read, not mapped: shortening a mapped file ends the program with SIGBUS. A file that
+/// is replaced by another of its name (as editors and package managers do) is still read in its old
+/// form.
 #[derive(Debug)]
 pub(crate) struct SteadyFile {
     path: PathBuf,
@@ -25,21 +25,21 @@ pub(crate) struct SteadyFile {
     sha256: OnceLock<String>,
 }
 
-/// What the system says of a file's state.
+/// The system's record of a file's state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Stamp {
     content: Content,
-    /// When content, name, links or owner changed last: seconds and nanoseconds.
+    /// The last change of content, name, links or owner: seconds and nanoseconds.
     changed: (i64, i64),
 }
 
-/// What no write leaves as it was.
+/// The part of the record that every write changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Content {
     device: u64,
     inode: u64,
     bytes: u64,
-    /// When it was written last: seconds and nanoseconds.
+    /// The last write: seconds and nanoseconds.
     modified: (i64, i64),
 }
 
@@ -89,13 +89,13 @@ impl SteadyFile {
         self.bytes
     }
 
-    /// Fills `buffer` with what lies in the file from `offset` on.
+    /// Fills `buffer` with the file's bytes from `offset` on.
     ///
     /// # Errors
     /// [`Error::Changed`] if the file is not as it was; [`Error::Read`].
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let read = read_exact_at(&self.file, buffer, offset);
-        // A file that was cut short ends too early: that it was changed says more.
+        // A shortened file fails to read, but that it was changed is the better message.
         self.check()?;
         read.map_err(Error::read(&self.path))
     }
@@ -113,7 +113,7 @@ impl SteadyFile {
         Ok(self.learn(digest::hex(hash)))
     }
 
-    /// Remembers the hash that somebody who has read the whole file has found.
+    /// Remembers the hash of the whole file, which the caller has computed while reading it.
     pub fn learn(&self, sha256: String) -> String {
         self.sha256.get_or_init(|| sha256).clone()
     }
@@ -141,13 +141,13 @@ impl SteadyFile {
         Ok(())
     }
 
-    /// Whether the file is still what it was when it was opened.
+    /// Checks that the file was not changed since it was opened.
     ///
     /// # Errors
     /// [`Error::Changed`] if it was written to or cut short; [`Error::Read`].
     pub fn check(&self) -> Result<()> {
         let now = Stamp::of(&self.file.metadata().map_err(Error::read(&self.path))?);
-        // The stamp is replaced whole, so a thread that panicked has not left half of one.
+        // The stamp is replaced whole, so that a panicked thread cannot have left half of one.
         let mut stamp = self.stamp.lock().unwrap_or_else(PoisonError::into_inner);
         if now == *stamp {
             return Ok(());
@@ -155,8 +155,8 @@ impl SteadyFile {
         if now.content != stamp.content {
             return Err(Error::Changed { path: self.path.clone() });
         }
-        // Another name, owner or mode, or none any more because another file has taken its name; or
-        // a write whose time was set back. The hash tells, if there is one.
+        // The file has another name, owner or mode, or its name was given to another file; or it
+        // was written to and its time set back. The hash tells, if it is known.
         if let Some(known) = self.sha256.get() {
             let mut hash = Sha256::new();
             self.blocks(0..self.bytes, &mut |block| hash.update(block)).map_err(Error::read(&self.path))?;
@@ -169,7 +169,7 @@ impl SteadyFile {
     }
 }
 
-/// Fills `buffer` from `offset` on, whatever others read of the same file meanwhile.
+/// Fills `buffer` from `offset` on, independent of other readers of the file.
 fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
     #[cfg(unix)]
     return std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset);

@@ -1,4 +1,5 @@
-//! Where an output goes: what its path leads to, and whether that can be replaced.
+//! The destination of an output: the end of its path, links followed, and whether it can be
+//! replaced.
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -8,16 +9,16 @@ use super::parent;
 use crate::error::{Error, Result};
 use crate::input::name_of;
 
-/// Where a file's content goes.
+/// The destination of a file's content.
 #[derive(Debug)]
 pub(super) enum Destination {
-    /// A regular file, or nothing yet: what is there is replaced by another file of this name.
+    /// A regular file, or an unused name: a new file will replace it.
     File(PathBuf),
-    /// What cannot be replaced, and is written to.
+    /// A stream, which cannot be replaced and is written to.
     Stream(Stream),
 }
 
-/// What is written to as it is.
+/// A destination that is written to directly.
 #[derive(Debug)]
 pub(super) enum Stream {
     /// The program's own standard output. It is not opened anew: two openings of one file overwrite
@@ -28,7 +29,7 @@ pub(super) enum Stream {
 }
 
 impl Destination {
-    /// What `path` leads to, links followed.
+    /// The destination of `path`, links followed.
     pub fn of(path: &Path) -> Result<Self> {
         let (end, kind) = follow(path).map_err(|why| unusable(path, why))?;
         match kind {
@@ -83,7 +84,7 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).open(path)
 }
 
-/// What is at the end of a path.
+/// The end of a path.
 enum End {
     Absent,
     /// A descriptor that this program has open, under one of the names that the system has for

@@ -1,4 +1,4 @@
-//! Temporary siblings of an output, and what killed runs left of them.
+//! Temporary siblings of an output, and the removal of those that killed runs left.
 //!
 //! The sibling of `NAME` is `.NAME.partial-XXXXXX`, and locked while its run lives. The system
 //! takes the lock away when a process ends, however it ends: so a sibling that can be locked
@@ -29,7 +29,7 @@ pub(super) fn new_file(target: &Path) -> io::Result<NamedTempFile> {
     })
 }
 
-/// Makes a temporary sibling of the folder `target`, and the lock that says that it is in use.
+/// Makes a temporary sibling of the folder `target`, and the lock that marks it as in use.
 pub(super) fn new_folder(target: &Path) -> io::Result<(TempDir, File)> {
     attempts(|| {
         let folder = Builder::new().prefix(&prefix(target)).rand_bytes(RANDOM).tempdir_in(parent(target))?;
@@ -39,8 +39,8 @@ pub(super) fn new_folder(target: &Path) -> io::Result<(TempDir, File)> {
     })
 }
 
-/// Removes the siblings of `target` whose runs have ended. What cannot be removed stays: it is in
-/// nobody's way.
+/// Removes the siblings of `target` whose runs have ended. A sibling that cannot be removed stays;
+/// it does no harm.
 pub(super) fn remove(target: &Path) {
     let prefix = prefix(target);
     let Ok(entries) = std::fs::read_dir(parent(target)) else { return };
@@ -63,19 +63,20 @@ fn attempts<T>(make: impl Fn() -> io::Result<Option<T>>) -> io::Result<T> {
     Err(io::Error::other("temporary files are removed as soon as they are made"))
 }
 
-/// Locks what was just made, unless another run was first.
+/// Locks a new sibling, unless another run was first.
 fn is_ours(opened: &File, path: &Path) -> io::Result<bool> {
     match opened.try_lock() {
         Ok(()) => is_at(opened, path),
         Err(std::fs::TryLockError::WouldBlock) => Ok(false),
-        // A file system without locks: nobody else can lock it either, so nobody removes it.
+        // On a file system without locks no other run can lock the sibling either, so none removes
+        // it.
         Err(std::fs::TryLockError::Error(_)) => Ok(true),
     }
 }
 
-/// Removes a sibling if nobody holds its lock.
+/// Removes a sibling if no run holds its lock.
 fn remove_if_dead(path: &Path) -> io::Result<bool> {
-    // Neither a link nor a pipe that somebody gave such a name is opened.
+    // Links and pipes with such a name are not opened.
     let kind = std::fs::symlink_metadata(path)?.file_type();
     if !kind.is_file() && !kind.is_dir() {
         return Ok(false);
@@ -101,7 +102,7 @@ fn remove_if_dead(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether what was opened is what `path` names now.
+/// Whether `path` still names the opened file.
 fn is_at(opened: &File, path: &Path) -> io::Result<bool> {
     #[cfg(unix)]
     {
@@ -120,8 +121,7 @@ fn is_at(opened: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// What the names of `target`'s siblings begin with. Of a name that is too long for more, its
-/// beginning is taken.
+/// The common prefix of the names of `target`'s siblings. A name that is too long is shortened.
 fn prefix(target: &Path) -> OsString {
     const PARTIAL: &str = ".partial-";
     let name = target.file_name().unwrap_or_default();

@@ -17,11 +17,12 @@ use crate::model::vae::{VaeConfig, VaeDecoder};
 #[derive(Debug)]
 pub struct PipelineFolder {
     root: PathBuf,
-    /// Whether an absent negative prompt means zeros; otherwise it means the encoded empty text.
+    /// Whether an absent negative prompt means zeros; if not, it means the encoded empty text.
     pub force_zeros_for_empty_prompt: bool,
-    /// Whether the UNet is told an aesthetic score in place of the target size (the refiner).
+    /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
+    /// refiner).
     pub requires_aesthetics_score: bool,
-    /// The text encoders that are there, by folder name.
+    /// The pipeline's text encoders, by folder name.
     pub text_encoders: Vec<TextPart>,
     /// The UNet's architecture.
     pub unet: UnetChain,
@@ -62,7 +63,7 @@ impl PipelineFolder {
         component(&mut index, "vae", &["AutoencoderKL"])?;
         index.ignore(&["feature_extractor", "image_encoder", "add_watermarker"]);
         let mut scheduler = SchedulerConfig::read(&root.join("scheduler/scheduler_config.json"))?;
-        // Where the two disagree, diffusers builds the class that the index names.
+        // If the two disagree, diffusers builds the class that the index names.
         if let Some((_library, class)) = index.optional::<(String, String)>("scheduler")?
             && class != scheduler.class()
         {
@@ -81,7 +82,7 @@ impl PipelineFolder {
                 _ => return Err(index.error(encoder, format!("and `{tokenizer}` must both be there or both be absent"))),
             }
         }
-        // Read once: what a run says it was made from is what it was made from.
+        // Read once, so that the recorded hash is that of the config in use.
         let unet_path = root.join(UNET_CONFIG);
         let unet_content = input::read(&unet_path, Limit::MODEL_CONFIG)?;
         let unet_config = ConfigFile::from_bytes(&unet_path, &unet_content)?.into_entries();
@@ -101,7 +102,7 @@ impl PipelineFolder {
         Ok(folder)
     }
 
-    /// Whether the parts' sizes fit together.
+    /// Checks that the parts' sizes fit together.
     fn check(&self, index: &ConfigFile) -> Result<()> {
         let unet = self.unet.config();
         let Some(pooled) = self.text_encoders.last().and_then(|part| part.config.projection_dim) else {
@@ -128,12 +129,12 @@ impl PipelineFolder {
         Ok(())
     }
 
-    /// How many numbers of size, crop and score the UNet is told.
+    /// The number of time ids: size, crop, and target size or score.
     pub fn time_ids(&self) -> i64 {
         if self.requires_aesthetics_score { 5 } else { 6 }
     }
 
-    /// Height and width of pictures in pixels: as asked for, or what the model was made for.
+    /// Height and width of pictures in pixels: `asked`, or the model's own size.
     ///
     /// # Errors
     /// [`Error::Argument`] if the VAE cannot make such a picture.
@@ -194,16 +195,16 @@ impl PipelineFolder {
     pub fn text_weights(&self, part: &TextPart) -> Result<Weights> {
         let weights = Weights::open(&self.root.join(part.encoder), "model", ClipText::rename)?;
         let pools = part.config.projection_dim.is_some();
-        // An encoder without a projection may come with its final norm, or a projection, that
-        // nothing reads.
+        // The file of an encoder without a projection may have a final norm or a projection that is
+        // unused.
         weights.check(&ClipText::tensors(&part.config)?, |name| {
             ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
         })?;
         Ok(weights)
     }
 
-    /// The files that decide what a prompt becomes: text encoders, tokenizers, configs and the
-    /// scheduler's, each with its hash, by name.
+    /// The files that the encoding of a prompt depends on: text encoders, tokenizers, their configs
+    /// and the scheduler's, each with its hash, by name.
     ///
     /// # Errors
     /// If one cannot be read.
@@ -246,11 +247,11 @@ impl PipelineFolder {
     }
 }
 
-/// Where the UNet's config lies in a pipeline.
+/// The path of the UNet's config in a pipeline.
 const UNET_CONFIG: &str = "unet/config.json";
 
-/// Takes a component's entry, `[library, class]`; `[null, null]`, `null` and absence mean that it
-/// is not there.
+/// Takes a component's entry, `[library, class]`. `[null, null]`, `null` and an absent entry all
+/// mean that the pipeline lacks the component.
 fn component(index: &mut ConfigFile, key: &str, known: &[&str]) -> Result<bool> {
     let Some(entry) = index.optional::<Value>(key)? else { return Ok(false) };
     match entry.get(1) {

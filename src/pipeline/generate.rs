@@ -19,13 +19,12 @@ use crate::model::vae::VaeDecoder;
 use crate::picture::Picture;
 use crate::progress::{Progress, Task};
 
-/// What is to be drawn, and how.
+/// The settings of a picture.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
-    /// What to draw.
+    /// The prompt.
     pub prompt: String,
-    /// What not to draw; `None` is what the pipeline's config says, `Some("")` is the encoded empty
-    /// text.
+    /// The negative prompt; `None` is the pipeline's default, `Some("")` the encoded empty text.
     pub negative_prompt: Option<String>,
     /// The noise's seed.
     pub seed: u64,
@@ -33,7 +32,7 @@ pub struct GenerateRequest {
     pub steps: usize,
     /// Guidance scale; 1 is none.
     pub guidance: f64,
-    /// Height and width in pixels; `None` is what the model was made for.
+    /// Height and width in pixels; `None` is the model's own size.
     pub size: Option<(i64, i64)>,
     /// A sampler other than the pipeline's own.
     pub scheduler: Option<String>,
@@ -45,7 +44,7 @@ pub struct GenerateRequest {
     pub unverified: bool,
 }
 
-/// A picture and how it came about.
+/// A picture and the settings that made it.
 #[derive(Debug)]
 pub struct Generated {
     /// The latents before the VAE: [1, c, h, w].
@@ -79,8 +78,8 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
     Ok((size, config))
 }
 
-/// Draws a picture. Each part is loaded when its turn comes and dropped after it: text encoders,
-/// UNet, VAE.
+/// Draws a picture. Text encoders, UNet and VAE are loaded one after the other, each dropped before
+/// the next.
 ///
 /// # Errors
 /// [`Error::Argument`] for a request that cannot be honoured; otherwise if a part cannot be read or
@@ -150,7 +149,7 @@ pub fn load_vae(folder: &PipelineFolder, placement: Placement) -> Result<VaeDeco
 /// Decodes latents [1, c, h, w] to a picture.
 ///
 /// # Errors
-/// If the VAE cannot run, or the picture has NaN in it.
+/// If the VAE cannot run, or the picture has NaN.
 pub fn decode_with(vae: &VaeDecoder, latents: &Tensor) -> Result<Picture> {
     Picture::from_decoded(&vae.forward(&vae.unscale(&latents.f_to_kind(Kind::Float)?)?)?)
 }

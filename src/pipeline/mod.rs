@@ -1,4 +1,4 @@
-//! The whole way from a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` goes it.
+//! From a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` computes it.
 
 mod folder;
 mod generate;

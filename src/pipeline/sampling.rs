@@ -10,7 +10,7 @@ use crate::model::scheduler::Scheduler;
 use crate::model::unet::{Conditioning, Unet};
 use crate::progress::{Progress, Task};
 
-/// Something that predicts as a UNet does: a UNet, or one that is being watched.
+/// A UNet, or a wrapper that observes one.
 pub trait Predictor {
     /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`.
     ///
@@ -25,11 +25,11 @@ impl Predictor for Unet<'_> {
     }
 }
 
-/// Takes `noise` [1, c, h, w] through every timestep of `scheduler`: the final latents, of the same
-/// shape.
+/// Denoises `noise` [1, c, h, w] through every timestep of `scheduler` to the final latents [1, c,
+/// h, w].
 ///
 /// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided
-/// prediction. `on_step` is given the latents after each step.
+/// prediction. `on_step` is called with the latents after each step.
 ///
 /// # Errors
 /// If the UNet cannot run, `on_step` fails, or the latents become NaN or infinite.

@@ -1,7 +1,8 @@
-//! The largest magnitude among stored values, and whether all are numbers.
+//! The largest magnitude among stored values, and whether all are finite.
 //!
-//! Without their sign, floating-point numbers are ordered as the integers of the same bits are,
-//! with infinity and then NaN at the end. So one maximum over integers tells both.
+//! Without their sign, floating-point numbers are ordered as the integers of their bits, with
+//! infinity and then NaN at the end. One maximum over integers therefore finds the largest
+//! magnitude and whether all values are finite.
 
 use safetensors::Dtype;
 
@@ -25,7 +26,7 @@ pub(crate) struct Magnitudes {
 }
 
 impl Magnitudes {
-    /// Nothing seen yet; none if `dtype` is not a floating-point type that weights come in.
+    /// No values yet; `None` if `dtype` is not a floating-point type of weights.
     pub fn new(dtype: Dtype) -> Option<Self> {
         let float = match dtype {
             Dtype::F64 => Float::F64,
@@ -37,7 +38,7 @@ impl Magnitudes {
         Some(Magnitudes { float, seen: 0, largest: 0, not_finite: None })
     }
 
-    /// Looks at the next values; `bytes` ends with a whole one.
+    /// Adds the next values; `bytes` ends with a whole one.
     pub fn add(&mut self, bytes: &[u8]) {
         match self.float {
             Float::F64 => self.look(bytes, |value| u64::from_le_bytes(value) & (u64::MAX >> 1)),
@@ -77,10 +78,10 @@ impl Magnitudes {
         }
     }
 
-    /// What is wrong with values that are to be of `kind`: not a number, or rounded to infinity.
+    /// Checks that all values are finite in `dtype`.
     ///
     /// # Errors
-    /// A sentence that goes on after the tensor's name.
+    /// A sentence that continues the tensor's name.
     pub fn check(&self, dtype: Dtype) -> Result<(), String> {
         if let Some(first) = self.not_finite {
             return Err(format!("has NaN or infinite values (first at index {first})"));

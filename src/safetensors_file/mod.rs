@@ -17,7 +17,7 @@ use crate::digest;
 use crate::error::{Error, Result};
 use crate::input::SteadyFile;
 
-/// Where a tensor lies in its file.
+/// A tensor's type and place in its file.
 #[derive(Debug, Clone)]
 pub struct Entry {
     /// Its dtype in the file.
@@ -43,9 +43,9 @@ impl Entry {
 /// A safetensors file whose header has been read and checked, and whose data is read when asked
 /// for.
 ///
-/// The file stays open. One that another program writes to or cuts short is refused from then on
-/// with [`Error::Changed`]; one that is replaced by another of its name goes on being read as it
-/// was.
+/// The file stays open. Once another program writes to it or shortens it, it is refused with
+/// [`Error::Changed`]; a file that is replaced by another of its name is still read in its old
+/// form.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     file: SteadyFile,
@@ -55,7 +55,7 @@ pub struct SafetensorsFile {
 
 /// The longest header that the safetensors library reads.
 const MAX_HEADER: u64 = 100_000_000;
-/// The header's length stands in front of it.
+/// The bytes of the header's length, which comes first.
 const PREFIX: u64 = 8;
 
 impl SafetensorsFile {
@@ -63,7 +63,7 @@ impl SafetensorsFile {
     /// exactly.
     ///
     /// # Errors
-    /// [`Error::Read`], or [`Error::BadFile`] saying what is wrong with it.
+    /// [`Error::Read`], or [`Error::BadFile`] naming the problem.
     pub fn open(path: &Path) -> Result<Self> {
         let file = SteadyFile::open(path)?;
         let bytes = file.bytes();
@@ -85,8 +85,8 @@ impl SafetensorsFile {
         for (name, info) in parsed.tensors() {
             let shape = info.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<_, _>>();
             let shape: Vec<i64> = shape.map_err(|_| wrong(format!("`{name}` is of shape {:?}", info.shape)))?;
-            // A tensor without elements may have any other dimensions in the library's eyes; here
-            // they can be multiplied in any order.
+            // The library accepts any dimensions beside a 0; here they can be multiplied in any
+            // order.
             if shape.iter().try_fold(1i64, |product, n| product.checked_mul((*n).max(1))).is_none() {
                 return Err(wrong(format!("`{name}` is of shape {shape:?}")));
             }
@@ -152,7 +152,7 @@ impl SafetensorsFile {
         self.file.sha256()
     }
 
-    /// SHA-256 of what follows the header, in hex, and its length.
+    /// SHA-256 of all bytes after the header, in hex, and their number.
     ///
     /// # Errors
     /// As [`sha256`](Self::sha256).
@@ -173,7 +173,7 @@ impl SafetensorsFile {
         self.file.for_each_block(0..self.data_start(), |block| hash.update(block))?;
         let mut in_order: Vec<(&String, &Entry)> = self.entries.iter().collect();
         in_order.sort_by_key(|(_, entry)| (entry.start, entry.end));
-        let mut found = BTreeMap::new();
+        let mut all = BTreeMap::new();
         // Together the tensors are all of the data, without gaps.
         for (name, entry) in in_order {
             let mut magnitudes = Magnitudes::new(entry.dtype);
@@ -181,12 +181,12 @@ impl SafetensorsFile {
                 hash.update(block);
                 magnitudes.iter_mut().for_each(|magnitudes| magnitudes.add(block));
             })?;
-            found.extend(magnitudes.map(|magnitudes| (name.as_str(), magnitudes)));
+            all.extend(magnitudes.map(|magnitudes| (name.as_str(), magnitudes)));
         }
-        Ok((self.file.learn(digest::hex(hash)), found))
+        Ok((self.file.learn(digest::hex(hash)), all))
     }
 
-    /// Whether the file is still what it was when it was opened. Every read looks too.
+    /// Checks that the file was not changed since it was opened. Every read checks too.
     ///
     /// # Errors
     /// [`Error::Changed`]; [`Error::Read`].

@@ -1,5 +1,5 @@
-//! Writes whole pipelines with made-up weights, for tests and benchmarks at full size where no real
-//! model is at hand.
+//! Writes whole pipelines with synthetic weights, for tests and benchmarks at full size without a
+//! real model.
 
 mod preset;
 mod statistics;
@@ -25,13 +25,13 @@ use crate::progress::{Progress, Task};
 use statistics::{Statistics, size_of_dtype};
 
 /// Writes the pipeline `preset` to the new folder `out`, in diffusers layout, with weights of
-/// `kind` made from `seed`. Tensors are made one at a time: memory is that of the largest.
+/// `kind` drawn from `seed`. Tensors are drawn one at a time: peak memory is that of the largest.
 ///
-/// The tokenizers have the first 3,000 merges of CLIP's (those of the bundled model), as the whole
-/// vocabulary is not needed to exercise the encoders.
+/// The tokenizers have CLIP's first 3,000 merges, from the bundled model: enough to exercise the
+/// encoders.
 ///
 /// # Errors
-/// If `out` is there already, cannot be written, or `kind` is not a dtype that weights come in.
+/// If `out` exists, cannot be written, or `kind` is not a dtype of weights.
 pub fn synthesize(preset: Preset, out: &Path, seed: u64, kind: Kind, progress: &dyn Progress) -> Result<()> {
     let dtype = match kind {
         Kind::Float => Dtype::F32,
@@ -91,7 +91,7 @@ impl Part<'_> {
     }
 }
 
-/// A tensor that is made when it is written.
+/// A tensor whose values are drawn when it is written.
 struct Lazy<'a> {
     name: String,
     shape: Vec<usize>,
@@ -119,7 +119,7 @@ impl View for Lazy<'_> {
     }
 }
 
-/// A config that is about to be written, read as a model's.
+/// The parsed form of a config that will be written.
 fn in_memory(config: &Value) -> Result<ConfigFile> {
     let entries: Map<String, Value> = config.as_object().cloned().expect("a preset's configs are JSON objects");
     Ok(ConfigFile::from_entries(Path::new("config.json"), entries))

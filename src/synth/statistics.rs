@@ -7,8 +7,8 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-/// Makes the values of any tensor from a seed and its name: the same on every machine and any
-/// number of threads.
+/// Draws the values of any tensor from a seed and its name: equal on every machine and any number
+/// of threads.
 ///
 /// - Weights: standard deviation gain / sqrt(fan-in). Input channels differ log-normally (sigma
 ///   0.3), and about one in 200 is an outlier, four times as large. Layers that write to a residual
@@ -20,7 +20,7 @@ pub(super) struct Statistics {
     pub seed: u64,
 }
 
-/// Values drawn from one generator; fixed, so that the number of threads does not matter.
+/// The number of values from one generator; fixed, so that the number of threads has no effect.
 const CHUNK: usize = 1 << 16;
 
 impl Statistics {
@@ -43,7 +43,7 @@ impl Statistics {
     }
 
     fn generator(self, name: &str, stream: u64) -> ChaCha8Rng {
-        // FNV-1a: any hash that stays the same does.
+        // FNV-1a: any hash that never changes will do.
         let hash =
             name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
         let mut generator = ChaCha8Rng::seed_from_u64(self.seed ^ hash);
@@ -52,7 +52,7 @@ impl Statistics {
     }
 }
 
-/// How a tensor's values are spread.
+/// The distribution of a tensor's values.
 struct Law {
     mean: f32,
     deviation: f32,
@@ -84,8 +84,8 @@ impl Law {
             .map(|_| {
                 let normal: f32 = StandardNormal.sample(&mut random);
                 let outlier = random.random::<f32>() < 0.005;
-                // Divided by the root of the mean square of exp(0.3 x), so that the deviation stays
-                // what it is said to be.
+                // Divided by the root mean square of exp(0.3 x), so that the deviation stays
+                // `deviation`.
                 (0.3 * normal).exp() / (2.0f32 * 0.3 * 0.3).exp().sqrt() * if outlier { 4.0 } else { 1.0 }
             })
             .collect()

@@ -1,5 +1,4 @@
-//! Reads `weight.bin` once, from its beginning to its end, and keeps what there is to know of each
-//! record.
+//! Reads `weight.bin` once, front to back, and keeps the facts about each record.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,14 +24,14 @@ pub struct Blobs {
     pub sha256: String,
 }
 
-/// What a record says of itself, and what its data is like.
+/// A record's header, and facts about its data.
 pub struct Record {
     pub element: Element,
     pub bytes: u64,
     pub unused_bits: u64,
-    /// The set bits of its data.
+    /// The number of set bits of its data.
     pub ones: u64,
-    /// Whether all are numbers, if it is of a floating-point type.
+    /// Whether all values are finite, if it is of a floating-point type.
     pub finite: bool,
 }
 

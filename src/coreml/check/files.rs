@@ -1,12 +1,12 @@
-//! Whether a package's folder holds its three files and nothing else.
+//! Checks that a package's folder holds its three files and no others.
 
 use std::path::{Path, PathBuf};
 
 use crate::coreml::manifest::{BLOBS, MODEL, WEIGHTS};
 use crate::error::{Error, Result};
 
-/// Refuses files and folders that no hash covers, as whatever unpacks or signs the package takes
-/// them along.
+/// Refuses files and folders that no hash covers: programs that unpack or sign the package would
+/// include them.
 pub fn check(package: &Path) -> Result<()> {
     let data = package.join("Data");
     let files = [package.join("Manifest.json"), data.join(MODEL), data.join(WEIGHTS).join(BLOBS)];
@@ -27,7 +27,7 @@ pub fn check(package: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What is in a folder, by name.
+/// The paths in a folder, sorted.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let read = || std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
     let mut paths = read().map_err(Error::read(folder))?;

@@ -9,7 +9,7 @@ use crate::coreml::manifest as layout;
 use crate::error::{Error, Result};
 use crate::input::{self, Limit};
 
-/// Where the parts of a package lie.
+/// The paths of a package's parts.
 pub struct Parts {
     pub model: PathBuf,
     pub weights: PathBuf,

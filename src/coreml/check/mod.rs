@@ -1,13 +1,13 @@
 //! Checks a package as far as that is possible without Core ML.
 //!
-//! The structure: manifest, blob records, names, the order of operations, their parameters, the
-//! types of everything, the counts of masks. And the content, by the hashes that the writer left:
-//! one flipped bit anywhere is found.
+//! The structure: manifest, blob records, names, the order of operations, their parameters, all
+//! types, the counts of masks. And the content, by the hashes that the writer stored: any flipped
+//! bit is found.
 //!
 //! Packages of other writers have no hashes, and only their structure is checked. So that no damage
-//! makes a package of ours look like one of theirs, several signs in two files say whose it is, and
-//! one is enough: then all hashes must be there, the manifest must be the one that belongs to the
-//! program, byte for byte, and the folder must hold nothing else.
+//! makes a package of this library look like another writer's, several marks in two files identify
+//! it, and one mark is enough: then all hashes are required, the manifest must be the program's,
+//! byte for byte, and the folder must hold no other file.
 
 mod blobs;
 mod files;
@@ -23,7 +23,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
-/// A package that holds what was written, in numbers.
+/// A verified package, in numbers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PackageVerification {
     /// The package.
@@ -37,9 +37,9 @@ pub struct PackageVerification {
     pub program_bytes: u64,
     /// The specification's version: 9 for iOS 18.
     pub specification: i32,
-    /// Inputs and outputs: name, dtype and shape.
+    /// Inputs: name, dtype and shape.
     pub inputs: Vec<String>,
-    /// The same.
+    /// Outputs: name, dtype and shape.
     pub outputs: Vec<String>,
     /// Operations that compute something.
     pub operations: usize,
@@ -51,24 +51,24 @@ pub struct PackageVerification {
     pub pruned: u64,
     /// Records in `weight.bin`.
     pub blobs: usize,
-    /// Whether the hashes of program and weights are there, and hold. Packages of other writers
+    /// Whether the hashes of program and weights exist and are right. Packages of other writers
     /// have none.
     pub hashed: bool,
-    /// Whether the program's constants are exactly the tensors of the UNet that it says it is.
-    /// Packages of other writers do not say.
+    /// Whether the program's constants are exactly the tensors of the UNet in its metadata.
+    /// Packages of other writers name no UNet.
     pub named: bool,
 }
 
 /// Checks the package `path`.
 ///
 /// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] naming what is wrong and where.
+/// [`Error::Read`]; [`Error::BadFile`] naming the problem and its place.
 pub fn verify(path: &Path) -> Result<PackageVerification> {
     let wrong = |problem: String| Error::bad_file(path, problem);
     let manifest = manifest::read(path)?;
     let model = model::read(&manifest.model)?;
     let ours = model.names_maker() || manifest.has_our_identifiers;
-    // Of a damaged program the checks below can say more than that it is damaged.
+    // For a damaged program, the checks below name the damage more precisely.
     let whole = if ours { model.check_own_hash() } else { Ok(()) };
     if ours && whole.is_ok() {
         model.check_manifest(&manifest.text).map_err(wrong)?;

@@ -28,7 +28,7 @@ pub fn read(path: &Path) -> Result<ModelFile> {
     parse(path, input::read(path, Limit::PROGRAM)?)
 }
 
-/// Takes apart what was read from `path`.
+/// Parses the `content` of the file `path`.
 fn parse(path: &Path, content: Vec<u8>) -> Result<ModelFile> {
     let mut model = Model::decode(&content[..]).map_err(|why| Error::bad_file(path, format!("not a Core ML model: {why}")))?;
     if model.specification_version != SPECIFICATION {
@@ -63,29 +63,28 @@ impl ModelFile {
     /// Whether the description has the program's inputs and outputs.
     pub fn check_description(&self, program: &Checked) -> Result<(), String> {
         let description = self.model.description.as_ref().ok_or("the model has no description")?;
-        for (what, described, made) in
+        for (end, described, computed) in
             [("input", &description.input, &program.inputs), ("output", &description.output, &program.outputs)]
         {
             let same = |(feature, (name, array)): (&FeatureDescription, &(String, _))| {
                 feature.name == *name && feature.r#type.as_ref() == Some(&feature_type(array))
             };
-            if described.len() != made.len() || !described.iter().zip(made).all(same) {
-                let made: Vec<String> = made.iter().map(|(name, array)| format!("{name}: {array}")).collect();
-                return Err(format!("the description's {what}s are not the program's: {}", made.join(", ")));
+            if described.len() != computed.len() || !described.iter().zip(computed).all(same) {
+                let computed: Vec<String> = computed.iter().map(|(name, array)| format!("{name}: {array}")).collect();
+                return Err(format!("the description's {end}s are not the program's: {}", computed.join(", ")));
             }
         }
         Ok(())
     }
 
-    /// Whether this library's name stands anywhere in the file. It does some ten times in a model
-    /// of ours, in keys and values of the metadata: so that is seen even if a damaged byte has made
-    /// the parser pass over the metadata, or a key another key.
+    /// Whether this library's name occurs anywhere in the file. In this library's packages it
+    /// occurs some ten times, in keys and values of the metadata, so that it is found even if a
+    /// damaged byte makes the parser skip the metadata or changes a key.
     pub fn names_maker(&self) -> bool {
         self.content.windows(MAKER.len()).any(|window| window == MAKER.as_bytes())
     }
 
-    /// Whether a package of ours has all entries that it must have, and its program the hash that
-    /// was written with it.
+    /// Checks that a package of this library has all required entries, and the hash of its program.
     pub fn check_own_hash(&self) -> Result<(), String> {
         let (of_model, ..) = (self.required(MODEL_HASH)?, self.required(WEIGHTS_HASH)?, self.required(UNET_CONFIG)?);
         let mut model = Model { r#type: Some(model::Type::MlProgram(self.program.clone())), ..self.model.clone() };
@@ -99,7 +98,7 @@ impl ModelFile {
         Ok(())
     }
 
-    /// Whether the weights of a package of ours have the hash that was written with them.
+    /// Checks the hash of the weights of a package of this library.
     pub fn check_weights_hash(&self, blobs: &Blobs) -> Result<(), String> {
         if self.required(WEIGHTS_HASH)? != blobs.sha256 {
             return Err(format!("the weights are damaged: they do not have the hash that `{WEIGHTS_HASH}` says"));
@@ -111,7 +110,7 @@ impl ModelFile {
         self.entry(key).ok_or_else(|| format!("the metadata is damaged: it lacks `{key}`"))
     }
 
-    /// Whether `text` is the manifest that is written with this model.
+    /// Checks that `text` is this model's manifest.
     pub fn check_manifest(&self, text: &str) -> Result<(), String> {
         if text == manifest(&self.content) {
             Ok(())
@@ -155,8 +154,8 @@ mod tests {
         model.encode_to_vec()
     }
 
-    /// Not one bit makes a package of ours look like another writer's, and not one is taken for
-    /// good.
+    /// Every flipped bit is found, and none makes a package of this library look like another
+    /// writer's.
     #[test]
     fn every_flipped_bit_is_found() {
         let whole = small();

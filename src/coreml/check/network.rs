@@ -1,4 +1,4 @@
-//! Whether the program is that of the UNet that it says it is.
+//! Compares a program with the UNet in its metadata.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! The operations, one after the other: each reads only what was made before, has the parameters
-//! that it must have, and makes what it says.
+//! Checks the operations in order: each reads only earlier values, has exactly its parameters, and
+//! declares the types that are inferred.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +13,7 @@ use crate::coreml::package::{MAIN, OPSET};
 use crate::coreml::proto::mil_spec::argument::binding::Binding;
 use crate::coreml::proto::mil_spec::{NamedValueType, Operation, Program};
 
-/// What a program consists of.
+/// The facts about a checked program.
 #[derive(Debug, Default)]
 pub struct Checked {
     /// Inputs, in order.
@@ -22,7 +22,7 @@ pub struct Checked {
     pub outputs: Vec<(String, ArrayType)>,
     /// Everything that has a name.
     pub values: BTreeMap<String, Operand>,
-    /// What each operation's parameters are bound to, for those that are weights and biases.
+    /// The weights and biases of each operation.
     pub weights: BTreeMap<String, Vec<String>>,
     /// Records of the blob file that are used.
     pub blobs: BTreeSet<u64>,
@@ -30,7 +30,7 @@ pub struct Checked {
     pub compressed: usize,
     pub compressed_elements: u64,
     pub pruned: u64,
-    /// The operation that made the two outputs of a `constexpr_lut_to_sparse`.
+    /// For each output of a `constexpr_lut_to_sparse`, the name of the operation.
     pairs: BTreeMap<String, String>,
 }
 
@@ -147,7 +147,7 @@ impl Checked {
         Ok(())
     }
 
-    /// Counts what an operation does, and remembers which weights it has.
+    /// Counts the operation and records its weights.
     fn note(
         &mut self,
         kind: &str,

@@ -1,4 +1,4 @@
-//! Values of a program: those that stand in it, and those in the blob file.
+//! Values of a program: inside the program or in the blob file.
 
 use half::f16;
 
@@ -12,8 +12,8 @@ use crate::coreml::proto::mil_spec::tensor_value::Value as Content;
 use crate::coreml::proto::mil_spec::value::Value as Kind;
 use crate::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
 
-/// A value, after a check that it is what its type says; and the offset of its record if it lies in
-/// the blob file.
+/// Checks that a value fits its declared type. Returns it, with the offset of its record if it is
+/// in the blob file.
 pub fn operand(value: &Value, blobs: &Blobs) -> Result<(Operand, Option<u64>), String> {
     if !value.doc_string.is_empty() {
         return Err("has a docString, which coremltools does not read".into());
@@ -40,8 +40,7 @@ pub fn operand(value: &Value, blobs: &Blobs) -> Result<(Operand, Option<u64>), S
     }
 }
 
-/// Whether the content is of the type and as long as it must be, and all are numbers. Gives the set
-/// bits of a mask.
+/// Checks type, length and finiteness of the content. Returns the number of set bits of a mask.
 fn check(array: &ArrayType, content: &Content) -> Result<Option<u64>, String> {
     let (right, length) = match (array.element, content) {
         (Element::Bool, Content::Bools(list)) => (true, list.values.len()),

@@ -13,7 +13,7 @@ pub fn unary(operands: &Operands) -> Inferred {
 pub fn gelu(operands: &Operands) -> Inferred {
     match operands.text("mode")? {
         "EXACT" => unary(operands),
-        other => Err(format!("the mode `{other}` is not the UNet's")),
+        mode => Err(format!("the mode `{mode}` is not the UNet's")),
     }
 }
 
@@ -26,14 +26,14 @@ pub fn cast(operands: &Operands) -> Inferred {
     let element = match operands.text("dtype")? {
         "fp16" => Element::F16,
         "fp32" => Element::F32,
-        other => return Err(format!("a cast to `{other}` is not expected")),
+        dtype => return Err(format!("a cast to `{dtype}` is not expected")),
     };
     floating(operands.array("x")?.element)?;
     Ok(vec![ArrayType::new(element, operands.shape("x")?)])
 }
 
-/// Element by element; sizes of 1 are repeated, and the shorter shape is filled up with them in
-/// front.
+/// Element-wise with broadcasting: sizes of 1 are repeated, and the shorter shape is extended with
+/// them in front.
 pub fn binary(operands: &Operands) -> Inferred {
     let (x, y) = (operands.array("x")?, operands.array("y")?);
     floating(x.element)?;
@@ -55,7 +55,7 @@ pub fn linear(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let (outputs, inputs) = match *weight(operands, x.element)? {
         [outputs, inputs] => (outputs, inputs),
-        ref other => return Err(format!("the weight is of shape {other:?}")),
+        ref shape => return Err(format!("the weight is of shape {shape:?}")),
     };
     operands.vector("bias", x.element, outputs)?;
     let mut shape = x.shape.clone();
@@ -79,7 +79,7 @@ pub fn conv(operands: &Operands) -> Inferred {
     let pad: Vec<u64> = match operands.text("pad_type")? {
         "custom" => pad.iter().map(|n| u64::try_from(*n)).collect::<Result<_, _>>().map_err(|_| "a padding below 0")?,
         "valid" if pad.iter().all(|n| *n == 0) => vec![0; 4],
-        other => return Err(format!("the pad_type `{other}` with pad {pad:?}")),
+        pad_type => return Err(format!("the pad_type `{pad_type}` with pad {pad:?}")),
     };
     let ([stride_down, stride_right], [1, 1], [top, bottom, left, right_pad]) = (&strides[..], &dilations[..], &pad[..]) else {
         return Err(format!("strides {strides:?}, dilations {dilations:?}, pad {pad:?}"));

@@ -1,11 +1,11 @@
-//! Operations that move numbers.
+//! Operations that move elements.
 
 use super::super::element::{ArrayType, Element, MAX_RANK};
 use super::super::operand::Operands;
 use super::dense::rank4;
 use super::{Inferred, axis};
 
-/// One size may be -1: what is left.
+/// One size may be -1: the number that keeps the element count.
 pub fn reshape(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let shape = operands.ints("shape")?;
@@ -33,7 +33,7 @@ pub fn transpose(operands: &Operands) -> Inferred {
     Ok(vec![ArrayType::new(x.element, shape)])
 }
 
-/// Puts in axes of size 1; positions count in the result.
+/// Inserts axes of size 1; positions count in the result.
 pub fn expand_dims(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
     let axes = operands.ints("axes")?;
@@ -108,7 +108,7 @@ pub fn upsample(operands: &Operands) -> Inferred {
     let [batch, channels, height, width] = rank4(&x.shape)?;
     let scale = |name| match operands.float(name)? {
         2.0 => Ok(2),
-        other => Err(format!("`{name}` is {other}, not 2")),
+        scale => Err(format!("`{name}` is {scale}, not 2")),
     };
     let (down, right): (u64, u64) = (scale("scale_factor_height")?, scale("scale_factor_width")?);
     if !matches!(x.element, Element::F16 | Element::F32) {
