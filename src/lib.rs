@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod calibration;
 pub mod checkpoint;
+pub mod codebook;
 pub mod compare;
 pub mod compress;
 pub mod config;
@@ -27,6 +28,7 @@ pub mod pipeline;
 pub mod plan;
 mod product;
 pub mod progress;
+pub mod random;
 pub mod report;
 mod shorten;
 pub mod solver;

@@ -28,7 +28,7 @@ pub use allocate::{Allocation, Choice, choose};
 pub use gather::Gatherer;
 pub use identity::BUILD;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
-pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
+pub use layer::{Calibrated, LayerErrors, Treated, Treatment, treat};
 pub use prepare::{Prepared, plan_of_run};
 pub use recipe::{Recipe, Sequencing, layers_of};
 pub use workspace::Workspace;

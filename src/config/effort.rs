@@ -4,7 +4,7 @@ use super::emit::Yaml;
 use super::fields::{Fields, boolean, whole};
 use super::limits;
 use super::mistake::Mistakes;
-use crate::solver::Effort;
+use crate::codebook::Effort;
 
 pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Effort {
     let default = Effort::default();

@@ -3,8 +3,7 @@
 use std::fmt::{self, Display};
 
 use super::mistake::{Mistake, Place};
-use super::rules::ModuleType;
-use super::settings::NmRatio;
+use crate::codebook::{LayerKind, Misfit, NmRatio};
 
 /// The sections that have rules for layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,17 +52,6 @@ pub enum Why {
     Misfit,
 }
 
-/// What becomes of a layer whose channels its group size does not divide.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Misfit {
-    /// It gets groups of this size.
-    SmallerGroup(usize),
-    /// It stays fp16.
-    Dense,
-    /// The config forbids it.
-    Error,
-}
-
 /// Something that the config means for the model at hand, and that people should know.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Finding {
@@ -110,7 +98,7 @@ pub enum Finding {
         /// Whose rule.
         section: Section,
         /// The type.
-        module_type: ModuleType,
+        module_type: LayerKind,
     },
     /// A section that leaves every layer alone. A warning.
     Idle {

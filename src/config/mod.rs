@@ -20,21 +20,20 @@ mod tree;
 
 use std::path::Path;
 
-pub use finding::{Finding, Misfit, Section, Severity, Why};
+pub use finding::{Finding, Section, Severity, Why};
 pub use mistake::{Mistake, Place, Written};
 pub use overrides::Overrides;
 pub use prompts::{check_prompt, read_prompts};
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
-pub use rules::{ModuleType, RuleIndex, Rules};
+pub use rules::{RuleIndex, Rules};
 pub use sections::{
-    BudgetSection, BudgetTarget, CalibrationSection, ModelSection, OnMisfit, Pace, PalettizeSection, Prompts, PruneAlgorithm,
-    PruneSection, SolverKind, Target, TimestepWeighting,
+    BudgetSection, BudgetTarget, CalibrationSection, ModelSection, Pace, PalettizeSection, Prompts, PruneSection, SolverKind,
+    Target, TimestepWeighting,
 };
-pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
+use crate::codebook::{Effort, PruneMethod};
 use crate::error::{Error, Result};
 use crate::input::{self, Limit};
-use crate::solver::Effort;
 use emit::Yaml;
 use fields::{Fields, word};
 use mistake::Mistakes;
@@ -66,8 +65,7 @@ pub struct RunConfig {
 impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
     pub fn is_calibrated(&self) -> bool {
-        self.solver == SolverKind::Joint
-            || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::SparseGpt)
+        self.solver == SolverKind::Joint || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::SparseGpt)
     }
 
     /// Reads a config.
@@ -133,7 +131,7 @@ impl RunConfig {
 
     /// Whether the solver can do what the sections say.
     fn check_solver(&self) -> Result<(), String> {
-        let magnitude = self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::Magnitude);
+        let magnitude = self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::Magnitude);
         if self.solver == SolverKind::Joint && magnitude {
             return Err("chooses masks as sparse_gpt does, which `prune` must name as its `algorithm`, not magnitude".into());
         }

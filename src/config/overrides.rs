@@ -7,8 +7,8 @@ use super::fields::named;
 use super::limits;
 use super::mistake::{Mistake, Place};
 use super::rules::Rules;
-use super::sections::{BudgetSection, BudgetTarget, OnMisfit, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
-use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
+use super::sections::{BudgetSection, BudgetTarget, Pace, PalettizeSection, Prompts, PruneSection, SolverKind, Target};
+use crate::codebook::{Grouping, OnMisfit, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::shorten::shorten;
 
@@ -178,7 +178,7 @@ impl RunConfig {
             |text| limits::n_m_text(&text),
             |pair| {
                 each_pruned(prune, |settings| {
-                    limits::whole_groups(pair, settings.processing_group_size)?;
+                    limits::whole_groups(pair, settings.block)?;
                     put(&mut settings.sparsity, Sparsity::NOfM(pair))
                 })
             },
@@ -189,22 +189,20 @@ impl RunConfig {
             "--n-bits",
             n_bits,
             |n| limits::n_bits(n.into()),
-            |n_bits| each_palettized(palettize, |settings| put(&mut settings.n_bits, n_bits)),
+            |n_bits| each_palettized(palettize, |settings| put(&mut settings.bits, n_bits)),
         );
         flags.set(
             "--group-size",
             group_size,
             |n| limits::count(n.into()),
             |group_size| {
-                each_palettized(palettize, |settings| {
-                    put(&mut settings.granularity, Granularity::PerGroupedChannel { group_size })
-                })
+                each_palettized(palettize, |settings| put(&mut settings.grouping, Grouping::PerGroupedChannel { group_size }))
             },
         );
         flags.set(
             "--on-misfit",
             on_misfit,
-            |word| named(&word, OnMisfit::WORDS),
+            |word| named(&word, &OnMisfit::ALL.map(|policy| (policy.name(), policy))),
             |on_misfit| match palettize {
                 Some(section) => put(&mut section.on_misfit, on_misfit),
                 None => Err("has no `palettize` section to change".into()),
@@ -262,14 +260,14 @@ fn put<T>(place: &mut T, value: T) -> Result<(), String> {
 
 fn each_pruned(
     section: &mut Option<PruneSection>,
-    set: impl FnMut(&mut PruneSettings) -> Result<(), String>,
+    set: impl FnMut(&mut PruneOptions) -> Result<(), String>,
 ) -> Result<(), String> {
     each("prune", &mut section.get_or_insert_default().rules, set)
 }
 
 fn each_palettized(
     section: &mut Option<PalettizeSection>,
-    set: impl FnMut(&mut PaletteSettings) -> Result<(), String>,
+    set: impl FnMut(&mut PaletteOptions) -> Result<(), String>,
 ) -> Result<(), String> {
     each("palettize", &mut section.get_or_insert_default().rules, set)
 }

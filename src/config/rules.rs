@@ -1,15 +1,13 @@
 //! Which settings hold for which layer, by coremltools' order of rules.
 
-use std::fmt::{self, Display};
-
 use super::emit::{self, Yaml};
 use super::fields::{Fields, entries};
 use super::mistake::{Mistakes, Written, nearest};
 use super::resolve::LayerInfo;
 use super::settings::Settings;
 use super::tree::{Node, Value};
+use crate::codebook::LayerKind;
 use crate::error::Error;
-use crate::model::LayerKind;
 use crate::pattern::NamePattern;
 use crate::shorten::shorten;
 
@@ -21,7 +19,7 @@ pub struct Rules<S> {
     /// For every layer that no other rule names.
     pub global_config: Option<S>,
     /// By type; at most one rule for each type.
-    pub module_type_configs: Vec<(ModuleType, Option<S>)>,
+    pub module_type_configs: Vec<(LayerKind, Option<S>)>,
     /// By name, in the order of the file.
     pub module_name_configs: Vec<(Written<NamePattern>, Option<S>)>,
 }
@@ -32,7 +30,7 @@ pub enum RuleIndex {
     /// This one of `module_name_configs`.
     Name(usize),
     /// `module_type_configs` for this type.
-    Type(ModuleType),
+    Type(LayerKind),
     /// `global_config`.
     Global,
 }
@@ -43,43 +41,6 @@ pub(super) struct Decided {
     pub matched: Vec<Vec<usize>>,
     /// For each layer, the rule that decides.
     pub by: Vec<RuleIndex>,
-}
-
-/// The types of layers that have weights to compress, under torch's class names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ModuleType {
-    /// `torch.nn.Conv2d`
-    Conv2d,
-    /// `torch.nn.Linear`
-    Linear,
-}
-
-impl ModuleType {
-    /// All of them.
-    pub const ALL: [ModuleType; 2] = [ModuleType::Conv2d, ModuleType::Linear];
-
-    /// The name in a config.
-    pub fn name(self) -> &'static str {
-        match self {
-            ModuleType::Conv2d => "Conv2d",
-            ModuleType::Linear => "Linear",
-        }
-    }
-}
-
-impl Display for ModuleType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl From<LayerKind> for ModuleType {
-    fn from(kind: LayerKind) -> Self {
-        match kind {
-            LayerKind::Linear => ModuleType::Linear,
-            LayerKind::Conv2d(_) => ModuleType::Conv2d,
-        }
-    }
 }
 
 impl<S> Rules<S> {
@@ -146,10 +107,10 @@ pub(super) fn read<S: Settings>(section: &mut Fields<'_>, mistakes: &mut Mistake
     let mut module_type_configs = Vec::new();
     for entry in types.map(|node| entries(&format!("{name}.module_type_configs"), node, mistakes)).unwrap_or_default() {
         let settings = settings(&format!("{name}.module_type_configs.{}", entry.key), entry.value, mistakes);
-        match ModuleType::ALL.into_iter().find(|listed| listed.name() == entry.key) {
+        match LayerKind::ALL.into_iter().find(|listed| listed.name() == entry.key) {
             Some(module_type) => module_type_configs.push((module_type, settings)),
             None => {
-                let known = ModuleType::ALL.map(ModuleType::name);
+                let known = LayerKind::ALL.map(LayerKind::name);
                 let near = nearest(entry.key, known).map_or(String::new(), |near| format!("; did you mean `{near}`?"));
                 let known = known.join(" and ");
                 mistakes

@@ -8,8 +8,8 @@ use super::limits;
 use super::mistake::{Mistakes, Place, Written};
 use super::prompts::{prompt_of_length, too_many};
 use super::rules::{self, Rules, pattern};
-use super::settings::{PaletteSettings, PruneSettings};
 use super::tree::{Node, Position, Value};
+use crate::codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
 use crate::pattern::NamePattern;
 
 /// What is compressed, and where it is computed.
@@ -63,18 +63,9 @@ pub struct PruneSection {
     /// The stages that are pruned (coremltools' `layers`); other stages and the UNet's two ends are not.
     pub layers: Vec<Written<NamePattern>>,
     /// The solver.
-    pub algorithm: PruneAlgorithm,
+    pub algorithm: PruneMethod,
     /// The settings of their layers.
-    pub rules: Rules<PruneSettings>,
-}
-
-/// How masks are chosen and what remains is adjusted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PruneAlgorithm {
-    /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor` runs it.
-    SparseGpt,
-    /// `magnitude`: the smallest weights of each layer go and the others stay as they are; no calibration. What SparseGPT is compared with.
-    Magnitude,
+    pub rules: Rules<PruneOptions>,
 }
 
 /// How mask, weights and palette of a layer are found.
@@ -124,7 +115,7 @@ pub enum TimestepWeighting {
 #[derive(Debug, Clone, PartialEq)]
 pub struct PalettizeSection {
     /// The settings of all the UNet's layers.
-    pub rules: Rules<PaletteSettings>,
+    pub rules: Rules<PaletteOptions>,
     /// What becomes of a layer whose channels no group of its size divides.
     pub on_misfit: OnMisfit,
     /// Weights of at most this many elements stay fp16. coremltools' converter skips those of 2,048 and fewer.
@@ -137,7 +128,7 @@ pub struct BudgetSection {
     /// `target_size` or `target_bits`.
     pub target: BudgetTarget,
     /// The least bits of a palette index.
-    pub min_bits: u8,
+    pub min_bits: BitWidth,
     /// The largest share of a layer that is pruned. In [0, 1).
     pub max_sparsity: f64,
     /// Samples on which it is measured how far errors reach. At least 1.
@@ -151,17 +142,6 @@ pub enum BudgetTarget {
     Size(u64),
     /// Bits for each compressed weight, in the mean.
     Bits(f64),
-}
-
-/// What becomes of a layer whose channels are no multiple of its group size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnMisfit {
-    /// The largest group size below that divides them.
-    SmallerGroup,
-    /// The layer stays fp16, which is what coremltools does without a word.
-    Dense,
-    /// An error that names the layer.
-    Error,
 }
 
 /// The names of an enum's values in a config.
@@ -180,19 +160,17 @@ macro_rules! words {
     };
 }
 
-words!(PruneAlgorithm, "sparse_gpt" => SparseGpt, "magnitude" => Magnitude);
 words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
 words!(Pace, "stage" => Stage, "sublayer" => Sublayer);
 words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
-words!(OnMisfit, "smaller_group" => SmallerGroup, "dense" => Dense, "error" => Error);
 
 impl SolverKind {
     /// What is taken where a config names none: joint, unless masks go by magnitude.
     pub(super) fn that_can(prune: Option<&PruneSection>) -> Self {
         match prune.map(|section| section.algorithm) {
-            Some(PruneAlgorithm::Magnitude) => SolverKind::Sequential,
-            Some(PruneAlgorithm::SparseGpt) | None => SolverKind::Joint,
+            Some(PruneMethod::Magnitude) => SolverKind::Sequential,
+            Some(PruneMethod::SparseGpt) | None => SolverKind::Joint,
         }
     }
 }
@@ -212,7 +190,7 @@ impl Target {
     pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
         match (solver, pace) {
             (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
-            _ => Target::Current,
+            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, _) => Target::Current,
         }
     }
 }
@@ -247,15 +225,15 @@ impl Default for PruneSection {
             [r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"].into_iter().filter_map(|stage| NamePattern::parse(stage).ok());
         PruneSection {
             layers: stages.map(|value| Written { value, place: Place::Default }).collect(),
-            algorithm: PruneAlgorithm::SparseGpt,
-            rules: Rules::global(PruneSettings::default()),
+            algorithm: PruneMethod::SparseGpt,
+            rules: Rules::global(PruneOptions::default()),
         }
     }
 }
 
 impl Default for PalettizeSection {
     fn default() -> Self {
-        PalettizeSection { rules: Rules::global(PaletteSettings::default()), on_misfit: OnMisfit::Error, weight_threshold: 2048 }
+        PalettizeSection { rules: Rules::global(PaletteOptions::default()), on_misfit: OnMisfit::Error, weight_threshold: 2048 }
     }
 }
 
@@ -366,7 +344,9 @@ impl PruneSection {
         let default = Self::default();
         PruneSection {
             layers: layers(fields, mistakes).unwrap_or(default.layers),
-            algorithm: fields.get("algorithm", mistakes, |node| word(node, PruneAlgorithm::WORDS)).unwrap_or(default.algorithm),
+            algorithm: fields
+                .get("algorithm", mistakes, |node| word(node, &PruneMethod::ALL.map(|method| (method.name(), method))))
+                .unwrap_or(default.algorithm),
             rules: rules::read(fields, mistakes),
         }
     }
@@ -405,7 +385,9 @@ impl PalettizeSection {
         let default = Self::default();
         PalettizeSection {
             rules: rules::read(fields, mistakes),
-            on_misfit: fields.get("on_misfit", mistakes, |node| word(node, OnMisfit::WORDS)).unwrap_or(default.on_misfit),
+            on_misfit: fields
+                .get("on_misfit", mistakes, |node| word(node, &OnMisfit::ALL.map(|policy| (policy.name(), policy))))
+                .unwrap_or(default.on_misfit),
             weight_threshold: fields
                 .get("weight_threshold", mistakes, |node| limits::elements(whole(node)?))
                 .unwrap_or(default.weight_threshold),
@@ -431,7 +413,7 @@ fn byte_size(node: &Node) -> Result<u64, String> {
 impl BudgetSection {
     /// Only this target.
     pub fn of(target: BudgetTarget) -> Self {
-        BudgetSection { target, min_bits: 2, max_sparsity: 0.6, probes: 8 }
+        BudgetSection { target, min_bits: BitWidth::Two, max_sparsity: 0.6, probes: 8 }
     }
 
     pub(super) fn read(fields: &mut Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Self> {

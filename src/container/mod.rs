@@ -13,7 +13,7 @@ mod weight;
 mod writer;
 
 pub use metadata::{ContainerInfo, FORMAT, VERSION};
-pub use packed::{BIT_WIDTHS, Mask, Packed};
+pub use packed::{Mask, Packed};
 pub use reader::{Container, ContainerSource, StoredLayer};
 pub use verify::{Verification, verify};
 pub use weight::{CompressedWeight, Values};

@@ -115,12 +115,12 @@ struct Buffers {
 impl Buffers {
     fn of(weight: &CompressedWeight) -> Result<Self> {
         let mut types: Vec<i64> = weight.mask.iter().map(|_| 1).collect();
-        let Values::Palettized { bits, .. } = &weight.values else {
+        let Values::Palettized { codebook, .. } = &weight.values else {
             return Ok(Buffers { types, lut: None, lut_shape: Vec::new() });
         };
         types.push(2);
-        let lut = Lut::of(weight)?;
-        let lut_shape = lut.array(*bits, weight.shape.len()).shape;
+        let lut = Lut::of(weight, codebook)?;
+        let lut_shape = lut.array(weight.shape.len()).shape;
         Ok(Buffers { types, lut: Some(lut), lut_shape })
     }
 

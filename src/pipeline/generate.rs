@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
-use super::prompt::{Guidance, PromptEncoder, noise};
+use super::prompt::{Guidance, PromptEncoder};
 use super::sampling::sample;
 use crate::checkpoint::TensorSource;
 use crate::config::check_prompt;
@@ -17,6 +17,7 @@ use crate::model::unet::Unet;
 use crate::model::vae::VaeDecoder;
 use crate::picture::Picture;
 use crate::progress::{Progress, Task};
+use crate::random::noise;
 
 /// What is to be drawn, and how.
 #[derive(Debug, Clone)]

@@ -149,7 +149,7 @@ impl Plan {
                 let layers = built.iter().flat_map(|(stage, _)| stage.layers());
                 let found = layers.filter(|layer| *layer.input() == shared).map(|layer| {
                     let size = layer.weight().size();
-                    Hessian::bytes(layer.kind(), &size) + Hessian::factor_bytes(layer.kind(), &size)
+                    Hessian::bytes(layer.operation(), &size) + Hessian::factor_bytes(layer.operation(), &size)
                 });
                 memory.shared += found.max().unwrap_or(0);
             }

@@ -6,7 +6,7 @@ use super::Hessian;
 use super::matrix::panels;
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
-use crate::model::{ConvGeometry, Layer, LayerKind};
+use crate::model::{ConvGeometry, Layer, Operation};
 use crate::product::add_product;
 
 /// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
@@ -21,7 +21,7 @@ const UNFOLDED: i64 = 1 << 24;
 pub struct Correction {
     /// [o, d]
     sum: Tensor,
-    kind: LayerKind,
+    kind: Operation,
     kernel: [i64; 2],
     samples: u64,
 }
@@ -32,17 +32,17 @@ impl Correction {
     /// # Errors
     /// [`Error::Torch`] if the memory is not there.
     pub fn for_layer(layer: &Layer, device: Device) -> Result<Self> {
-        Self::for_weight(layer.kind(), &layer.weight().size(), device)
+        Self::for_weight(layer.operation(), &layer.weight().size(), device)
     }
 
     /// Zeros for a layer of this kind with a weight of this shape: [o, d] or [o, c / groups, kh, kw].
     ///
     /// # Errors
     /// [`Error::Argument`] if the shape is not the kind's; [`Error::Torch`] if the memory is not there.
-    pub fn for_weight(kind: LayerKind, shape: &[i64], device: Device) -> Result<Self> {
+    pub fn for_weight(kind: Operation, shape: &[i64], device: Device) -> Result<Self> {
         let (o, d, kernel) = match (kind, shape) {
-            (LayerKind::Linear, [o, d]) => (*o, *d, [1; 2]),
-            (LayerKind::Conv2d(_), [o, c, kh, kw]) => (*o, c * kh * kw, [*kh, *kw]),
+            (Operation::Linear, [o, d]) => (*o, *d, [1; 2]),
+            (Operation::Conv2d(_), [o, c, kh, kw]) => (*o, c * kh * kw, [*kh, *kw]),
             _ => return Err(Error::Argument(format!("a weight {shape:?} is none of a {kind:?}"))),
         };
         Ok(Correction { sum: Tensor::f_zeros([o, d], (Kind::Float, device))?, kind, kernel, samples: 0 })
@@ -60,11 +60,11 @@ impl Correction {
         }
         let (o, d) = self.sum.size2()?;
         match self.kind {
-            LayerKind::Linear => {
+            Operation::Linear => {
                 let (input, lack) = (input.f_reshape([-1, d])?, lack.f_reshape([-1, o])?);
                 add_product(&self.sum, &lack.f_transpose(0, 1)?, &input)?;
             }
-            LayerKind::Conv2d(geometry) => self.add_windows(&input, &lack, geometry)?,
+            Operation::Conv2d(geometry) => self.add_windows(&input, &lack, geometry)?,
         }
         self.samples += match input.size()[..] {
             [] | [_] | [_, _] => 1,

@@ -7,7 +7,7 @@ use super::matrix::panels;
 use super::triangle::{Triangle, panel_height};
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
-use crate::model::{ConvGeometry, Layer, LayerKind};
+use crate::model::{ConvGeometry, Layer, Operation};
 
 /// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
 const UNFOLDED: i64 = 1 << 24;
@@ -60,17 +60,17 @@ impl Hessian {
     /// # Errors
     /// As [`Hessian::for_weight`].
     pub fn for_layer(layer: &Layer, device: Device) -> Result<Self> {
-        Self::for_weight(layer.kind(), &layer.weight().size(), device)
+        Self::for_weight(layer.operation(), &layer.weight().size(), device)
     }
 
     /// Zeros for the inputs of a layer of this kind with a weight of this shape: [o, d] or [o, c / groups, kh, kw].
     ///
     /// # Errors
     /// [`Error::Argument`] if the shape is not the kind's; [`Error::Torch`] if the memory is not there.
-    pub fn for_weight(kind: LayerKind, shape: &[i64], device: Device) -> Result<Self> {
+    pub fn for_weight(kind: Operation, shape: &[i64], device: Device) -> Result<Self> {
         match (kind, shape) {
-            (LayerKind::Linear, [_, d]) => Self::new(*d, device),
-            (LayerKind::Conv2d(geometry), [o, c, kh, kw]) => {
+            (Operation::Linear, [_, d]) => Self::new(*d, device),
+            (Operation::Conv2d(geometry), [o, c, kh, kw]) => {
                 let groups = geometry.groups;
                 let positive = [groups, *c, *kh, *kw, geometry.stride[0], geometry.stride[1]].iter().all(|size| *size >= 1);
                 if !positive || o % groups != 0 {
@@ -97,21 +97,21 @@ impl Hessian {
     }
 
     /// Bytes of the Hessian of a layer of this kind with a weight of this shape, while inputs are added.
-    pub fn bytes(kind: LayerKind, shape: &[i64]) -> u64 {
+    pub fn bytes(kind: Operation, shape: &[i64]) -> u64 {
         match (kind, shape) {
-            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
+            (Operation::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
                 Correlations::bytes(*c, [*kh, *kw], geometry.padding)
             }
-            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) => geometry.groups.unsigned_abs() * Triangle::bytes(c * kh * kw, 1),
+            (Operation::Conv2d(geometry), [_, c, kh, kw]) => geometry.groups.unsigned_abs() * Triangle::bytes(c * kh * kw, 1),
             _ => Triangle::bytes(shape.last().copied().unwrap_or(0), 1),
         }
     }
 
     /// Bytes of one [d, d] factor of that layer, which [`prune`](super::prune) needs besides, and of what it takes to make it: the inverses of the
     /// blocks on its diagonal.
-    pub fn factor_bytes(kind: LayerKind, shape: &[i64]) -> u64 {
+    pub fn factor_bytes(kind: Operation, shape: &[i64]) -> u64 {
         let unit = match (kind, shape) {
-            (LayerKind::Conv2d(geometry), [_, _, kh, kw]) if correlates(geometry) => kh * kw,
+            (Operation::Conv2d(geometry), [_, _, kh, kw]) if correlates(geometry) => kh * kw,
             _ => 1,
         };
         let dimension: i64 = shape.iter().skip(1).product();
@@ -119,13 +119,13 @@ impl Hessian {
     }
 
     /// Multiply-adds of adding an input of `places` vectors: pixels of the input for a convolution [height, width], else [1, vectors].
-    pub fn work(kind: LayerKind, shape: &[i64], places: [i64; 2]) -> f64 {
+    pub fn work(kind: Operation, shape: &[i64], places: [i64; 2]) -> f64 {
         let [height, width] = places;
         match (kind, shape) {
-            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
+            (Operation::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
                 Correlations::work(*c, [*kh, *kw], geometry.padding, height, width)
             }
-            (LayerKind::Conv2d(ConvGeometry { stride, groups, .. }), [_, c, kh, kw]) => {
+            (Operation::Conv2d(ConvGeometry { stride, groups, .. }), [_, c, kh, kw]) => {
                 let vectors = (height / stride[0]) * (width / stride[1]);
                 (groups * vectors) as f64 * Triangle::bytes(c * kh * kw, 1) as f64 / 4.0
             }

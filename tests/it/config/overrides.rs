@@ -1,8 +1,7 @@
 //! Flags override the file, by the same rules.
 
-use sdxl_squeeze::config::{
-    Granularity, NmRatio, OnMisfit, Overrides, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity,
-};
+use sdxl_squeeze::codebook::{Grouping, NmRatio, OnMisfit, Sparsity};
+use sdxl_squeeze::config::{Overrides, Place, Prompts, PruneSection, RunConfig, SolverKind};
 
 use super::{mistakes_of, parsed};
 
@@ -123,10 +122,7 @@ fn a_section_that_is_not_there_is_added() {
         [r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"]
     );
     assert_eq!(prune.rules.global_config.unwrap().sparsity, Sparsity::Unstructured(0.0));
-    assert_eq!(
-        config.palettize.unwrap().rules.global_config.unwrap().granularity,
-        Granularity::PerGroupedChannel { group_size: 8 }
-    );
+    assert_eq!(config.palettize.unwrap().rules.global_config.unwrap().grouping, Grouping::PerGroupedChannel { group_size: 8 });
     let mut config = RunConfig::default();
     config.apply(&Overrides::default()).unwrap();
     assert_eq!(config, RunConfig::default(), "no flags, no change");
