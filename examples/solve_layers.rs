@@ -11,9 +11,9 @@ use half::f16;
 use sdxl_squeeze::checkpoint::SafetensorsFile;
 use sdxl_squeeze::codebook::{Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::device::Placement;
-use sdxl_squeeze::model::{ConvGeometry, Operation};
 use sdxl_squeeze::solver::palette::palettize;
 use sdxl_squeeze::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint, prune};
+use sdxl_squeeze::solver::{InputGeometry, Windows};
 use sdxl_squeeze::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -88,7 +88,7 @@ fn grouped(group_size: usize) -> PaletteOptions {
 }
 
 fn hessian(weight: &Tensor, inputs: &Tensor) -> Result<Hessian> {
-    let kind = if weight.dim() == 4 { Operation::Conv2d(ConvGeometry::new(1, 1)) } else { Operation::Linear };
+    let kind = if weight.dim() == 4 { InputGeometry::Windows(Windows::new(1, 1)) } else { InputGeometry::Linear };
     let mut hessian = Hessian::for_weight(kind, &weight.size(), Device::Cpu)?;
     if weight.dim() == 4 {
         for sample in 0..inputs.size()[0] {

@@ -15,6 +15,7 @@ mod elementwise;
 mod error;
 pub mod export;
 mod finite;
+mod geometry;
 pub mod input;
 pub mod inspect;
 pub mod memory;

@@ -10,7 +10,7 @@ use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
 use crate::solver::palette::{Palettized, palettize};
 use crate::solver::{
-    Correction, Factor, Hessian, JointFactors, JointOptions, Pruned, magnitude_prune, output_energies, prune, prune_with,
+    Factor, Hessian, JointFactors, JointOptions, OutputResidual, Pruned, magnitude_prune, output_energies, prune, prune_with,
 };
 
 /// What is done to a layer; at least one of the two.
@@ -93,7 +93,7 @@ pub struct Calibrated<'a> {
     /// What the joint solver needs of it, likewise.
     pub joint: Option<&'a JointFactors>,
     /// By how much the layer's outputs are off, if it is to make up for that. For the joint solver.
-    pub correction: Option<&'a Correction>,
+    pub correction: Option<&'a OutputResidual>,
     /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to check the joint solver on.
     pub held_out: Option<&'a Tensor>,
 }

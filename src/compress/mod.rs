@@ -44,7 +44,7 @@ use crate::model::{Layer, LayerInput};
 use crate::number;
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
-use crate::solver::{Correction, Factor, Hessian, JointFactors};
+use crate::solver::{Factor, Hessian, JointFactors, OutputResidual};
 use lane::{Lane, Pass, Way};
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
@@ -379,7 +379,7 @@ fn named<'a>(lane: &'a Lane, names: &[String]) -> Vec<&'a Layer> {
 struct Gathered<'a> {
     hessian: Option<&'a Hessian>,
     /// By how much the outputs of its layers are off, by name.
-    corrections: Option<&'a BTreeMap<String, Correction>>,
+    corrections: Option<&'a BTreeMap<String, OutputResidual>>,
     /// Vectors that are not in the Hessian.
     held_out: Option<&'a Tensor>,
 }

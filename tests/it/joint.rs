@@ -4,10 +4,10 @@ use half::f16;
 use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::{BitWidth, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::container::CompressedWeight;
-use sdxl_squeeze::model::{ConvGeometry, Operation};
 use sdxl_squeeze::solver::{
-    Beside, Correction, Hessian, Joint, JointFactors, JointOptions, Note, Order, joint, output_energy, prune,
+    Beside, Hessian, Joint, JointFactors, JointOptions, Note, Order, OutputResidual, joint, output_energy, prune,
 };
+use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
 
 fn numbers(shape: &[i64], seed: u64) -> Tensor {
@@ -150,9 +150,9 @@ impl DotAll for Tensor {
 
 #[test]
 fn every_width_every_group_and_grouped_convolutions() {
-    let geometry = ConvGeometry { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 2 };
+    let geometry = Windows { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 2 };
     let (weight, input) = (numbers(&[16, 4, 3, 3], 1), numbers(&[3, 8, 12, 12], 2));
-    let mut seen = Hessian::for_weight(Operation::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    let mut seen = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();
     seen.add(&input).unwrap();
     for bits in [1, 2, 3, 4, 6, 8] {
         for group in [None, Some(1), Some(4), Some(16)] {
@@ -169,9 +169,9 @@ fn every_width_every_group_and_grouped_convolutions() {
 
 #[test]
 fn a_convolution_of_stride_one_is_a_linear_on_its_windows() {
-    let geometry = ConvGeometry { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1 };
+    let geometry = Windows { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1 };
     let (weight, input) = (numbers(&[16, 60, 3, 3], 3), numbers(&[2, 60, 20, 20], 4));
-    let mut conv = Hessian::for_weight(Operation::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    let mut conv = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();
     conv.add(&input).unwrap();
     let options = JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette(3, Some(8))));
     let found = solve(&weight, &conv, &options);
@@ -307,10 +307,10 @@ fn palettes_that_it_cannot_solve_are_made_after_it_with_a_note() {
 #[test]
 fn corrections_are_gradients_of_the_weight() {
     let cases = [
-        (Operation::Linear, vec![6, 5], vec![3, 7, 5]),
-        (Operation::Conv2d(ConvGeometry::new(1, 1)), vec![6, 4, 3, 3], vec![2, 4, 9, 8]),
+        (InputGeometry::Linear, vec![6, 5], vec![3, 7, 5]),
+        (InputGeometry::Windows(Windows::new(1, 1)), vec![6, 4, 3, 3], vec![2, 4, 9, 8]),
         (
-            Operation::Conv2d(ConvGeometry { stride: [2, 1], padding: [1, 0], dilation: [1, 2], groups: 2 }),
+            InputGeometry::Windows(Windows { stride: [2, 1], padding: [1, 0], dilation: [1, 2], groups: 2 }),
             vec![6, 2, 3, 3],
             vec![2, 4, 9, 8],
         ),
@@ -318,16 +318,16 @@ fn corrections_are_gradients_of_the_weight() {
     for (kind, shape, input) in cases {
         let (weight, x) = (numbers(&shape, 1).set_requires_grad(true), numbers(&input, 2));
         let output = match kind {
-            Operation::Linear => x.linear(&weight, None::<Tensor>),
-            Operation::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
+            InputGeometry::Linear => x.linear(&weight, None::<Tensor>),
+            InputGeometry::Windows(Windows { stride, padding, dilation, groups }) => {
                 x.conv2d(&weight, None::<Tensor>, stride, padding, dilation, groups)
             }
         };
         let lack = numbers(&output.size(), 3);
         (output * &lack).sum(Kind::Float).backward();
         let expected = weight.grad().reshape([shape[0], -1]) * (2.0 / input[0] as f64);
-        let mut correction = Correction::for_weight(kind, &shape, Device::Cpu).unwrap();
-        let mut other = Correction::for_weight(kind, &shape, Device::Cpu).unwrap();
+        let mut correction = OutputResidual::for_weight(kind, &shape, Device::Cpu).unwrap();
+        let mut other = OutputResidual::for_weight(kind, &shape, Device::Cpu).unwrap();
         correction.add(&x.narrow(0, 0, 1), &lack.narrow(0, 0, 1)).unwrap();
         other.add(&x.narrow(0, 1, input[0] - 1), &lack.narrow(0, 1, input[0] - 1)).unwrap();
         correction.merge(other).unwrap();
@@ -344,7 +344,7 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
     let a: Tensor = Tensor::eye(24, (Kind::Float, Device::Cpu)) + 0.05 * numbers(&[24, 24], 32);
     let reaches = x.matmul(&a.tr());
     let seen = hessian(&reaches);
-    let mut correction = Correction::for_weight(Operation::Linear, &[16, 24], Device::Cpu).unwrap();
+    let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
     correction.add(&reaches, &(&x - &reaches).matmul(&weight.tr())).unwrap();
     let options = JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette(4, Some(4))));
     for order in [Order::Natural, Order::Activation] {
@@ -385,7 +385,7 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
         // With errors before it to make up for, another may be better; none may be worse. Tiny errors are below what 16 values can tell.
         for size in [1e-9, 1e-6, 1e-3, 0.3] {
             let lack = numbers(&[300, 16], 9) * size;
-            let mut correction = Correction::for_weight(Operation::Linear, &[16, 24], Device::Cpu).unwrap();
+            let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
             correction.add(&inputs, &lack).unwrap();
             let beside = Beside { correction: Some(&correction), held_out: None };
             let found = joint("layer", &weight, &hessian, &factors, &beside, &options).unwrap();
@@ -425,8 +425,8 @@ fn some_vectors_are_vectors() {
     let some = linear.some_vectors(&x, 40).unwrap();
     assert_eq!(some.size(), [38, 8]);
     assert_eq!(some.get(1), x.reshape([150, 8]).get(4));
-    let geometry = ConvGeometry { stride: [2, 1], padding: [1; 2], dilation: [1, 2], groups: 2 };
-    let conv = Hessian::for_weight(Operation::Conv2d(geometry), &[4, 3, 3, 3], Device::Cpu).unwrap();
+    let geometry = Windows { stride: [2, 1], padding: [1; 2], dilation: [1, 2], groups: 2 };
+    let conv = Hessian::for_weight(InputGeometry::Windows(geometry), &[4, 3, 3, 3], Device::Cpu).unwrap();
     let image = numbers(&[2, 6, 20, 20], 2);
     let some = conv.some_vectors(&image, 16).unwrap();
     assert_eq!(some.size(), [16, 54]);

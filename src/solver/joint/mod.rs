@@ -29,7 +29,7 @@ pub use factors::{JointFactors, Order};
 
 use super::matrix::{flat_for, to_vec};
 use super::palette::{Palettized, palettize, palettize_weighted};
-use super::{Correction, Hessian, Note, prune_with};
+use super::{Hessian, Note, OutputResidual, prune_with};
 use crate::codebook::{Codebook, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::product::product;
@@ -81,7 +81,7 @@ const WORTH_A_STEP: f64 = 0.001;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Beside<'a> {
     /// By how much its outputs are off, if it is to make up for that: W0 is W + D H^-1 then.
-    pub correction: Option<&'a Correction>,
+    pub correction: Option<&'a OutputResidual>,
     /// Vectors of its input that are not in the Hessian: [n, groups d], fp32.
     pub held_out: Option<&'a Tensor>,
 }
@@ -278,7 +278,7 @@ fn held_out_ratio(
 }
 
 /// W + D (H + damping)^-1: the weights whose outputs are nearest to those that the layer aims at.
-fn corrected(flat: &Tensor, correction: &Correction, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
+fn corrected(flat: &Tensor, correction: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
     let (o, d) = flat.size2()?;
     let mut lack = to_vec(&correction.matrix()?)?;
     natural.sort(&mut lack);

@@ -7,8 +7,8 @@ use super::levels::Levels;
 use super::problem::Problem;
 use super::*;
 use crate::codebook::{BitWidth, Codebook};
-use crate::model::{ConvGeometry, Operation};
 use crate::random::noise;
+use crate::solver::{InputGeometry, Windows};
 
 /// Inputs [n, d] that a few directions dominate.
 fn inputs(n: i64, d: i64, seed: u64) -> Tensor {
@@ -26,8 +26,8 @@ fn uniform(count: usize, seed: u64) -> Vec<f32> {
 
 /// Factors of `groups` Hessians of d inputs.
 fn factors(groups: i64, d: i64, seed: u64, order: Order) -> JointFactors {
-    let geometry = ConvGeometry { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups };
-    let mut hessian = Hessian::for_weight(Operation::Conv2d(geometry), &[groups, d, 1, 1], Device::Cpu).unwrap();
+    let geometry = Windows { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups };
+    let mut hessian = Hessian::for_weight(InputGeometry::Windows(geometry), &[groups, d, 1, 1], Device::Cpu).unwrap();
     let vectors = inputs(3 * d, groups * d, seed);
     hessian.add(&vectors.tr().contiguous().view([1, groups * d, 3 * d, 1])).unwrap();
     JointFactors::new(&hessian, 0.01, order).unwrap()
