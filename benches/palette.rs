@@ -5,7 +5,8 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::f16;
 use rand::{RngExt, SeedableRng};
-use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions, palettize};
+use sdxl_squeeze::codebook::{BitWidth, Grouping, PaletteOptions};
+use sdxl_squeeze::solver::palette::palettize;
 
 const SHAPE: [usize; 2] = [5120, 1280];
 
@@ -16,18 +17,18 @@ fn palettes(criterion: &mut Criterion) {
         (0..count).map(|_| f16::from_f32(0.02 * random.sample::<f32, _>(rand_distr::StandardNormal))).collect();
     let keep: Vec<bool> = (0..count).map(|_| random.random_bool(0.6)).collect();
 
-    let grouped = |group_size| Granularity::PerGroupedChannel { group_size, axis: 0 };
+    let grouped = |group_size| Grouping::PerGroupedChannel { group_size };
     let cases = [
-        ("4 bits, gs16", 4, grouped(16), None),
-        ("4 bits, gs16, 40 % pruned", 4, grouped(16), Some(keep.as_slice())),
-        ("4 bits, gs4", 4, grouped(4), None),
-        ("4 bits per tensor", 4, Granularity::PerTensor, None),
-        ("8 bits per tensor", 8, Granularity::PerTensor, None),
+        ("4 bits, gs16", BitWidth::Four, grouped(16), None),
+        ("4 bits, gs16, 40 % pruned", BitWidth::Four, grouped(16), Some(keep.as_slice())),
+        ("4 bits, gs4", BitWidth::Four, grouped(4), None),
+        ("4 bits per tensor", BitWidth::Four, Grouping::PerTensor, None),
+        ("8 bits per tensor", BitWidth::Eight, Grouping::PerTensor, None),
     ];
     let mut group = criterion.benchmark_group("palettes of 5120x1280");
     group.sample_size(10);
-    for (name, bits, granularity, keep) in cases {
-        let options = PaletteOptions { bits, granularity, per_channel_scale: false, on_misfit: OnMisfit::Error };
+    for (name, bits, grouping, keep) in cases {
+        let options = PaletteOptions { bits, grouping, ..PaletteOptions::default() };
         group.bench_function(name, |bench| bench.iter(|| palettize("weight", black_box(&weight), &SHAPE, keep, &options)));
     }
     group.finish();

@@ -4,7 +4,8 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use sdxl_squeeze::solver::{Factor, Hessian, PruneOptions, Sparsity, prune};
+use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};
+use sdxl_squeeze::solver::{Factor, Hessian, prune};
 use tch::{Device, Kind, Tensor};
 
 fn square_layer(criterion: &mut Criterion) {
@@ -20,7 +21,7 @@ fn square_layer(criterion: &mut Criterion) {
         bencher.iter(|| Hessian::new(1280, Device::Cpu).and_then(|mut hessian| hessian.add(black_box(&inputs))));
     });
     group.bench_function("factor", |bencher| bencher.iter(|| Factor::new(black_box(&hessian), 0, 0.01)));
-    for (name, sparsity) in [("prune 40 %", Sparsity::Unstructured(0.4)), ("prune 2:4", Sparsity::NM { n: 2, m: 4 })] {
+    for (name, sparsity) in [("prune 40 %", Sparsity::Unstructured(0.4)), ("prune 2:4", Sparsity::NOfM(NmRatio { n: 2, m: 4 }))] {
         let options = PruneOptions { sparsity, ..PruneOptions::default() };
         group.bench_function(name, |bencher| bencher.iter(|| prune(black_box(&weight), &hessian, &options)));
     }

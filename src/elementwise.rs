@@ -95,7 +95,7 @@ mod tests {
         let threads = tch::get_num_threads();
         for size in [&[5_i64][..], &[160_000], &[3, 33_333], &[2, 320, 65, 63], &[100_003]] {
             for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
-                let tensor = crate::pipeline::noise(size, 1, Kind::Float).unwrap().to_kind(kind) * 3.0;
+                let tensor = crate::random::noise(size, 1, Kind::Float).unwrap().to_kind(kind) * 3.0;
                 let exact = tensor.to_kind(Kind::Double);
                 // Half a step of the dtype at the largest numbers.
                 let bound =
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn views_and_gradients() {
-        let tensor = crate::pipeline::noise(&[300, 200], 2, Kind::Float).unwrap();
+        let tensor = crate::random::noise(&[300, 200], 2, Kind::Float).unwrap();
         let turned = tensor.tr();
         assert_eq!(silu(&turned).unwrap().contiguous(), silu(&turned.contiguous()).unwrap());
         let learns = tensor.copy().set_requires_grad(true);

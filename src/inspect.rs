@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::model::text::ClipText;
 use crate::model::unet::{UnetChain, UnetConfig};
 use crate::model::vae::VaeDecoder;
-use crate::model::{ConvGeometry, Layer, LayerKind};
+use crate::model::{ConvGeometry, Layer, Operation};
 use crate::pipeline::PipelineFolder;
 
 /// The bytes of an fp16 element, which are counted where there are no weights to measure.
@@ -180,17 +180,17 @@ fn layer_row(layer: &Layer, tensors: &[TensorSpec], bytes: &Bytes) -> LayerRow {
     let layer_tensors: Vec<TensorSpec> = tensors.iter().filter(is_of_layer).cloned().collect();
     LayerRow {
         name: layer.name().to_owned(),
-        kind: describe(layer.kind()),
+        kind: describe(layer.operation()),
         shape: layer.weight().size(),
         parameters: parameters(&layer_tensors),
         bytes: bytes.sum(&layer_tensors),
     }
 }
 
-fn describe(kind: LayerKind) -> String {
+fn describe(kind: Operation) -> String {
     match kind {
-        LayerKind::Linear => "Linear".into(),
-        LayerKind::Conv2d(ConvGeometry { stride: [1, 1], .. }) => "Conv2d".into(),
-        LayerKind::Conv2d(ConvGeometry { stride: [down, right], .. }) => format!("Conv2d stride {down}x{right}"),
+        Operation::Linear => "Linear".into(),
+        Operation::Conv2d(ConvGeometry { stride: [1, 1], .. }) => "Conv2d".into(),
+        Operation::Conv2d(ConvGeometry { stride: [down, right], .. }) => format!("Conv2d stride {down}x{right}"),
     }
 }

@@ -79,6 +79,7 @@
 mod allocator;
 pub mod calibration;
 pub mod checkpoint;
+pub mod codebook;
 pub mod compare;
 pub mod compress;
 pub mod config;
@@ -90,6 +91,7 @@ mod elementwise;
 mod error;
 pub mod export;
 mod finite;
+mod geometry;
 // The modules that are hidden from the documentation are public for the command line.
 #[doc(hidden)]
 pub mod input;
@@ -108,6 +110,7 @@ pub mod pipeline;
 pub mod plan;
 mod product;
 pub mod progress;
+pub mod random;
 pub mod report;
 mod safetensors_file;
 mod shorten;

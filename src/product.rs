@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     fn numbers(size: &[i64], seed: u64) -> Tensor {
-        crate::pipeline::noise(size, seed, Kind::Float).unwrap()
+        crate::random::noise(size, seed, Kind::Float).unwrap()
     }
 
     fn close(ours: &Tensor, exact: &Tensor) {

@@ -40,7 +40,7 @@ mod tests {
     fn sums_are_right_and_the_same_on_any_number_of_threads() {
         let threads = tch::get_num_threads();
         for size in [[0, 3], [1, 1], [1, 8191], [2, 8192], [3, 100_003], [70_000, 9]] {
-            let tensor = crate::pipeline::noise(&size, 3, Kind::Float).unwrap() + 0.1;
+            let tensor = crate::random::noise(&size, 3, Kind::Float).unwrap() + 0.1;
             let exact = tensor.to_kind(Kind::Double).sum(Kind::Double).double_value(&[]);
             let sums: Vec<f64> = [1, 2, 5]
                 .map(|count| {

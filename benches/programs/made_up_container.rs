@@ -16,6 +16,7 @@ use half::f16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sdxl_squeeze::checkpoint::ConfigFile;
+use sdxl_squeeze::codebook::{BitWidth, Codebook};
 use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter};
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::{Error, Result};
@@ -27,7 +28,7 @@ fn main() -> Result<()> {
         return Err(Error::Argument("usage: made_up_container MODEL_DIR BITS GROUP_SIZE SPARSITY OUT".into()));
     };
     let wrong = |text: &String| Error::Argument(format!("`{text}` is not a number"));
-    let bits: u8 = bits.parse().map_err(|_| wrong(bits))?;
+    let bits: BitWidth = bits.parse().map_err(|_| wrong(bits))?;
     let group_size: usize = group_size.parse().map_err(|_| wrong(group_size))?;
     let sparsity: f64 = sparsity.parse().map_err(|_| wrong(sparsity))?;
 
@@ -54,7 +55,7 @@ fn main() -> Result<()> {
         // The low bits of a random byte for each element are its index.
         let mut noise = vec![0u8; numel];
         random.fill(&mut noise[..]);
-        let indices: Vec<u8> = noise.iter().map(|byte| byte & (0xff >> (8 - bits))).collect();
+        let indices: Vec<u8> = noise.iter().map(|byte| byte & bits.max_index()).collect();
         let keep: Option<Vec<bool>> = (in_stage && sparsity > 0.0).then(|| {
             let pruned = (numel as f64 * sparsity) as usize;
             // Pruned elements are spread evenly: element i is pruned if it increases the count.
@@ -62,9 +63,9 @@ fn main() -> Result<()> {
             (0..numel).map(|i| before(i) == before(i + 1)).collect()
         });
         let entry = |_| f16::from_f32(random.random_range(-1.7..1.7) / fan_in.sqrt());
-        let palettes = (0..(channels / group) << bits).map(entry).collect();
-        let weight =
-            CompressedWeight::palettized(tensor.shape.clone(), keep.as_deref(), bits, 0, group, palettes, &indices, None)?;
+        let palettes = (0..channels / group * bits.entries()).map(entry).collect();
+        let codebook = Codebook { bits, axis: 0, group_size: group, palettes, scales: None };
+        let weight = CompressedWeight::palettized(tensor.shape.clone(), keep.as_deref(), codebook, &indices)?;
         writer.add_weight(&tensor.name, &weight, Value::Null)?;
     }
     writer.finish().map(drop)

@@ -11,10 +11,11 @@ use std::time::Instant;
 
 use half::f16;
 use sdxl_squeeze::checkpoint::{SafetensorsFile, read_tensor};
+use sdxl_squeeze::codebook::{Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::device::Placement;
-use sdxl_squeeze::model::{ConvGeometry, LayerKind};
-use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions, palettize};
-use sdxl_squeeze::solver::{Beside, Effort, Hessian, JointFactors, JointOptions, Order, PruneOptions, Sparsity, joint, prune};
+use sdxl_squeeze::solver::palette::palettize;
+use sdxl_squeeze::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint, prune};
+use sdxl_squeeze::solver::{InputGeometry, Windows};
 use sdxl_squeeze::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -88,16 +89,11 @@ fn joint_solver(name: &str, weight: &Tensor, inputs: &Tensor) -> Result<()> {
 }
 
 fn grouped(group_size: usize) -> PaletteOptions {
-    PaletteOptions {
-        bits: 4,
-        granularity: Granularity::PerGroupedChannel { group_size, axis: 0 },
-        per_channel_scale: false,
-        on_misfit: OnMisfit::Error,
-    }
+    PaletteOptions { grouping: Grouping::PerGroupedChannel { group_size }, ..PaletteOptions::default() }
 }
 
 fn hessian(weight: &Tensor, inputs: &Tensor) -> Result<Hessian> {
-    let kind = if weight.dim() == 4 { LayerKind::Conv2d(ConvGeometry::new(1, 1)) } else { LayerKind::Linear };
+    let kind = if weight.dim() == 4 { InputGeometry::Windows(Windows::new(1, 1)) } else { InputGeometry::Linear };
     let mut hessian = Hessian::for_weight(kind, &weight.size(), Device::Cpu)?;
     if weight.dim() == 4 {
         for sample in 0..inputs.size()[0] {

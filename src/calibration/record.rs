@@ -7,8 +7,9 @@ use tch::Tensor;
 use super::{Sample, Samples, spread};
 use crate::error::{Error, Result};
 use crate::model::unet::{Conditioning, Unet};
-use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, noise, sample};
+use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
 use crate::progress::{Progress, Silent, Task};
+use crate::random::noise;
 
 /// Prompts, and how they are run.
 #[derive(Debug, Clone, PartialEq)]

@@ -11,8 +11,9 @@ use crate::model::Unobserved;
 use crate::model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
 use crate::model::vae::VaeDecoder;
 use crate::picture::Picture;
-use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, noise, sample};
+use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
 use crate::progress::{Progress, Silent, Task};
+use crate::random::noise;
 use crate::sum;
 
 /// The dense model's runs on the judge's prompts: the truth that rows are measured against.

@@ -112,7 +112,7 @@ pub fn compare(
                 .prune
                 .as_ref()
                 .and_then(|prune| prune.rules.global_config.as_ref())
-                .map(|settings| settings.sparsity.share()),
+                .map(|settings| settings.sparsity.target()),
             sparsity_stored: report.sparsity,
             bits_per_weight: report.bits_per_weight,
             bytes: report.bytes,

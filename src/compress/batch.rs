@@ -3,11 +3,13 @@
 use tch::Tensor;
 
 use super::{Calibrated, Gatherer, Job, Workspace, finish};
+use crate::codebook::PruneOptions;
 use crate::error::{Error, Result};
+use crate::geometry::input_geometry;
 use crate::model::{Layer, LayerInput};
 use crate::plan::of_batch;
 use crate::progress::Task;
-use crate::solver::{Factor, Hessian, PruneOptions, prune_many};
+use crate::solver::{Factor, Hessian, prune_many};
 
 /// Layers of one shape, each with its Hessian, that are pruned in the same way.
 struct Batch<'a> {
@@ -29,7 +31,7 @@ impl Job<'_> {
     ) -> Result<()> {
         for Batch { options, layers } in self.batches(layers, wave, gatherer, finished) {
             let (first, _) = layers[0];
-            let most = self.plan.batch_bytes / of_batch(first.kind(), &first.weight().size()).max(1);
+            let most = self.plan.batch_bytes / of_batch(input_geometry(first), &first.weight().size()).max(1);
             for layers in layers.chunks(most.max(1) as usize) {
                 self.treat_batch(part, layers, &options, finished, task)?;
             }

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::geometry::input_geometry;
 use crate::model::{Layer, LayerInput, Observer};
-use crate::solver::{Correction, Hessian};
+use crate::solver::{Hessian, OutputResidual};
 
 /// An observer that sums the inputs of some layers, each input once: layers that are given the same tensor share a Hessian.
 ///
@@ -17,7 +18,7 @@ pub struct Gatherer {
     hessians: BTreeMap<LayerInput, (String, Hessian)>,
     /// How much the sample at hand counts; `None`: 1.
     weight: Option<f64>,
-    corrections: BTreeMap<String, Correction>,
+    corrections: BTreeMap<String, OutputResidual>,
     /// Whether the sample at hand is held out: some of its vectors are kept, and none is summed.
     holding: bool,
     held: BTreeMap<LayerInput, Tensor>,
@@ -38,7 +39,8 @@ impl Gatherer {
         let mut hessians = BTreeMap::new();
         for layer in layers {
             if !hessians.contains_key(layer.input()) {
-                let hessian = Hessian::for_layer(layer, device).map_err(Error::layer(layer.name()))?;
+                let hessian = Hessian::for_weight(input_geometry(layer), &layer.weight().size(), device)
+                    .map_err(Error::layer(layer.name()))?;
                 hessians.insert(layer.input().clone(), (layer.name().to_owned(), hessian));
             }
         }
@@ -52,7 +54,8 @@ impl Gatherer {
     pub(super) fn aiming<'a>(layers: impl Iterator<Item = &'a Layer> + Clone, device: Device) -> Result<Self> {
         let mut gatherer = Gatherer::new(layers.clone(), device)?;
         for layer in layers {
-            let correction = Correction::for_layer(layer, device).map_err(Error::layer(layer.name()))?;
+            let correction = OutputResidual::for_weight(input_geometry(layer), &layer.weight().size(), device)
+                .map_err(Error::layer(layer.name()))?;
             gatherer.corrections.insert(layer.name().to_owned(), correction);
         }
         Ok(gatherer)
@@ -84,7 +87,7 @@ impl Gatherer {
     }
 
     /// By how much each layer's outputs were off, where that was asked for.
-    pub(super) fn corrections(&self) -> &BTreeMap<String, Correction> {
+    pub(super) fn corrections(&self) -> &BTreeMap<String, OutputResidual> {
         &self.corrections
     }
 

@@ -5,12 +5,12 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::joint;
+use crate::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
-use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
+use crate::solver::palette::{Palettized, palettize};
 use crate::solver::{
-    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, Pruned, magnitude_prune, output_energies,
-    prune, prune_with,
+    Factor, Hessian, JointFactors, JointOptions, OutputResidual, Pruned, magnitude_prune, output_energies, prune, prune_with,
 };
 
 /// What is done to a layer; at least one of the two.
@@ -24,16 +24,6 @@ pub struct Treatment {
     pub palettize: Option<PaletteOptions>,
     /// How hard mask, weights and palettes are sought together ([`joint`](crate::solver::joint())); `None`: one after the other.
     pub joint: Option<Effort>,
-}
-
-/// How the weights that go are chosen.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum PruneMethod {
-    /// By [`prune`]: the others make up for them.
-    #[default]
-    SparseGpt,
-    /// By [`magnitude_prune`]: the smallest, without calibration.
-    Magnitude,
 }
 
 /// A layer's new weight, and what it cost.
@@ -103,7 +93,7 @@ pub struct Calibrated<'a> {
     /// What the joint solver needs of it, likewise.
     pub joint: Option<&'a JointFactors>,
     /// By how much the layer's outputs are off, if it is to make up for that. For the joint solver.
-    pub correction: Option<&'a Correction>,
+    pub correction: Option<&'a OutputResidual>,
     /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to check the joint solver on.
     pub held_out: Option<&'a Tensor>,
 }
@@ -143,16 +133,10 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
     };
     let Found { half, keep, palettized, loss, target, notes } = found;
     let stored = match (palettized, &keep) {
-        (Some(found), keep) => Some(CompressedWeight::palettized(
-            size.clone(),
-            keep.as_deref(),
-            found.bits,
-            found.axis,
-            found.group_size,
-            found.palettes,
-            &found.indices,
-            found.scales,
-        )?),
+        (Some(palettized), keep) => {
+            let Palettized { codebook, indices, .. } = palettized;
+            Some(CompressedWeight::palettized(size.clone(), keep.as_deref(), codebook, &indices)?)
+        }
         (None, Some(keep)) => Some(CompressedWeight::sparse(size.clone(), keep, &half)?),
         (None, None) => None,
     };
@@ -223,16 +207,7 @@ fn one_after_the_other(
     let shape: Vec<usize> = original.size().iter().map(|n| *n as usize).collect();
     let palettized = match &treatment.palettize {
         None => None,
-        Some(options) => match palettize(name, &half, &shape, keep.as_deref(), options)? {
-            Outcome::Palettized(found) => {
-                notes.extend(found.misfit.clone());
-                Some(found)
-            }
-            Outcome::LeftDense { reason } => {
-                notes.push(format!("left without a palette: {reason}"));
-                None
-            }
-        },
+        Some(options) => Some(palettize(name, &half, &shape, keep.as_deref(), options)?),
     };
     Ok(Found { half, keep, palettized, loss, target: None, notes })
 }

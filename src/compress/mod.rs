@@ -28,7 +28,7 @@ pub use allocate::{Allocation, Choice, choose};
 pub use gather::Gatherer;
 pub use identity::BUILD;
 pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
-pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
+pub use layer::{Calibrated, LayerErrors, Treated, Treatment, treat};
 pub use prepare::{Prepared, plan_of_run};
 pub use recipe::{Recipe, Sequencing, layers_of};
 pub use workspace::Workspace;
@@ -43,7 +43,7 @@ use crate::model::unet::{Stage, StageSpec, UnetChain};
 use crate::model::{Layer, LayerInput};
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{LayerDone, Progress, Task};
-use crate::solver::{Correction, Factor, Hessian, JointFactors};
+use crate::solver::{Factor, Hessian, JointFactors, OutputResidual};
 use lane::{Lane, Pass, Way};
 
 /// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
@@ -379,7 +379,7 @@ fn named<'a>(lane: &'a Lane, names: &[String]) -> Vec<&'a Layer> {
 struct Gathered<'a> {
     hessian: Option<&'a Hessian>,
     /// By how much the outputs of its layers are off, by name.
-    corrections: Option<&'a BTreeMap<String, Correction>>,
+    corrections: Option<&'a BTreeMap<String, OutputResidual>>,
     /// Vectors that are not in the Hessian.
     held_out: Option<&'a Tensor>,
 }

@@ -1,15 +1,11 @@
 //! From a run's config to what is done to each layer, and what that will take.
 
-use super::{PruneMethod, Treatment, Treatments};
+use super::{Treatment, Treatments};
 use crate::checkpoint::Blueprint;
-use crate::config::{
-    self, LayerInfo, ModuleType, Pace, PaletteSettings, PruneAlgorithm, PruneSettings, Resolution, RunConfig, SolverKind, Target,
-};
+use crate::config::{LayerInfo, Pace, Resolution, RunConfig, SolverKind, Target};
 use crate::error::Result;
 use crate::model::Layer;
 use crate::model::unet::UnetChain;
-use crate::solver::palette::{Granularity, OnMisfit, PaletteOptions};
-use crate::solver::{PruneOptions, Sparsity};
 
 /// When the layers of a stage learn of each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,17 +45,14 @@ impl Recipe {
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
         let infos = layers_of(chain)?;
         let resolution = config.resolve(&infos).checked()?;
-        let method = match config.prune.as_ref().map(|section| section.algorithm) {
-            Some(PruneAlgorithm::Magnitude) => PruneMethod::Magnitude,
-            Some(PruneAlgorithm::SparseGpt) | None => PruneMethod::SparseGpt,
-        };
+        let method = config.prune.as_ref().map(|section| section.algorithm).unwrap_or_default();
         let mut treatments = Treatments::new();
         for layer in &resolution.layers {
             let treatment = Treatment {
                 joint: (config.solver == SolverKind::Joint).then_some(config.effort),
-                prune: layer.prune.settings().map(prune_options),
+                prune: layer.prune.settings().copied(),
                 method,
-                palettize: layer.palettize.settings().map(palette_options),
+                palettize: layer.palettize.settings().copied(),
             };
             if treatment.prune.is_some() || treatment.palettize.is_some() {
                 treatments.insert(layer.name.clone(), treatment);
@@ -84,7 +77,7 @@ pub fn layers_of(chain: &UnetChain) -> Result<Vec<LayerInfo>> {
         found.extend(layers.iter().map(|layer| LayerInfo {
             name: layer.name().to_owned(),
             stage: stage.clone(),
-            module_type: ModuleType::from(layer.kind()),
+            module_type: layer.kind(),
             shape: layer.weight().size(),
         }));
     };
@@ -94,26 +87,4 @@ pub fn layers_of(chain: &UnetChain) -> Result<Vec<LayerInfo>> {
     }
     add(None, chain.load_tail(&blueprint)?.layers());
     Ok(found)
-}
-
-fn prune_options(settings: &PruneSettings) -> PruneOptions {
-    let PruneSettings { sparsity, hessian_dampening, processing_group_size } = settings;
-    let sparsity = match sparsity {
-        config::Sparsity::Unstructured(share) => Sparsity::Unstructured(*share),
-        config::Sparsity::NOfM(ratio) => Sparsity::NM { n: ratio.n, m: ratio.m },
-    };
-    PruneOptions { sparsity, dampening: *hessian_dampening, block: *processing_group_size }
-}
-
-fn palette_options(settings: &PaletteSettings) -> PaletteOptions {
-    let PaletteSettings { n_bits, granularity, channel_axis, enable_per_channel_scale } = settings;
-    let granularity = match granularity {
-        config::Granularity::PerTensor => Granularity::PerTensor,
-        config::Granularity::PerGroupedChannel { group_size } => {
-            Granularity::PerGroupedChannel { group_size: *group_size, axis: *channel_axis }
-        }
-    };
-    // Groups that do not divide have been settled by the resolution.
-    let on_misfit = OnMisfit::Error;
-    PaletteOptions { bits: *n_bits, granularity, per_channel_scale: *enable_per_channel_scale, on_misfit }
 }

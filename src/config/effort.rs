@@ -5,7 +5,7 @@ use serde::{Serialize, Serializer};
 use super::fields::Fields;
 use super::keys::joint as keys;
 use super::mistake::Mistakes;
-use crate::solver::Effort;
+use crate::codebook::Effort;
 
 pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Effort {
     Effort {

@@ -2,8 +2,7 @@
 
 use std::fmt::{self, Display};
 
-use super::rules::ModuleType;
-use super::settings::NmRatio;
+use crate::codebook::{LayerKind, Misfit, NmRatio};
 use crate::error::{Mistake, Place};
 
 /// The sections that have rules for layers.
@@ -51,17 +50,6 @@ pub enum Why {
     },
     /// The group size does not divide its channels, or m its columns.
     Misfit,
-}
-
-/// The treatment of a layer whose channels its group size does not divide.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Misfit {
-    /// The layer gets groups of this size.
-    SmallerGroup(usize),
-    /// The layer stays fp16.
-    Dense,
-    /// The config forbids such layers.
-    Error,
 }
 
 /// An observation about a config that people should know.
@@ -119,7 +107,7 @@ pub enum Finding {
         /// The section of the rule.
         section: Section,
         /// The type.
-        module_type: ModuleType,
+        module_type: LayerKind,
     },
     /// A section that leaves every layer alone. A warning.
     Idle {

@@ -8,10 +8,10 @@ use std::path::PathBuf;
 
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
-use super::sections::{OnMisfit, Pace, PruneAlgorithm, SolverKind, Target, TimestepWeighting};
-use super::settings::{GranularityWord, NmRatio};
+use super::sections::{Pace, SolverKind, Target, TimestepWeighting};
+use super::settings::GranularityWord;
 use super::tree::{Node, Value};
-use crate::solver::Effort;
+use crate::codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 
 /// The three keys by which a section's settings reach layers, in the order of coremltools'
 /// `OptimizationConfig`.
@@ -161,7 +161,7 @@ keys! {
             Preset::Texts(&[r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"])
         );
         /// How weights to prune are chosen. `magnitude` takes the smallest and needs no calibration.
-        ALGORITHM: PruneAlgorithm = ("algorithm", Kind::WORD, Preset::Text("sparse_gpt"));
+        ALGORITHM: PruneMethod = ("algorithm", Kind::WORD, Preset::Text("sparse_gpt"));
     }
 }
 
@@ -209,7 +209,7 @@ keys! {
     /// How a layer is palettized.
     palette_settings "palette settings" {
         /// Bits of a palette index.
-        N_BITS: u8 = ("n_bits", kinds::BIT_WIDTH, Preset::Integer(4), flag Flag::of_rules("n-bits", "N"));
+        N_BITS: BitWidth = ("n_bits", kinds::BIT_WIDTH, Preset::Integer(4), flag Flag::of_rules("n-bits", "N"));
         /// Whether one palette serves the whole weight, or each group of channels has its own.
         GRANULARITY: GranularityWord = ("granularity", Kind::WORD, Preset::Text("per_tensor"));
         /// Channels that share a palette. Needs `granularity: per_grouped_channel`, which the flag brings.
@@ -264,7 +264,7 @@ keys! {
             flag Flag::new("target-size", "SIZE").replaces(&["target_bits"])
         );
         /// Fewest bits of a palette index in any layer.
-        MIN_BITS: u8 = ("min_bits", kinds::BIT_WIDTH, Preset::Integer(2));
+        MIN_BITS: BitWidth = ("min_bits", kinds::BIT_WIDTH, Preset::Integer(2));
         /// Largest sparsity of any layer.
         MAX_SPARSITY: f64 = ("max_sparsity", kinds::SPARSITY, Preset::Number(0.6));
         /// Samples by which the effect of a layer's error on the network's output is measured.

@@ -9,12 +9,24 @@ use serde_json::json;
 use super::fields::{boolean, number, text, whole, word};
 use super::key::{Argument, Kind};
 use super::limits;
-use super::settings::NmRatio;
 use super::tree::{Node, Value};
+use crate::codebook::{BitWidth, NmRatio, OnMisfit, PruneMethod};
 
 /// The names of an enum's values in a config.
 pub(super) trait Words: Copy + 'static {
-    const WORDS: &'static [(&'static str, Self)];
+    fn words() -> Vec<(&'static str, Self)>;
+}
+
+impl Words for PruneMethod {
+    fn words() -> Vec<(&'static str, Self)> {
+        PruneMethod::ALL.map(|method| (method.name(), method)).into()
+    }
+}
+
+impl Words for OnMisfit {
+    fn words() -> Vec<(&'static str, Self)> {
+        OnMisfit::ALL.map(|policy| (policy.name(), policy)).into()
+    }
 }
 
 macro_rules! kind {
@@ -26,9 +38,9 @@ macro_rules! kind {
 impl<T: Words> Kind<T> {
     /// One of an enum's words.
     pub const WORD: Kind<T> = Kind {
-        read: |node| word(node, T::WORDS),
-        values: || T::WORDS.iter().map(|(word, _)| format!("`{word}`")).collect::<Vec<_>>().join(", "),
-        schema: || json!({ "enum": T::WORDS.iter().map(|(word, _)| *word).collect::<Vec<_>>() }),
+        read: |node| word(node, &T::words()),
+        values: || T::words().iter().map(|(word, _)| format!("`{word}`")).collect::<Vec<_>>().join(", "),
+        schema: || json!({ "enum": T::words().iter().map(|(word, _)| *word).collect::<Vec<_>>() }),
         argument: Argument::Text,
     };
 }
@@ -62,8 +74,12 @@ pub(super) const MEAN_BITS: Kind<f64> = kind!(Number, "above 0, at most 16", { "
     limits::target_bits(number(node)?)
 });
 
-pub(super) const BIT_WIDTH: Kind<u8> =
-    kind!(Number, "1, 2, 3, 4, 6, 8", { "enum": [1, 2, 3, 4, 6, 8] }, |node| limits::n_bits(whole(node)?));
+pub(super) const BIT_WIDTH: Kind<BitWidth> = Kind {
+    read: |node| limits::n_bits(whole(node)?),
+    values: || BitWidth::ALL.map(|width| width.to_string()).join(", "),
+    schema: || json!({ "enum": BitWidth::ALL }),
+    argument: Argument::Number,
+};
 
 pub(super) const AXIS: Kind<usize> = kind!(Number, "0, 1", { "enum": [0, 1] }, |node| limits::channel_axis(whole(node)?));
 

@@ -1,6 +1,6 @@
 //! The bounds of each value. Messages continue the key's name: "must be …".
 
-use super::settings::NmRatio;
+use crate::codebook::{BitWidth, NmRatio};
 use crate::device::parse_dtype;
 
 type Checked<T> = Result<T, String>;
@@ -11,11 +11,9 @@ pub(super) fn target_sparsity(value: f64) -> Checked<f64> {
 }
 
 /// The palette sizes that Core ML stores: 2^n entries.
-pub(super) fn n_bits(value: i128) -> Checked<u8> {
-    match value {
-        1 | 2 | 3 | 4 | 6 | 8 => Ok(value as u8),
-        _ => Err("must be 1, 2, 3, 4, 6 or 8".into()),
-    }
+pub(super) fn n_bits(value: i128) -> Checked<BitWidth> {
+    let width = BitWidth::ALL.into_iter().find(|width| i128::from(width.bits()) == value);
+    width.ok_or_else(|| format!("must be {}", BitWidth::choices("or")))
 }
 
 /// The weight's dimension whose channels are grouped: 0 for output, 1 for input channels.

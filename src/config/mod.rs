@@ -30,20 +30,19 @@ use serde::Serialize;
 
 pub use crate::error::{Mistake, Place};
 pub use edit::{ConfigFlag, Edit, flags};
-pub use finding::{Finding, Misfit, Section, Severity, Why};
+pub use finding::{Finding, Section, Severity, Why};
 pub use mistake::Written;
 pub use prompts::read_prompts;
 pub use resolve::{Choice, LayerInfo, LayerResolution, Resolution, RuleUse};
-pub use rules::{ModuleType, RuleIndex, Rules};
+pub use rules::{RuleIndex, Rules};
 pub use sections::{
-    BudgetSection, BudgetTarget, CalibrationSection, ModelSection, OnMisfit, Pace, PalettizeSection, Prompts, PruneAlgorithm,
-    PruneSection, SolverKind, Target, TimestepWeighting,
+    BudgetSection, BudgetTarget, CalibrationSection, ModelSection, Pace, PalettizeSection, Prompts, PruneSection, SolverKind,
+    Target, TimestepWeighting,
 };
-pub use settings::{Granularity, NmRatio, PaletteSettings, PruneSettings, Sparsity};
 
+use crate::codebook::{Effort, PruneMethod};
 use crate::error::{Error, Result};
 use crate::input::{self, Limit};
-use crate::solver::Effort;
 use fields::Fields;
 use mistake::Mistakes;
 use tree::Value;
@@ -108,8 +107,7 @@ impl Default for RunConfig {
 impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
     pub fn is_calibrated(&self) -> bool {
-        self.solver == SolverKind::Joint
-            || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::SparseGpt)
+        self.solver == SolverKind::Joint || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::SparseGpt)
     }
 
     /// Reads a config.
@@ -202,7 +200,7 @@ impl RunConfig {
 
     /// Checks that the solver can choose masks by the algorithm of `prune`.
     fn check_solver(&self) -> Result<(), String> {
-        let magnitude = self.prune.as_ref().is_some_and(|section| section.algorithm == PruneAlgorithm::Magnitude);
+        let magnitude = self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::Magnitude);
         if self.solver == SolverKind::Joint && magnitude {
             return Err("`solver: joint` chooses masks as sparse_gpt does, which `prune` must name as its `algorithm`, \
                         not magnitude"

@@ -5,7 +5,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::key::{Declared, Preset, Section};
 use super::keys::{RULES, root};
-use super::rules::ModuleType;
+use crate::codebook::LayerKind;
 use super::tree::Value;
 
 /// The JSON schema of a config, for editors: names, types, ranges, defaults and docs of all keys. Rules
@@ -47,7 +47,7 @@ fn mapping(section: &Section) -> Json {
 
 /// The schemas of the three keys of [`RULES`], given that of a rule's settings.
 fn rules(settings: &Json) -> [Json; 3] {
-    let types: Map<String, Json> = ModuleType::ALL.iter().map(|kind| (kind.name().to_owned(), settings.clone())).collect();
+    let types: Map<String, Json> = LayerKind::ALL.iter().map(|kind| (kind.name().to_owned(), settings.clone())).collect();
     [
         settings.clone(),
         json!({ "type": ["object", "null"], "additionalProperties": false, "properties": types }),

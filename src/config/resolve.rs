@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use super::RunConfig;
-use super::finding::{Finding, Misfit, Section, Severity, Why};
+use super::finding::{Finding, Section, Severity, Why};
 use super::mistake::{Written, nearest};
-use super::rules::{Decided, ModuleType, RuleIndex, Rules};
-use super::sections::{OnMisfit, PalettizeSection, PruneSection};
-use super::settings::{Granularity, PaletteSettings, PruneSettings, Sparsity};
+use super::rules::{Decided, RuleIndex, Rules};
+use super::sections::{PalettizeSection, PruneSection};
+use crate::codebook::{Grouping, LayerKind, Misfit, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::pattern::NamePattern;
 
@@ -19,7 +19,7 @@ pub struct LayerInfo {
     /// The stage that the layer belongs to (`down_blocks.0`); `None` for the UNet's two ends.
     pub stage: Option<String>,
     /// Its type.
-    pub module_type: ModuleType,
+    pub module_type: LayerKind,
     /// The weight's shape: [o, d] or [o, c / groups, kh, kw].
     pub shape: Vec<i64>,
 }
@@ -53,9 +53,9 @@ pub struct LayerResolution {
     /// The layer's name.
     pub name: String,
     /// How it is pruned.
-    pub prune: Choice<PruneSettings>,
+    pub prune: Choice<PruneOptions>,
     /// How it is palettized. A group size that `on_misfit` has changed is given as changed.
-    pub palettize: Choice<PaletteSettings>,
+    pub palettize: Choice<PaletteOptions>,
 }
 
 /// Settings, or the reason for which there are none.
@@ -135,7 +135,7 @@ fn resolve_prune(
     layers: &[LayerInfo],
     uses: &mut Vec<RuleUse>,
     findings: &mut Vec<Finding>,
-) -> Vec<Choice<PruneSettings>> {
+) -> Vec<Choice<PruneOptions>> {
     let PruneSection { layers: stages, algorithm: _, rules } = section;
     check_stages(stages, layers, uses, findings);
     let inside =
@@ -168,7 +168,7 @@ fn resolve_palettize(
     layers: &[LayerInfo],
     uses: &mut Vec<RuleUse>,
     findings: &mut Vec<Finding>,
-) -> Vec<Choice<PaletteSettings>> {
+) -> Vec<Choice<PaletteOptions>> {
     let PalettizeSection { rules, on_misfit, weight_threshold } = section;
     let decided = check_rules(Section::Palettize, rules, layers, &vec![true; layers.len()], uses, findings);
     let choose = |(layer, rule): (&LayerInfo, &RuleIndex)| {
@@ -179,19 +179,13 @@ fn resolve_palettize(
         if layer.elements() <= *weight_threshold {
             return Choice::Leave(Why::Small { weight_threshold: *weight_threshold });
         }
-        let channels = layer.shape.get(settings.channel_axis).copied().unwrap_or(1);
-        let Some(group_size) = settings.granularity.group_size().filter(|size| !divides(*size, channels)) else {
-            return Choice::Apply(settings);
-        };
-        let becomes = match on_misfit {
-            OnMisfit::SmallerGroup => Misfit::SmallerGroup(largest_divisor(channels, group_size)),
-            OnMisfit::Dense => Misfit::Dense,
-            OnMisfit::Error => Misfit::Error,
-        };
+        let Some(group_size) = settings.grouping.group_size() else { return Choice::Apply(settings) };
+        let channels = layer.shape[settings.axis];
+        let Some(becomes) = on_misfit.outcome(channels as usize, group_size) else { return Choice::Apply(settings) };
         findings.push(Finding::GroupMisfit { layer: layer.name.clone(), channels, group_size, becomes });
         match becomes {
             Misfit::SmallerGroup(group_size) => {
-                Choice::Apply(PaletteSettings { granularity: Granularity::PerGroupedChannel { group_size }, ..settings })
+                Choice::Apply(PaletteOptions { grouping: Grouping::PerGroupedChannel { group_size }, ..settings })
             }
             Misfit::Dense | Misfit::Error => Choice::Leave(Why::Misfit),
         }
@@ -203,12 +197,6 @@ fn resolve_palettize(
 
 fn divides(part: usize, whole: i64) -> bool {
     i64::try_from(part).is_ok_and(|part| whole.checked_rem(part) == Some(0))
-}
-
-/// The largest divisor of `channels` that is at most `limit`.
-fn largest_divisor(channels: i64, limit: usize) -> usize {
-    let limit = limit.min(usize::try_from(channels).unwrap_or(1));
-    (1..=limit).rev().find(|size| divides(*size, channels)).unwrap_or(1)
 }
 
 fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mut Vec<RuleUse>, findings: &mut Vec<Finding>) {

@@ -1,7 +1,5 @@
 //! Which settings hold for which layer, by coremltools' order of rules.
 
-use std::fmt::{self, Display};
-
 use serde::{Serialize, Serializer};
 
 use super::fields::{Fields, entries};
@@ -9,7 +7,7 @@ use super::mistake::{Mistakes, Written, nearest};
 use super::resolve::LayerInfo;
 use super::settings::Settings;
 use super::tree::{Node, Value};
-use crate::model::LayerKind;
+use crate::codebook::LayerKind;
 use crate::pattern::NamePattern;
 use crate::shorten::shorten;
 
@@ -17,15 +15,13 @@ use crate::shorten::shorten;
 /// first pattern of `module_name_configs` that matches the whole of a layer's name, else the layer's
 /// type in `module_type_configs`, else `global_config`. A rule without settings (`null` in the file)
 /// leaves its layers alone.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rules<S> {
     /// For every layer that no other rule names.
     pub global_config: Option<S>,
     /// By type; at most one rule for each type.
-    #[serde(serialize_with = "as_mapping")]
-    pub module_type_configs: Vec<(ModuleType, Option<S>)>,
+    pub module_type_configs: Vec<(LayerKind, Option<S>)>,
     /// By name, in the order of the file.
-    #[serde(serialize_with = "as_mapping")]
     pub module_name_configs: Vec<(Written<NamePattern>, Option<S>)>,
 }
 
@@ -35,7 +31,7 @@ pub enum RuleIndex {
     /// This one of `module_name_configs`.
     Name(usize),
     /// `module_type_configs` for this type.
-    Type(ModuleType),
+    Type(LayerKind),
     /// `global_config`.
     Global,
 }
@@ -46,49 +42,6 @@ pub(super) struct Decided {
     pub matched: Vec<Vec<usize>>,
     /// For each layer, the rule that decides.
     pub by: Vec<RuleIndex>,
-}
-
-/// The types of layers that have weights to compress, under torch's class names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ModuleType {
-    /// `torch.nn.Conv2d`
-    Conv2d,
-    /// `torch.nn.Linear`
-    Linear,
-}
-
-impl ModuleType {
-    /// All of them.
-    pub const ALL: [ModuleType; 2] = [ModuleType::Conv2d, ModuleType::Linear];
-
-    /// The name in a config.
-    pub fn name(self) -> &'static str {
-        match self {
-            ModuleType::Conv2d => "Conv2d",
-            ModuleType::Linear => "Linear",
-        }
-    }
-}
-
-impl Serialize for ModuleType {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
-
-impl Display for ModuleType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl From<LayerKind> for ModuleType {
-    fn from(kind: LayerKind) -> Self {
-        match kind {
-            LayerKind::Linear => ModuleType::Linear,
-            LayerKind::Conv2d(_) => ModuleType::Conv2d,
-        }
-    }
 }
 
 impl<S> Rules<S> {
@@ -158,10 +111,10 @@ pub(super) fn read<S: Settings>(section: &Fields<'_>, mistakes: &mut Mistakes<'_
     let types = types.map_or(Vec::new(), |node| entries(&format!("{name}.module_type_configs"), node, mistakes));
     for entry in types {
         let settings = settings(&format!("{name}.module_type_configs.{}", entry.key), entry.value, mistakes);
-        match ModuleType::ALL.into_iter().find(|listed| listed.name() == entry.key) {
+        match LayerKind::ALL.into_iter().find(|listed| listed.name() == entry.key) {
             Some(module_type) => module_type_configs.push((module_type, settings)),
             None => {
-                let known = ModuleType::ALL.map(ModuleType::name);
+                let known = LayerKind::ALL.map(LayerKind::name);
                 let near = nearest(entry.key, known).map_or(String::new(), |near| format!("; did you mean `{near}`?"));
                 let known = known.join(" and ");
                 mistakes
@@ -185,9 +138,27 @@ pub(super) fn read<S: Settings>(section: &Fields<'_>, mistakes: &mut Mistakes<'_
     Rules { global_config, module_type_configs, module_name_configs }
 }
 
-/// Writes rules as a mapping in their order.
-fn as_mapping<K: Serialize, V: Serialize, S: Serializer>(rules: &[(K, V)], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(rules.iter().map(|(key, settings)| (key, settings)))
+/// Writes the three keys of a section's rules.
+pub(super) fn write<T: Settings, S: Serializer>(rules: &Rules<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Keys<'a, T: Settings> {
+        #[serde(serialize_with = "write_settings")]
+        global_config: &'a Option<T>,
+        #[serde(serialize_with = "as_mapping")]
+        module_type_configs: &'a [(LayerKind, Option<T>)],
+        #[serde(serialize_with = "as_mapping")]
+        module_name_configs: &'a [(Written<NamePattern>, Option<T>)],
+    }
+    let Rules { global_config, module_type_configs, module_name_configs } = rules;
+    Keys { global_config, module_type_configs, module_name_configs }.serialize(serializer)
+}
+
+fn write_settings<T: Settings, S: Serializer>(settings: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    settings.as_ref().map(Settings::written).serialize(serializer)
+}
+
+fn as_mapping<K: Serialize, T: Settings, S: Serializer>(rules: &[(K, Option<T>)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(rules.iter().map(|(key, settings)| (key, settings.as_ref().map(Settings::written))))
 }
 
 /// A rule's settings; `null` is a rule to leave layers alone.

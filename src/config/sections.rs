@@ -8,8 +8,8 @@ use super::kinds::Words;
 use super::mistake::{Mistakes, Written};
 use super::prompts::too_many;
 use super::rules::{self, Rules, pattern};
-use super::settings::{PaletteSettings, PruneSettings};
 use super::tree::{Node, Position, Value};
+use crate::codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
 use crate::error::Place;
 use crate::input::prompt_of_length;
 use crate::pattern::NamePattern;
@@ -72,19 +72,10 @@ pub struct PruneSection {
     /// The stages that are pruned (coremltools' `layers`); other stages and the UNet's two ends are not.
     pub layers: Vec<Written<NamePattern>>,
     /// The solver.
-    pub algorithm: PruneAlgorithm,
+    pub algorithm: PruneMethod,
     /// The settings of their layers.
-    #[serde(flatten)]
-    pub rules: Rules<PruneSettings>,
-}
-
-/// How masks are chosen and what remains is adjusted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PruneAlgorithm {
-    /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor` runs it.
-    SparseGpt,
-    /// `magnitude`: the smallest weights of each layer go and the others stay as they are; no calibration. What SparseGPT is compared with.
-    Magnitude,
+    #[serde(flatten, serialize_with = "rules::write")]
+    pub rules: Rules<PruneOptions>,
 }
 
 /// How mask, weights and palette of a layer are found.
@@ -134,8 +125,8 @@ pub enum TimestepWeighting {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PalettizeSection {
     /// The settings of all the UNet's layers.
-    #[serde(flatten)]
-    pub rules: Rules<PaletteSettings>,
+    #[serde(flatten, serialize_with = "rules::write")]
+    pub rules: Rules<PaletteOptions>,
     /// What becomes of a layer whose channels no group of its size divides.
     pub on_misfit: OnMisfit,
     /// Weights of at most this many elements stay fp16. coremltools' converter skips those of 2,048 and fewer.
@@ -149,7 +140,7 @@ pub struct BudgetSection {
     #[serde(flatten, serialize_with = "write_target")]
     pub target: BudgetTarget,
     /// The least bits of a palette index.
-    pub min_bits: u8,
+    pub min_bits: BitWidth,
     /// The largest share of a layer that is pruned. In [0, 1).
     pub max_sparsity: f64,
     /// Samples on which it is measured how far errors reach. At least 1.
@@ -165,22 +156,13 @@ pub enum BudgetTarget {
     Bits(f64),
 }
 
-/// What becomes of a layer whose channels are no multiple of its group size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnMisfit {
-    /// The largest group size below that divides them.
-    SmallerGroup,
-    /// The layer stays fp16, which is what coremltools does without a word.
-    Dense,
-    /// An error that names the layer.
-    Error,
-}
-
 /// The names of an enum's values in a config.
 macro_rules! words {
     ($kind:ident, $($word:literal => $value:ident),+) => {
         impl Words for $kind {
-            const WORDS: &'static [(&'static str, Self)] = &[$(($word, $kind::$value)),+];
+            fn words() -> Vec<(&'static str, Self)> {
+                vec![$(($word, $kind::$value)),+]
+            }
         }
 
         impl $kind {
@@ -200,19 +182,17 @@ macro_rules! words {
     };
 }
 
-words!(PruneAlgorithm, "sparse_gpt" => SparseGpt, "magnitude" => Magnitude);
 words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
 words!(Pace, "stage" => Stage, "sublayer" => Sublayer);
 words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
-words!(OnMisfit, "smaller_group" => SmallerGroup, "dense" => Dense, "error" => Error);
 
 impl SolverKind {
     /// What is taken where a config names none: joint, unless masks go by magnitude.
     pub(super) fn that_can(prune: Option<&PruneSection>) -> Self {
         match prune.map(|section| section.algorithm) {
-            Some(PruneAlgorithm::Magnitude) => SolverKind::Sequential,
-            Some(PruneAlgorithm::SparseGpt) | None => SolverKind::Joint,
+            Some(PruneMethod::Magnitude) => SolverKind::Sequential,
+            Some(PruneMethod::SparseGpt) | None => SolverKind::Joint,
         }
     }
 }
@@ -232,7 +212,7 @@ impl Target {
     pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
         match (solver, pace) {
             (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
-            _ => Target::Current,
+            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, _) => Target::Current,
         }
     }
 }
@@ -267,7 +247,7 @@ impl Default for PruneSection {
         PruneSection {
             layers: default_layers(),
             algorithm: keys::prune::ALGORITHM.default_value(),
-            rules: Rules::global(PruneSettings::default()),
+            rules: Rules::global(PruneOptions::default()),
         }
     }
 }
@@ -275,7 +255,7 @@ impl Default for PruneSection {
 impl Default for PalettizeSection {
     fn default() -> Self {
         PalettizeSection {
-            rules: Rules::global(PaletteSettings::default()),
+            rules: Rules::global(PaletteOptions::default()),
             on_misfit: keys::palettize::ON_MISFIT.default_value(),
             weight_threshold: keys::palettize::WEIGHT_THRESHOLD.default_value(),
         }

@@ -28,9 +28,11 @@ pub(super) fn to_bytes(values: &[f16]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-/// The values of `bytes`; an odd last byte is left out, callers have checked the length.
+/// The values of `bytes`, of which there is an even number.
 pub(super) fn from_bytes(bytes: &[u8]) -> Vec<f16> {
-    bytes.as_chunks::<2>().0.iter().map(|pair| f16::from_le_bytes(*pair)).collect()
+    let (pairs, rest) = bytes.as_chunks::<2>();
+    debug_assert!(rest.is_empty(), "the header was checked: an fp16 tensor has two bytes for each element");
+    pairs.iter().map(|pair| f16::from_le_bytes(*pair)).collect()
 }
 
 #[cfg(test)]

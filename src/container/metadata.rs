@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{packed, weight};
+use crate::codebook::{BitWidth, Codebook};
 use crate::digest;
 use crate::error::{Error, Result};
 use crate::input::SourceFile;
@@ -112,9 +113,10 @@ impl WeightRow {
         }
         match (self.bits, self.axis, self.group_size) {
             (Some(bits), Some(axis), Some(group_size)) => {
-                let groups = weight::groups(&self.shape, bits, axis, group_size)?;
+                let bits = BitWidth::try_from(bits)?;
+                let groups = Codebook::groups_of(&weight::sizes(&self.shape), axis, group_size)?;
                 parts.push((Part::Indices, Dtype::U8, vec![length(packed::byte_count(self.kept, bits)?)?]));
-                parts.push((Part::Palettes, Dtype::F16, vec![length(groups)?, 1 << bits]));
+                parts.push((Part::Palettes, Dtype::F16, vec![length(groups)?, length(bits.entries())?]));
             }
             (None, None, None) if self.masked => parts.push((Part::Values, Dtype::F16, vec![length(self.kept)?])),
             (None, None, None) => return Err("is neither pruned nor palettized".into()),

@@ -15,7 +15,7 @@ mod weight;
 mod writer;
 
 pub use metadata::{ContainerInfo, FORMAT, VERSION};
-pub use packed::{BIT_WIDTHS, Mask, Packed};
+pub use packed::{Mask, Packed};
 pub use reader::{Container, StoredLayer};
 pub use verify::Verification;
 pub use weight::{CompressedWeight, Values};

@@ -12,6 +12,7 @@ use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
 use super::packed::{Mask, Packed};
 use super::weight::{CompressedWeight, Values, numel};
+use crate::codebook::{BitWidth, Codebook};
 use crate::error::{Error, Result};
 use crate::safetensors_file::{Magnitudes, SafetensorsFile};
 
@@ -263,18 +264,14 @@ fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<Compr
         return Err(format!("the mask keeps {kept} elements, but there are {} values", row.kept));
     }
     let values = match (row.bits, row.axis, row.group_size) {
-        (Some(bits), Some(axis), Some(group_size)) => Values::Palettized {
-            bits,
-            axis,
-            group_size,
-            palettes: half_bytes::from_bytes(&take(Part::Palettes)?),
-            indices: Packed::checked(take(Part::Indices)?, bits, row.kept)
-                .map_err(|problem| format!("the indices' part {problem}"))?,
-            scales: match row.scaled {
-                true => Some(half_bytes::from_bytes(&take(Part::Scales)?)),
-                false => None,
-            },
-        },
+        (Some(bits), Some(axis), Some(group_size)) => {
+            let bits = BitWidth::try_from(bits)?;
+            let palettes = half_bytes::from_bytes(&take(Part::Palettes)?);
+            let indices = Packed::checked(take(Part::Indices)?, bits, row.kept);
+            let indices = indices.map_err(|problem| format!("the indices' part {problem}"))?;
+            let scales = if row.scaled { Some(half_bytes::from_bytes(&take(Part::Scales)?)) } else { None };
+            Values::Palettized { codebook: Codebook { bits, axis, group_size, palettes, scales }, indices }
+        }
         (None, None, None) => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
         (Some(_) | None, ..) => return Err("must have all of bits, axis and group_size, or none".into()),
     };

@@ -3,7 +3,8 @@
 use half::f16;
 use rayon::prelude::*;
 
-use super::packed::{BIT_WIDTHS, Mask, Packed, count_ones};
+use super::packed::{Mask, Packed, count_ones};
+use crate::codebook::{Codebook, Run};
 use crate::error::{Error, Result};
 
 /// A Conv2d or Linear weight of `shape` [o, i, …]: which elements are kept, and their values. Everything is in row-major order.
@@ -22,20 +23,12 @@ pub struct CompressedWeight {
 pub enum Values {
     /// Each as it is.
     Plain(Vec<f16>),
-    /// Each an index into the palette of its group. The group of an element is its channel on `axis` / `group_size`.
+    /// Each an index into the palette of its group.
     Palettized {
-        /// The width of an index: 1, 2, 3, 4, 6 or 8. A palette has 2^bits entries.
-        bits: u8,
-        /// The axis whose channels are grouped: 0 (output) or 1 (input).
-        axis: usize,
-        /// Channels in a group; it divides their number. One palette for the whole weight has all channels in one group.
-        group_size: usize,
-        /// The palettes, [groups, 2^bits].
-        palettes: Vec<f16>,
+        /// The palettes.
+        codebook: Codebook,
         /// An index for each kept element.
         indices: Packed,
-        /// A factor for each of the o output channels: a value is palette entry * factor, rounded once to fp16.
-        scales: Option<Vec<f16>>,
     },
 }
 
@@ -43,28 +36,18 @@ impl CompressedWeight {
     /// A palettized weight. `indices` has an entry for each element; those of elements that `keep` leaves out are not read.
     ///
     /// # Errors
-    /// [`Error::Argument`] if sizes disagree, `bits` or `axis` is not supported, `group_size` does not divide the channels, or an
-    /// index is too large. [`Error::NotFinite`] if a palette or scale has NaN or infinite values.
-    #[expect(clippy::too_many_arguments, reason = "each is a part of the format, and all but two may be mistaken for no other")]
-    pub fn palettized(
-        shape: Vec<i64>,
-        keep: Option<&[bool]>,
-        bits: u8,
-        axis: usize,
-        group_size: usize,
-        palettes: Vec<f16>,
-        indices: &[u8],
-        scales: Option<Vec<f16>>,
-    ) -> Result<Self> {
+    /// [`Error::Argument`] if sizes disagree, the group size does not divide the channels, or an index is too large.
+    /// [`Error::NotFinite`] if a palette or scale has NaN or infinite values.
+    pub fn palettized(shape: Vec<i64>, keep: Option<&[bool]>, codebook: Codebook, indices: &[u8]) -> Result<Self> {
         let numel = numel(&shape).map_err(Error::Argument)?;
         if indices.len() != numel {
             return Err(Error::Argument(format!("{} indices for a weight of {shape:?}", indices.len())));
         }
         let indices = match keep {
-            None => Packed::pack(indices.iter().copied(), bits)?,
-            Some(keep) => Packed::pack(kept(keep, indices)?.into_iter(), bits)?,
+            None => Packed::pack(indices.iter().copied(), codebook.bits)?,
+            Some(keep) => Packed::pack(kept(keep, indices)?.into_iter(), codebook.bits)?,
         };
-        let values = Values::Palettized { bits, axis, group_size, palettes, indices, scales };
+        let values = Values::Palettized { codebook, indices };
         Self { shape, mask: keep.map(Mask::from_bools), values }.checked()
     }
 
@@ -91,9 +74,11 @@ impl CompressedWeight {
         self.check_structure().map_err(Error::Argument)?;
         self.check_finite().map_err(Error::NotFinite)?;
         let dense = self.decode_checked();
-        let overflows =
-            matches!(self.values, Values::Palettized { scales: Some(_), .. }) && !dense.par_iter().all(|value| value.is_finite());
-        if overflows {
+        let scaled = match &self.values {
+            Values::Plain(_) => false,
+            Values::Palettized { codebook, .. } => codebook.scales.is_some(),
+        };
+        if scaled && !dense.par_iter().all(|value| value.is_finite()) {
             return Err(Error::NotFinite("a palette entry times its scale is beyond fp16".into()));
         }
         Ok(dense)
@@ -112,15 +97,14 @@ impl CompressedWeight {
                 Some(first)
             })),
         }
-        // Elements of one run share palette and scale.
-        let run = self.run();
+        let run_length = self.run_length();
         dense.par_chunks_mut(BLOCK).zip(first_values).enumerate().for_each(|(block, (elements, mut value))| {
             let mut at = block * BLOCK;
             let mut left = elements;
             while !left.is_empty() {
-                let length = (run - at % run).min(left.len());
-                let (these, rest) = left.split_at_mut(length);
-                value = self.decode_run(at, at / run, these, value);
+                let length = (run_length - at % run_length).min(left.len());
+                let (of_run, rest) = left.split_at_mut(length);
+                value = self.decode_run(at, at / run_length, of_run, value);
                 at += length;
                 left = rest;
             }
@@ -130,45 +114,42 @@ impl CompressedWeight {
 
     /// Decodes a part of run number `run`, which begins at element `at` and value number `value`; returns the next value's number.
     fn decode_run(&self, at: usize, run: usize, elements: &mut [f16], mut value: usize) -> usize {
-        let level = self.level(run);
-        for (i, element) in elements.iter_mut().enumerate() {
-            if self.mask.as_ref().is_none_or(|mask| mask.get(at + i)) {
-                *element = match (&self.values, &level) {
-                    (Values::Plain(values), _) => values.get(value).copied().unwrap_or_default(),
-                    (Values::Palettized { indices, .. }, (palette, scale)) => {
-                        let entry = palette.get(usize::from(indices.get(value))).copied().unwrap_or_default();
-                        // The product of two fp16 numbers is exact in fp32, so that it is rounded once.
-                        scale.map_or(entry, |scale| f16::from_f32(entry.to_f32() * scale.to_f32()))
-                    }
-                };
-                value += 1;
+        let is_kept = |i: usize| self.mask.as_ref().is_none_or(|mask| mask.get(at + i));
+        let kept = elements.iter_mut().enumerate().filter(|(i, _)| is_kept(*i)).map(|(_, element)| element);
+        match &self.values {
+            Values::Plain(values) => {
+                for element in kept {
+                    *element = values[value];
+                    value += 1;
+                }
+            }
+            Values::Palettized { codebook, indices } => {
+                let Run { palette, scale } = codebook.run(run);
+                for element in kept {
+                    let entry = palette[usize::from(indices.get(value))];
+                    // The product of two fp16 numbers is exact in fp32, so that it is rounded once.
+                    *element = scale.map_or(entry, |scale| f16::from_f32(entry.to_f32() * scale.to_f32()));
+                    value += 1;
+                }
             }
         }
         value
     }
 
-    /// The palette and the scale of a run.
-    fn level(&self, run: usize) -> (&[f16], Option<f16>) {
-        let Values::Palettized { bits, axis, group_size, palettes, scales, .. } = &self.values else { return (&[], None) };
-        let groups = palettes.len() >> bits;
-        let (row, group) = if *axis == 0 { (run, run / group_size) } else { (run / groups, run % groups) };
-        let scale = scales.as_ref().and_then(|scales| scales.get(row)).copied();
-        (palettes.get(group << bits..(group + 1) << bits).unwrap_or_default(), scale)
-    }
-
-    /// How many consecutive elements lie in one row and one group: a row for axis 0, a row's part of a group for axis 1.
-    fn run(&self) -> usize {
-        let after = |axis: usize| self.shape.iter().skip(axis + 1).map(|n| *n as usize).product::<usize>();
+    /// How many neighbouring elements share palette and scale.
+    fn run_length(&self) -> usize {
         match &self.values {
-            Values::Palettized { axis: 0, .. } => after(0),
-            Values::Palettized { axis, group_size, .. } => group_size * after(*axis),
+            Values::Palettized { codebook, .. } => codebook.run_length(&sizes(&self.shape)),
             Values::Plain(_) => self.numel(),
         }
     }
 
     /// The number of elements, kept and pruned.
+    ///
+    /// # Panics
+    /// If the shape is that of no weight, which the constructors refuse.
     pub fn numel(&self) -> usize {
-        numel(&self.shape).unwrap_or(0)
+        numel(&self.shape).expect("a weight's shape was checked when it was made")
     }
 
     /// The number of kept elements.
@@ -181,7 +162,7 @@ impl CompressedWeight {
         let mask = self.mask.as_ref().map_or(0, |mask| mask.bytes().len());
         let values = match &self.values {
             Values::Plain(values) => 2 * values.len(),
-            Values::Palettized { palettes, indices, scales, .. } => {
+            Values::Palettized { codebook: Codebook { palettes, scales, .. }, indices } => {
                 indices.bytes().len() + 2 * (palettes.len() + scales.as_ref().map_or(0, Vec::len))
             }
         };
@@ -210,29 +191,20 @@ impl CompressedWeight {
         };
         match &self.values {
             Values::Plain(values) => agree("values", values.len(), kept),
-            Values::Palettized { bits, axis, group_size, palettes, indices, scales } => {
-                let groups = groups(&self.shape, *bits, *axis, *group_size)?;
-                let entries = groups.checked_mul(1 << bits).ok_or("too many palettes")?;
-                agree("palette entries", palettes.len(), entries)?;
+            Values::Palettized { codebook, indices } => {
+                codebook.check(&sizes(&self.shape))?;
                 agree("indices", indices.len(), kept)?;
-                agree("bits an index", usize::from(indices.bits()), usize::from(*bits))?;
-                let rows = self.shape.first().map_or(0, |rows| *rows as usize);
-                scales.as_ref().map_or(Ok(()), |scales| agree("scales", scales.len(), rows))
+                agree("bits an index", usize::from(indices.bits().bits()), usize::from(codebook.bits.bits()))
             }
         }
     }
 
     /// Whether all values are numbers.
     pub(super) fn check_finite(&self) -> Result<(), String> {
-        let finite = |what: &str, values: &[f16]| {
-            if values.iter().all(|value| value.is_finite()) { Ok(()) } else { Err(format!("NaN or infinite {what}")) }
-        };
         match &self.values {
-            Values::Plain(values) => finite("values", values),
-            Values::Palettized { palettes, scales, .. } => {
-                finite("palette entries", palettes)?;
-                finite("scales", scales.as_deref().unwrap_or_default())
-            }
+            Values::Plain(values) if values.iter().all(|value| value.is_finite()) => Ok(()),
+            Values::Plain(_) => Err("NaN or infinite values".into()),
+            Values::Palettized { codebook, .. } => codebook.check_finite(),
         }
     }
 }
@@ -246,17 +218,9 @@ pub(super) fn numel(shape: &[i64]) -> Result<usize, String> {
         .ok_or_else(|| format!("{shape:?} is not the shape of a weight"))
 }
 
-/// The number of palettes of a weight.
-pub(super) fn groups(shape: &[i64], bits: u8, axis: usize, group_size: usize) -> Result<usize, String> {
-    if !BIT_WIDTHS.contains(&bits) {
-        return Err(format!("{bits} bits are not supported (1, 2, 3, 4, 6 and 8 are)"));
-    }
-    let channels = shape.get(axis).filter(|_| axis < 2).and_then(|n| usize::try_from(*n).ok());
-    let channels = channels.ok_or_else(|| format!("axis {axis} cannot be grouped in a weight of {shape:?}"))?;
-    if group_size == 0 || !channels.is_multiple_of(group_size) {
-        return Err(format!("groups of {group_size} do not divide the {channels} channels of axis {axis}"));
-    }
-    Ok(channels / group_size)
+/// The dimensions of a shape that [`numel`] accepts.
+pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
+    shape.iter().map(|size| usize::try_from(*size).expect("`numel` refuses sizes below 1")).collect()
 }
 
 /// What `keep` keeps.
@@ -272,13 +236,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::codebook::BitWidth;
 
     /// A weight's parts, as a caller has them.
     #[derive(Debug, Clone)]
     struct Parts {
         shape: Vec<i64>,
         keep: Option<Vec<bool>>,
-        bits: u8,
+        bits: BitWidth,
         axis: usize,
         group_size: usize,
         palettes: Vec<f16>,
@@ -289,7 +254,8 @@ mod tests {
     impl Parts {
         fn build(&self) -> Result<CompressedWeight> {
             let Parts { shape, keep, bits, axis, group_size, palettes, indices, scales } = self.clone();
-            CompressedWeight::palettized(shape, keep.as_deref(), bits, axis, group_size, palettes, &indices, scales)
+            let codebook = Codebook { bits, axis, group_size, palettes, scales };
+            CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices)
         }
 
         /// The definition, an element at a time.
@@ -300,7 +266,7 @@ mod tests {
             let inner: usize = self.shape[2..].iter().map(|n| *n as usize).product();
             let (row, column) = (element / inner / self.shape[1] as usize, element / inner % self.shape[1] as usize);
             let group = if self.axis == 0 { row } else { column } / self.group_size;
-            let entry = self.palettes[(group << self.bits) + usize::from(self.indices[element])];
+            let entry = self.palettes[group * self.bits.entries() + usize::from(self.indices[element])];
             match &self.scales {
                 None => entry,
                 Some(scales) => f16::from_f64(entry.to_f64() * scales[row].to_f64()),
@@ -314,17 +280,16 @@ mod tests {
 
     fn parts() -> impl Strategy<Value = Parts> {
         let sizes = (1..4usize, 1..4usize, 1..4usize, 1..4usize, prop::option::of((1..4i64, 1..4i64)));
-        (sizes, 0..BIT_WIDTHS.len(), 0..2usize, any::<[bool; 2]>())
-            .prop_flat_map(|((groups, group_size, others, more, kernel), width, axis, [masked, scaled])| {
-                let bits = BIT_WIDTHS[width];
+        (sizes, prop::sample::select(&BitWidth::ALL[..]), 0..2usize, any::<[bool; 2]>())
+            .prop_flat_map(|((groups, group_size, others, more, kernel), bits, axis, [masked, scaled])| {
                 let (grouped, other) = (groups * group_size, others * more);
                 let mut shape = if axis == 0 { vec![grouped as i64, other as i64] } else { vec![other as i64, grouped as i64] };
                 shape.extend(kernel.into_iter().flat_map(|(height, width)| [height, width]));
                 let numel = shape.iter().product::<i64>() as usize;
-                let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & (0xff >> (8 - bits))), numel);
+                let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & bits.max_index()), numel);
                 let keep = prop::collection::vec(any::<bool>(), numel).prop_map(move |keep| masked.then_some(keep));
                 let scales = halves(shape[0] as usize).prop_map(move |scales| scaled.then_some(scales));
-                (Just((shape, bits, axis, group_size)), halves(groups << bits), indices, keep, scales)
+                (Just((shape, bits, axis, group_size)), halves(groups * bits.entries()), indices, keep, scales)
             })
             .prop_map(|((shape, bits, axis, group_size), palettes, indices, keep, scales)| Parts {
                 shape,
@@ -353,7 +318,7 @@ mod tests {
             let kept = parts.keep.as_ref().map_or(numel, |keep| keep.iter().filter(|kept| **kept).count());
             let mask = if parts.keep.is_some() { numel.div_ceil(8) } else { 0 };
             let scales = parts.scales.as_ref().map_or(0, Vec::len);
-            let bytes = mask + (kept * usize::from(parts.bits)).div_ceil(8) + 2 * (parts.palettes.len() + scales);
+            let bytes = mask + (kept * usize::from(parts.bits.bits())).div_ceil(8) + 2 * (parts.palettes.len() + scales);
             prop_assert_eq!(weight.stored_bytes(), bytes as u64);
             prop_assert_eq!(weight.kept(), kept);
             prop_assert!((weight.sparsity() - (1.0 - kept as f64 / numel as f64)).abs() < 1e-12);
@@ -384,8 +349,8 @@ mod tests {
             prop_assert!(wrong.build().is_err());
             // The same through the public fields.
             let mut weight = parts.build().unwrap();
-            if let Values::Palettized { palettes, .. } = &mut weight.values {
-                palettes.pop();
+            if let Values::Palettized { codebook, .. } = &mut weight.values {
+                codebook.palettes.pop();
             }
             prop_assert!(weight.decode().is_err());
         }
@@ -401,7 +366,7 @@ mod tests {
             let parts = Parts {
                 shape: vec![rows as i64, columns as i64],
                 keep: Some((0..rows * columns).map(|i| random(i) % 5 > 1).collect()),
-                bits: 3,
+                bits: BitWidth::Three,
                 axis,
                 group_size,
                 palettes: (0..groups << 3).map(|i| f16::from_f32(i as f32 / 7.0 - 3.0)).collect(),
@@ -421,11 +386,13 @@ mod tests {
     fn extremes() {
         // Nothing kept; a product beyond fp16; shapes that are none.
         let keep = [false; 4];
-        let none = CompressedWeight::palettized(vec![2, 2], Some(&keep), 1, 0, 2, vec![f16::ONE; 2], &[1; 4], None).unwrap();
+        let codebook =
+            |group_size, value, scales| Codebook { bits: BitWidth::One, axis: 0, group_size, palettes: vec![value; 2], scales };
+        let none = CompressedWeight::palettized(vec![2, 2], Some(&keep), codebook(2, f16::ONE, None), &[1; 4]).unwrap();
         assert_eq!((none.decode().unwrap(), none.sparsity(), none.stored_bytes()), (vec![f16::ZERO; 4], 1.0, 5));
         let large = |scale| {
             let scales = Some(vec![f16::from_f32(scale)]);
-            CompressedWeight::palettized(vec![1, 1], None, 1, 0, 1, vec![f16::MAX; 2], &[1], scales).unwrap().decode()
+            CompressedWeight::palettized(vec![1, 1], None, codebook(1, f16::MAX, scales), &[1]).unwrap().decode()
         };
         assert!(matches!(large(2.0), Err(Error::NotFinite(_))));
         assert_eq!(large(-1.0).unwrap(), [f16::MIN]);
@@ -434,7 +401,7 @@ mod tests {
             assert!(weight.decode().is_err(), "{weight:?}");
         }
         for bits in [0, 5, 7, 16] {
-            assert!(CompressedWeight::palettized(vec![1, 1], None, bits, 0, 1, vec![f16::ONE; 32], &[0], None).is_err());
+            assert!(BitWidth::try_from(bits).is_err());
         }
     }
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
 use super::weight::{CompressedWeight, Values};
+use crate::codebook::Codebook;
 use crate::digest;
 use crate::error::{Error, Result};
 use crate::output::{parent, write_file};
@@ -116,9 +117,9 @@ impl ContainerWriter {
             sha256: half_bytes::sha256(&dense),
             shape: weight.shape.clone(),
         };
-        if let Values::Palettized { bits, axis, group_size, scales, .. } = &weight.values {
-            (row.bits, row.axis, row.group_size) = (Some(*bits), Some(*axis), Some(*group_size));
-            row.scaled = scales.is_some();
+        if let Values::Palettized { codebook, .. } = &weight.values {
+            (row.bits, row.axis, row.group_size) = (Some(codebook.bits.bits()), Some(codebook.axis), Some(codebook.group_size));
+            row.scaled = codebook.scales.is_some();
         }
         // No tensor has the weight's own name, so that a name means one thing.
         self.claim(name)?;
@@ -128,10 +129,10 @@ impl ContainerWriter {
             match (part, &weight.values) {
                 (Part::Mask, _) => self.push(dtype, part_name, shape, weight.mask.as_ref().map_or(&[], |mask| mask.bytes()))?,
                 (Part::Indices, Values::Palettized { indices, .. }) => self.push(dtype, part_name, shape, indices.bytes())?,
-                (Part::Palettes, Values::Palettized { palettes, .. }) => {
-                    self.push(dtype, part_name, shape, &half_bytes::to_bytes(palettes))?;
+                (Part::Palettes, Values::Palettized { codebook, .. }) => {
+                    self.push(dtype, part_name, shape, &half_bytes::to_bytes(&codebook.palettes))?;
                 }
-                (Part::Scales, Values::Palettized { scales: Some(scales), .. }) => {
+                (Part::Scales, Values::Palettized { codebook: Codebook { scales: Some(scales), .. }, .. }) => {
                     self.push(dtype, part_name, shape, &half_bytes::to_bytes(scales))?;
                 }
                 (Part::Values, Values::Plain(values)) => self.push(dtype, part_name, shape, &half_bytes::to_bytes(values))?,

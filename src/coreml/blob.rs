@@ -107,7 +107,8 @@ mod tests {
 
     use super::super::element::Element;
     use super::*;
-    use crate::container::{BIT_WIDTHS, Packed};
+    use crate::codebook::BitWidth;
+    use crate::container::Packed;
 
     /// The golden file has these numbers from Apple's own writer (`tests/golden/make_coreml.py`).
     #[test]
@@ -115,10 +116,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weight.bin");
         let mut writer = BlobWriter::create(&path).unwrap();
-        for bits in BIT_WIDTHS {
-            let lengths: &[usize] = if bits == 8 { &[21] } else { &[16, 21] };
+        for bits in BitWidth::ALL {
+            let lengths: &[usize] = if bits == BitWidth::Eight { &[21] } else { &[16, 21] };
             for length in lengths {
-                let values = (0..*length).map(|i| ((i * i * i + i / 2 + usize::from(bits)) % (1 << bits)) as u8);
+                let values = (0..*length).map(|i| ((i * i * i + i / 2 + usize::from(bits.bits())) % bits.entries()) as u8);
                 let packed = Packed::pack(values.collect::<Vec<_>>().into_iter(), bits).unwrap();
                 writer.push(&ArrayType::new(Element::Unsigned(bits), [*length as u64]), packed.bytes()).unwrap();
             }
@@ -140,9 +141,9 @@ mod tests {
     fn other_bytes_than_the_arrays_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = BlobWriter::create(&folder.path().join("weight.bin")).unwrap();
-        let bits = |n: u8, length: u64| ArrayType::new(Element::Unsigned(n), [length]);
-        assert!(writer.push(&bits(3, 11), &[0; 4]).is_err());
-        assert!(writer.push(&bits(3, 11), &[0; 5]).is_ok());
+        let bits = |length: u64| ArrayType::new(Element::Unsigned(BitWidth::Three), [length]);
+        assert!(writer.push(&bits(11), &[0; 4]).is_err());
+        assert!(writer.push(&bits(11), &[0; 5]).is_ok());
         assert!(writer.push(&ArrayType::new(Element::Bool, [8]), &[0; 8]).is_err());
         assert!(writer.push(&ArrayType::new(Element::F16, [1 << 40, 1 << 40]), &[]).is_err());
     }

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 
 use super::proto::mil_spec::dimension::ConstantDimension;
 use super::proto::mil_spec::{DataType, Dimension, TensorType, ValueType, dimension, value_type};
+use crate::codebook::BitWidth;
 
 /// What an array consists of; the types that a UNet's program needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,11 +19,20 @@ pub enum Element {
     F32,
     /// 32-bit integer.
     I32,
-    /// Unsigned numbers of 1, 2, 3, 4, 6 or 8 bits.
-    Unsigned(u8),
+    /// Unsigned numbers: masks and palette indices.
+    Unsigned(BitWidth),
 }
 
 impl Element {
+    /// What masks consist of: numbers of one bit.
+    pub const BIT: Element = Element::Unsigned(BitWidth::One);
+
+    /// All elements.
+    pub(super) fn all() -> impl Iterator<Item = Element> {
+        let dense = [Element::Bool, Element::Text, Element::F16, Element::F32, Element::I32];
+        dense.into_iter().chain(BitWidth::ALL.map(Element::Unsigned))
+    }
+
     /// The number that stands for it in the program (`MILSpec.DataType`).
     pub(super) fn code(self) -> i32 {
         let code = match self {
@@ -31,21 +41,19 @@ impl Element {
             Element::F16 => DataType::Float16,
             Element::F32 => DataType::Float32,
             Element::I32 => DataType::Int32,
-            Element::Unsigned(1) => DataType::Uint1,
-            Element::Unsigned(2) => DataType::Uint2,
-            Element::Unsigned(3) => DataType::Uint3,
-            Element::Unsigned(4) => DataType::Uint4,
-            Element::Unsigned(6) => DataType::Uint6,
-            Element::Unsigned(_) => DataType::Uint8,
+            Element::Unsigned(BitWidth::One) => DataType::Uint1,
+            Element::Unsigned(BitWidth::Two) => DataType::Uint2,
+            Element::Unsigned(BitWidth::Three) => DataType::Uint3,
+            Element::Unsigned(BitWidth::Four) => DataType::Uint4,
+            Element::Unsigned(BitWidth::Six) => DataType::Uint6,
+            Element::Unsigned(BitWidth::Eight) => DataType::Uint8,
         };
         code as i32
     }
 
     /// The element of a number in a program.
     pub(super) fn of_code(code: i32) -> Option<Self> {
-        let unsigned = [1, 2, 3, 4, 6, 8].map(Element::Unsigned);
-        let all = [Element::Bool, Element::Text, Element::F16, Element::F32, Element::I32];
-        all.into_iter().chain(unsigned).find(|element| element.code() == code)
+        Element::all().find(|element| element.code() == code)
     }
 
     /// The number that stands for it in the blob file, which is another one (`mlmodel/src/MILBlob/Blob/BlobDataType.hpp`). Text and
@@ -56,12 +64,12 @@ impl Element {
             Element::F16 => 1,
             Element::F32 => 2,
             Element::I32 => 14,
-            Element::Unsigned(1) => 9,
-            Element::Unsigned(2) => 10,
-            Element::Unsigned(3) => 12,
-            Element::Unsigned(4) => 11,
-            Element::Unsigned(6) => 13,
-            Element::Unsigned(_) => 3,
+            Element::Unsigned(BitWidth::One) => 9,
+            Element::Unsigned(BitWidth::Two) => 10,
+            Element::Unsigned(BitWidth::Three) => 12,
+            Element::Unsigned(BitWidth::Four) => 11,
+            Element::Unsigned(BitWidth::Six) => 13,
+            Element::Unsigned(BitWidth::Eight) => 3,
         })
     }
 
@@ -71,7 +79,7 @@ impl Element {
             Element::Bool | Element::Text => 8,
             Element::F16 => 16,
             Element::F32 | Element::I32 => 32,
-            Element::Unsigned(bits) => u64::from(bits),
+            Element::Unsigned(bits) => u64::from(bits.bits()),
         }
     }
 }

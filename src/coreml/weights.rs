@@ -17,7 +17,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
     };
     let CompressedWeight { mask, values, .. } = &weight;
     let flat = |element, length: usize| ArrayType::new(element, [length as u64]);
-    let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::Unsigned(1), shape), mask));
+    let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::BIT, shape), mask));
     match (mask, values) {
         // Core ML has no empty arrays: one element is kept, and it is zero.
         (Some((array, mask)), _) if mask.kept() == 0 => {
@@ -35,10 +35,10 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             ];
             program.op("constexpr_sparse_to_dense", name, &parameters)
         }
-        (mask, Values::Palettized { bits, indices, .. }) => {
-            let lut = Lut::of(&weight)?;
-            let (lut_array, lut_bytes) = (lut.array(*bits, shape.len()), lut.bytes());
-            let element = Element::Unsigned(*bits);
+        (mask, Values::Palettized { codebook, indices }) => {
+            let lut = Lut::of(&weight, codebook)?;
+            let (lut_array, lut_bytes) = (lut.array(shape.len()), lut.bytes());
+            let element = Element::Unsigned(codebook.bits);
             let Some((array, mask)) = mask else {
                 let parameters = [
                     ("indices", inline(program, ArrayType::new(element, shape), indices.bytes())?),

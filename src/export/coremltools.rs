@@ -122,12 +122,12 @@ impl Buffers {
             None => 0,
         };
         let mut types: Vec<i64> = weight.mask.iter().map(|_| 1).collect();
-        let Values::Palettized { bits, .. } = &weight.values else {
+        let Values::Palettized { codebook, .. } = &weight.values else {
             return Ok(Buffers { types, lut: None, lut_shape: Vec::new(), small });
         };
         types.push(2);
-        let lut = Lut::of(weight)?;
-        let lut_shape = lut.array(*bits, weight.shape.len()).shape.iter().map(|n| *n as i64).collect();
+        let lut = Lut::of(weight, codebook)?;
+        let lut_shape = lut.array(weight.shape.len()).shape.iter().map(|n| *n as i64).collect();
         Ok(Buffers { types, lut: Some(lut), lut_shape, small })
     }
 

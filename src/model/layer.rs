@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use crate::codebook::LayerKind;
 use crate::error::{Error, Result};
 use crate::product::{add_product, in_fp32, linear};
 
@@ -9,7 +10,7 @@ use crate::product::{add_product, in_fp32, linear};
 #[derive(Debug)]
 pub struct Layer {
     name: String,
-    kind: LayerKind,
+    operation: Operation,
     input: LayerInput,
     weight: Tensor,
     bias: Option<Tensor>,
@@ -30,7 +31,7 @@ pub enum LayerInput {
 
 /// What a [`Layer`] computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LayerKind {
+pub enum Operation {
     /// `x W^T + b` over the last dimension; weight [o, d].
     Linear,
     /// A convolution of [b, c, h, w]; weight [o, c / groups, kh, kw].
@@ -93,8 +94,8 @@ impl Observer for Unobserved {
 }
 
 impl Layer {
-    pub(super) fn new(name: String, kind: LayerKind, input: LayerInput, weight: Tensor, bias: Option<Tensor>) -> Self {
-        Layer { name, kind, input, weight, bias }
+    pub(super) fn new(name: String, operation: Operation, input: LayerInput, weight: Tensor, bias: Option<Tensor>) -> Self {
+        Layer { name, operation, input, weight, bias }
     }
 
     /// The checkpoint name without `.weight`, e.g. `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`.
@@ -103,8 +104,16 @@ impl Layer {
     }
 
     /// What it computes.
+    pub fn operation(&self) -> Operation {
+        self.operation
+    }
+
+    /// Its kind.
     pub fn kind(&self) -> LayerKind {
-        self.kind
+        match self.operation {
+            Operation::Linear => LayerKind::Linear,
+            Operation::Conv2d(_) => LayerKind::Conv2d,
+        }
     }
 
     /// What it is given.
@@ -138,12 +147,12 @@ impl Layer {
     pub(super) fn forward(&self, input: &Tensor, observer: &mut dyn Observer) -> Result<Tensor> {
         observer.input(self, input)?;
         let (weight, bias) = (self.weight.f_to_kind(input.f_kind()?)?, self.bias.as_ref());
-        let output = match self.kind {
-            LayerKind::Linear => linear(input, &weight, bias)?,
-            LayerKind::Conv2d(geometry) if geometry == ConvGeometry::new(1, 0) && weight.size().ends_with(&[1, 1]) => {
+        let output = match self.operation {
+            Operation::Linear => linear(input, &weight, bias)?,
+            Operation::Conv2d(geometry) if geometry == ConvGeometry::new(1, 0) && weight.size().ends_with(&[1, 1]) => {
                 pointwise(input, &weight, bias)?
             }
-            LayerKind::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
+            Operation::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
                 input.f_conv2d(&weight, bias, stride, padding, dilation, groups)?
             }
         };

@@ -12,4 +12,4 @@ pub mod vae;
 
 pub(crate) use resnet::ResnetShape;
 
-pub use layer::{ConvGeometry, Layer, LayerInput, LayerKind, Observer, Unobserved};
+pub use layer::{ConvGeometry, Layer, LayerInput, Observer, Operation, Unobserved};

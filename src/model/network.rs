@@ -7,7 +7,7 @@ use std::fmt::Display;
 
 use tch::Tensor;
 
-use super::layer::{ConvGeometry, Layer, LayerInput, LayerKind, Observer};
+use super::layer::{ConvGeometry, Layer, LayerInput, Observer, Operation};
 use crate::checkpoint::TensorSource;
 use crate::error::Result;
 
@@ -56,7 +56,7 @@ impl<'a> Builder<'a> {
 
     /// The Linear `leaf`, which is given the same tensor as others.
     pub fn linear_of(&mut self, leaf: &str, of: LayerInput, input: i64, output: i64, bias: bool) -> Result<LayerId> {
-        self.layer(leaf, LayerKind::Linear, of, &[output, input], bias)
+        self.layer(leaf, Operation::Linear, of, &[output, input], bias)
     }
 
     /// The features that the layer `leaf` is the first to see.
@@ -66,13 +66,13 @@ impl<'a> Builder<'a> {
 
     /// The Conv2d `leaf`, with a bias: weight [`output`, `input`, `kernel`, `kernel`].
     pub fn conv2d(&mut self, leaf: &str, input: i64, output: i64, kernel: i64, geometry: ConvGeometry) -> Result<LayerId> {
-        self.layer(leaf, LayerKind::Conv2d(geometry), self.features(leaf), &[output, input, kernel, kernel], true)
+        self.layer(leaf, Operation::Conv2d(geometry), self.features(leaf), &[output, input, kernel, kernel], true)
     }
 
-    fn layer(&mut self, leaf: &str, kind: LayerKind, input: LayerInput, shape: &[i64], bias: bool) -> Result<LayerId> {
+    fn layer(&mut self, leaf: &str, operation: Operation, input: LayerInput, shape: &[i64], bias: bool) -> Result<LayerId> {
         let weight = self.at(leaf).tensor("weight", shape)?;
         let bias = if bias { Some(self.at(leaf).tensor("bias", &shape[..1])?) } else { None };
-        self.layers.push(Layer::new(self.name(leaf), kind, input, weight, bias));
+        self.layers.push(Layer::new(self.name(leaf), operation, input, weight, bias));
         Ok(LayerId(self.layers.len() - 1))
     }
 

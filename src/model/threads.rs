@@ -4,8 +4,8 @@ use tch::{Kind, Tensor};
 
 use super::network::{attend, split_heads};
 use crate::elementwise::silu;
-use crate::pipeline::noise;
 use crate::product::linear;
+use crate::random::noise;
 
 fn numbers(size: &[i64], seed: u64) -> Tensor {
     noise(size, seed, Kind::Float).unwrap()

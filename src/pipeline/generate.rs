@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
-use super::prompt::{Guidance, PromptEncoder, noise};
+use super::prompt::{Guidance, PromptEncoder};
 use super::sampling::sample;
 use super::unet_weights::UnetWeights;
 use crate::checkpoint::TensorSource;
@@ -18,6 +18,7 @@ use crate::model::unet::Unet;
 use crate::model::vae::VaeDecoder;
 use crate::picture::Picture;
 use crate::progress::{Progress, Task};
+use crate::random::noise;
 
 /// The settings of a picture.
 #[derive(Debug, Clone)]

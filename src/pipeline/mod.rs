@@ -8,6 +8,6 @@ mod unet_weights;
 
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
-pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, noise, time_ids};
+pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, time_ids};
 pub use sampling::{Predictor, sample};
 pub use unet_weights::{StoredTensor, UnetSource, UnetWeights, verify};

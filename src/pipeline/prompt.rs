@@ -1,6 +1,6 @@
 //! From prompts to what the UNet is told.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::folder::PipelineFolder;
 use crate::device::Placement;
@@ -139,17 +139,4 @@ impl Guidance {
         };
         Ok(Guidance { conditioning, scale: Some(scale) })
     }
-}
-
-/// The noise that `torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=kind)` gives on a CPU.
-///
-/// # Errors
-/// If libtorch refuses the shape.
-pub fn noise(shape: &[i64], seed: u64, kind: Kind) -> Result<Tensor> {
-    // tch has libtorch's default generator only; whoever seeds it must keep it to itself until the draw is done.
-    static GENERATOR: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _alone = GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    // The bits count, not the sign: torch takes negative seeds as their two's complement.
-    tch::manual_seed(seed as i64);
-    Ok(Tensor::f_randn(shape, (kind, Device::Cpu))?)
 }

@@ -2,8 +2,7 @@
 
 use tch::{Device, Kind};
 
-use crate::model::LayerKind;
-use crate::solver::Hessian;
+use crate::solver::{Hessian, InputGeometry};
 
 /// What a run may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +51,6 @@ pub(super) fn working_set(shape: &[i64], joint: bool) -> u64 {
 }
 
 /// Bytes that each layer of a batch takes: its factor, and its weight before, after, in a block and as a mask.
-pub(crate) fn of_batch(kind: LayerKind, shape: &[i64]) -> u64 {
-    Hessian::factor_bytes(kind, shape) + 16 * shape.iter().product::<i64>().unsigned_abs()
+pub(crate) fn of_batch(geometry: InputGeometry, shape: &[i64]) -> u64 {
+    Hessian::factor_bytes(geometry, shape) + 16 * shape.iter().product::<i64>().unsigned_abs()
 }

@@ -19,6 +19,7 @@ pub use work::{Work, measured_rate};
 use crate::checkpoint::Blueprint;
 use crate::compress::{Sequencing, Treatments};
 use crate::error::{Error, Result};
+use crate::geometry::input_geometry;
 use crate::model::unet::{CarryShape, UnetChain};
 use crate::model::{Layer, LayerInput};
 use crate::number;
@@ -149,7 +150,7 @@ impl Plan {
                 let layers = built.iter().flat_map(|(stage, _)| stage.layers());
                 let found = layers.filter(|layer| *layer.input() == shared).map(|layer| {
                     let size = layer.weight().size();
-                    Hessian::bytes(layer.kind(), &size) + Hessian::factor_bytes(layer.kind(), &size)
+                    Hessian::bytes(input_geometry(layer), &size) + Hessian::factor_bytes(input_geometry(layer), &size)
                 });
                 memory.shared += found.max().unwrap_or(0);
             }

@@ -1,8 +1,7 @@
 //! What a treated weight takes in the container.
 
-use crate::compress::{PruneMethod, Treatment};
-use crate::solver::Sparsity;
-use crate::solver::palette::{Granularity, PaletteOptions};
+use crate::codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
+use crate::compress::Treatment;
 
 /// Elements that a treatment of a weight [o, d] keeps.
 ///
@@ -17,7 +16,7 @@ pub fn kept(o: u64, d: u64, treatment: &Treatment) -> u64 {
             o * d - d / block * pruned(block) - pruned(d % block)
         }
         Sparsity::Unstructured(_) => o * d,
-        Sparsity::NM { n, m } => o * (d - d / m as u64 * n as u64),
+        Sparsity::NOfM(NmRatio { n, m }) => o * (d - d / m as u64 * n as u64),
     }
 }
 
@@ -31,15 +30,15 @@ pub fn stored_bytes(shape: &[i64], treatment: &Treatment) -> u64 {
     let kept = kept(o, d, treatment);
     let values = match &treatment.palettize {
         None => 2 * kept,
-        Some(PaletteOptions { bits, granularity, per_channel_scale, .. }) => {
-            let palettes = match granularity {
-                Granularity::PerTensor => 1,
-                Granularity::PerGroupedChannel { group_size, axis } => {
+        Some(PaletteOptions { bits, grouping, axis, per_channel_scale }) => {
+            let palettes = match grouping {
+                Grouping::PerTensor => 1,
+                Grouping::PerGroupedChannel { group_size } => {
                     shape.get(*axis).copied().unwrap_or(1).unsigned_abs() / (*group_size).max(1) as u64
                 }
             };
-            let indices = (kept * u64::from(*bits)).div_ceil(8);
-            indices + palettes * (2 << bits) + if *per_channel_scale { 2 * o } else { 0 }
+            let indices = (kept * u64::from(bits.bits())).div_ceil(8);
+            indices + palettes * 2 * bits.entries() as u64 + if *per_channel_scale { 2 * o } else { 0 }
         }
     };
     mask + values

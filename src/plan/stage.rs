@@ -7,10 +7,11 @@ use super::size::stored_bytes;
 use super::work::Work;
 use crate::compress::{Sequencing, Treatment, Treatments};
 use crate::error::{Error, Result};
+use crate::geometry::input_geometry;
 use crate::model::unet::{CarryShape, Stage, StageName};
-use crate::model::{Layer, LayerInput, LayerKind};
+use crate::model::{Layer, LayerInput, Operation};
 use crate::number;
-use crate::solver::{Correction, Hessian};
+use crate::solver::{Hessian, OutputResidual};
 
 /// What is known of the samples before there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -114,9 +115,9 @@ impl Outline<'_> {
     fn forward<'b>(&self, layers: impl Iterator<Item = &'b Layer>, calls: &Calls) -> f64 {
         let one = |layer: &Layer| {
             let [height, width] = self.places(layer, calls);
-            let places = match layer.kind() {
-                LayerKind::Linear => height * width,
-                LayerKind::Conv2d(geometry) => (height / geometry.stride[0]).max(1) * (width / geometry.stride[1]).max(1),
+            let places = match layer.operation() {
+                Operation::Linear => height * width,
+                Operation::Conv2d(geometry) => (height / geometry.stride[0]).max(1) * (width / geometry.stride[1]).max(1),
             };
             let weight = layer.weight().size();
             let dense = places as f64 * weight.iter().product::<i64>() as f64;
@@ -162,11 +163,11 @@ impl Outline<'_> {
                 None => needs.push(Need {
                     input: layer.input(),
                     layers: vec![(layer, treatment)],
-                    bytes: Hessian::bytes(layer.kind(), &layer.weight().size()),
+                    bytes: Hessian::bytes(input_geometry(layer), &layer.weight().size()),
                 }),
             }
             if let (Some(need), true) = (needs.iter_mut().find(|need| need.input == layer.input()), self.sequencing.aims()) {
-                need.bytes += Correction::bytes(&layer.weight().size());
+                need.bytes += OutputResidual::bytes(&layer.weight().size());
             }
         }
         needs
@@ -230,7 +231,7 @@ impl Outline<'_> {
             let (layer, _) = need.layers[0];
             let set = largest(&mut need.layers.iter().copied());
             let triangles = need.layers.iter().map(|(_, treatment)| triangles(treatment)).max().unwrap_or(0);
-            set + triangles * Hessian::factor_bytes(layer.kind(), &layer.weight().size())
+            set + triangles * Hessian::factor_bytes(input_geometry(layer), &layer.weight().size())
         };
         let at_once = |bytes: u64, treating: u64| fixed + bytes + (loaded + activations).max(resting + treating);
         let mut wave = (0, 0);
@@ -271,7 +272,7 @@ impl Outline<'_> {
             let of_this_input = match need.input {
                 // Summed once for the whole UNet.
                 LayerInput::Text | LayerInput::Time => 0.0,
-                LayerInput::Features(_) => Hessian::work(layer.kind(), &size, self.places(layer, calls)),
+                LayerInput::Features(_) => Hessian::work(input_geometry(layer), &size, self.places(layer, calls)),
             };
             plan.work.hessians += calls.count as f64 * calls.batch as f64 * of_this_input;
             // The joint solver wants the inverse's diagonal, too.

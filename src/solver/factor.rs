@@ -300,7 +300,7 @@ mod tests {
 
     /// A damped Hessian of correlated inputs, of `kind`.
     fn damped(d: i64, kind: Kind) -> Tensor {
-        let random = |rows, seed| crate::pipeline::noise(&[rows, d], seed, Kind::Double).unwrap();
+        let random = |rows, seed| crate::random::noise(&[rows, d], seed, Kind::Double).unwrap();
         let inputs = random(2 * d + 7, 1).matmul(&random(d, 2));
         let h = inputs.tr().matmul(&inputs) / d as f64;
         let damping = 0.01 * h.diagonal(0, 0, 1).mean(Kind::Double).double_value(&[]);
@@ -352,7 +352,7 @@ mod tests {
             let diagonal = Tensor::from_slice(&factor.inverse_diagonal().unwrap()).to_kind(Kind::Double);
             let off = relative(&diagonal, &exact.diagonal(0, 0, 1));
             assert!(off < 1e-4, "{d}: the inverse's diagonal is off by {off:.1e}");
-            let x = crate::pipeline::noise(&[9, d], 3, Kind::Double).unwrap();
+            let x = crate::random::noise(&[9, d], 3, Kind::Double).unwrap();
             let solved = factor.solve(&x.to_kind(Kind::Float)).unwrap().to_kind(Kind::Double);
             let off = relative(&solved.matmul(&h), &x);
             assert!(off < 1e-3, "{d}: X H^-1 H is off by {off:.1e}");

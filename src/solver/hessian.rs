@@ -1,49 +1,50 @@
-//! What the inputs of a layer looked like: H = 2/n sum x x^T.
+//! The second moments of a layer's inputs: H = 2/n sum x x^T.
 
 use tch::{Device, Kind, Tensor};
 
 use super::correlations::Correlations;
+use super::geometry::{InputGeometry, Inputs, Windows};
 use super::matrix::panels;
 use super::triangle::{Triangle, panel_height};
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
-use crate::model::{ConvGeometry, Layer, LayerKind};
 
-/// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
+/// Numbers of a convolution's unfolded input in memory at once (64 MiB in fp32).
 const UNFOLDED: i64 = 1 << 24;
 
 /// The Hessian of a layer's squared output error with respect to one row of its weight: H = 2/n sum x x^T in fp32.
 ///
 /// x are the vectors that a row of the flattened weight [o, d] is multiplied with: the last dimension of a Linear's input, the
 /// unfolded windows of a convolution's, channel by channel as `torch.nn.Unfold` orders them. A convolution of several groups has
-/// one H for each. n counts samples as coremltools does (`OBSCompressionAlgorithm._compute_hessian`): an input [n, ..] of a
-/// batch, but an input of two dimensions is one sample. Only the upper triangle is computed and kept; of a convolution of stride 1
-/// the correlations that it is made of.
+/// one H for each group. n counts samples as coremltools does (`OBSCompressionAlgorithm._compute_hessian`): the items of a
+/// batch [n, ..], but an input of two dimensions is one sample. Only the upper triangle is computed and kept; for a convolution
+/// of stride 1, the correlations from which it is assembled.
 ///
-/// On one kind of processor it is the same to the last bit on any number of threads.
+/// On one kind of processor the result is the same to the last bit on any number of threads.
 #[derive(Debug)]
 pub struct Hessian {
     /// sum x x^T without the factor.
     sum: Sum,
-    windows: Option<Windows>,
+    unfolding: Option<Unfolding>,
     vectors: u64,
     samples: u64,
 }
 
-/// In what form the sum is kept.
+/// The form in which the sum is kept.
 #[derive(Debug)]
 enum Sum {
-    /// One for each group.
+    /// One for each group; there is at least one.
     Triangles(Vec<Triangle>),
     Correlations(Correlations),
 }
 
 /// How a convolution's input becomes vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Windows {
+struct Unfolding {
+    /// Channels of the input, over all groups.
     channels: i64,
     kernel: [i64; 2],
-    geometry: ConvGeometry,
+    windows: Windows,
 }
 
 impl Hessian {
@@ -55,81 +56,86 @@ impl Hessian {
         Self::zeros(1, dimension, None, device)
     }
 
-    /// Zeros for the inputs of `layer`: [d, d], or [groups, d, d] with d = c / groups * kh * kw.
+    /// Zeros for the inputs of a layer with a weight of this shape, [o, d] or [o, c / groups, kh, kw]: H is [d, d], or
+    /// [groups, d, d] with d = c / groups * kh * kw.
     ///
     /// # Errors
-    /// As [`Hessian::for_weight`].
-    pub fn for_layer(layer: &Layer, device: Device) -> Result<Self> {
-        Self::for_weight(layer.kind(), &layer.weight().size(), device)
-    }
-
-    /// Zeros for the inputs of a layer of this kind with a weight of this shape: [o, d] or [o, c / groups, kh, kw].
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if the shape is not the kind's; [`Error::Torch`] if the memory is not there.
-    pub fn for_weight(kind: LayerKind, shape: &[i64], device: Device) -> Result<Self> {
-        match (kind, shape) {
-            (LayerKind::Linear, [_, d]) => Self::new(*d, device),
-            (LayerKind::Conv2d(geometry), [o, c, kh, kw]) => {
-                let groups = geometry.groups;
-                let positive = [groups, *c, *kh, *kw, geometry.stride[0], geometry.stride[1]].iter().all(|size| *size >= 1);
-                if !positive || o % groups != 0 {
-                    return Err(Error::Argument(format!("a weight {shape:?} is none of a convolution with {geometry:?}")));
+    /// [`Error::Argument`] if the shape does not belong to the geometry; [`Error::Torch`] if the memory is not there.
+    pub fn for_weight(geometry: InputGeometry, shape: &[i64], device: Device) -> Result<Self> {
+        match geometry.inputs(shape)? {
+            Inputs::Vectors { dimension, .. } => Self::new(dimension, device),
+            Inputs::Windows { outputs, channels, kernel, windows } => {
+                let groups = windows.groups;
+                let sizes = [groups, channels, kernel[0], kernel[1], windows.stride[0], windows.stride[1]];
+                if sizes.iter().any(|size| *size < 1) || outputs % groups != 0 {
+                    let problem = format!("a weight of shape {shape:?} does not belong to a convolution with {windows:?}");
+                    return Err(Error::Argument(problem));
                 }
-                let windows = Windows { channels: c * groups, kernel: [*kh, *kw], geometry };
-                Self::zeros(groups, c * kh * kw, Some(windows), device)
+                let unfolding = Unfolding { channels: channels * groups, kernel, windows };
+                Self::zeros(groups, channels * kernel[0] * kernel[1], Some(unfolding), device)
             }
-            _ => Err(Error::Argument(format!("a weight {shape:?} is none of a {kind:?}"))),
         }
     }
 
-    fn zeros(groups: i64, dimension: i64, windows: Option<Windows>, device: Device) -> Result<Self> {
+    fn zeros(groups: i64, dimension: i64, unfolding: Option<Unfolding>, device: Device) -> Result<Self> {
         if dimension < 1 {
             return Err(Error::Argument(format!("a Hessian of {dimension} inputs")));
         }
-        let sum = match windows {
-            Some(Windows { channels, kernel, geometry }) if correlates(geometry) => {
-                Sum::Correlations(Correlations::zeros(channels, kernel, geometry.padding, device)?)
+        let sum = match unfolding {
+            Some(Unfolding { channels, kernel, windows }) if windows.correlate() => {
+                Sum::Correlations(Correlations::zeros(channels, kernel, windows.padding, device)?)
             }
-            _ => Sum::Triangles((0..groups).map(|_| Triangle::zeros(dimension, 1, device)).collect::<Result<_>>()?),
+            Some(_) | None => Sum::Triangles((0..groups).map(|_| Triangle::zeros(dimension, 1, device)).collect::<Result<_>>()?),
         };
-        Ok(Hessian { sum, windows, vectors: 0, samples: 0 })
+        Ok(Hessian { sum, unfolding, vectors: 0, samples: 0 })
     }
 
-    /// Bytes of the Hessian of a layer of this kind with a weight of this shape, while inputs are added.
-    pub fn bytes(kind: LayerKind, shape: &[i64]) -> u64 {
-        match (kind, shape) {
-            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
-                Correlations::bytes(*c, [*kh, *kw], geometry.padding)
+    /// Bytes of the Hessian of a layer with a weight of this shape while inputs are added.
+    ///
+    /// # Panics
+    /// If the shape does not belong to the geometry.
+    pub fn bytes(geometry: InputGeometry, shape: &[i64]) -> u64 {
+        match geometry.inputs_of_layer(shape) {
+            Inputs::Vectors { dimension, .. } => Triangle::bytes(dimension, 1),
+            Inputs::Windows { channels, kernel, windows, .. } if windows.correlate() => {
+                Correlations::bytes(channels, kernel, windows.padding)
             }
-            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) => geometry.groups.unsigned_abs() * Triangle::bytes(c * kh * kw, 1),
-            _ => Triangle::bytes(shape.last().copied().unwrap_or(0), 1),
+            Inputs::Windows { channels, kernel, windows, .. } => {
+                windows.groups.unsigned_abs() * Triangle::bytes(channels * kernel[0] * kernel[1], 1)
+            }
         }
     }
 
-    /// Bytes of one [d, d] factor of that layer, which [`prune`](super::prune) needs besides, and of what it takes to make it: the inverses of the
-    /// blocks on its diagonal.
-    pub fn factor_bytes(kind: LayerKind, shape: &[i64]) -> u64 {
-        let unit = match (kind, shape) {
-            (LayerKind::Conv2d(geometry), [_, _, kh, kw]) if correlates(geometry) => kh * kw,
-            _ => 1,
+    /// Bytes of one [d, d] factor of such a layer, which [`prune`](super::prune) needs besides the Hessian, and of the inverses
+    /// of the blocks on its diagonal, which are needed to compute the factor.
+    ///
+    /// # Panics
+    /// If the shape does not belong to the geometry.
+    pub fn factor_bytes(geometry: InputGeometry, shape: &[i64]) -> u64 {
+        let inputs = geometry.inputs_of_layer(shape);
+        let unit = match inputs {
+            Inputs::Windows { kernel, windows, .. } if windows.correlate() => kernel[0] * kernel[1],
+            Inputs::Windows { .. } | Inputs::Vectors { .. } => 1,
         };
-        let dimension: i64 = shape.iter().skip(1).product();
+        let dimension = inputs.dimension();
         Triangle::bytes(dimension, unit) + 4 * (dimension * panel_height(dimension, unit)).unsigned_abs()
     }
 
-    /// Multiply-adds of adding an input of `places` vectors: pixels of the input for a convolution [height, width], else [1, vectors].
-    pub fn work(kind: LayerKind, shape: &[i64], places: [i64; 2]) -> f64 {
+    /// Multiply-adds of adding an input of `places` vectors: pixels [height, width] of a convolution's input, else [1, vectors].
+    ///
+    /// # Panics
+    /// If the shape does not belong to the geometry.
+    pub fn work(geometry: InputGeometry, shape: &[i64], places: [i64; 2]) -> f64 {
         let [height, width] = places;
-        match (kind, shape) {
-            (LayerKind::Conv2d(geometry), [_, c, kh, kw]) if correlates(geometry) => {
-                Correlations::work(*c, [*kh, *kw], geometry.padding, height, width)
+        match geometry.inputs_of_layer(shape) {
+            Inputs::Vectors { .. } => (height * width) as f64 * Self::bytes(geometry, shape) as f64 / 4.0,
+            Inputs::Windows { channels, kernel, windows, .. } if windows.correlate() => {
+                Correlations::work(channels, kernel, windows.padding, height, width)
             }
-            (LayerKind::Conv2d(ConvGeometry { stride, groups, .. }), [_, c, kh, kw]) => {
+            Inputs::Windows { channels, kernel, windows: Windows { stride, groups, .. }, .. } => {
                 let vectors = (height / stride[0]) * (width / stride[1]);
-                (groups * vectors) as f64 * Triangle::bytes(c * kh * kw, 1) as f64 / 4.0
+                (groups * vectors) as f64 * Triangle::bytes(channels * kernel[0] * kernel[1], 1) as f64 / 4.0
             }
-            _ => (height * width) as f64 * Self::bytes(kind, shape) as f64 / 4.0,
         }
     }
 
@@ -140,14 +146,14 @@ impl Hessian {
     /// is unchanged then.
     pub fn add(&mut self, input: &Tensor) -> Result<()> {
         let size = input.size();
-        let fits = match self.windows {
+        let fits = match self.unfolding {
             None => size.last() == Some(&self.dimension()),
-            Some(windows) => size.len() == 4 && size.get(1) == Some(&windows.channels),
+            Some(unfolding) => size.len() == 4 && size[1] == unfolding.channels,
         };
         if !fits {
-            let expected = match self.windows {
+            let expected = match self.unfolding {
                 None => format!("[.., {}]", self.dimension()),
-                Some(windows) => format!("[b, {}, h, w]", windows.channels),
+                Some(unfolding) => format!("[b, {}, h, w]", unfolding.channels),
             };
             return Err(Error::Argument(format!("an input {size:?} where {expected} is expected")));
         }
@@ -158,9 +164,9 @@ impl Hessian {
         if !is_finite(&input)? {
             return Err(Error::NotFinite("the layer's input has NaN or infinite values in it".into()));
         }
-        let vectors = match self.windows {
+        let vectors = match self.unfolding {
             None => self.add_vectors(&input)?,
-            Some(windows) => self.add_windows(&input, windows)?,
+            Some(unfolding) => self.add_windows(&input, unfolding)?,
         };
         self.vectors += vectors.unsigned_abs();
         self.samples += match size[..] {
@@ -182,8 +188,8 @@ impl Hessian {
         Ok(vectors)
     }
 
-    fn add_windows(&mut self, input: &Tensor, windows: Windows) -> Result<i64> {
-        let Windows { kernel, geometry: ConvGeometry { stride, padding, dilation, .. }, .. } = windows;
+    fn add_windows(&mut self, input: &Tensor, unfolding: Unfolding) -> Result<i64> {
+        let Unfolding { kernel, windows: Windows { stride, padding, dilation, .. }, .. } = unfolding;
         let (batch, _, height, width) = input.size4()?;
         let groups = match &self.sum {
             Sum::Triangles(groups) => groups,
@@ -223,9 +229,9 @@ impl Hessian {
     /// [`Error::Torch`] if the shape is not the layer's.
     pub fn some_vectors(&self, input: &Tensor, most: i64) -> Result<Tensor> {
         let input = input.f_detach()?.f_to_device(self.device())?;
-        let vectors = match self.windows {
+        let vectors = match self.unfolding {
             None => input.f_reshape([-1, self.dimension()])?,
-            Some(Windows { kernel, geometry: ConvGeometry { stride, padding, dilation, .. }, .. }) => {
+            Some(Unfolding { kernel, windows: Windows { stride, padding, dilation, .. }, .. }) => {
                 let side = (most as f64).sqrt() as i64;
                 let (_, _, height, width) = input.size4()?;
                 let middle = |size: i64, axis: usize| {
@@ -251,7 +257,7 @@ impl Hessian {
     /// [`Error::Argument`] if the other belongs to a layer of another kind or shape.
     pub fn merge(&mut self, other: Hessian) -> Result<()> {
         let shape = |hessian: &Hessian| [hessian.groups(), hessian.dimension(), hessian.dimension()];
-        if shape(self) != shape(&other) || self.windows != other.windows {
+        if shape(self) != shape(&other) || self.unfolding != other.unfolding {
             let (new, old) = (shape(&other), shape(self));
             return Err(Error::Argument(format!("a Hessian {new:?} cannot be added to one {old:?} of another layer")));
         }
@@ -260,7 +266,9 @@ impl Hessian {
                 groups.iter().zip(others).try_for_each(|(group, other)| group.add(other))?;
             }
             (Sum::Correlations(sum), Sum::Correlations(other)) => sum.merge(other)?,
-            _ => unreachable!("the same windows, which were compared above, are kept in the same form"),
+            (Sum::Triangles(_), Sum::Correlations(_)) | (Sum::Correlations(_), Sum::Triangles(_)) => {
+                unreachable!("the unfoldings, which were compared above, decide the form")
+            }
         }
         self.vectors += other.vectors;
         self.samples += other.samples;
@@ -280,7 +288,7 @@ impl Hessian {
     /// d, the length of the vectors.
     pub fn dimension(&self) -> i64 {
         match &self.sum {
-            Sum::Triangles(groups) => groups.first().map_or(0, Triangle::dimension),
+            Sum::Triangles(groups) => groups[0].dimension(),
             Sum::Correlations(correlations) => correlations.dimension(),
         }
     }
@@ -296,7 +304,7 @@ impl Hessian {
     /// Where it lies.
     pub fn device(&self) -> Device {
         match &self.sum {
-            Sum::Triangles(groups) => groups.first().map_or(Device::Cpu, Triangle::device),
+            Sum::Triangles(groups) => groups[0].device(),
             Sum::Correlations(correlations) => correlations.device(),
         }
     }
@@ -329,9 +337,4 @@ impl Hessian {
     fn scale(&self) -> f64 {
         2.0 / self.samples.max(1) as f64
     }
-}
-
-/// Whether the Hessian of such a convolution is kept as correlations: where windows move by one and see every channel.
-fn correlates(geometry: ConvGeometry) -> bool {
-    geometry.stride == [1; 2] && geometry.dilation == [1; 2] && geometry.groups == 1
 }

@@ -3,7 +3,8 @@
 use tch::Tensor;
 
 use super::matrix::{flat, to_vec};
-use super::sparsity::{Sparsity, mark_smallest};
+use super::sparsity::mark_smallest;
+use crate::codebook::{NmRatio, Sparsity};
 use crate::error::Result;
 
 /// A weight and what of it was kept.
@@ -31,7 +32,7 @@ pub fn magnitude_prune(weight: &Tensor, sparsity: Sparsity) -> Result<Masked> {
             let count = (magnitudes.len() as f64 * share) as usize;
             mark_smallest(&magnitudes, count, &mut pruned);
         }
-        Sparsity::NM { n, m } => {
+        Sparsity::NOfM(NmRatio { n, m }) => {
             for (magnitudes, pruned) in magnitudes.chunks(columns).zip(pruned.chunks_mut(columns)) {
                 for (magnitudes, pruned) in magnitudes.chunks_exact(m).zip(pruned.chunks_exact_mut(m)) {
                     let mut order: Vec<usize> = (0..m).collect();

@@ -4,10 +4,10 @@
 //! H [d, d] sums what the layer's inputs looked like. [`prune`] follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774)
 //! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is what it is compared with.
 
-mod correction;
 mod correlations;
 mod device_sweep;
 mod factor;
+mod geometry;
 mod hessian;
 mod joint;
 mod leaf;
@@ -15,18 +15,19 @@ mod magnitude;
 mod matrix;
 mod note;
 mod output_error;
+mod output_residual;
 pub mod palette;
 mod sparsegpt;
 mod sparsity;
 mod sweep;
 mod triangle;
 
-pub use correction::Correction;
 pub use factor::Factor;
+pub use geometry::{InputGeometry, Windows};
 pub use hessian::Hessian;
-pub use joint::{Beside, Effort, Joint, JointFactors, JointOptions, Order, joint};
+pub use joint::{Beside, Joint, JointFactors, JointOptions, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energies, output_energy, output_error};
-pub use sparsegpt::{PruneOptions, Pruned, prune, prune_many, prune_with};
-pub use sparsity::Sparsity;
+pub use output_residual::OutputResidual;
+pub use sparsegpt::{Pruned, prune, prune_many, prune_with};

@@ -7,28 +7,11 @@ use super::factor::inverse;
 use super::matrix::{block, copy, flat_for, numbers_mut, panels, to_vec};
 use super::sparsity::{Quota, mark_smallest};
 use super::sweep::{Block, score, sweep};
-use super::{Factor, Hessian, Note, Sparsity, device_sweep};
+use super::{Factor, Hessian, Note, device_sweep};
+use crate::codebook::{NmRatio, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::product::add_product;
 use crate::sum;
-
-/// How [`prune`] prunes.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PruneOptions {
-    /// How much becomes zero.
-    pub sparsity: Sparsity,
-    /// Share of H's mean diagonal that is added to the diagonal (coremltools' `hessian_dampening`).
-    pub dampening: f64,
-    /// Columns whose mask is chosen together (coremltools' `processing_group_size`). For n:m the next smaller multiple of m.
-    pub block: usize,
-}
-
-impl Default for PruneOptions {
-    /// coremltools' defaults: half of the elements, a dampening of 0.01, blocks of 128 columns.
-    fn default() -> Self {
-        PruneOptions { sparsity: Sparsity::Unstructured(0.5), dampening: 0.01, block: 128 }
-    }
-}
 
 /// A weight pruned by [`prune`].
 #[derive(Debug)]
@@ -137,7 +120,7 @@ fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) 
     let (new, pruned) = (originals.f_zeros_like()?, originals.f_zeros_like()?.f_to_kind(Kind::Bool)?);
     let factors: Vec<&Factor> = layers.iter().map(|(_, _, factor)| *factor).collect();
     let mut quota = Quota::new(options.sparsity.share(originals.size3()?.2 as usize), true);
-    let losses = prune_on_device((&originals, &new, &pruned), &factors, options.blocks(), &mut quota)?;
+    let losses = prune_on_device((&originals, &new, &pruned), &factors, blocks(options), &mut quota)?;
     let losses = Vec::<f64>::try_from(&losses.f_to_device(Device::Cpu)?)?;
     let mut all = Vec::with_capacity(layers.len());
     for (index, (loss, (weight, hessian, factor))) in (0..).zip(losses.into_iter().zip(layers)) {
@@ -188,20 +171,18 @@ fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, not
     if used > options.dampening {
         notes.push(Note::MoreDampening { asked: options.dampening, used });
     }
-    if let Sparsity::NM { m, .. } = options.sparsity
+    if let Sparsity::NOfM(NmRatio { m, .. }) = options.sparsity
         && !(d as usize).is_multiple_of(m)
     {
         notes.push(Note::IncompleteGroup { columns: (d as usize % m) as u64, m: m as u64 });
     }
 }
 
-impl PruneOptions {
-    /// n:m, if that is asked for, and the columns of a block.
-    fn blocks(&self) -> (Option<(usize, usize)>, usize) {
-        match self.sparsity {
-            Sparsity::Unstructured(_) => (None, self.block),
-            Sparsity::NM { n, m } => (Some((n, m)), (self.block / m).max(1).saturating_mul(m)),
-        }
+/// n:m, if that is asked for, and the columns of a block.
+fn blocks(options: &PruneOptions) -> (Option<(usize, usize)>, usize) {
+    match options.sparsity {
+        Sparsity::Unstructured(_) => (None, options.block),
+        Sparsity::NOfM(NmRatio { n, m }) => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
     }
 }
 
@@ -216,11 +197,11 @@ fn prune_rows(
     quota: &mut Quota,
 ) -> Result<f64> {
     if original.device() == Device::Cpu {
-        return prune_on_host((original, new, pruned), factor, options.blocks(), quota);
+        return prune_on_host((original, new, pruned), factor, blocks(options), quota);
     }
     let one = |tensor: &Tensor| tensor.f_unsqueeze(0);
     let matrices = (&one(original)?, &one(new)?, &one(pruned)?);
-    Ok(prune_on_device(matrices, &[factor], options.blocks(), quota)?.f_double_value(&[0])?)
+    Ok(prune_on_device(matrices, &[factor], blocks(options), quota)?.f_double_value(&[0])?)
 }
 
 /// On the CPU, rows in SIMD lanes.
@@ -327,7 +308,7 @@ mod tests {
     use super::*;
 
     fn random(size: [i64; 2], seed: u64) -> Tensor {
-        crate::pipeline::noise(&size, seed, Kind::Float).unwrap()
+        crate::random::noise(&size, seed, Kind::Float).unwrap()
     }
 
     /// What runs on a GPU, here on the CPU: layers in a batch, against each alone.
@@ -346,7 +327,7 @@ mod tests {
         let weights: Vec<Tensor> = (0..3).map(|at| random([70, 300], at + 20)).collect();
         let layers: Vec<_> = (0..3).map(|at| (&weights[at], &hessians[at], &factors[at])).collect();
         for (ratio, block) in [(None, 128), (None, 37), (Some((2, 4)), 128), (Some((1, 3)), 126)] {
-            let sparsity = ratio.map_or(Sparsity::Unstructured(0.4), |(n, m)| Sparsity::NM { n, m });
+            let sparsity = ratio.map_or(Sparsity::Unstructured(0.4), |(n, m)| Sparsity::NOfM(NmRatio { n, m }));
             let options = PruneOptions { sparsity, block, ..PruneOptions::default() };
             let batch = prune_batch(&layers, &options).unwrap();
             for (device, host) in batch.iter().zip(prune_many(&layers, &options).unwrap()) {

@@ -1,44 +1,6 @@
-//! How much of a weight is to be pruned, and which elements those are.
+//! How many elements of a block are pruned, and which.
 
 use rayon::prelude::*;
-
-use crate::error::{Error, Result};
-
-/// How much of a weight becomes zero.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Sparsity {
-    /// This share of the elements, 0 <= s < 1, wherever they are (coremltools' `target_sparsity`). Zero prunes nothing.
-    Unstructured(f64),
-    /// `n` of every `m` neighbours in a row, 1 <= n < m (coremltools' `n_m_ratio`). Rows are those of the flattened weight [o, d].
-    NM {
-        /// How many become zero.
-        n: usize,
-        /// Of how many.
-        m: usize,
-    },
-}
-
-impl Sparsity {
-    pub(super) fn check(self) -> Result<()> {
-        match self {
-            Sparsity::Unstructured(share) if !(0.0..1.0).contains(&share) => {
-                Err(Error::Argument(format!("a sparsity of {share}: it must be at least 0 and below 1")))
-            }
-            Sparsity::NM { n, m } if n == 0 || n >= m => {
-                Err(Error::Argument(format!("a sparsity of {n}:{m}: it must be at least 1 and fewer than all of m")))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The share of zeros asked for in a row of `columns`.
-    pub fn share(self, columns: usize) -> f64 {
-        match self {
-            Sparsity::Unstructured(share) => share,
-            Sparsity::NM { n, m } => (columns / m * n) as f64 / columns as f64,
-        }
-    }
-}
 
 /// How many elements of each block are to be pruned.
 #[derive(Debug)]

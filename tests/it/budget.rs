@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::calibration::{Samples, weights};
-use sdxl_squeeze::config::{RunConfig, Sparsity, TimestepWeighting};
+use sdxl_squeeze::codebook::{BitWidth, Sparsity};
+use sdxl_squeeze::config::{RunConfig, TimestepWeighting};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use serde_json::Value;
 
@@ -64,8 +65,8 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
     let named = palettize.rules.module_name_configs.len();
     assert_eq!((named, prune.rules.module_name_configs.len()), (named, named));
     let settings: Vec<_> = palettize.rules.module_name_configs.iter().filter_map(|(_, rule)| *rule).collect();
-    assert!(settings.len() > 100 && settings.iter().all(|rule| rule.n_bits >= 3), "{settings:?}");
-    assert!(settings.iter().any(|rule| rule.n_bits != settings[0].n_bits), "one setting for all");
+    assert!(settings.len() > 100 && settings.iter().all(|rule| rule.bits >= BitWidth::Three), "{settings:?}");
+    assert!(settings.iter().any(|rule| rule.bits != settings[0].bits), "one setting for all");
     for (_, rule) in prune.rules.module_name_configs {
         assert!(rule.is_none_or(|rule| matches!(rule.sparsity, Sparsity::Unstructured(share) if share <= 0.4)), "{rule:?}");
     }

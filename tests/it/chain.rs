@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use sdxl_squeeze::Result;
+use sdxl_squeeze::codebook::LayerKind;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{Conditioning, StageName, Unet, UnetChain};
-use sdxl_squeeze::model::{Layer, LayerInput, LayerKind, Observer, Unobserved};
+use sdxl_squeeze::model::{Layer, LayerInput, Observer, Unobserved};
 use sdxl_squeeze::pattern::NamePattern;
-use sdxl_squeeze::pipeline::{PipelineFolder, noise};
+use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::random::noise;
 use tch::{Device, Kind, Tensor};
 
 use crate::support::emoji;
@@ -34,7 +36,7 @@ impl Observer for Seen {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
         let width = match layer.kind() {
             LayerKind::Linear => *input.size().last().unwrap(),
-            LayerKind::Conv2d(_) => input.size()[1],
+            LayerKind::Conv2d => input.size()[1],
         };
         assert_eq!(width, layer.weight().size()[1], "{}", layer.name());
         let seen = self.0.entry(layer.name().to_owned()).or_default();

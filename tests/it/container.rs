@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use safetensors::{Dtype, SafeTensors};
 use sdxl_squeeze::checkpoint::{self, SafetensorsFile, TensorSource, TensorSpec, Weights};
+use sdxl_squeeze::codebook::{BitWidth, Codebook};
 use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Packed, SourceFile};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{Unet, UnetChain, UnetConfig};
@@ -69,7 +70,7 @@ fn bits_are_packed_as_by_coremltools() {
     let cases: Value = serde_json::from_slice(&std::fs::read(repo("tests/golden/container/packing.json")).unwrap()).unwrap();
     for case in cases.as_array().unwrap() {
         let values: Vec<u8> = serde_json::from_value(case["values"].clone()).unwrap();
-        let packed = Packed::pack(values.into_iter(), case["bits"].as_u64().unwrap() as u8).unwrap();
+        let packed = Packed::pack(values.into_iter(), BitWidth::try_from(case["bits"].as_u64().unwrap() as u8).unwrap()).unwrap();
         let hex: String = packed.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, case["packed"].as_str().unwrap(), "{case}");
     }
@@ -106,10 +107,10 @@ fn the_same_container_is_the_same_bytes_as_from_python() {
 }
 
 /// A weight on 2^bits levels, its smallest elements pruned: cheap, and good enough to try the format on.
-fn crush(weight: &Tensor, bits: u8, group_size: usize, sparsity: Option<f64>) -> CompressedWeight {
+fn crush(weight: &Tensor, bits: BitWidth, group_size: usize, sparsity: Option<f64>) -> CompressedWeight {
     let shape = weight.size();
     let values = Vec::<f16>::try_from(&weight.to_kind(Kind::Half).view([-1])).unwrap();
-    let levels = 1usize << bits;
+    let levels = bits.entries();
     let row = values.len() / shape[0] as usize;
     let (mut palettes, mut indices) = (Vec::new(), Vec::new());
     for group in values.chunks(row * group_size) {
@@ -126,7 +127,8 @@ fn crush(weight: &Tensor, bits: u8, group_size: usize, sparsity: Option<f64>) ->
         let threshold = sizes[(sparsity * sizes.len() as f64) as usize];
         values.iter().map(|value| value.to_f32().abs() >= threshold).collect()
     });
-    CompressedWeight::palettized(shape, keep.as_deref(), bits, 0, group_size, palettes, &indices, None).unwrap()
+    let codebook = Codebook { bits, axis: 0, group_size, palettes, scales: None };
+    CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices).unwrap()
 }
 
 /// The bundled UNet, compressed; what it must decode to is left beside it.
@@ -141,8 +143,8 @@ fn squeeze_emoji(path: &Path) -> (UnetChain, BTreeMap<String, Vec<f16>>) {
         let tensor = source.tensor(&name, &shape).unwrap();
         let values = if shape.len() > 1 && tensor.numel() > 2048 && shape[0] % 16 == 0 {
             let weight = match name.len() % 3 {
-                0 => crush(&tensor, 4, 16, Some(0.4)),
-                1 => crush(&tensor, 6, shape[0] as usize, None),
+                0 => crush(&tensor, BitWidth::Four, 16, Some(0.4)),
+                1 => crush(&tensor, BitWidth::Six, shape[0] as usize, None),
                 _ => {
                     let values = Vec::<f16>::try_from(&tensor.to_kind(Kind::Half).view([-1])).unwrap();
                     let keep: Vec<bool> = values.iter().map(|value| value.to_f32() > 0.0).collect();

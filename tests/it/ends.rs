@@ -6,8 +6,9 @@ use sdxl_squeeze::container::Container;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::Unet;
-use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, UnetWeights, noise};
+use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, UnetWeights};
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::random::noise;
 use tch::{Kind, Tensor};
 
 use crate::support::{emoji, ended_with, repo, squeeze};

@@ -3,11 +3,13 @@
 
 use std::io::Write;
 
+use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};
 use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
-use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, noise, sample};
+use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample};
 use sdxl_squeeze::progress::Silent;
-use sdxl_squeeze::solver::{Factor, Hessian, PruneOptions, Pruned, Sparsity, prune_many};
+use sdxl_squeeze::random::noise;
+use sdxl_squeeze::solver::{Factor, Hessian, Pruned, prune_many};
 use tch::{Device, Kind, Tensor};
 
 use crate::squeeze::Squeeze;
@@ -84,7 +86,7 @@ fn a_gpu_prunes_layers_in_a_batch_as_the_cpu_does_one_by_one() {
         let layers: Vec<_> = (0..4).map(|at| (&weights[at], &hessians[at], &factors[at])).collect();
         prune_many(&layers, options).unwrap()
     };
-    for sparsity in [Sparsity::Unstructured(0.4), Sparsity::NM { n: 2, m: 4 }] {
+    for sparsity in [Sparsity::Unstructured(0.4), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
         let options = PruneOptions { sparsity, ..PruneOptions::default() };
         for (gpu, cpu) in prune_on(Device::Cuda(0), &options).iter().zip(prune_on(Device::Cpu, &options)) {
             let other = gpu.mask.to_device(Device::Cpu).not_equal_tensor(&cpu.mask).to_kind(Kind::Double);

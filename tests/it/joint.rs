@@ -2,13 +2,12 @@
 
 use half::f16;
 use sdxl_squeeze::Error;
+use sdxl_squeeze::codebook::{BitWidth, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::container::CompressedWeight;
-use sdxl_squeeze::model::{ConvGeometry, LayerKind};
-use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, PaletteOptions};
 use sdxl_squeeze::solver::{
-    Beside, Correction, Effort, Hessian, Joint, JointFactors, JointOptions, Note, Order, PruneOptions, Sparsity, joint,
-    output_energy, prune,
+    Beside, Hessian, Joint, JointFactors, JointOptions, Note, Order, OutputResidual, joint, output_energy, prune,
 };
+use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
 
 fn numbers(shape: &[i64], seed: u64) -> Tensor {
@@ -31,9 +30,8 @@ fn hessian(inputs: &Tensor) -> Hessian {
 }
 
 fn palette(bits: u8, group_size: Option<usize>) -> PaletteOptions {
-    let granularity =
-        group_size.map_or(Granularity::PerTensor, |group_size| Granularity::PerGroupedChannel { group_size, axis: 0 });
-    PaletteOptions { bits, granularity, per_channel_scale: false, on_misfit: OnMisfit::Error }
+    let grouping = group_size.map_or(Grouping::PerTensor, |group_size| Grouping::PerGroupedChannel { group_size });
+    PaletteOptions { bits: BitWidth::try_from(bits).unwrap(), grouping, ..PaletteOptions::default() }
 }
 
 fn pruned(sparsity: Sparsity) -> Option<PruneOptions> {
@@ -56,21 +54,13 @@ fn cost(values: &[f16], weight: &Tensor, hessian: &Hessian) -> f64 {
 /// What is stored decodes to the weight, zeros are where the mask says, and the loss is the loss.
 fn consistent(found: &Joint, weight: &Tensor, hessian: &Hessian) {
     let Some(palettized) = &found.palettized else { panic!("no palettes") };
-    let stored = CompressedWeight::palettized(
-        weight.size(),
-        found.mask.as_deref(),
-        palettized.bits,
-        palettized.axis,
-        palettized.group_size,
-        palettized.palettes.clone(),
-        &palettized.indices,
-        palettized.scales.clone(),
-    );
+    let codebook = palettized.codebook.clone();
+    let stored = CompressedWeight::palettized(weight.size(), found.mask.as_deref(), codebook, &palettized.indices);
     assert_eq!(stored.unwrap().decode().unwrap(), found.weight);
     if let Some(mask) = &found.mask {
         assert!(found.weight.iter().zip(mask).all(|(value, keep)| *keep || value.to_bits() == 0), "pruned weights are +0");
     }
-    assert!(palettized.palettes.chunks(1 << palettized.bits).all(|palette| palette.is_sorted()));
+    assert!(palettized.codebook.palettes.chunks(palettized.codebook.bits.entries()).all(|palette| palette.is_sorted()));
     let cost = cost(&found.weight, weight, hessian);
     assert!((cost - found.loss).abs() <= 1e-3 * cost.max(1e-9), "{cost} is not {}", found.loss);
     assert!(found.loss <= found.sequential_loss);
@@ -81,7 +71,7 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
     let cases = [
         (pruned(Sparsity::Unstructured(0.4)), palette(4, Some(16)), 0.7),
         (pruned(Sparsity::Unstructured(0.5)), palette(4, Some(16)), 0.75),
-        (pruned(Sparsity::NM { n: 2, m: 4 }), palette(4, Some(8)), 0.85),
+        (pruned(Sparsity::NOfM(NmRatio { n: 2, m: 4 })), palette(4, Some(8)), 0.85),
         (None, palette(4, Some(16)), 0.5),
         (None, palette(3, Some(16)), 0.5),
         (None, palette(2, None), 0.6),
@@ -160,13 +150,13 @@ impl DotAll for Tensor {
 
 #[test]
 fn every_width_every_group_and_grouped_convolutions() {
-    let geometry = ConvGeometry { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 2 };
+    let geometry = Windows { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 2 };
     let (weight, input) = (numbers(&[16, 4, 3, 3], 1), numbers(&[3, 8, 12, 12], 2));
-    let mut seen = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    let mut seen = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();
     seen.add(&input).unwrap();
     for bits in [1, 2, 3, 4, 6, 8] {
         for group in [None, Some(1), Some(4), Some(16)] {
-            for prune in [None, pruned(Sparsity::Unstructured(0.4)), pruned(Sparsity::NM { n: 2, m: 4 })] {
+            for prune in [None, pruned(Sparsity::Unstructured(0.4)), pruned(Sparsity::NOfM(NmRatio { n: 2, m: 4 }))] {
                 let found = solve(&weight, &seen, &JointOptions::new(prune, Some(palette(bits, group))));
                 consistent(&found, &weight, &seen);
                 let zeros = found.mask.map_or(0, |mask| mask.iter().filter(|keep| !**keep).count());
@@ -179,9 +169,9 @@ fn every_width_every_group_and_grouped_convolutions() {
 
 #[test]
 fn a_convolution_of_stride_one_is_a_linear_on_its_windows() {
-    let geometry = ConvGeometry { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1 };
+    let geometry = Windows { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1 };
     let (weight, input) = (numbers(&[16, 60, 3, 3], 3), numbers(&[2, 60, 20, 20], 4));
-    let mut conv = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    let mut conv = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();
     conv.add(&input).unwrap();
     let options = JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette(3, Some(8))));
     let found = solve(&weight, &conv, &options);
@@ -215,7 +205,7 @@ fn the_same_bytes_on_any_number_of_threads() {
         let (weight, seen) = (numbers(&[48, 333], 8), hessian(&correlated(800, 333, 9, 10)));
         let found = solve(&weight, &seen, &JointOptions::new(prune, Some(palette(4, Some(16)))));
         let palettized = found.palettized.unwrap();
-        (found.weight, palettized.palettes, palettized.indices, found.mask, found.loss.to_bits())
+        (found.weight, palettized.codebook.palettes, palettized.indices, found.mask, found.loss.to_bits())
     };
     for prune in [None, pruned(Sparsity::Unstructured(0.4))] {
         let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -305,7 +295,7 @@ fn what_cannot_be_is_refused() {
 #[test]
 fn palettes_that_it_cannot_solve_are_made_after_it_with_a_note() {
     let (weight, seen) = (numbers(&[16, 64], 21), hessian(&correlated(300, 64, 22, 23)));
-    let inputs = PaletteOptions { granularity: Granularity::PerGroupedChannel { group_size: 8, axis: 1 }, ..palette(4, None) };
+    let inputs = PaletteOptions { axis: 1, ..palette(4, Some(8)) };
     let scaled = PaletteOptions { per_channel_scale: true, ..palette(4, Some(4)) };
     for palette in [inputs, scaled] {
         let found = solve(&weight, &seen, &JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette)));
@@ -317,10 +307,10 @@ fn palettes_that_it_cannot_solve_are_made_after_it_with_a_note() {
 #[test]
 fn corrections_are_gradients_of_the_weight() {
     let cases = [
-        (LayerKind::Linear, vec![6, 5], vec![3, 7, 5]),
-        (LayerKind::Conv2d(ConvGeometry::new(1, 1)), vec![6, 4, 3, 3], vec![2, 4, 9, 8]),
+        (InputGeometry::Linear, vec![6, 5], vec![3, 7, 5]),
+        (InputGeometry::Windows(Windows::new(1, 1)), vec![6, 4, 3, 3], vec![2, 4, 9, 8]),
         (
-            LayerKind::Conv2d(ConvGeometry { stride: [2, 1], padding: [1, 0], dilation: [1, 2], groups: 2 }),
+            InputGeometry::Windows(Windows { stride: [2, 1], padding: [1, 0], dilation: [1, 2], groups: 2 }),
             vec![6, 2, 3, 3],
             vec![2, 4, 9, 8],
         ),
@@ -328,16 +318,16 @@ fn corrections_are_gradients_of_the_weight() {
     for (kind, shape, input) in cases {
         let (weight, x) = (numbers(&shape, 1).set_requires_grad(true), numbers(&input, 2));
         let output = match kind {
-            LayerKind::Linear => x.linear(&weight, None::<Tensor>),
-            LayerKind::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
+            InputGeometry::Linear => x.linear(&weight, None::<Tensor>),
+            InputGeometry::Windows(Windows { stride, padding, dilation, groups }) => {
                 x.conv2d(&weight, None::<Tensor>, stride, padding, dilation, groups)
             }
         };
         let lack = numbers(&output.size(), 3);
         (output * &lack).sum(Kind::Float).backward();
         let expected = weight.grad().reshape([shape[0], -1]) * (2.0 / input[0] as f64);
-        let mut correction = Correction::for_weight(kind, &shape, Device::Cpu).unwrap();
-        let mut other = Correction::for_weight(kind, &shape, Device::Cpu).unwrap();
+        let mut correction = OutputResidual::for_weight(kind, &shape, Device::Cpu).unwrap();
+        let mut other = OutputResidual::for_weight(kind, &shape, Device::Cpu).unwrap();
         correction.add(&x.narrow(0, 0, 1), &lack.narrow(0, 0, 1)).unwrap();
         other.add(&x.narrow(0, 1, input[0] - 1), &lack.narrow(0, 1, input[0] - 1)).unwrap();
         correction.merge(other).unwrap();
@@ -354,7 +344,7 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
     let a: Tensor = Tensor::eye(24, (Kind::Float, Device::Cpu)) + 0.05 * numbers(&[24, 24], 32);
     let reaches = x.matmul(&a.tr());
     let seen = hessian(&reaches);
-    let mut correction = Correction::for_weight(LayerKind::Linear, &[16, 24], Device::Cpu).unwrap();
+    let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
     correction.add(&reaches, &(&x - &reaches).matmul(&weight.tr())).unwrap();
     let options = JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette(4, Some(4))));
     for order in [Order::Natural, Order::Activation] {
@@ -395,7 +385,7 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
         // With errors before it to make up for, another may be better; none may be worse. Tiny errors are below what 16 values can tell.
         for size in [1e-9, 1e-6, 1e-3, 0.3] {
             let lack = numbers(&[300, 16], 9) * size;
-            let mut correction = Correction::for_weight(LayerKind::Linear, &[16, 24], Device::Cpu).unwrap();
+            let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
             correction.add(&inputs, &lack).unwrap();
             let beside = Beside { correction: Some(&correction), held_out: None };
             let found = joint("layer", &weight, &hessian, &factors, &beside, &options).unwrap();
@@ -435,8 +425,8 @@ fn some_vectors_are_vectors() {
     let some = linear.some_vectors(&x, 40).unwrap();
     assert_eq!(some.size(), [38, 8]);
     assert_eq!(some.get(1), x.reshape([150, 8]).get(4));
-    let geometry = ConvGeometry { stride: [2, 1], padding: [1; 2], dilation: [1, 2], groups: 2 };
-    let conv = Hessian::for_weight(LayerKind::Conv2d(geometry), &[4, 3, 3, 3], Device::Cpu).unwrap();
+    let geometry = Windows { stride: [2, 1], padding: [1; 2], dilation: [1, 2], groups: 2 };
+    let conv = Hessian::for_weight(InputGeometry::Windows(geometry), &[4, 3, 3, 3], Device::Cpu).unwrap();
     let image = numbers(&[2, 6, 20, 20], 2);
     let some = conv.some_vectors(&image, 16).unwrap();
     assert_eq!(some.size(), [16, 54]);

@@ -4,25 +4,23 @@ use std::collections::BTreeMap;
 
 use half::f16;
 use proptest::prelude::*;
-use sdxl_squeeze::solver::palette::{Granularity, OnMisfit, Outcome, PaletteOptions, Palettized, palettize, palettize_weighted};
+use sdxl_squeeze::codebook::{BitWidth, Grouping, Misfit, OnMisfit, PaletteOptions};
+use sdxl_squeeze::solver::palette::{Palettized, palettize, palettize_weighted};
 use sdxl_squeeze::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::support::{repo, tensors};
 
 fn options(bits: u8, group: Option<(usize, usize)>) -> PaletteOptions {
-    let granularity = match group {
-        None => Granularity::PerTensor,
-        Some((group_size, axis)) => Granularity::PerGroupedChannel { group_size, axis },
+    let (grouping, axis) = match group {
+        None => (Grouping::PerTensor, 0),
+        Some((group_size, axis)) => (Grouping::PerGroupedChannel { group_size }, axis),
     };
-    PaletteOptions { bits, granularity, per_channel_scale: false, on_misfit: OnMisfit::Error }
+    PaletteOptions { bits: BitWidth::try_from(bits).unwrap(), grouping, axis, per_channel_scale: false }
 }
 
-fn done(outcome: Result<Outcome>) -> Palettized {
-    match outcome.unwrap() {
-        Outcome::Palettized(palettized) => palettized,
-        Outcome::LeftDense { reason } => panic!("left dense: {reason}"),
-    }
+fn done(palettized: Result<Palettized>) -> Palettized {
+    palettized.unwrap()
 }
 
 fn squared_error(a: &[f16], b: &[f16], keep: &[bool]) -> f64 {
@@ -83,9 +81,9 @@ fn palettes_equal_those_of_coremltools_where_nothing_is_pruned() {
         let (weight, shape) = (golden.values(&layer), golden.shape(&layer));
         let ours = done(palettize(&layer, &weight, &shape, None, &options));
         let theirs = golden.values(&format!("{case}/lut"));
-        assert_eq!(ours.palettes.len(), theirs.len(), "{case}");
-        assert_eq!(ours.scales, options.per_channel_scale.then(|| golden.values(&format!("{case}/scale"))), "{case}");
-        for (ours, theirs) in ours.palettes.iter().zip(&theirs) {
+        assert_eq!(ours.codebook.palettes.len(), theirs.len(), "{case}");
+        assert_eq!(ours.codebook.scales, options.per_channel_scale.then(|| golden.values(&format!("{case}/scale"))), "{case}");
+        for (ours, theirs) in ours.codebook.palettes.iter().zip(&theirs) {
             // The last bit may differ where a mean lies between two fp16 values.
             let bits = i32::from(ours.to_bits()) - i32::from(theirs.to_bits());
             assert!(bits.abs() <= 1, "{case}: {ours}, not {theirs}");
@@ -183,12 +181,12 @@ proptest! {
     #[test]
     fn what_a_palette_promises((weight, shape, keep, options) in anything()) {
         let ours = done(palettize("a", &weight, &shape, Some(&keep), &options));
-        let entries = 1 << options.bits;
-        let group_of = groups_of(&shape, ours.axis, ours.group_size);
-        prop_assert_eq!(ours.groups(), group_of.iter().max().unwrap() + 1);
+        let entries = options.bits.entries();
+        let group_of = groups_of(&shape, ours.codebook.axis, ours.codebook.group_size);
+        prop_assert_eq!(ours.codebook.groups(), group_of.iter().max().unwrap() + 1);
         prop_assert_eq!(ours.kept, keep.iter().filter(|keep| **keep).count());
         let decoded = ours.decode(Some(&keep)).unwrap();
-        for (group, palette) in ours.palettes.chunks(entries).enumerate() {
+        for (group, palette) in ours.codebook.palettes.chunks(entries).enumerate() {
             prop_assert!(palette.is_sorted() && palette.iter().all(|value| value.is_finite() && value.to_bits() != 0x8000));
             let kept: Vec<usize> = (0..weight.len()).filter(|&at| keep[at] && group_of[at] == group).collect();
             if kept.is_empty() {
@@ -210,10 +208,10 @@ proptest! {
                 }
             }
         }
-        if let Some(scales) = &ours.scales {
+        if let Some(scales) = &ours.codebook.scales {
             let row = weight.len() / shape[0];
             for (at, &index) in ours.indices.iter().enumerate().filter(|(at, _)| keep[*at]) {
-                let entry = ours.palettes[group_of[at] * entries + usize::from(index)];
+                let entry = ours.codebook.palettes[group_of[at] * entries + usize::from(index)];
                 prop_assert_eq!(decoded[at], f16::from_f32(entry.to_f32() * scales[at / row].to_f32()));
             }
         }
@@ -244,11 +242,11 @@ proptest! {
         // Importance 0 or 1 is a mask, but what is unimportant is still stored.
         let some: Vec<f64> = (0..weight.len()).map(|at| f64::from(u8::from(at % 3 > 0))).collect();
         let both: Vec<bool> = keep.iter().zip(&some).map(|(keep, some)| *keep && *some > 0.0).collect();
-        let group_of = groups_of(&shape, plain.axis, plain.group_size);
+        let group_of = groups_of(&shape, plain.codebook.axis, plain.codebook.group_size);
         let some_left = |group| (0..weight.len()).any(|at| both[at] && group_of[at] == group);
-        if !options.per_channel_scale && (0..plain.groups()).all(some_left) {
+        if !options.per_channel_scale && (0..plain.codebook.groups()).all(some_left) {
             let weighted = done(palettize_weighted("a", &weight, &shape, Some(&keep), &some, &options));
-            prop_assert_eq!(weighted.palettes, done(palettize("a", &weight, &shape, Some(&both), &options)).palettes);
+            prop_assert_eq!(weighted.codebook.palettes, done(palettize("a", &weight, &shape, Some(&both), &options)).codebook.palettes);
         }
     }
 }
@@ -265,29 +263,24 @@ fn refusal(weight: &[f16], shape: &[usize], keep: Option<&[bool]>, options: &Pal
 #[test]
 fn a_group_size_that_does_not_divide_is_never_silent() {
     let (shape, weight) = ([20, 6], random(120, 3));
-    let asked = |size, axis, on_misfit| PaletteOptions { on_misfit, ..options(2, Some((size, axis))) };
-    assert!(refusal(&weight, &shape, None, &asked(8, 0, OnMisfit::Error)).contains("group_size 8 does not divide the 20 output"));
-    assert!(refusal(&weight, &shape, None, &asked(4, 1, OnMisfit::Error)).contains("group_size 4 does not divide the 6 input"));
-    assert!(refusal(&weight, &shape, None, &asked(40, 0, OnMisfit::Error)).contains("40"));
+    let asked = |size, axis| options(2, Some((size, axis)));
+    assert!(refusal(&weight, &shape, None, &asked(8, 0)).contains("group_size 8 does not divide the 20 output"));
+    assert!(refusal(&weight, &shape, None, &asked(4, 1)).contains("group_size 4 does not divide the 6 input"));
+    assert!(refusal(&weight, &shape, None, &asked(40, 0)).contains("40"));
 
     for (size, axis, used) in [(8, 0, 5), (3, 0, 2), (40, 0, 20), (usize::MAX, 0, 20), (4, 1, 3), (7, 1, 6)] {
-        let smaller = done(palettize("a", &weight, &shape, None, &asked(size, axis, OnMisfit::SmallerGroup)));
-        assert_eq!((smaller.group_size, smaller.groups()), (used, shape[axis] / used));
-        assert!(smaller.misfit.as_ref().unwrap().contains(&format!("used {used}")), "{:?}", smaller.misfit);
-        let direct = done(palettize("a", &weight, &shape, None, &asked(used, axis, OnMisfit::Error)));
-        assert_eq!(Palettized { misfit: None, ..smaller }, direct);
+        assert_eq!(OnMisfit::SmallerGroup.outcome(shape[axis], size), Some(Misfit::SmallerGroup(used)));
+        let codebook = done(palettize("a", &weight, &shape, None, &asked(used, axis))).codebook;
+        assert_eq!((codebook.group_size, codebook.groups()), (used, shape[axis] / used));
     }
-    let Outcome::LeftDense { reason } = palettize("a", &weight, &shape, None, &asked(8, 0, OnMisfit::Dense)).unwrap() else {
-        panic!("palettized");
-    };
-    assert!(reason.contains("group_size 8 does not divide"), "{reason}");
+    assert_eq!(OnMisfit::Dense.outcome(shape[0], 8), Some(Misfit::Dense));
 }
 
 #[test]
 fn bad_input_is_refused_by_name() {
     let (shape, weight) = ([4, 6], random(24, 4));
     for bits in [0, 5, 7, 9, 16, 255] {
-        assert!(refusal(&weight, &shape, None, &options(bits, None)).contains(&format!("n_bits is {bits}")));
+        assert!(BitWidth::try_from(bits).unwrap_err().contains(&format!("{bits} bits")));
     }
     assert!(refusal(&weight, &shape, None, &options(4, Some((0, 0)))).contains("group_size is 0"));
     assert!(refusal(&weight, &shape, None, &options(4, Some((1, 2)))).contains("channel_axis is 2"));
@@ -321,13 +314,13 @@ fn fields_that_disagree_do_not_decode() {
     };
     refused(&|bad| bad.shape = vec![4, 7]);
     refused(&|bad| bad.shape = vec![]);
-    refused(&|bad| bad.axis = 2);
-    refused(&|bad| bad.group_size = 0);
-    refused(&|bad| bad.group_size = 3);
-    refused(&|bad| bad.bits = 200);
+    refused(&|bad| bad.codebook.axis = 2);
+    refused(&|bad| bad.codebook.group_size = 0);
+    refused(&|bad| bad.codebook.group_size = 3);
+    refused(&|bad| bad.codebook.bits = BitWidth::Eight);
     refused(&|bad| bad.indices[3] = 4);
     refused(&|bad| bad.indices.truncate(23));
-    refused(&|bad| bad.palettes.truncate(7));
-    refused(&|bad| bad.scales = Some(vec![f16::ONE; 3]));
+    refused(&|bad| bad.codebook.palettes.truncate(7));
+    refused(&|bad| bad.codebook.scales = Some(vec![f16::ONE; 3]));
     assert!(good.decode(Some(&[true; 25])).is_err());
 }

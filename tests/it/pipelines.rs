@@ -9,8 +9,9 @@ use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, StageName, Unet};
 use sdxl_squeeze::model::vae::VaeDecoder;
 use sdxl_squeeze::picture::Picture;
-use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, noise, sample, time_ids};
+use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample, time_ids};
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::random::noise;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 

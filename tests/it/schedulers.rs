@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use sdxl_squeeze::model::scheduler::{Scheduler, SchedulerChoice, SchedulerConfig, SchedulerKind};
-use sdxl_squeeze::pipeline::noise;
+use sdxl_squeeze::random::noise;
 use sdxl_squeeze::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};

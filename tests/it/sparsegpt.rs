@@ -1,14 +1,15 @@
 //! Hessians against brute force, SparseGPT against coremltools, and both against what could break them.
 
 use sdxl_squeeze::Error;
-use sdxl_squeeze::model::{ConvGeometry, LayerKind};
-use sdxl_squeeze::solver::{Hessian, Note, PruneOptions, Pruned, Sparsity, magnitude_prune, output_energy, output_error, prune};
+use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};
+use sdxl_squeeze::solver::{Hessian, Note, Pruned, magnitude_prune, output_energy, output_error, prune};
+use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
 
 use crate::support::{relative_error, repo, tensors};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
-const DENSE: ConvGeometry = ConvGeometry { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups: 1 };
+const DENSE: Windows = Windows { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups: 1 };
 
 fn numbers(shape: &[i64], seed: u64) -> Tensor {
     use rand::{RngExt, SeedableRng};
@@ -55,9 +56,9 @@ fn consistent(pruned: &Pruned) {
 }
 
 /// [groups, d, d] in fp64, one pixel after the other.
-fn brute_force(input: &Tensor, weight: [i64; 4], geometry: ConvGeometry) -> Tensor {
+fn brute_force(input: &Tensor, weight: [i64; 4], geometry: Windows) -> Tensor {
     let ([_, per_group, kh, kw], [b, c, h, w]) = (weight, <[i64; 4]>::try_from(input.size()).unwrap());
-    let ConvGeometry { stride, padding, dilation, groups } = geometry;
+    let Windows { stride, padding, dilation, groups } = geometry;
     let pixels = Vec::<f64>::try_from(input.to_kind(Kind::Double).flatten(0, -1)).unwrap();
     let pixel = |b: i64, c_: i64, y: i64, x: i64| {
         let inside = (0..h).contains(&y) && (0..w).contains(&x);
@@ -98,9 +99,9 @@ fn hessians_of_every_convolution_equal_brute_force() {
             for padding in [[0, 0], [1, 1], [2, 2], [0, 2]] {
                 for dilation in [[1, 1], [2, 2]] {
                     for groups in [1, 2, 4] {
-                        let geometry = ConvGeometry { stride, padding, dilation, groups };
+                        let geometry = Windows { stride, padding, dilation, groups };
                         let weight = [8, 4 / groups, kernel[0], kernel[1]];
-                        let mut hessian = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight, Device::Cpu).unwrap();
+                        let mut hessian = Hessian::for_weight(InputGeometry::Windows(geometry), &weight, Device::Cpu).unwrap();
                         hessian.add(&input.narrow(0, 0, 1)).unwrap();
                         hessian.add(&input.narrow(0, 1, 2)).unwrap();
                         assert_eq!(hessian.samples(), 3);
@@ -152,13 +153,13 @@ fn merging_is_adding_one_after_the_other() {
 #[test]
 fn equals_coremltools() {
     let golden = tensors(&repo("tests/golden/sparsegpt.safetensors"));
-    let stride_2 = ConvGeometry::new(2, 1);
+    let stride_2 = Windows::new(2, 1);
     let layers = [
-        ("linear-dead", LayerKind::Linear),
-        ("linear", LayerKind::Linear),
-        ("conv-stride-2", LayerKind::Conv2d(stride_2)),
-        ("conv-3x3", LayerKind::Conv2d(ConvGeometry::new(1, 1))),
-        ("conv-1x1", LayerKind::Conv2d(DENSE)),
+        ("linear-dead", InputGeometry::Linear),
+        ("linear", InputGeometry::Linear),
+        ("conv-stride-2", InputGeometry::Windows(stride_2)),
+        ("conv-3x3", InputGeometry::Windows(Windows::new(1, 1))),
+        ("conv-1x1", InputGeometry::Windows(DENSE)),
     ];
     let mut compared = 0;
     for (name, kind) in layers {
@@ -173,8 +174,11 @@ fn equals_coremltools() {
             println!("{name}: Hessian {error:.1e}");
             assert!(error < 1e-5);
         }
-        let recipes =
-            [("40", Sparsity::Unstructured(0.4)), ("50", Sparsity::Unstructured(0.5)), ("2of4", Sparsity::NM { n: 2, m: 4 })];
+        let recipes = [
+            ("40", Sparsity::Unstructured(0.4)),
+            ("50", Sparsity::Unstructured(0.5)),
+            ("2of4", Sparsity::NOfM(NmRatio { n: 2, m: 4 })),
+        ];
         for (recipe, sparsity) in recipes {
             let theirs = golden[&format!("{name}.{recipe}")].flatten(1, -1);
             let ours = prune(weight, &hessian, &options(sparsity)).unwrap();
@@ -198,7 +202,7 @@ fn equals_coremltools() {
 #[test]
 fn far_better_than_magnitudes_on_correlated_inputs() {
     let (weight, hessian) = (numbers(&[64, 192], 6), hessian(&correlated(600, 192, 7)));
-    for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NM { n: 2, m: 4 }] {
+    for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
         let ours = prune(&weight, &hessian, &options(sparsity)).unwrap();
         let magnitude = magnitude_prune(&weight, sparsity).unwrap();
         let theirs = output_error(&weight, &magnitude.weight, &hessian).unwrap();
@@ -248,7 +252,7 @@ fn n_of_every_m() {
     let weight = numbers(&[9, 131], 12);
     let hessian = hessian(&correlated(400, 131, 13));
     for (n, m) in [(1, 2), (2, 4), (1, 4), (3, 5), (4, 7), (60, 100), (100, 130), (3, 200)] {
-        let sparsity = Sparsity::NM { n, m };
+        let sparsity = Sparsity::NOfM(NmRatio { n, m });
         let pruned = prune(&weight, &hessian, &options(sparsity)).unwrap();
         consistent(&pruned);
         let magnitude = magnitude_prune(&weight, sparsity).unwrap();
@@ -269,7 +273,7 @@ fn n_of_every_m() {
 fn any_block_size() {
     let (weight, hessian) = (numbers(&[64, 100], 14), hessian(&correlated(400, 100, 15)));
     for block in [1, 7, 100, 128, usize::MAX] {
-        for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NM { n: 2, m: 4 }] {
+        for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
             let pruned = prune(&weight, &hessian, &PruneOptions { sparsity, dampening: 0.01, block }).unwrap();
             consistent(&pruned);
             assert!(
@@ -285,14 +289,14 @@ fn any_block_size() {
 #[test]
 fn each_group_has_its_own_hessian() {
     let (input, weight) = (numbers(&[4, 8, 9, 9], 16), numbers(&[6, 4, 3, 3], 17));
-    let geometry = ConvGeometry { groups: 2, ..ConvGeometry::new(1, 1) };
-    let mut both = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    let geometry = Windows { groups: 2, ..Windows::new(1, 1) };
+    let mut both = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();
     both.add(&input).unwrap();
-    let options = options(Sparsity::NM { n: 2, m: 4 });
+    let options = options(Sparsity::NOfM(NmRatio { n: 2, m: 4 }));
     let pruned = prune(&weight, &both, &options).unwrap();
     consistent(&pruned);
     for group in 0..2 {
-        let kind = LayerKind::Conv2d(ConvGeometry::new(1, 1));
+        let kind = InputGeometry::Windows(Windows::new(1, 1));
         let weight = weight.narrow(0, group * 3, 3);
         let mut alone = Hessian::for_weight(kind, &weight.size(), Device::Cpu).unwrap();
         alone.add(&input.narrow(1, group * 4, 4)).unwrap();
@@ -304,8 +308,8 @@ fn each_group_has_its_own_hessian() {
 
     // Depthwise: one row of nine columns a group; the sparsity is right over all.
     let (input, weight) = (numbers(&[2, 64, 9, 9], 18), numbers(&[64, 1, 3, 3], 19));
-    let geometry = ConvGeometry { groups: 64, ..ConvGeometry::new(2, 1) };
-    let mut hessian = Hessian::for_weight(LayerKind::Conv2d(geometry), &weight.size(), Device::Cpu).unwrap();
+    let geometry = Windows { groups: 64, ..Windows::new(2, 1) };
+    let mut hessian = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();
     hessian.add(&input).unwrap();
     let pruned = prune(&weight, &hessian, &half()).unwrap();
     consistent(&pruned);
@@ -318,7 +322,7 @@ fn the_same_bytes_on_any_number_of_threads() {
         let (inputs, weight) = (correlated(700, 333, 20), numbers(&[77, 333], 21));
         bytes(&prune(&weight, &hessian(&inputs), &options(sparsity)).unwrap().weight)
     };
-    for sparsity in [Sparsity::Unstructured(0.4), Sparsity::NM { n: 2, m: 4 }] {
+    for sparsity in [Sparsity::Unstructured(0.4), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
         let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let expected = pool(1).install(|| run(sparsity));
         assert_eq!(pool(3).install(|| run(sparsity)), expected);
@@ -372,7 +376,7 @@ fn hostile_inputs_are_refused() {
         argument(prune(&weight, &good, &options(Sparsity::Unstructured(sparsity))));
     }
     for (n, m) in [(0, 4), (4, 4), (5, 4), (0, 0), (1, 0)] {
-        argument(prune(&weight, &good, &options(Sparsity::NM { n, m })));
+        argument(prune(&weight, &good, &options(Sparsity::NOfM(NmRatio { n, m }))));
     }
     for dampening in [-1.0, f64::NAN, f64::INFINITY] {
         argument(prune(&weight, &good, &PruneOptions { dampening, ..half() }));
@@ -401,15 +405,15 @@ fn hostile_inputs_are_refused() {
     }
     assert!(Hessian::new(0, Device::Cpu).is_err() && Hessian::new(-3, Device::Cpu).is_err());
     let conv = |groups, stride, shape: &[i64]| {
-        let geometry = ConvGeometry { groups, stride: [stride; 2], ..DENSE };
-        Hessian::for_weight(LayerKind::Conv2d(geometry), shape, Device::Cpu)
+        let geometry = Windows { groups, stride: [stride; 2], ..DENSE };
+        Hessian::for_weight(InputGeometry::Windows(geometry), shape, Device::Cpu)
     };
     for (groups, stride, shape) in
         [(0, 1, &[4, 4, 3, 3][..]), (3, 1, &[4, 4, 3, 3]), (1, 0, &[4, 4, 3, 3]), (1, 1, &[4, 4]), (1, 1, &[4, 4, 0, 3])]
     {
         assert!(matches!(conv(groups, stride, shape), Err(Error::Argument(_))), "{shape:?}");
     }
-    assert!(Hessian::for_weight(LayerKind::Linear, &[4, 4, 3, 3], Device::Cpu).is_err());
+    assert!(Hessian::for_weight(InputGeometry::Linear, &[4, 4, 3, 3], Device::Cpu).is_err());
     let mut window = conv(1, 1, &[4, 4, 3, 3]).unwrap();
     for shape in [&[4, 5, 5][..], &[2, 3, 5, 5], &[2, 4, 2, 2]] {
         assert!(window.add(&Tensor::ones(shape, CPU)).is_err(), "{shape:?}");

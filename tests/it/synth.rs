@@ -4,8 +4,9 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::inspect::inspect;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet};
-use sdxl_squeeze::pipeline::{PipelineFolder, noise};
+use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::random::noise;
 use sdxl_squeeze::synth::{Preset, synthesize};
 use tch::{Kind, Tensor};
 

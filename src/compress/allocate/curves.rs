@@ -7,12 +7,12 @@ use tch::Tensor;
 use super::super::lane::{self, Lane, Pass, Way};
 use super::super::{Gatherer, Job, Treatment, Treatments};
 use crate::calibration::Samples;
+use crate::codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
 use crate::plan::stored_bytes;
 use crate::progress::{Progress, Task};
-use crate::solver::palette::{Granularity, PaletteOptions};
-use crate::solver::{Beside, Effort, Hessian, JointFactors, JointOptions, Order, joint};
+use crate::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint};
 
 /// A setting of a layer, and what it comes to.
 #[derive(Debug, Clone)]
@@ -127,10 +127,10 @@ fn options_of(treatment: &Treatment) -> Option<JointOptions> {
 /// Whole groups of a weight's rows from all over it, and what share of it they are.
 fn some_rows(weight: &Tensor, treatment: &Treatment, groups: i64) -> Result<(Tensor, f64)> {
     let rows = weight.size()[0];
-    let unit = match treatment.palettize {
-        Some(PaletteOptions { granularity: Granularity::PerGroupedChannel { group_size, axis: 0 }, .. }) => group_size as i64,
-        Some(PaletteOptions { granularity: Granularity::PerTensor, .. }) | None => 16,
-        Some(_) => rows,
+    let unit = match treatment.palettize.map(|palettize| (palettize.grouping, palettize.axis)) {
+        Some((Grouping::PerGroupedChannel { group_size }, 0)) => group_size as i64,
+        Some((Grouping::PerTensor, _)) | None => 16,
+        Some((Grouping::PerGroupedChannel { .. }, _)) => rows,
     };
     let unit = unit.max(16);
     if groups > 1 || rows <= ROWS || rows % unit != 0 {
@@ -151,24 +151,29 @@ pub(super) fn settings(
     shapes: &BTreeMap<String, Vec<i64>>,
     limits: &super::Limits,
 ) -> BTreeMap<String, Vec<Treatment>> {
-    const BITS: [u8; 5] = [2, 3, 4, 6, 8];
-    const SPARSE: [(f64, u8); 6] = [(0.4, 4), (0.5, 4), (0.6, 4), (0.4, 3), (0.5, 3), (0.5, 2)];
+    const SPARSE: [(f64, BitWidth); 6] = [
+        (0.4, BitWidth::Four),
+        (0.5, BitWidth::Four),
+        (0.6, BitWidth::Four),
+        (0.4, BitWidth::Three),
+        (0.5, BitWidth::Three),
+        (0.5, BitWidth::Two),
+    ];
     const FINE: usize = 4;
     let mut found = BTreeMap::new();
     for (name, base) in treatments {
         let (Some(palettize), Some(shape), Some(_)) = (base.palettize, shapes.get(name), base.joint) else { continue };
-        let with = |bits: u8, group: Option<usize>, share: Option<f64>| {
-            let granularity = match (palettize.granularity, group) {
-                (Granularity::PerGroupedChannel { axis: 0, group_size }, Some(group)) if group < group_size => {
-                    Granularity::PerGroupedChannel { axis: 0, group_size: group }
-                }
-                (granularity, _) => granularity,
+        let with = |bits: BitWidth, group: Option<usize>, share: Option<f64>| {
+            let finer = |group: &usize| palettize.axis == 0 && palettize.grouping.group_size().is_some_and(|size| *group < size);
+            let grouping = match group.filter(finer) {
+                Some(group_size) => Grouping::PerGroupedChannel { group_size },
+                None => palettize.grouping,
             };
             let prune = share.and_then(|share| {
                 let prune = base.prune?;
-                Some(crate::solver::PruneOptions { sparsity: crate::solver::Sparsity::Unstructured(share), ..prune })
+                Some(PruneOptions { sparsity: Sparsity::Unstructured(share), ..prune })
             });
-            Treatment { prune, palettize: Some(PaletteOptions { bits, granularity, ..palettize }), ..base.clone() }
+            Treatment { prune, palettize: Some(PaletteOptions { bits, grouping, ..palettize }), ..base.clone() }
         };
         let columns: i64 = shape.iter().skip(1).product();
         let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
@@ -179,9 +184,10 @@ pub(super) fn settings(
                 all.push(treatment);
             }
         };
-        for bits in BITS.into_iter().filter(|bits| *bits >= limits.min_bits) {
+        // Two entries are too few for any layer.
+        for bits in BitWidth::ALL.into_iter().filter(|bits| *bits > BitWidth::One && *bits >= limits.min_bits) {
             add(with(bits, None, None));
-            if bits <= 4 && shape.first().is_some_and(|rows| (*rows as usize).is_multiple_of(FINE)) {
+            if bits <= BitWidth::Four && shape.first().is_some_and(|rows| (*rows as usize).is_multiple_of(FINE)) {
                 add(with(bits, Some(FINE), None));
             }
         }

@@ -13,18 +13,17 @@ pub use choose::{Choice, choose};
 
 use super::{Gatherer, Job, Recipe, Treatment, Treatments};
 use crate::calibration::Samples;
-use crate::config::{self, BudgetSection, BudgetTarget, PaletteSettings, PruneSettings, RunConfig};
+use crate::codebook::BitWidth;
+use crate::config::{self, BudgetSection, BudgetTarget, RunConfig};
 use crate::error::{Error, Result};
 use crate::number;
 use crate::plan::Plan;
 use crate::progress::Progress;
-use crate::solver::palette::{Granularity, PaletteOptions};
-use crate::solver::{PruneOptions, Sparsity};
 
 /// What no layer's settings may go beyond.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    pub min_bits: u8,
+    pub min_bits: BitWidth,
     pub max_sparsity: f64,
 }
 
@@ -119,8 +118,8 @@ fn write_rules(config: &mut RunConfig, rules: &[(String, &Treatment)]) -> Result
     let (mut prune, mut palettize) = (Vec::new(), Vec::new());
     for (name, treatment) in rules {
         let pattern = config::Written::own(&regex::escape(name))?;
-        prune.push((pattern.clone(), treatment.prune.as_ref().map(prune_settings)));
-        palettize.push((pattern, treatment.palettize.as_ref().map(palette_settings)));
+        prune.push((pattern.clone(), treatment.prune));
+        palettize.push((pattern, treatment.palettize));
     }
     if let Some(section) = &mut config.prune {
         prune.append(&mut section.rules.module_name_configs);
@@ -131,20 +130,4 @@ fn write_rules(config: &mut RunConfig, rules: &[(String, &Treatment)]) -> Result
         section.rules.module_name_configs = palettize;
     }
     Ok(())
-}
-
-fn prune_settings(options: &PruneOptions) -> PruneSettings {
-    let sparsity = match options.sparsity {
-        Sparsity::Unstructured(share) => config::Sparsity::Unstructured(share),
-        Sparsity::NM { n, m } => config::Sparsity::NOfM(config::NmRatio { n, m }),
-    };
-    PruneSettings { sparsity, hessian_dampening: options.dampening, processing_group_size: options.block }
-}
-
-fn palette_settings(options: &PaletteOptions) -> PaletteSettings {
-    let (granularity, channel_axis) = match options.granularity {
-        Granularity::PerTensor => (config::Granularity::PerTensor, 0),
-        Granularity::PerGroupedChannel { group_size, axis } => (config::Granularity::PerGroupedChannel { group_size }, axis),
-    };
-    PaletteSettings { n_bits: options.bits, granularity, channel_axis, enable_per_channel_scale: options.per_channel_scale }
 }

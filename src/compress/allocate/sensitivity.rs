@@ -9,8 +9,8 @@ use crate::calibration::Samples;
 use crate::error::Result;
 use crate::model::unet::{Carry, Stage};
 use crate::model::{Layer, Observer, Unobserved};
-use crate::pipeline::noise;
 use crate::progress::{Progress, Task};
+use crate::random::noise;
 use crate::sum;
 
 /// What each layer's output error does to the UNet's output.

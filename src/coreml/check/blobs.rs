@@ -104,10 +104,7 @@ impl Walk<'_> {
         if sentinel != SENTINEL {
             return Err(self.wrong(format!("{what} begins with {sentinel:#x}, not {SENTINEL:#x}")));
         }
-        let element = [Element::F16, Element::F32, Element::I32]
-            .into_iter()
-            .chain(BIT_WIDTHS.map(Element::Unsigned))
-            .find(|element| element.blob_code() == Some(code));
+        let element = Element::all().find(|element| element.blob_code() == Some(code));
         let Some(element) = element else { return Err(self.wrong(format!("{what} is of the unknown dtype {code}"))) };
         if start != offset + UNIT {
             return Err(self.wrong(format!("{what} says that its data begins at {start}")));
@@ -173,7 +170,7 @@ impl Record {
     /// Counts and checks a part of the data, which begins and ends at whole numbers.
     fn add(&mut self, part: &[u8]) {
         match self.element {
-            Element::Unsigned(1) => self.ones += part.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>(),
+            Element::BIT => self.ones += part.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>(),
             Element::F16 => {
                 self.finite &= part.as_chunks::<2>().0.iter().all(|pair| f16::from_le_bytes(*pair).is_finite());
             }

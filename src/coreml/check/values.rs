@@ -26,7 +26,7 @@ pub fn operand(value: &Value, blobs: &Blobs) -> Result<(Operand, Option<u64>), S
                 return Err(format!("lies in `{}`, not in {BLOB_FILE}", place.file_name));
             }
             let record = blobs.record(place.offset, &array)?;
-            let ones = (array.element == Element::Unsigned(1)).then_some(record.ones);
+            let ones = (array.element == Element::BIT).then_some(record.ones);
             Ok((constant(array, None, ones), Some(place.offset)))
         }
         Some(Kind::ImmediateValue(value)) => {
@@ -61,7 +61,7 @@ fn check(array: &ArrayType, content: &Content) -> Result<Option<u64>, String> {
                 return Err("has NaN or infinite values".into());
             }
             let ones = bytes.iter().map(|byte| u64::from(byte.count_ones())).sum();
-            return Ok((array.element == Element::Unsigned(1)).then_some(ones));
+            return Ok((array.element == Element::BIT).then_some(ones));
         }
         _ => return Err(format!("is kept in the wrong way for {array}")),
     };

@@ -37,7 +37,7 @@ fn constant<'a>(operands: &Operands<'a>, name: &str) -> Result<&'a Operand, Stri
 }
 
 fn bits(mask: &Operand) -> Result<(), String> {
-    if mask.array.element == Element::Unsigned(1) { Ok(()) } else { Err(format!("the mask is {}", mask.array)) }
+    if mask.array.element == Element::BIT { Ok(()) } else { Err(format!("the mask is {}", mask.array)) }
 }
 
 /// Whether the mask keeps as many elements as there are values.
@@ -56,7 +56,7 @@ fn palette(operands: &Operands, element: Element, shape: &[u64]) -> Result<Array
     let wrong = || format!("the lut is {} for {element} {shape:?}", lut.array);
     let Some((groups, [entries, 1])) = lut.array.shape.split_at_checked(shape.len()) else { return Err(wrong()) };
     let whole = groups.iter().zip(shape).all(|(groups, size)| size.is_multiple_of(*groups));
-    if !whole || *entries != 1 << width || lut.array.element != Element::F16 {
+    if !whole || *entries != width.entries() as u64 || lut.array.element != Element::F16 {
         return Err(wrong());
     }
     Ok(ArrayType::new(Element::F16, shape))

@@ -3,9 +3,9 @@
 use tch::Tensor;
 
 use super::{JointOptions, along_outputs};
+use crate::codebook::Grouping;
 use crate::error::Result;
 use crate::solver::matrix::to_vec;
-use crate::solver::palette::Granularity;
 
 /// The numbers of a weight [o, d] of which no palette would lose anything, row by row; `None` if some group has too many values, or the
 /// weight is to be pruned.
@@ -13,16 +13,16 @@ use crate::solver::palette::Granularity;
 /// Of an ordinary weight few elements are looked at: a group's first ones have more values than its palette.
 pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
     let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
-    if palette.per_channel_scale || !along_outputs(&palette.granularity) {
+    if palette.per_channel_scale || !along_outputs(palette) {
         return Ok(None);
     }
     let (rows, columns) = weight.size2()?;
-    let group_rows = match palette.granularity {
-        Granularity::PerTensor => rows as usize,
-        Granularity::PerGroupedChannel { group_size, .. } => group_size,
+    let group_rows = match palette.grouping {
+        Grouping::PerTensor => rows as usize,
+        Grouping::PerGroupedChannel { group_size } => group_size,
     };
     let values = to_vec(weight)?;
-    let fits = values.chunks(group_rows.max(1) * columns as usize).all(|group| has_at_most(group, 1 << palette.bits));
+    let fits = values.chunks(group_rows.max(1) * columns as usize).all(|group| has_at_most(group, palette.bits.entries()));
     Ok(fits.then_some(values))
 }
 

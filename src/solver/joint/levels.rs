@@ -3,6 +3,8 @@
 use half::f16;
 use rayon::prelude::*;
 
+use crate::codebook::Codebook;
+
 /// The palettes of groups of rows, and indices into them.
 #[derive(Debug, Clone)]
 pub(super) struct Levels {
@@ -39,10 +41,11 @@ impl Palette<'_> {
 }
 
 impl Levels {
-    /// Of palettes [groups, entries], each ascending.
-    pub fn new(palettes: &[f16], entries: usize, group_rows: usize, indices: Vec<u8>) -> Self {
+    /// Of a codebook along output channels, whose palettes are ascending.
+    pub fn new(codebook: &Codebook, indices: Vec<u8>) -> Self {
+        let (entries, group_rows) = (codebook.bits.entries(), codebook.group_size);
         let mut levels = Levels { entries, group_rows, values: Vec::new(), middles: Vec::new(), indices };
-        levels.set(palettes.iter().map(|value| value.to_f32()).collect());
+        levels.set(codebook.palettes.iter().map(|value| value.to_f32()).collect());
         levels
     }
 

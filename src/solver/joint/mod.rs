@@ -28,8 +28,9 @@ use tch::{Device, Tensor};
 pub use factors::{JointFactors, Order};
 
 use super::matrix::{flat_for, to_vec};
-use super::palette::{Granularity, Outcome, PaletteOptions, Palettized, palettize, palettize_weighted};
-use super::{Correction, Hessian, Note, PruneOptions, Sparsity, prune_with};
+use super::palette::{Palettized, palettize, palettize_weighted};
+use super::{Hessian, Note, OutputResidual, prune_with};
+use crate::codebook::{Codebook, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::product::product;
 use crate::sum::squares;
@@ -37,46 +38,6 @@ use exchange::{Exchange, exchange};
 use fit::Fit;
 use levels::Levels;
 use problem::{Data, Loss, Problem};
-
-/// How hard [`joint`] tries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Effort {
-    /// Steps in which the kept weights are refitted.
-    pub refit_steps: usize,
-    /// Turns in which pruned and kept weights change places.
-    pub exchange_turns: usize,
-    /// Steps in which weights are refitted after each of these.
-    pub exchange_steps: usize,
-    /// Whether weights go onto the palette with error feedback, or each to its nearest entry.
-    pub sweep: bool,
-    /// Steps in which the palettes are refitted, each time; 0 leaves them as they are.
-    pub palette_steps: usize,
-    /// Whether each weight in turn goes to the entry that is best for it as the others are.
-    pub polish: bool,
-    /// Turns of palette refit and polish at most.
-    pub turns: usize,
-}
-
-impl Default for Effort {
-    /// All that pays.
-    fn default() -> Self {
-        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 4, sweep: true, palette_steps: 0, polish: true, turns: 2 }
-    }
-}
-
-impl Effort {
-    /// Products of the weight with its Hessian that this takes, about.
-    pub fn products(&self) -> f64 {
-        let turn = if self.palette_steps > 0 { self.palette_steps + 3 } else { 1 };
-        let exchange = self.exchange_turns * (1 + self.exchange_steps);
-        let refits = if self.exchange_turns > 0 { 2 } else { 1 };
-        (5 + refits * self.refit_steps + exchange + self.turns * turn) as f64
-    }
-
-    /// Nothing beyond the mask and weighted palettes.
-    pub const LEAST: Effort =
-        Effort { refit_steps: 0, exchange_turns: 0, exchange_steps: 0, sweep: false, palette_steps: 0, polish: false, turns: 0 };
-}
 
 /// What [`joint`] is to find.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -120,7 +81,7 @@ const WORTH_A_STEP: f64 = 0.001;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Beside<'a> {
     /// By how much its outputs are off, if it is to make up for that: W0 is W + D H^-1 then.
-    pub correction: Option<&'a Correction>,
+    pub correction: Option<&'a OutputResidual>,
     /// Vectors of its input that are not in the Hessian: [n, groups d], fp32.
     pub held_out: Option<&'a Tensor>,
 }
@@ -219,8 +180,8 @@ pub fn joint(
     let mut first_mask = None;
     if let Some(mut keep) = problem.data.keep.take() {
         let group = match options.prune.map(|prune| prune.sparsity) {
-            Some(Sparsity::NM { m, .. }) => Some(m),
-            _ => None,
+            Some(Sparsity::NOfM(NmRatio { m, .. })) => Some(m),
+            Some(Sparsity::Unstructured(_)) | None => None,
         };
         if options.effort.exchange_turns > 0 {
             first_mask = Some(keep.clone());
@@ -230,9 +191,7 @@ pub fn joint(
     }
     let solution = match &options.palettize {
         None => Solution::plain(name, &problem, &best, options)?,
-        Some(PaletteOptions { per_channel_scale: false, granularity, .. }) if along_outputs(granularity) => {
-            Solution::joint(name, &problem, &best, options)?
-        }
+        Some(palette) if !palette.per_channel_scale && along_outputs(palette) => Solution::joint(name, &problem, &best, options)?,
         Some(_) => {
             notes.push(Note::NotJoint);
             Solution::plain(name, &problem, &best, options)?
@@ -319,7 +278,7 @@ fn held_out_ratio(
 }
 
 /// W + D (H + damping)^-1: the weights whose outputs are nearest to those that the layer aims at.
-fn corrected(flat: &Tensor, correction: &Correction, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
+fn corrected(flat: &Tensor, correction: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
     let (o, d) = flat.size2()?;
     let mut lack = to_vec(&correction.matrix()?)?;
     natural.sort(&mut lack);
@@ -333,8 +292,12 @@ fn corrected(flat: &Tensor, correction: &Correction, factors: &JointFactors, nat
     Ok(Tensor::f_from_slice(&solved)?.f_reshape([o, d])?.f_to_device(flat.device())?.f_add_(flat)?)
 }
 
-fn along_outputs(granularity: &Granularity) -> bool {
-    matches!(granularity, Granularity::PerTensor | Granularity::PerGroupedChannel { axis: 0, .. })
+/// Whether each palette belongs to whole output channels.
+fn along_outputs(options: &PaletteOptions) -> bool {
+    match options.grouping {
+        Grouping::PerTensor => true,
+        Grouping::PerGroupedChannel { .. } => options.axis == 0,
+    }
 }
 
 /// A weight as it may be stored, columns in the order of the problem.
@@ -352,7 +315,7 @@ impl Solution {
         let shape = [problem.data.rows, problem.data.columns];
         let palettized = match &options.palettize {
             None => None,
-            Some(options) => found(palettize(name, &half, &shape, problem.data.keep.as_deref(), options)?),
+            Some(options) => Some(palettize(name, &half, &shape, problem.data.keep.as_deref(), options)?),
         };
         Self::of(problem, half, palettized)
     }
@@ -363,11 +326,9 @@ impl Solution {
         let half = halves(weight);
         let shape = [problem.data.rows, problem.data.columns];
         let importance = importance(problem)?;
-        let first = found(palettize_weighted(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette)?);
-        drop(importance);
-        let Some(mut first) = first else { return Self::of(problem, half, None) };
-        drop(half);
-        let mut levels = Levels::new(&first.palettes, 1 << first.bits, first.group_size, std::mem::take(&mut first.indices));
+        let mut first = palettize_weighted(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette)?;
+        drop((importance, half));
+        let mut levels = Levels::new(&first.codebook, std::mem::take(&mut first.indices));
         if options.effort.sweep {
             sweep::sweep(problem, weight, &mut levels)?;
         }
@@ -382,8 +343,8 @@ impl Solution {
                 break;
             }
         }
-        first.palettes = levels.palettes();
-        first.indices = std::mem::take(&mut levels.indices);
+        first.codebook = Codebook { palettes: levels.palettes(), ..first.codebook };
+        first.indices = levels.indices;
         let weight = first.decode(problem.data.keep.as_deref())?;
         Self::of(problem, weight, Some(first))
     }
@@ -395,13 +356,6 @@ impl Solution {
         };
         let loss = problem.loss(|at| weight[at].to_f32())?;
         Ok(Solution { weight, palettized, loss })
-    }
-}
-
-fn found(outcome: Outcome) -> Option<Palettized> {
-    match outcome {
-        Outcome::Palettized(found) => Some(found),
-        Outcome::LeftDense { .. } => None,
     }
 }
 

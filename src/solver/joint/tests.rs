@@ -6,8 +6,9 @@ use tch::{Device, Kind, Tensor};
 use super::levels::Levels;
 use super::problem::Problem;
 use super::*;
-use crate::model::{ConvGeometry, LayerKind};
-use crate::pipeline::noise;
+use crate::codebook::{BitWidth, Codebook};
+use crate::random::noise;
+use crate::solver::{InputGeometry, Windows};
 
 /// Inputs [n, d] that a few directions dominate.
 fn inputs(n: i64, d: i64, seed: u64) -> Tensor {
@@ -25,8 +26,8 @@ fn uniform(count: usize, seed: u64) -> Vec<f32> {
 
 /// Factors of `groups` Hessians of d inputs.
 fn factors(groups: i64, d: i64, seed: u64, order: Order) -> JointFactors {
-    let geometry = ConvGeometry { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups };
-    let mut hessian = Hessian::for_weight(LayerKind::Conv2d(geometry), &[groups, d, 1, 1], Device::Cpu).unwrap();
+    let geometry = Windows { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups };
+    let mut hessian = Hessian::for_weight(InputGeometry::Windows(geometry), &[groups, d, 1, 1], Device::Cpu).unwrap();
     let vectors = inputs(3 * d, groups * d, seed);
     hessian.add(&vectors.tr().contiguous().view([1, groups * d, 3 * d, 1])).unwrap();
     JointFactors::new(&hessian, 0.01, order).unwrap()
@@ -39,14 +40,19 @@ fn problem(factors: &JointFactors, rows: usize, columns: usize, sparsity: f64, s
     Problem { factors, data: Data { original, keep, columns, rows } }
 }
 
-/// Palettes that are the quantiles of nothing, and random entries.
+/// Evenly spaced palettes and random indices.
 fn levels(problem: &Problem<'_>, entries: usize, group_rows: usize) -> Levels {
     let groups = problem.data.rows / group_rows;
     let palettes: Vec<f16> =
         (0..groups * entries).map(|at| f16::from_f64(3.0 * ((at % entries) as f64 + 0.5) / entries as f64 - 1.5)).collect();
     let random = uniform(problem.data.original.len(), 500);
     let indices = random.iter().map(|random| (f64::from(*random) * entries as f64) as u8).collect();
-    Levels::new(&palettes, entries, group_rows, indices)
+    Levels::new(&codebook(palettes, entries, group_rows), indices)
+}
+
+fn codebook(palettes: Vec<f16>, entries: usize, group_size: usize) -> Codebook {
+    let bits = BitWidth::ALL.into_iter().find(|bits| bits.entries() == entries).unwrap();
+    Codebook { bits, axis: 0, group_size, palettes, scales: None }
 }
 
 fn value(data: &Data, levels: &Levels, at: usize) -> f32 {
@@ -320,7 +326,7 @@ fn entries_are_the_nearest_whatever_their_number() {
     for bits in [1, 3, 6, 8] {
         let entries = 1_usize << bits;
         let palette: Vec<f16> = (0..entries).map(|at| f16::from_f64((at as f64).powf(1.5) / 7.0 - 1.0)).collect();
-        let levels = Levels::new(&palette, entries, 1, vec![0]);
+        let levels = Levels::new(&codebook(palette.clone(), entries, 1), vec![0]);
         for at in 0..2000 {
             let value = at as f32 * 0.3 - 2.0;
             let distance = |entry: &f16| (entry.to_f32() - value).abs();

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::options::{Granularity, OnMisfit, PaletteOptions};
+use crate::codebook::{Grouping, PaletteOptions};
 use crate::error::{Error, Result};
 
 /// A weight [o, i, ...] cut into groups of channels of one axis.
@@ -27,13 +27,29 @@ pub(super) fn sizes(name: &str, shape: &[usize]) -> Result<(usize, usize)> {
 }
 
 impl Layout {
-    /// Of groups as large as a divisor of the channels.
-    pub fn new(name: &str, shape: &[usize], axis: usize, group_size: usize) -> Result<Layout> {
+    /// The groups that `options` ask for.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a shape of fewer than two dimensions or without weights, for a group size of 0 or one that does
+    /// not divide the channels, and for an axis above 1; `name` is in it.
+    pub fn new(name: &str, shape: &[usize], options: &PaletteOptions) -> Result<Layout> {
         let (count, row) = sizes(name, shape)?;
-        let channels = shape.get(axis).copied().unwrap_or(0);
-        if axis > 1 || group_size == 0 || !channels.is_multiple_of(group_size) || channels == 0 {
-            let problem = format!("groups of {group_size} along axis {axis} do not fit the shape {shape:?}");
-            return Err(Error::Argument(format!("`{name}`: {problem}")));
+        let refuse = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));
+        let (axis, group_size) = match options.grouping {
+            Grouping::PerTensor => (0, shape[0]),
+            Grouping::PerGroupedChannel { group_size } => (options.axis, group_size),
+        };
+        if group_size == 0 {
+            return refuse("group_size is 0; it must be at least 1".into());
+        }
+        let side = match axis {
+            0 => "output",
+            1 => "input",
+            _ => return refuse(format!("channel_axis is {axis}; it can be 0 (output channels) or 1 (input channels)")),
+        };
+        let channels = shape[axis];
+        if !channels.is_multiple_of(group_size) {
+            return refuse(format!("group_size {group_size} does not divide the {channels} {side} channels"));
         }
         let groups = channels / group_size;
         let (rows, run) = if axis == 0 { (1, count / groups) } else { (count / row, row / groups) };
@@ -52,39 +68,6 @@ impl Layout {
     }
 }
 
-/// The layout that options ask for.
-#[derive(Debug)]
-pub(super) enum Fit {
-    /// As asked, or with the smaller groups that the text tells of.
-    Groups(Layout, Option<String>),
-    /// None, for this reason.
-    Dense(String),
-}
-
-/// Finds the layout for a weight.
-pub(super) fn fit(name: &str, shape: &[usize], options: &PaletteOptions) -> Result<Fit> {
-    sizes(name, shape)?;
-    let (group_size, axis) = match options.granularity {
-        Granularity::PerTensor => (shape.first().copied().unwrap_or(0), 0),
-        Granularity::PerGroupedChannel { group_size, axis } => (group_size, axis),
-    };
-    let channels = shape.get(axis).copied().unwrap_or(0);
-    if channels.is_multiple_of(group_size) {
-        return Ok(Fit::Groups(Layout::new(name, shape, axis, group_size)?, None));
-    }
-    let side = if axis == 0 { "output" } else { "input" };
-    let problem = format!("group_size {group_size} does not divide the {channels} {side} channels");
-    match options.on_misfit {
-        OnMisfit::Error => Err(Error::Argument(format!("`{name}`: {problem}"))),
-        OnMisfit::Dense => Ok(Fit::Dense(problem)),
-        OnMisfit::SmallerGroup => {
-            let smaller = (1..=group_size.min(channels)).rev().find(|&size| channels.is_multiple_of(size)).unwrap_or(1);
-            let layout = Layout::new(name, shape, axis, smaller)?;
-            Ok(Fit::Groups(layout, Some(format!("{problem}; used {smaller}"))))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,7 +75,8 @@ mod tests {
     #[test]
     fn groups_share_out_every_weight_once() {
         for (shape, axis, size) in [(vec![6, 4], 0, 2), (vec![6, 4], 1, 2), (vec![4, 6, 3, 2], 0, 4), (vec![4, 6, 3, 2], 1, 3)] {
-            let layout = Layout::new("a", &shape, axis, size).unwrap();
+            let grouping = Grouping::PerGroupedChannel { group_size: size };
+            let layout = Layout::new("a", &shape, &PaletteOptions { grouping, axis, ..PaletteOptions::default() }).unwrap();
             let inner: usize = shape[axis + 1..].iter().product();
             let mut group_of = vec![None; shape.iter().product()];
             for group in 0..layout.groups {

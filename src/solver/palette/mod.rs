@@ -8,13 +8,11 @@
 
 mod histogram;
 mod layout;
-mod options;
 mod palettized;
 mod partition;
 mod solve;
 mod values;
 
-pub use options::{Granularity, OnMisfit, PaletteOptions};
 pub use palettized::Palettized;
-pub use solve::{Outcome, palettize, palettize_weighted};
+pub use solve::{palettize, palettize_weighted};
 pub use values::{Bucket, optimal_palette};

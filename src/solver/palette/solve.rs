@@ -4,23 +4,11 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::histogram::{Histogram, Nearest};
-use super::layout::{Fit, Layout, fit, sizes};
-use super::options::PaletteOptions;
+use super::layout::{Layout, sizes};
 use super::palettized::{Palettized, change, check_mask, squared_error};
 use super::values::{Bucket, optimal_palette};
+use crate::codebook::{Codebook, PaletteOptions};
 use crate::error::{Error, Result};
-
-/// What came of a weight.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    /// It has palettes now.
-    Palettized(Palettized),
-    /// It was left as it is, as [`OnMisfit::Dense`](super::OnMisfit::Dense) asks for.
-    LeftDense {
-        /// Why, for reports.
-        reason: String,
-    },
-}
 
 /// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group, and the nearest of its
 /// entries for each weight (of two as near, the lower).
@@ -34,9 +22,8 @@ pub enum Outcome {
 /// The result is the same for any number of rayon threads.
 ///
 /// # Errors
-/// All name the layer. [`Error::Argument`]: options that cannot be honoured ([`PaletteOptions`]), a group size that does not
-/// divide the channels where that is [`OnMisfit::Error`](super::OnMisfit::Error), a shape with fewer than two dimensions or
-/// without weights, or one that the lengths of `weight` and `keep` do not fit. [`Error::NotFinite`]: NaN or infinity anywhere
+/// All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the channels, an axis above 1, a shape
+/// with fewer than two dimensions or without weights, or one that the lengths of `weight` and `keep` do not fit. [`Error::NotFinite`]: NaN or infinity anywhere
 /// in the weight, even where it is pruned.
 pub fn palettize(
     name: &str,
@@ -44,7 +31,7 @@ pub fn palettize(
     shape: &[usize],
     keep: Option<&[bool]>,
     options: &PaletteOptions,
-) -> Result<Outcome> {
+) -> Result<Palettized> {
     solve(name, weight, shape, keep, None, options)
 }
 
@@ -64,7 +51,7 @@ pub fn palettize_weighted(
     keep: Option<&[bool]>,
     importance: &[f64],
     options: &PaletteOptions,
-) -> Result<Outcome> {
+) -> Result<Palettized> {
     let bad = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));
     if importance.len() != weight.len() {
         return bad(format!("{} importances for {} weights", importance.len(), weight.len()));
@@ -82,27 +69,18 @@ fn solve(
     keep: Option<&[bool]>,
     importance: Option<&[f64]>,
     options: &PaletteOptions,
-) -> Result<Outcome> {
-    let entries = options.entries(name)?;
+) -> Result<Palettized> {
+    let entries = options.bits.entries();
     let (count, row) = sizes(name, shape)?;
     if weight.len() != count {
         return Err(Error::Argument(format!("`{name}`: {} weights do not fit the shape {shape:?}", weight.len())));
     }
     check_mask(name, keep, count)?;
     if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
-        let value = weight.get(at).copied().unwrap_or(f16::NAN);
-        return Err(Error::NotFinite(format!("`{name}`: weight {at} of {count} is {value}; palettes need finite weights")));
+        let problem = format!("weight {at} of {count} is {}; palettes need finite weights", weight[at]);
+        return Err(Error::NotFinite(format!("`{name}`: {problem}")));
     }
-    let (layout, misfit) = match fit(name, shape, options)? {
-        Fit::Groups(layout, misfit) => (layout, misfit),
-        Fit::Dense(reason) => {
-            tracing::warn!("`{name}`: {reason}; left dense");
-            return Ok(Outcome::LeftDense { reason });
-        }
-    };
-    if let Some(misfit) = &misfit {
-        tracing::warn!("`{name}`: {misfit}");
-    }
+    let layout = Layout::new(name, shape, options)?;
 
     let scales = options.per_channel_scale.then(|| scales(weight, keep, row));
     let scaled = scales.as_ref().map(|scales| divided(weight, scales, row));
@@ -118,27 +96,23 @@ fn solve(
         palettes.extend_from_slice(palette);
         let mut rest = of_group.as_slice();
         for run in layout.runs(group) {
-            let (these, others) = rest.split_at_checked(run.len()).unwrap_or_default();
-            rest = others;
-            indices.get_mut(run).unwrap_or_default().copy_from_slice(these);
+            let (of_run, after) = rest.split_at(run.len());
+            rest = after;
+            indices[run].copy_from_slice(of_run);
         }
     }
     drop(groups);
+    let Layout { axis, group_size, .. } = layout;
     let mut palettized = Palettized {
         name: name.to_owned(),
         shape: shape.to_owned(),
-        bits: options.bits,
-        axis: layout.axis,
-        group_size: layout.group_size,
-        palettes,
+        codebook: Codebook { bits: options.bits, axis, group_size, palettes, scales },
         indices,
-        scales,
         squared_error: 0.0,
         kept: keep.map_or(count, |keep| keep.iter().filter(|keep| **keep).count()),
-        misfit,
     };
     palettized.squared_error = squared_error(&palettized.decode(keep)?, weight, keep, row);
-    Ok(Outcome::Palettized(palettized))
+    Ok(palettized)
 }
 
 /// The largest magnitude in each row, 1 where that is 0.

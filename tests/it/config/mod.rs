@@ -10,7 +10,8 @@ mod shipped;
 use std::path::Path;
 
 use sdxl_squeeze::Error;
-use sdxl_squeeze::config::{LayerInfo, Mistake, ModuleType, Place, RunConfig};
+use sdxl_squeeze::codebook::LayerKind;
+use sdxl_squeeze::config::{LayerInfo, Mistake, Place, RunConfig};
 
 /// A config that is right.
 fn parsed(yaml: &str) -> RunConfig {
@@ -41,7 +42,7 @@ fn refused(yaml: impl AsRef<[u8]>) -> Vec<(u64, u64, String)> {
     mistakes.collect()
 }
 
-fn layer(name: &str, module_type: ModuleType, shape: &[i64]) -> LayerInfo {
+fn layer(name: &str, module_type: LayerKind, shape: &[i64]) -> LayerInfo {
     let stage = match name.split('.').collect::<Vec<_>>()[..] {
         ["mid_block", ..] => Some("mid_block".to_owned()),
         [blocks @ ("down_blocks" | "up_blocks"), index, ..] => Some(format!("{blocks}.{index}")),

@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use sdxl_squeeze::Result;
-use sdxl_squeeze::config::{
-    Edit, Finding, Granularity, NmRatio, OnMisfit, Place, Prompts, PruneSection, RunConfig, SolverKind, Sparsity, flags,
-};
+use sdxl_squeeze::codebook::{Grouping, NmRatio, OnMisfit, Sparsity};
+use sdxl_squeeze::config::{Edit, Finding, Place, Prompts, PruneSection, RunConfig, SolverKind, flags};
 
 use super::{mistakes_of, parsed};
 
@@ -124,10 +123,7 @@ fn a_section_that_is_not_there_is_added() {
         [r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"]
     );
     assert_eq!(prune.rules.global_config.unwrap().sparsity, Sparsity::Unstructured(0.0));
-    assert_eq!(
-        config.palettize.unwrap().rules.global_config.unwrap().granularity,
-        Granularity::PerGroupedChannel { group_size: 8 }
-    );
+    assert_eq!(config.palettize.unwrap().rules.global_config.unwrap().grouping, Grouping::PerGroupedChannel { group_size: 8 });
     assert_eq!(edited(CONFIG, &[]).unwrap(), parsed(CONFIG), "no flags, no change");
 }
 

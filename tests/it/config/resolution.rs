@@ -1,11 +1,12 @@
 //! The first rule that matches decides, as in coremltools.
 
 use proptest::prelude::*;
-use sdxl_squeeze::config::{Choice, Finding, LayerInfo, Misfit, ModuleType, Resolution, RunConfig, Severity, Sparsity, Why};
+use sdxl_squeeze::codebook::{LayerKind, Misfit, Sparsity};
+use sdxl_squeeze::config::{Choice, Finding, LayerInfo, Resolution, RunConfig, Severity, Why};
 
 use super::{layer, mistakes_of, parsed};
 
-use ModuleType::{Conv2d, Linear};
+use LayerKind::{Conv2d, Linear};
 
 /// A small UNet by names.
 fn layers() -> Vec<LayerInfo> {
@@ -29,11 +30,11 @@ fn resolved(yaml: &str) -> Resolution {
 
 /// n_bits of each layer; 0 where it is left alone.
 fn bits(resolution: &Resolution) -> Vec<u8> {
-    resolution.layers.iter().map(|layer| layer.palettize.settings().map_or(0, |settings| settings.n_bits)).collect()
+    resolution.layers.iter().map(|layer| layer.palettize.settings().map_or(0, |settings| settings.bits.bits())).collect()
 }
 
 fn sparsity(resolution: &Resolution) -> Vec<f64> {
-    resolution.layers.iter().map(|layer| layer.prune.settings().map_or(0.0, |settings| settings.sparsity.share())).collect()
+    resolution.layers.iter().map(|layer| layer.prune.settings().map_or(0.0, |settings| settings.sparsity.target())).collect()
 }
 
 fn of(resolution: &Resolution, severity: Severity) -> Vec<String> {
@@ -196,7 +197,7 @@ fn groups_that_do_not_fit() {
     let sizes: Vec<_> = smaller
         .layers
         .iter()
-        .map(|layer| layer.palettize.settings().and_then(|settings| settings.granularity.group_size()))
+        .map(|layer| layer.palettize.settings().and_then(|settings| settings.grouping.group_size()))
         .collect();
     assert_eq!(sizes, [32, 32, 32, 32, 32, 32, 32, 32, 0, 4].map(|size| Some(size).filter(|size| *size > 0)));
     assert_eq!(of(&smaller, Severity::Warning).len(), 9);
@@ -257,7 +258,7 @@ fn a_model_without_a_type_or_without_layers() {
 }
 
 /// n_bits or null, by glob in order, by type, and for the rest.
-type GlobRules = (Vec<(String, Option<u8>)>, Vec<(ModuleType, Option<u8>)>, Option<u8>);
+type GlobRules = (Vec<(String, Option<u8>)>, Vec<(LayerKind, Option<u8>)>, Option<u8>);
 
 /// Names of a small alphabet, patterns that are literals or wildcards over it, so that Python's rule is easily spelt out again.
 fn rules() -> impl Strategy<Value = GlobRules> {

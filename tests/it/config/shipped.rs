@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use sdxl_squeeze::codebook::{LayerKind, PruneMethod, Sparsity};
 use sdxl_squeeze::config::{
-    BudgetTarget, Choice, Finding, LayerInfo, ModuleType, Pace, Prompts, PruneAlgorithm, Resolution, RunConfig, Severity,
-    SolverKind, Sparsity, Target, TimestepWeighting, Why, read_prompts,
+    BudgetTarget, Choice, Finding, LayerInfo, Pace, Prompts, Resolution, RunConfig, Severity, SolverKind, Target,
+    TimestepWeighting, Why, read_prompts,
 };
 use sdxl_squeeze::inspect::{Inspection, inspect};
 
@@ -26,7 +27,7 @@ fn layers(model: &Inspection) -> Vec<LayerInfo> {
     rows.map(|(at, stage, layer)| LayerInfo {
         name: layer.name.clone(),
         stage: (!ends.contains(&at)).then(|| stage.name.clone()),
-        module_type: if layer.kind == "Linear" { ModuleType::Linear } else { ModuleType::Conv2d },
+        module_type: if layer.kind == "Linear" { LayerKind::Linear } else { LayerKind::Conv2d },
         shape: layer.shape.clone(),
     })
     .collect()
@@ -45,13 +46,13 @@ fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) ->
     for (layer, resolved) in layers.iter().zip(&resolution.layers) {
         let elements = layer.shape.iter().product::<i64>() as f64;
         counted += elements;
-        let pruned = resolved.prune.settings().map(|settings| settings.sparsity.share());
+        let pruned = resolved.prune.settings().map(|settings| settings.sparsity.target());
         let stored = elements * (1.0 - pruned.unwrap_or(0.0));
         bytes += if pruned.is_some() { elements / 8.0 } else { 0.0 };
         bytes += match resolved.palettize.settings() {
             Some(settings) => {
-                let groups = settings.granularity.group_size().map_or(1, |size| layer.shape[settings.channel_axis] / size as i64);
-                stored * f64::from(settings.n_bits) / 8.0 + (groups * 2 * (1 << settings.n_bits)) as f64
+                let groups = settings.grouping.group_size().map_or(1, |size| layer.shape[settings.axis] / size as i64);
+                stored * f64::from(settings.bits.bits()) / 8.0 + (groups * 2 * settings.bits.entries() as i64) as f64
             }
             None => stored * 2.0,
         };
@@ -121,7 +122,7 @@ fn names_say_what_is_in_the_files_and_the_bundled_model_takes_them() {
         let mut said = String::new();
         if let Some(prune) = &config.prune {
             said += &match prune.rules.global_config.unwrap().sparsity {
-                Sparsity::Unstructured(share) if prune.algorithm == PruneAlgorithm::Magnitude => {
+                Sparsity::Unstructured(share) if prune.algorithm == PruneMethod::Magnitude => {
                     format!("magnitude-s{:.0}-", share * 100.0)
                 }
                 Sparsity::Unstructured(share) => format!("tutorial-s{:.0}-", share * 100.0),
@@ -130,8 +131,8 @@ fn names_say_what_is_in_the_files_and_the_bundled_model_takes_them() {
         } else {
             said += "dense-";
         }
-        said += &format!("{}bit", settings.n_bits);
-        said += &settings.granularity.group_size().map_or(String::new(), |size| format!("-gs{size}"));
+        said += &format!("{}bit", settings.bits);
+        said += &settings.grouping.group_size().map_or(String::new(), |size| format!("-gs{size}"));
         assert_eq!(name, said);
         if config.is_calibrated() {
             assert_eq!(config.calibration.prompts, Prompts::File("calibration/tutorial.txt".into()), "{name}");

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use half::f16;
 use sdxl_squeeze::checkpoint::{ConfigFile, TensorSource};
-use sdxl_squeeze::container::{BIT_WIDTHS, CompressedWeight, ContainerInfo, ContainerWriter};
+use sdxl_squeeze::codebook::{BitWidth, Codebook};
+use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use serde_json::{Value, json};
@@ -45,7 +46,7 @@ pub fn container(model: &Path, path: &Path) {
 }
 
 fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
-    let bits = BIT_WIDTHS[layer % BIT_WIDTHS.len()];
+    let bits = BitWidth::ALL[layer % BitWidth::ALL.len()];
     let axis = layer / 6 % 2;
     let channels = shape[axis] as usize;
     let group_size = [1, 2, 4].into_iter().filter(|size| channels.is_multiple_of(*size)).nth(layer % 3).unwrap_or(channels);
@@ -54,10 +55,11 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
     if layer % 13 == 12 {
         return CompressedWeight::sparse(shape.to_vec(), &keep, values).unwrap();
     }
-    let palettes = (0..(channels / group_size) << bits).map(|i| values[scrambled(i) as usize % values.len()]).collect();
-    let indices: Vec<u8> = (0..values.len()).map(|i| (scrambled(i + 17) as u8) & (0xff >> (8 - bits))).collect();
+    let palettes = (0..channels / group_size * bits.entries()).map(|i| values[scrambled(i) as usize % values.len()]).collect();
+    let indices: Vec<u8> = (0..values.len()).map(|i| (scrambled(i + 17) as u8) & bits.max_index()).collect();
     let scale = |row: i64| f16::from_f32(0.5 + (scrambled(row as usize) % 100) as f32 / 100.0);
     let scales = (layer % 5 == 4).then(|| (0..shape[0]).map(scale).collect());
     let keep = (layer % 4 != 3).then_some(&keep[..]);
-    CompressedWeight::palettized(shape.to_vec(), keep, bits, axis, group_size, palettes, &indices, scales).unwrap()
+    let codebook = Codebook { bits, axis, group_size, palettes, scales };
+    CompressedWeight::palettized(shape.to_vec(), keep, codebook, &indices).unwrap()
 }

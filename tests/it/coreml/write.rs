@@ -14,8 +14,9 @@ use sdxl_squeeze::coreml::{Io, Layout, Options, verify, write};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain, UnetConfig};
-use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights, noise};
+use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::random::noise;
 use serde_json::{Value, json};
 use tch::{Device, Kind as Dtype, Tensor};
 

@@ -1,0 +1,44 @@
+//! The settings of one weight. Defaults are coremltools'; the names of its settings are given where they differ.
+
+use super::{BitWidth, Grouping, Sparsity};
+
+/// How a weight is pruned: coremltools' `ModuleSparseGPTConfig` without its quantizer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PruneOptions {
+    /// How much becomes zero (`target_sparsity` or `n_m_ratio`).
+    pub sparsity: Sparsity,
+    /// The share of the Hessian's mean diagonal that is added to its diagonal (`hessian_dampening`). At least 0.
+    pub dampening: f64,
+    /// Columns whose mask is chosen together (`processing_group_size`). At least 1. For n:m sparsity the next smaller multiple
+    /// of m is used.
+    pub block: usize,
+}
+
+impl Default for PruneOptions {
+    /// Half of the elements, a dampening of 0.01, blocks of 128 columns.
+    fn default() -> Self {
+        PruneOptions { sparsity: Sparsity::Unstructured(0.5), dampening: 0.01, block: 128 }
+    }
+}
+
+/// How a weight is palettized: coremltools' `ModulePostTrainingPalettizerConfig`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PaletteOptions {
+    /// The width of an index (`n_bits`).
+    pub bits: BitWidth,
+    /// Which weights share a palette (`granularity` and `group_size`).
+    pub grouping: Grouping,
+    /// The dimension whose channels are grouped (`channel_axis`): 0 for output channels, 1 for input channels. Without groups
+    /// it has no meaning.
+    pub axis: usize,
+    /// Whether each output channel is first divided by its largest magnitude, and the divisor stored
+    /// (`enable_per_channel_scale`).
+    pub per_channel_scale: bool,
+}
+
+impl Default for PaletteOptions {
+    /// 4 bits, one palette for the whole weight, no scales.
+    fn default() -> Self {
+        PaletteOptions { bits: BitWidth::Four, grouping: Grouping::PerTensor, axis: 0, per_channel_scale: false }
+    }
+}

@@ -1,0 +1,29 @@
+//! How pruned weights are chosen.
+
+use serde::Serialize;
+
+/// How pruned weights are chosen, and whether the kept ones are adjusted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PruneMethod {
+    /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor` runs it. Kept weights are
+    /// adjusted to compensate for the pruned ones.
+    #[default]
+    SparseGpt,
+    /// `magnitude`: the smallest weights of each layer are pruned and the others stay as they are. Needs no calibration; the
+    /// baseline for SparseGPT.
+    Magnitude,
+}
+
+impl PruneMethod {
+    /// All methods.
+    pub const ALL: [PruneMethod; 2] = [PruneMethod::SparseGpt, PruneMethod::Magnitude];
+
+    /// The name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            PruneMethod::SparseGpt => "sparse_gpt",
+            PruneMethod::Magnitude => "magnitude",
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! What the solver needs to know of a model's layer.
+
+use crate::model::{ConvGeometry, Layer, Operation};
+use crate::solver::{InputGeometry, Windows};
+
+/// How `layer`'s input becomes the vectors that its Hessian sums.
+pub(crate) fn input_geometry(layer: &Layer) -> InputGeometry {
+    match layer.operation() {
+        Operation::Linear => InputGeometry::Linear,
+        Operation::Conv2d(ConvGeometry { stride, padding, dilation, groups }) => {
+            InputGeometry::Windows(Windows { stride, padding, dilation, groups })
+        }
+    }
+}
