@@ -27,6 +27,7 @@ pub mod pipeline;
 pub mod plan;
 mod product;
 pub mod progress;
+pub mod recipe;
 pub mod report;
 mod shorten;
 pub mod solver;

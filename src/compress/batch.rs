@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Calibrated, Gatherer, Job, Workspace, finish};
+use super::{Evidence, Gatherer, Job, Workspace, finish};
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
 use crate::plan::of_batch;
@@ -16,7 +16,7 @@ struct Batch<'a> {
 }
 
 impl Job<'_> {
-    /// Treats those of `layers` whose inputs were gathered in this wave and that [can go in batches](super::Treatment::in_batches); the others
+    /// Treats those of `layers` whose inputs were gathered in this wave and that [can go in batches](super::LayerRecipe::in_batches); the others
     /// are left as they are.
     pub(super) fn treat_batches(
         &self,
@@ -48,7 +48,7 @@ impl Job<'_> {
     ) -> Vec<Batch<'a>> {
         let mut batches: Vec<Batch<'a>> = Vec::new();
         for layer in layers.iter().filter(|layer| wave.contains(layer.input()) && !finished.has(layer.name())) {
-            let options = self.treatments.get(layer.name()).and_then(|treatment| treatment.in_batches());
+            let options = self.recipes.get(layer.name()).and_then(|recipe| recipe.batch_options());
             let hessian = gatherer.hessian(layer.input()).filter(|hessian| hessian.groups() == 1);
             let (Some(options), Some(hessian)) = (options, hessian) else { continue };
             let same =
@@ -87,10 +87,10 @@ impl Job<'_> {
         for (((layer, hessian), weight), pruned) in layers.iter().zip(&weights).zip(&pruned) {
             task.go_on()?;
             task.advance(layer.name());
-            let Some(treatment) = self.treatments.get(layer.name()) else { continue };
+            let Some(recipe) = self.recipes.get(layer.name()) else { continue };
             let calibrated =
-                Calibrated { hessian, pruned: Some(pruned), factors: None, joint: None, correction: None, held_out: None };
-            finish(part, layer.name(), weight, treatment, Some(calibrated), finished, task)?;
+                Evidence { hessian, pruned: Some(pruned), factors: None, joint: None, correction: None, held_out: None };
+            finish(part, layer.name(), weight, recipe, Some(calibrated), finished, task)?;
         }
         Ok(())
     }

@@ -3,9 +3,9 @@
 use tch::{Kind, Tensor};
 
 use super::gather::DenseOutputs;
-use super::lane::{On, held_out, seen_enough, take_over};
+use super::lane::{On, seen_enough, take_over};
 use super::{Gathered, Gatherer, Job, Workspace, placement};
-use crate::calibration::Samples;
+use crate::calibration::{Samples, is_held_out};
 use crate::checkpoint::Blueprint;
 use crate::error::Result;
 use crate::model::unet::{Conditioning, Head, HeadInput};
@@ -31,7 +31,7 @@ impl Job<'_> {
         }
         let source = On { source: self.source, device: self.devices[0] };
         let load = || self.chain.load_head(&source);
-        let mut heads = Heads { stored: load()?, dense: self.sequencing.aims().then(load).transpose()? };
+        let mut heads = Heads { stored: load()?, dense: self.sequencing.has_dense_target().then(load).transpose()? };
         for layer in outline.layers().iter().filter(|layer| self.needs_hessian(layer)) {
             take_over(heads.stored.layers_mut(), finished, &|_| true)?;
             if finished.has(layer.name()) {
@@ -74,7 +74,7 @@ impl Job<'_> {
         for (number, index) in calls.iter().enumerate() {
             task.go_on()?;
             task.advance(layer.name());
-            gatherer.hold_out(self.guards() && held_out(number, calls.len()));
+            gatherer.hold_out(self.guards() && is_held_out(number, calls.len()));
             gatherer.weigh(self.weights.get(*index).copied().unwrap_or(1.0));
             let call = samples.calls[*index].placed(placement(device, self.kind))?;
             heads.show(layer, &mut gatherer, &|head, observer| {

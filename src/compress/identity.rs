@@ -93,7 +93,7 @@ impl Inputs {
             ("build".to_owned(), json!(BUILD)),
             ("config".to_owned(), json!(config.to_yaml())),
             ("model".to_owned(), json!(sources)),
-            ("device and dtype".to_owned(), json!(format!("{:?} {:?}", options.devices, options.kind))),
+            ("device and dtype".to_owned(), json!(format!("{:?} {:?}", options.devices.as_slice(), options.kind))),
         ]);
         identity.extend(self.entries.clone());
         identity
@@ -138,7 +138,7 @@ mod tests {
         inputs.check_prompt_files(&folder).unwrap();
         assert_eq!(inputs.prompts, ["a", "b"]);
         let said = |options: &RunOptions| inputs.identity(&config, &[], options);
-        let options = RunOptions { devices: vec![tch::Device::Cpu], kind: Kind::Float, budget: None, resume: false };
+        let options = RunOptions { devices: tch::Device::Cpu.into(), kind: Kind::Float, budget: None, resume: false };
         assert_ne!(said(&options), said(&RunOptions { kind: Kind::Half, ..options.clone() }));
         assert_eq!(said(&options)["build"], json!(BUILD));
         for name in ["text_encoder_2/model.safetensors", "tokenizer/merges.txt", "model_index.json"] {

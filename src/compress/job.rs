@@ -8,66 +8,20 @@ use tch::{Device, Kind};
 
 use super::identity::{Inputs, sources_of};
 use super::{
-    Gatherer, Job, LayerReport, Prepared, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress,
-    kept,
+    Gatherer, Job, LayerRecipe, LayerRecipes, LayerReport, Prepared, Recipe, RunOptions, Sequencing, Workspace, allocate,
+    captions, compress, kept,
 };
-use crate::calibration::{self, PromptSet, Samples, encode, record};
+use crate::calibration::{self, Samples, calibrate};
 use crate::checkpoint::{SafetensorsFile, SourceFile, TensorSource, Weights};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
 use crate::container::{ContainerInfo, ContainerWriter, Written};
-use crate::device::{Placement, free_memory, parse_devices, parse_dtype};
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::Layer;
-use crate::model::unet::Unet;
 use crate::number;
-use crate::pipeline::{PipelineFolder, PromptEncoder};
-use crate::plan::{Calls, Memory, Plan};
+use crate::pipeline::PipelineFolder;
+use crate::plan::{Memory, Plan};
 use crate::progress::{Progress, Task};
-
-/// Where and how a run computes.
-#[derive(Debug, Clone)]
-pub struct RunOptions {
-    /// The devices: samples are spread over them, and the first one solves. At least one.
-    pub devices: Vec<Device>,
-    /// The dtype of activations.
-    pub kind: Kind,
-    /// Bytes of the first device's memory at most; what it has free, less a tenth, if absent.
-    pub budget: Option<u64>,
-    /// Go on with a run that was ended.
-    pub resume: bool,
-}
-
-impl RunOptions {
-    /// The devices and the dtype that `config` names, without a budget, and for a run from the start.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for a device that is not there.
-    pub fn of(config: &RunConfig) -> Result<Self> {
-        let (devices, kind) = (parse_devices(&config.model.device)?, parse_dtype(&config.model.dtype)?);
-        Ok(RunOptions { devices, kind, budget: None, resume: false })
-    }
-
-    /// One device.
-    pub fn on(placement: Placement) -> Self {
-        RunOptions { devices: vec![placement.device], kind: placement.kind, budget: None, resume: false }
-    }
-
-    /// The first device.
-    pub fn placement(&self) -> Placement {
-        Placement { device: self.devices.first().copied().unwrap_or(Device::Cpu), kind: self.kind }
-    }
-
-    /// Bytes that may be taken.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if no budget is given and the device does not tell what it has.
-    pub fn memory_budget(&self) -> Result<u64> {
-        let free = || free_memory(self.placement().device).map(|free| free - free / 10);
-        self.budget
-            .or_else(free)
-            .ok_or_else(|| Error::Argument("how much memory is free cannot be told; give --memory-budget".into()))
-    }
-}
 
 /// What a run came to; written beside the container as JSON.
 #[derive(Debug, Serialize)]
@@ -93,72 +47,6 @@ pub struct JobReport {
     pub config: RunConfig,
 }
 
-/// The calibration samples that a config asks for: read from its file, or recorded from its prompts.
-///
-/// The UNet is kept in memory as far as the budget goes: in the dtype of its activations, in its checkpoint's, or a stage at a time.
-///
-/// # Errors
-/// If the file or the prompts cannot be read, or the pipeline cannot run.
-pub fn calibrate(
-    folder: &PipelineFolder,
-    weights: &Weights,
-    section: &CalibrationSection,
-    options: &RunOptions,
-    progress: &dyn Progress,
-) -> Result<Samples> {
-    if let Some(path) = &section.samples {
-        return Samples::read(path, folder.unet.config(), section.calibration_nsamples);
-    }
-    let placement = options.placement();
-    let set = PromptSet {
-        prompts: section.prompts.load()?,
-        seed: section.seed,
-        steps: section.steps,
-        guidance: section.guidance,
-        size: folder.picture_size(section.size)?,
-    };
-    // The encoders go before the UNet comes.
-    let guidances = encode(folder, &PromptEncoder::load(folder, placement)?, &set, progress)?;
-    let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
-    let narrow: u64 = weights
-        .entries()
-        .map(|(name, entry)| {
-            entry.shape.iter().product::<i64>().unsigned_abs() * weights.narrow_bytes(name, placement).unwrap_or(4) as u64
-        })
-        .sum();
-    let room = options.memory_budget()?.saturating_sub(1 << 30);
-    let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
-        Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
-    } else if narrow <= room {
-        Unet::resident(folder.unet.clone(), weights.narrow_source(placement), progress)?
-    } else {
-        Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
-    };
-    record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
-}
-
-/// The shapes of samples that `section` will make for the pipeline's UNet, before there are any.
-///
-/// # Errors
-/// If the picture's size is none that the model draws, or a samples file cannot be read.
-pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Calls> {
-    if let Some(path) = &section.samples {
-        return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
-    }
-    let (height, width) = folder.picture_size(section.size)?;
-    let scale = folder.vae.scale();
-    Ok(Calls {
-        count: section.calibration_nsamples,
-        batch: if section.guidance > 1.0 { 2 } else { 1 },
-        height: height / scale,
-        width: width / scale,
-        text: CLIP_LENGTH,
-    })
-}
-
-/// Tokens of a prompt, padding included, in every CLIP text encoder.
-pub const CLIP_LENGTH: i64 = 77;
-
 /// The folder in which a run for the container `path` keeps what is finished, until the container is there.
 pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
@@ -177,7 +65,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let numerics = crate::init();
     let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
     let (mut recipe, mut config) = (recipe.clone(), config.clone());
-    let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
+    let needs_samples = recipe.layers.values().any(LayerRecipe::needs_hessian);
     let mut inputs = Inputs::read(folder, &config, samples, needs_samples)?;
     let sources = sources_of(folder, weights, progress)?;
     let identity = inputs.identity(&config, &sources, options);
@@ -197,13 +85,13 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let samples = samples.or(made.as_ref()).unwrap_or(&none);
     // Samples take memory too, and there may be fewer than were planned with.
     let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
-    let plan = |treatments: &Treatments, sequencing| prepared.plan_for(treatments, sequencing, samples.shape(), memory);
+    let plan = |recipes: &LayerRecipes, sequencing| prepared.plan_for(recipes, sequencing, samples.shape(), memory);
     let calibration_weights = match config.calibration.timestep_weighting {
         TimestepWeighting::Uniform => Vec::new(),
         by => calibration::weights(samples, folder, by)?,
     };
-    let captions = |treatments: &Treatments| -> Result<Gatherer> {
-        let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
+    let captions = |recipes: &LayerRecipes| -> Result<Gatherer> {
+        let hungry = |layer: &Layer| recipes.get(layer.name()).is_some_and(LayerRecipe::needs_hessian);
         let gathered = captions::gather(folder, weights, &section, &inputs.captions, &hungry, options, progress)?;
         if !inputs.captions.is_empty() {
             inputs.check_prompt_files(folder)?;
@@ -220,20 +108,20 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
         let allocated = if let Some(kept) = workspace.kept(FOUND) {
             RunConfig::parse(&workspace.folder().join(FOUND), &kept)?
         } else {
-            let treatments = allocate::measuring(&recipe.treatments);
-            let (measuring, as_it_is) = (plan(&treatments, Sequencing::Stage)?, plan(&recipe.treatments, recipe.sequencing)?);
+            let recipes = allocate::measuring(&recipe.layers);
+            let (measuring, as_it_is) = (plan(&recipes, Sequencing::Stage)?, plan(&recipe.layers, recipe.sequencing)?);
             let job = Job {
                 chain: &folder.unet,
                 source: &source,
-                treatments: &treatments,
+                recipes: &recipes,
                 plan: &measuring,
                 sequencing: Sequencing::Stage,
                 weights: &calibration_weights,
                 timesteps,
                 kind: options.kind,
-                devices: &options.devices,
+                devices: options.devices.as_slice(),
             };
-            let captions = captions(&treatments)?;
+            let captions = captions(&recipes)?;
             let found =
                 allocate::allocate(&job, &config, &recipe, &as_it_is, budget, samples, captions, workspace.folder(), progress)?;
             tracing::info!("allocated: {}", number::size(found.payload_bytes));
@@ -244,26 +132,26 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
         recipe = Recipe::new(&allocated, &folder.unet)?;
         config = allocated;
     }
-    let plan = plan(&recipe.treatments, recipe.sequencing)?;
+    let plan = plan(&recipe.layers, recipe.sequencing)?;
     tracing::info!(
         "planned: {} of memory at most, {} passes",
         number::size(plan.peak_bytes),
         plan.stages.iter().map(|stage| stage.passes).sum::<usize>()
     );
     let captions = match plan.calls {
-        Some(_) => captions(&recipe.treatments)?,
+        Some(_) => captions(&recipe.layers)?,
         None => Gatherer::default(),
     };
     let job = Job {
         chain: &folder.unet,
         source: &source,
-        treatments: &recipe.treatments,
+        recipes: &recipe.layers,
         plan: &plan,
         sequencing: recipe.sequencing,
         weights: &calibration_weights,
         timesteps,
         kind: options.kind,
-        devices: &options.devices,
+        devices: options.devices.as_slice(),
     };
     compress(&job, samples, captions, &mut workspace, progress)?;
 
@@ -299,7 +187,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
 fn few_prompts(config: &RunConfig, recipe: &Recipe, prompts: usize) -> Option<String> {
     /// With three, the bundled model gets worse by it; with 48 much better.
     const ENOUGH: usize = 16;
-    if !recipe.sequencing.aims() || config.calibration.samples.is_some() {
+    if !recipe.sequencing.has_dense_target() || config.calibration.samples.is_some() {
         return None;
     }
     let few = || {

@@ -8,7 +8,7 @@ use super::carries::Carries;
 use super::gather::DenseOutputs;
 use super::{Gatherer, Job, Workspace, carries_folder, placement};
 use crate::allocator;
-use crate::calibration::Samples;
+use crate::calibration::{Samples, is_held_out};
 use crate::checkpoint::TensorSource;
 use crate::elementwise::silu;
 use crate::error::{Error, Result};
@@ -165,7 +165,7 @@ impl Job<'_> {
             };
             let dense =
                 || -> Result<Dense> { Ok(Dense { carries: carries(format!("{number}-dense"))?, part: None, ahead: false }) };
-            let dense = if self.sequencing.aims() { Some(dense()) } else { None };
+            let dense = if self.sequencing.has_dense_target() { Some(dense()) } else { None };
             let carries = carries(number.to_string())?;
             Ok(Lane { device: *device, carries, part: None, weights: Vec::new(), dense: dense.transpose()? })
         };
@@ -289,7 +289,7 @@ pub(super) fn gather(
         }
         for index in 0..lane.carries.len() {
             tick()?;
-            gatherer.hold_out(hold && held_out(index, lane.carries.len()));
+            gatherer.hold_out(hold && is_held_out(index, lane.carries.len()));
             gatherer.weigh(lane.weights.get(index).copied().unwrap_or(1.0));
             if let Some(Dense { carries, part: Some(part), .. }) = &mut lane.dense {
                 let mut outputs = DenseOutputs::of(names.clone(), !last);
@@ -320,11 +320,6 @@ pub(super) fn gather(
     // Of the activations nothing is needed any more.
     allocator::give_back();
     Ok(sum)
-}
-
-/// Whether a carry is held out: every 16th, or the middle one of 8 to 15.
-pub(super) fn held_out(index: usize, count: usize) -> bool {
-    if (8..16).contains(&count) { index == count / 2 } else { index % 16 == 15 }
 }
 
 /// Replaces each carry by what becomes of it on its way; only the first of each lane, as a check, if they need not `go_on`.

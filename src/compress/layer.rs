@@ -4,37 +4,13 @@ use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::joint;
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
-use crate::solver::palette::{Outcome, PaletteOptions, Palettized, palettize};
+use crate::recipe::{LayerRecipe, PruneMethod};
+use crate::solver::palette::{Outcome, Palettized, palettize};
 use crate::solver::{
-    Correction, Effort, Factor, Hessian, JointFactors, JointOptions, PruneOptions, Pruned, magnitude_prune, output_energies,
-    prune, prune_with,
+    Beside, Correction, Factor, Hessian, Joint, JointFactors, Pruned, joint, magnitude_prune, output_energies, prune, prune_with,
 };
-
-/// What is done to a layer; at least one of the two.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Treatment {
-    /// Which weights go.
-    pub prune: Option<PruneOptions>,
-    /// How they are chosen.
-    pub method: PruneMethod,
-    /// What the others are replaced by.
-    pub palettize: Option<PaletteOptions>,
-    /// How hard mask, weights and palettes are sought together ([`joint`](crate::solver::joint())); `None`: one after the other.
-    pub joint: Option<Effort>,
-}
-
-/// How the weights that go are chosen.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum PruneMethod {
-    /// By [`prune`]: the others make up for them.
-    #[default]
-    SparseGpt,
-    /// By [`magnitude_prune`]: the smallest, without calibration.
-    Magnitude,
-}
 
 /// A layer's new weight, and what it cost.
 #[derive(Debug)]
@@ -74,26 +50,9 @@ fn relative_distance(original: &[f32], new: &[f16]) -> f64 {
     distance / if scale > 0.0 { scale } else { 1.0 }
 }
 
-impl Treatment {
-    /// What the joint solver is asked for, if it is.
-    pub fn joint_options(&self) -> Option<JointOptions> {
-        self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
-    }
-
-    /// How it is pruned, if that can go in one batch with other layers of its shape: SparseGPT alone.
-    pub fn in_batches(&self) -> Option<&PruneOptions> {
-        self.prune.as_ref().filter(|_| self.joint.is_none() && self.method == PruneMethod::SparseGpt)
-    }
-
-    /// Whether it needs the Hessian of the layer's inputs.
-    pub fn needs_hessian(&self) -> bool {
-        self.joint.is_some() || self.in_batches().is_some()
-    }
-}
-
 /// What calibration knows of a layer's inputs.
 #[derive(Debug, Clone, Copy)]
-pub struct Calibrated<'a> {
+pub struct Evidence<'a> {
     /// Their Hessian.
     pub hessian: &'a Hessian,
     /// The weight pruned, if that was done in a batch with other layers.
@@ -125,21 +84,21 @@ pub(super) struct Found {
     pub notes: Vec<String>,
 }
 
-/// Compresses the weight [o, ...] of the layer `name` as `treatment` says. Pruning and the joint solver need calibration, palettizing does
+/// Compresses the weight [o, ...] of the layer `name` as `recipe` says. Pruning and the joint solver need calibration, palettizing does
 /// not.
 ///
 /// # Errors
 /// [`Error::Layer`]: NaN in its weight, a group that does not divide its channels, a Hessian that cannot be factored.
-pub fn treat(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
-    treat_weight(name, weight, treatment, calibrated).map_err(Error::layer(name))
+pub fn treat(name: &str, weight: &Tensor, recipe: &LayerRecipe, calibrated: Option<Evidence<'_>>) -> Result<Treated> {
+    treat_weight(name, weight, recipe, calibrated).map_err(Error::layer(name))
 }
 
-fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
+fn treat_weight(name: &str, weight: &Tensor, recipe: &LayerRecipe, calibrated: Option<Evidence<'_>>) -> Result<Treated> {
     let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let size = original.size();
-    let found = match treatment.joint {
-        Some(_) => joint::find(name, weight, treatment, calibrated)?,
-        None => one_after_the_other(name, &original, treatment, calibrated)?,
+    let found = match recipe.joint {
+        Some(_) => joint_solution(name, weight, recipe, calibrated)?,
+        None => one_after_the_other(name, &original, recipe, calibrated)?,
     };
     let Found { half, keep, palettized, loss, target, notes } = found;
     let stored = match (palettized, &keep) {
@@ -168,7 +127,7 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
     let distance = relative_distance(&Vec::<f32>::try_from(&original.f_reshape([-1])?)?, &values);
     drop(values);
     let mut errors = LayerErrors { weight: distance, ..LayerErrors::default() };
-    if let Some(Calibrated { hessian, .. }) = calibrated {
+    if let Some(Evidence { hessian, .. }) = calibrated {
         let lost = match target {
             Some(mut target) => target.f_sub_(&decoded)?,
             None => original.f_sub(&decoded)?,
@@ -181,25 +140,39 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
     Ok(Treated { stored, decoded, errors, notes })
 }
 
+/// Mask, weights and palettes of `weight` [o, ...], together.
+fn joint_solution(name: &str, weight: &Tensor, recipe: &LayerRecipe, calibrated: Option<Evidence<'_>>) -> Result<Found> {
+    let (Some(options), Some(Evidence { hessian, joint: made, correction, held_out, .. })) = (recipe.joint_options(), calibrated)
+    else {
+        return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
+    };
+    let own;
+    let factors = match made.filter(|made| made.fit(options.dampening(), options.order())) {
+        Some(made) => made,
+        None => {
+            own = JointFactors::new(hessian, options.dampening(), options.order())?;
+            &own
+        }
+    };
+    let Joint { weight: half, mask, palettized, pruned_loss, notes, target, .. } =
+        joint(name, weight, hessian, factors, &Beside { correction, held_out }, &options)?;
+    Ok(Found { half, keep: mask, palettized, loss: pruned_loss, target, notes: notes.iter().map(ToString::to_string).collect() })
+}
+
 /// Prunes, then palettizes what is left. `original` is the weight in fp32 on the CPU.
-fn one_after_the_other(
-    name: &str,
-    original: &Tensor,
-    treatment: &Treatment,
-    calibrated: Option<Calibrated<'_>>,
-) -> Result<Found> {
+fn one_after_the_other(name: &str, original: &Tensor, recipe: &LayerRecipe, calibrated: Option<Evidence<'_>>) -> Result<Found> {
     let mut notes = Vec::new();
     let mut loss = None;
 
-    let (half, keep) = match &treatment.prune {
+    let (half, keep) = match &recipe.prune {
         None => (halves(original)?, None),
-        Some(options) if treatment.method == PruneMethod::Magnitude => {
+        Some(options) if recipe.method == PruneMethod::Magnitude => {
             let masked = magnitude_prune(original, options.sparsity)?;
             let keep: Vec<bool> = Vec::try_from(&masked.mask.f_flatten(0, -1)?)?;
             (halves(&masked.weight)?, Some(keep))
         }
         Some(options) => {
-            let Some(Calibrated { hessian, pruned, factors, .. }) = calibrated else {
+            let Some(Evidence { hessian, pruned, factors, .. }) = calibrated else {
                 return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
             };
             let own;
@@ -221,7 +194,7 @@ fn one_after_the_other(
         }
     };
     let shape: Vec<usize> = original.size().iter().map(|n| *n as usize).collect();
-    let palettized = match &treatment.palettize {
+    let palettized = match &recipe.palettize {
         None => None,
         Some(options) => match palettize(name, &half, &shape, keep.as_deref(), options)? {
             Outcome::Palettized(found) => {

@@ -11,12 +11,10 @@ mod gather;
 mod head;
 mod identity;
 mod job;
-mod joint;
 mod kept;
 mod lane;
 mod layer;
 mod prepare;
-mod recipe;
 mod workspace;
 
 use std::collections::BTreeMap;
@@ -27,10 +25,9 @@ use tch::{Device, Kind, Tensor};
 pub use allocate::{Allocation, Choice, choose};
 pub use gather::Gatherer;
 pub use identity::BUILD;
-pub use job::{CLIP_LENGTH, JobReport, RunOptions, calibrate, expected_calls, run, workspace_folder};
-pub use layer::{Calibrated, LayerErrors, PruneMethod, Treated, Treatment, treat};
+pub use job::{JobReport, run, workspace_folder};
+pub use layer::{Evidence, LayerErrors, Treated, treat};
 pub use prepare::{Prepared, plan_of_run};
-pub use recipe::{Recipe, Sequencing, layers_of};
 pub use workspace::Workspace;
 
 use crate::allocator;
@@ -44,11 +41,9 @@ use crate::model::{Layer, LayerInput};
 use crate::number;
 use crate::plan::{Plan, StagePlan};
 use crate::progress::{Progress, Task};
+use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, RunOptions, Sequencing};
 use crate::solver::{Correction, Factor, Hessian, JointFactors};
 use lane::{Lane, Pass, Way};
-
-/// What is done to each layer, by name. Layers that are not in it stay as they are, in fp16.
-pub type Treatments = BTreeMap<String, Treatment>;
 
 /// A treated layer.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -78,7 +73,7 @@ pub struct Job<'a> {
     /// Its dense weights, on the first device.
     pub source: &'a (dyn TensorSource + Sync),
     /// What is done to its layers.
-    pub treatments: &'a Treatments,
+    pub recipes: &'a LayerRecipes,
     /// How: waves, and where carries wait.
     pub plan: &'a Plan,
     /// When the layers of a stage learn of each other.
@@ -95,7 +90,7 @@ pub struct Job<'a> {
 
 /// Compresses a UNet; what `finished` has already is not done again.
 ///
-/// `samples` are needed if a treatment needs Hessians. Otherwise no forward is run at all, and one weight at a time is in memory. What
+/// `samples` are needed if a recipe needs Hessians. Otherwise no forward is run at all, and one weight at a time is in memory. What
 /// `captions` has gathered already is added to what samples tell of text and time.
 ///
 /// # Errors
@@ -117,7 +112,7 @@ impl Job<'_> {
     fn stages(&self, samples: &Samples, captions: Gatherer, finished: &mut Workspace, progress: &dyn Progress) -> Result<()> {
         let task = Task::begin(progress, "compressing", "parts", self.chain.stages().len() + 2);
         let blueprint = Blueprint::default();
-        if samples.calls.is_empty() && self.treatments.values().any(Treatment::needs_hessian) {
+        if samples.calls.is_empty() && self.recipes.values().any(LayerRecipe::needs_hessian) {
             return Err(Error::Argument("calibration needs samples, and there are none".into()));
         }
         task.advance("head");
@@ -169,15 +164,15 @@ impl Job<'_> {
         let open: Vec<_> = layers
             .iter()
             .filter(|layer| !finished.has(layer.name()))
-            .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
-            .filter(|(_, treatment)| !treatment.needs_hessian())
+            .filter_map(|layer| Some((layer, self.recipes.get(layer.name())?)))
+            .filter(|(_, recipe)| !recipe.needs_hessian())
             .collect();
         let task = Task::begin(progress, "layers", "layers", open.len());
-        for (layer, treatment) in open {
+        for (layer, recipe) in open {
             task.go_on()?;
             task.advance(layer.name());
             let weight = self.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size())?;
-            finish(part, layer.name(), &weight, treatment, None, finished, &task)?;
+            finish(part, layer.name(), &weight, recipe, None, finished, &task)?;
         }
         Ok(())
     }
@@ -292,7 +287,7 @@ impl Job<'_> {
 
     /// Whether a layer is treated by what its inputs look like.
     fn needs_hessian(&self, layer: &Layer) -> bool {
-        self.treatments.get(layer.name()).is_some_and(Treatment::needs_hessian)
+        self.recipes.get(layer.name()).is_some_and(LayerRecipe::needs_hessian)
     }
 
     /// Loads a stage on every lane.
@@ -302,12 +297,12 @@ impl Job<'_> {
 
     /// Whether samples are held out, to see that what the joint solver finds is better on them too.
     fn guards(&self) -> bool {
-        self.treatments.values().any(|treatment| treatment.joint.is_some())
+        self.recipes.values().any(|recipe| recipe.joint.is_some())
     }
 
-    /// How many layers of a stage have one of these inputs and a treatment.
+    /// How many layers of a stage have one of these inputs and a recipe.
     fn count(&self, layers: &[&Layer], inputs: &[LayerInput]) -> usize {
-        let wanted = |layer: &&&Layer| inputs.contains(layer.input()) && self.treatments.contains_key(layer.name());
+        let wanted = |layer: &&&Layer| inputs.contains(layer.input()) && self.recipes.contains_key(layer.name());
         layers.iter().filter(wanted).count()
     }
 
@@ -333,18 +328,18 @@ impl Job<'_> {
         let layers: Vec<_> = of
             .iter()
             .filter(|layer| layer.input() == input && !finished.has(layer.name()))
-            .filter_map(|layer| Some((layer, self.treatments.get(layer.name())?)))
+            .filter_map(|layer| Some((layer, self.recipes.get(layer.name())?)))
             .collect();
         let mut made: Option<(f64, Vec<Factor>)> = None;
         let mut made_joint: Option<JointFactors> = None;
-        for (layer, treatment) in &layers {
+        for (layer, recipe) in &layers {
             task.go_on()?;
             task.advance(layer.name());
-            let calibrated = match hessian.filter(|_| treatment.needs_hessian()) {
+            let calibrated = match hessian.filter(|_| recipe.needs_hessian()) {
                 None => None,
                 Some(hessian) => {
                     // A layer alone makes its factor itself and drops it before the errors are computed.
-                    if let Some(options) = treatment.joint_options().filter(|_| layers.len() > 1) {
+                    if let Some(options) = recipe.joint_options().filter(|_| layers.len() > 1) {
                         let (dampening, order) = (options.dampening(), options.order());
                         if made_joint.as_ref().is_none_or(|made| !made.fit(dampening, order)) {
                             // The old ones go first: there may not be memory for both.
@@ -352,7 +347,7 @@ impl Job<'_> {
                             let factors = JointFactors::new(hessian, dampening, order).map_err(Error::layer(layer.name()))?;
                             made_joint = Some(factors);
                         }
-                    } else if let Some(options) = treatment.prune.filter(|_| layers.len() > 1)
+                    } else if let Some(options) = recipe.prune.filter(|_| layers.len() > 1)
                         && made.as_ref().is_none_or(|(dampening, _)| *dampening != options.dampening)
                     {
                         let factors = Factor::all(hessian, options.dampening).map_err(Error::layer(layer.name()))?;
@@ -360,10 +355,10 @@ impl Job<'_> {
                     }
                     let factors = made.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice()));
                     let correction = corrections.and_then(|corrections| corrections.get(layer.name()));
-                    Some(Calibrated { hessian, pruned: None, factors, joint: made_joint.as_ref(), correction, held_out })
+                    Some(Evidence { hessian, pruned: None, factors, joint: made_joint.as_ref(), correction, held_out })
                 }
             };
-            finish(part, layer.name(), &self.weight_of(layer, loaded)?, treatment, calibrated, finished, task)?;
+            finish(part, layer.name(), &self.weight_of(layer, loaded)?, recipe, calibrated, finished, task)?;
         }
         Ok(())
     }
@@ -401,14 +396,14 @@ fn finish(
     part: &str,
     name: &str,
     weight: &Tensor,
-    treatment: &Treatment,
-    calibrated: Option<Calibrated<'_>>,
+    recipe: &LayerRecipe,
+    calibrated: Option<Evidence<'_>>,
     finished: &mut Workspace,
     task: &Task,
 ) -> Result<()> {
     /// Weights of more elements leave blocks behind that nothing else fits into.
     const LARGE: usize = 4 << 20;
-    let treated = treat(name, weight, treatment, calibrated)?;
+    let treated = treat(name, weight, recipe, calibrated)?;
     if weight.numel() > LARGE {
         allocator::give_back();
     }

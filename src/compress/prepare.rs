@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tch::Device;
 
-use super::{Recipe, RunOptions, Sequencing, Treatment, Treatments, allocate, expected_calls, workspace_folder};
+use super::{LayerRecipe, LayerRecipes, Recipe, RunOptions, Sequencing, allocate, workspace_folder};
+use crate::calibration::{Calls, expected_calls};
 use crate::checkpoint::Weights;
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
 use crate::device::{parse_devices, parse_dtype};
@@ -13,7 +14,7 @@ use crate::model::unet::UnetChain;
 use crate::number;
 use crate::output::parent;
 use crate::pipeline::PipelineFolder;
-use crate::plan::{self, Calls, Disk, Memory, Plan};
+use crate::plan::{self, Disk, Memory, Plan};
 
 /// A run of which everything is checked that can be before it computes: that its config fits the model, its prompts can be read,
 /// and that memory and disk do for it, by the [plan](Plan).
@@ -40,7 +41,7 @@ impl<'a> Prepared<'a> {
         let recipe = Recipe::new(config, &folder.unet)?;
         let weights = folder.unet_weights()?;
         folder.scheduler.train_timesteps()?;
-        let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
+        let needs_samples = recipe.layers.values().any(LayerRecipe::needs_hessian);
         let calls = if needs_samples { Some(calls(folder, config)?) } else { None };
         let mut budget = options.memory_budget()?;
         if let (None, Some(calls), Device::Cpu) = (options.budget, &calls, options.placement().device) {
@@ -88,17 +89,17 @@ impl<'a> Prepared<'a> {
         &self.plan
     }
 
-    /// The plan for these treatments, and for the samples that there are in the end.
+    /// The plan for these recipes, and for the samples that there are in the end.
     pub(super) fn plan_for(
         &self,
-        treatments: &Treatments,
+        recipes: &LayerRecipes,
         sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
     ) -> Result<Plan> {
         let placement = self.options.placement();
         let bytes_of = |name: &str| self.weights.narrow_bytes(name, placement).unwrap_or(4);
-        let plan = Plan::new(&self.folder.unet, treatments, sequencing, calls, memory, &bytes_of)?;
+        let plan = Plan::new(&self.folder.unet, recipes, sequencing, calls, memory, &bytes_of)?;
         // Whether samples are kept is settled; of how many there are, little depends.
         let keeps = self.plan.disk.samples > 0;
         Ok(Plan { disk: if keeps { plan.disk } else { plan.disk.without_samples() }, ..plan })
@@ -118,10 +119,10 @@ pub fn plan_of_run(
     memory: Memory,
     bytes_of: &dyn Fn(&str) -> usize,
 ) -> Result<Plan> {
-    let mut plan = Plan::new(chain, &recipe.treatments, recipe.sequencing, calls, memory, bytes_of)?;
+    let mut plan = Plan::new(chain, &recipe.layers, recipe.sequencing, calls, memory, bytes_of)?;
     if let Some(budget) = &config.budget {
-        let treatments = allocate::measuring(&recipe.treatments);
-        let measuring = Plan::new(chain, &treatments, Sequencing::Stage, calls, memory, bytes_of)?.disk;
+        let recipes = allocate::measuring(&recipe.layers);
+        let measuring = Plan::new(chain, &recipes, Sequencing::Stage, calls, memory, bytes_of)?.disk;
         let (result, fixed) = (budget.bytes(&plan), plan.payload_bytes - plan.compressed_bytes);
         let carries = plan.disk.carries.max(measuring.carries);
         plan.disk = Disk { carries, parts: result.saturating_sub(fixed), result, ..plan.disk };
@@ -139,8 +140,8 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
         Err(Error::Argument(format!("the config's `model.{key}` is {said}, but the run was given {is}")))
     };
     let model = &config.model;
-    if parse_devices(&model.device)? != options.devices {
-        return disagrees("device", &model.device, format!("{:?}", options.devices));
+    if parse_devices(&model.device)? != options.devices.as_slice() {
+        return disagrees("device", &model.device, format!("{:?}", options.devices.as_slice()));
     }
     if parse_dtype(&model.dtype)? != options.kind {
         return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));

@@ -13,15 +13,16 @@ pub(crate) use disk::{check as check_disk, of_samples, taken};
 pub(crate) use memory::of_batch;
 pub use memory::{Memory, WAITING};
 pub use size::{kept, stored_bytes};
-pub use stage::{Calls, StagePlan};
+pub use stage::StagePlan;
 pub use work::{Work, measured_rate};
 
+use crate::calibration::Calls;
 use crate::checkpoint::Blueprint;
-use crate::compress::{Sequencing, Treatments};
 use crate::error::{Error, Result};
 use crate::model::unet::{CarryShape, UnetChain};
 use crate::model::{Layer, LayerInput};
 use crate::number;
+use crate::recipe::{LayerRecipes, Sequencing};
 use crate::solver::Hessian;
 use stage::Outline;
 
@@ -67,21 +68,21 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the treatment of a UNet. `bytes_of` says how many bytes an element of a tensor takes in memory, by its name; `calls` are
-    /// needed if a treatment needs Hessians.
+    /// Plans the recipe of a UNet. `bytes_of` says how many bytes an element of a tensor takes in memory, by its name; `calls` are
+    /// needed if a recipe needs Hessians.
     ///
     /// # Errors
     /// [`Error::Argument`] if the memory does not do, naming the least that would.
     pub fn new(
         chain: &UnetChain,
-        treatments: &Treatments,
+        recipes: &LayerRecipes,
         sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
         bytes_of: &dyn Fn(&str) -> usize,
     ) -> Result<Self> {
-        let calls = calls.filter(|_| treatments.values().any(|treatment| treatment.needs_hessian()));
-        let attempt = |memory, carries| Plan::with_carries(chain, treatments, sequencing, calls, memory, bytes_of, carries);
+        let calls = calls.filter(|_| recipes.values().any(|recipe| recipe.needs_hessian()));
+        let attempt = |memory, carries| Plan::with_carries(chain, recipes, sequencing, calls, memory, bytes_of, carries);
         if calls.is_none() {
             let plan = attempt(memory, CarriesIn::Nowhere)?;
             let (least, budget) = (plan.peak_bytes, memory.budget);
@@ -112,7 +113,7 @@ impl Plan {
 
     fn with_carries(
         chain: &UnetChain,
-        treatments: &Treatments,
+        recipes: &LayerRecipes,
         sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
@@ -120,18 +121,18 @@ impl Plan {
         carries: CarriesIn,
     ) -> Result<Self> {
         let mut memory = memory;
-        if !treatments.values().any(|treatment| treatment.in_batches().is_some()) {
+        if !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
             memory.batch = 0;
         }
         let (mut pruned, mut elements, mut compressed_bytes) = (0, 0, 0);
         let mut count = |layers: &[Layer]| {
             for layer in layers {
-                let Some(treatment) = treatments.get(layer.name()) else { continue };
+                let Some(recipe) = recipes.get(layer.name()) else { continue };
                 let size = layer.weight().size();
                 let (o, d) = (size[0].unsigned_abs(), size.iter().skip(1).product::<i64>().unsigned_abs());
-                pruned += o * d - kept(o, d, treatment);
+                pruned += o * d - kept(o, d, recipe);
                 elements += o * d;
-                compressed_bytes += stored_bytes(&size, treatment);
+                compressed_bytes += stored_bytes(&size, recipe);
             }
         };
         let blueprint = Blueprint::default();
@@ -178,7 +179,7 @@ impl Plan {
             },
             work: Work::default(),
         };
-        let runs = if sequencing.aims() { 2 } else { 1 };
+        let runs = if sequencing.has_dense_target() { 2 } else { 1 };
         let of_carries = |numbers: i64| {
             calls.map_or(0, |calls| runs * memory.element_bytes * (calls.count as i64 * calls.batch * numbers).unsigned_abs())
         };
@@ -196,7 +197,7 @@ impl Plan {
             let joined = calls.map_or(1, |calls| calls.joined(chain.first_carry(calls.height, calls.width).numel()) as i64);
             let name = spec.name();
             let outline = Outline { name, stage, layers, sequencing, joined, resident_bytes, before, after: after.clone() };
-            let stage = outline.plan(treatments, calls.as_ref(), &memory, held)?;
+            let stage = outline.plan(recipes, calls.as_ref(), &memory, held)?;
             plan.peak_bytes = plan.peak_bytes.max(stage.peak_bytes);
             plan.work += stage.work;
             plan.stages.push(stage);
@@ -205,7 +206,7 @@ impl Plan {
         let plain = chain
             .tensors()?
             .into_iter()
-            .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !treatments.contains_key(layer)));
+            .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
         plan.payload_bytes = compressed_bytes + plain.map(|tensor| 2 * tensor.numel()).sum::<u64>();
         plan.disk.result = plan.payload_bytes;
         if carries == CarriesIn::Files {

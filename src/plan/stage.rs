@@ -5,37 +5,13 @@ use serde::Serialize;
 use super::memory::{Memory, working_set};
 use super::size::stored_bytes;
 use super::work::Work;
-use crate::compress::{Sequencing, Treatment, Treatments};
+use crate::calibration::Calls;
 use crate::error::{Error, Result};
 use crate::model::unet::{CarryShape, Stage, StageName};
 use crate::model::{Layer, LayerInput, LayerKind};
 use crate::number;
+use crate::recipe::{LayerRecipe, LayerRecipes, Sequencing};
 use crate::solver::{Correction, Hessian};
-
-/// What is known of the samples before there are any.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Calls {
-    /// How many there are.
-    pub count: usize,
-    /// Items in each: 2 with guidance.
-    pub batch: i64,
-    /// Height of the latents.
-    pub height: i64,
-    /// Width of the latents.
-    pub width: i64,
-    /// Text states of each item.
-    pub text: i64,
-}
-
-impl Calls {
-    /// How many calls go through the stages in one batch: several where each is so small that starting an operation costs more than it.
-    /// `numbers` are those of an item's first carry.
-    pub fn joined(&self, numbers: i64) -> usize {
-        const ENOUGH: i64 = 1 << 19;
-        const MOST: i64 = 16;
-        (ENOUGH / (self.batch * numbers).max(1)).clamp(1, MOST) as usize
-    }
-}
 
 /// What will happen in a stage.
 #[derive(Debug, Clone, Serialize)]
@@ -69,8 +45,8 @@ pub struct StagePlan {
 
 /// Triangles of a Hessian's size that treating a layer takes besides it: the factor; for the joint solver the damped Hessian too, and
 /// while its columns are put in another order a whole matrix.
-fn triangles(treatment: &Treatment) -> u64 {
-    match (treatment.joint.is_some(), &treatment.prune) {
+fn triangles(recipe: &LayerRecipe) -> u64 {
+    match (recipe.joint.is_some(), &recipe.prune) {
         (false, _) => 1,
         (true, Some(_)) => 2,
         (true, None) => 4,
@@ -94,7 +70,7 @@ pub(super) struct Outline<'a> {
 /// A layer that needs a Hessian, with those that share it.
 struct Need<'a> {
     input: &'a LayerInput,
-    layers: Vec<(&'a Layer, &'a Treatment)>,
+    layers: Vec<(&'a Layer, &'a LayerRecipe)>,
     bytes: u64,
 }
 
@@ -153,19 +129,21 @@ impl Outline<'_> {
         (0..self.stage.units()).map(of_unit).sum::<f64>()
     }
 
-    fn needs<'a>(&'a self, treatments: &'a Treatments) -> Vec<Need<'a>> {
+    fn needs<'a>(&'a self, recipes: &'a LayerRecipes) -> Vec<Need<'a>> {
         let mut needs: Vec<Need> = Vec::new();
         for layer in self.layers {
-            let Some(treatment) = treatments.get(layer.name()).filter(|treatment| treatment.needs_hessian()) else { continue };
+            let Some(recipe) = recipes.get(layer.name()).filter(|recipe| recipe.needs_hessian()) else { continue };
             match needs.iter_mut().find(|need| need.input == layer.input()) {
-                Some(need) => need.layers.push((layer, treatment)),
+                Some(need) => need.layers.push((layer, recipe)),
                 None => needs.push(Need {
                     input: layer.input(),
-                    layers: vec![(layer, treatment)],
+                    layers: vec![(layer, recipe)],
                     bytes: Hessian::bytes(layer.kind(), &layer.weight().size()),
                 }),
             }
-            if let (Some(need), true) = (needs.iter_mut().find(|need| need.input == layer.input()), self.sequencing.aims()) {
+            if let (Some(need), true) =
+                (needs.iter_mut().find(|need| need.input == layer.input()), self.sequencing.has_dense_target())
+            {
                 need.bytes += Correction::bytes(&layer.weight().size());
             }
         }
@@ -185,16 +163,16 @@ impl Outline<'_> {
     }
 
     /// Plans the stage; `carries` are the bytes of recorded carries that lie in memory.
-    pub fn plan(&self, treatments: &Treatments, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Result<StagePlan> {
-        let treated = || self.layers.iter().filter_map(|layer| Some((layer, treatments.get(layer.name())?)));
-        let needs = if calls.is_some() { self.needs(treatments) } else { Vec::new() };
+    pub fn plan(&self, recipes: &LayerRecipes, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Result<StagePlan> {
+        let treated = || self.layers.iter().filter_map(|layer| Some((layer, recipes.get(layer.name())?)));
+        let needs = if calls.is_some() { self.needs(recipes) } else { Vec::new() };
         let mut plan = StagePlan {
             name: self.name.to_string(),
             layers: self.layers.len(),
-            pruned: treated().filter(|(_, treatment)| treatment.prune.is_some()).count(),
-            palettized: treated().filter(|(_, treatment)| treatment.palettize.is_some()).count(),
+            pruned: treated().filter(|(_, recipe)| recipe.prune.is_some()).count(),
+            palettized: treated().filter(|(_, recipe)| recipe.palettize.is_some()).count(),
             elements: self.layers.iter().map(|layer| layer.weight().numel() as u64).sum(),
-            stored_bytes: treated().map(|(layer, treatment)| stored_bytes(&layer.weight().size(), treatment)).sum(),
+            stored_bytes: treated().map(|(layer, recipe)| stored_bytes(&layer.weight().size(), recipe)).sum(),
             resident_bytes: self.resident_bytes,
             hessian_bytes: needs.iter().map(|need| need.bytes).sum(),
             waves: Vec::new(),
@@ -202,13 +180,13 @@ impl Outline<'_> {
             peak_bytes: 0,
             work: Work::default(),
         };
-        for (layer, treatment) in treated() {
-            if treatment.palettize.is_some() {
+        for (layer, recipe) in treated() {
+            if recipe.palettize.is_some() {
                 plan.work.palettized += layer.weight().numel() as f64;
             }
         }
-        let largest = |layers: &mut dyn Iterator<Item = (&Layer, &Treatment)>| {
-            layers.map(|(layer, treatment)| working_set(&layer.weight().size(), treatment.joint.is_some())).max().unwrap_or(0)
+        let largest = |layers: &mut dyn Iterator<Item = (&Layer, &LayerRecipe)>| {
+            layers.map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some())).max().unwrap_or(0)
         };
         let Some(calls) = calls else {
             plan.peak_bytes = memory.fixed() + largest(&mut treated());
@@ -218,7 +196,7 @@ impl Outline<'_> {
         // What is there in any case: the stage, the carries, one call under way.
         let calls = &Calls { batch: calls.batch * self.joined, ..*calls };
         let carry = 2 * memory.element_bytes * (calls.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
-        let runs = if self.sequencing.aims() { 2 } else { 1 };
+        let runs = if self.sequencing.has_dense_target() { 2 } else { 1 };
         let loaded = runs * self.resident_bytes;
         // While layers are treated the stage is not loaded, unless others wait for what becomes of them.
         let resting = if self.sequencing == Sequencing::Stage { 0 } else { loaded };
@@ -229,7 +207,7 @@ impl Outline<'_> {
         let treating = |need: &Need| {
             let (layer, _) = need.layers[0];
             let set = largest(&mut need.layers.iter().copied());
-            let triangles = need.layers.iter().map(|(_, treatment)| triangles(treatment)).max().unwrap_or(0);
+            let triangles = need.layers.iter().map(|(_, recipe)| triangles(recipe)).max().unwrap_or(0);
             set + triangles * Hessian::factor_bytes(layer.kind(), &layer.weight().size())
         };
         let at_once = |bytes: u64, treating: u64| fixed + bytes + (loaded + activations).max(resting + treating);
@@ -275,11 +253,11 @@ impl Outline<'_> {
             };
             plan.work.hessians += calls.count as f64 * calls.batch as f64 * of_this_input;
             // The joint solver wants the inverse's diagonal, too.
-            let factors = if need.layers.iter().any(|(_, treatment)| treatment.joint.is_some()) { 2.0 } else { 1.0 };
+            let factors = if need.layers.iter().any(|(_, recipe)| recipe.joint.is_some()) { 2.0 } else { 1.0 };
             plan.work.factors += factors * d.powi(3) / 6.0;
             let rows: i64 = need.layers.iter().filter_map(|(layer, _)| layer.weight().size().first().copied()).sum();
             plan.work.sweeps += 1.5 * rows as f64 * d * d;
-            for (layer, effort) in need.layers.iter().filter_map(|(layer, treatment)| Some((layer, treatment.joint?))) {
+            for (layer, effort) in need.layers.iter().filter_map(|(layer, recipe)| Some((layer, recipe.joint?))) {
                 let rows = layer.weight().size().first().copied().unwrap_or(0);
                 plan.work.sweeps += effort.products() * rows as f64 * d * d;
             }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::super::lane::{self, Lane, Pass, Way};
-use super::super::{Gatherer, Job, Treatment, Treatments};
+use super::super::{Gatherer, Job, LayerRecipe, LayerRecipes};
 use crate::calibration::Samples;
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
@@ -17,7 +17,7 @@ use crate::solver::{Beside, Effort, Hessian, JointFactors, JointOptions, Order, 
 /// A setting of a layer, and what it comes to.
 #[derive(Debug, Clone)]
 pub(super) struct Measured {
-    pub treatment: Treatment,
+    pub recipe: LayerRecipe,
     pub bytes: u64,
     /// The squared error of the layer's output for one call.
     pub error: f64,
@@ -30,7 +30,7 @@ impl Job<'_> {
     /// Tries every one of `settings` on its layer, on Hessians of the dense network.
     pub(super) fn curves(
         &self,
-        settings: &BTreeMap<String, Vec<Treatment>>,
+        settings: &BTreeMap<String, Vec<LayerRecipe>>,
         samples: &Samples,
         captions: Gatherer,
         folder: &std::path::Path,
@@ -76,7 +76,7 @@ fn try_input(
     lane: &Lane,
     input: &LayerInput,
     hessian: &Hessian,
-    settings: &BTreeMap<String, Vec<Treatment>>,
+    settings: &BTreeMap<String, Vec<LayerRecipe>>,
     batch: f64,
     curves: &mut BTreeMap<String, Vec<Measured>>,
     progress: &dyn Progress,
@@ -87,27 +87,27 @@ fn try_input(
     // The Hessian is 2/n sum x x^T, and n counts items of a batch but where the input has two dimensions.
     let to_error = if *input == LayerInput::Time { 0.5 } else { 0.5 * batch };
     for order in [Order::Natural, Order::Activation] {
-        let of_order = |treatment: &&Treatment| options_of(treatment).is_some_and(|options| options.order() == order);
+        let of_order = |recipe: &&LayerRecipe| options_of(recipe).is_some_and(|options| options.order() == order);
         let mut factors: Option<JointFactors> = None;
         for layer in &layers {
             task.go_on()?;
             if order == Order::Natural {
                 task.advance(layer.name());
             }
-            for treatment in settings[layer.name()].iter().filter(of_order) {
-                let Some(options) = options_of(treatment) else { continue };
+            for recipe in settings[layer.name()].iter().filter(of_order) {
+                let Some(options) = options_of(recipe) else { continue };
                 let failed = Error::layer(layer.name());
                 if factors.as_ref().is_none_or(|made| !made.fit(options.dampening(), order)) {
                     drop(factors.take());
                     factors = Some(JointFactors::new(hessian, options.dampening(), order).map_err(failed)?);
                 }
                 let Some(factors) = &factors else { continue };
-                let (rows, share) = some_rows(layer.weight(), treatment, hessian.groups())?;
+                let (rows, share) = some_rows(layer.weight(), recipe, hessian.groups())?;
                 let failed = Error::layer(layer.name());
                 let found = joint(layer.name(), &rows, hessian, factors, &Beside::default(), &options).map_err(failed)?;
                 curves.entry(layer.name().to_owned()).or_default().push(Measured {
-                    treatment: treatment.clone(),
-                    bytes: stored_bytes(&layer.weight().size(), treatment),
+                    recipe: recipe.clone(),
+                    bytes: stored_bytes(&layer.weight().size(), recipe),
                     error: to_error * found.loss / share,
                 });
             }
@@ -117,17 +117,17 @@ fn try_input(
 }
 
 /// The joint solver with less effort: curves need not be right, only alike.
-fn options_of(treatment: &Treatment) -> Option<JointOptions> {
-    let options = treatment.joint_options()?;
+fn options_of(recipe: &LayerRecipe) -> Option<JointOptions> {
+    let options = recipe.joint_options()?;
     let Effort { refit_steps, turns, .. } = options.effort;
     let effort = Effort { refit_steps: refit_steps.min(4), exchange_turns: 0, turns: turns.min(1), ..options.effort };
     Some(JointOptions { effort, ..options })
 }
 
 /// Whole groups of a weight's rows from all over it, and what share of it they are.
-fn some_rows(weight: &Tensor, treatment: &Treatment, groups: i64) -> Result<(Tensor, f64)> {
+fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tensor, f64)> {
     let rows = weight.size()[0];
-    let unit = match treatment.palettize {
+    let unit = match recipe.palettize {
         Some(PaletteOptions { granularity: Granularity::PerGroupedChannel { group_size, axis: 0 }, .. }) => group_size as i64,
         Some(PaletteOptions { granularity: Granularity::PerTensor, .. }) | None => 16,
         Some(_) => rows,
@@ -147,15 +147,15 @@ fn some_rows(weight: &Tensor, treatment: &Treatment, groups: i64) -> Result<(Ten
 
 /// The settings that the treated layers may get: more or fewer bits, pruned or not, by what their own say and the limits allow.
 pub(super) fn settings(
-    treatments: &Treatments,
+    recipes: &LayerRecipes,
     shapes: &BTreeMap<String, Vec<i64>>,
     limits: &super::Limits,
-) -> BTreeMap<String, Vec<Treatment>> {
+) -> BTreeMap<String, Vec<LayerRecipe>> {
     const BITS: [u8; 5] = [2, 3, 4, 6, 8];
     const SPARSE: [(f64, u8); 6] = [(0.4, 4), (0.5, 4), (0.6, 4), (0.4, 3), (0.5, 3), (0.5, 2)];
     const FINE: usize = 4;
     let mut found = BTreeMap::new();
-    for (name, base) in treatments {
+    for (name, base) in recipes {
         let (Some(palettize), Some(shape), Some(_)) = (base.palettize, shapes.get(name), base.joint) else { continue };
         let with = |bits: u8, group: Option<usize>, share: Option<f64>| {
             let granularity = match (palettize.granularity, group) {
@@ -168,15 +168,15 @@ pub(super) fn settings(
                 let prune = base.prune?;
                 Some(crate::solver::PruneOptions { sparsity: crate::solver::Sparsity::Unstructured(share), ..prune })
             });
-            Treatment { prune, palettize: Some(PaletteOptions { bits, granularity, ..palettize }), ..base.clone() }
+            LayerRecipe { prune, palettize: Some(PaletteOptions { bits, granularity, ..palettize }), ..base.clone() }
         };
         let columns: i64 = shape.iter().skip(1).product();
         let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
         let allowed = share <= limits.max_sparsity && palettize.bits >= limits.min_bits;
-        let mut all: Vec<Treatment> = allowed.then(|| base.clone()).into_iter().collect();
-        let mut add = |treatment: Treatment| {
-            if !all.contains(&treatment) {
-                all.push(treatment);
+        let mut all: Vec<LayerRecipe> = allowed.then(|| base.clone()).into_iter().collect();
+        let mut add = |recipe: LayerRecipe| {
+            if !all.contains(&recipe) {
+                all.push(recipe);
             }
         };
         for bits in BITS.into_iter().filter(|bits| *bits >= limits.min_bits) {

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 pub use choose::{Choice, choose};
 
-use super::{Gatherer, Job, Recipe, Treatment, Treatments};
+use super::{Gatherer, Job, LayerRecipe, LayerRecipes, Recipe};
 use crate::calibration::Samples;
 use crate::config::{self, BudgetSection, BudgetTarget, PaletteSettings, PruneSettings, RunConfig};
 use crate::error::{Error, Result};
@@ -38,9 +38,9 @@ pub struct Allocation {
 }
 
 /// What is done to every layer for measuring: all that any setting might need.
-pub(super) fn measuring(treatments: &Treatments) -> Treatments {
-    let hungry = |treatment: &Treatment| Treatment { prune: None, ..treatment.clone() };
-    treatments.iter().map(|(name, treatment)| (name.clone(), hungry(treatment))).collect()
+pub(super) fn measuring(recipes: &LayerRecipes) -> LayerRecipes {
+    let hungry = |recipe: &LayerRecipe| LayerRecipe { prune: None, ..recipe.clone() };
+    recipes.iter().map(|(name, recipe)| (name.clone(), hungry(recipe))).collect()
 }
 
 /// Finds settings for `budget`. `job` is planned for [`measuring`]; `plan` is of the recipe as it is.
@@ -60,10 +60,10 @@ pub(super) fn allocate(
     progress: &dyn Progress,
 ) -> Result<Allocation> {
     // The ends stay as they are: they are few bytes, and how far their errors reach is not measured.
-    let staged = super::layers_of(job.chain)?.into_iter().filter(|layer| layer.stage.is_some());
+    let staged = crate::recipe::layers_of(job.chain)?.into_iter().filter(|layer| layer.stage.is_some());
     let shapes: BTreeMap<String, Vec<i64>> = staged.map(|layer| (layer.name, layer.shape)).collect();
     let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity };
-    let settings = curves::settings(&recipe.treatments, &shapes, &limits);
+    let settings = curves::settings(&recipe.layers, &shapes, &limits);
     if settings.is_empty() {
         return Err(Error::Argument("a budget needs layers that are palettized by the joint solver; there are none".into()));
     }
@@ -86,7 +86,7 @@ pub(super) fn allocate(
         );
     }
     // What the allocated layers take in the recipe as it is; everything else stays as it is.
-    let own: u64 = names.iter().map(|name| crate::plan::stored_bytes(&shapes[*name], &recipe.treatments[*name])).sum();
+    let own: u64 = names.iter().map(|name| crate::plan::stored_bytes(&shapes[*name], &recipe.layers[*name])).sum();
     let fixed = plan.payload_bytes - own;
     let total = match budget.target {
         BudgetTarget::Size(bytes) => bytes,
@@ -108,19 +108,19 @@ pub(super) fn allocate(
     let mut rules = Vec::new();
     for ((name, index), (choices, measured)) in names.iter().zip(&chosen).zip(choices.iter().zip(curves.values())) {
         bytes += choices[*index].bytes;
-        rules.push(((*name).clone(), &measured[*index].treatment));
+        rules.push(((*name).clone(), &measured[*index].recipe));
     }
     write_rules(&mut allocated, &rules)?;
     Ok(Allocation { config: allocated, payload_bytes: bytes })
 }
 
 /// Puts a rule for each layer before the config's own.
-fn write_rules(config: &mut RunConfig, rules: &[(String, &Treatment)]) -> Result<()> {
+fn write_rules(config: &mut RunConfig, rules: &[(String, &LayerRecipe)]) -> Result<()> {
     let (mut prune, mut palettize) = (Vec::new(), Vec::new());
-    for (name, treatment) in rules {
+    for (name, recipe) in rules {
         let pattern = config::Written::own(&regex::escape(name))?;
-        prune.push((pattern.clone(), treatment.prune.as_ref().map(prune_settings)));
-        palettize.push((pattern, treatment.palettize.as_ref().map(palette_settings)));
+        prune.push((pattern.clone(), recipe.prune.as_ref().map(prune_settings)));
+        palettize.push((pattern, recipe.palettize.as_ref().map(palette_settings)));
     }
     if let Some(section) = &mut config.prune {
         prune.append(&mut section.rules.module_name_configs);
