@@ -32,6 +32,11 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// Whether any layer needs calibration samples.
+    pub fn needs_samples(&self) -> bool {
+        self.layers.values().any(LayerRecipe::needs_hessian)
+    }
+
     /// Resolves `config` on the layers of `chain`.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sdxl_squeeze::calibration::calibrate;
-use sdxl_squeeze::compress::{Gatherer, Job, LayerReport, Workspace};
+use sdxl_squeeze::compress::{Calibration, Gatherer, Job, LayerReport, Machine, Model, Workspace};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::container::{CompressedWeight, Container};
 use sdxl_squeeze::device::Placement;
@@ -318,18 +318,14 @@ fn layers_in_batches_are_those_one_by_one() {
         assert_eq!(plan.batch_bytes, 0);
         plan.batch_bytes = batch_bytes;
         let job = Job {
-            chain: &folder.unet,
-            source: &source,
-            recipes,
+            model: Model { chain: &folder.unet, source: &source },
+            layers: recipes,
             plan: &plan,
-            sequencing,
-            kind: Kind::Float,
-            weights: &[],
-            timesteps: 1000,
-            devices: &[Device::Cpu],
+            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut finished = Workspace::open(&out.path().join(batch_bytes.to_string()), &Default::default(), false).unwrap();
-        sdxl_squeeze::compress::compress(&job, &samples, Gatherer::default(), &mut finished, &Silent).unwrap();
+        sdxl_squeeze::compress::compress(&job, Gatherer::default(), &mut finished, &Silent).unwrap();
         let layers: Vec<LayerReport> = finished.reports().map(|(report, _)| report.clone()).collect();
         layers.into_iter().map(|report| (report.clone(), finished.weight(&report.name).unwrap().unwrap())).collect()
     };
