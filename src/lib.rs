@@ -111,6 +111,7 @@ pub mod plan;
 mod product;
 pub mod progress;
 pub mod random;
+pub mod recipe;
 pub mod report;
 mod safetensors_file;
 mod shorten;

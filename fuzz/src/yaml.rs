@@ -1,17 +1,18 @@
 //! Reads a run config and gives a small model's layers their settings by it.
 
 use sdxl_squeeze::Error;
-use sdxl_squeeze::config::{LayerInfo, ModuleType, RunConfig};
+use sdxl_squeeze::codebook::LayerKind;
+use sdxl_squeeze::config::{LayerInfo, RunConfig};
 
 /// Layers of each kind: of the two ends, of a stage, with shapes that groups divide or do not.
 fn layers() -> Vec<LayerInfo> {
-    let rows: [(&str, Option<&str>, ModuleType, &[i64]); 6] = [
-        ("conv_in", None, ModuleType::Conv2d, &[8, 4, 3, 3]),
-        ("down_blocks.0.resnets.0.conv1", Some("down_blocks.0"), ModuleType::Conv2d, &[8, 8, 3, 3]),
-        ("down_blocks.0.resnets.0.time_emb_proj", Some("down_blocks.0"), ModuleType::Linear, &[8, 32]),
-        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", Some("mid_block"), ModuleType::Linear, &[24, 24]),
-        ("mid_block.attentions.0.transformer_blocks.0.ff.net.2", Some("mid_block"), ModuleType::Linear, &[7, 96]),
-        ("conv_out", None, ModuleType::Conv2d, &[4, 8, 3, 3]),
+    let rows: [(&str, Option<&str>, LayerKind, &[i64]); 6] = [
+        ("conv_in", None, LayerKind::Conv2d, &[8, 4, 3, 3]),
+        ("down_blocks.0.resnets.0.conv1", Some("down_blocks.0"), LayerKind::Conv2d, &[8, 8, 3, 3]),
+        ("down_blocks.0.resnets.0.time_emb_proj", Some("down_blocks.0"), LayerKind::Linear, &[8, 32]),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", Some("mid_block"), LayerKind::Linear, &[24, 24]),
+        ("mid_block.attentions.0.transformer_blocks.0.ff.net.2", Some("mid_block"), LayerKind::Linear, &[7, 96]),
+        ("conv_out", None, LayerKind::Conv2d, &[4, 8, 3, 3]),
     ];
     rows.into_iter()
         .map(|(name, stage, module_type, shape)| LayerInfo {

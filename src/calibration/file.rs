@@ -4,13 +4,12 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Sample, Samples};
+use super::{Calls, Sample, Samples};
 use crate::checkpoint::{SafetensorsFile, TensorBytes, read_tensor};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::model::unet::{Conditioning, UnetConfig};
 use crate::output::write_file;
-use crate::plan::Calls;
 
 /// The file's tensors, n samples of batch b each, in any floating dtype.
 const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];

@@ -1,18 +1,23 @@
 //! Calibration: the UNet's inputs on real trajectories.
 
+mod calls;
+mod draw;
 mod file;
+mod hold_out;
 mod record;
 mod weighting;
 
 use tch::Tensor;
 
+pub use calls::Calls;
+pub use draw::{calibrate, expected_calls};
+pub(crate) use hold_out::is_held_out;
 pub use record::{PromptSet, encode, record};
 pub use weighting::weights;
 
 use crate::device::Placement;
 use crate::error::Result;
 use crate::model::unet::Conditioning;
-use crate::plan::Calls;
 
 /// One call of the UNet: everything that it was given.
 #[derive(Debug)]

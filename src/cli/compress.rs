@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use sdxl_squeeze::compress::{JobReport, Prepared, RunOptions, calibrate, run as run_job, workspace_folder};
+use sdxl_squeeze::calibration::calibrate;
+use sdxl_squeeze::compress::{JobReport, Prepared, run as run_job, workspace_folder};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::memory::parse_size;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
 use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
 
 use super::edits::Edits;

@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::compress::{CLIP_LENGTH, Recipe, expected_calls, plan_of_run};
+use sdxl_squeeze::calibration::{Calls, expected_calls};
+use sdxl_squeeze::compress::plan_of_run;
 use sdxl_squeeze::config::{BudgetSection, RunConfig};
 use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
-use sdxl_squeeze::plan::{Calls, CarriesIn, Memory, Plan, measured_rate};
+use sdxl_squeeze::plan::{CarriesIn, Memory, Plan, measured_rate};
+use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
 use sdxl_squeeze::{Result, number};
 

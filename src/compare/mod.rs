@@ -7,8 +7,8 @@ use std::time::Instant;
 
 pub use judge::{Judge, Measured};
 
-use crate::calibration::{PromptSet, Samples};
-use crate::compress::{JobReport, Prepared, RunOptions, calibrate, run};
+use crate::calibration::{PromptSet, Samples, calibrate};
+use crate::compress::{JobReport, Prepared, run};
 use crate::config::{CalibrationSection, RunConfig, read_prompts};
 use crate::container::Container;
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::number;
 use crate::pipeline::{PipelineFolder, PromptEncoder};
 use crate::plan;
 use crate::progress::{Progress, Task};
+use crate::recipe::RunOptions;
 use crate::report::metrics::closeness;
 use crate::report::{Comparison, Dense, Judged, LayerRow, Row, StageError};
 use crate::shorten::shorten;

@@ -1,61 +1,49 @@
-//! Layers of one shape pruned together, for devices that have too little to do with one at a time.
+//! Layers of one shape pruned together, for devices that a single layer cannot keep busy.
 
 use tch::Tensor;
 
-use super::{Calibrated, Gatherer, Job, Workspace, finish};
-use crate::codebook::PruneOptions;
+use super::gather::Gatherer;
+use super::layer::{Evidence, compress_layer};
+use super::solve::Compressor;
+use super::walk::Walk;
 use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
 use crate::model::{Layer, LayerInput};
-use crate::plan::of_batch;
+use crate::plan::{Stop, batched_layer_bytes};
 use crate::progress::Task;
 use crate::solver::{Factor, Hessian, prune_many};
 
-/// Layers of one shape, each with its Hessian, that are pruned in the same way.
+/// Layers of one shape, each with its Hessian, that are pruned with the same options.
 struct Batch<'a> {
     options: PruneOptions,
     layers: Vec<(&'a Layer, &'a Hessian)>,
 }
 
-impl Job<'_> {
-    /// Treats those of `layers` whose inputs were gathered in this wave and that [can go in batches](super::Treatment::in_batches); the others
-    /// are left as they are.
-    pub(super) fn treat_batches(
-        &self,
-        part: &str,
-        layers: &[&Layer],
-        wave: &[LayerInput],
-        gatherer: &Gatherer,
-        finished: &mut Workspace,
-        task: &Task,
-    ) -> Result<()> {
-        for Batch { options, layers } in self.batches(layers, wave, gatherer, finished) {
+impl Compressor<'_> {
+    /// Compresses the stop's layers that [can be pruned in batches](crate::recipe::LayerRecipe::batch_options)
+    /// and leaves the others as they are.
+    pub(super) fn solve_batches(&mut self, stop: &Stop, gatherer: &Gatherer, walk: &Walk<'_>, task: &Task<'_>) -> Result<()> {
+        for Batch { options, layers } in self.batches(walk.layers_of(stop), gatherer) {
             let (first, _) = layers[0];
-            let most = self.plan.batch_bytes / of_batch(input_geometry(first), &first.weight().size()).max(1);
+            let most = self.batch_bytes / batched_layer_bytes(input_geometry(first), &first.weight().size()).max(1);
             for layers in layers.chunks(most.max(1) as usize) {
-                self.treat_batch(part, layers, &options, finished, task)?;
+                self.solve_batch(stop, layers, &options, walk, task)?;
             }
         }
-        // So that it is known what is left.
-        finished.flush()
+        // Layers count as compressed once they are written.
+        self.store.flush()
     }
 
-    /// What goes together, in the order of the layers.
-    fn batches<'a>(
-        &self,
-        layers: &[&'a Layer],
-        wave: &[LayerInput],
-        gatherer: &'a Gatherer,
-        finished: &Workspace,
-    ) -> Vec<Batch<'a>> {
+    /// The batches, in the order of their first layers.
+    fn batches<'a>(&self, layers: Vec<&'a Layer>, gatherer: &'a Gatherer) -> Vec<Batch<'a>> {
         let mut batches: Vec<Batch<'a>> = Vec::new();
-        for layer in layers.iter().filter(|layer| wave.contains(layer.input()) && !finished.has(layer.name())) {
-            let options = self.treatments.get(layer.name()).and_then(|treatment| treatment.in_batches());
+        for layer in layers.into_iter().filter(|layer| self.is_open(layer, true)) {
+            let options = self.recipe(layer).batch_options();
             let hessian = gatherer.hessian(layer.input()).filter(|hessian| hessian.groups() == 1);
             let (Some(options), Some(hessian)) = (options, hessian) else { continue };
-            let same =
+            let is_alike =
                 |batch: &&mut Batch| batch.options == *options && batch.layers[0].0.weight().size() == layer.weight().size();
-            match batches.iter_mut().find(same) {
+            match batches.iter_mut().find(is_alike) {
                 Some(batch) => batch.layers.push((layer, hessian)),
                 None => batches.push(Batch { options: *options, layers: vec![(layer, hessian)] }),
             }
@@ -63,16 +51,16 @@ impl Job<'_> {
         batches
     }
 
-    fn treat_batch(
-        &self,
-        part: &str,
+    fn solve_batch(
+        &mut self,
+        stop: &Stop,
         layers: &[(&Layer, &Hessian)],
         options: &PruneOptions,
-        finished: &mut Workspace,
-        task: &Task,
+        walk: &Walk<'_>,
+        task: &Task<'_>,
     ) -> Result<()> {
         task.go_on()?;
-        // Layers of the same input share a factor.
+        // Layers of one input share a factor.
         let mut factors: Vec<(&LayerInput, Factor)> = Vec::new();
         for (layer, hessian) in layers {
             if !factors.iter().any(|(input, _)| *input == layer.input()) {
@@ -80,19 +68,19 @@ impl Job<'_> {
                 factors.push((layer.input(), factor));
             }
         }
-        let weights = layers.iter().map(|(layer, _)| self.weight_of(layer, false)).collect::<Result<Vec<Tensor>>>()?;
-        let with_factor = layers.iter().zip(&weights).filter_map(|((layer, hessian), weight)| {
-            let (_, factor) = factors.iter().find(|(input, _)| *input == layer.input())?;
-            Some((weight, *hessian, factor))
+        let weights = layers.iter().map(|(layer, _)| walk.dense_weight(layer)).collect::<Result<Vec<Tensor>>>()?;
+        let problems = layers.iter().zip(&weights).map(|((layer, hessian), weight)| {
+            let factor = factors.iter().find(|(input, _)| *input == layer.input());
+            let (_, factor) = factor.expect("a factor was made for every input of the batch");
+            (weight, *hessian, factor)
         });
-        let pruned = prune_many(&with_factor.collect::<Vec<_>>(), options).map_err(Error::layer(layers[0].0.name()))?;
+        let pruned = prune_many(&problems.collect::<Vec<_>>(), options).map_err(Error::layer(layers[0].0.name()))?;
         for (((layer, hessian), weight), pruned) in layers.iter().zip(&weights).zip(&pruned) {
             task.go_on()?;
             task.advance(layer.name());
-            let Some(treatment) = self.treatments.get(layer.name()) else { continue };
-            let calibrated =
-                Calibrated { hessian, pruned: Some(pruned), factors: None, joint: None, correction: None, held_out: None };
-            finish(part, layer.name(), weight, treatment, Some(calibrated), finished, task)?;
+            let evidence = Evidence { pruned: Some(pruned), ..Evidence::of(hessian) };
+            let compressed = compress_layer(layer.name(), weight, self.recipe(layer), Some(evidence))?;
+            self.add(stop, layer, compressed, Some(evidence), task)?;
         }
         Ok(())
     }

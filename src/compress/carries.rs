@@ -1,4 +1,4 @@
-//! Recorded carries between two stages.
+//! The recorded carries of all samples between two parts of the network.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,8 @@ use crate::checkpoint::SteadyFile;
 use crate::error::{Error, Result};
 use crate::model::unet::Carry;
 
-/// The carries of all samples, in memory or in files; the text states and time embeddings, which are small, are always in memory.
+/// The carries of all samples, in memory or in files. Text states and time embeddings are small and
+/// always in memory.
 #[derive(Debug)]
 pub(super) enum Carries {
     Memory(Vec<Carry>),
@@ -32,8 +33,9 @@ struct Row {
     residuals: Vec<Stored>,
 }
 
-/// A tensor in a file. Its checksum stays in memory: it is read back once in a pass, for as long as the run lasts, and a disk's fault or
-/// another program in the folder must not become a part of the result.
+/// A tensor in a file, with its checksum in memory: the file is read back once in every pass, for as
+/// long as the run lasts, and neither a fault of the disk nor another program that writes to the
+/// folder may change the result.
 #[derive(Debug)]
 struct Stored {
     path: PathBuf,
@@ -69,17 +71,18 @@ impl Stored {
 }
 
 impl Carries {
-    /// None yet, in memory.
+    /// An empty list in memory.
     pub fn in_memory() -> Self {
         Carries::Memory(Vec::new())
     }
 
-    /// None yet, in files of `folder`, which is made; read back to `device`.
+    /// An empty list in files of `folder`, which is created; carries are read back to `device`.
     pub fn in_files(folder: &Path, device: Device) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
         Ok(Carries::Files(Files { folder: folder.to_owned(), rows: Vec::new(), device }))
     }
 
+    /// The number of carries.
     pub fn len(&self) -> usize {
         match self {
             Carries::Memory(carries) => carries.len(),
@@ -87,7 +90,7 @@ impl Carries {
         }
     }
 
-    /// Adds a sample's first carry.
+    /// Adds the first carry of a batch of samples.
     pub fn push(&mut self, carry: Carry) -> Result<()> {
         match self {
             Carries::Memory(carries) => carries.push(carry),
@@ -99,12 +102,12 @@ impl Carries {
         Ok(())
     }
 
+    /// The carry of the batch `index`.
     pub fn get(&self, index: usize) -> Result<Carry> {
-        let absent = || Error::Failed(format!("there is no carry {index}"));
         Ok(match self {
-            Carries::Memory(carries) => carries.get(index).ok_or_else(absent)?.shallow_clone(),
+            Carries::Memory(carries) => carries[index].shallow_clone(),
             Carries::Files(files) => {
-                let row = files.rows.get(index).ok_or_else(absent)?;
+                let row = &files.rows[index];
                 let read = |stored: &Stored| stored.read(files.device);
                 Carry {
                     hidden_states: read(&row.hidden_states)?,
@@ -117,7 +120,8 @@ impl Carries {
         })
     }
 
-    /// Puts what a stage made of a sample's carry in its place. Stages push residuals or pop them; those that stay are the same.
+    /// Replaces the carry `index` by the output of a stage or block. Stages push residuals or pop them;
+    /// the other residuals are unchanged and not written again.
     pub fn replace(&mut self, index: usize, carry: Carry) -> Result<()> {
         match self {
             Carries::Memory(carries) => carries[index] = carry,
@@ -131,7 +135,7 @@ impl Carries {
 }
 
 impl Files {
-    /// Writes what is new of a carry; `residuals` are those that are there.
+    /// Writes the new tensors of a carry; `residuals` are those that have files already.
     fn write(&self, index: usize, carry: Carry, mut residuals: Vec<Stored>) -> Result<Row> {
         let path = |what: String| self.folder.join(format!("{index:05}-{what}"));
         for popped in residuals.drain(carry.down_block_res_samples.len().min(residuals.len())..) {
@@ -190,7 +194,6 @@ mod tests {
             }
             carries.replace(1, carry(1.0, 1)).unwrap();
             assert_eq!(carries.len(), 3);
-            assert!(carries.get(3).is_err());
         }
         for index in 0..3 {
             assert!(equal(&in_files.get(index).unwrap(), &in_memory.get(index).unwrap()), "{index}");

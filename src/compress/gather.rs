@@ -1,33 +1,47 @@
-//! Gathers Hessians while calibration runs through a stage.
+//! Gathers Hessians while calibration samples run.
 
 use std::collections::BTreeMap;
 
 use tch::{Device, Tensor};
 
+use super::dense_outputs::{DenseOutputs, with_residual};
 use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
 use crate::model::{Layer, LayerInput, Observer};
 use crate::solver::{Hessian, OutputResidual};
 
-/// An observer that sums the inputs of some layers, each input once: layers that are given the same tensor share a Hessian.
+/// Vectors that are kept of each held-out batch.
+const HELD_OUT_VECTORS: i64 = 144;
+
+/// An observer that sums the Hessians of the inputs of some layers. Layers that are given the same
+/// tensor share a Hessian.
 ///
-/// Where layers aim at the dense network's outputs, it also sums what theirs lack of them.
+/// Where layers have a dense target, it also correlates their inputs with their output residuals: the
+/// outputs of the dense network less those of the compressed one.
 #[derive(Debug, Default)]
 pub struct Gatherer {
-    /// Each input with the layer that is asked for it, the first that has it.
+    /// The Hessian of each input, with the name of the layer that is first given it.
     hessians: BTreeMap<LayerInput, (String, Hessian)>,
-    /// How much the sample at hand counts; `None`: 1.
+    /// The weight of the sample under way; `None` is 1.
     weight: Option<f64>,
     corrections: BTreeMap<String, OutputResidual>,
-    /// Whether the sample at hand is held out: some of its vectors are kept, and none is summed.
-    holding: bool,
-    held: BTreeMap<LayerInput, Tensor>,
-    /// What the layers' outputs are to be for the sample at hand, with what is added to them.
+    /// Whether the sample under way is held out: some of its vectors are kept, and none is summed.
+    is_held_out: bool,
+    held_out: BTreeMap<LayerInput, Tensor>,
+    /// The dense outputs for the sample under way.
     targets: DenseOutputs,
-    /// What the layers at hand have been given, and what is added to what they make of it.
-    given: BTreeMap<String, (Option<Tensor>, Option<Tensor>)>,
+    /// The layers under way that have a dense target.
+    under_way: BTreeMap<String, UnderWay>,
     /// Whether a forward ends as soon as nothing is left to be seen.
-    hasty: bool,
+    ends_early: bool,
+}
+
+/// A layer that is about to compute its output.
+#[derive(Debug, Default)]
+struct UnderWay {
+    input: Option<Tensor>,
+    /// What the network adds to the output.
+    residual: Option<Tensor>,
 }
 
 impl Gatherer {
@@ -47,11 +61,11 @@ impl Gatherer {
         Ok(Gatherer { hessians, ..Gatherer::default() })
     }
 
-    /// The same, for layers that aim at the dense network's outputs.
+    /// A gatherer for layers that are fitted to the outputs of the dense network.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub(super) fn aiming<'a>(layers: impl Iterator<Item = &'a Layer> + Clone, device: Device) -> Result<Self> {
+    pub(super) fn with_targets<'a>(layers: impl Iterator<Item = &'a Layer> + Clone, device: Device) -> Result<Self> {
         let mut gatherer = Gatherer::new(layers.clone(), device)?;
         for layer in layers {
             let correction = OutputResidual::for_weight(input_geometry(layer), &layer.weight().size(), device)
@@ -61,34 +75,37 @@ impl Gatherer {
         Ok(gatherer)
     }
 
-    /// Ends forwards with [`Error::SeenEnough`] as soon as its one input, or what its layers make of it, has been seen.
-    pub(super) fn hasty(self) -> Self {
-        Gatherer { hasty: true, ..self }
+    /// Ends forwards with [`Error::SeenEnough`] once the single input, or the outputs of its layers
+    /// where they have a dense target, have been seen.
+    pub(super) fn ending_early(self) -> Self {
+        Gatherer { ends_early: true, ..self }
     }
 
-    /// Says how much the next sample counts.
-    pub(super) fn weigh(&mut self, weight: f64) {
+    /// Sets the weight of the next sample.
+    pub(super) fn set_weight(&mut self, weight: f64) {
         self.weight = (weight != 1.0).then_some(weight);
     }
 
-    /// Says whether the next sample is held out.
-    pub(super) fn hold_out(&mut self, holding: bool) {
-        self.holding = holding;
+    /// Sets whether the next sample is held out.
+    pub(super) fn hold_out(&mut self, is_held_out: bool) {
+        self.is_held_out = is_held_out;
+    }
+
+    /// Sets the dense outputs for the next sample.
+    pub(super) fn set_targets(&mut self, targets: DenseOutputs) {
+        self.targets = targets;
+        self.under_way.clear();
     }
 
     /// Vectors of an input that were held out, [n, d], if any.
     pub(super) fn held_out(&self, input: &LayerInput) -> Option<&Tensor> {
-        self.held.get(input)
+        self.held_out.get(input)
     }
 
-    /// Says what the outputs for the next sample are to be.
-    pub(super) fn aim_at(&mut self, targets: DenseOutputs) {
-        self.targets = targets;
-    }
-
-    /// By how much each layer's outputs were off, where that was asked for.
-    pub(super) fn corrections(&self) -> &BTreeMap<String, OutputResidual> {
-        &self.corrections
+    /// The correlation of a layer's input with its output residual, where the layer has a dense
+    /// target.
+    pub(super) fn correction(&self, layer: &str) -> Option<&OutputResidual> {
+        self.corrections.get(layer)
     }
 
     /// Adds an input that is known without running a stage: text states or SiLU(temb).
@@ -102,22 +119,22 @@ impl Gatherer {
         }
     }
 
-    /// Adds what another gatherer of the same layers has seen.
+    /// Adds the sums of another gatherer. Where layers have dense targets it has to be one of the same
+    /// layers.
     ///
     /// # Errors
-    /// If the other is of other layers.
+    /// If Hessians of one input differ in shape.
     pub fn merge(&mut self, other: Gatherer) -> Result<()> {
-        for (input, vectors) in other.held {
-            let all = match self.held.get(&input) {
+        for (input, vectors) in other.held_out {
+            let all = match self.held_out.get(&input) {
                 Some(own) => Tensor::f_cat(&[own, &vectors.f_to_device(own.device())?], 0)?,
                 None => vectors,
             };
-            self.held.insert(input, all);
+            self.held_out.insert(input, all);
         }
         for (layer, correction) in other.corrections {
-            if let Some(sum) = self.corrections.get_mut(&layer) {
-                sum.merge(correction)?;
-            }
+            let sum = self.corrections.get_mut(&layer).expect("all devices gather for the same layers");
+            sum.merge(correction)?;
         }
         for (input, (layer, hessian)) in other.hessians {
             match self.hessians.get_mut(&input) {
@@ -139,105 +156,56 @@ impl Gatherer {
     pub fn take(&mut self, input: &LayerInput) -> Option<Hessian> {
         self.hessians.remove(input).map(|(_, hessian)| hessian)
     }
+
+    fn has_target(&self, layer: &Layer) -> bool {
+        !self.is_held_out && self.corrections.contains_key(layer.name())
+    }
+
+    fn end_if(&self, nothing_is_left: bool) -> Result<()> {
+        if self.ends_early && nothing_is_left { Err(Error::SeenEnough) } else { Ok(()) }
+    }
 }
 
 impl Observer for Gatherer {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
-        match self.hessians.get_mut(layer.input()) {
-            Some((first, hessian)) if first == layer.name() && self.holding => {
-                let new = hessian.some_vectors(input, HELD_VECTORS).map_err(Error::layer(layer.name()))?;
-                let all = match self.held.get(layer.input()) {
-                    Some(old) => Tensor::f_cat(&[old, &new], 0)?,
-                    None => new,
-                };
-                self.held.insert(layer.input().clone(), all);
-            }
-            Some((first, hessian)) if first == layer.name() => {
-                let weighed = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
-                hessian.add(weighed.as_ref().unwrap_or(input)).map_err(Error::layer(layer.name()))?;
-            }
-            _ => {}
+        let Some((first, hessian)) = self.hessians.get_mut(layer.input()) else { return Ok(()) };
+        if first == layer.name() && self.is_held_out {
+            let new = hessian.some_vectors(input, HELD_OUT_VECTORS).map_err(Error::layer(layer.name()))?;
+            let all = match self.held_out.get(layer.input()) {
+                Some(old) => Tensor::f_cat(&[old, &new], 0)?,
+                None => new,
+            };
+            self.held_out.insert(layer.input().clone(), all);
+        } else if first == layer.name() {
+            let weighted = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
+            hessian.add(weighted.as_ref().unwrap_or(input)).map_err(Error::layer(layer.name()))?;
         }
-        if self.corrections.contains_key(layer.name()) && !self.holding {
-            self.given.entry(layer.name().to_owned()).or_default().0 = Some(input.shallow_clone());
+        if self.has_target(layer) {
+            self.under_way.entry(layer.name().to_owned()).or_default().input = Some(input.shallow_clone());
         }
-        let only_inputs = self.corrections.is_empty() || self.holding;
-        if self.hasty && only_inputs && self.hessians.contains_key(layer.input()) { Err(Error::SeenEnough) } else { Ok(()) }
+        self.end_if(self.is_held_out || self.corrections.is_empty())
     }
 
     fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
-        if self.corrections.contains_key(layer.name()) {
-            self.given.entry(layer.name().to_owned()).or_default().1 = Some(residual.shallow_clone());
+        if self.has_target(layer) {
+            self.under_way.entry(layer.name().to_owned()).or_default().residual = Some(residual.shallow_clone());
         }
         Ok(())
     }
 
     fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
-        let Some(correction) = self.corrections.get_mut(layer.name()) else { return Ok(()) };
-        let given = self.given.remove(layer.name());
-        let (Some((Some(input), residual)), Some(mut target)) = (given, self.targets.outputs.remove(layer.name())) else {
+        if !self.has_target(layer) {
             return Ok(());
-        };
-        let mut lack = target.f_sub_(&sum(output, residual.as_ref())?)?;
+        }
+        let UnderWay { input, residual } = self.under_way.remove(layer.name()).expect("a layer's input precedes its output");
+        let input = input.expect("a layer's input precedes its output");
+        let mut target = self.targets.take(layer.name()).expect("the dense network has run the same layers before");
+        let mut output_residual = target.f_sub_(&with_residual(output, residual.as_ref())?)?;
         if let Some(weight) = self.weight {
-            lack = lack.f_mul_scalar_(weight)?;
+            output_residual = output_residual.f_mul_scalar_(weight)?;
         }
-        correction.add(&input, &lack).map_err(Error::layer(layer.name()))?;
-        if self.hasty && self.targets.outputs.is_empty() { Err(Error::SeenEnough) } else { Ok(()) }
+        let correction = self.corrections.get_mut(layer.name()).expect("a layer with a target has a sum");
+        correction.add(&input, &output_residual).map_err(Error::layer(layer.name()))?;
+        self.end_if(self.targets.is_empty())
     }
-}
-
-/// Vectors that are kept of a held-out sample.
-pub(super) const HELD_VECTORS: i64 = 144;
-
-/// Keeps the outputs of some layers, with what is added to them.
-#[derive(Debug, Default)]
-pub(super) struct DenseOutputs {
-    wanted: Vec<String>,
-    hasty: bool,
-    residuals: BTreeMap<String, Tensor>,
-    outputs: BTreeMap<String, Tensor>,
-}
-
-impl DenseOutputs {
-    /// Those of these layers. One that is `hasty` ends the forward with [`Error::SeenEnough`] when it has all.
-    pub fn of(wanted: Vec<String>, hasty: bool) -> Self {
-        DenseOutputs { wanted, hasty, ..DenseOutputs::default() }
-    }
-
-    fn wants(&self, layer: &Layer) -> bool {
-        self.wanted.iter().any(|name| name == layer.name())
-    }
-}
-
-impl Observer for DenseOutputs {
-    fn input(&mut self, _layer: &Layer, _input: &Tensor) -> Result<()> {
-        Ok(())
-    }
-
-    fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
-        if self.wants(layer) {
-            self.residuals.insert(layer.name().to_owned(), residual.shallow_clone());
-        }
-        Ok(())
-    }
-
-    fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
-        if self.wants(layer) {
-            let whole = sum(output, self.residuals.remove(layer.name()).as_ref())?;
-            self.outputs.insert(layer.name().to_owned(), whole);
-        }
-        if self.hasty && self.outputs.len() == self.wanted.len() { Err(Error::SeenEnough) } else { Ok(()) }
-    }
-}
-
-/// An output and what is added to it, in new memory.
-fn sum(output: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
-    let Some(residual) = residual else { return Ok(output.f_mul_scalar(1.0)?) };
-    if output.dim() == 3 && residual.dim() == 4 {
-        // An image, where the output is tokens of one.
-        let tokens = residual.f_permute([0, 2, 3, 1])?.f_reshape(output.size())?;
-        return Ok(output.f_add(&tokens)?);
-    }
-    Ok(output.f_add(residual)?)
 }

@@ -1,8 +1,7 @@
-//! What a result depends on: the program, the config, and the content of every file that the run reads.
+//! The identity of a run: the program, the config, and the content of every file that the run reads.
 
 use serde_json::{Map, Value, json};
 
-use super::RunOptions;
 use crate::calibration::Samples;
 use crate::checkpoint::{SafetensorsFile, SourceFile, Weights};
 use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
@@ -10,40 +9,43 @@ use crate::digest;
 use crate::error::{Error, Result};
 use crate::pipeline::PipelineFolder;
 use crate::progress::{Progress, Task};
+use crate::recipe::RunOptions;
 
 /// A hash of the sources that this program was compiled from, 16 hex digits.
 pub const BUILD: &str = env!("SDXL_SQUEEZE_BUILD");
 
-/// The files that a run reads besides its model. Each is read once, at the beginning: what the run uses is what its identity says.
+/// The files that a run reads besides its model. Each is read once, at the beginning, so that the run
+/// uses exactly the content that its identity names.
 #[derive(Debug, Default)]
 pub(super) struct Inputs {
-    /// The calibration's prompts; none if they are not needed.
+    /// The prompts of the calibration; empty if they are not needed.
     pub prompts: Vec<String>,
-    /// The calibration's captions; none if there are none, or they are not needed.
+    /// The captions of the calibration; empty if there are none or they are not needed.
     pub captions: Vec<String>,
-    /// Samples that were made before or elsewhere.
+    /// Samples from a file.
     pub samples: Option<Samples>,
-    /// What prompts and captions are encoded with; none if there are none.
+    /// The files that prompts and captions are encoded with; empty if nothing is encoded.
     prompt_files: Vec<SourceFile>,
     entries: Map<String, Value>,
 }
 
 impl Inputs {
-    /// Reads what `config` names. `given` are samples that the caller has; `needed` says whether any layer needs samples.
+    /// Reads the files that `config` names. `given` are samples that the caller has; `needed` says
+    /// whether any layer needs samples.
     ///
     /// # Errors
     /// If a file cannot be read.
     pub fn read(folder: &PipelineFolder, config: &RunConfig, given: Option<&Samples>, needed: bool) -> Result<Self> {
         let section = &config.calibration;
         let mut inputs = Inputs::default();
-        let mut says = |key: &str, value: Value| inputs.entries.insert(key.to_owned(), value);
+        let mut add = |key: &str, value: Value| inputs.entries.insert(key.to_owned(), value);
         match (given, &section.samples) {
             (Some(given), _) if !given.calls.is_empty() => {
-                says("samples", json!(digest::of_bytes(&given.to_bytes()?)));
+                add("samples", json!(digest::of_bytes(&given.to_bytes()?)));
             }
             (None, Some(path)) if needed => {
                 let file = SafetensorsFile::open(path)?;
-                says("samples", json!(file.sha256()?));
+                add("samples", json!(file.sha256()?));
                 inputs.samples = Some(Samples::from_file(&file, folder.unet.config(), section.calibration_nsamples)?);
             }
             _ => {}
@@ -64,8 +66,9 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Whether text encoders, tokenizers and their configs are what they were at the beginning. They are opened when their turn comes, which
-    /// for captions may be an hour later, so this is asked when they have been used.
+    /// Checks that text encoders, tokenizers and their configs have not changed since the beginning. They
+    /// are opened when they are used, which for captions may be an hour later, so this is called after
+    /// they have been used.
     ///
     /// # Errors
     /// [`Error::Changed`] naming the first file that is another, or not there any more; [`Error::Read`].
@@ -80,33 +83,35 @@ impl Inputs {
         }
     }
 
-    /// The section with the prompts that were read in place of their file.
+    /// The section with the prompts in the place of the file that they were read from.
     pub fn section(&self, section: &CalibrationSection) -> CalibrationSection {
         let prompts = if self.prompts.is_empty() { section.prompts.clone() } else { Prompts::List(self.prompts.clone()) };
         CalibrationSection { prompts, ..section.clone() }
     }
 
-    /// Everything that a result depends on, entry by entry, for [`Workspace`](super::Workspace).
+    /// Everything that a result depends on, entry by entry, for
+    /// [`Workspace`](super::workspace::Workspace).
     pub fn identity(&self, config: &RunConfig, sources: &[SourceFile], options: &RunOptions) -> Map<String, Value> {
         let mut identity = Map::from_iter([
             ("version".to_owned(), json!(env!("CARGO_PKG_VERSION"))),
             ("build".to_owned(), json!(BUILD)),
             ("config".to_owned(), json!(config.to_yaml())),
             ("model".to_owned(), json!(sources)),
-            ("device and dtype".to_owned(), json!(format!("{:?} {:?}", options.devices, options.kind))),
+            ("device and dtype".to_owned(), json!(format!("{:?} {:?}", options.devices.as_slice(), options.kind))),
         ]);
         identity.extend(self.entries.clone());
         identity
     }
 }
 
-/// The hash of texts, whatever is in them.
+/// The hash of a list of texts.
 fn of_lines(texts: &[String]) -> String {
     digest::of_bytes(json!(texts).to_string().as_bytes())
 }
 
-/// The files that the UNet comes from, with their hashes. They are read from beginning to end for that, and every value is looked at: a model
-/// that a container cannot hold is refused now, not when all layers but one are done.
+/// The files that the UNet comes from, with their hashes. They are read from beginning to end, and every
+/// value is checked, so that a model that a container cannot hold is refused before any layer is
+/// compressed.
 ///
 /// # Errors
 /// As [`Weights::survey`].
@@ -137,10 +142,10 @@ mod tests {
         let inputs = Inputs::read(&folder, &config, None, true).unwrap();
         inputs.check_prompt_files(&folder).unwrap();
         assert_eq!(inputs.prompts, ["a", "b"]);
-        let said = |options: &RunOptions| inputs.identity(&config, &[], options);
-        let options = RunOptions { devices: vec![tch::Device::Cpu], kind: Kind::Float, budget: None, resume: false };
-        assert_ne!(said(&options), said(&RunOptions { kind: Kind::Half, ..options.clone() }));
-        assert_eq!(said(&options)["build"], json!(BUILD));
+        let identity = |options: &RunOptions| inputs.identity(&config, &[], options);
+        let options = RunOptions { devices: tch::Device::Cpu.into(), kind: Kind::Float, budget: None, resume: false };
+        assert_ne!(identity(&options), identity(&RunOptions { kind: Kind::Half, ..options.clone() }));
+        assert_eq!(identity(&options)["build"], json!(BUILD));
         for name in ["text_encoder_2/model.safetensors", "tokenizer/merges.txt", "model_index.json"] {
             let path = root.join(name);
             let before = std::fs::read(&path).unwrap();
@@ -155,7 +160,7 @@ mod tests {
             std::fs::write(&path, before).unwrap();
         }
         inputs.check_prompt_files(&folder).unwrap();
-        // Of a run that reads no prompts they are no part.
+        // A run that reads no prompts does not depend on them.
         assert_eq!(Inputs::read(&folder, &config, None, false).unwrap().entries.len(), 0);
     }
 }

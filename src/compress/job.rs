@@ -1,403 +1,92 @@
-//! A whole run: calibration, compression, container.
+//! What a compression job is made of: the dense model, its recipe, its plan, its calibration data.
 
-use std::path::{Path, PathBuf};
-
-use serde::Serialize;
-use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use super::identity::{Inputs, sources_of};
-use super::{
-    Gatherer, Job, LayerReport, Prepared, Recipe, Sequencing, Treatment, Treatments, Workspace, allocate, captions, compress,
-    kept,
-};
-use crate::calibration::{self, PromptSet, Samples, encode, record};
-use crate::checkpoint::{SafetensorsFile, SourceFile, TensorSource, Weights};
-use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
-use crate::container::{ContainerInfo, ContainerWriter, Written};
-use crate::device::{Placement, free_memory, parse_devices, parse_dtype};
+use crate::calibration::Samples;
+use crate::checkpoint::TensorSource;
+use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::model::Layer;
-use crate::model::unet::Unet;
-use crate::number;
-use crate::pipeline::{PipelineFolder, PromptEncoder};
-use crate::plan::{Calls, Memory, Plan};
-use crate::progress::{Progress, Task};
+use crate::model::unet::UnetChain;
+use crate::plan::Plan;
+use crate::recipe::{Devices, LayerRecipes};
 
-/// Where and how a run computes.
-#[derive(Debug, Clone)]
-pub struct RunOptions {
-    /// The devices: samples are spread over them, and the first one solves. At least one.
-    pub devices: Vec<Device>,
+/// A dense UNet.
+#[derive(Clone, Copy)]
+pub struct Model<'a> {
+    /// The parts that it consists of.
+    pub chain: &'a UnetChain,
+    /// Its weights, on the first device.
+    pub source: &'a (dyn TensorSource + Sync),
+}
+
+/// The data that Hessians are made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Calibration<'a> {
+    /// Calls of the UNet.
+    pub samples: &'a Samples,
+    /// The weight of each sample; empty if all weigh the same.
+    pub weights: &'a [f64],
+    /// The number of training timesteps; layers that depend on the timestep alone are calibrated on
+    /// each of them.
+    pub timesteps: usize,
+}
+
+/// Where samples run.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine<'a> {
+    /// The samples are spread over the devices; the first device solves.
+    pub devices: &'a Devices,
     /// The dtype of activations.
     pub kind: Kind,
-    /// Bytes of the first device's memory at most; what it has free, less a tenth, if absent.
-    pub budget: Option<u64>,
-    /// Go on with a run that was ended.
-    pub resume: bool,
 }
 
-impl RunOptions {
-    /// The devices and the dtype that `config` names, without a budget, and for a run from the start.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for a device that is not there.
-    pub fn of(config: &RunConfig) -> Result<Self> {
-        let (devices, kind) = (parse_devices(&config.model.device)?, parse_dtype(&config.model.dtype)?);
-        Ok(RunOptions { devices, kind, budget: None, resume: false })
-    }
-
-    /// One device.
-    pub fn on(placement: Placement) -> Self {
-        RunOptions { devices: vec![placement.device], kind: placement.kind, budget: None, resume: false }
-    }
-
-    /// The first device.
-    pub fn placement(&self) -> Placement {
-        Placement { device: self.devices.first().copied().unwrap_or(Device::Cpu), kind: self.kind }
-    }
-
-    /// Bytes that may be taken.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if no budget is given and the device does not tell what it has.
-    pub fn memory_budget(&self) -> Result<u64> {
-        let free = || free_memory(self.placement().device).map(|free| free - free / 10);
-        self.budget
-            .or_else(free)
-            .ok_or_else(|| Error::Argument("how much memory is free cannot be told; give --memory-budget".into()))
-    }
+/// A UNet to compress.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    /// The dense UNet.
+    pub model: Model<'a>,
+    /// How each layer is compressed.
+    pub layers: &'a LayerRecipes,
+    /// The schedule, and where carries wait.
+    pub plan: &'a Plan,
+    /// The samples.
+    pub calibration: Calibration<'a>,
+    /// The devices.
+    pub machine: Machine<'a>,
 }
 
-/// What a run came to; written beside the container as JSON.
-#[derive(Debug, Serialize)]
-pub struct JobReport {
-    /// Bytes of the container.
-    pub bytes: u64,
-    /// Bytes of the tensors in it.
-    pub payload_bytes: u64,
-    /// Calibration samples that were used; 0 if nothing was pruned.
-    pub samples: usize,
-    /// Pruned share of all compressed weights.
-    pub sparsity: f64,
-    /// Stored bits a weight, over all compressed weights.
-    pub bits_per_weight: f64,
-    /// What was planned.
-    pub plan: Plan,
-    /// Every treated layer, in execution order.
-    pub layers: Vec<LayerReport>,
-    /// Everything that had to be said on the way.
-    pub notes: Vec<String>,
-    /// The config that was run: where one with a budget was given, that with the settings found for it.
-    #[serde(skip)]
-    pub config: RunConfig,
-}
-
-/// The calibration samples that a config asks for: read from its file, or recorded from its prompts.
-///
-/// The UNet is kept in memory as far as the budget goes: in the dtype of its activations, in its checkpoint's, or a stage at a time.
-///
-/// # Errors
-/// If the file or the prompts cannot be read, or the pipeline cannot run.
-pub fn calibrate(
-    folder: &PipelineFolder,
-    weights: &Weights,
-    section: &CalibrationSection,
-    options: &RunOptions,
-    progress: &dyn Progress,
-) -> Result<Samples> {
-    if let Some(path) = &section.samples {
-        return Samples::read(path, folder.unet.config(), section.calibration_nsamples);
-    }
-    let placement = options.placement();
-    let set = PromptSet {
-        prompts: section.prompts.load()?,
-        seed: section.seed,
-        steps: section.steps,
-        guidance: section.guidance,
-        size: folder.picture_size(section.size)?,
-    };
-    // The encoders go before the UNet comes.
-    let guidances = encode(folder, &PromptEncoder::load(folder, placement)?, &set, progress)?;
-    let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
-    let narrow: u64 = weights
-        .entries()
-        .map(|(name, entry)| {
-            entry.shape.iter().product::<i64>().unsigned_abs() * weights.narrow_bytes(name, placement).unwrap_or(4) as u64
-        })
-        .sum();
-    let room = options.memory_budget()?.saturating_sub(1 << 30);
-    let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
-        Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
-    } else if narrow <= room {
-        Unet::resident(folder.unet.clone(), weights.narrow_source(placement), progress)?
-    } else {
-        Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
-    };
-    record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
-}
-
-/// The shapes of samples that `section` will make for the pipeline's UNet, before there are any.
-///
-/// # Errors
-/// If the picture's size is none that the model draws, or a samples file cannot be read.
-pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Calls> {
-    if let Some(path) = &section.samples {
-        return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
-    }
-    let (height, width) = folder.picture_size(section.size)?;
-    let scale = folder.vae.scale();
-    Ok(Calls {
-        count: section.calibration_nsamples,
-        batch: if section.guidance > 1.0 { 2 } else { 1 },
-        height: height / scale,
-        width: width / scale,
-        text: CLIP_LENGTH,
-    })
-}
-
-/// Tokens of a prompt, padding included, in every CLIP text encoder.
-pub const CLIP_LENGTH: i64 = 77;
-
-/// The folder in which a run for the container `path` keeps what is finished, until the container is there.
-pub fn workspace_folder(path: &Path) -> PathBuf {
-    path.with_extension("work")
-}
-
-/// Compresses the pipeline's UNet as the config of `prepared` says and writes the container to its path.
-///
-/// `samples` are used if they are given (several runs can share them); otherwise they are made if a layer needs them. What is finished is
-/// kept beside the container's path until the container is there; with [`RunOptions::resume`] a run goes on with it.
-///
-/// # Errors
-/// If prompts, captions or samples cannot be read, the model has values that a container cannot hold, the memory does not do for the samples
-/// that there are, calibration fails, a layer cannot be treated, or the container cannot be written; [`Error::Changed`] if a file is written
-/// to while it is read; [`Error::Stopped`].
-pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
-    let numerics = crate::init();
-    let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
-    let (mut recipe, mut config) = (recipe.clone(), config.clone());
-    let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
-    let mut inputs = Inputs::read(folder, &config, samples, needs_samples)?;
-    let sources = sources_of(folder, weights, progress)?;
-    let identity = inputs.identity(&config, &sources, options);
-    let mut workspace = Workspace::open(&workspace_folder(path), &identity, options.resume)?;
-    let section = inputs.section(&config.calibration);
-
-    let none = Samples::default();
-    let made = match (samples, inputs.samples.take()) {
-        (None, Some(read)) => Some(read),
-        (None, None) if needs_samples => {
-            let made = kept_samples(folder, weights, &section, options, &mut workspace, progress)?;
-            inputs.check_prompt_files(folder)?;
-            Some(made)
+impl Calibration<'_> {
+    /// Checks that there are samples, and a weight for each if there are weights.
+    pub(super) fn check(&self) -> Result<()> {
+        let (samples, weights) = (self.samples.calls.len(), self.weights.len());
+        if samples == 0 {
+            return Err(Error::Argument("calibration needs samples, and there are none".into()));
         }
-        _ => None,
-    };
-    let samples = samples.or(made.as_ref()).unwrap_or(&none);
-    // Samples take memory too, and there may be fewer than were planned with.
-    let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
-    let plan = |treatments: &Treatments, sequencing| prepared.plan_for(treatments, sequencing, samples.shape(), memory);
-    let calibration_weights = match config.calibration.timestep_weighting {
-        TimestepWeighting::Uniform => Vec::new(),
-        by => calibration::weights(samples, folder, by)?,
-    };
-    let captions = |treatments: &Treatments| -> Result<Gatherer> {
-        let hungry = |layer: &Layer| treatments.get(layer.name()).is_some_and(Treatment::needs_hessian);
-        let gathered = captions::gather(folder, weights, &section, &inputs.captions, &hungry, options, progress)?;
-        if !inputs.captions.is_empty() {
-            inputs.check_prompt_files(folder)?;
+        if weights > 0 && weights != samples {
+            return Err(Error::Argument(format!("there are {weights} weights for {samples} calibration samples")));
         }
-        Ok(gathered)
-    };
-    let source = weights.narrow_source(options.placement());
-    let timesteps = folder.scheduler.train_timesteps()?;
-    let few = few_prompts(&config, &recipe, inputs.prompts.len());
-    let mut said: Vec<String> = numerics.note().into_iter().chain(few).collect();
-    said.iter().for_each(|said| tracing::warn!("{said}"));
-    if let Some(budget) = &config.budget {
-        const FOUND: &str = "recipe.yaml";
-        let allocated = if let Some(kept) = workspace.kept(FOUND) {
-            RunConfig::parse(&workspace.folder().join(FOUND), &kept)?
-        } else {
-            let treatments = allocate::measuring(&recipe.treatments);
-            let (measuring, as_it_is) = (plan(&treatments, Sequencing::Stage)?, plan(&recipe.treatments, recipe.sequencing)?);
-            let job = Job {
-                chain: &folder.unet,
-                source: &source,
-                treatments: &treatments,
-                plan: &measuring,
-                sequencing: Sequencing::Stage,
-                weights: &calibration_weights,
-                timesteps,
-                kind: options.kind,
-                devices: &options.devices,
-            };
-            let captions = captions(&treatments)?;
-            let found =
-                allocate::allocate(&job, &config, &recipe, &as_it_is, budget, samples, captions, workspace.folder(), progress)?;
-            tracing::info!("allocated: {}", number::size(found.payload_bytes));
-            said.push(format!("settings were found for each layer, together {}", number::size(found.payload_bytes)));
-            workspace.keep(FOUND, found.config.to_yaml().as_bytes())?;
-            found.config
-        };
-        recipe = Recipe::new(&allocated, &folder.unet)?;
-        config = allocated;
+        Ok(())
     }
-    let plan = plan(&recipe.treatments, recipe.sequencing)?;
-    tracing::info!(
-        "planned: {} of memory at most, {} passes",
-        number::size(plan.peak_bytes),
-        plan.stages.iter().map(|stage| stage.passes).sum::<usize>()
-    );
-    let captions = match plan.calls {
-        Some(_) => captions(&recipe.treatments)?,
-        None => Gatherer::default(),
-    };
-    let job = Job {
-        chain: &folder.unet,
-        source: &source,
-        treatments: &recipe.treatments,
-        plan: &plan,
-        sequencing: recipe.sequencing,
-        weights: &calibration_weights,
-        timesteps,
-        kind: options.kind,
-        devices: &options.devices,
-    };
-    compress(&job, samples, captions, &mut workspace, progress)?;
 
-    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Failed(why.to_string()))?;
-    let (written, sums) = write_container(path, folder, weights, &workspace, ContainerParts { settings, sources }, progress)?;
-    let mut reports: std::collections::BTreeMap<&str, (&LayerReport, &[String])> =
-        workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
-    let in_order: Vec<_> = recipe.resolution.layers.iter().filter_map(|layer| reports.remove(layer.name.as_str())).collect();
-    let found = recipe.resolution.findings.iter().map(ToString::to_string);
-    let of_layers = in_order.iter().flat_map(|(_, notes)| notes.iter().cloned());
-    let share = |part: u64| part as f64 / sums.elements.max(1) as f64;
-    let report = JobReport {
-        bytes: written.bytes,
-        payload_bytes: written.payload_bytes,
-        samples: if made.is_some() || plan.calls.is_some() { samples.calls.len() } else { 0 },
-        sparsity: 1.0 - share(sums.kept),
-        bits_per_weight: 8.0 * share(sums.bytes),
-        layers: in_order.iter().map(|(report, _)| (*report).clone()).collect(),
-        notes: found
-            .chain(samples.notes.iter().cloned())
-            .chain(said)
-            .chain(workspace.said().iter().cloned())
-            .chain(of_layers)
-            .collect(),
-        plan,
-        config,
-    };
-    workspace.remove()?;
-    Ok(report)
-}
-
-/// What has to be said where layers are fitted to the dense outputs of a few pictures.
-fn few_prompts(config: &RunConfig, recipe: &Recipe, prompts: usize) -> Option<String> {
-    /// With three, the bundled model gets worse by it; with 48 much better.
-    const ENOUGH: usize = 16;
-    if !recipe.sequencing.aims() || config.calibration.samples.is_some() {
-        return None;
+    /// The weight of the sample `index`.
+    pub(super) fn weight(&self, index: usize) -> f64 {
+        if self.weights.is_empty() { 1.0 } else { self.weights[index] }
     }
-    let few = || {
-        format!(
-            "{prompts} prompts are few for `target: dense`, which fits them too well; more prompts or `target: current` are better"
-        )
-    };
-    (1..ENOUGH).contains(&prompts).then(few)
-}
 
-/// The samples that a run keeps in its workspace, made if they are not there or not what was kept.
-fn kept_samples(
-    folder: &PipelineFolder,
-    weights: &Weights,
-    section: &CalibrationSection,
-    options: &RunOptions,
-    workspace: &mut Workspace,
-    progress: &dyn Progress,
-) -> Result<Samples> {
-    const SAMPLES: &str = "samples.safetensors";
-    const NOTES: &str = "samples.json";
-    if let Some(notes) = workspace.kept(NOTES)
-        && kept::has_seal(workspace.folder(), SAMPLES)
-    {
-        let path = workspace.folder().join(SAMPLES);
-        let read = || -> Result<Samples> {
-            let file = SafetensorsFile::open(&path)?;
-            if !kept::fits(workspace.folder(), workspace.run(), SAMPLES, &file.sha256()?) {
-                return Err(Error::bad_file(&path, "is damaged"));
-            }
-            // The count is what there is, so reading has nothing to say; recording may have had.
-            let mut samples = Samples::from_file(&file, folder.unet.config(), usize::MAX)?;
-            samples.notes = serde_json::from_slice(&notes).map_err(|source| Error::Json { path: NOTES.into(), source })?;
-            Ok(samples)
-        };
-        match read() {
-            Ok(samples) => return Ok(samples),
-            Err(why) => workspace.say(format!("{why}: the samples are made again")),
+    /// The number of samples in one batch on each of `devices`. Samples of different weights stay
+    /// apart, and each device has its share.
+    pub(super) fn joined(&self, chain: &UnetChain, devices: usize) -> usize {
+        let share = self.samples.calls.len().div_ceil(devices);
+        match (self.weights, self.samples.shape()) {
+            ([], Some(calls)) => calls.joined(chain.first_carry(calls.height, calls.width).numel()).min(share),
+            (_, _) => 1,
         }
     }
-    let samples = calibrate(folder, weights, section, options, progress)?;
-    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Failed(why.to_string()))?;
-    workspace.keep(NOTES, &notes)?;
-    workspace.keep(SAMPLES, &samples.to_bytes()?)?;
-    Ok(samples)
 }
 
-/// What a container says of itself besides its weights.
-struct ContainerParts {
-    settings: Value,
-    sources: Vec<SourceFile>,
-}
-
-/// Sums over the compressed weights.
-#[derive(Debug, Default)]
-struct Sums {
-    elements: u64,
-    kept: u64,
-    bytes: u64,
-}
-
-/// Writes the finished weights, and everything else of the UNet in fp16, to a container.
-fn write_container(
-    path: &Path,
-    folder: &PipelineFolder,
-    weights: &Weights,
-    finished: &Workspace,
-    parts: ContainerParts,
-    progress: &dyn Progress,
-) -> Result<(Written, Sums)> {
-    let info = ContainerInfo { unet_config: folder.unet_config().clone(), recipe: parts.settings, sources: parts.sources };
-    let mut writer = ContainerWriter::create(path, info)?;
-    let halves = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
-    let reports: std::collections::BTreeMap<&str, &LayerReport> =
-        finished.reports().map(|(report, _)| (report.name.as_str(), report)).collect();
-    let tensors = folder.unet.tensors()?;
-    let task = Task::begin(progress, "writing the container", "tensors", tensors.len());
-    let mut sums = Sums::default();
-    for spec in tensors {
-        task.advance(&spec.name);
-        let layer = spec.name.strip_suffix(".weight").unwrap_or_default();
-        let weight = if finished.has(layer) { finished.weight(layer)? } else { None };
-        match weight {
-            Some(weight) => {
-                sums.elements += weight.numel() as u64;
-                sums.kept += weight.kept() as u64;
-                sums.bytes += weight.stored_bytes();
-                let report = reports.get(layer).map_or(Value::Null, |layer| json!(layer.errors));
-                writer.add_weight(&spec.name, &weight, report)?;
-            }
-            None => writer.add_tensor(
-                &spec.name,
-                &spec.shape,
-                &crate::checkpoint::halves(&halves.tensor(&spec.name, &spec.shape)?)?,
-            )?,
-        }
+impl Machine<'_> {
+    /// Samples on one of the devices.
+    pub(super) fn placement(&self, device: Device) -> Placement {
+        Placement { device, kind: self.kind }
     }
-    // Nothing of another model is in it: `sources` says what it was made from.
-    weights.check_unchanged()?;
-    Ok((writer.finish()?, sums))
 }

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::Workspace;
+use super::workspace::Workspace;
 use crate::digest;
 use crate::error::Result;
 use crate::input::{self, Limit};

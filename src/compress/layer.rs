@@ -4,53 +4,41 @@ use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::joint;
-use crate::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
+use crate::codebook::PruneMethod;
+use crate::recipe::LayerRecipe;
 use crate::solver::palette::{Palettized, palettize};
 use crate::solver::{
-    Factor, Hessian, JointFactors, JointOptions, OutputResidual, Pruned, magnitude_prune, output_energies, prune, prune_with,
+    Beside, Factor, Hessian, Joint, JointFactors, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune, prune_with,
 };
 
-/// What is done to a layer; at least one of the two.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Treatment {
-    /// Which weights go.
-    pub prune: Option<PruneOptions>,
-    /// How they are chosen.
-    pub method: PruneMethod,
-    /// What the others are replaced by.
-    pub palettize: Option<PaletteOptions>,
-    /// How hard mask, weights and palettes are sought together ([`joint`](crate::solver::joint())); `None`: one after the other.
-    pub joint: Option<Effort>,
-}
-
-/// A layer's new weight, and what it cost.
+/// A compressed layer: its new weight and its errors.
 #[derive(Debug)]
-pub struct Treated {
-    /// What is stored; nothing if it stays an fp16 tensor.
+pub struct CompressedLayer {
+    /// The packed weight; `None` if the layer stays an fp16 tensor.
     pub stored: Option<CompressedWeight>,
-    /// What it decodes to, in fp16, in the weight's own shape.
+    /// The decoded weight in fp16, in its original shape.
     pub decoded: Tensor,
-    /// Errors before and after.
+    /// The errors of the new weight.
     pub errors: LayerErrors,
-    /// What has to be said about it.
+    /// Warnings and remarks.
     pub notes: Vec<String>,
 }
 
-/// How far a layer is from its original.
+/// The distance of a layer from its original.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LayerErrors {
-    /// ‖W - W'‖² / ‖W‖² of the weights as stored.
+    /// ‖W - W'‖² / ‖W‖² of the stored weight W'.
     pub weight: f64,
-    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs, as pruned only.
+    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs X, for W' pruned but not palettized.
     pub pruned_output: Option<f64>,
-    /// The same, as stored.
+    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs X, for W' as stored.
     pub output: Option<f64>,
 }
 
-/// ‖a - b‖² / ‖a‖² summed in fp64; ‖b‖² where a is zero. The same on any number of threads.
+/// ‖a - b‖² / ‖a‖², or ‖b‖² where a is zero, summed in fp64 in an order that does not depend on the
+/// number of threads.
 fn relative_distance(original: &[f32], new: &[f16]) -> f64 {
     const PIECE: usize = 1 << 13;
     let pieces = original.par_chunks(PIECE).zip(new.par_chunks(PIECE)).map(|(original, new)| {
@@ -64,95 +52,92 @@ fn relative_distance(original: &[f32], new: &[f16]) -> f64 {
     distance / if scale > 0.0 { scale } else { 1.0 }
 }
 
-impl Treatment {
-    /// What the joint solver is asked for, if it is.
-    pub fn joint_options(&self) -> Option<JointOptions> {
-        self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
-    }
-
-    /// How it is pruned, if that can go in one batch with other layers of its shape: SparseGPT alone.
-    pub fn in_batches(&self) -> Option<&PruneOptions> {
-        self.prune.as_ref().filter(|_| self.joint.is_none() && self.method == PruneMethod::SparseGpt)
-    }
-
-    /// Whether it needs the Hessian of the layer's inputs.
-    pub fn needs_hessian(&self) -> bool {
-        self.joint.is_some() || self.in_batches().is_some()
-    }
-}
-
-/// What calibration knows of a layer's inputs.
+/// What calibration has gathered for a layer.
 #[derive(Debug, Clone, Copy)]
-pub struct Calibrated<'a> {
-    /// Their Hessian.
+pub struct Evidence<'a> {
+    /// The Hessian of the layer's input.
     pub hessian: &'a Hessian,
-    /// The weight pruned, if that was done in a batch with other layers.
+    /// The pruned weight, if it was pruned in a batch with other layers.
     pub pruned: Option<&'a Pruned>,
-    /// Its factors and the dampening that was asked for, if layers that share it have needed them already.
+    /// Cached Cholesky factors and the dampening that was asked for.
     pub factors: Option<(f64, &'a [Factor])>,
-    /// What the joint solver needs of it, likewise.
+    /// Cached factors for the joint solver.
     pub joint: Option<&'a JointFactors>,
-    /// By how much the layer's outputs are off, if it is to make up for that. For the joint solver.
+    /// The correlation of the layer's input with its output residual, if the layer has a dense
+    /// target. For the joint solver.
     pub correction: Option<&'a OutputResidual>,
-    /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to check the joint solver on.
+    /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to validate the joint
+    /// solver on.
     pub held_out: Option<&'a Tensor>,
 }
 
-/// What has become of a weight before it is packed.
-#[derive(Debug, Default)]
-pub(super) struct Found {
-    /// Its values, row by row.
-    pub half: Vec<f16>,
-    /// Which of them are kept, if it was pruned.
-    pub keep: Option<Vec<bool>>,
-    /// The same in palettes and indices, if it was palettized.
-    pub palettized: Option<Palettized>,
-    /// tr((W - W0) H (W - W0)^T) of the pruned weight.
-    pub loss: Option<f64>,
-    /// What the weight was to be, if not what it was: fp32, of its shape.
-    pub target: Option<Tensor>,
-    /// What has to be said about it.
-    pub notes: Vec<String>,
+impl<'a> Evidence<'a> {
+    /// A Hessian alone.
+    pub fn of(hessian: &'a Hessian) -> Self {
+        Evidence { hessian, pruned: None, factors: None, joint: None, correction: None, held_out: None }
+    }
 }
 
-/// Compresses the weight [o, ...] of the layer `name` as `treatment` says. Pruning and the joint solver need calibration, palettizing does
-/// not.
+/// A solved weight before it is packed.
+#[derive(Debug, Default)]
+struct Solution {
+    /// Its values in fp16, row by row.
+    values: Vec<f16>,
+    /// Which of them are kept, if the weight was pruned.
+    keep: Option<Vec<bool>>,
+    /// Palettes and indices, if the weight was palettized.
+    palettized: Option<Palettized>,
+    /// tr((W - W0) H (W - W0)^T) of the pruned weight W and the original W0.
+    loss: Option<f64>,
+    /// The regression target, if it differs from the original weight: fp32, of the weight's shape.
+    target: Option<Tensor>,
+    /// Warnings and remarks.
+    notes: Vec<String>,
+}
+
+/// Compresses the weight [o, ...] of the layer `name` by `recipe`. Pruning and the joint solver need
+/// evidence, palettizing alone does not.
 ///
 /// # Errors
-/// [`Error::Layer`]: NaN in its weight, a group that does not divide its channels, a Hessian that cannot be factored.
-pub fn treat(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
-    treat_weight(name, weight, treatment, calibrated).map_err(Error::layer(name))
+/// [`Error::Layer`]: NaN in the weight, a group that does not divide its channels, a Hessian that
+/// cannot be factored.
+pub fn compress_layer(
+    name: &str,
+    weight: &Tensor,
+    recipe: &LayerRecipe,
+    evidence: Option<Evidence<'_>>,
+) -> Result<CompressedLayer> {
+    compress_weight(name, weight, recipe, evidence).map_err(Error::layer(name))
 }
 
-fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Treated> {
+fn compress_weight(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<CompressedLayer> {
     let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let size = original.size();
-    let found = match treatment.joint {
-        Some(_) => joint::find(name, weight, treatment, calibrated)?,
-        None => one_after_the_other(name, &original, treatment, calibrated)?,
+    let solution = match recipe.joint {
+        Some(_) => solve_jointly(name, weight, recipe, evidence)?,
+        None => solve_sequentially(name, &original, recipe, evidence)?,
     };
-    let Found { half, keep, palettized, loss, target, notes } = found;
+    let Solution { values, keep, palettized, loss, target, notes } = solution;
     let stored = match (palettized, &keep) {
-        (Some(palettized), keep) => {
-            let Palettized { codebook, indices, .. } = palettized;
+        (Some(Palettized { codebook, indices, .. }), keep) => {
             Some(CompressedWeight::palettized(size.clone(), keep.as_deref(), codebook, &indices)?)
         }
-        (None, Some(keep)) => Some(CompressedWeight::sparse(size.clone(), keep, &half)?),
+        (None, Some(keep)) => Some(CompressedWeight::sparse(size.clone(), keep, &values)?),
         (None, None) => None,
     };
     drop(keep);
     let values = match &stored {
         Some(stored) => {
-            drop(half);
+            drop(values);
             stored.decode()?
         }
-        None => half,
+        None => values,
     };
     let decoded = Tensor::f_from_slice(&values)?.f_view(size.as_slice())?;
     let distance = relative_distance(&Vec::<f32>::try_from(&original.f_reshape([-1])?)?, &values);
     drop(values);
     let mut errors = LayerErrors { weight: distance, ..LayerErrors::default() };
-    if let Some(Calibrated { hessian, .. }) = calibrated {
+    if let Some(Evidence { hessian, .. }) = evidence {
         let lost = match target {
             Some(mut target) => target.f_sub_(&decoded)?,
             None => original.f_sub(&decoded)?,
@@ -162,54 +147,70 @@ fn treat_weight(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: 
         errors.pruned_output = loss.map(share);
         errors.output = Some(share(lost));
     }
-    Ok(Treated { stored, decoded, errors, notes })
+    Ok(CompressedLayer { stored, decoded, errors, notes })
 }
 
-/// Prunes, then palettizes what is left. `original` is the weight in fp32 on the CPU.
-fn one_after_the_other(
-    name: &str,
-    original: &Tensor,
-    treatment: &Treatment,
-    calibrated: Option<Calibrated<'_>>,
-) -> Result<Found> {
-    let mut notes = Vec::new();
-    let mut loss = None;
+/// Finds mask, weights and palettes of `weight` [o, ...] together.
+fn solve_jointly(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solution> {
+    let (Some(options), Some(evidence)) = (recipe.joint_options(), evidence) else {
+        return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
+    };
+    let Evidence { hessian, joint: cached, correction, held_out, .. } = evidence;
+    let new;
+    let factors = match cached.filter(|cached| cached.fit(options.dampening(), options.order())) {
+        Some(cached) => cached,
+        None => {
+            new = JointFactors::new(hessian, options.dampening(), options.order())?;
+            &new
+        }
+    };
+    let solved = joint(name, weight, hessian, factors, &Beside { correction, held_out }, &options)?;
+    let Joint { weight: values, mask, palettized, pruned_loss, notes, target, .. } = solved;
+    let notes = notes.iter().map(ToString::to_string).collect();
+    Ok(Solution { values, keep: mask, palettized, loss: pruned_loss, target, notes })
+}
 
-    let (half, keep) = match &treatment.prune {
-        None => (halves(original)?, None),
-        Some(options) if treatment.method == PruneMethod::Magnitude => {
-            let masked = magnitude_prune(original, options.sparsity)?;
-            let keep: Vec<bool> = Vec::try_from(&masked.mask.f_flatten(0, -1)?)?;
-            (halves(&masked.weight)?, Some(keep))
-        }
-        Some(options) => {
-            let Some(Calibrated { hessian, pruned, factors, .. }) = calibrated else {
-                return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
-            };
-            let own;
-            let pruned = match (pruned, factors) {
-                (Some(pruned), _) => pruned,
-                (None, Some((dampening, factors))) if dampening == options.dampening => {
-                    own = prune_with(original, hessian, factors, options)?;
-                    &own
-                }
-                (None, _) => {
-                    own = prune(original, hessian, options)?;
-                    &own
-                }
-            };
-            notes.extend(pruned.notes.iter().map(ToString::to_string));
-            loss = Some(pruned.loss);
-            let keep: Vec<bool> = Vec::try_from(&pruned.mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
-            (halves(&pruned.weight.f_to_device(Device::Cpu)?)?, Some(keep))
-        }
-    };
+/// Prunes, then palettizes the kept weights. `original` is the weight in fp32 on the CPU.
+fn solve_sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solution> {
+    let mut solution = prune_weight(original, recipe, evidence)?;
     let shape: Vec<usize> = original.size().iter().map(|n| *n as usize).collect();
-    let palettized = match &treatment.palettize {
-        None => None,
-        Some(options) => Some(palettize(name, &half, &shape, keep.as_deref(), options)?),
+    let Some(options) = &recipe.palettize else { return Ok(solution) };
+    solution.palettized = Some(palettize(name, &solution.values, &shape, solution.keep.as_deref(), options)?);
+    Ok(solution)
+}
+
+/// Prunes a weight, if `recipe` says so, and rounds it to fp16.
+fn prune_weight(original: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solution> {
+    let Some(options) = &recipe.prune else {
+        return Ok(Solution { values: halves(original)?, ..Solution::default() });
     };
-    Ok(Found { half, keep, palettized, loss, target: None, notes })
+    if recipe.method == PruneMethod::Magnitude {
+        let masked = magnitude_prune(original, options.sparsity)?;
+        let keep = Some(Vec::try_from(&masked.mask.f_flatten(0, -1)?)?);
+        return Ok(Solution { values: halves(&masked.weight)?, keep, ..Solution::default() });
+    }
+    let Some(Evidence { hessian, pruned, factors, .. }) = evidence else {
+        return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
+    };
+    let new;
+    let pruned = match (pruned, factors) {
+        (Some(pruned), _) => pruned,
+        (None, Some((dampening, factors))) if dampening == options.dampening => {
+            new = prune_with(original, hessian, factors, options)?;
+            &new
+        }
+        (None, _) => {
+            new = prune(original, hessian, options)?;
+            &new
+        }
+    };
+    Ok(Solution {
+        values: halves(&pruned.weight.f_to_device(Device::Cpu)?)?,
+        keep: Some(Vec::try_from(&pruned.mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?),
+        loss: Some(pruned.loss),
+        notes: pruned.notes.iter().map(ToString::to_string).collect(),
+        ..Solution::default()
+    })
 }
 
 /// A weight in fp16, row by row.

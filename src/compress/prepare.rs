@@ -1,10 +1,12 @@
-//! What has to hold before a run computes anything: found out at once, not after the calibration.
+//! Checks of a run before it computes anything.
 
 use std::path::{Path, PathBuf};
 
 use tch::Device;
 
-use super::{Recipe, RunOptions, Sequencing, Treatment, Treatments, allocate, expected_calls, workspace_folder};
+use super::allocate;
+use super::run::workspace_folder;
+use crate::calibration::{Calls, expected_calls};
 use crate::checkpoint::Weights;
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
 use crate::device::{parse_devices, parse_dtype};
@@ -13,10 +15,11 @@ use crate::model::unet::UnetChain;
 use crate::number;
 use crate::output::parent;
 use crate::pipeline::PipelineFolder;
-use crate::plan::{self, Calls, Disk, Memory, Plan};
+use crate::plan::{self, Disk, Memory, Plan};
+use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
 
-/// A run of which everything is checked that can be before it computes: that its config fits the model, its prompts can be read,
-/// and that memory and disk do for it, by the [plan](Plan).
+/// A run that has passed all checks that are possible before it computes: its config fits the model,
+/// its prompts can be read, and memory and disk are enough by its [plan](Plan).
 #[derive(Debug)]
 pub struct Prepared<'a> {
     pub(super) folder: &'a PipelineFolder,
@@ -29,22 +32,22 @@ pub struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    /// Prepares to compress the UNet of `folder` as `config` says, into the container `path`. `shares` says whether the run will
-    /// be given its samples, which it does not keep then.
+    /// Prepares to compress the UNet of `folder` by `config` into the container `path`. `shares` says
+    /// whether the run will be given its samples; it does not keep those.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `options` or `folder` are not those that `config` names, or memory or disk do not do;
-    /// [`Error::Config`] if the config does not fit the model; if weights, prompts or samples cannot be read.
+    /// [`Error::Argument`] if `options` or `folder` are not those that `config` names, or memory or
+    /// disk are too small; [`Error::Config`] if the config does not fit the model; if weights, prompts
+    /// or samples cannot be read.
     pub fn new(folder: &'a PipelineFolder, config: &RunConfig, shares: bool, options: &RunOptions, path: &Path) -> Result<Self> {
         check_place(folder, config, options)?;
         let recipe = Recipe::new(config, &folder.unet)?;
         let weights = folder.unet_weights()?;
         folder.scheduler.train_timesteps()?;
-        let needs_samples = recipe.treatments.values().any(Treatment::needs_hessian);
-        let calls = if needs_samples { Some(calls(folder, config)?) } else { None };
+        let calls = if recipe.needs_samples() { Some(calls(folder, config)?) } else { None };
         let mut budget = options.memory_budget()?;
         if let (None, Some(calls), Device::Cpu) = (options.budget, &calls, options.placement().device) {
-            // What is free now will be less by the samples, which wait in the CPU's memory.
+            // The samples wait in the CPU's memory and will take a share of what is free now.
             let samples = plan::of_samples(calls, folder.unet.config());
             let size = number::size;
             let few = || Error::Argument(format!("{} of memory are too little for {} of samples", size(budget), size(samples)));
@@ -68,7 +71,7 @@ impl<'a> Prepared<'a> {
         self.folder
     }
 
-    /// The run.
+    /// The config of the run.
     pub fn config(&self) -> &RunConfig {
         &self.config
     }
@@ -78,38 +81,39 @@ impl<'a> Prepared<'a> {
         &self.weights
     }
 
-    /// Where the container will be.
+    /// The path of the container.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What the run will do, if there are as many samples as it asks for.
+    /// The plan of the run for as many samples as its config asks for.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
-    /// The plan for these treatments, and for the samples that there are in the end.
+    /// The plan for `recipes` and for the samples that were drawn.
     pub(super) fn plan_for(
         &self,
-        treatments: &Treatments,
+        recipes: &LayerRecipes,
         sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
     ) -> Result<Plan> {
         let placement = self.options.placement();
         let bytes_of = |name: &str| self.weights.narrow_bytes(name, placement).unwrap_or(4);
-        let plan = Plan::new(&self.folder.unet, treatments, sequencing, calls, memory, &bytes_of)?;
-        // Whether samples are kept is settled; of how many there are, little depends.
+        let plan = Plan::new(&self.folder.unet, recipes, sequencing, calls, memory, &bytes_of)?;
+        // Whether samples are kept on the disk was decided with the first plan.
         let keeps = self.plan.disk.samples > 0;
         Ok(Plan { disk: if keeps { plan.disk } else { plan.disk.without_samples() }, ..plan })
     }
 }
 
-/// Plans the run that `config` describes, resolved to `recipe`; the other arguments are those of [`Plan::new`]. A run with a
-/// budget measures first and makes a result of the budget's size: that is in [`Plan::disk`].
+/// Plans the run of `config`, resolved to `recipe`; the other arguments are those of [`Plan::new`]. A
+/// run with a budget measures first and makes a result of the budget's size: [`Plan::disk`] accounts
+/// for both.
 ///
 /// # Errors
-/// [`Error::Argument`] if the memory does not do.
+/// [`Error::Argument`] if the memory is too little.
 pub fn plan_of_run(
     chain: &UnetChain,
     config: &RunConfig,
@@ -118,10 +122,10 @@ pub fn plan_of_run(
     memory: Memory,
     bytes_of: &dyn Fn(&str) -> usize,
 ) -> Result<Plan> {
-    let mut plan = Plan::new(chain, &recipe.treatments, recipe.sequencing, calls, memory, bytes_of)?;
+    let mut plan = Plan::new(chain, &recipe.layers, recipe.sequencing, calls, memory, bytes_of)?;
     if let Some(budget) = &config.budget {
-        let treatments = allocate::measuring(&recipe.treatments);
-        let measuring = Plan::new(chain, &treatments, Sequencing::Stage, calls, memory, bytes_of)?.disk;
+        let recipes = allocate::measuring(&recipe.layers);
+        let measuring = Plan::new(chain, &recipes, Sequencing::Stage, calls, memory, bytes_of)?.disk;
         let (result, fixed) = (budget.bytes(&plan), plan.payload_bytes - plan.compressed_bytes);
         let carries = plan.disk.carries.max(measuring.carries);
         plan.disk = Disk { carries, parts: result.saturating_sub(fixed), result, ..plan.disk };
@@ -132,15 +136,15 @@ pub fn plan_of_run(
     Ok(plan)
 }
 
-/// Whether options and folder are what the config says: a run must not be another than the one that its config, kept with the
-/// result, describes.
+/// Checks that options and folder are those that the config names, because the config is kept with the
+/// result as its description.
 fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
-    let disagrees = |key: &str, said: &str, is: String| {
-        Err(Error::Argument(format!("the config's `model.{key}` is {said}, but the run was given {is}")))
+    let disagrees = |key: &str, named: &str, given: String| {
+        Err(Error::Argument(format!("the config's `model.{key}` is {named}, but the run was given {given}")))
     };
     let model = &config.model;
-    if parse_devices(&model.device)? != options.devices {
-        return disagrees("device", &model.device, format!("{:?}", options.devices));
+    if parse_devices(&model.device)? != options.devices.as_slice() {
+        return disagrees("device", &model.device, format!("{:?}", options.devices.as_slice()));
     }
     if parse_dtype(&model.dtype)? != options.kind {
         return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));
@@ -153,7 +157,8 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
     disagrees("path", &path.display().to_string(), folder.root().display().to_string())
 }
 
-/// The calls that the config will calibrate on, with its prompts read.
+/// The calls that the config will calibrate on. Its prompts and captions are read, to see that they
+/// can be.
 fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
     let section = &config.calibration;
     if let Some(path) = &section.captions {
@@ -167,7 +172,7 @@ fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
 }
 
 impl BudgetSection {
-    /// Bytes of the tensors of a result that keeps to it, of a UNet with this plan.
+    /// Bytes of the tensors of a result that meets the budget, for the UNet of `plan`.
     pub fn bytes(&self, plan: &Plan) -> u64 {
         match self.target {
             BudgetTarget::Size(bytes) => bytes,

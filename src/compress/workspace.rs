@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use half::f16;
 use serde_json::{Map, Value, json};
 
-use super::LayerReport;
 use super::kept::{self, Kept};
+use super::report::LayerReport;
 use crate::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
 use crate::digest;
 use crate::error::{Error, Result};

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Calls;
+use crate::calibration::Calls;
 use crate::error::{Error, Result};
 use crate::model::unet::UnetConfig;
 use crate::number;

@@ -51,6 +51,6 @@ pub(super) fn working_set(shape: &[i64], joint: bool) -> u64 {
 }
 
 /// Bytes that each layer of a batch takes: its factor, and its weight before, after, in a block and as a mask.
-pub(crate) fn of_batch(geometry: InputGeometry, shape: &[i64]) -> u64 {
+pub(crate) fn batched_layer_bytes(geometry: InputGeometry, shape: &[i64]) -> u64 {
     Hessian::factor_bytes(geometry, shape) + 16 * shape.iter().product::<i64>().unsigned_abs()
 }

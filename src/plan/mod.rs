@@ -1,30 +1,37 @@
-//! What a run will do, before it does anything: sizes, memory, passes over the samples, work.
+//! The plan of a run: its schedule, sizes, memory, passes over the samples, work.
+//!
+//! A [`Plan`] turns recipe and chain into a [`Schedule`] and prices its stops; compression executes
+//! the same stops.
 
 mod disk;
 mod memory;
+mod need;
+mod part;
+mod schedule;
 mod size;
-mod stage;
 mod work;
 
 use serde::Serialize;
 
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
-pub(crate) use memory::of_batch;
+pub(crate) use memory::batched_layer_bytes;
 pub use memory::{Memory, WAITING};
+pub use part::StagePlan;
+pub use schedule::{Gather, Schedule, Stop, Then};
 pub use size::{kept, stored_bytes};
-pub use stage::{Calls, StagePlan};
 pub use work::{Work, measured_rate};
 
+use crate::calibration::Calls;
 use crate::checkpoint::Blueprint;
-use crate::compress::{Sequencing, Treatments};
 use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
-use crate::model::unet::{CarryShape, UnetChain};
+use crate::model::unet::{CarryShape, Part, PartName, Scope, UnetChain};
 use crate::model::{Layer, LayerInput};
 use crate::number;
+use crate::recipe::{LayerRecipes, Sequencing};
 use crate::solver::Hessian;
-use stage::Outline;
+use part::Outline;
 
 /// Where recorded carries wait between the stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -38,9 +45,12 @@ pub enum CarriesIn {
     Files,
 }
 
-/// What a run will do.
+/// The plan of a run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
+    /// The stops of the run.
+    #[serde(skip)]
+    pub schedule: Schedule,
     /// The stages, in the order in which they run.
     pub stages: Vec<StagePlan>,
     /// Bytes of the result's tensors.
@@ -68,21 +78,21 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the treatment of a UNet. `bytes_of` says how many bytes an element of a tensor takes in memory, by its name; `calls` are
-    /// needed if a treatment needs Hessians.
+    /// Plans the recipe of a UNet. `bytes_of` says how many bytes an element of a tensor takes in memory, by its name; `calls` are
+    /// needed if a recipe needs Hessians.
     ///
     /// # Errors
     /// [`Error::Argument`] if the memory does not do, naming the least that would.
     pub fn new(
         chain: &UnetChain,
-        treatments: &Treatments,
+        recipes: &LayerRecipes,
         sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
         bytes_of: &dyn Fn(&str) -> usize,
     ) -> Result<Self> {
-        let calls = calls.filter(|_| treatments.values().any(|treatment| treatment.needs_hessian()));
-        let attempt = |memory, carries| Plan::with_carries(chain, treatments, sequencing, calls, memory, bytes_of, carries);
+        let calls = calls.filter(|_| recipes.values().any(|recipe| recipe.needs_hessian()));
+        let attempt = |memory, carries| Plan::with_carries(chain, recipes, sequencing, calls, memory, bytes_of, carries);
         if calls.is_none() {
             let plan = attempt(memory, CarriesIn::Nowhere)?;
             let (least, budget) = (plan.peak_bytes, memory.budget);
@@ -93,9 +103,8 @@ impl Plan {
         }
         let in_files = attempt(memory, CarriesIn::Files);
         let in_memory = attempt(memory, CarriesIn::Memory);
-        let passes = |plan: &Plan| plan.stages.iter().map(|stage| stage.passes).sum::<usize>();
         match (in_memory, in_files) {
-            (Ok(in_memory), Ok(in_files)) if passes(&in_files) < passes(&in_memory) => Ok(in_files),
+            (Ok(in_memory), Ok(in_files)) if in_files.passes() < in_memory.passes() => Ok(in_files),
             (Ok(in_memory), _) => Ok(in_memory),
             (Err(_), Ok(in_files)) => Ok(in_files),
             (Err(_), Err(why)) => {
@@ -113,106 +122,173 @@ impl Plan {
 
     fn with_carries(
         chain: &UnetChain,
-        treatments: &Treatments,
+        recipes: &LayerRecipes,
         sequencing: Sequencing,
         calls: Option<Calls>,
         memory: Memory,
         bytes_of: &dyn Fn(&str) -> usize,
         carries: CarriesIn,
     ) -> Result<Self> {
+        let parts = Sketch::of_all(chain, bytes_of)?;
         let mut memory = memory;
-        if !treatments.values().any(|treatment| treatment.in_batches().is_some()) {
+        if !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
             memory.batch = 0;
         }
-        let (mut pruned, mut elements, mut compressed_bytes) = (0, 0, 0);
-        let mut count = |layers: &[Layer]| {
-            for layer in layers {
-                let Some(treatment) = treatments.get(layer.name()) else { continue };
-                let size = layer.weight().size();
-                let (o, d) = (size[0].unsigned_abs(), size.iter().skip(1).product::<i64>().unsigned_abs());
-                pruned += o * d - kept(o, d, treatment);
-                elements += o * d;
-                compressed_bytes += stored_bytes(&size, treatment);
-            }
-        };
-        let blueprint = Blueprint::default();
-        count(chain.load_head(&blueprint)?.layers());
-        count(chain.load_tail(&blueprint)?.layers());
-        let mut built = Vec::new();
-        for spec in chain.stages() {
-            let own = Blueprint::default();
-            let stage = spec.load(&own)?;
-            count(stage.layers());
-            built.push((stage, own.into_tensors()));
-        }
         if calls.is_some() {
-            for shared in [LayerInput::Text, LayerInput::Time] {
-                let layers = built.iter().flat_map(|(stage, _)| stage.layers());
-                let found = layers.filter(|layer| *layer.input() == shared).map(|layer| {
-                    let size = layer.weight().size();
-                    Hessian::bytes(input_geometry(layer), &size) + Hessian::factor_bytes(input_geometry(layer), &size)
-                });
-                memory.shared += found.max().unwrap_or(0);
+            memory.shared = shared_bytes(&parts);
+        }
+        let size = CompressedSize::of(&parts, recipes);
+
+        let networks = if sequencing.has_dense_target() { 2 } else { 1 };
+        let carry_bytes = |numel: i64| {
+            calls.map_or(0, |calls| networks * memory.element_bytes * (calls.count as i64 * calls.batch * numel).unsigned_abs())
+        };
+        let outlines = outlines(chain, &parts, sequencing, calls.as_ref());
+        let largest = |outline: &Outline| carry_bytes(outline.before.numel().max(outline.after.numel()));
+        let mut schedule = Schedule {
+            stops: Vec::new(),
+            has_dense_target: sequencing.has_dense_target(),
+            holds_out: recipes.values().any(|recipe| recipe.joint.is_some()),
+        };
+        let mut ranges = Vec::new();
+        for outline in &outlines {
+            let held = if carries == CarriesIn::Memory { largest(outline) } else { 0 };
+            let begin = schedule.stops.len();
+            schedule.stops.extend(outline.stops(recipes, calls.as_ref(), &memory, held)?);
+            ranges.push(begin..schedule.stops.len());
+        }
+        let mut work = Work::default();
+        for (outline, range) in outlines.iter().zip(&ranges) {
+            for index in range.clone() {
+                let forward = calls.map_or(0.0, |calls| outline.forward_work(&schedule, index, &calls));
+                schedule.stops[index].work.forward = forward;
+                work += schedule.stops[index].work;
             }
         }
+        let stages = outlines.iter().zip(&ranges).filter(|(outline, _)| matches!(outline.name, PartName::Stage(_)));
+        let stages = stages.map(|(outline, range)| outline.summary(recipes, &schedule.stops[range.clone()])).collect();
 
-        let mut carry = calls.map_or(CarryShape { hidden_states: [0; 3], down_block_res_samples: Vec::new() }, |calls| {
-            chain.first_carry(calls.height, calls.width)
-        });
-        let mut plan = Plan {
-            stages: Vec::new(),
-            payload_bytes: 0,
-            compressed_bytes,
-            compressed_elements: elements,
-            sparsity: pruned as f64 / f64::max(elements as f64, 1.0),
+        let dense = chain
+            .tensors()?
+            .into_iter()
+            .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
+        let payload_bytes = size.bytes + dense.map(|tensor| 2 * tensor.numel()).sum::<u64>();
+        let largest_carry = outlines.iter().map(largest).max().unwrap_or(0);
+        // Within a transformer a carry has tokens too, as many as its features; their files stay until
+        // others replace them.
+        let features = |carry: &CarryShape| carry.hidden_states.iter().product::<i64>();
+        let tokens = outlines.iter().map(|outline| features(&outline.after)).max().unwrap_or(0);
+        let last = outlines.last().map_or(0, |outline| outline.after.numel());
+        let in_files = carries == CarriesIn::Files;
+        Ok(Plan {
+            stages,
+            payload_bytes,
+            compressed_bytes: size.bytes,
+            compressed_elements: size.elements,
+            sparsity: size.pruned as f64 / f64::max(size.elements as f64, 1.0),
             calls,
             carries,
             batch_bytes: memory.batch,
-            carry_bytes: 0,
-            peak_bytes: 0,
+            carry_bytes: largest_carry,
+            peak_bytes: schedule.stops.iter().map(|stop| stop.bytes).max().unwrap_or(0),
             disk: Disk {
                 samples: calls.map_or(0, |calls| of_samples(&calls, chain.config())),
-                carries: 0,
-                carries_left: 0,
-                parts: compressed_bytes,
-                result: 0,
+                carries: if in_files { largest_carry + carry_bytes(tokens) } else { 0 },
+                carries_left: if in_files { carry_bytes(last + tokens) } else { 0 },
+                parts: size.bytes,
+                result: payload_bytes,
             },
-            work: Work::default(),
-        };
-        let runs = if sequencing.aims() { 2 } else { 1 };
-        let of_carries = |numbers: i64| {
-            calls.map_or(0, |calls| runs * memory.element_bytes * (calls.count as i64 * calls.batch * numbers).unsigned_abs())
-        };
-        // Of the parts of a transformer a carry has tokens too, as many as its features; their files stay until there are others.
-        let features = |carry: &CarryShape| carry.hidden_states.iter().product::<i64>();
-        let mut tokens = features(&carry);
-        for (spec, (stage, tensors)) in chain.stages().iter().zip(&built) {
-            let after = spec.after(&carry);
-            let resident_bytes = tensors.iter().map(|tensor| tensor.numel() * bytes_of(&tensor.name) as u64).sum();
-            let bytes = of_carries(carry.numel().max(after.numel()));
-            tokens = tokens.max(features(&after));
-            plan.carry_bytes = plan.carry_bytes.max(bytes);
-            let held = if carries == CarriesIn::Memory { bytes } else { 0 };
-            let (layers, before) = (stage.layers(), carry);
-            let joined = calls.map_or(1, |calls| calls.joined(chain.first_carry(calls.height, calls.width).numel()) as i64);
-            let name = spec.name();
-            let outline = Outline { name, stage, layers, sequencing, joined, resident_bytes, before, after: after.clone() };
-            let stage = outline.plan(treatments, calls.as_ref(), &memory, held)?;
-            plan.peak_bytes = plan.peak_bytes.max(stage.peak_bytes);
-            plan.work += stage.work;
-            plan.stages.push(stage);
-            carry = after;
-        }
-        let plain = chain
-            .tensors()?
-            .into_iter()
-            .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !treatments.contains_key(layer)));
-        plan.payload_bytes = compressed_bytes + plain.map(|tensor| 2 * tensor.numel()).sum::<u64>();
-        plan.disk.result = plan.payload_bytes;
-        if carries == CarriesIn::Files {
-            plan.disk.carries = plan.carry_bytes + of_carries(tokens);
-            plan.disk.carries_left = of_carries(carry.numel() + tokens);
-        }
-        Ok(plan)
+            work,
+            schedule,
+        })
     }
+
+    /// The number of passes over the samples in which the Hessians of stages are gathered.
+    pub fn passes(&self) -> usize {
+        self.stages.iter().map(|stage| stage.passes).sum()
+    }
+}
+
+/// A part without weights.
+struct Sketch {
+    name: PartName,
+    part: Part,
+    /// The block of each of its layers.
+    block_of: Vec<usize>,
+    /// Bytes of its tensors in memory.
+    resident_bytes: u64,
+}
+
+impl Sketch {
+    fn of_all(chain: &UnetChain, bytes_of: &dyn Fn(&str) -> usize) -> Result<Vec<Self>> {
+        let sketch = |name: PartName| {
+            let blueprint = Blueprint::default();
+            let part = chain.load_part(name, &blueprint)?;
+            let tensors = blueprint.into_tensors();
+            let resident_bytes = tensors.iter().map(|tensor| tensor.numel() * bytes_of(&tensor.name) as u64).sum();
+            let block_of = |layer: &Layer| {
+                let mut blocks = 0..part.blocks();
+                blocks.find(|block| part.scope_has(Scope::Block(*block), layer.name())).expect("every layer is in a block")
+            };
+            let block_of = part.layers().iter().map(block_of).collect();
+            Ok(Sketch { name, part, block_of, resident_bytes })
+        };
+        chain.parts().map(sketch).collect()
+    }
+}
+
+/// Bytes of the Hessians of text and time, which stay for the whole run, and of their factors.
+fn shared_bytes(parts: &[Sketch]) -> u64 {
+    let of_input = |input: LayerInput| {
+        let layers = parts.iter().flat_map(|sketch| sketch.part.layers()).filter(|layer| *layer.input() == input);
+        let bytes = layers.map(|layer| {
+            let size = layer.weight().size();
+            Hessian::bytes(input_geometry(layer), &size) + Hessian::factor_bytes(input_geometry(layer), &size)
+        });
+        bytes.max().unwrap_or(0)
+    };
+    of_input(LayerInput::Text) + of_input(LayerInput::Time)
+}
+
+/// Sums over the compressed weights.
+#[derive(Default)]
+struct CompressedSize {
+    elements: u64,
+    pruned: u64,
+    bytes: u64,
+}
+
+impl CompressedSize {
+    fn of(parts: &[Sketch], recipes: &LayerRecipes) -> Self {
+        let mut sums = CompressedSize::default();
+        for layer in parts.iter().flat_map(|sketch| sketch.part.layers()) {
+            let Some(recipe) = recipes.get(layer.name()) else { continue };
+            let size = layer.weight().size();
+            let (o, d) = (size[0].unsigned_abs(), size.iter().skip(1).product::<i64>().unsigned_abs());
+            sums.pruned += o * d - kept(o, d, recipe);
+            sums.elements += o * d;
+            sums.bytes += stored_bytes(&size, recipe);
+        }
+        sums
+    }
+}
+
+/// Every part with the carries that it takes and gives.
+fn outlines<'a>(chain: &UnetChain, parts: &'a [Sketch], sequencing: Sequencing, calls: Option<&Calls>) -> Vec<Outline<'a>> {
+    let none = CarryShape { hidden_states: [0; 3], down_block_res_samples: Vec::new() };
+    let first = calls.map_or(none, |calls| chain.first_carry(calls.height, calls.width));
+    let joined = calls.map_or(1, |calls| calls.joined(first.numel()) as i64);
+    let mut stages = chain.stages().iter();
+    let mut before = first;
+    let outline = |Sketch { name, part, block_of, resident_bytes }: &'a Sketch| {
+        let (after, joined) = match name {
+            // The input block runs once for each call.
+            PartName::InputBlock => (before.clone(), 1),
+            PartName::Stage(_) => (stages.next().expect("parts has every stage once").after(&before), joined),
+            PartName::OutputBlock => (before.clone(), joined),
+        };
+        let before = std::mem::replace(&mut before, after.clone());
+        Outline { name: *name, part, block_of, sequencing, joined, resident_bytes: *resident_bytes, before, after }
+    };
+    parts.iter().map(outline).collect()
 }

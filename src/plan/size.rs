@@ -1,15 +1,15 @@
 //! What a treated weight takes in the container.
 
 use crate::codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
-use crate::compress::Treatment;
+use crate::recipe::LayerRecipe;
 
-/// Elements that a treatment of a weight [o, d] keeps.
+/// Elements that a recipe of a weight [o, d] keeps.
 ///
 /// SparseGPT takes in each block of columns one element more than the share, as in coremltools: see [`crate::solver::prune`].
-pub fn kept(o: u64, d: u64, treatment: &Treatment) -> u64 {
-    let Some(options) = &treatment.prune else { return o * d };
+pub fn kept(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
+    let Some(options) = &recipe.prune else { return o * d };
     match options.sparsity {
-        Sparsity::Unstructured(share) if treatment.method == PruneMethod::Magnitude => o * d - ((o * d) as f64 * share) as u64,
+        Sparsity::Unstructured(share) if recipe.method == PruneMethod::Magnitude => o * d - ((o * d) as f64 * share) as u64,
         Sparsity::Unstructured(share) if share > 0.0 => {
             let block = (options.block as u64).clamp(1, d);
             let pruned = |columns: u64| if columns == 0 { 0 } else { ((o * columns) as f64 * share) as u64 + 1 };
@@ -23,12 +23,12 @@ pub fn kept(o: u64, d: u64, treatment: &Treatment) -> u64 {
 /// Bytes of a weight [o, d] in the container: mask, indices, palettes and scales, or the kept values.
 ///
 /// `design`: one mask bit an element, n bits a kept element, 2^n fp16 entries a palette.
-pub fn stored_bytes(shape: &[i64], treatment: &Treatment) -> u64 {
+pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
     let o = shape.first().copied().unwrap_or(0).unsigned_abs();
     let d = shape.iter().skip(1).product::<i64>().unsigned_abs();
-    let mask = if treatment.prune.is_some() { (o * d).div_ceil(8) } else { 0 };
-    let kept = kept(o, d, treatment);
-    let values = match &treatment.palettize {
+    let mask = if recipe.prune.is_some() { (o * d).div_ceil(8) } else { 0 };
+    let kept = kept(o, d, recipe);
+    let values = match &recipe.palettize {
         None => 2 * kept,
         Some(PaletteOptions { bits, grouping, axis, per_channel_scale }) => {
             let palettes = match grouping {

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use sdxl_squeeze::compress::{Gatherer, Job, LayerReport, Recipe, RunOptions, Workspace, calibrate};
+use sdxl_squeeze::calibration::calibrate;
+use sdxl_squeeze::compress::{Calibration, Gatherer, Job, LayerReport, Machine, Model, Workspace};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::container::{CompressedWeight, Container};
 use sdxl_squeeze::device::Placement;
@@ -10,6 +11,7 @@ use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::plan::{Memory, Plan};
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::recipe::{Recipe, RunOptions};
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -311,23 +313,19 @@ fn layers_in_batches_are_those_one_by_one() {
     let out = tempfile::tempdir().unwrap();
     let run = |batch_bytes: u64| -> Vec<(LayerReport, CompressedWeight)> {
         let memory = Memory::new(8 << 30, Kind::Float, Device::Cpu);
-        let (treatments, sequencing) = (&recipe.treatments, recipe.sequencing);
-        let mut plan = Plan::new(&folder.unet, treatments, sequencing, samples.shape(), memory, &|_| 4).unwrap();
+        let (recipes, sequencing) = (&recipe.layers, recipe.sequencing);
+        let mut plan = Plan::new(&folder.unet, recipes, sequencing, samples.shape(), memory, &|_| 4).unwrap();
         assert_eq!(plan.batch_bytes, 0);
         plan.batch_bytes = batch_bytes;
         let job = Job {
-            chain: &folder.unet,
-            source: &source,
-            treatments,
+            model: Model { chain: &folder.unet, source: &source },
+            layers: recipes,
             plan: &plan,
-            sequencing,
-            kind: Kind::Float,
-            weights: &[],
-            timesteps: 1000,
-            devices: &[Device::Cpu],
+            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut finished = Workspace::open(&out.path().join(batch_bytes.to_string()), &Default::default(), false).unwrap();
-        sdxl_squeeze::compress::compress(&job, &samples, Gatherer::default(), &mut finished, &Silent).unwrap();
+        sdxl_squeeze::compress::compress(&job, Gatherer::default(), &mut finished, &Silent).unwrap();
         let layers: Vec<LayerReport> = finished.reports().map(|(report, _)| report.clone()).collect();
         layers.into_iter().map(|report| (report.clone(), finished.weight(&report.name).unwrap().unwrap())).collect()
     };

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::time::Instant;
 
-use sdxl_squeeze::compress::{Prepared, RunOptions};
+use sdxl_squeeze::compress::Prepared;
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::recipe::RunOptions;
 use serde_json::Value;
 use tch::Kind;
 

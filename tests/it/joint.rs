@@ -399,7 +399,7 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
 
 #[test]
 fn what_is_worse_on_held_out_samples_is_not_taken() {
-    // Calibrated on a few directions; what is held out lies across them.
+    // Evidence on a few directions; what is held out lies across them.
     let weight = numbers(&[32, 96], 40);
     let seen = hessian(&correlated(3000, 96, 41, 42));
     let alike = correlated(300, 96, 41, 43);

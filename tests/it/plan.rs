@@ -2,7 +2,17 @@
 
 use std::path::Path;
 
+use sdxl_squeeze::calibration::calibrate;
+use sdxl_squeeze::compress::{self, Calibration, Gatherer, Job, Machine, Model, Workspace};
+use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::unet::PartName;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::plan::{Memory, Plan};
+use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::recipe::{Recipe, RunOptions, Sequencing};
 use serde_json::Value;
+use tch::{Device, Kind};
 
 use crate::support::{emoji, ended_with, repo, squeeze, tiny};
 
@@ -138,4 +148,44 @@ fn several_devices_share_the_samples() {
     }
     assert!((sums[0] / sums[1] - 1.0).abs() < 0.1, "{sums:?}");
     assert_eq!(again["samples"], 2);
+}
+
+/// The passes over the samples and the multiply-adds of all forwards, counted while a run computes,
+/// are those of its plan: stage by stage, block by block, and beside the dense network.
+#[test]
+fn what_is_computed_is_what_was_planned() {
+    let folder = PipelineFolder::open(tiny()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let mut config = RunConfig::read(&repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, 2);
+    let options = RunOptions::on(Placement::CPU);
+    let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();
+    let recipe = Recipe::new(&config, &folder.unet).unwrap();
+    let source = weights.narrow_source(Placement::CPU);
+    let out = tempfile::tempdir().unwrap();
+    let mut forwards = Vec::new();
+    let orders = [Sequencing::Stage, Sequencing::Sublayer { dense_target: false }, Sequencing::Sublayer { dense_target: true }];
+    for (number, sequencing) in orders.into_iter().enumerate() {
+        let memory = Memory::new(8 << 30, Kind::Float, Device::Cpu);
+        let plan = Plan::new(&folder.unet, &recipe.layers, sequencing, samples.shape(), memory, &|_| 4).unwrap();
+        let job = Job {
+            model: Model { chain: &folder.unet, source: &source },
+            layers: &recipe.layers,
+            plan: &plan,
+            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
+        };
+        let mut store = Workspace::open(&out.path().join(number.to_string()), &Default::default(), false).unwrap();
+        let statistics = compress::compress(&job, Gatherer::default(), &mut store, &Silent).unwrap();
+        for (spec, stage) in folder.unet.stages().iter().zip(&plan.stages) {
+            let computed = statistics.parts[&PartName::Stage(spec.name())];
+            assert_eq!(computed.passes, stage.passes, "{sequencing:?}, {}", stage.name);
+            let ratio = computed.multiply_adds / stage.work.forward;
+            assert!((ratio - 1.0).abs() < 1e-9, "{sequencing:?}, {}: {ratio} of the planned forwards", stage.name);
+        }
+        forwards.push((plan.passes(), plan.work.forward));
+    }
+    // Each order takes more than the one before.
+    assert!(forwards[0].0 < forwards[1].0 && forwards[1].0 == forwards[2].0, "{forwards:?}");
+    assert!(forwards[0].1 < forwards[1].1 && forwards[1].1 < forwards[2].1, "{forwards:?}");
 }

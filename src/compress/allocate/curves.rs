@@ -1,133 +1,140 @@
-//! What each layer would lose with each of its settings.
+//! The error of each layer with each of its settings.
 
 use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::super::lane::{self, Lane, Pass, Way};
-use super::super::{Gatherer, Job, Treatment, Treatments};
-use crate::calibration::Samples;
+use super::super::gather::Gatherer;
+use super::super::walk::{Visitor, Walk, execute};
+use super::super::workspace::Workspace;
+use super::Measurement;
 use crate::codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
-use crate::plan::stored_bytes;
+use crate::plan::{Gather, Stop, stored_bytes};
 use crate::progress::{Progress, Task};
+use crate::recipe::{LayerRecipe, LayerRecipes};
 use crate::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint};
 
-/// A setting of a layer, and what it comes to.
+/// A setting of a layer with its size and error.
 #[derive(Debug, Clone)]
 pub(super) struct Measured {
-    pub treatment: Treatment,
+    pub recipe: LayerRecipe,
     pub bytes: u64,
     /// The squared error of the layer's output for one call.
     pub error: f64,
 }
 
-/// Rows that a setting is tried on; the others are taken to be like them.
+/// The settings of each layer, by name.
+type Settings = BTreeMap<String, Vec<LayerRecipe>>;
+
+/// The number of rows of a weight that settings are tried on; the other rows are assumed to be alike.
 const ROWS: i64 = 128;
 
-impl Job<'_> {
-    /// Tries every one of `settings` on its layer, on Hessians of the dense network.
-    pub(super) fn curves(
-        &self,
-        settings: &BTreeMap<String, Vec<Treatment>>,
-        samples: &Samples,
-        captions: Gatherer,
-        folder: &std::path::Path,
-        progress: &dyn Progress,
-    ) -> Result<BTreeMap<String, Vec<Measured>>> {
-        let mut curves = BTreeMap::new();
-        let task = Task::begin(progress, "error curves", "stages", self.chain.stages().len());
-        let mut lanes = self.lanes(folder)?;
-        let blueprint = crate::checkpoint::Blueprint::default();
-        let outlines = self.chain.stages().iter().map(|spec| spec.load(&blueprint)).collect::<Result<Vec<_>>>()?;
-        let layers = outlines.iter().flat_map(|stage| stage.layers()).filter(|layer| settings.contains_key(layer.name()));
-        let mut shared = self.first_carries(&mut lanes, samples, layers, None, progress)?;
-        shared.merge(captions)?;
-        let batch = samples.shape().map_or(1, |calls| calls.batch) as f64;
-        for (spec, plan) in self.chain.stages().iter().zip(&self.plan.stages) {
-            let name = spec.name().to_string();
-            task.go_on()?;
-            task.advance(&name);
-            for lane in &mut lanes {
-                lane.load(spec, self.source)?;
-            }
-            for wave in plan.waves.iter().filter(|wave| !wave.is_empty()) {
-                let pass = Pass { way: Way::Whole, inputs: wave, hold: false, last: false };
-                let mut gatherer = lane::gather(&mut lanes, pass, &name, progress)?;
-                for input in wave {
-                    if let Some(hessian) = gatherer.take(input) {
-                        try_input(&lanes[0], input, &hessian, settings, batch, &mut curves, progress)?;
-                    }
-                }
-            }
-            for input in [LayerInput::Text, LayerInput::Time] {
-                if let Some(hessian) = shared.hessian(&input) {
-                    try_input(&lanes[0], &input, hessian, settings, batch, &mut curves, progress)?;
-                }
-            }
-            lane::outputs(&mut lanes, Way::Whole, &name, true, progress)?;
-        }
-        Ok(curves)
-    }
+/// Tries all `settings` of every layer on the Hessians of the dense network.
+pub(super) fn measure(measurement: Measurement<'_>, settings: &Settings) -> Result<BTreeMap<String, Vec<Measured>>> {
+    let Measurement { job, captions, folder, progress } = measurement;
+    let batch = job.calibration.samples.shape().map_or(1, |calls| calls.batch) as f64;
+    let mut walk = Walk::new(&job, captions, folder, progress)?;
+    let mut trials = Trials { settings, batch, progress, curves: BTreeMap::new() };
+    let task = Task::begin(progress, "error curves", "parts", job.model.chain.stages().len() + 2);
+    execute(&job.plan.schedule, &mut walk, &mut trials, &task)?;
+    Ok(trials.curves)
 }
 
-fn try_input(
-    lane: &Lane,
-    input: &LayerInput,
-    hessian: &Hessian,
-    settings: &BTreeMap<String, Vec<Treatment>>,
+/// The visitor that tries settings and stores nothing, so that the network stays dense.
+struct Trials<'a> {
+    settings: &'a Settings,
+    /// The batch size of a call.
     batch: f64,
-    curves: &mut BTreeMap<String, Vec<Measured>>,
-    progress: &dyn Progress,
-) -> Result<()> {
-    let layers: Vec<&Layer> =
-        lane.layers().iter().filter(|layer| layer.input() == input && settings.contains_key(layer.name())).collect();
-    let task = Task::begin(progress, "settings tried", "layers", layers.len());
-    // The Hessian is 2/n sum x x^T, and n counts items of a batch but where the input has two dimensions.
-    let to_error = if *input == LayerInput::Time { 0.5 } else { 0.5 * batch };
-    for order in [Order::Natural, Order::Activation] {
-        let of_order = |treatment: &&Treatment| options_of(treatment).is_some_and(|options| options.order() == order);
-        let mut factors: Option<JointFactors> = None;
-        for layer in &layers {
-            task.go_on()?;
-            if order == Order::Natural {
-                task.advance(layer.name());
-            }
-            for treatment in settings[layer.name()].iter().filter(of_order) {
-                let Some(options) = options_of(treatment) else { continue };
-                let failed = Error::layer(layer.name());
-                if factors.as_ref().is_none_or(|made| !made.fit(options.dampening(), order)) {
-                    drop(factors.take());
-                    factors = Some(JointFactors::new(hessian, options.dampening(), order).map_err(failed)?);
-                }
-                let Some(factors) = &factors else { continue };
-                let (rows, share) = some_rows(layer.weight(), treatment, hessian.groups())?;
-                let failed = Error::layer(layer.name());
-                let found = joint(layer.name(), &rows, hessian, factors, &Beside::default(), &options).map_err(failed)?;
-                curves.entry(layer.name().to_owned()).or_default().push(Measured {
-                    treatment: treatment.clone(),
-                    bytes: stored_bytes(&layer.weight().size(), treatment),
-                    error: to_error * found.loss / share,
-                });
-            }
-        }
-    }
-    Ok(())
+    progress: &'a dyn Progress,
+    curves: BTreeMap<String, Vec<Measured>>,
 }
 
-/// The joint solver with less effort: curves need not be right, only alike.
-fn options_of(treatment: &Treatment) -> Option<JointOptions> {
-    let options = treatment.joint_options()?;
+impl Visitor for Trials<'_> {
+    fn open_inputs(&self, stop: &Stop, walk: &Walk<'_>) -> Vec<LayerInput> {
+        let layers = walk.layers_of(stop);
+        let is_open =
+            |input: &&LayerInput| layers.iter().any(|layer| layer.input() == *input && self.settings.contains_key(layer.name()));
+        let inputs = match &stop.gather {
+            Gather::Nothing => &[],
+            Gather::Samples(inputs) => &inputs[..],
+            Gather::Shared(input) => std::slice::from_ref(input),
+        };
+        inputs.iter().filter(is_open).cloned().collect()
+    }
+
+    fn solve(&mut self, stop: &Stop, mut gathered: Option<Gatherer>, walk: &Walk<'_>) -> Result<()> {
+        for input in self.open_inputs(stop, walk) {
+            match &mut gathered {
+                Some(gatherer) => {
+                    let hessian = gatherer.take(&input).expect("the gatherer was asked for the open inputs");
+                    self.try_input(stop, &input, &hessian, walk)?;
+                }
+                None => {
+                    let hessian = walk.shared().hessian(&input).expect("text and time are summed before the first stage");
+                    self.try_input(stop, &input, hessian, walk)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn store(&self) -> Option<&Workspace> {
+        None
+    }
+}
+
+impl Trials<'_> {
+    fn try_input(&mut self, stop: &Stop, input: &LayerInput, hessian: &Hessian, walk: &Walk<'_>) -> Result<()> {
+        let layers = walk.layers_of(stop);
+        let layers: Vec<&Layer> =
+            layers.into_iter().filter(|layer| layer.input() == input && self.settings.contains_key(layer.name())).collect();
+        let task = Task::begin(self.progress, "settings tried", "layers", layers.len());
+        // The Hessian is 2/n sum x x^T, and n counts the items of a batch unless the input has two
+        // dimensions.
+        let to_error = if *input == LayerInput::Time { 0.5 } else { 0.5 * self.batch };
+        for order in [Order::Natural, Order::Activation] {
+            let mut factors: Option<JointFactors> = None;
+            for layer in &layers {
+                task.go_on()?;
+                if order == Order::Natural {
+                    task.advance(layer.name());
+                }
+                let recipes = self.settings[layer.name()].iter().map(|recipe| (recipe, trial_options(recipe)));
+                for (recipe, options) in recipes.filter(|(_, options)| options.order() == order) {
+                    let failed = Error::layer(layer.name());
+                    let factors = match factors.take().filter(|factors| factors.fit(options.dampening(), order)) {
+                        Some(fitting) => factors.insert(fitting),
+                        None => factors.insert(JointFactors::new(hessian, options.dampening(), order).map_err(failed)?),
+                    };
+                    let (rows, share) = some_rows(&walk.dense_weight(layer)?, recipe, hessian.groups())?;
+                    let solved = joint(layer.name(), &rows, hessian, factors, &Beside::default(), &options);
+                    let solved = solved.map_err(Error::layer(layer.name()))?;
+                    self.curves.entry(layer.name().to_owned()).or_default().push(Measured {
+                        recipe: recipe.clone(),
+                        bytes: stored_bytes(&layer.weight().size(), recipe),
+                        error: to_error * solved.loss / share,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The options of a setting with less effort: the errors need not be exact, only comparable.
+fn trial_options(recipe: &LayerRecipe) -> JointOptions {
+    let options = recipe.joint_options().expect("settings are those of layers that use the joint solver");
     let Effort { refit_steps, turns, .. } = options.effort;
     let effort = Effort { refit_steps: refit_steps.min(4), exchange_turns: 0, turns: turns.min(1), ..options.effort };
-    Some(JointOptions { effort, ..options })
+    JointOptions { effort, ..options }
 }
 
-/// Whole groups of a weight's rows from all over it, and what share of it they are.
-fn some_rows(weight: &Tensor, treatment: &Treatment, groups: i64) -> Result<(Tensor, f64)> {
+/// Whole groups of rows from all over a weight, and their share of it.
+fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tensor, f64)> {
     let rows = weight.size()[0];
-    let unit = match treatment.palettize.map(|palettize| (palettize.grouping, palettize.axis)) {
+    let unit = match recipe.palettize.map(|palettize| (palettize.grouping, palettize.axis)) {
         Some((Grouping::PerGroupedChannel { group_size }, 0)) => group_size as i64,
         Some((Grouping::PerTensor, _)) | None => 16,
         Some((Grouping::PerGroupedChannel { .. }, _)) => rows,
@@ -145,12 +152,9 @@ fn some_rows(weight: &Tensor, treatment: &Treatment, groups: i64) -> Result<(Ten
     Ok((Tensor::f_cat(&parts, 0)?, wanted as f64 / all as f64))
 }
 
-/// The settings that the treated layers may get: more or fewer bits, pruned or not, by what their own say and the limits allow.
-pub(super) fn settings(
-    treatments: &Treatments,
-    shapes: &BTreeMap<String, Vec<i64>>,
-    limits: &super::Limits,
-) -> BTreeMap<String, Vec<Treatment>> {
+/// The settings that each layer may get within `limits`: its own, and variants of it with more or fewer
+/// bits, pruned or not.
+pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &super::Limits) -> Settings {
     const SPARSE: [(f64, BitWidth); 6] = [
         (0.4, BitWidth::Four),
         (0.5, BitWidth::Four),
@@ -160,8 +164,8 @@ pub(super) fn settings(
         (0.5, BitWidth::Two),
     ];
     const FINE: usize = 4;
-    let mut found = BTreeMap::new();
-    for (name, base) in treatments {
+    let mut settings = BTreeMap::new();
+    for (name, base) in recipes {
         let (Some(palettize), Some(shape), Some(_)) = (base.palettize, shapes.get(name), base.joint) else { continue };
         let with = |bits: BitWidth, group: Option<usize>, share: Option<f64>| {
             let finer = |group: &usize| palettize.axis == 0 && palettize.grouping.group_size().is_some_and(|size| *group < size);
@@ -173,15 +177,15 @@ pub(super) fn settings(
                 let prune = base.prune?;
                 Some(PruneOptions { sparsity: Sparsity::Unstructured(share), ..prune })
             });
-            Treatment { prune, palettize: Some(PaletteOptions { bits, grouping, ..palettize }), ..base.clone() }
+            LayerRecipe { prune, palettize: Some(PaletteOptions { bits, grouping, ..palettize }), ..base.clone() }
         };
         let columns: i64 = shape.iter().skip(1).product();
         let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
         let allowed = share <= limits.max_sparsity && palettize.bits >= limits.min_bits;
-        let mut all: Vec<Treatment> = allowed.then(|| base.clone()).into_iter().collect();
-        let mut add = |treatment: Treatment| {
-            if !all.contains(&treatment) {
-                all.push(treatment);
+        let mut all: Vec<LayerRecipe> = allowed.then(|| base.clone()).into_iter().collect();
+        let mut add = |recipe: LayerRecipe| {
+            if !all.contains(&recipe) {
+                all.push(recipe);
             }
         };
         // Two entries are too few for any layer.
@@ -198,7 +202,7 @@ pub(super) fn settings(
                 }
             }
         }
-        found.insert(name.clone(), all);
+        settings.insert(name.clone(), all);
     }
-    found
+    settings
 }

@@ -1,33 +1,36 @@
 //! Settings for each layer that together take a given number of bytes at the least error.
 //!
-//! Each layer is tried with several settings on the dense network's Hessians; what an error of its output does to the UNet's output is
-//! measured by backpropagation; then bytes go where they spare the most ([`choose`]). What comes out is a plain config.
+//! Each layer is tried with several settings on the Hessians of the dense network. Backpropagation
+//! measures the effect of an error in its output on the output of the UNet. Bytes go where they reduce
+//! the error most ([`choose`]). The result is a config with a rule for each layer.
 
 mod choose;
 mod curves;
 mod sensitivity;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 pub use choose::{Choice, choose};
 
-use super::{Gatherer, Job, Recipe, Treatment, Treatments};
-use crate::calibration::Samples;
+use super::gather::Gatherer;
+use super::job::Job;
 use crate::codebook::BitWidth;
 use crate::config::{self, BudgetSection, BudgetTarget, RunConfig};
 use crate::error::{Error, Result};
 use crate::number;
-use crate::plan::Plan;
+use crate::plan::{Plan, stored_bytes};
 use crate::progress::Progress;
+use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of};
 
-/// What no layer's settings may go beyond.
+/// Bounds on the settings of every layer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub min_bits: BitWidth,
     pub max_sparsity: f64,
 }
 
-/// What an allocation came to.
+/// The result of an allocation.
 #[derive(Debug)]
 pub struct Allocation {
     /// The config without a budget, but with a rule for each layer.
@@ -36,60 +39,68 @@ pub struct Allocation {
     pub payload_bytes: u64,
 }
 
-/// What is done to every layer for measuring: all that any setting might need.
-pub(super) fn measuring(treatments: &Treatments) -> Treatments {
-    let hungry = |treatment: &Treatment| Treatment { prune: None, ..treatment.clone() };
-    treatments.iter().map(|(name, treatment)| (name.clone(), hungry(treatment))).collect()
+/// A run of the dense network that measures errors.
+pub(super) struct Measurement<'a> {
+    /// Planned for the recipes of [`measuring`].
+    pub job: Job<'a>,
+    /// Hessians of text and time from captions.
+    pub captions: Gatherer,
+    /// The folder for carries.
+    pub folder: &'a Path,
+    pub progress: &'a dyn Progress,
 }
 
-/// Finds settings for `budget`. `job` is planned for [`measuring`]; `plan` is of the recipe as it is.
+/// The recipes for measuring: every layer that can be allocated needs its Hessian, whatever its
+/// setting.
+pub(super) fn measuring(layers: &LayerRecipes) -> LayerRecipes {
+    let unpruned = |recipe: &LayerRecipe| LayerRecipe { prune: None, ..recipe.clone() };
+    layers.iter().map(|(name, recipe)| (name.clone(), unpruned(recipe))).collect()
+}
+
+/// Finds settings for `budget`. `plan` is that of `recipe` as it is.
 ///
 /// # Errors
-/// [`Error::Argument`] if nothing can be allocated or not even the smallest settings are few enough bytes, naming how many those are.
-#[expect(clippy::too_many_arguments, reason = "what a run knows of its model and samples")]
+/// [`Error::Argument`] if no layer can be allocated, or even the smallest settings take too many bytes;
+/// the message names the smallest size.
 pub(super) fn allocate(
-    job: &Job,
+    measurement: Measurement<'_>,
     config: &RunConfig,
     recipe: &Recipe,
     plan: &Plan,
     budget: &BudgetSection,
-    samples: &Samples,
-    captions: Gatherer,
-    folder: &std::path::Path,
-    progress: &dyn Progress,
 ) -> Result<Allocation> {
-    // The ends stay as they are: they are few bytes, and how far their errors reach is not measured.
-    let staged = super::layers_of(job.chain)?.into_iter().filter(|layer| layer.stage.is_some());
+    // The input and output blocks keep their settings: they are few bytes, and the effect of their
+    // errors is not measured.
+    let staged = layers_of(measurement.job.model.chain)?.into_iter().filter(|layer| layer.stage.is_some());
     let shapes: BTreeMap<String, Vec<i64>> = staged.map(|layer| (layer.name, layer.shape)).collect();
     let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity };
-    let settings = curves::settings(&recipe.treatments, &shapes, &limits);
+    let settings = curves::settings(&recipe.layers, &shapes, &limits);
     if settings.is_empty() {
         return Err(Error::Argument("a budget needs layers that are palettized by the joint solver; there are none".into()));
     }
-    let sensitivities = job.sensitivities(samples, budget.probes, progress)?;
-    let curves = job.curves(&settings, samples, captions, folder, progress)?;
+    measurement.job.calibration.check()?;
+    let sensitivities = sensitivity::measure(&measurement, budget.probes)?;
+    let curves = curves::measure(measurement, &settings)?;
 
-    // Rounded, so that what threads add in another order does not decide.
-    let rounded = |value: f64| format!("{value:.3e}").parse::<f64>().unwrap_or(value);
+    // Rounded, so that summation-order noise cannot change the choice.
+    let rounded = |value: f64| format!("{value:.3e}").parse::<f64>().expect("a printed number is a number");
     let mut names = Vec::new();
     let mut choices = Vec::new();
     for (name, measured) in &curves {
-        let reaches =
-            rounded(sensitivities.by_layer.get(name).copied().unwrap_or(0.0) / sensitivities.energy.max(f64::MIN_POSITIVE));
+        let sensitivity = sensitivities.by_layer.get(name).expect("every layer of a stage has a sensitivity");
+        let weight = rounded(sensitivity / sensitivities.energy.max(f64::MIN_POSITIVE));
+        let choice = |measured: &curves::Measured| Choice { bytes: measured.bytes, cost: weight * rounded(measured.error) };
         names.push(name);
-        choices.push(
-            measured
-                .iter()
-                .map(|measured| Choice { bytes: measured.bytes, cost: reaches * rounded(measured.error) })
-                .collect::<Vec<_>>(),
-        );
+        choices.push(measured.iter().map(choice).collect::<Vec<_>>());
     }
-    // What the allocated layers take in the recipe as it is; everything else stays as it is.
-    let own: u64 = names.iter().map(|name| crate::plan::stored_bytes(&shapes[*name], &recipe.treatments[*name])).sum();
-    let fixed = plan.payload_bytes - own;
+    // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are fixed.
+    let allocated_bytes: u64 = names.iter().map(|name| stored_bytes(&shapes[*name], &recipe.layers[*name])).sum();
+    let fixed = plan.payload_bytes - allocated_bytes;
     let total = match budget.target {
         BudgetTarget::Size(bytes) => bytes,
-        BudgetTarget::Bits(bits) => fixed + (bits / 8.0 * plan.compressed_elements as f64) as u64 - (plan.compressed_bytes - own),
+        BudgetTarget::Bits(bits) => {
+            fixed + (bits / 8.0 * plan.compressed_elements as f64) as u64 - (plan.compressed_bytes - allocated_bytes)
+        }
     };
     let Some(chosen) = choose(&choices, total.saturating_sub(fixed)) else {
         let least: u64 = choices.iter().filter_map(|choices| choices.iter().map(|choice| choice.bytes).min()).sum();
@@ -107,19 +118,19 @@ pub(super) fn allocate(
     let mut rules = Vec::new();
     for ((name, index), (choices, measured)) in names.iter().zip(&chosen).zip(choices.iter().zip(curves.values())) {
         bytes += choices[*index].bytes;
-        rules.push(((*name).clone(), &measured[*index].treatment));
+        rules.push(((*name).clone(), &measured[*index].recipe));
     }
     write_rules(&mut allocated, &rules)?;
     Ok(Allocation { config: allocated, payload_bytes: bytes })
 }
 
-/// Puts a rule for each layer before the config's own.
-fn write_rules(config: &mut RunConfig, rules: &[(String, &Treatment)]) -> Result<()> {
+/// Puts a rule for each layer before the rules of the config.
+fn write_rules(config: &mut RunConfig, rules: &[(String, &LayerRecipe)]) -> Result<()> {
     let (mut prune, mut palettize) = (Vec::new(), Vec::new());
-    for (name, treatment) in rules {
+    for (name, recipe) in rules {
         let pattern = config::Written::own(&regex::escape(name))?;
-        prune.push((pattern.clone(), treatment.prune));
-        palettize.push((pattern, treatment.palettize));
+        prune.push((pattern.clone(), recipe.prune));
+        palettize.push((pattern, recipe.palettize));
     }
     if let Some(section) = &mut config.prune {
         prune.append(&mut section.rules.module_name_configs);

@@ -1,81 +1,98 @@
-//! How far an error in a layer's output reaches.
+//! The effect of an error in a layer's output on the output of the UNet.
 
 use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
-use super::super::{Job, placement};
+use super::super::gather::Gatherer;
+use super::super::job::{Calibration, Job, Machine};
+use super::super::propagate::Extent;
+use super::super::walk::Walk;
+use super::Measurement;
 use crate::calibration::Samples;
 use crate::error::Result;
-use crate::model::unet::{Carry, Stage};
+use crate::model::unet::{Carry, Part, PartName, Scope};
 use crate::model::{Layer, Observer, Unobserved};
-use crate::progress::{Progress, Task};
+use crate::plan::{CarriesIn, Plan};
+use crate::progress::Task;
 use crate::random::noise;
+use crate::recipe::Devices;
 use crate::sum;
 
-/// What each layer's output error does to the UNet's output.
+/// The effect of an error in each layer's output.
 #[derive(Debug, Default)]
 pub(super) struct Sensitivities {
-    /// By name: squared error of the UNet's output for one of the layer's.
+    /// By name: the squared error of the UNet's output for a unit of squared error of the layer's.
     pub by_layer: BTreeMap<String, f64>,
-    /// The UNet's output, squared, for one call.
+    /// The squared norm of the UNet's output for one call.
     pub energy: f64,
 }
 
-impl Job<'_> {
-    /// Measures, on `probes` of the samples, ‖J‖² / n of each layer: J the Jacobian of the UNet's output by the layer's, n the numbers in the
-    /// layer's output. An error that is spread evenly there is multiplied by that. By backpropagation of a random vector (Hutchinson
-    /// 1990), unit by unit, so that one unit's activations are in memory at a time.
-    pub(super) fn sensitivities(&self, samples: &Samples, probes: usize, progress: &dyn Progress) -> Result<Sensitivities> {
-        let _one = OneThread::begin();
-        let count = probes.min(samples.calls.len());
-        let calls: Vec<_> = (0..count).map(|k| &samples.calls[(2 * k + 1) * samples.calls.len() / (2 * count)]).collect();
-        let task = Task::begin(progress, "sensitivities", "parts", 2 * self.chain.stages().len() + 1);
-        let placement = placement(self.devices[0], self.kind);
-
-        let head = self.chain.load_head(self.source)?;
-        let mut carries = Vec::new();
-        for call in calls {
-            let call = call.placed(placement)?;
-            carries.push(head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved)?);
-        }
-        let mut before = Vec::new();
-        for spec in self.chain.stages() {
-            task.go_on()?;
-            task.advance(&spec.name().to_string());
-            let stage = spec.load(self.source)?;
-            let after =
-                carries.iter().map(|carry| stage.forward(carry.shallow_clone(), &mut Unobserved)).collect::<Result<_>>()?;
-            before.push(std::mem::replace(&mut carries, after));
-        }
-
-        let mut found = Sensitivities::default();
-        task.advance("tail");
-        let tail = self.chain.load_tail(self.source)?;
-        let mut gradients = Vec::new();
-        for (number, carry) in carries.iter().enumerate() {
-            let carry = leaf(carry)?;
-            let output = tail.forward(&carry, &mut Unobserved)?;
-            found.energy += squares(&output)? / count as f64;
-            let probe = noise(&output.size(), number as u64, Kind::Float)?.f_to_device(placement.device)?;
-            let along = output.f_to_kind(Kind::Float)?.f_mul(&probe)?.f_sum(Kind::Float)?;
-            let gradient = Tensor::f_run_backward(&[along], std::slice::from_ref(&carry.hidden_states), false, false)?;
-            gradients.push(Gradient { hidden_states: gradient.into_iter().next(), tokens: None, residuals: Vec::new() });
-        }
-        for (spec, before) in self.chain.stages().iter().zip(before).rev() {
-            task.go_on()?;
-            task.advance(&spec.name().to_string());
-            let stage = spec.load(self.source)?;
-            for (carry, gradient) in before.into_iter().zip(&mut gradients) {
-                backward(&stage, carry, gradient, &mut found.by_layer, 1.0 / count as f64)?;
-            }
-        }
-        Ok(found)
+/// Measures ‖J‖² / n of each layer on `probes` of the samples: J is the Jacobian of the UNet's output
+/// by the layer's output, and n the size of the latter. An error that is spread evenly over the layer's
+/// output is multiplied by this.
+///
+/// By backpropagation of a random vector (Hutchinson 1990), block by block, so that the activations of
+/// one block are in memory at a time.
+pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Sensitivities> {
+    let Measurement { job, folder, progress, .. } = measurement;
+    let _one = OneThread::begin();
+    let task = Task::begin(*progress, "sensitivities", "parts", 2 * job.model.chain.stages().len() + 1);
+    let device = job.machine.devices.first();
+    let (samples, total) = (&job.calibration.samples.calls, job.calibration.samples.calls.len());
+    let count = probes.min(total);
+    let placed = |k: usize| samples[(2 * k + 1) * total / (2 * count)].placed(job.machine.placement(device));
+    let calls = (0..count).map(placed).collect::<Result<Vec<_>>>()?;
+    // Weights of 1 keep the probes apart.
+    let (samples, weights) = (Samples { calls, notes: Vec::new() }, vec![1.0; count]);
+    let (devices, plan) = (Devices::from(device), Plan { carries: CarriesIn::Memory, ..job.plan.clone() });
+    let probe_job = Job {
+        plan: &plan,
+        calibration: Calibration { samples: &samples, weights: &weights, ..job.calibration },
+        machine: Machine { devices: &devices, ..job.machine },
+        ..*job
+    };
+    let mut walk = Walk::new(&probe_job, Gatherer::default(), folder, *progress)?;
+    walk.begin(&[], None)?;
+    let mut before = Vec::new();
+    let stages: Vec<PartName> = job.model.chain.parts().filter(|part| matches!(part, PartName::Stage(_))).collect();
+    for stage in &stages {
+        task.go_on()?;
+        task.advance(&stage.to_string());
+        before.push(walk.carries()?);
+        walk.advance(*stage, Scope::Whole, Extent::All, None)?;
     }
+
+    let mut sensitivities = Sensitivities::default();
+    task.advance(&PartName::OutputBlock.to_string());
+    let output_block = job.model.chain.load_part(PartName::OutputBlock, job.model.source)?;
+    let mut gradients = Vec::new();
+    for (number, carry) in walk.carries()?.iter().enumerate() {
+        let carry = leaf(carry)?;
+        let output = output_block.forward(Scope::Whole, carry.shallow_clone(), &mut Unobserved)?.hidden_states;
+        sensitivities.energy += squares(&output)? / count as f64;
+        let probe = noise(&output.size(), number as u64, Kind::Float)?.f_to_device(device)?;
+        let along = output.f_to_kind(Kind::Float)?.f_mul(&probe)?.f_sum(Kind::Float)?;
+        let gradient = Tensor::f_run_backward(&[along], std::slice::from_ref(&carry.hidden_states), false, false)?;
+        gradients.push(Gradient { hidden_states: gradient.into_iter().next(), tokens: None, residuals: Vec::new() });
+    }
+    drop(walk);
+    for (name, before) in stages.iter().zip(before).rev() {
+        task.go_on()?;
+        task.advance(&name.to_string());
+        let stage = job.model.chain.load_part(*name, job.model.source)?;
+        for (carry, gradient) in before.into_iter().zip(&mut gradients) {
+            backward(&stage, carry, gradient, &mut |layer, squares, numel| {
+                *sensitivities.by_layer.entry(layer.to_owned()).or_default() += 1.0 / count as f64 * squares / numel;
+            })?;
+        }
+    }
+    Ok(sensitivities)
 }
 
-/// libtorch works on one thread until this is dropped. Its gradients depend on the number of threads: those of SiLU, and of products with
-/// few rows. Each probe is a forward and a backward, so the time is small beside that of the curves.
+/// Keeps libtorch on one thread until it is dropped, because gradients of SiLU, and of products with
+/// few rows, depend on the number of threads. Each probe is one forward and one backward, so this takes
+/// little time beside the error curves.
 struct OneThread(i32);
 
 impl OneThread {
@@ -92,65 +109,65 @@ impl Drop for OneThread {
     }
 }
 
-/// The gradient by each tensor of a carry.
+/// The gradient with respect to each tensor of a carry.
 struct Gradient {
     hidden_states: Option<Tensor>,
     tokens: Option<Tensor>,
     residuals: Vec<Tensor>,
 }
 
-/// Goes back through a stage, and adds each layer's share.
-fn backward(
-    stage: &Stage,
-    carry: Carry,
-    gradient: &mut Gradient,
-    by_layer: &mut BTreeMap<String, f64>,
-    share: f64,
-) -> Result<()> {
-    let mut before = Vec::new();
+/// Called with the name of a layer, the squared norm of its output's gradient, and the output's size.
+type AddLayer<'a> = &'a mut dyn FnMut(&str, f64, f64);
+
+/// Backpropagates through a stage, and calls `add` for each layer.
+fn backward(stage: &Part, carry: Carry, gradient: &mut Gradient, add: AddLayer<'_>) -> Result<()> {
+    let mut inputs = Vec::new();
     let mut carry = carry;
-    for unit in 0..stage.units() {
-        before.push(carry.shallow_clone());
-        carry = stage.forward_unit(unit, carry, &mut Unobserved)?;
+    for block in 0..stage.blocks() {
+        inputs.push(carry.shallow_clone());
+        carry = stage.forward(Scope::Block(block), carry, &mut Unobserved)?;
     }
     drop(carry);
-    for unit in (0..stage.units()).rev() {
-        let Some(carry) = before.pop() else { break };
-        let carry = leaf(&carry)?;
-        let mut outputs = Outputs::default();
-        let after = stage.forward_unit(unit, carry.shallow_clone(), &mut outputs)?;
-        let mut along = Vec::new();
-        let mut add = |tensor: &Tensor, gradient: &Tensor| -> Result<()> {
-            along.push(tensor.f_mul(gradient)?.f_sum(Kind::Float)?);
-            Ok(())
-        };
-        if let Some(gradient) = &gradient.hidden_states {
-            add(&after.hidden_states, gradient)?;
-        }
-        if let (Some(tokens), Some(gradient)) = (&after.tokens, &gradient.tokens) {
-            add(tokens, gradient)?;
-        }
-        for (residual, gradient) in after.down_block_res_samples.iter().zip(&gradient.residuals) {
-            add(residual, gradient)?;
-        }
-        let mut inputs = vec![carry.hidden_states.shallow_clone()];
-        inputs.extend(carry.tokens.iter().map(Tensor::shallow_clone));
-        inputs.extend(carry.down_block_res_samples.iter().map(Tensor::shallow_clone));
-        let of_carry = inputs.len();
-        inputs.extend(outputs.0.iter().map(|(_, output)| output.shallow_clone()));
-        let mut found = Tensor::f_run_backward(&along, &inputs, false, false)?;
-        for ((name, output), gradient) in outputs.0.iter().zip(found.split_off(of_carry)) {
-            *by_layer.entry(name.clone()).or_default() += share * squares(&gradient)? / output.numel().max(1) as f64;
-        }
-        let mut found = found.into_iter();
-        gradient.hidden_states = found.next();
-        gradient.tokens = if carry.tokens.is_some() { found.next() } else { None };
-        gradient.residuals = found.collect();
+    for (block, carry) in inputs.into_iter().enumerate().rev() {
+        backward_block(stage, block, leaf(&carry)?, gradient, add)?;
     }
     Ok(())
 }
 
-/// The same carry, its tensors the leaves of a new graph.
+fn backward_block(stage: &Part, block: usize, carry: Carry, gradient: &mut Gradient, add: AddLayer<'_>) -> Result<()> {
+    let mut outputs = Outputs::default();
+    let after = stage.forward(Scope::Block(block), carry.shallow_clone(), &mut outputs)?;
+    let mut along = Vec::new();
+    let mut add_product = |tensor: &Tensor, gradient: &Tensor| -> Result<()> {
+        along.push(tensor.f_mul(gradient)?.f_sum(Kind::Float)?);
+        Ok(())
+    };
+    if let Some(gradient) = &gradient.hidden_states {
+        add_product(&after.hidden_states, gradient)?;
+    }
+    if let (Some(tokens), Some(gradient)) = (&after.tokens, &gradient.tokens) {
+        add_product(tokens, gradient)?;
+    }
+    for (residual, gradient) in after.down_block_res_samples.iter().zip(&gradient.residuals) {
+        add_product(residual, gradient)?;
+    }
+    let mut inputs = vec![carry.hidden_states.shallow_clone()];
+    inputs.extend(carry.tokens.iter().map(Tensor::shallow_clone));
+    inputs.extend(carry.down_block_res_samples.iter().map(Tensor::shallow_clone));
+    let of_carry = inputs.len();
+    inputs.extend(outputs.0.iter().map(|(_, output)| output.shallow_clone()));
+    let mut gradients = Tensor::f_run_backward(&along, &inputs, false, false)?;
+    for ((name, output), gradient) in outputs.0.iter().zip(gradients.split_off(of_carry)) {
+        add(name, squares(&gradient)?, output.numel().max(1) as f64);
+    }
+    let mut gradients = gradients.into_iter();
+    gradient.hidden_states = gradients.next();
+    gradient.tokens = if carry.tokens.is_some() { gradients.next() } else { None };
+    gradient.residuals = gradients.collect();
+    Ok(())
+}
+
+/// A carry of the same values whose tensors are the leaves of a new graph.
 fn leaf(carry: &Carry) -> Result<Carry> {
     let leaf = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_set_requires_grad(true)?) };
     Ok(Carry {
@@ -176,7 +193,7 @@ impl Observer for Outputs {
     }
 
     fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
-        // What text and time go through has no gradient of its own: its leaves would be theirs.
+        // Projections of text and time have no differentiable input here; their outputs become leaves.
         if !output.requires_grad() {
             let _ = output.shallow_clone().f_requires_grad_(true)?;
         }

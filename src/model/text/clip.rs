@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 use crate::model::layer::{Layer, Unobserved};
 use crate::model::network::{Builder, LayerId, LayerNorm, Run, attend, split_heads};
 
+/// Tokens of a prompt in every CLIP text encoder, padding included.
+pub const CLIP_LENGTH: i64 = 77;
+
 /// `transformers.CLIPTextModel` or `CLIPTextModelWithProjection` (Radford et al. 2021).
 #[derive(Debug)]
 pub struct ClipText {

@@ -4,6 +4,6 @@ mod clip;
 mod config;
 mod tokenizer;
 
-pub use clip::{ClipText, TextStates};
+pub use clip::{CLIP_LENGTH, ClipText, TextStates};
 pub use config::{Activation, EndOfText, TextConfig};
 pub use tokenizer::{ClipTokenizer, Tokens};

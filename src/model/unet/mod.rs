@@ -3,6 +3,7 @@
 mod carry;
 mod config;
 mod ends;
+mod part;
 mod stage;
 mod transformer;
 
@@ -12,6 +13,7 @@ pub use carry::{Carry, CarryShape};
 pub use config::{Depth, UnetConfig};
 pub(crate) use ends::Sinusoids;
 pub use ends::{Conditioning, Head, HeadInput, Tail};
+pub use part::{Part, PartName, Scope};
 pub(crate) use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
 pub(crate) use transformer::TransformerShape;

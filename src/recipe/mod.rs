@@ -1,43 +1,38 @@
-//! From a run's config to what is done to each layer, and what that will take.
+//! A run's config, resolved on the layers of one UNet: how each layer is compressed, and in what order.
+//!
+//! Planning and compression both start from a [`Recipe`].
 
-use super::{Treatment, Treatments};
+mod layer;
+mod options;
+mod sequencing;
+
+pub use layer::{LayerRecipe, LayerRecipes};
+pub use options::{Devices, RunOptions};
+pub use sequencing::Sequencing;
+
 use crate::checkpoint::Blueprint;
 use crate::config::{LayerInfo, Pace, Resolution, RunConfig, SolverKind, Target};
 use crate::error::Result;
 use crate::model::Layer;
 use crate::model::unet::UnetChain;
 
-/// When the layers of a stage learn of each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sequencing {
-    /// All Hessians of a stage come from its dense layers, behind compressed stages.
-    Stage,
-    /// Each input's Hessian comes from the layers before it as they will be stored.
-    Sublayer {
-        /// Whether layers aim at the dense network's outputs, so that they make up for the errors before them.
-        dense_target: bool,
-    },
-}
-
-impl Sequencing {
-    /// Whether layers aim at the dense network's outputs, which runs beside the compressed one then.
-    pub fn aims(self) -> bool {
-        self == Sequencing::Sublayer { dense_target: true }
-    }
-}
-
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug, Clone)]
 pub struct Recipe {
-    /// What is done to each layer.
-    pub treatments: Treatments,
-    /// When layers learn of each other.
+    /// How each layer is compressed.
+    pub layers: LayerRecipes,
+    /// The order of calibration and compression within a stage.
     pub sequencing: Sequencing,
-    /// The rules, what each of them matched, and what was found wrong or worth saying.
+    /// The rules, the layers that each rule matched, and findings about them.
     pub resolution: Resolution,
 }
 
 impl Recipe {
+    /// Whether any layer needs calibration samples.
+    pub fn needs_samples(&self) -> bool {
+        self.layers.values().any(LayerRecipe::needs_hessian)
+    }
+
     /// Resolves `config` on the layers of `chain`.
     ///
     /// # Errors
@@ -46,23 +41,23 @@ impl Recipe {
         let infos = layers_of(chain)?;
         let resolution = config.resolve(&infos).checked()?;
         let method = config.prune.as_ref().map(|section| section.algorithm).unwrap_or_default();
-        let mut treatments = Treatments::new();
+        let mut layers = LayerRecipes::new();
         for layer in &resolution.layers {
-            let treatment = Treatment {
+            let recipe = LayerRecipe {
                 joint: (config.solver == SolverKind::Joint).then_some(config.effort),
                 prune: layer.prune.settings().copied(),
                 method,
                 palettize: layer.palettize.settings().copied(),
             };
-            if treatment.prune.is_some() || treatment.palettize.is_some() {
-                treatments.insert(layer.name.clone(), treatment);
+            if recipe.prune.is_some() || recipe.palettize.is_some() {
+                layers.insert(layer.name.clone(), recipe);
             }
         }
         let sequencing = match config.sequencing {
             Pace::Stage => Sequencing::Stage,
             Pace::Sublayer => Sequencing::Sublayer { dense_target: config.target == Target::Dense },
         };
-        Ok(Recipe { treatments, sequencing, resolution })
+        Ok(Recipe { layers, sequencing, resolution })
     }
 }
 
@@ -72,9 +67,9 @@ impl Recipe {
 /// If libtorch cannot make a tensor at all.
 pub fn layers_of(chain: &UnetChain) -> Result<Vec<LayerInfo>> {
     let blueprint = Blueprint::default();
-    let mut found = Vec::new();
+    let mut infos = Vec::new();
     let mut add = |stage: Option<String>, layers: &[Layer]| {
-        found.extend(layers.iter().map(|layer| LayerInfo {
+        infos.extend(layers.iter().map(|layer| LayerInfo {
             name: layer.name().to_owned(),
             stage: stage.clone(),
             module_type: layer.kind(),
@@ -86,5 +81,5 @@ pub fn layers_of(chain: &UnetChain) -> Result<Vec<LayerInfo>> {
         add(Some(spec.name().to_string()), spec.load(&blueprint)?.layers());
     }
     add(None, chain.load_tail(&blueprint)?.layers());
-    Ok(found)
+    Ok(infos)
 }

@@ -1,0 +1,77 @@
+//! The calibration samples that a config asks for.
+
+use super::{Calls, PromptSet, Samples, encode, record};
+use crate::checkpoint::Weights;
+use crate::config::CalibrationSection;
+use crate::error::Result;
+use crate::model::text::CLIP_LENGTH;
+use crate::model::unet::Unet;
+use crate::pipeline::{PipelineFolder, PromptEncoder};
+use crate::progress::Progress;
+use crate::recipe::RunOptions;
+
+/// The calibration samples that `section` asks for: read from its file, or recorded from its prompts.
+///
+/// The UNet is kept in memory as far as the budget goes: in the dtype of its activations, in the
+/// dtype of its checkpoint, or one stage at a time.
+///
+/// # Errors
+/// If the file or the prompts cannot be read, or the pipeline cannot run.
+pub fn calibrate(
+    folder: &PipelineFolder,
+    weights: &Weights,
+    section: &CalibrationSection,
+    options: &RunOptions,
+    progress: &dyn Progress,
+) -> Result<Samples> {
+    if let Some(path) = &section.samples {
+        return Samples::read(path, folder.unet.config(), section.calibration_nsamples);
+    }
+    let placement = options.placement();
+    let set = PromptSet {
+        prompts: section.prompts.load()?,
+        seed: section.seed,
+        steps: section.steps,
+        guidance: section.guidance,
+        size: folder.picture_size(section.size)?,
+    };
+    // The encoders are dropped before the UNet is loaded.
+    let guidances = encode(folder, &PromptEncoder::load(folder, placement)?, &set, progress)?;
+    let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
+    let narrow: u64 = weights
+        .entries()
+        .map(|(name, entry)| {
+            // Tensors that are not floating point are converted to fp32.
+            let bytes = weights.narrow_bytes(name, placement).unwrap_or(4) as u64;
+            entry.shape.iter().product::<i64>().unsigned_abs() * bytes
+        })
+        .sum();
+    let room = options.memory_budget()?.saturating_sub(1 << 30);
+    let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
+        Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
+    } else if narrow <= room {
+        Unet::resident(folder.unet.clone(), weights.narrow_source(placement), progress)?
+    } else {
+        Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
+    };
+    record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
+}
+
+/// The number and shape of the samples that `section` asks for, before any of them is drawn.
+///
+/// # Errors
+/// If the model cannot draw pictures of the size, or a samples file cannot be read.
+pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Calls> {
+    if let Some(path) = &section.samples {
+        return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
+    }
+    let (height, width) = folder.picture_size(section.size)?;
+    let scale = folder.vae.scale();
+    Ok(Calls {
+        count: section.calibration_nsamples,
+        batch: if section.guidance > 1.0 { 2 } else { 1 },
+        height: height / scale,
+        width: width / scale,
+        text: CLIP_LENGTH,
+    })
+}

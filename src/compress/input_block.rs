@@ -1,0 +1,169 @@
+//! The input block: its calibration, and the first carries that it makes of samples.
+//!
+//! Nothing but the input block itself has to run to calibrate its layers. Layers that depend on the
+//! timestep alone see every timestep, layers of text and sizes see each of them once, and conv_in sees
+//! the latents of all samples.
+
+use std::collections::BTreeSet;
+
+use tch::{Device, Kind, Tensor};
+
+use super::dense_outputs::DenseOutputs;
+use super::gather::Gatherer;
+use super::job::{Calibration, Machine, Model};
+use super::propagate::unless_ended_early;
+use super::shard::{DeviceShard, OnDevice, install};
+use super::statistics::Counter;
+use super::workspace::Workspace;
+use crate::calibration::{Sample, is_held_out};
+use crate::elementwise::silu;
+use crate::error::Result;
+use crate::model::unet::{Carry, Conditioning, Head, HeadInput};
+use crate::model::{Layer, LayerInput, Observer, Unobserved};
+use crate::progress::{Progress, Task};
+
+/// The input block with its weights as stored so far, and the dense one where it is the target.
+pub(super) struct InputBlock {
+    stored: Head,
+    dense: Option<Head>,
+    device: Device,
+}
+
+impl InputBlock {
+    /// Loads the input block on `device`.
+    pub fn load(model: Model<'_>, device: Device, has_teacher: bool) -> Result<Self> {
+        let source = OnDevice { source: model.source, device };
+        let load = || model.chain.load_head(&source);
+        let dense = if has_teacher { Some(load()?) } else { None };
+        Ok(InputBlock { stored: load()?, dense, device })
+    }
+
+    /// Gives `layers` their stored weights, as far as `store` has them.
+    pub fn install(&mut self, layers: &BTreeSet<String>, store: &Workspace) -> Result<()> {
+        install(self.stored.layers_mut(), store, &mut |name| layers.contains(name))
+    }
+
+    /// Gathers the Hessian of the input of `layer`; returns multiply-adds too.
+    pub fn gather(
+        &self,
+        layer: &Layer,
+        calibration: Calibration<'_>,
+        machine: Machine<'_>,
+        holds_out: bool,
+        progress: &dyn Progress,
+    ) -> Result<(Gatherer, f64)> {
+        let only = std::iter::once(layer);
+        let gatherer = match self.dense {
+            Some(_) => Gatherer::with_targets(only, self.device)?,
+            None => Gatherer::new(only, self.device)?,
+        };
+        let mut gatherer = gatherer.ending_early();
+        let mut multiply_adds = 0.0;
+        let sees = self.stored.sees(layer.name());
+        if sees == HeadInput::Time {
+            // All timesteps of SDXL at once; a model trained on many more would take too much memory.
+            const AT_ONCE: usize = 1000;
+            for first in (0..calibration.timesteps).step_by(AT_ONCE) {
+                let end = (first + AT_ONCE).min(calibration.timesteps);
+                let times = Tensor::f_arange_start(first as i64, end as i64, (Kind::Float, self.device))?;
+                multiply_adds +=
+                    self.run_twins(layer, &mut gatherer, &|head, observer| head.embed_times(&times, machine.kind, observer))?;
+            }
+            return Ok((gatherer, multiply_adds));
+        }
+        let calls = &calibration.samples.calls;
+        let mut chosen: Vec<usize> = (0..calls.len()).collect();
+        if sees == HeadInput::Conditioning {
+            chosen.dedup_by(|call, before| embeds_same(&calls[*call].conditioning, &calls[*before].conditioning));
+        }
+        let task = Task::begin(progress, "Hessians", "samples", chosen.len());
+        for (number, index) in chosen.iter().enumerate() {
+            task.go_on()?;
+            task.advance(layer.name());
+            gatherer.hold_out(holds_out && is_held_out(number, chosen.len()));
+            gatherer.set_weight(calibration.weight(*index));
+            let call = calls[*index].placed(machine.placement(self.device))?;
+            multiply_adds +=
+                self.run_twins(layer, &mut gatherer, &|head, observer| Ok(first_carry(head, &call, observer)?.hidden_states))?;
+        }
+        Ok((gatherer, multiply_adds))
+    }
+
+    /// Runs the dense block, if there is one, and then the stored one, each as far as the output of
+    /// `layer`.
+    fn run_twins(
+        &self,
+        layer: &Layer,
+        gatherer: &mut Gatherer,
+        run: &dyn Fn(&Head, &mut dyn Observer) -> Result<Tensor>,
+    ) -> Result<f64> {
+        let mut multiply_adds = 0.0;
+        if let Some(dense) = &self.dense {
+            let mut outputs = DenseOutputs::of(vec![layer.name().to_owned()]).ending_early();
+            let mut counter = Counter::of(&mut outputs);
+            unless_ended_early(run(dense, &mut counter))?;
+            multiply_adds += counter.multiply_adds;
+            gatherer.set_targets(outputs);
+        }
+        let mut counter = Counter::of(gatherer);
+        unless_ended_early(run(&self.stored, &mut counter))?;
+        Ok(multiply_adds + counter.multiply_adds)
+    }
+
+    /// Makes the first carries of `shard`, whose batches are every `shards`th chunk of `joined`
+    /// samples from the chunk `number` on, and adds text states and SiLU(temb) to `shared`. Returns
+    /// multiply-adds.
+    pub fn begin(
+        &self,
+        shard: &mut DeviceShard,
+        share: Share,
+        calibration: Calibration<'_>,
+        machine: Machine<'_>,
+        shared: &mut Gatherer,
+        task: &Task<'_>,
+    ) -> Result<f64> {
+        let mut counted = Unobserved;
+        let mut counter = Counter::of(&mut counted);
+        let batches = calibration.samples.calls.chunks(share.joined).enumerate();
+        for (batch, calls) in batches.skip(share.number).step_by(share.shards) {
+            let (mut carries, mut dense_carries) = (Vec::new(), Vec::new());
+            for call in calls {
+                task.go_on()?;
+                task.advance("head");
+                let call = call.placed(machine.placement(self.device))?;
+                let carry = first_carry(&self.stored, &call, &mut counter)?;
+                shared.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
+                shared.add(&LayerInput::Time, &silu(&carry.temb)?)?;
+                carries.push(carry);
+                if let Some(dense) = &self.dense {
+                    dense_carries.push(first_carry(dense, &call, &mut counter)?);
+                }
+            }
+            let dense = if dense_carries.is_empty() { None } else { Some(Carry::join(&dense_carries)?) };
+            // A batch of several samples is one of equal weights.
+            shard.push(Carry::join(&carries)?, dense, calibration.weight(batch * share.joined))?;
+        }
+        Ok(counter.multiply_adds)
+    }
+}
+
+/// One device's share of the batches of samples.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Share {
+    /// The number of the device.
+    pub number: usize,
+    /// The number of devices.
+    pub shards: usize,
+    /// The number of samples in a batch.
+    pub joined: usize,
+}
+
+fn first_carry(head: &Head, call: &Sample, observer: &mut dyn Observer) -> Result<Carry> {
+    head.forward(&call.sample, call.timestep, &call.conditioning, observer)
+}
+
+/// Whether two calls have the same pooled text and time ids.
+fn embeds_same(a: &Conditioning, b: &Conditioning) -> bool {
+    let is_equal = |a: &Tensor, b: &Tensor| a == b;
+    is_equal(&a.text_embeds, &b.text_embeds) && is_equal(&a.time_ids, &b.time_ids)
+}

@@ -1,0 +1,168 @@
+//! Sending the carries of all devices through the loaded part.
+
+use super::gather::Gatherer;
+use super::shard::DeviceShard;
+use super::statistics::Counter;
+use super::teacher::Advances;
+use crate::allocator;
+use crate::calibration::is_held_out;
+use crate::error::{Error, Result};
+use crate::finite::is_finite;
+use crate::model::unet::{Carry, Part, Scope};
+use crate::model::{Layer, LayerInput, Observer, Unobserved};
+use crate::progress::{Progress, Task};
+
+/// A pass of all carries in which Hessians are gathered.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GatherRequest<'a> {
+    /// The part's name, for progress.
+    pub part: &'a str,
+    /// The portion of the part that the carries are sent through.
+    pub scope: Scope,
+    /// The inputs whose Hessians are summed.
+    pub inputs: &'a [LayerInput],
+    /// Whether some batches are held out of the Hessians.
+    pub holds_out: bool,
+    /// Whether the carries of the dense network, if it runs, pass the scope.
+    pub teacher_advances: Advances,
+}
+
+/// Which carries advance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Extent {
+    /// All of them.
+    All,
+    /// The first of each device, to check that it stays finite: no later part needs the carries.
+    First,
+}
+
+/// Sends `carry` through `scope` of `part`; returns multiply-adds too.
+pub(super) fn forward(part: &Part, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<(Carry, f64)> {
+    let mut counter = Counter::of(observer);
+    let after = part.forward(scope, carry, &mut counter)?;
+    Ok((after, counter.multiply_adds))
+}
+
+/// Sends `carry` through `scope` of `part` as far as the observer lets it; returns multiply-adds.
+pub(super) fn observe(part: &Part, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<f64> {
+    let mut counter = Counter::of(observer);
+    unless_ended_early(part.forward(scope, carry, &mut counter))?;
+    Ok(counter.multiply_adds)
+}
+
+/// Maps [`Error::SeenEnough`], with which an observer ends a forward early, to `Ok`.
+pub(super) fn unless_ended_early<T>(result: Result<T>) -> Result<()> {
+    match result {
+        Ok(_) | Err(Error::SeenEnough) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gathers Hessians on all devices at once; returns multiply-adds too. Partial sums are added in the
+/// order of the devices. Where layers have a dense target, each carry of the dense network goes
+/// before its compressed twin.
+pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, progress: &dyn Progress) -> Result<(Gatherer, f64)> {
+    let task = Task::begin(progress, "Hessians", "batches", shards.iter().map(|shard| shard.carries.len()).sum());
+    let tick = || {
+        task.advance(request.part);
+        task.go_on()
+    };
+    let mut sums = on_each(shards, &|shard, tick| gather_on(shard, request, tick), &tick)?.into_iter();
+    let (mut gatherer, mut multiply_adds) = sums.next().expect("a walk has at least one shard");
+    for (other, more) in sums {
+        gatherer.merge(other)?;
+        multiply_adds += more;
+    }
+    // Activations are not needed any more.
+    allocator::give_back();
+    Ok((gatherer, multiply_adds))
+}
+
+fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, tick: Tick<'_>) -> Result<(Gatherer, f64)> {
+    let is_wanted = |layer: &&Layer| request.inputs.contains(layer.input());
+    let layers = shard.part().layers().iter().filter(is_wanted);
+    let names: Vec<String> = layers.clone().map(|layer| layer.name().to_owned()).collect();
+    let mut gatherer = match shard.teacher {
+        Some(_) => Gatherer::with_targets(layers, shard.device)?,
+        None => Gatherer::new(layers, shard.device)?,
+    };
+    if request.inputs.len() == 1 {
+        gatherer = gatherer.ending_early();
+    }
+    let mut multiply_adds = 0.0;
+    for index in 0..shard.carries.len() {
+        tick()?;
+        gatherer.hold_out(request.holds_out && is_held_out(index, shard.carries.len()));
+        gatherer.set_weight(shard.weights[index]);
+        if let Some(teacher) = &mut shard.teacher {
+            let (outputs, more) = teacher.outputs(index, request.scope, &names, request.teacher_advances)?;
+            gatherer.set_targets(outputs);
+            multiply_adds += more;
+        }
+        multiply_adds += observe(shard.part(), request.scope, shard.carries.get(index)?, &mut gatherer)?;
+    }
+    if let Some(teacher) = &mut shard.teacher {
+        teacher.set_ahead(request.teacher_advances);
+    }
+    Ok((gatherer, multiply_adds))
+}
+
+/// Sends the carries through `scope` of the loaded part, called `part` for people; returns
+/// multiply-adds.
+pub(super) fn advance(
+    shards: &mut [DeviceShard],
+    part: &str,
+    scope: Scope,
+    extent: Extent,
+    progress: &dyn Progress,
+) -> Result<f64> {
+    let count = |shard: &DeviceShard| match extent {
+        Extent::All => shard.carries.len(),
+        Extent::First => shard.carries.len().min(1),
+    };
+    let task = Task::begin(progress, "outputs", "batches", shards.iter().map(count).sum());
+    let run = |shard: &mut DeviceShard, tick: Tick| -> Result<f64> {
+        let teacher_lags = shard.teacher.as_mut().is_some_and(|teacher| teacher.lags());
+        let mut multiply_adds = 0.0;
+        for index in 0..count(shard) {
+            tick()?;
+            if let Some(teacher) = shard.teacher.as_mut().filter(|_| teacher_lags) {
+                multiply_adds += teacher.advance(index, scope)?;
+            }
+            let (after, more) = forward(shard.part(), scope, shard.carries.get(index)?, &mut Unobserved)?;
+            multiply_adds += more;
+            if !is_finite(after.tokens.as_ref().unwrap_or(&after.hidden_states))? {
+                return Err(Error::NotFinite(format!("the output of `{part}`, compressed, has NaN or infinity in it")));
+            }
+            shard.carries.replace(index, after)?;
+        }
+        Ok(multiply_adds)
+    };
+    let tick = || {
+        task.advance(part);
+        task.go_on()
+    };
+    Ok(on_each(shards, &run, &tick)?.into_iter().sum())
+}
+
+/// Called before each batch, by whichever device has it.
+type Tick<'a> = &'a (dyn Fn() -> Result<()> + Sync);
+
+/// Runs something on every shard, each in a thread of its own where there are several. Every thread
+/// calls `tick` before each of its batches, so that progress counts them all and all of them stop
+/// when the run is to stop.
+fn on_each<T: Send>(
+    shards: &mut [DeviceShard],
+    run: &(dyn Fn(&mut DeviceShard, Tick) -> Result<T> + Sync),
+    tick: Tick,
+) -> Result<Vec<T>> {
+    let (first, others) = shards.split_first_mut().expect("a walk has at least one shard");
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = others.iter_mut().map(|shard| scope.spawn(move || run(shard, tick))).collect();
+        let mut results = vec![run(first, tick)?];
+        for thread in threads {
+            results.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(results)
+    })
+}

@@ -1,0 +1,84 @@
+//! What a run reports: its compressed layers, their sizes and errors.
+
+use serde::{Deserialize, Serialize};
+
+use super::layer::{CompressedLayer, LayerErrors};
+use crate::config::RunConfig;
+use crate::container::CompressedWeight;
+use crate::model::Layer;
+use crate::model::unet::PartName;
+use crate::number;
+use crate::plan::Plan;
+
+/// A compressed layer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// The checkpoint name, without `.weight`.
+    pub name: String,
+    /// The stage, `head` for the input block, or `tail` for the output block.
+    pub stage: String,
+    /// The weight's shape.
+    pub shape: Vec<i64>,
+    /// The pruned share of the weight.
+    pub sparsity: f64,
+    /// Stored bits per weight, with palettes and scales.
+    pub bits_per_weight: f64,
+    /// Stored bytes.
+    pub bytes: u64,
+    /// The number of vectors in its Hessian; absent if it needed none.
+    pub vectors: Option<u64>,
+    /// Its errors.
+    pub errors: LayerErrors,
+}
+
+impl LayerReport {
+    pub(super) fn of(layer: &Layer, part: PartName, compressed: &CompressedLayer, vectors: Option<u64>) -> Self {
+        let (stored, shape) = (compressed.stored.as_ref(), layer.weight().size());
+        LayerReport {
+            name: layer.name().to_owned(),
+            stage: part.to_string(),
+            sparsity: stored.map_or(0.0, CompressedWeight::sparsity),
+            bits_per_weight: stored.map_or(16.0, CompressedWeight::bits_per_weight),
+            bytes: stored.map_or(2 * layer.weight().numel() as u64, CompressedWeight::stored_bytes),
+            shape,
+            vectors,
+            errors: compressed.errors,
+        }
+    }
+
+    /// A line for progress.
+    pub(super) fn line(&self) -> String {
+        let LayerErrors { weight, pruned_output, output } = self.errors;
+        let errors = match (pruned_output, output) {
+            (Some(pruned), Some(output)) => {
+                format!("output error {} pruned, {} stored", number::percent(pruned), number::percent(output))
+            }
+            (_, _) => format!("weight error {}", number::percent(weight)),
+        };
+        format!("{}: {:.2} bits a weight, {errors}", self.name, self.bits_per_weight)
+    }
+}
+
+/// The report of a run, written beside the container as JSON.
+#[derive(Debug, Serialize)]
+pub struct JobReport {
+    /// Bytes of the container.
+    pub bytes: u64,
+    /// Bytes of the tensors in it.
+    pub payload_bytes: u64,
+    /// The number of calibration samples; 0 if no layer needed them.
+    pub samples: usize,
+    /// The pruned share of all compressed weights.
+    pub sparsity: f64,
+    /// Stored bits per weight, over all compressed weights.
+    pub bits_per_weight: f64,
+    /// The plan of the run.
+    pub plan: Plan,
+    /// Every compressed layer, in execution order.
+    pub layers: Vec<LayerReport>,
+    /// Warnings and remarks.
+    pub notes: Vec<String>,
+    /// The config of the run; if it had a budget, with the settings that were chosen for each layer.
+    #[serde(skip)]
+    pub config: RunConfig,
+}

@@ -1,0 +1,262 @@
+//! A whole run: calibration, compression, container.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::allocate::{self, Measurement};
+use super::captions;
+use super::container::{FinishedUnet, write_container};
+use super::gather::Gatherer;
+use super::identity::{Inputs, sources_of};
+use super::job::{Calibration, Job, Machine, Model};
+use super::prepare::Prepared;
+use super::report::{JobReport, LayerReport};
+use super::samples::kept_samples;
+use super::solve::Compressor;
+use super::statistics::Statistics;
+use super::walk::{Walk, execute};
+use super::workspace::Workspace;
+use crate::calibration::{self, Samples};
+use crate::checkpoint::TensorSource;
+use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
+use crate::error::{Error, Result};
+use crate::model::Layer;
+use crate::number;
+use crate::plan::{Memory, Plan};
+use crate::progress::{Progress, Task};
+use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
+
+/// The folder in which a run for the container `path` keeps finished layers until the container is
+/// written.
+pub fn workspace_folder(path: &Path) -> PathBuf {
+    path.with_extension("work")
+}
+
+/// Compresses the layers of `job` that `store` does not have yet, and adds them to it.
+///
+/// Samples are needed if a recipe needs Hessians. Otherwise no forward is run, and one weight at a
+/// time is in memory. `captions` are Hessians of text and time, added to those of the samples.
+///
+/// # Errors
+/// If a layer cannot be compressed, activations become NaN or infinite, or there are no samples where
+/// some are needed; [`Error::Stopped`] when progress says so, after the layer under way. In every case
+/// finished layers are kept.
+pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progress: &dyn Progress) -> Result<Statistics> {
+    if job.layers.values().any(LayerRecipe::needs_hessian) {
+        job.calibration.check()?;
+    }
+    let folder = store.folder().to_owned();
+    let mut walk = Walk::new(job, captions, &folder, progress)?;
+    let mut compressor = Compressor { layers: job.layers, batch_bytes: job.plan.batch_bytes, store, progress };
+    let task = Task::begin(progress, "compressing", "parts", job.model.chain.stages().len() + 2);
+    let ended = execute(&job.plan.schedule, &mut walk, &mut compressor, &task);
+    // Layers that were finished before an error are kept.
+    let flushed = compressor.store.flush();
+    ended.and(flushed)?;
+    Ok(walk.into_statistics())
+}
+
+/// Compresses the pipeline's UNet by the config of `prepared` and writes the container to its path.
+///
+/// `samples` are used if they are given, so that several runs can share them; otherwise they are drawn
+/// if a layer needs them. Finished layers are kept beside the container's path until the container is
+/// written; with [`RunOptions::resume`](crate::recipe::RunOptions::resume) a run goes on with them.
+///
+/// # Errors
+/// If prompts, captions or samples cannot be read, the model has values that a container cannot hold,
+/// the memory is too little for the samples, calibration fails, a layer cannot be compressed, or the
+/// container cannot be written; [`Error::Changed`] if a file is written to while it is read;
+/// [`Error::Stopped`].
+pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
+    let numerics = crate::init();
+    let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
+    let mut inputs = Inputs::read(folder, config, samples, recipe.needs_samples())?;
+    let sources = sources_of(folder, weights, progress)?;
+    let identity = inputs.identity(config, &sources, options);
+    let mut workspace = Workspace::open(&workspace_folder(path), &identity, options.resume)?;
+    let drawn = match samples {
+        Some(_) => None,
+        None => own_samples(prepared, &mut inputs, &mut workspace, progress)?,
+    };
+    let none = Samples::default();
+    let mut run = Run::new(prepared, &inputs, samples.or(drawn.as_ref()).unwrap_or(&none), progress)?;
+    run.notes.extend(numerics.note());
+    run.notes.extend(few_prompts(config, recipe, inputs.prompts.len()));
+    run.notes.iter().for_each(|note| tracing::warn!("{note}"));
+    let source = weights.narrow_source(options.placement());
+    let (config, recipe) = run.settle_budget(&source, &mut workspace)?;
+    let plan = run.plan(&recipe.layers, recipe.sequencing)?;
+    tracing::info!("planned: {} of memory at most, {} passes", number::size(plan.peak_bytes), plan.passes());
+    let captions = match plan.calls {
+        Some(_) => run.captions(&recipe.layers)?,
+        None => Gatherer::default(),
+    };
+    compress(&run.job(&source, &recipe.layers, &plan), captions, &mut workspace, progress)?;
+
+    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Failed(why.to_string()))?;
+    let (chain, unet_config) = (&folder.unet, folder.unet_config());
+    let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, settings, sources };
+    let (written, sums) = write_container(path, unet, progress)?;
+    let is_calibrated = drawn.is_some() || plan.calls.is_some();
+    let layers = in_execution_order(&recipe, &workspace);
+    let report = JobReport {
+        bytes: written.bytes,
+        payload_bytes: written.payload_bytes,
+        samples: if is_calibrated { run.samples.calls.len() } else { 0 },
+        sparsity: sums.sparsity(),
+        bits_per_weight: sums.bits_per_weight(),
+        layers: layers.iter().map(|(report, _)| (*report).clone()).collect(),
+        notes: run.notes_of(&recipe, &workspace, &layers),
+        plan,
+        config,
+    };
+    workspace.remove()?;
+    Ok(report)
+}
+
+/// A run whose samples are there.
+struct Run<'a> {
+    prepared: &'a Prepared<'a>,
+    inputs: &'a Inputs,
+    samples: &'a Samples,
+    /// The weight of each sample; empty if all weigh the same.
+    sample_weights: Vec<f64>,
+    timesteps: usize,
+    /// The calibration section, with its prompts.
+    section: CalibrationSection,
+    memory: Memory,
+    notes: Vec<String>,
+    progress: &'a dyn Progress,
+}
+
+impl<'a> Run<'a> {
+    fn new(prepared: &'a Prepared<'a>, inputs: &'a Inputs, samples: &'a Samples, progress: &'a dyn Progress) -> Result<Self> {
+        let Prepared { folder, config, options, .. } = prepared;
+        Ok(Run {
+            prepared,
+            inputs,
+            samples,
+            sample_weights: match config.calibration.timestep_weighting {
+                TimestepWeighting::Uniform => Vec::new(),
+                by @ (TimestepWeighting::Early | TimestepWeighting::Log) => calibration::weights(samples, folder, by)?,
+            },
+            timesteps: folder.scheduler.train_timesteps()?,
+            section: inputs.section(&config.calibration),
+            // Samples take memory too, and there may be fewer than were planned with.
+            memory: Memory::new(options.memory_budget()?, options.kind, options.placement().device),
+            notes: Vec::new(),
+            progress,
+        })
+    }
+
+    fn plan(&self, layers: &LayerRecipes, sequencing: Sequencing) -> Result<Plan> {
+        self.prepared.plan_for(layers, sequencing, self.samples.shape(), self.memory)
+    }
+
+    fn job<'b>(&'b self, source: &'b (dyn TensorSource + Sync), layers: &'b LayerRecipes, plan: &'b Plan) -> Job<'b> {
+        let Prepared { folder, options, .. } = self.prepared;
+        Job {
+            model: Model { chain: &folder.unet, source },
+            layers,
+            plan,
+            calibration: Calibration { samples: self.samples, weights: &self.sample_weights, timesteps: self.timesteps },
+            machine: Machine { devices: &options.devices, kind: options.kind },
+        }
+    }
+
+    /// The Hessians of text and time from the captions.
+    fn captions(&self, layers: &LayerRecipes) -> Result<Gatherer> {
+        let Prepared { folder, options, weights, .. } = self.prepared;
+        let needs_hessian = |layer: &Layer| layers.get(layer.name()).is_some_and(LayerRecipe::needs_hessian);
+        let captions = captions::Captions { lines: &self.inputs.captions, section: &self.section };
+        let gathered = captions::gather(folder, weights, captions, &needs_hessian, options, self.progress)?;
+        if !self.inputs.captions.is_empty() {
+            self.inputs.check_prompt_files(folder)?;
+        }
+        Ok(gathered)
+    }
+
+    /// The config and its recipe. If the config has a budget, settings for each layer take its place;
+    /// they are kept in the workspace.
+    fn settle_budget(&mut self, source: &(dyn TensorSource + Sync), workspace: &mut Workspace) -> Result<(RunConfig, Recipe)> {
+        const ALLOCATED: &str = "recipe.yaml";
+        let Prepared { folder, config, recipe, .. } = self.prepared;
+        let Some(budget) = &config.budget else { return Ok((config.clone(), recipe.clone())) };
+        let allocated = if let Some(kept) = workspace.kept(ALLOCATED) {
+            RunConfig::parse(&workspace.folder().join(ALLOCATED), &kept)?
+        } else {
+            let layers = allocate::measuring(&recipe.layers);
+            let mut measuring = self.plan(&layers, Sequencing::Stage)?;
+            // Error curves are compared with each other and not validated.
+            measuring.schedule.holds_out = false;
+            let plan = self.plan(&recipe.layers, recipe.sequencing)?;
+            let job = self.job(source, &layers, &measuring);
+            let captions = self.captions(&layers)?;
+            let measurement = Measurement { job, captions, folder: workspace.folder(), progress: self.progress };
+            let allocation = allocate::allocate(measurement, config, recipe, &plan, budget)?;
+            let size = number::size(allocation.payload_bytes);
+            tracing::info!("allocated: {size}");
+            self.notes.push(format!("settings were found for each layer, together {size}"));
+            workspace.keep(ALLOCATED, allocation.config.to_yaml().as_bytes())?;
+            allocation.config
+        };
+        let recipe = Recipe::new(&allocated, &folder.unet)?;
+        Ok((allocated, recipe))
+    }
+
+    /// Everything that the report has to say, in the order in which it was found.
+    fn notes_of(&self, recipe: &Recipe, workspace: &Workspace, layers: &[(&LayerReport, &[String])]) -> Vec<String> {
+        let findings = recipe.resolution.findings.iter().map(ToString::to_string);
+        findings
+            .chain(self.samples.notes.iter().cloned())
+            .chain(self.notes.iter().cloned())
+            .chain(workspace.said().iter().cloned())
+            .chain(layers.iter().flat_map(|(_, notes)| notes.iter().cloned()))
+            .collect()
+    }
+}
+
+/// The samples of a run that is given none: read from the config's file, or drawn if a layer needs
+/// them.
+fn own_samples(
+    prepared: &Prepared<'_>,
+    inputs: &mut Inputs,
+    workspace: &mut Workspace,
+    progress: &dyn Progress,
+) -> Result<Option<Samples>> {
+    let Prepared { folder, config, options, weights, recipe, .. } = prepared;
+    match inputs.samples.take() {
+        Some(read) => Ok(Some(read)),
+        None if recipe.needs_samples() => {
+            let section = inputs.section(&config.calibration);
+            let samples = kept_samples(folder, weights, &section, options, workspace, progress)?;
+            inputs.check_prompt_files(folder)?;
+            Ok(Some(samples))
+        }
+        None => Ok(None),
+    }
+}
+
+/// The reports and notes of all compressed layers.
+fn in_execution_order<'a>(recipe: &Recipe, workspace: &'a Workspace) -> Vec<(&'a LayerReport, &'a [String])> {
+    let mut reports: BTreeMap<&str, (&LayerReport, &[String])> =
+        workspace.reports().map(|(report, notes)| (report.name.as_str(), (report, notes))).collect();
+    recipe.resolution.layers.iter().filter_map(|layer| reports.remove(layer.name.as_str())).collect()
+}
+
+/// A warning if layers are fitted to the dense outputs of a few pictures.
+fn few_prompts(config: &RunConfig, recipe: &Recipe, prompts: usize) -> Option<String> {
+    /// With three prompts the bundled model gets worse by it; with 48 much better.
+    const ENOUGH: usize = 16;
+    if !recipe.sequencing.has_dense_target() || config.calibration.samples.is_some() {
+        return None;
+    }
+    let warning = || {
+        format!(
+            "{prompts} prompts are few for `target: dense`, which fits them too well; more prompts or `target: current` are better"
+        )
+    };
+    (1..ENOUGH).contains(&prompts).then(warning)
+}

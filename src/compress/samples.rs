@@ -1,0 +1,51 @@
+//! The calibration samples of a run, kept in its workspace so that a continued run need not draw them
+//! again.
+
+use super::kept;
+use super::workspace::Workspace;
+use crate::calibration::{Samples, calibrate};
+use crate::checkpoint::{SafetensorsFile, Weights};
+use crate::config::CalibrationSection;
+use crate::error::{Error, Result};
+use crate::pipeline::PipelineFolder;
+use crate::progress::Progress;
+use crate::recipe::RunOptions;
+
+const SAMPLES: &str = "samples.safetensors";
+const NOTES: &str = "samples.json";
+
+/// The samples of `workspace`, drawn anew if they are absent or damaged.
+pub(super) fn kept_samples(
+    folder: &PipelineFolder,
+    weights: &Weights,
+    section: &CalibrationSection,
+    options: &RunOptions,
+    workspace: &mut Workspace,
+    progress: &dyn Progress,
+) -> Result<Samples> {
+    if let Some(notes) = workspace.kept(NOTES)
+        && kept::has_seal(workspace.folder(), SAMPLES)
+    {
+        match read(folder, workspace, &notes) {
+            Ok(samples) => return Ok(samples),
+            Err(why) => workspace.say(format!("{why}: the samples are made again")),
+        }
+    }
+    let samples = calibrate(folder, weights, section, options, progress)?;
+    let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Failed(why.to_string()))?;
+    workspace.keep(NOTES, &notes)?;
+    workspace.keep(SAMPLES, &samples.to_bytes()?)?;
+    Ok(samples)
+}
+
+fn read(folder: &PipelineFolder, workspace: &Workspace, notes: &[u8]) -> Result<Samples> {
+    let path = workspace.folder().join(SAMPLES);
+    let file = SafetensorsFile::open(&path)?;
+    if !kept::fits(workspace.folder(), workspace.run(), SAMPLES, &file.sha256()?) {
+        return Err(Error::bad_file(&path, "is damaged"));
+    }
+    // Every sample of the file is wanted, so reading has no notes of its own; recording may have had.
+    let mut samples = Samples::from_file(&file, folder.unet.config(), usize::MAX)?;
+    samples.notes = serde_json::from_slice(notes).map_err(|source| Error::Json { path: NOTES.into(), source })?;
+    Ok(samples)
+}

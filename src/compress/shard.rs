@@ -1,0 +1,132 @@
+//! A device's share of the samples.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use tch::{Device, Tensor};
+
+use super::carries::Carries;
+use super::job::Model;
+use super::teacher::Teacher;
+use super::workspace::Workspace;
+use crate::allocator;
+use crate::checkpoint::TensorSource;
+use crate::error::Result;
+use crate::model::Layer;
+use crate::model::unet::{Carry, Part, PartName};
+use crate::plan::CarriesIn;
+
+/// A device with the part of the network that is loaded on it, and the carries of its samples.
+pub(super) struct DeviceShard {
+    pub device: Device,
+    pub carries: Carries,
+    /// The weight of each carry's samples.
+    pub weights: Vec<f64>,
+    pub teacher: Option<Teacher>,
+    part: Option<Part>,
+    /// The layers of the part that have their stored weights.
+    installed: BTreeSet<String>,
+}
+
+/// Where the carries of a run wait between the parts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CarryStore<'a> {
+    pub carries: CarriesIn,
+    /// The folder for carries in files.
+    pub folder: &'a Path,
+    /// Whether the dense network has carries of its own.
+    pub has_teacher: bool,
+}
+
+impl DeviceShard {
+    /// The shard `number` on `device`, without carries.
+    pub fn new(number: usize, device: Device, store: CarryStore<'_>) -> Result<Self> {
+        let carries = |name: String| match store.carries {
+            CarriesIn::Files => Carries::in_files(&store.folder.join(format!("carries-{name}")), device),
+            CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
+        };
+        let teacher = match store.has_teacher {
+            true => Some(Teacher::new(carries(format!("{number}-dense"))?)),
+            false => None,
+        };
+        let carries = carries(number.to_string())?;
+        Ok(DeviceShard { device, carries, weights: Vec::new(), teacher, part: None, installed: BTreeSet::new() })
+    }
+
+    /// Adds the first carry of a batch of samples, and that of the dense network.
+    pub fn push(&mut self, carry: Carry, dense: Option<Carry>, weight: f64) -> Result<()> {
+        if let (Some(teacher), Some(carry)) = (&mut self.teacher, dense) {
+            teacher.carries.push(carry)?;
+        }
+        self.carries.push(carry)?;
+        self.weights.push(weight);
+        Ok(())
+    }
+
+    /// Drops the loaded part.
+    pub fn unload(&mut self) {
+        self.part = None;
+        self.installed.clear();
+        if let Some(teacher) = &mut self.teacher {
+            teacher.part = None;
+        }
+        allocator::give_back();
+    }
+
+    /// Loads a part with its dense weights in the place of the part before.
+    pub fn load(&mut self, model: Model<'_>, name: PartName) -> Result<()> {
+        // The old part is dropped first: there may not be memory for both.
+        self.unload();
+        let source = OnDevice { source: model.source, device: self.device };
+        self.part = Some(model.chain.load_part(name, &source)?);
+        if let Some(teacher) = &mut self.teacher {
+            teacher.part = Some(model.chain.load_part(name, &source)?);
+        }
+        Ok(())
+    }
+
+    /// The loaded part.
+    pub fn part(&self) -> &Part {
+        self.part.as_ref().expect("samples are sent through a part after it was loaded")
+    }
+
+    /// Gives `layers` their stored weights, as far as `store` has them.
+    pub fn install(&mut self, layers: &BTreeSet<String>, store: &Workspace) -> Result<()> {
+        let part = self.part.as_mut().expect("weights are installed after the part was loaded");
+        let installed = &mut self.installed;
+        install(part.layers_mut(), store, &mut |name| layers.contains(name) && installed.insert(name.to_owned()))
+    }
+
+    /// The dense weight of a layer, if it is loaded.
+    pub fn dense_weight(&self, layer: &str) -> Option<Tensor> {
+        let layers = self.part.as_ref().filter(|_| !self.installed.contains(layer))?.layers();
+        layers.iter().find(|own| own.name() == layer).map(|own| own.weight().shallow_clone())
+    }
+}
+
+/// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers that
+/// stay dense keep their weight.
+pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
+    for layer in layers {
+        if !store.has(layer.name()) || !chosen(layer.name()) {
+            continue;
+        }
+        if let Some(stored) = store.weight(layer.name())? {
+            let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
+            layer.replace_weight(&decoded)?;
+        }
+    }
+    Ok(())
+}
+
+/// A source whose tensors are moved to a device.
+pub(super) struct OnDevice<'a> {
+    pub source: &'a dyn TensorSource,
+    pub device: Device,
+}
+
+impl TensorSource for OnDevice<'_> {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        Ok(self.source.tensor(name, shape)?.f_to_device(self.device)?)
+    }
+}

@@ -1,0 +1,73 @@
+//! The dense network that runs beside the compressed one, where layers are fitted to its outputs.
+
+use super::carries::Carries;
+use super::dense_outputs::DenseOutputs;
+use super::propagate::{forward, observe};
+use crate::error::Result;
+use crate::model::Unobserved;
+use crate::model::unet::{Part, Scope};
+
+/// The dense network on one device, with its own carries of the device's samples.
+pub(super) struct Teacher {
+    pub carries: Carries,
+    pub part: Option<Part>,
+    /// Whether its carries have already passed the block that the compressed network is in.
+    is_ahead: bool,
+}
+
+impl Teacher {
+    pub fn new(carries: Carries) -> Self {
+        Teacher { carries, part: None, is_ahead: false }
+    }
+
+    fn part(&self) -> &Part {
+        self.part.as_ref().expect("the teacher is loaded together with its shard")
+    }
+
+    /// The dense outputs of `layers` for the carry `index`, and multiply-adds. The carry passes
+    /// `scope` if it `advances`; otherwise the forward ends with the last output.
+    pub fn outputs(&mut self, index: usize, scope: Scope, layers: &[String], advances: Advances) -> Result<(DenseOutputs, f64)> {
+        let mut outputs = DenseOutputs::of(layers.to_vec());
+        let carry = self.carries.get(index)?;
+        let multiply_adds = match advances {
+            Advances::No => {
+                outputs = outputs.ending_early();
+                observe(self.part(), scope, carry, &mut outputs)?
+            }
+            Advances::Yes => {
+                let (after, multiply_adds) = forward(self.part(), scope, carry, &mut outputs)?;
+                self.carries.replace(index, after)?;
+                multiply_adds
+            }
+        };
+        Ok((outputs, multiply_adds))
+    }
+
+    /// Records that a pass has taken all carries past the block.
+    pub fn set_ahead(&mut self, advances: Advances) {
+        self.is_ahead = match advances {
+            Advances::Yes => true,
+            Advances::No => false,
+        };
+    }
+
+    /// Whether the carries still have to pass the block. The next block begins anew.
+    pub fn lags(&mut self) -> bool {
+        !std::mem::take(&mut self.is_ahead)
+    }
+
+    /// Sends the carry `index` through `scope`; returns multiply-adds.
+    pub fn advance(&mut self, index: usize, scope: Scope) -> Result<f64> {
+        let (after, multiply_adds) = forward(self.part(), scope, self.carries.get(index)?, &mut Unobserved)?;
+        self.carries.replace(index, after)?;
+        Ok(multiply_adds)
+    }
+}
+
+/// Whether the carries of the dense network pass the block while Hessians are gathered. They do in
+/// the last pass of a block, which saves a forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Advances {
+    Yes,
+    No,
+}

@@ -1,0 +1,137 @@
+//! An input whose Hessian is needed.
+
+use super::memory::{Memory, working_set};
+use super::schedule::Gather;
+use super::work::Work;
+use crate::model::{Layer, LayerInput};
+use crate::recipe::LayerRecipe;
+use crate::geometry::input_geometry;
+use crate::solver::{Hessian, OutputResidual};
+
+/// An input whose Hessian is needed, with the layers that share it.
+#[derive(Debug)]
+pub(super) struct Need<'a> {
+    pub input: &'a LayerInput,
+    /// At least one layer, in execution order.
+    pub layers: Vec<(&'a Layer, &'a LayerRecipe)>,
+    /// Bytes of the Hessian, and of the output residuals where layers have a dense target.
+    pub bytes: u64,
+}
+
+impl<'a> Need<'a> {
+    /// The inputs of `layers` whose Hessians are needed, in the order of their first layers.
+    pub fn of(layers: impl Iterator<Item = (&'a Layer, &'a LayerRecipe)>, has_dense_target: bool) -> Vec<Self> {
+        let mut needs: Vec<Need> = Vec::new();
+        for (layer, recipe) in layers.filter(|(_, recipe)| recipe.needs_hessian()) {
+            let size = layer.weight().size();
+            let residual = if has_dense_target { OutputResidual::bytes(&size) } else { 0 };
+            match needs.iter_mut().find(|need| need.input == layer.input()) {
+                Some(need) => {
+                    need.layers.push((layer, recipe));
+                    need.bytes += residual;
+                }
+                None => needs.push(Need {
+                    input: layer.input(),
+                    layers: vec![(layer, recipe)],
+                    bytes: Hessian::bytes(input_geometry(layer), &size) + residual,
+                }),
+            }
+        }
+        needs
+    }
+
+    /// The layer that is first given the input.
+    pub fn first(&self) -> &'a Layer {
+        self.layers[0].0
+    }
+
+    /// The names of the layers.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.layers.iter().map(|(layer, _)| layer.name().to_owned())
+    }
+
+    /// Whether the samples have to run for this input alone.
+    pub fn is_gathered(&self) -> bool {
+        match self.input {
+            LayerInput::Features(_) => true,
+            LayerInput::Text | LayerInput::Time => false,
+        }
+    }
+
+    /// The stop's request for this input alone.
+    pub fn gather(&self) -> Gather {
+        match self.input {
+            LayerInput::Features(_) => Gather::Samples(vec![self.input.clone()]),
+            LayerInput::Text | LayerInput::Time => Gather::Shared(self.input.clone()),
+        }
+    }
+
+    /// Bytes that solving the layers takes besides the Hessian, whose factor is made once for all of
+    /// them.
+    pub fn solving_bytes(&self) -> u64 {
+        let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some()));
+        let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe)).max().unwrap_or(0);
+        set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
+    }
+
+    /// Work of summing the Hessian over `items` samples, each with a layer input of height and width
+    /// `grid`, and of solving the layers.
+    pub fn work(&self, items: f64, grid: [i64; 2]) -> Work {
+        let mut work = Work::default();
+        let size = self.first().weight().size();
+        let d = size.iter().skip(1).product::<i64>() as f64;
+        if self.is_gathered() {
+            work.hessians += items * Hessian::work(input_geometry(self.first()), &size, grid);
+        }
+        // The joint solver needs the diagonal of the inverse, too.
+        let is_joint = self.layers.iter().any(|(_, recipe)| recipe.joint.is_some());
+        work.factors += if is_joint { 2.0 } else { 1.0 } * d.powi(3) / 6.0;
+        let rows = |layer: &Layer| layer.weight().size()[0] as f64;
+        work.sweeps += 1.5 * self.layers.iter().map(|(layer, _)| rows(layer)).sum::<f64>() * d * d;
+        for (layer, effort) in self.layers.iter().filter_map(|(layer, recipe)| Some((layer, recipe.joint?))) {
+            work.sweeps += effort.products() * rows(layer) * d * d;
+        }
+        work
+    }
+}
+
+/// Triangles of the size of the Hessian that solving a layer takes besides it: the factor; for the
+/// joint solver the damped Hessian too, and while its columns are reordered a whole matrix.
+fn triangles(recipe: &LayerRecipe) -> u64 {
+    match (recipe.joint.is_some(), &recipe.prune) {
+        (false, _) => 1,
+        (true, Some(_)) => 2,
+        (true, None) => 4,
+    }
+}
+
+/// Bytes in use at once where a stop gathers and solves, given what is there in any case.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Room {
+    /// Bytes of the program, the carries and the samples under way.
+    pub fixed: u64,
+    /// Bytes of the part and its activations while samples run.
+    pub running: u64,
+    /// Bytes of the part that stay loaded while its layers are solved.
+    pub resting: u64,
+}
+
+impl Room {
+    /// Bytes in use at once for `needs` gathered in one pass.
+    pub fn gathered(&self, needs: &[&Need<'_>]) -> u64 {
+        let hessians = needs.iter().map(|need| need.bytes).sum::<u64>();
+        let solving = needs.iter().map(|need| need.solving_bytes()).max().unwrap_or(0);
+        self.at_once(hessians, solving)
+    }
+
+    /// Bytes in use at once while samples run, and while layers are solved in `solving` bytes beside
+    /// `hessians`.
+    pub fn at_once(&self, hessians: u64, solving: u64) -> u64 {
+        self.fixed + hessians + self.running.max(self.resting + solving)
+    }
+
+    /// Whether `needs` can be gathered in one pass.
+    pub fn fits(&self, needs: &[&Need<'_>], memory: &Memory) -> bool {
+        self.gathered(needs) <= memory.usable()
+    }
+}

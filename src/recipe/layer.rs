@@ -1,0 +1,44 @@
+//! The compression of one layer: pruning, palettization, or both.
+
+use std::collections::BTreeMap;
+
+use crate::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
+use crate::solver::JointOptions;
+
+/// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in fp16.
+pub type LayerRecipes = BTreeMap<String, LayerRecipe>;
+
+/// How one layer is compressed: pruned, palettized, or both.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerRecipe {
+    /// Sparsity and dampening; `None` keeps every weight.
+    pub prune: Option<PruneOptions>,
+    /// How the pruned weights are chosen.
+    pub method: PruneMethod,
+    /// Bits and grouping of the palettes; `None` keeps the values in fp16.
+    pub palettize: Option<PaletteOptions>,
+    /// Effort of the joint solver, which finds mask, weights and palettes together
+    /// ([`joint`](crate::solver::joint())); `None` prunes first and palettizes the result.
+    pub joint: Option<Effort>,
+}
+
+impl LayerRecipe {
+    /// The options of the joint solver, if the layer uses it.
+    pub fn joint_options(&self) -> Option<JointOptions> {
+        self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
+    }
+
+    /// The pruning options if layers of one shape can be pruned in one batch, which only SparseGPT
+    /// can do.
+    pub fn batch_options(&self) -> Option<&PruneOptions> {
+        match self.method {
+            PruneMethod::SparseGpt => self.prune.as_ref().filter(|_| self.joint.is_none()),
+            PruneMethod::Magnitude => None,
+        }
+    }
+
+    /// Whether compression needs the Hessian of the layer's input.
+    pub fn needs_hessian(&self) -> bool {
+        self.joint.is_some() || self.batch_options().is_some()
+    }
+}
