@@ -56,7 +56,10 @@ fn main() -> Result<()> {
         error = (&output - input("output")).norm().double_value(&[]) / input("output").norm().double_value(&[]);
         forwards.push(start.elapsed().as_secs_f64());
     }
-    println!("{}", json!({"load_s": load, "forward_s": forwards, "peak_bytes": peak_bytes(), "relative_error": error}));
+    println!(
+        "{}",
+        json!({"load_s": load, "forward_s": forwards, "peak_bytes": sdxl_squeeze::memory::peak(), "relative_error": error})
+    );
     Ok(())
 }
 
@@ -70,10 +73,4 @@ fn take_value(args: &mut Vec<String>, name: &str) -> Option<String> {
     let at = args.iter().position(|arg| arg == name)?;
     args.remove(at);
     (at < args.len()).then(|| args.remove(at))
-}
-
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    kib.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
