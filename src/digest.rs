@@ -1,17 +1,12 @@
 //! SHA-256, written as 64 lower-case hex digits.
 
-use std::fmt::Write;
 use std::io::Read;
 
 use sha2::{Digest, Sha256};
 
 /// A finished hash as hex digits.
 pub(crate) fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    hex::encode(hash.finalize())
 }
 
 /// The hash of `bytes`.

@@ -1,9 +1,10 @@
-//! The process's memory, where the system tells (Linux).
+//! The memory of this process, on systems that report it (Linux).
 
 use crate::error::{Error, Result};
 use crate::shorten::shorten;
 
-/// The most bytes that have been resident at once since the start, or since [`reset_peak`].
+/// Peak resident bytes since the start of the process or the last [`reset_peak`]; none if the
+/// system does not report them.
 pub fn peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -11,13 +12,14 @@ pub fn peak() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Starts the peak anew from what is resident now. Whether that was possible.
+/// Resets the peak to the bytes that are resident now; returns whether the system allowed it.
 pub fn reset_peak() -> bool {
     std::fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 
-/// Bytes that this process can still take without others being pushed out: what the system has available, or what its control group has
-/// left, whichever is less.
+/// Bytes that this process can still allocate without swapping: the least of the system's available
+/// memory and the remainder of the process's control group. None if the system does not report
+/// them.
 pub fn available() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -27,26 +29,27 @@ pub fn available() -> Option<u64> {
     Some(group.map_or(system, |group| group.min(system)))
 }
 
-/// Reads a size: a number of bytes, or with KiB, MiB, GiB or TiB after it (`8GiB`, `512 MiB`, `1.5GiB`).
+/// Parses a size: a number of bytes, or a number with the unit KiB, MiB, GiB or TiB (`8GiB`, `512
+/// MiB`, `1.5GiB`).
 ///
 /// # Errors
-/// [`Error::Argument`] for anything else; KB, MB and GB are refused, since they mean two things.
+/// [`Error::Argument`] for any other text. KB, MB and GB are refused because they are ambiguous.
 pub fn parse_size(text: &str) -> Result<u64> {
-    let wrong = |why: &str| Error::Argument(format!("`{}` is no size: {why}", shorten(text)));
+    let wrong = |why: &str| Error::Argument(format!("`{}` is not a size: {why}", shorten(text)));
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: f64 = number.parse().map_err(|_| wrong("it must begin with a number, as in 8GiB"))?;
+    let number: f64 = number.parse().map_err(|_| wrong("sizes begin with a number, as in 8GiB"))?;
     let shift = match unit.trim() {
         "" | "B" => 0,
         "KiB" => 10,
         "MiB" => 20,
         "GiB" => 30,
         "TiB" => 40,
-        "K" | "KB" | "M" | "MB" | "G" | "GB" => return Err(wrong("say KiB, MiB or GiB")),
-        _ => return Err(wrong("units are KiB, MiB, GiB and TiB")),
+        "K" | "KB" | "M" | "MB" | "G" | "GB" => return Err(wrong("use KiB, MiB or GiB")),
+        _ => return Err(wrong("the units are KiB, MiB, GiB and TiB")),
     };
     let bytes = number * (1u64 << shift) as f64;
-    if bytes < 1.0 || bytes > (1u64 << 50) as f64 { Err(wrong("it is out of range")) } else { Ok(bytes as u64) }
+    if bytes < 1.0 || bytes > (1u64 << 50) as f64 { Err(wrong("the range is 1 byte to 1024 TiB")) } else { Ok(bytes as u64) }
 }
 
 #[cfg(test)]
@@ -54,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes() {
+    fn sizes_have_binary_units() {
         for (text, bytes) in [("8GiB", 8 << 30), ("1.5 GiB", 3 << 29), ("933MiB", 933 << 20), ("4096", 4096), ("1 TiB", 1 << 40)]
         {
             assert_eq!(parse_size(text).unwrap(), bytes, "{text}");

@@ -1,24 +1,24 @@
-//! Numbers for people. What was not measured, or is not finite, is a dash.
+//! Numbers for people. A number that was not measured or is not finite is a dash.
 
-/// Stands for a number that is not there.
+/// Stands for a number that is missing.
 pub const NONE: &str = "–";
 
-/// MiB with two decimals.
+/// A number of bytes in MiB, with two decimals.
 pub fn mib(bytes: u64) -> String {
     format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// GiB with three decimals.
+/// A number of bytes in GiB, with three decimals.
 pub fn gib(bytes: u64) -> String {
     format!("{:.3} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
-/// MiB below 1000 of them, else GiB.
+/// A number of bytes in MiB, or in GiB from 1000 MiB on.
 pub fn size(bytes: u64) -> String {
     if bytes < 1000 << 20 { mib(bytes) } else { gib(bytes) }
 }
 
-/// A number with its thousands set apart.
+/// A number with commas between its thousands.
 pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut spaced = String::new();
@@ -31,22 +31,22 @@ pub fn count(number: u64) -> String {
     spaced
 }
 
-/// A number with so many decimals.
+/// A number with `decimals` decimals.
 pub fn fixed(number: f64, decimals: usize) -> String {
     if number.is_finite() { format!("{number:.decimals$}") } else { NONE.into() }
 }
 
-/// A share as percent with two decimals.
+/// A share of 1 as percent, with two decimals.
 pub fn percent(share: f64) -> String {
     if share.is_finite() { format!("{:.2}%", 100.0 * share) } else { NONE.into() }
 }
 
-/// A share as percent, where it is there.
+/// A share of 1 as percent, or a dash if it is missing.
 pub fn maybe_percent(share: Option<f64>) -> String {
     share.map_or_else(|| NONE.into(), percent)
 }
 
-/// Seconds below 100 of them, then minutes, then hours.
+/// A duration given in seconds: in seconds below 100, then in minutes, then in hours.
 pub fn time(seconds: f64) -> String {
     match seconds {
         s if !s.is_finite() => NONE.into(),
@@ -56,7 +56,7 @@ pub fn time(seconds: f64) -> String {
     }
 }
 
-/// A weight's shape.
+/// A shape as its sizes with `x` between them.
 pub fn shape(sizes: &[i64]) -> String {
     sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers() {
+    fn sizes_counts_and_shares_read_well() {
         assert_eq!(count(2_567_463_684), "2,567,463,684");
         assert_eq!(count(12), "12");
         assert_eq!(size(5_134_927_368), "4.782 GiB");
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn times() {
+    fn durations_change_units_as_they_grow() {
         assert_eq!(time(7.04), "7.0 s");
         assert_eq!(time(119.7), "2 min 00 s");
         assert_eq!(time(125.0), "2 min 05 s");

@@ -11,19 +11,20 @@ use crate::output::write_file;
 /// A picture of 8-bit red, green and blue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
-    /// Pixels to a row.
+    /// Pixels per row.
     pub width: u32,
-    /// Rows.
+    /// Number of rows.
     pub height: u32,
-    /// Row by row, three bytes a pixel.
+    /// Row by row, three bytes per pixel.
     pub rgb: Vec<u8>,
 }
 
 impl Picture {
-    /// Turns what a VAE decodes, [1, 3, h, w] in [-1, 1], into bytes as `diffusers.VaeImageProcessor` does.
+    /// Converts a VAE's output, [1, 3, h, w] in [-1, 1], into bytes, as diffusers'
+    /// `VaeImageProcessor` does.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if there is NaN in it.
+    /// [`Error::NotFinite`] if the output has NaN in it.
     pub fn from_decoded(decoded: &Tensor) -> Result<Self> {
         let unit = Self::to_unit(decoded)?;
         if unit.f_isnan()?.f_any()?.f_int64_value(&[])? != 0 {
@@ -37,26 +38,26 @@ impl Picture {
         Ok(Picture { width: width as u32, height: height as u32, rgb })
     }
 
-    /// [-1, 1] to [0, 1], cut at both ends.
+    /// Maps [-1, 1] to [0, 1], and clamps values outside.
     ///
     /// # Errors
-    /// If libtorch refuses an operation.
+    /// If an operation of libtorch fails.
     pub fn to_unit(decoded: &Tensor) -> Result<Tensor> {
         Ok(decoded.f_mul_scalar(0.5)?.f_add_scalar(0.5)?.f_clamp(0.0, 1.0)?)
     }
 
-    /// Writes a PNG; `texts` (keyword, text) become its metadata.
+    /// Writes a PNG with `texts` (keyword, text) as its metadata.
     ///
     /// # Errors
-    /// [`Error::Write`]; then an older file is left as it was.
+    /// [`Error::Write`]; an existing file is then left as it was.
     pub fn write_png(&self, path: &Path, texts: &[(&str, String)]) -> Result<()> {
         write_file(path, |out| self.encode(out, texts).map_err(std::io::Error::other))
     }
 
-    /// The PNG that [`write_png`](Self::write_png) writes without texts.
+    /// The picture as the bytes of a PNG, without metadata.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the picture is not as large as it says.
+    /// [`Error::Argument`] if the picture's bytes do not match its size.
     pub fn to_png_bytes(&self) -> Result<Vec<u8>> {
         self.check()?;
         let mut bytes = Vec::new();
@@ -64,7 +65,7 @@ impl Picture {
         Ok(bytes)
     }
 
-    /// That there are pixels, and as many bytes as width and height say.
+    /// Checks that the picture has pixels, and three bytes for each.
     ///
     /// # Errors
     /// [`Error::Argument`] otherwise.

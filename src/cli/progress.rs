@@ -1,4 +1,4 @@
-//! Shows the library's progress: bars, lines or JSON.
+//! Display of the library's progress: bars, lines or JSON.
 
 use std::io::{self, IsTerminal, Write};
 use std::str::FromStr;
@@ -13,14 +13,14 @@ use serde_json::{Map, Value, json};
 
 use super::terminal;
 
-/// How progress is shown.
+/// The argument of `--progress`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// Bars on a terminal, a line now and then elsewhere.
     Auto,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// Not at all.
+    /// Nothing.
     None,
 }
 
@@ -37,18 +37,18 @@ impl FromStr for Mode {
     }
 }
 
-/// Takes what the library reports to standard error.
+/// Writes the library's progress to standard error.
 pub struct Reporter {
-    how: How,
-    /// The terminal with the bars, where progress is shown as bars.
+    display: Display,
+    /// The bars; none for the other displays.
     bars: Option<MultiProgress>,
-    /// The innermost is the last.
+    /// Tasks under way, the innermost last.
     tasks: Mutex<Vec<Running>>,
     interrupted: Arc<AtomicBool>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum How {
+enum Display {
     Bars,
     Lines,
     Json,
@@ -70,44 +70,46 @@ struct Running {
     bar: Option<ProgressBar>,
 }
 
-/// Lines come at most this often.
+/// Least time between two lines about a task.
 const PAUSE: Duration = Duration::from_secs(5);
 
 impl Reporter {
     pub fn new(mode: Mode) -> Self {
-        let how = match mode {
-            Mode::Auto if io::stderr().is_terminal() => How::Bars,
-            Mode::Auto => How::Lines,
-            Mode::Json => How::Json,
-            Mode::None => How::Nothing,
+        let display = match mode {
+            Mode::Auto if io::stderr().is_terminal() => Display::Bars,
+            Mode::Auto => Display::Lines,
+            Mode::Json => Display::Json,
+            Mode::None => Display::Nothing,
         };
-        let bars = (how == How::Bars).then(|| MultiProgress::with_draw_target(terminal::stderr()));
-        Reporter { how, bars, tasks: Mutex::default(), interrupted: Arc::default() }
+        let bars = (display == Display::Bars).then(|| MultiProgress::with_draw_target(terminal::stderr()));
+        Reporter { display, bars, tasks: Mutex::default(), interrupted: Arc::default() }
     }
 
-    /// From now on the first interrupt (Ctrl-C) ends the work where nothing is lost, and the second at once.
+    /// Catches interrupts (Ctrl-C): from now on the first one ends the work at the next place where
+    /// nothing is lost, and the second one at once.
     pub fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
         let failed = |why: io::Error| sdxl_squeeze::Error::Failed(format!("interrupts cannot be caught: {why}"));
         for signal in signal_hook::consts::TERM_SIGNALS.iter().filter(|signal| **signal != signal_hook::consts::SIGQUIT) {
-            // In this order the first one finds the flag unset.
+            // In this order the first interrupt finds the flag unset.
             signal_hook::flag::register_conditional_shutdown(*signal, 1, self.interrupted.clone()).map_err(failed)?;
             signal_hook::flag::register(*signal, self.interrupted.clone()).map_err(failed)?;
         }
         Ok(())
     }
 
-    /// A writer for log lines that keeps them and the bars out of each other's way.
+    /// A writer of log lines above the bars.
     pub fn log_writer(&self) -> LogWriter {
         LogWriter(self.bars.clone())
     }
 
-    /// The tasks under way. Nothing that holds this lock can leave them half changed, so a panic elsewhere does no harm to them.
+    /// The tasks under way. No holder of this lock can leave them half changed, so a panic that
+    /// poisons the lock does no harm.
     fn tasks(&self) -> MutexGuard<'_, Vec<Running>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn say(&self, line: &str) {
-        // Progress that cannot be shown is no reason to stop.
+    fn print_line(&self, line: &str) {
+        // The work goes on even if its progress cannot be shown.
         let _ = writeln!(io::stderr().lock(), "{line}");
     }
 }
@@ -117,7 +119,7 @@ impl Running {
         self.finished + self.begun.saturating_sub(1)
     }
 
-    /// Pieces a second and seconds left, once there is something to tell from.
+    /// Pieces per second and seconds left, once a piece is done.
     fn pace(&self) -> Option<(f64, f64)> {
         let seconds = self.start.elapsed().as_secs_f64();
         if self.done() == 0 || seconds < 0.05 {
@@ -164,13 +166,13 @@ impl Reporter {
         let bar = self.bars.as_ref().map(|bars| {
             let bar = bars.add(ProgressBar::new(total));
             let style = ProgressStyle::with_template("{prefix:>22} {bar:28.cyan/dim} {pos:>4}/{len} {wide_msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_style(style.expect("the template is valid, and constant"));
             bar.set_prefix(task.to_owned());
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
-        if self.how == How::Json {
-            self.say(&json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string());
+        if self.display == Display::Json {
+            self.print_line(&json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string());
         }
         let (task, unit) = (task.to_owned(), unit.to_owned());
         self.tasks().push(Running { task, unit, total, begun: 0, finished: 0, start: now, shown: now, bar });
@@ -181,38 +183,38 @@ impl Reporter {
         let mut tasks = self.tasks();
         let Some(running) = tasks.last_mut() else { return };
         count(running);
-        match self.how {
-            How::Bars => {
+        match self.display {
+            Display::Bars => {
                 if let Some(bar) = &running.bar {
                     bar.set_position(running.done());
                     bar.set_message(format!("{item}  {}", running.status()));
                 }
             }
-            How::Lines if running.shown.elapsed() >= PAUSE => {
+            Display::Lines if running.shown.elapsed() >= PAUSE => {
                 running.shown = Instant::now();
                 let (done, total) = (running.done(), running.total);
-                self.say(&format!("{}: {done}/{total} {}, {item}, {}", running.task, running.unit, running.status()));
+                self.print_line(&format!("{}: {done}/{total} {}, {item}, {}", running.task, running.unit, running.status()));
             }
-            How::Json => {
+            Display::Json => {
                 let (rate, left) = running.pace().unzip();
                 let mut line = json_of(event);
                 line.extend(members(json!({
                     "task": running.task, "done": running.done(), "total": running.total,
                     "per_second": rate, "seconds_left": left, "peak_bytes": sdxl_squeeze::memory::peak(),
                 })));
-                self.say(&Value::Object(line).to_string());
+                self.print_line(&Value::Object(line).to_string());
             }
-            How::Lines | How::Nothing => {}
+            Display::Lines | Display::Nothing => {}
         }
     }
 
     /// Shows a line of its own.
     fn remark(&self, event: &Event<'_>, line: &str) {
-        match (self.how, &self.bars) {
-            (How::Bars, Some(bars)) => bars.suspend(|| self.say(line)),
-            (How::Bars | How::Lines, _) => self.say(line),
-            (How::Json, _) => self.say(&Value::Object(json_of(event)).to_string()),
-            (How::Nothing, _) => {}
+        match (self.display, &self.bars) {
+            (Display::Bars, Some(bars)) => bars.suspend(|| self.print_line(line)),
+            (Display::Bars | Display::Lines, _) => self.print_line(line),
+            (Display::Json, _) => self.print_line(&Value::Object(json_of(event)).to_string()),
+            (Display::Nothing, _) => {}
         }
     }
 
@@ -221,8 +223,8 @@ impl Reporter {
         if let Some(bar) = &running.bar {
             bar.finish_and_clear();
         }
-        match self.how {
-            How::Json => {
+        match self.display {
+            Display::Json => {
                 let seconds = running.start.elapsed().as_secs_f64();
                 // The last piece is done where all were begun; where the task was broken off it is not.
                 let done = if running.begun >= running.total { running.total } else { running.done() };
@@ -230,13 +232,13 @@ impl Reporter {
                     "version": VERSION, "event": "end", "task": running.task, "done": done, "total": running.total,
                     "seconds": seconds,
                 });
-                self.say(&line.to_string());
+                self.print_line(&line.to_string());
             }
             // A short task needs no line at its end.
-            How::Lines if running.start.elapsed() >= PAUSE => {
-                self.say(&format!("{}: {}", running.task, number::time(running.start.elapsed().as_secs_f64())));
+            Display::Lines if running.start.elapsed() >= PAUSE => {
+                self.print_line(&format!("{}: {}", running.task, number::time(running.start.elapsed().as_secs_f64())));
             }
-            _ => {}
+            Display::Bars | Display::Lines | Display::Nothing => {}
         }
     }
 }
@@ -286,8 +288,8 @@ fn describe(layer: &LayerDone<'_>) -> String {
 
 /// Writes log lines to standard error, above the bars.
 ///
-/// It never fails: where nobody can read the log, the work goes on without. tracing-subscriber would panic, as it tells of a
-/// writer's failure by printing to the same standard error.
+/// It never fails: the work goes on even if nobody can read the log. tracing-subscriber reports a
+/// writer's failure by printing to the same standard error, which panics.
 #[derive(Clone)]
 pub struct LogWriter(Option<MultiProgress>);
 

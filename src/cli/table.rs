@@ -1,4 +1,4 @@
-//! Tables for people.
+//! Tables on the terminal.
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
@@ -10,7 +10,7 @@ pub fn new(header: &[&str]) -> Table {
     table
 }
 
-/// The table's text, with the numbers of all columns from `from` on below each other.
+/// The table as text. All columns from index `from` on are right-aligned.
 pub fn right_aligned(mut table: Table, from: usize) -> String {
     for column in table.column_iter_mut().skip(from) {
         column.set_cell_alignment(CellAlignment::Right);

@@ -1,4 +1,5 @@
-//! Judges a compressed UNet by how close it stays to the dense one, on prompts that calibration has not seen.
+//! The judge: how close a compressed UNet stays to the dense one, on prompts outside of the
+//! calibration.
 
 use std::cell::RefCell;
 
@@ -16,7 +17,7 @@ use crate::progress::{Progress, Silent, Task};
 use crate::random::noise;
 use crate::sum;
 
-/// The dense model's runs on the judge's prompts: the truth that rows are measured against.
+/// The dense model's runs on the judged prompts: the reference of every measurement.
 pub struct Judge {
     runs: Vec<Run>,
     held_out: Vec<HeldOut>,
@@ -31,28 +32,29 @@ struct Run {
     picture: Picture,
 }
 
-/// A call of the dense UNet, and its answer.
+/// A call of the dense UNet, and its output.
 struct HeldOut {
     call: Sample,
     output: Tensor,
 }
 
-/// What a row was measured to be.
+/// Measurements of a compressed UNet.
 #[derive(Debug)]
 pub struct Measured {
     /// ‖compressed - dense‖² / ‖dense‖² over the outputs of all held-out calls.
     pub unet_error: f64,
-    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each step, mean over the runs.
+    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each step, mean over the prompts.
     pub latent_error_by_step: Vec<f64>,
-    /// One picture a prompt.
+    /// One picture for each prompt.
     pub pictures: Vec<Picture>,
 }
 
 impl Judge {
-    /// Runs the dense `unet` on every prompt of `set` and keeps `held_out` of its calls, spread over prompts and timesteps.
+    /// Runs the dense `unet` on every prompt of `set` and keeps `held_out` of its calls, spread
+    /// over prompts and timesteps.
     ///
     /// # Errors
-    /// If the pipeline cannot run.
+    /// [`Error::Argument`] if `set` has no prompts; if the pipeline cannot run.
     pub fn record(
         folder: &PipelineFolder,
         encoder: &PromptEncoder,
@@ -103,23 +105,23 @@ impl Judge {
         decode_with(&self.vae, latents)
     }
 
-    /// The dense model's pictures, one a prompt.
+    /// The dense model's pictures, one for each prompt.
     pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
         self.runs.iter().map(|run| &run.picture)
     }
 
-    /// The prompts and how they are run.
+    /// The judged prompts, with their steps, guidance and size.
     pub fn set(&self) -> &PromptSet {
         &self.set
     }
 
-    /// How many calls the UNet's error is measured on.
+    /// Number of calls for the UNet's error.
     pub fn held_out(&self) -> usize {
         self.held_out.len()
     }
 
-    /// How far each stage's output is from the dense one's, with all earlier stages compressed too: ‖new - dense‖² / ‖dense‖² of the
-    /// hidden states, over the held-out calls.
+    /// Error of each stage's output, with all earlier stages compressed too: ‖new - dense‖² /
+    /// ‖dense‖² of the hidden states, over the held-out calls.
     ///
     /// # Errors
     /// If a stage cannot be loaded or run.
@@ -152,7 +154,8 @@ impl Judge {
         Ok(errors)
     }
 
-    /// Measures another UNet: on the held-out calls, and on the same noise, step by step.
+    /// Measures another UNet on the held-out calls, and step by step from the noise of the dense
+    /// runs.
     ///
     /// # Errors
     /// If the UNet cannot run.
@@ -188,12 +191,12 @@ impl Judge {
     }
 }
 
-/// The sum of squares, in fp64.
+/// Sum of squares, in fp64.
 fn squares(tensor: &Tensor) -> Result<f64> {
     sum::squares(&tensor.f_to_kind(Kind::Double)?)
 }
 
-/// A UNet some of whose calls are kept with their answers.
+/// A UNet that keeps some of its calls with their outputs.
 struct Watcher<'a, 'b> {
     unet: &'a Unet<'b>,
     steps: Vec<usize>,

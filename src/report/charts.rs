@@ -1,21 +1,26 @@
 //! The report's plots.
 
+use maud::{Markup, html};
+
+use super::axis::{Axis, Unit};
 use super::comparison::{Comparison, LayerRow, Row};
-use super::markup::{figure, said};
-use super::plot::{Axis, Plot, Unit, style, swatch};
+use super::markup::{figure, isolated};
+use super::plot::{Plot, style, swatch};
 use crate::number;
 
 const WIDTH: u32 = 760;
-/// How wide a letter of a label is, at most, in a plot's units.
+/// Upper bound for the width of a label's letter, in a plot's units.
 const LETTER: f64 = 7.2;
+/// Denoising steps up to which each step has a dot with its number.
+const MOST_DOTS: usize = 60;
 
-/// Size against closeness: what each byte buys.
-pub(super) fn size_and_psnr(comparison: &Comparison) -> String {
+/// Closeness to the dense pictures against size.
+pub(super) fn size_and_psnr(comparison: &Comparison) -> Markup {
     let rows = &comparison.rows;
     let mib = |row: &Row| row.bytes as f64 / f64::from(1 << 20);
-    let spread = rows.iter().flat_map(|row| [row.psnr.mean, row.psnr.worst]);
+    let closeness = rows.iter().flat_map(|row| [row.psnr.mean, row.psnr.worst]);
     let x = Axis::of_values("size of the UNet, MiB", Unit::Plain, true, rows.iter().map(mib));
-    let y = Axis::of_values("PSNR to the dense picture, dB", Unit::Plain, false, spread);
+    let y = Axis::of_values("PSNR to the dense picture, dB", Unit::Plain, false, closeness);
     let mut plot = Plot::new(WIDTH, 340, 44, 42, x, y);
     let points: Vec<_> = rows.iter().map(|row| plot.point(mib(row), row.psnr.mean)).collect();
     for (series, (row, point)) in rows.iter().zip(&points).enumerate() {
@@ -35,7 +40,8 @@ pub(super) fn size_and_psnr(comparison: &Comparison) -> String {
     )
 }
 
-/// Writes names beside points where there is room; the others are in the legend, and say their names when pointed at.
+/// Writes names beside points where there is room. The colours of the others are in the table of
+/// results, and their dots have titles.
 fn name_points(plot: &mut Plot, rows: &[Row], points: &[Option<(f64, f64)>]) {
     let (left, right, top, bottom) = plot.edges();
     let mut taken: Vec<[f64; 4]> = points.iter().flatten().map(|(x, y)| [x - 6.0, y - 6.0, x + 6.0, y + 6.0]).collect();
@@ -43,12 +49,12 @@ fn name_points(plot: &mut Plot, rows: &[Row], points: &[Option<(f64, f64)>]) {
         let Some((x, y)) = *point else { continue };
         let wide = row.name.chars().count() as f64 * LETTER;
         let beside = [("start", x + 10.0, y + 4.0, 0.0), ("end", x - 10.0, y + 4.0, wide)];
-        let over =
-            [("start", x, y - 11.0, 0.0), ("end", x, y - 11.0, wide), ("start", x, y + 19.0, 0.0), ("end", x, y + 19.0, wide)];
-        for (anchor, at, base, back) in beside.into_iter().chain(over) {
+        let above = [("start", x, y - 11.0, 0.0), ("end", x, y - 11.0, wide)];
+        let below = [("start", x, y + 19.0, 0.0), ("end", x, y + 19.0, wide)];
+        for (anchor, at, base, back) in [beside, above, below].concat() {
             let room = [at - back, base - 11.0, at - back + wide, base + 3.0];
             let inside = room[0] >= left && room[2] <= right && room[1] >= top && room[3] <= bottom;
-            let free = |other: &[f64; 4]| room[0] > other[2] || other[0] > room[2] || room[1] > other[3] || other[1] > room[3];
+            let free = |used: &[f64; 4]| room[0] > used[2] || used[0] > room[2] || room[1] > used[3] || used[1] > room[3];
             if inside && taken.iter().all(free) {
                 plot.text(&format!("name {anchor}"), at, base, &row.name);
                 taken.push(room);
@@ -58,38 +64,40 @@ fn name_points(plot: &mut Plot, rows: &[Row], points: &[Option<(f64, f64)>]) {
     }
 }
 
-/// How the error grows, or heals, while a picture is drawn.
-pub(super) fn latents_by_step(comparison: &Comparison) -> String {
+/// Error of the latents after each denoising step.
+pub(super) fn latents_by_step(comparison: &Comparison) -> Markup {
     let rows = &comparison.rows;
     let steps = rows.iter().map(|row| row.latent_error_by_step.len()).max().unwrap_or(0);
     if steps == 0 {
-        return String::new();
+        return html! {};
     }
-    let y =
-        Axis::of_errors("relative error of the latents", rows.iter().flat_map(|row| row.latent_error_by_step.iter().copied()));
+    let errors = rows.iter().flat_map(|row| row.latent_error_by_step.iter().copied());
+    let y = Axis::of_errors("relative error of the latents", errors);
     let mut plot = Plot::new(WIDTH, 340, 52, 42, Axis::of_steps("denoising step", steps), y);
     for (series, row) in rows.iter().enumerate() {
-        let points = row.latent_error_by_step.iter().zip(1u32..).map(|(error, step)| (f64::from(step), *error));
-        plot.line(&style(series), points, &row.name);
-        if steps <= 60 {
-            for (error, step) in row.latent_error_by_step.iter().zip(1u32..) {
-                if let Some(point) = plot.point(step.into(), *error) {
-                    plot.dot(&style(series), point, 2.4, &format!("{}, step {step}: {}", row.name, number::percent(*error)));
-                }
+        let points = || (1u32..).map(f64::from).zip(row.latent_error_by_step.iter().copied());
+        plot.line(&style(series), points(), &row.name);
+        for (step, error) in points().filter(|_| steps <= MOST_DOTS) {
+            if let Some(point) = plot.point(step, error) {
+                plot.dot(&style(series), point, 2.4, &format!("{}, step {step}: {}", row.name, number::percent(error)));
             }
         }
     }
     let last = |row: &Row| row.latent_error_by_step.last().copied();
-    let body = plot.finish("Latent error by step, a line for each config") + &legend(rows, "after the last step", last);
+    let plot = plot.finish("Latent error by step, a line for each config");
     figure(
         "Error of the latents by step",
-        "The same noise and prompt, drawn by the dense and the compressed UNet, compared after every step; mean over the judged pictures.",
-        &body,
+        "The dense and the compressed UNet draw each prompt from the same noise, and their latents are compared after every \
+         step; mean over the judged pictures.",
+        &html! { (plot) (legend(rows, "after the last step", last)) },
     )
 }
 
-/// Which part of the UNet an error comes from.
-pub(super) fn error_by_stage(comparison: &Comparison) -> String {
+/// Height of a row's mark within the band of a stage.
+const LANE: f64 = 7.0;
+
+/// Output error of each stage.
+pub(super) fn error_by_stage(comparison: &Comparison) -> Markup {
     let rows = &comparison.rows;
     let mut stages: Vec<&str> = Vec::new();
     for stage in rows.iter().flat_map(|row| &row.stages) {
@@ -97,76 +105,76 @@ pub(super) fn error_by_stage(comparison: &Comparison) -> String {
             stages.push(&stage.name);
         }
     }
-    if stages.is_empty() {
-        return String::new();
-    }
-    let lane = 7.0;
-    let band = rows.len() as f64 * lane + 14.0;
-    let names = stages.iter().map(|name| name.chars().count()).max().unwrap_or(0) as f64 * LETTER + 12.0;
-    let x =
-        Axis::of_errors("relative error of the stage's output", rows.iter().flat_map(|row| &row.stages).map(|stage| stage.error));
+    let Some(longest) = stages.iter().map(|name| name.chars().count()).max() else { return html! {} };
+    let band = rows.len() as f64 * LANE + 14.0;
+    let errors = rows.iter().flat_map(|row| &row.stages).map(|stage| stage.error);
+    let x = Axis::of_errors("relative error of the stage's output", errors);
     let height = 26.0 + 42.0 + band * stages.len() as f64;
-    let left = names.clamp(60.0, 260.0) as u32;
+    let left = (longest as f64 * LETTER + 12.0).clamp(60.0, 260.0) as u32;
     let mut plot = Plot::without_grid(WIDTH, height as u32, left, 42, x, Axis::of_steps("", 2));
     plot.upright_grid();
     let (start, end, top, _) = plot.edges();
-    for (i, stage) in stages.iter().enumerate() {
+    for (i, name) in stages.iter().enumerate() {
         let above = top + i as f64 * band;
         plot.rule("grid", (start, above), (end, above));
-        plot.text("name end", start - 8.0, above + band / 2.0 + 4.0, stage);
+        plot.text("name end", start - 8.0, above + band / 2.0 + 4.0, name);
         for (series, row) in rows.iter().enumerate() {
-            let y = above + 7.0 + (series as f64 + 0.5) * lane;
-            for found in row.stages.iter().filter(|found| found.name == **stage) {
-                if let Some((x, _)) = plot.point_in_band(found.error, 0.0) {
+            let y = above + 7.0 + (series as f64 + 0.5) * LANE;
+            for stage in row.stages.iter().filter(|stage| stage.name == **name) {
+                if let Some(x) = plot.position(stage.error) {
                     plot.rule(&format!("stem {}", style(series)), (start, y), (x, y));
-                    let title = format!("{}, {stage}: {}", row.name, number::percent(found.error));
+                    let title = format!("{}, {name}: {}", row.name, number::percent(stage.error));
                     plot.dot(&style(series), (x, y), 3.4, &title);
                 }
             }
         }
     }
     let last = |row: &Row| row.stages.last().map(|stage| stage.error);
-    let body = plot.finish("Output error of each stage and config") + &legend(rows, "of the last stage", last);
+    let plot = plot.finish("Output error of each stage and config");
     figure(
         "Error by stage",
-        "How far each stage's output is from the dense one's, with all stages before it compressed too.",
+        "Relative error of each stage's output on the dense model's calls, with all stages before it compressed too.",
+        &html! { (plot) (legend(rows, "of the last stage", last)) },
+    )
+}
+
+/// One strip for each config: the error of every layer, in execution order.
+pub(super) fn error_by_layer(comparison: &Comparison) -> Markup {
+    let rows: Vec<&Row> = comparison.rows.iter().filter(|row| !row.layers.is_empty()).collect();
+    if rows.is_empty() {
+        return html! {};
+    }
+    let errors = || rows.iter().flat_map(|row| row.layers.iter().map(LayerRow::error));
+    let body = html! {
+        ul.legend {
+            li { span.key.k0 {} "Linear" }
+            li { span.key.k1 {} "Conv2d" }
+            li { span.key.hollow {} "hollow: error of the weight, where no calibration input was seen" }
+        }
+        @for row in &rows { (strip(row, Axis::of_errors("", errors()))) }
+    };
+    figure(
+        "Error by layer",
+        "Relative error of each layer's output on its calibration inputs, in execution order; every second stage is shaded, and \
+         all strips have one scale. Point at a dot for the layer's name.",
         &body,
     )
 }
 
-/// A strip a config: every layer's error, in execution order.
-pub(super) fn error_by_layer(comparison: &Comparison) -> String {
-    let rows: Vec<&Row> = comparison.rows.iter().filter(|row| !row.layers.is_empty()).collect();
-    if rows.is_empty() {
-        return String::new();
-    }
-    let all = || rows.iter().flat_map(|row| row.layers.iter().map(LayerRow::error));
-    let strips: String = rows.iter().map(|row| strip(row, Axis::of_errors("", all()))).collect();
-    let key = "<ul class=\"legend\"><li><span class=\"key k0\"></span>Linear</li><li><span class=\"key k1\"></span>Conv2d</li>\
-               <li><span class=\"key hollow\"></span>hollow: error of the weight, where no calibration input was seen</li></ul>\n";
-    figure(
-        "Error by layer",
-        "Relative error of each layer's output on its calibration inputs, in execution order, stages shaded by turns; one scale for all. \
-         Point at a dot for its name.",
-        &format!("{key}{strips}"),
-    )
-}
-
-fn strip(row: &Row, y: Axis) -> String {
+fn strip(row: &Row, y: Axis) -> Markup {
     let count = row.layers.len();
     let mut plot = Plot::without_grid(WIDTH, 168, 52, 24, Axis::of_steps("", count), y);
+    let (left, right, _, bottom) = plot.edges();
     let place = |index: usize| index as f64 / count as f64;
-    let (left, _, _, bottom) = plot.edges();
+    let across = |place: f64| left + place * (right - left);
     let mut from = 0;
     for (i, stage) in row.layers.chunk_by(|a, b| a.stage == b.stage).enumerate() {
-        let (to, name) = (from + stage.len(), stage.first().map_or("", |layer| &layer.stage));
-        let width = (place(to) - place(from)) * plot.inner_width();
+        let (to, name) = (from + stage.len(), &stage[0].stage);
         if i % 2 == 0 {
             plot.band(place(from), place(to), name);
         }
-        if name.chars().count() as f64 * 6.0 < width {
-            let middle = left + (place(from) + place(to)) / 2.0 * plot.inner_width();
-            plot.text("tick middle", middle, bottom + 15.0, name);
+        if name.chars().count() as f64 * 6.0 < across(place(to)) - across(place(from)) {
+            plot.text("tick middle", across((place(from) + place(to)) / 2.0), bottom + 15.0, name);
         }
         from = to;
     }
@@ -174,21 +182,26 @@ fn strip(row: &Row, y: Axis) -> String {
     let radius = if count > 300 { 1.8 } else { 2.8 };
     for (i, layer) in row.layers.iter().enumerate() {
         let Some((_, y)) = plot.point(1.0, layer.error()) else { continue };
-        let x = left + (i as f64 + 0.5) / count as f64 * plot.inner_width();
         let hue = if layer.kind.starts_with("Conv") { "k1" } else { "k0" };
-        let hollow = if layer.output_error.is_none() { " hollow" } else { "" };
-        let of = if layer.output_error.is_none() { " of the weight" } else { "" };
-        plot.dot(&format!("{hue}{hollow}"), (x, y), radius, &format!("{}: {}{of}", layer.name, number::percent(layer.error())));
+        let (hollow, of) = if layer.output_error.is_none() { (" hollow", " of the weight") } else { ("", "") };
+        let title = format!("{}: {}{of}", layer.name, number::percent(layer.error()));
+        plot.dot(&format!("{hue}{hollow}"), (across((i as f64 + 0.5) / count as f64), y), radius, &title);
     }
     plot.text("strip", left, 15.0, &row.name);
     plot.finish(&format!("Error of each layer of {}", row.name))
 }
 
-/// Which mark is whose, with a number for each.
-fn legend(rows: &[Row], about: &str, value: impl Fn(&Row) -> Option<f64>) -> String {
-    let items = rows.iter().enumerate().map(|(series, row)| {
-        let value = value(row).map(|value| format!(" <b>{}</b>", number::percent(value))).unwrap_or_default();
-        format!("<li>{}{}{value}</li>", swatch(series), said(&row.name))
-    });
-    format!("<ul class=\"legend\">{}<li class=\"about\">numbers: {about}</li></ul>\n", items.collect::<String>())
+/// The marks of the configs with their names, and a number for each.
+fn legend(rows: &[Row], about: &str, value: impl Fn(&Row) -> Option<f64>) -> Markup {
+    html! {
+        ul.legend {
+            @for (series, row) in rows.iter().enumerate() {
+                li {
+                    (swatch(series)) (isolated(&row.name))
+                    @if let Some(value) = value(row) { " " b { (number::percent(value)) } }
+                }
+            }
+            li.about { "numbers: " (about) }
+        }
+    }
 }

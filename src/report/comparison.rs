@@ -1,4 +1,4 @@
-//! What a comparison found: plain data, no models.
+//! The result of a comparison: plain data, no models.
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -6,50 +6,51 @@ use crate::picture::Picture;
 
 /// Compressed models beside the dense one.
 ///
-/// As JSON, fields stand in this order. A number that is not finite is `null`, and NaN when read back. Pictures are left out.
+/// JSON has the fields in this order, without the pictures. A number that is not finite is written
+/// as `null` and read back as NaN.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Comparison {
-    /// What the report is called.
+    /// Title of the report.
     pub title: String,
-    /// The model, as a user would name it.
+    /// The model's folder, as the user named it.
     pub model: String,
-    /// The program's version.
+    /// Version of the program.
     pub version: String,
-    /// The program, or the command that made this.
+    /// The program or command that made the comparison.
     pub created_by: String,
-    /// What it ran on: `cpu, 2 threads`, `cuda:0`.
+    /// The device that ran the models: `cpu, 2 threads`, `cuda:0`.
     pub device: String,
-    /// The prompts that calibration saw.
+    /// Prompts of the calibration.
     pub calibration: Vec<String>,
-    /// The pictures that rows are judged on, in the order of every row's pictures.
+    /// Prompt and seed of every picture, in the order of each row's pictures.
     pub judged: Vec<Judged>,
-    /// The model that the others are measured against.
+    /// The uncompressed model, which is the reference.
     pub dense: Dense,
-    /// The compressed models, in the order in which they are shown.
+    /// The compressed models, in the order of the report.
     pub rows: Vec<Row>,
-    /// What has to be said of the comparison as a whole.
+    /// Warnings about the comparison as a whole.
     pub warnings: Vec<String>,
-    /// How each number was measured, a sentence or two each.
+    /// Explanations of the measurements, a sentence or two each.
     pub how: Vec<String>,
 }
 
-/// A picture that every model draws.
+/// A picture that every model generates.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Judged {
-    /// Its prompt.
+    /// The prompt.
     pub prompt: String,
-    /// Its noise.
+    /// Seed of the initial noise.
     pub seed: u64,
 }
 
 /// The uncompressed model.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Dense {
-    /// What it is called, e.g. `dense fp16`.
+    /// Name in the report, for example `dense fp16`.
     pub name: String,
-    /// Bytes of the UNet's file.
+    /// Bytes of the UNet's files.
     pub bytes: u64,
-    /// Stored bits of a weight.
+    /// Stored bits per weight.
     #[serde(deserialize_with = "or_nan")]
     pub bits_per_weight: f64,
     /// One picture for each of [`Comparison::judged`].
@@ -60,29 +61,31 @@ pub struct Dense {
 /// A compressed model.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Row {
-    /// What it is called, e.g. `40% + 4-bit gs16`.
+    /// Name in the report, for example `40% + 4-bit gs16`.
     pub name: String,
     /// The config as resolved.
     pub config_yaml: String,
-    /// The share of weights that was to be zero; absent where none was.
+    /// Sparsity that the config asks for, 0 to 1; none if it prunes nothing.
     pub sparsity_asked: Option<f64>,
-    /// The share of the compressed weights that is stored as zero, 0 to 1.
+    /// Fraction of zeros among the compressed weights as stored, 0 to 1.
     #[serde(deserialize_with = "or_nan")]
     pub sparsity_stored: f64,
-    /// Stored bits of a compressed weight, with masks, palettes and scales.
+    /// Stored bits per compressed weight, including masks, palettes and scales.
     #[serde(deserialize_with = "or_nan")]
     pub bits_per_weight: f64,
     /// Bytes of the UNet's container.
     pub bytes: u64,
-    /// Bytes of the compressed weights in it, with masks, palettes and scales.
+    /// Bytes of the container's compressed weights, including masks, palettes and scales.
     pub compressed_weight_bytes: u64,
-    /// ‖compressed - dense‖² / ‖dense‖² of the UNet's outputs on calls that calibration has not seen.
+    /// ‖compressed - dense‖² / ‖dense‖² of the UNet's outputs, on calls outside of the calibration.
     #[serde(deserialize_with = "or_nan")]
     pub unet_error: f64,
-    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each denoising step, mean over the judged pictures.
+    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each denoising step, mean over the
+    /// judged pictures.
     #[serde(deserialize_with = "or_nans")]
     pub latent_error_by_step: Vec<f64>,
-    /// Peak signal-to-noise ratio to the dense pictures, in dB, at most [`super::metrics::HIGHEST_PSNR`].
+    /// Peak signal-to-noise ratio to the dense pictures, in dB, at most
+    /// [`super::metrics::HIGHEST_PSNR`].
     pub psnr: Spread,
     /// Structural similarity to the dense pictures, at most 1.
     pub ssim: Spread,
@@ -98,11 +101,11 @@ pub struct Row {
     /// One picture for each of [`Comparison::judged`].
     #[serde(skip)]
     pub pictures: Vec<Picture>,
-    /// What has to be said of this model.
+    /// Warnings about this model.
     pub warnings: Vec<String>,
 }
 
-/// A measure over several pictures, of which more is better.
+/// A measure of several pictures; higher is better.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Spread {
     /// The mean.
@@ -111,13 +114,13 @@ pub struct Spread {
     /// The lowest.
     #[serde(deserialize_with = "or_nan")]
     pub worst: f64,
-    /// Every picture's, in the order of [`Comparison::judged`].
+    /// The value of each picture, in the order of [`Comparison::judged`].
     #[serde(deserialize_with = "or_nans")]
     pub each: Vec<f64>,
 }
 
 impl Spread {
-    /// Mean and lowest of `each`; NaN if there are none, or one of them is NaN.
+    /// Mean and lowest of `each`; NaN if `each` is empty or has a NaN.
     pub fn of(each: Vec<f64>) -> Self {
         let mean = each.iter().sum::<f64>() / each.len() as f64;
         let worst = each.iter().copied().reduce(|a, b| if a.is_nan() || a < b { a } else { b }).unwrap_or(f64::NAN);
@@ -125,12 +128,12 @@ impl Spread {
     }
 }
 
-/// A stage's output error.
+/// Output error of a stage.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct StageError {
-    /// `down_blocks.0`, …
+    /// Name of the stage, for example `down_blocks.0`.
     pub name: String,
-    /// ‖compressed - dense‖² / ‖dense‖² of what it gives to the next.
+    /// ‖compressed - dense‖² / ‖dense‖² of the stage's output.
     #[serde(deserialize_with = "or_nan")]
     pub error: f64,
 }
@@ -138,53 +141,54 @@ pub struct StageError {
 /// A compressed layer.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct LayerRow {
-    /// The checkpoint name, without `.weight`.
+    /// Checkpoint name, without `.weight`.
     pub name: String,
-    /// The stage that it belongs to.
+    /// Name of the layer's stage.
     pub stage: String,
-    /// `Linear`, or `Conv2d` with what its window does.
+    /// `Linear`, or `Conv2d` with its geometry.
     pub kind: String,
-    /// The weight's shape.
+    /// Shape of the weight.
     pub shape: Vec<i64>,
-    /// Stored bits of a weight, with mask, palettes and scales.
+    /// Stored bits per weight, including mask, palettes and scales.
     #[serde(deserialize_with = "or_nan")]
     pub bits_per_weight: f64,
-    /// The share of the weight that is stored as zero.
+    /// Fraction of zeros in the weight as stored, 0 to 1.
     #[serde(deserialize_with = "or_nan")]
     pub sparsity: f64,
     /// Stored bytes.
     pub bytes: u64,
-    /// Calibration vectors that its Hessian was made of; absent where none was needed.
+    /// Number of calibration vectors in the layer's Hessian; none if it needed no Hessian.
     pub vectors: Option<u64>,
-    /// ‖W - W'‖² / ‖W‖² of the weight.
+    /// ‖W - W'‖² / ‖W‖² of the weight W and the stored weight W'.
     #[serde(deserialize_with = "or_nan")]
     pub weight_error: f64,
-    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs, when it was only pruned; absent where it was not.
+    /// ‖X W - X P‖² / ‖X W‖² on the calibration inputs X, with P the pruned weight before
+    /// palettization; none if the layer was not pruned.
     pub pruned_error: Option<f64>,
-    /// The same of what is stored; absent where no calibration input was seen.
+    /// ‖X W - X W'‖² / ‖X W‖² on the calibration inputs X; none if the layer has no calibration
+    /// inputs.
     pub output_error: Option<f64>,
 }
 
 impl LayerRow {
-    /// The output's error where it was measured, else the weight's.
+    /// The output error, or the weight error if there is no output error.
     pub fn error(&self) -> f64 {
         self.output_error.unwrap_or(self.weight_error)
     }
 }
 
 impl Comparison {
-    /// The comparison as indented JSON. The same comparison gives the same bytes.
+    /// The comparison as indented JSON. Equal comparisons give equal bytes.
     pub fn to_json(&self) -> String {
-        // Writing to a string fails for maps with odd keys alone, and there are no maps here.
-        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
+        let mut text = serde_json::to_string_pretty(self).expect("JSON fails only for maps with odd keys, and there are no maps");
         text.push('\n');
         text
     }
 
-    /// Reads what [`to_json`](Self::to_json) gave; there are no pictures then.
+    /// Reads the JSON of [`to_json`](Self::to_json). The result has no pictures.
     ///
     /// # Errors
-    /// What the parser says.
+    /// If the text is not JSON, or not of a comparison.
     pub fn from_json(text: &str) -> serde_json::Result<Self> {
         serde_json::from_str(text)
     }

@@ -1,21 +1,35 @@
-//! Letters for labels in pictures.
+//! Text in pictures, for the labels of the contact sheet.
 //!
-//! They are drawn beforehand by `font/make_font.py`, so that labels are the same bytes everywhere and need no font on the machine.
+//! Two faces of DejaVu Sans Condensed are embedded, so that labels look alike everywhere and need
+//! no font on the machine. They are subsets (Latin, Greek, Cyrillic, punctuation), made from
+//! version 2.37:
+//!
+//! ```text
+//! pyftsubset DejaVuSansCondensed.ttf --layout-features= --no-hinting --drop-tables+=kern,FFTM \
+//!     --unicodes=U+20-7E,U+A0-17F,U+384-3CE,U+400-45F,U+2010-2026,U+20AC,\
+//!     U+2190-2193,U+2212,U+221E,U+2260-2265,U+FFFD
+//! ```
 
-use std::collections::HashMap;
-use std::io::Cursor;
-use std::path::Path;
+use ab_glyph::{Font as _, FontRef, GlyphId, PxScale, PxScaleFont, ScaleFont as _, point};
 
-use crate::error::{Error, Result};
 use crate::picture::Picture;
 
-/// Cells side by side in the order of the text `letters`, one row a face.
-const ATLAS: &[u8] = include_bytes!("font/font.png");
+const REGULAR: &[u8] = include_bytes!("font/DejaVuSansCondensed.ttf");
+const BOLD: &[u8] = include_bytes!("font/DejaVuSansCondensed-Bold.ttf");
 
 /// Stands for letters that the font lacks.
 const UNKNOWN: char = '\u{fffd}';
 
-/// How thick letters are.
+/// Font size: pixels of an em.
+const EM: f32 = 14.0;
+
+/// Pixels from one line to the next.
+pub(super) const LINE_HEIGHT: u32 = 18;
+
+/// Pixels from the top of a line down to its baseline.
+const BASELINE: u32 = 14;
+
+/// Weight of the letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Face {
     Regular,
@@ -25,70 +39,42 @@ pub(super) enum Face {
 /// Both faces, at one size.
 #[derive(Debug)]
 pub(super) struct Font {
-    ink: Vec<u8>,
-    stride: usize,
-    cell: usize,
-    height: usize,
-    columns: HashMap<char, usize>,
-    advances: [Vec<usize>; 2],
+    regular: FontRef<'static>,
+    bold: FontRef<'static>,
 }
 
 impl Font {
-    /// Reads the built-in letters.
-    ///
-    /// # Errors
-    /// [`Error::BadFile`] if they are damaged.
-    pub(super) fn load() -> Result<Self> {
-        Self::parse().map_err(|why| Error::bad_file(Path::new("src/report/font/font.png"), why))
+    /// Reads the embedded faces.
+    pub(super) fn load() -> Self {
+        let parse = |bytes| FontRef::try_from_slice(bytes).expect("the embedded fonts parse, as the tests show");
+        Font { regular: parse(REGULAR), bold: parse(BOLD) }
     }
 
-    fn parse() -> Result<Self, String> {
-        let mut reader = png::Decoder::new(Cursor::new(ATLAS)).read_info().map_err(|why| why.to_string())?;
-        let mut ink = vec![0; reader.output_buffer_size().ok_or("too large")?];
-        let info = reader.next_frame(&mut ink).map_err(|why| why.to_string())?;
-        let text = |keyword: &str| {
-            let chunk = reader.info().utf8_text.iter().find(|chunk| chunk.keyword == keyword);
-            chunk.and_then(|chunk| chunk.get_text().ok()).ok_or(format!("no {keyword}"))
-        };
-        let columns: HashMap<_, _> = text("letters")?.chars().enumerate().map(|(column, letter)| (letter, column)).collect();
-        let advances = text("advances")?;
-        let mut faces = advances.lines().map(|line| line.split(' ').map(|n| n.parse().unwrap_or(0)).collect::<Vec<usize>>());
-        let advances = [faces.next().ok_or("no face")?, faces.next().ok_or("no bold face")?];
-        let (stride, rows) = (info.width as usize, info.height as usize);
-        let known = columns.len();
-        if known == 0 || advances.iter().any(|face| face.len() != known) || info.color_type != png::ColorType::Grayscale {
-            return Err("letters and advances disagree".into());
-        }
-        Ok(Font { ink, stride, cell: stride / known, height: rows / 2, columns, advances })
-    }
-
-    /// Pixels from one line to the next.
-    pub(super) fn line_height(&self) -> u32 {
-        self.height as u32
-    }
-
-    /// The pixels that `text` takes.
+    /// Width of `text` in pixels, rounded up.
     pub(super) fn width(&self, face: Face, text: &str) -> u32 {
-        text.chars().map(|letter| self.advance(face, self.column(letter)) as u32).sum()
+        let face = self.scaled(face);
+        text.chars().map(|letter| face.h_advance(glyph(&face, letter))).sum::<f32>().ceil() as u32
     }
 
-    /// Draws one line with its upper left corner at `left`, `top`; what lies outside `picture` is cut off.
+    /// Draws one line of text with its upper left corner at `left`, `top`. Parts outside `picture`
+    /// are cut off.
     pub(super) fn draw(&self, picture: &mut Picture, face: Face, text: &str, left: u32, top: u32, colour: [u8; 3]) {
-        let mut left = left as usize;
+        let face = self.scaled(face);
+        let mut pen = point(left as f32, (top + BASELINE) as f32);
         for letter in text.chars() {
-            let column = self.column(letter);
-            for y in 0..self.height {
-                let from = (face as usize * self.height + y) * self.stride + column * self.cell;
-                for (x, ink) in self.ink.iter().skip(from).take(self.cell).enumerate().filter(|(_, ink)| **ink > 0) {
-                    // A letter begins one pixel into its cell.
-                    blend(picture, (left + x).wrapping_sub(1), top as usize + y, colour, *ink);
-                }
+            let id = glyph(&face, letter);
+            // A space has no outline.
+            if let Some(outline) = face.outline_glyph(id.with_scale_and_position(face.scale(), pen)) {
+                let corner = outline.px_bounds().min;
+                let (left, top) = (corner.x as i64, corner.y as i64);
+                outline.draw(|x, y, ink| blend(picture, left + i64::from(x), top + i64::from(y), colour, ink));
             }
-            left += self.advance(face, column);
+            pen.x += face.h_advance(id);
         }
     }
 
-    /// Breaks `text` between words into lines of at most `width` pixels. What does not fit into `lines` lines ends in `…`.
+    /// Breaks `text` between words into lines of at most `width` pixels. Text beyond the last of
+    /// `lines` lines is replaced by `…`.
     pub(super) fn wrap(&self, face: Face, text: &str, width: u32, lines: usize) -> Vec<String> {
         let mut wrapped: Vec<String> = Vec::new();
         for word in text.split_whitespace() {
@@ -114,26 +100,33 @@ impl Font {
         wrapped
     }
 
-    fn column(&self, letter: char) -> usize {
-        *self.columns.get(&letter).or_else(|| self.columns.get(&UNKNOWN)).unwrap_or(&0)
-    }
-
-    fn advance(&self, face: Face, column: usize) -> usize {
-        self.advances[face as usize].get(column).copied().unwrap_or(0)
+    fn scaled(&self, face: Face) -> PxScaleFont<&FontRef<'static>> {
+        let font = match face {
+            Face::Regular => &self.regular,
+            Face::Bold => &self.bold,
+        };
+        let em = font.units_per_em().expect("the embedded fonts have units per em, as the tests show");
+        // `PxScale` is the height from ascent to descent, not the em.
+        font.as_scaled(PxScale::from(EM * font.height_unscaled() / em))
     }
 }
 
-/// Lays `colour` over a pixel, as opaque as `ink` says.
-fn blend(picture: &mut Picture, x: usize, y: usize, colour: [u8; 3], ink: u8) {
-    if x >= picture.width as usize {
+fn glyph(face: &PxScaleFont<&FontRef<'static>>, letter: char) -> GlyphId {
+    match face.glyph_id(letter) {
+        GlyphId(0) => face.glyph_id(UNKNOWN),
+        id => id,
+    }
+}
+
+/// Lays `colour` over a pixel with the opacity `ink`, 0 to 1. Pixels outside `picture` are left
+/// out.
+fn blend(picture: &mut Picture, x: i64, y: i64, colour: [u8; 3], ink: f32) {
+    if !(0..i64::from(picture.width)).contains(&x) || !(0..i64::from(picture.height)).contains(&y) {
         return;
     }
-    let at = 3 * (y * picture.width as usize + x);
-    if let Some(pixel) = picture.rgb.get_mut(at..at + 3) {
-        for (value, new) in pixel.iter_mut().zip(colour) {
-            let mixed = u32::from(*value) * (255 - u32::from(ink)) + u32::from(new) * u32::from(ink);
-            *value = ((mixed + 127) / 255) as u8;
-        }
+    let at = 3 * (y as usize * picture.width as usize + x as usize);
+    for (value, new) in picture.rgb[at..at + 3].iter_mut().zip(colour) {
+        *value = (f32::from(*value) + ink * (f32::from(new) - f32::from(*value))).round() as u8;
     }
 }
 
@@ -145,7 +138,7 @@ mod tests {
 
     #[test]
     fn letters_leave_ink_where_they_should() {
-        let font = Font::load().unwrap();
+        let font = Font::load();
         let mut picture = Picture { width: 40, height: 20, rgb: vec![255; 2400] };
         font.draw(&mut picture, Face::Bold, "H", 2, 0, [10, 20, 30]);
         let inked: Vec<_> = (0..800).filter(|i| picture.rgb[3 * i] < 255).map(|i| (i % 40, i / 40)).collect();
@@ -159,7 +152,7 @@ mod tests {
 
     #[test]
     fn unknown_letters_are_drawn_too() {
-        let font = Font::load().unwrap();
+        let font = Font::load();
         let mut picture = Picture { width: 20, height: 20, rgb: vec![255; 1200] };
         font.draw(&mut picture, Face::Regular, "猫", 0, 0, [0; 3]);
         assert!(picture.rgb.contains(&0));
@@ -168,7 +161,7 @@ mod tests {
 
     #[test]
     fn lines_break_between_words() {
-        let font = Font::load().unwrap();
+        let font = Font::load();
         let lines = font.wrap(Face::Regular, "an emoji of a cat face with very many words", 90, 2);
         assert_eq!(lines.len(), 2);
         assert!(lines[0].starts_with("an emoji") && lines[1].ends_with('…'), "{lines:?}");
@@ -178,7 +171,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_overflows_or_panics(text in any::<String>(), width in 16u32..200, left in 0u32..60, top in 0u32..60) {
-            let font = Font::load().unwrap();
+            let font = Font::load();
             let lines = font.wrap(Face::Bold, &text, width, 3);
             prop_assert!(lines.len() <= 3);
             for line in &lines {

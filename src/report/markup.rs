@@ -1,69 +1,72 @@
-//! Small pieces of XHTML. Everything that comes from outside goes through [`escape`].
+//! Small pieces of HTML. Text from outside goes through [`visible`]; maud escapes it.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use maud::{Markup, html};
 
 use crate::error::Result;
 use crate::picture::Picture;
 
-/// Pictures with a longer side are stored smaller in the report.
+/// Longest side of a picture in the page, in pixels; larger pictures are embedded smaller.
 const MOST_SIDE: u32 = 384;
 
-/// Text as it can stand between tags and in attributes. Characters that XML does not allow become U+FFFD.
-pub(super) fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for letter in text.chars() {
-        match letter {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            '\n' | '\t' => safe.push(letter),
-            '\u{fffe}' | '\u{ffff}' => safe.push('\u{fffd}'),
-            letter if letter.is_control() => safe.push('\u{fffd}'),
-            letter => safe.push(letter),
-        }
-    }
-    safe
+/// `text` with U+FFFD in place of the characters that neither HTML nor XML allows.
+pub(super) fn visible(text: &str) -> String {
+    let forbidden = |letter: char| match letter {
+        '\n' | '\t' => false,
+        letter => letter.is_control() || matches!(letter, '\u{fffe}' | '\u{ffff}'),
+    };
+    text.replace(forbidden, "\u{fffd}")
 }
 
-/// Text that people wrote, kept from turning the writing direction of what is around it.
-pub(super) fn said(text: &str) -> String {
-    format!("<bdi>{}</bdi>", escape(text))
+/// Text that a person wrote, isolated so that it cannot turn the writing direction of the text
+/// around it.
+pub(super) fn isolated(text: &str) -> Markup {
+    html! { bdi { (visible(text)) } }
 }
 
-/// A picture inside the page.
+/// A picture inside the page; `about` is its description.
 ///
 /// # Errors
-/// If it is not as large as it says.
-pub(super) fn image(picture: &Picture, about: &str) -> Result<String> {
+/// [`Error::Argument`](crate::Error::Argument) if the picture's bytes do not match its size.
+pub(super) fn image(picture: &Picture, about: &str) -> Result<Markup> {
     let shown = super::sheet::fit(picture, 1, MOST_SIDE)?;
-    let data = STANDARD.encode(shown.to_png_bytes()?);
-    let (width, height, about) = (shown.width, shown.height, escape(about));
-    Ok(format!(
-        "<img src=\"data:image/png;base64,{data}\" width=\"{width}\" height=\"{height}\" alt=\"{about}\" title=\"{about}\"/>"
-    ))
+    let source = format!("data:image/png;base64,{}", STANDARD.encode(shown.to_png_bytes()?));
+    let about = visible(about);
+    Ok(html! { img src=(source) width=(shown.width) height=(shown.height) alt=(about) title=(about); })
 }
 
-/// A bulleted list; nothing if there is nothing in it.
-pub(super) fn list(class: &str, items: &[String]) -> String {
-    if items.is_empty() {
-        return String::new();
+/// A bulleted list, or nothing if there are no items.
+pub(super) fn list(class: &str, items: &[String]) -> Markup {
+    html! {
+        @if !items.is_empty() {
+            ul class=(class) {
+                @for item in items { li { (isolated(item)) } }
+            }
+        }
     }
-    let items: String = items.iter().map(|item| format!("<li>{}</li>", said(item))).collect();
-    format!("<ul class=\"{class}\">{items}</ul>\n")
 }
 
-/// A list of names and values; the values are markup.
-pub(super) fn facts(facts: &[(&str, String)]) -> String {
-    let each = |(name, value): &(&str, String)| format!("<div><dt>{}</dt><dd>{value}</dd></div>", escape(name));
-    format!("<dl class=\"facts\">{}</dl>\n", facts.iter().map(each).collect::<String>())
+/// A list of names and values.
+pub(super) fn facts(facts: &[(&str, Markup)]) -> Markup {
+    html! {
+        dl.facts {
+            @for (name, value) in facts {
+                div { dt { (name) } dd { (value) } }
+            }
+        }
+    }
 }
 
-/// A plot, or several, under a title and a sentence that says how to read them.
-pub(super) fn figure(title: &str, caption: &str, body: &str) -> String {
-    format!("<figure>\n<h3>{}</h3>\n<figcaption>{}</figcaption>\n{body}</figure>\n", escape(title), escape(caption))
+/// One or more plots under a title and a sentence that explains how to read them.
+pub(super) fn figure(title: &str, caption: &str, body: &Markup) -> Markup {
+    html! {
+        figure {
+            h3 { (title) }
+            figcaption { (caption) }
+            (body)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -75,7 +78,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_survives_as_text(text in any::<String>()) {
-            let markup = format!("<p title=\"{0}\">{0}</p>", escape(&text));
+            let markup = html! { p title=(visible(&text)) { (visible(&text)) } }.into_string();
             let parsed = roxmltree::Document::parse(&markup).unwrap();
             let expected = text.replace(|c: char| c.is_control() && c != '\n' && c != '\t', "\u{fffd}");
             let expected = expected.replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}");

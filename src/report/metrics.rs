@@ -1,26 +1,27 @@
-//! How close two pictures are.
+//! Measures of how close two pictures are.
 
 use crate::error::{Error, Result};
 use crate::picture::Picture;
 
 use super::comparison::Spread;
 
-/// The PSNR, in dB, of equal pictures, and of any that are closer than this.
+/// Upper bound of the PSNR, in dB, which is the PSNR of equal pictures.
 ///
-/// Equal pictures have no finite PSNR. With a finite one they can be averaged, sorted and stored like all others. Only pictures in
-/// which fewer than one value of 150,000 is off by one would have more.
+/// Equal pictures have no finite PSNR by definition. With a bound their PSNR can be averaged,
+/// sorted and stored like any other. Other pictures exceed the bound only if fewer than one value
+/// in 150,000 is off by one.
 pub const HIGHEST_PSNR: f64 = 100.0;
 
 /// Standard deviation of SSIM's window, in pixels.
 const SIGMA: f64 = 1.5;
-/// Its window ends 3.5 standard deviations from the middle.
+/// Radius of SSIM's window, in pixels: 3.5 standard deviations.
 const RADIUS: usize = 5;
-/// Its width.
+/// Width of SSIM's window, in pixels.
 const TAPS: usize = 2 * RADIUS + 1;
-/// The least width and height of pictures that have an SSIM.
+/// Least width and height of pictures for SSIM, in pixels.
 pub const LEAST_SIDE: u32 = TAPS as u32;
 
-/// How close the pictures of one model are to those of another.
+/// Closeness of a model's pictures to the dense model's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Closeness {
     /// Peak signal-to-noise ratio in dB.
@@ -29,10 +30,10 @@ pub struct Closeness {
     pub ssim: Spread,
 }
 
-/// Measures every picture against the one of the same place in `dense`.
+/// Measures each picture against the dense one with the same index.
 ///
 /// # Errors
-/// [`Error::Argument`] if there are not as many of both, and as [`psnr`] and [`ssim`].
+/// [`Error::Argument`] if the numbers of pictures differ, and the errors of [`psnr`] and [`ssim`].
 pub fn closeness(dense: &[Picture], pictures: &[Picture]) -> Result<Closeness> {
     if dense.len() != pictures.len() {
         return Err(Error::Argument(format!("{} pictures cannot be compared with {}", pictures.len(), dense.len())));
@@ -44,12 +45,14 @@ pub fn closeness(dense: &[Picture], pictures: &[Picture]) -> Result<Closeness> {
     })
 }
 
-/// Peak signal-to-noise ratio in dB, over all 8-bit values of both pictures: 10 log10(255^2 / MSE), at most [`HIGHEST_PSNR`].
+/// Peak signal-to-noise ratio in dB, over all 8-bit values of both pictures: 10 log10(255^2 / MSE),
+/// at most [`HIGHEST_PSNR`].
 ///
 /// Follows scikit-image's `peak_signal_noise_ratio(data_range=255)`.
 ///
 /// # Errors
-/// [`Error::Argument`] if the pictures' sizes differ or a picture has no pixels, or more or fewer bytes than its size says.
+/// [`Error::Argument`] if the pictures' sizes differ, or a picture has no pixels or its bytes do
+/// not match its size.
 pub fn psnr(a: &Picture, b: &Picture) -> Result<f64> {
     check(a, b)?;
     let squares: u64 = a.rgb.iter().zip(&b.rgb).map(|(a, b)| u64::from(a.abs_diff(*b)).pow(2)).sum();
@@ -57,14 +60,15 @@ pub fn psnr(a: &Picture, b: &Picture) -> Result<f64> {
     Ok((10.0 * (255.0 * 255.0 / mean).log10()).min(HIGHEST_PSNR))
 }
 
-/// Structural similarity (Wang et al. 2004): the mean over red, green and blue, 1 for equal pictures.
+/// Structural similarity (Wang et al. 2004), mean over red, green and blue; 1 for equal pictures.
 ///
-/// Follows scikit-image's `structural_similarity(channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-/// data_range=255)`: a Gaussian window of 11 x 11 pixels, population covariance, K1 = 0.01, K2 = 0.03, and the mean over the pixels
-/// whose window lies inside the picture.
+/// Follows scikit-image's `structural_similarity(channel_axis=2, gaussian_weights=True, sigma=1.5,
+/// use_sample_covariance=False, data_range=255)`: a Gaussian window of 11 x 11 pixels, population
+/// covariance, K1 = 0.01, K2 = 0.03, and the mean over the pixels whose window is inside the
+/// picture.
 ///
 /// # Errors
-/// As [`psnr`], and if a side is shorter than [`LEAST_SIDE`].
+/// The errors of [`psnr`], and [`Error::Argument`] if a side is shorter than [`LEAST_SIDE`].
 pub fn ssim(a: &Picture, b: &Picture) -> Result<f64> {
     check(a, b)?;
     if a.width < LEAST_SIDE || a.height < LEAST_SIDE {
@@ -97,7 +101,7 @@ fn similarity(a: f64, b: f64, aa: f64, bb: f64, ab: f64) -> f64 {
     luminance * structure
 }
 
-/// Both pictures have pixels, as many bytes as their size says, and one size.
+/// Checks that both pictures have pixels, bytes that match their sizes, and equal sizes.
 fn check(a: &Picture, b: &Picture) -> Result<()> {
     if (a.width, a.height) != (b.width, b.height) {
         let sizes = format!("{}x{} and {}x{}", a.width, a.height, b.width, b.height);
@@ -107,12 +111,12 @@ fn check(a: &Picture, b: &Picture) -> Result<()> {
     b.check()
 }
 
-/// One channel.
+/// One channel of a picture, row by row.
 fn plane(picture: &Picture, channel: usize) -> Vec<f64> {
     picture.rgb.iter().skip(channel).step_by(3).map(|value| f64::from(*value)).collect()
 }
 
-/// The Gaussian, cut off and with sum 1.
+/// The Gaussian over the window, with sum 1.
 fn window() -> [f64; TAPS] {
     let at = |tap: usize| (-0.5 * (tap as f64 - RADIUS as f64).powi(2) / (SIGMA * SIGMA)).exp();
     let weights: [f64; TAPS] = std::array::from_fn(at);
@@ -120,7 +124,7 @@ fn window() -> [f64; TAPS] {
     weights.map(|weight| weight / sum)
 }
 
-/// Weighted means around each pixel whose window lies inside: columns first, then rows.
+/// Weighted means around each pixel whose window is inside the picture: columns first, then rows.
 fn blur(plane: &[f64], width: usize, height: usize, window: &[f64; TAPS]) -> Vec<f64> {
     let mut down = vec![0.0; width * (height - 2 * RADIUS)];
     for (y, row) in down.chunks_exact_mut(width).enumerate() {

@@ -1,11 +1,13 @@
-//! What a comparison found, as files for people and programs. Data in, files out: nothing here knows of models or solvers.
+//! The result of a comparison as files for people and programs: data in, files out, without models
+//! or solvers.
 //!
-//! - [`metrics`]: how close two pictures are
+//! - [`metrics`]: measures of how close two pictures are
 //! - [`comparison`]: the data, which is also `report.json`
-//! - [`html`]: `report.html`, one page that needs no other file
-//! - [`sheet`]: `sheet.png`, every picture beside every other
+//! - [`html`]: `report.html`, a page that needs no other file
+//! - [`sheet`]: `sheet.png`, a contact sheet of all pictures
 //! - [`table`]: the table as text
 
+mod axis;
 mod charts;
 pub mod comparison;
 mod font;
@@ -23,21 +25,23 @@ pub use comparison::{Comparison, Dense, Judged, LayerRow, Row, Spread, StageErro
 use crate::error::{Error, Result};
 use crate::output::write_file;
 
-/// Where a report's files are.
+/// Paths of a report's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
-    /// The page.
+    /// `report.html`, the page.
     pub html: PathBuf,
-    /// The data.
+    /// `report.json`, the data.
     pub json: PathBuf,
-    /// The contact sheet.
+    /// `sheet.png`, the contact sheet.
     pub sheet: PathBuf,
 }
 
-/// Writes `report.html`, `report.json` and `sheet.png` into `folder`, which is made if it is not there. Older ones are replaced.
+/// Writes `report.html`, `report.json` and `sheet.png` into `folder`, and creates the folder if
+/// need be. Existing files of these names are replaced.
 ///
 /// # Errors
-/// [`Error::Argument`] if a picture is not as large as it says, before anything is written; [`Error::Write`].
+/// [`Error::Argument`] if a picture's bytes do not match its size, before anything is written;
+/// [`Error::Write`].
 pub fn write(comparison: &Comparison, folder: &Path) -> Result<Written> {
     let page = html::page(comparison)?;
     let (sheet, _) = sheet::contact_sheet(comparison)?;

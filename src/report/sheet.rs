@@ -1,25 +1,25 @@
-//! The contact sheet: every model's pictures in one picture.
+//! The contact sheet: the pictures of all models in one picture.
 
 use crate::error::Result;
 use crate::picture::Picture;
 
 use super::comparison::{Comparison, Row};
-use super::font::{Face, Font};
+use super::font::{Face, Font, LINE_HEIGHT};
 use crate::number;
 
-/// Pictures are shown at this many pixels a side or more, by repeating pixels.
+/// Least length of a picture's longer side, in pixels; smaller pictures are enlarged.
 const LEAST_CELL: u32 = 128;
-/// They are shown at this many or fewer, by averaging blocks.
+/// Greatest length of a picture's longer side, in pixels; larger pictures are reduced.
 const MOST_CELL: u32 = 384;
-/// Around everything.
+/// Pixels around everything.
 const MARGIN: u32 = 16;
-/// Between pictures.
+/// Pixels between pictures.
 const GAP: u32 = 8;
-/// The least room for labels on the left, and the most.
+/// Least and greatest width of the labels on the left, in pixels.
 const LABELS: (u32, u32) = (120, 240);
-/// Lines of a prompt.
+/// Most lines of a prompt.
 const PROMPT_LINES: usize = 3;
-/// Lines of a model's name.
+/// Most lines of a model's name.
 const NAME_LINES: usize = 3;
 
 const PAPER: [u8; 3] = [250, 250, 248];
@@ -27,34 +27,37 @@ const FRAME: [u8; 3] = [222, 221, 216];
 const INK: [u8; 3] = [28, 28, 26];
 const FAINT: [u8; 3] = [104, 103, 98];
 
-/// Where things stand on a [`contact_sheet`], in pixels.
+/// Layout of a [`contact_sheet`], in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
-    /// The first picture's left edge.
+    /// Left edge of the first picture.
     pub left: u32,
-    /// Its upper edge.
+    /// Upper edge of the first picture.
     pub top: u32,
-    /// Width and height of the largest picture as shown; smaller ones stand in the middle of so much room.
+    /// Width and height of the largest picture as shown. Smaller pictures are centred in as much
+    /// room.
     pub cell: (u32, u32),
-    /// From one picture's left edge to the next.
+    /// Distance between the left edges of neighbours.
     pub across: u32,
-    /// From one picture's upper edge to the next.
+    /// Distance between the upper edges of neighbours.
     pub down: u32,
 }
 
-/// What stands in a row.
+/// A row of the sheet.
 struct Line<'a> {
     name: &'a str,
     facts: Vec<String>,
     pictures: Vec<Picture>,
 }
 
-/// Draws the sheet: a row for each model with the dense one first, a column for each judged prompt; name, size and PSNR at the left.
+/// Draws the sheet: a row for each model, the dense one first, and a column for each judged prompt.
+/// The label of a row has the model's name, size and PSNR.
 ///
 /// # Errors
-/// If a picture is not as large as it says, or the sheet would have more than 2^31 bytes.
+/// [`Error::Argument`](crate::Error::Argument) if a picture's bytes do not match its size, or the
+/// sheet would have more than 2^31 bytes.
 pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
-    let font = Font::load()?;
+    let font = Font::load();
     let mut lines = vec![Line {
         name: &comparison.dense.name,
         facts: vec![number::size(comparison.dense.bytes)],
@@ -76,11 +79,11 @@ pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
         .collect();
     let prompt_lines = prompts.iter().map(Vec::len).max().unwrap_or(0) as u32;
     let texts = lines.iter().map(|line| font.wrap(Face::Bold, line.name, labels, NAME_LINES).len() + line.facts.len()).max();
-    let row_height = height.max(texts.unwrap_or(0) as u32 * font.line_height());
+    let row_height = height.max(texts.unwrap_or(0) as u32 * LINE_HEIGHT);
 
     let layout = Layout {
         left: MARGIN + labels + 2 * GAP,
-        top: MARGIN + prompt_lines * font.line_height() + GAP,
+        top: MARGIN + prompt_lines * LINE_HEIGHT + GAP,
         cell: (width, height),
         across: width + GAP,
         down: row_height + GAP,
@@ -90,11 +93,11 @@ pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
         layout.top + lines.len() as u32 * layout.down - GAP + MARGIN,
     )?;
     for (column, prompt) in prompts.iter().enumerate() {
-        // The last line stands right above its picture.
-        let above = prompt.len() as u32 * font.line_height();
+        // The last line is right above the picture.
+        let above = prompt.len() as u32 * LINE_HEIGHT;
         for (i, line) in prompt.iter().enumerate() {
             let left = layout.left + column as u32 * layout.across;
-            font.draw(&mut sheet, Face::Regular, line, left, layout.top - 4 - above + i as u32 * font.line_height(), FAINT);
+            font.draw(&mut sheet, Face::Regular, line, left, layout.top - 4 - above + i as u32 * LINE_HEIGHT, FAINT);
         }
     }
     for (i, line) in lines.iter().enumerate() {
@@ -102,7 +105,7 @@ pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
         let name = font.wrap(Face::Bold, line.name, labels, NAME_LINES).into_iter().map(|text| (Face::Bold, text, INK));
         let facts = line.facts.iter().map(|fact| (Face::Regular, fact.clone(), FAINT));
         for (j, (face, text, colour)) in name.chain(facts).enumerate() {
-            font.draw(&mut sheet, face, &text, MARGIN, top + j as u32 * font.line_height(), colour);
+            font.draw(&mut sheet, face, &text, MARGIN, top + j as u32 * LINE_HEIGHT, colour);
         }
         for (column, picture) in line.pictures.iter().enumerate() {
             let left = layout.left + column as u32 * layout.across + (width - picture.width) / 2;
@@ -112,7 +115,7 @@ pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
     Ok((sheet, layout))
 }
 
-/// What is said of a row under its name.
+/// The lines below a row's name.
 fn facts(row: &Row, dense: u64) -> Vec<String> {
     let mut facts = vec![number::size(row.bytes)];
     if dense > 0 {
@@ -134,11 +137,12 @@ fn shown(pictures: &[Picture]) -> Result<Vec<Picture>> {
     pictures.iter().map(|picture| fit(picture, LEAST_CELL, MOST_CELL)).collect()
 }
 
-/// `picture` larger or smaller by a whole number, so that its longer side is at least `least` (pixels repeated) and at most `most`
-/// (blocks averaged; what is left over on the right and below is cut off).
+/// Enlarges or reduces `picture` by a whole number, so that its longer side has at least `least`
+/// pixels (by repeating pixels) and at most `most` (by averaging blocks; pixels on the right and
+/// below that fill no block are cut off).
 ///
 /// # Errors
-/// If it is not as large as it says.
+/// [`Error::Argument`](crate::Error::Argument) if the picture's bytes do not match its size.
 pub(super) fn fit(picture: &Picture, least: u32, most: u32) -> Result<Picture> {
     picture.check()?;
     let longer = picture.width.max(picture.height);
@@ -167,10 +171,10 @@ pub(super) fn fit(picture: &Picture, least: u32, most: u32) -> Result<Picture> {
     Ok(Picture { width, height, rgb })
 }
 
-/// A pixel; black outside.
+/// A pixel of a checked picture.
 fn pixel(picture: &Picture, x: u32, y: u32) -> [u8; 3] {
     let at = 3 * (y as usize * picture.width as usize + x as usize);
-    picture.rgb.get(at..at + 3).and_then(|pixel| pixel.try_into().ok()).unwrap_or_default()
+    [picture.rgb[at], picture.rgb[at + 1], picture.rgb[at + 2]]
 }
 
 fn blank(width: u32, height: u32) -> Result<Picture> {
@@ -183,23 +187,19 @@ fn blank(width: u32, height: u32) -> Result<Picture> {
     Ok(Picture { width, height, rgb: PAPER.repeat(pixels as usize) })
 }
 
-/// Copies `picture` onto the sheet and draws a line of one pixel around it.
+/// Copies `picture` onto the sheet, inside of its margins, and draws a line of one pixel around it.
 fn place(sheet: &mut Picture, picture: &Picture, left: u32, top: u32) {
     let stride = 3 * sheet.width as usize;
     let start = |x: u32, y: u32| y as usize * stride + 3 * x as usize;
     let row = 3 * picture.width as usize;
     for (y, pixels) in (top..).zip(picture.rgb.chunks_exact(row)) {
-        if let Some(target) = sheet.rgb.get_mut(start(left, y)..start(left, y) + row) {
-            target.copy_from_slice(pixels);
-        }
+        sheet.rgb[start(left, y)..start(left, y) + row].copy_from_slice(pixels);
     }
     let (right, bottom) = (left + picture.width, top + picture.height);
     let level = (left - 1..=right).flat_map(|x| [(x, top - 1), (x, bottom)]);
     let upright = (top..bottom).flat_map(|y| [(left - 1, y), (right, y)]);
     for (x, y) in level.chain(upright) {
-        if let Some(target) = sheet.rgb.get_mut(start(x, y)..start(x, y) + 3) {
-            target.copy_from_slice(&FRAME);
-        }
+        sheet.rgb[start(x, y)..start(x, y) + 3].copy_from_slice(&FRAME);
     }
 }
 

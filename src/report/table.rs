@@ -6,11 +6,11 @@ use comfy_table::{CellAlignment, Table};
 use super::comparison::{Comparison, Row};
 use crate::number;
 
-/// The columns; all but the first are numbers.
+/// Titles of the columns; all but the first are of numbers.
 const HEADER: [&str; 12] =
     ["config", "size", "bytes", "sparsity", "bits/weight", "UNet error", "PSNR", "worst", "SSIM", "worst", "time", "memory"];
 
-/// Lines for a terminal, numbers below each other, the dense model first.
+/// The table for a terminal: right-aligned numbers, the dense model first.
 pub fn plain(comparison: &Comparison) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(HEADER);
@@ -23,7 +23,7 @@ pub fn plain(comparison: &Comparison) -> String {
     format!("{}\n", table.trim_fmt())
 }
 
-/// The same as a Markdown table.
+/// The table as Markdown, the dense model first.
 pub fn markdown(comparison: &Comparison) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
     let mut text = line(&HEADER.map(str::to_owned));
@@ -73,7 +73,7 @@ fn cells(row: &Row) -> [String; HEADER.len()] {
     ]
 }
 
-/// Keeps text from being read as markup.
+/// `text` with Markdown's special characters escaped.
 fn markdown_text(text: &str) -> String {
     let mut safe = String::new();
     for letter in text.chars() {
