@@ -41,7 +41,7 @@ fn a_pipeline_is_compressed_read_exported_and_drawn() {
 
     let listed = run("read_container", &[&container]);
     assert_eq!(listed.lines().filter(|line| line.contains("0.0 % pruned, 4-bit palettes")).count(), 259, "{listed}");
-    assert!(listed.contains("to_q.weight: 16384 values in fp16"), "{listed}");
+    assert!(listed.contains("to_q.weight: 4096 values in fp16"), "{listed}");
 
     let package = path("unet.mlpackage");
     let exported = run("export_coreml", &[&container, &package]);
