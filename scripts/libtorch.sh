@@ -29,7 +29,8 @@ if [ -n "${LIBTORCH:-}" ]; then
         echo "libtorch.sh: LIBTORCH=$LIBTORCH has no include/ and lib/libtorch_cpu" >&2
         exit 1
     fi
-    torch=$LIBTORCH
+    # Without links in its path: LIBTORCH may be .libtorch/current, which must not link to itself.
+    torch=$(cd "$LIBTORCH" && pwd -P)
 elif torch=$(of_python) && usable "$torch"; then
     :
 elif torch=$(of_python "$PWD/.libtorch/site") && usable "$torch"; then

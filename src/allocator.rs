@@ -24,8 +24,7 @@ pub fn reuse_large_blocks() {
 /// that do not fit into the freed ones, and would need as much memory again.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: malloc_trim only releases pages of free blocks, under the allocator's locks, and may
-    // be called at any time.
+    // SAFETY: malloc_trim only releases pages of free blocks, under the allocator's own locks, and may be called at any time.
     unsafe {
         libc::malloc_trim(0);
     }
@@ -34,7 +33,7 @@ pub fn give_back() {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn blocks_keep_their_content_when_memory_is_given_back() {
+    fn memory_works_as_before() {
         super::reuse_large_blocks();
         let blocks: Vec<Vec<u8>> = (0..8).map(|i| vec![i; 48 << 20]).collect();
         super::give_back();

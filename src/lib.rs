@@ -4,7 +4,7 @@
 //! A compressed weight has a *mask* (which elements are not zero) and a *palette* for each group of
 //! channels (the few values that its elements may have). The solver chooses mask, palette and
 //! indices layer by layer, so that the output of each layer on calibration inputs changes least.
-//! The result is one file, the [container](container), which can be exported for diffusers and for
+//! The result is one file, the [container], which can be exported for diffusers and for
 //! Core ML.
 //!
 //! # A complete program

@@ -14,7 +14,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use sdxl_squeeze::device::{Placement, parse_device};
-use sdxl_squeeze::memory;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet};
 use sdxl_squeeze::pipeline::PipelineFolder;
@@ -62,7 +61,10 @@ fn main() -> Result<()> {
         error = (&output - input("output")).norm().double_value(&[]) / input("output").norm().double_value(&[]);
         forwards.push(start.elapsed().as_secs_f64());
     }
-    println!("{}", json!({"load_s": load, "forward_s": forwards, "peak_bytes": memory::peak(), "relative_error": error}));
+    println!(
+        "{}",
+        json!({"load_s": load, "forward_s": forwards, "peak_bytes": sdxl_squeeze::memory::peak(), "relative_error": error})
+    );
     Ok(())
 }
 

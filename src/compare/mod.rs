@@ -207,7 +207,7 @@ fn row(entry: &Entry, report: JobReport, cost: Cost, dense: &Dense, measured: Me
     Ok(Row {
         name: name.clone(),
         config_yaml: config.to_yaml(),
-        sparsity_asked: settings.map(|settings| settings.sparsity.share()),
+        sparsity_asked: settings.map(|settings| settings.sparsity.target()),
         sparsity_stored: report.sparsity,
         bits_per_weight: report.bits_per_weight,
         bytes: report.bytes,

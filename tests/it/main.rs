@@ -16,19 +16,18 @@ mod first_second;
 mod gpu;
 mod inputs;
 mod integrity;
-#[allow(clippy::print_stdout)]
 mod joint;
 mod outputs;
 mod palettes;
 mod pipelines;
 mod plan;
+// Its long runs, which have to be asked for, print tables.
 #[allow(clippy::print_stdout)]
 mod reliability;
 mod report;
 mod resume;
 mod schedulers;
 mod snapshots;
-#[allow(clippy::print_stdout)]
 mod sparsegpt;
 mod squeeze;
 mod streams;

@@ -14,9 +14,12 @@ use crate::support::emoji;
 fn assert_snapshot(name: &str, text: &str) {
     let variable = [
         (r"\d+(\.\d+)? (s|min \d\d s|h \d\d min)\b", "[TIME]"),
-        (r"peak memory \d+(\.\d+)? [KMG]iB$", "peak memory [MEMORY]"),
+        (r"(?m)peak memory \d+(\.\d+)? [KMG]iB$", "peak memory [MEMORY]"),
+        // A container records the paths of its run, which differ in length.
+        (r"MiB \([0-9,]+\)", "MiB ([BYTES])"),
         (r"\(build [0-9a-f]{16}\)", "(build [BUILD])"),
-        // Columns end where the longest replaced text ended.
+        // The width of a column depends on the replaced text.
+        (r"(?m) +(\[TIME\]|time)$", " $1"),
         (r"(?m) +$", ""),
     ];
     let text = variable.iter().fold(text.to_owned(), |text, (pattern, replacement)| {
@@ -29,9 +32,12 @@ fn assert_snapshot(name: &str, text: &str) {
 
 #[test]
 fn the_help_of_each_command_is_as_reviewed() {
-    let commands = ["compress", "compare", "plan", "verify", "export", "generate", "inspect", "synth"];
-    assert_snapshot("help", &Squeeze::new("--help").succeeds().stdout);
-    for command in commands {
+    let help = Squeeze::new("--help").succeeds().stdout;
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let commands: Vec<&str> = commands.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(commands.contains(&"compress"), "{help}");
+    assert_snapshot("help", &help);
+    for command in commands.into_iter().filter(|command| *command != "help") {
         assert_snapshot(&format!("help-{command}"), &Squeeze::new(command).arg("--help").succeeds().stdout);
     }
 }
@@ -41,19 +47,17 @@ fn the_plan_of_full_size_sdxl_is_as_reviewed() {
     let plan = Squeeze::new("plan")
         .args(["configs/dense-4bit.yaml", "configs/squeeze-s40-4bit-gs16.yaml"])
         .args(["--architecture", "sdxl-base", "--height", "512", "--width", "512"])
-        .args(["--calibration-nsamples", "8", "--memory-budget", "8GiB"]);
+        .args(["--calibration-nsamples", "8", "--memory-budget", "10GiB"]);
     assert_snapshot("plan", &plan.succeeds().stdout);
 }
 
 #[test]
-fn tables_of_models_and_containers_are_as_reviewed() {
-    let container = "tests/golden/container/unet.squeezed.safetensors";
+fn the_table_of_a_model_is_as_reviewed() {
     assert_snapshot("inspect-model", &Squeeze::new("inspect").arg("models/emoji-sdxl").arg("--summary").succeeds().stdout);
-    assert_snapshot("inspect-container", &Squeeze::new("inspect").arg(container).succeeds().stdout);
 }
 
 #[test]
-fn the_summary_of_a_run_is_as_reviewed() {
+fn the_tables_of_a_run_and_its_container_are_as_reviewed() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     let run = Squeeze::new("compress").arg("--quiet").config("dense-4bit-gs16").model(emoji()).out(&out).succeeds();
@@ -62,6 +66,9 @@ fn the_summary_of_a_run_is_as_reviewed() {
     let container = out.join("unet.squeezed.safetensors");
     let verified = Squeeze::new("verify").arg(&container).succeeds();
     assert_snapshot("verify", &hide(&verified.stdout, &out));
+    let inspected = Squeeze::new("inspect").arg(&container).succeeds();
+    let first_rows: Vec<&str> = inspected.stdout.lines().take(12).collect();
+    assert_snapshot("inspect-container", &hide(&first_rows.join("\n"), &out));
 }
 
 #[test]
