@@ -43,7 +43,8 @@ struct Args {
     /// Print nothing but errors and the result
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// Progress on standard error: bars on a terminal and lines elsewhere, or JSON lines for programs
+    /// Progress on standard error: bars on a terminal and lines elsewhere, or JSON lines for
+    /// programs
     #[arg(long, global = true, value_name = "auto|json|none", default_value = "auto")]
     progress: Mode,
     /// Log more: -v each step, -vv everything
@@ -82,9 +83,10 @@ const MISTAKES: usize = 100;
 
 /// Runs the program. An error ends in one line on standard error and an exit code.
 pub fn main() -> ExitCode {
-    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside libtorch. The
-    // variable also reaches NVIDIA's libraries in a libtorch without the functions that `init` calls.
-    // SAFETY: this is the program's first statement; no other thread reads the environment yet.
+    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside
+    // libtorch. The variable also reaches NVIDIA's libraries in a libtorch without the functions
+    // that `init` calls. SAFETY: this is the program's first statement; no other thread reads the
+    // environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::allocator::reuse_large_blocks();
     sdxl_squeeze::init();
@@ -132,8 +134,8 @@ fn tell(answer: &clap::Error) -> ExitCode {
 /// Prepares the process for any command.
 fn prepare() -> Result<(), Error> {
     place::check()?;
-    // A write beyond `ulimit -f` kills a program that does not catch the signal. With a handler the write
-    // fails instead, and is reported like any other failure.
+    // A write beyond `ulimit -f` kills a program that does not catch the signal. With a handler the
+    // write fails instead, and is reported like any other failure.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
         .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
     Ok(())
@@ -176,7 +178,8 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is set.
+/// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is
+/// set.
 fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
     if no_verify { Container::open_unverified(path) } else { Container::open(path) }
 }
@@ -193,8 +196,8 @@ fn complain(problem: &str) {
     let _ = writeln!(io::stderr().lock(), "sdxl-squeeze: error: {}", readable(problem));
 }
 
-/// Cuts the middle out of a message that is too long to read: it may quote a name in a damaged file, which
-/// may have megabytes.
+/// Cuts the middle out of a message that is too long to read: it may quote a name in a damaged
+/// file, which may have megabytes.
 fn readable(message: &str) -> String {
     const BEGIN: usize = 1500;
     const END: usize = 300;
@@ -213,7 +216,8 @@ fn chain(error: &Error) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let text = error.to_string();
-        // libtorch's errors are transparent: their source is the message already shown, with a C++ stack.
+        // libtorch's errors are transparent: their source is the message already shown, with a C++
+        // stack.
         if text.lines().next().is_some_and(|first| !line.contains(first)) {
             line.push_str(": ");
             line.push_str(&text);

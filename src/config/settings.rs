@@ -1,4 +1,5 @@
-//! The settings of one layer: how it is pruned, how it is palettized. Names and defaults are coremltools'.
+//! The settings of one layer: how it is pruned, how it is palettized. Names and defaults are
+//! coremltools'.
 
 use std::fmt::{self, Display};
 
@@ -12,8 +13,8 @@ use super::kinds::Words;
 use super::limits;
 use super::mistake::Mistakes;
 
-/// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key that
-/// it leaves out has its default, not the value of `global_config`.
+/// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key
+/// that it leaves out has its default, not the value of `global_config`.
 pub(super) trait Settings: Default + Clone + PartialEq + Serialize {
     /// The keys.
     const SECTION: &'static Section;
@@ -27,16 +28,17 @@ pub struct PruneSettings {
     /// Which weights are set to zero: `target_sparsity` or `n_m_ratio`.
     #[serde(flatten, serialize_with = "write_sparsity")]
     pub sparsity: Sparsity,
-    /// What is added to the Hessian's diagonal, as a share of its mean. At least 0.
+    /// Addition to the Hessian's diagonal, as a share of its mean. At least 0.
     pub hessian_dampening: f64,
-    /// The columns that are masked and solved as one block. At least 1, and a multiple of m for n:m sparsity.
+    /// The columns that are masked and solved as one block. At least 1, and a multiple of m for n:m
+    /// sparsity.
     pub processing_group_size: usize,
 }
 
 /// Which weights are set to zero.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sparsity {
-    /// `target_sparsity`: this share of each block of columns, wherever in it. In [0, 1).
+    /// `target_sparsity`: this share of each block of columns, anywhere in it. In [0, 1).
     Unstructured(f64),
     /// `n_m_ratio`: n of every m consecutive weights of a row.
     NOfM(NmRatio),
@@ -75,12 +77,15 @@ impl Display for Sparsity {
 pub struct PaletteSettings {
     /// A palette has 2^n_bits entries; 1, 2, 3, 4, 6 or 8.
     pub n_bits: u8,
-    /// One palette for the whole weight, or one for each group of channels (`granularity` and `group_size`).
+    /// One palette for the whole weight, or one for each group of channels (`granularity` and
+    /// `group_size`).
     #[serde(flatten, serialize_with = "write_granularity")]
     pub granularity: Granularity,
-    /// The channels that are grouped: 0, the output channels (o of [o, d]), or 1, the input channels.
+    /// The channels that are grouped: 0, the output channels (o of [o, d]), or 1, the input
+    /// channels.
     pub channel_axis: usize,
-    /// Whether each output channel is divided by its largest magnitude first, and the divisor stored.
+    /// Whether each output channel is divided by its largest magnitude first, and the divisor
+    /// stored.
     pub enable_per_channel_scale: bool,
 }
 
