@@ -43,7 +43,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let mut outputs = Paths::default().reads("--judge", Some(&args.judge)).puts_into("--out", &args.out);
     for path in &args.configs {
         let config = args.edits.config(path)?;
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
         let container = container_path(&args.out, &name);
         outputs = outputs.run("the config", path, &config);
         outputs = outputs.writes(&name, Some(&container)).fills(&name, &workspace_folder(&container));

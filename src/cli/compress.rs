@@ -107,7 +107,8 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     ))
 }
 
-/// A table of the stages, followed by the notes, which may have scrolled away by the end of the run.
+/// A table of the stages, followed by the notes, which may have scrolled away by the end of the
+/// run.
 fn summary(report: &JobReport) -> String {
     let mut table = super::table::new(&["stage", "layers", "sparsity", "bits", "bytes", "pruned", "stored", "weights"]);
     let mut stages: Vec<&str> = Vec::new();

@@ -1,12 +1,14 @@
-//! What libtorch's libraries read from the environment.
+//! The environment variables that libtorch's libraries read.
 
-/// Starts the program once more in its own place where the environment does not say what these libraries read as they are loaded, before
-/// any code of ours:
+/// Replaces the process by a new one with these variables set, unless they are set already: the
+/// libraries read them when they are loaded, before any code of this program runs.
 ///
-/// - `GOMP_SPINCOUNT`: GNU OpenMP's threads wait for 5,000 turns of a loop before they sleep, not for the 300,000 that are the default, which
-///   keep a core from the solver's own threads for milliseconds after each product. Compressing the bundled model takes 12 % less time so.
-/// - `MKL_CBWR`: the products that libtorch still gives to MKL, inside attention and convolutions, are the same on any number of threads. It
-///   costs no time that could be measured. (Matrix products of our own are faer's.)
+/// - `GOMP_SPINCOUNT`: GNU OpenMP's threads spin 5,000 times before they sleep. The default of
+///   300,000 keeps a core from the solver's own threads for milliseconds after each product. With
+///   5,000, the bundled model is compressed in 12 % less time.
+/// - `MKL_CBWR`: the products that libtorch gives to MKL, inside attention and convolutions, have
+///   the same bits on any number of threads, at no measurable cost. (Other matrix products are
+///   computed by faer.)
 #[cfg(target_os = "linux")]
 pub fn settle() {
     use std::os::unix::process::CommandExt;
@@ -24,11 +26,12 @@ pub fn settle() {
     }
     let mut arguments = std::env::args_os();
     let (Some(name), Ok(program)) = (arguments.next(), std::env::current_exe()) else { return };
-    // Comes back only where it cannot be done; then the run is a little slower, and its last digits may depend on the number of threads.
+    // `exec` returns only on failure. The run is then a little slower, and its last digits may
+    // depend on the number of threads.
     let why = std::process::Command::new(program).arg0(name).args(arguments).envs(missing).exec();
     tracing::warn!("could not start again with GOMP_SPINCOUNT and MKL_CBWR set: {why}");
 }
 
-/// Elsewhere libtorch has other libraries.
+/// On other systems libtorch has other libraries.
 #[cfg(not(target_os = "linux"))]
 pub fn settle() {}

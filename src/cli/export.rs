@@ -21,7 +21,7 @@ pub struct Args {
     /// Use the container without checking its hashes
     #[arg(long)]
     no_verify: bool,
-    /// What to write
+    /// Format of the output
     #[arg(long, value_name = "FORMAT")]
     to: Format,
     /// The pipeline that the UNet belongs to: `--to diffusers` copies its other parts
@@ -32,7 +32,8 @@ pub struct Args {
     out: PathBuf,
     #[command(flatten)]
     coreml: CoremlArgs,
-    /// For --to coremltools: what to do with weights that it would drop, up to 2^-10 in pruned layers [default: refuse]
+    /// For --to coremltools: treatment of weights that it would drop, up to 2^-10 in pruned layers
+    /// [default: refuse]
     #[arg(long, value_name = "WHAT")]
     small_weights: Option<SmallWeightsArg>,
     /// Print JSON
@@ -60,25 +61,26 @@ enum SmallWeightsArg {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "For --to coreml")]
 struct CoremlArgs {
-    /// Height of the pictures in pixels; without it, what the UNet was made for
+    /// Height of the pictures in pixels [default: the UNet's own]
     #[arg(long, value_name = "H")]
     height: Option<i64>,
     /// Width of the pictures in pixels
     #[arg(long, value_name = "W")]
     width: Option<i64>,
-    /// Samples in a call: 2 for both halves of guidance at once [default: 2]
+    /// Samples in a call; 2 computes both halves of guidance at once [default: 2]
     #[arg(long, value_name = "N")]
     batch: Option<i64>,
     /// linear for GPUs, split-einsum for the Neural Engine [default: linear]
     #[arg(long, value_name = "LAYOUT")]
     layout: Option<LayoutArg>,
-    /// Inputs as diffusers' UNet takes them, or as Apple's Swift pipeline gives them [default: diffusers]
-    #[arg(long, value_name = "WHOSE")]
+    /// Inputs as diffusers' UNet takes them, or as Apple's Swift pipeline gives them [default:
+    /// diffusers]
+    #[arg(long, value_name = "STYLE")]
     io: Option<IoArg>,
     /// Tokens of the text states [default: 77]
     #[arg(long, value_name = "N")]
     tokens: Option<i64>,
-    /// Numbers of size, crop and score: 6 for base, 5 for the refiner; without it, from the model
+    /// Numbers of size, crop and score: 6 for base, 5 for the refiner [default: the model's]
     #[arg(long, value_name = "N")]
     time_ids: Option<i64>,
     /// The package's author
@@ -103,7 +105,7 @@ enum IoArg {
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     if let Some(flag) = args.misplaced() {
-        return Err(Error::Argument(format!("{flag} does nothing with this --to")));
+        return Err(Error::Argument(format!("{flag} has no effect with this --to")));
     }
     args.paths().check()?;
     match args.to {
@@ -132,7 +134,8 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
 }
 
 impl Args {
-    /// What is read and written. A container is a file, and a pipeline for its dense UNet a folder.
+    /// The inputs and the output. A container is a file; a pipeline, read for its dense UNet, is a
+    /// folder.
     fn paths(&self) -> Paths {
         let (file, folder) = if self.path.is_dir() { (None, Some(&*self.path)) } else { (Some(&*self.path), None) };
         let paths =
@@ -143,7 +146,7 @@ impl Args {
         }
     }
 
-    /// A flag that belongs to another format.
+    /// The first flag that belongs to another format.
     fn misplaced(&self) -> Option<&'static str> {
         let CoremlArgs { height, width, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
         let given = [
@@ -191,7 +194,7 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
     coreml::write(weights, &options, &args.out, reporter)
 }
 
-/// The pipeline in `model`, which must be of the container's architecture.
+/// Opens the pipeline in `model`, which must have the container's architecture.
 fn pipeline_of(chain: &UnetChain, container: &Path, model: &Path) -> Result<PipelineFolder> {
     let pipeline = PipelineFolder::open(model)?;
     if pipeline.unet.config() != chain.config() {
@@ -201,24 +204,28 @@ fn pipeline_of(chain: &UnetChain, container: &Path, model: &Path) -> Result<Pipe
     Ok(pipeline)
 }
 
-/// What was asked for; what was not, from the pipeline if it is known, else from the UNet.
+/// The options of the command line, with the rest from the pipeline if there is one, else from the
+/// UNet.
 fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFolder>) -> Result<Options> {
     /// Pixels of a latent in SDXL's VAE.
     const SDXL_SCALE: i64 = 8;
     let scale = pipeline.map_or(SDXL_SCALE, |pipeline| pipeline.vae.scale());
     let mut options = Options::new(config);
-    for ((name, asked), latent) in [("height", args.height), ("width", args.width)].into_iter().zip(&mut options.latents) {
-        if let Some(pixels) = asked {
+    for ((name, pixels), latent) in [("height", args.height), ("width", args.width)].into_iter().zip(&mut options.latents) {
+        if let Some(pixels) = pixels {
             if pixels < 1 || pixels % scale != 0 {
                 return Err(Error::Argument(format!("{name} {pixels} is not a multiple of {scale}")));
             }
             *latent = pixels / scale;
         }
     }
-    if let (Some(asked), Some(pipeline)) = (args.time_ids, pipeline)
-        && asked != pipeline.time_ids()
+    if let (Some(time_ids), Some(pipeline)) = (args.time_ids, pipeline)
+        && time_ids != pipeline.time_ids()
     {
-        return Err(Error::Argument(format!("the model is told {} numbers of size and crop, not {asked}", pipeline.time_ids())));
+        return Err(Error::Argument(format!(
+            "the model is told {} numbers of size and crop, not {time_ids}",
+            pipeline.time_ids()
+        )));
     }
     options.time_ids = args.time_ids.or(pipeline.map(PipelineFolder::time_ids)).unwrap_or(options.time_ids);
     options.batch = args.batch.unwrap_or(options.batch);

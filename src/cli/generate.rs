@@ -21,28 +21,30 @@ pub struct Args {
     /// The pipeline: a folder in diffusers layout
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// What to draw
+    /// Description of the picture
     #[arg(long, value_name = "TEXT")]
     prompt: String,
-    /// What not to draw; without it the pipeline's own rule holds (zeros for SDXL base)
+    /// Description of what the picture must not show [default: the pipeline's own, zeros for SDXL
+    /// base]
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
-    /// Seed of the noise: the same as `torch.Generator().manual_seed(N)` on a CPU
+    /// Seed of the noise, which equals that of `torch.Generator().manual_seed(N)` on a CPU
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Denoising steps
     #[arg(long, value_name = "N", default_value_t = 30)]
     steps: usize,
-    /// Guidance scale; 1 is none
+    /// Guidance scale; 1 turns guidance off
     #[arg(long, value_name = "G", default_value_t = 5.0, allow_negative_numbers = true)]
     guidance: f64,
-    /// Height in pixels [default: what the model was made for]
+    /// Height in pixels [default: the model's own]
     #[arg(long, value_name = "H", requires = "width", allow_negative_numbers = true)]
     height: Option<i64>,
     /// Width in pixels
     #[arg(long, value_name = "W", requires = "height", allow_negative_numbers = true)]
     width: Option<i64>,
-    /// Another sampler than the pipeline's: euler, ddim, dpmpp-2m, with -karras for Karras sigmas
+    /// Sampler in the place of the pipeline's: euler, ddim, dpmpp-2m, with -karras for Karras
+    /// sigmas
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
     /// Where to compute: cpu, cuda or cuda:N
@@ -51,16 +53,16 @@ pub struct Args {
     /// Precision: f32, f16 or bf16 (the VAE always decodes in f32)
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     dtype: String,
-    /// Hold one UNet stage at a time in memory; slower, as weights are read again at every step
+    /// Hold one UNet stage at a time in memory; slower, as weights are read at every step
     #[arg(long)]
     low_memory: bool,
-    /// Take the UNet from this container
+    /// Use the UNet in this container
     #[arg(long, value_name = "FILE.safetensors")]
     unet: Option<PathBuf>,
     /// Use the container of --unet without checking its hashes
     #[arg(long, requires = "unet")]
     no_verify: bool,
-    /// Write the final latents too
+    /// Write the final latents to this file
     #[arg(long, value_name = "FILE.safetensors")]
     latents_out: Option<PathBuf>,
     /// The picture
@@ -71,7 +73,7 @@ pub struct Args {
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
-    // Before minutes of work.
+    // Wrong paths are refused before minutes of work.
     Paths::default()
         .model("--model", Some(&args.model))
         .reads("--unet", args.unet.as_deref())
@@ -106,7 +108,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         request.seed,
         number::time(start.elapsed().as_secs_f64()),
     );
-    // Nothing is to follow a picture on its way.
+    // A picture on standard output must be followed by nothing else.
     if [Some(&args.output), args.latents_out.as_ref()].into_iter().flatten().any(|path| is_standard_output(path)) {
         reporter.report(Event::Note(&line));
         return Ok(());
@@ -114,7 +116,8 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     super::print(&format!("{line}\n"))
 }
 
-/// What the PNG says of itself: the prompt for viewers, and everything that it takes to draw it again.
+/// The PNG's texts: the prompt for viewers, and all settings, with which the picture can be drawn
+/// again.
 fn metadata(request: &GenerateRequest, generated: &Generated, model: &Path, dtype: &str) -> Vec<(&'static str, String)> {
     let (height, width) = generated.size;
     let settings = json!({
@@ -129,7 +132,7 @@ fn metadata(request: &GenerateRequest, generated: &Generated, model: &Path, dtyp
     ]
 }
 
-/// One tensor, `latents` [1, c, h, w], in fp32.
+/// Writes a file with one tensor, `latents` [1, c, h, w], in fp32.
 fn write_latents(path: &Path, generated: &Generated) -> Result<()> {
     let latents = TensorBytes::of(&generated.latents.f_to_kind(Kind::Float)?)?;
     let file =

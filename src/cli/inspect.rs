@@ -21,7 +21,7 @@ pub struct Args {
     /// Show a container without checking its hashes
     #[arg(long)]
     no_verify: bool,
-    /// Leave out the layers
+    /// Show no layers
     #[arg(long)]
     summary: bool,
 }
@@ -30,21 +30,21 @@ pub fn run(args: Args) -> Result<()> {
     if args.path.is_file() {
         return inspect_container(&super::open_container(&args.path, args.no_verify)?, args.json, args.summary);
     }
-    let mut found = inspect(&args.path)?;
+    let mut inspection = inspect(&args.path)?;
     if args.json {
         if args.summary {
-            found.stages.iter_mut().for_each(|stage| stage.layers.clear());
+            inspection.stages.iter_mut().for_each(|stage| stage.layers.clear());
         }
-        return super::print_json(&found);
+        return super::print_json(&inspection);
     }
-    super::print(&tables(&found, args.summary))
+    super::print(&tables(&inspection, args.summary))
 }
 
-fn tables(found: &Inspection, summary: bool) -> String {
+fn tables(inspection: &Inspection, summary: bool) -> String {
     let mut text = String::new();
     if !summary {
         let mut layers = table(&["layer", "kind", "shape", "parameters", "bytes"]);
-        for layer in found.stages.iter().flat_map(|stage| &stage.layers) {
+        for layer in inspection.stages.iter().flat_map(|stage| &stage.layers) {
             layers.add_row([
                 layer.name.clone(),
                 layer.kind.clone(),
@@ -56,27 +56,33 @@ fn tables(found: &Inspection, summary: bool) -> String {
         text = format!("{}\n\n", right_aligned(layers, 3));
     }
     let mut stages = table(&["stage", "layers", "parameters", "bytes", ""]);
-    for stage in &found.stages {
+    for stage in &inspection.stages {
         let layers = stage.layers.len().to_string();
         stages.add_row([stage.name.clone(), layers, count(stage.parameters), count(stage.bytes), bytes(stage.bytes)]);
     }
-    let layers: usize = found.stages.iter().map(|stage| stage.layers.len()).sum();
-    stages.add_row(["unet".to_owned(), layers.to_string(), count(found.parameters), count(found.bytes), bytes(found.bytes)]);
-    for part in &found.parts {
+    let layers: usize = inspection.stages.iter().map(|stage| stage.layers.len()).sum();
+    stages.add_row([
+        "unet".to_owned(),
+        layers.to_string(),
+        count(inspection.parameters),
+        count(inspection.bytes),
+        bytes(inspection.bytes),
+    ]);
+    for part in &inspection.parts {
         stages.add_row([part.name.clone(), String::new(), count(part.parameters), count(part.bytes), bytes(part.bytes)]);
     }
-    let stored = match &found.dtype {
+    let stored = match &inspection.dtype {
         Some(dtype) => format!("stored as {dtype}"),
         None => "no weights here; bytes are those of fp16".to_owned(),
     };
-    format!("{text}{}\n\nUNet: {} parameters, {stored}\n", right_aligned(stages, 1), count(found.parameters))
+    format!("{text}{}\n\nUNet: {} parameters, {stored}\n", right_aligned(stages, 1), count(inspection.parameters))
 }
 
 fn shape(sizes: &[i64]) -> String {
     sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
 
-/// A row a layer: what it is stored as, and what that cost.
+/// Prints a row for each layer: its storage and its error.
 fn inspect_container(container: &Container, json: bool, summary: bool) -> Result<()> {
     UnetWeights::from(container).chain()?;
     if json {

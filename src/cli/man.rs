@@ -9,7 +9,8 @@ use sdxl_squeeze::{Error, Result};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Write the pages of all commands into this folder, instead of the first one to standard output
+    /// Write the pages of all commands into this folder, instead of the first one to standard
+    /// output
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

@@ -41,7 +41,8 @@ struct Args {
     /// Print nothing but errors and the result
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// Progress on standard error: bars on a terminal and lines elsewhere, or JSON lines for programs
+    /// Progress on standard error: bars on a terminal and lines elsewhere, or JSON lines for
+    /// programs
     #[arg(long, global = true, value_name = "auto|json|none", default_value = "auto")]
     progress: Mode,
     /// Log more: -v each step, -vv everything
@@ -77,9 +78,10 @@ enum Command {
 
 /// Runs the program and returns its exit code. A failure is one line on standard error.
 pub fn main() -> ExitCode {
-    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside libtorch. The
-    // variable also reaches NVIDIA's libraries in a libtorch without the functions that `init` calls.
-    // SAFETY: this is the program's first statement; no other thread reads the environment yet.
+    // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside
+    // libtorch. The variable also reaches NVIDIA's libraries in a libtorch without the functions
+    // that `init` calls. SAFETY: this is the program's first statement; no other thread reads the
+    // environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::init();
     match Args::try_parse() {
@@ -104,8 +106,8 @@ fn tell(answer: &clap::Error) -> ExitCode {
 /// Prepares the process for any command.
 fn prepare() -> Result<(), Error> {
     place::check()?;
-    // A write beyond `ulimit -f` kills a program that does not catch the signal. With a handler the write
-    // fails instead, and is reported like any other failure.
+    // A write beyond `ulimit -f` kills a program that does not catch the signal. With a handler the
+    // write fails instead, and is reported like any other failure.
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
         .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
     Ok(())
@@ -148,7 +150,8 @@ fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is set.
+/// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is
+/// set.
 fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
     if no_verify { Container::open_unverified(path) } else { Container::open(path) }
 }

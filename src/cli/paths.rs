@@ -1,4 +1,4 @@
-//! Outputs that would destroy what the same command reads, or another of its outputs.
+//! Refuses outputs that would overwrite an input of the same command, or another of its outputs.
 
 use std::path::{Path, PathBuf};
 
@@ -6,10 +6,11 @@ use sdxl_squeeze::config::{Prompts, RunConfig};
 use sdxl_squeeze::output::{check_file, check_folder};
 use sdxl_squeeze::{Error, Result};
 
-/// The folders of a pipeline's parts: nothing else is to be written into them.
+/// The folders of a pipeline's parts, into which no output may be written.
 const PARTS: [&str; 7] = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"];
 
-/// The paths of a command, each under the flag that names it. What each is for is said by the method that adds it.
+/// The paths of a command, each with the flag that names it. The method that adds a path tells its
+/// use.
 #[derive(Debug, Default)]
 pub struct Paths {
     inputs: Vec<Named>,
@@ -19,12 +20,12 @@ pub struct Paths {
     places: Vec<Named>,
 }
 
-/// A path and what it leads to.
+/// A path and its target.
 #[derive(Debug)]
 struct Named {
     flag: String,
     written: PathBuf,
-    /// Without links and dots, as far as it exists.
+    /// The path without links and dots, as far as it exists.
     real: PathBuf,
 }
 
@@ -41,7 +42,7 @@ impl Paths {
         self
     }
 
-    /// Everything that a run reads.
+    /// The inputs of a run.
     pub fn run(self, flag: &str, file: &Path, config: &RunConfig) -> Self {
         let calibration = &config.calibration;
         let prompts = match &calibration.prompts {
@@ -61,20 +62,20 @@ impl Paths {
         self
     }
 
-    /// A folder that is made, or emptied: nothing that is read may be in it, and it may be in nothing that is read.
+    /// A folder that is created, or emptied. No input may be in it, and it may be in no input.
     pub fn fills(mut self, flag: &str, path: &Path) -> Self {
         self.folders.push(Named::of(flag, path));
         self
     }
 
-    /// A folder that files are put into, beside what is there. It may be in no pipeline's folder.
+    /// A folder that files are added to. It may be in no pipeline's folder.
     pub fn puts_into(mut self, flag: &str, path: &Path) -> Self {
         self.places.push(Named::of(flag, path));
         self
     }
 
     /// # Errors
-    /// [`Error::Argument`] naming the two that get into each other's way.
+    /// [`Error::Argument`] naming the two paths that exclude each other.
     pub fn check(&self) -> Result<()> {
         let Paths { inputs, models, files, folders, places } = self;
         for place in places {
@@ -97,7 +98,8 @@ impl Paths {
         Ok(())
     }
 
-    /// The same, and whether there is a folder for each file.
+    /// Checks the paths like [`check`](Self::check), and that the folder of each output file
+    /// exists.
     pub fn check_writable(&self) -> Result<()> {
         self.check()?;
         self.files.iter().try_for_each(|file| check_file(&file.written))
@@ -121,18 +123,18 @@ impl Named {
         Named { flag: flag.to_owned(), written: path.to_owned(), real: real(path) }
     }
 
-    /// Whether both are the same file or folder, or will be.
+    /// Whether both paths lead to one file or folder, which need not exist yet.
     fn is(&self, other: &Named) -> bool {
         same(&self.real, &other.real)
     }
 
-    /// Whether it is the other, or in it at any depth.
+    /// Whether the path leads to the folder, or into it at any depth.
     fn is_in(&self, folder: &Named) -> bool {
         self.real.ancestors().any(|ancestor| same(ancestor, &folder.real))
     }
 
-    /// Whether it is a file of the pipeline in `model`, wherever the pipeline's links lead, or lies in the folder of one of its
-    /// parts.
+    /// Whether the path leads to a file of the pipeline in `model`, links followed, or into the
+    /// folder of one of its parts.
     fn is_part_of(&self, model: &Named) -> bool {
         let parts = PARTS.map(|part| model.real.join(part));
         let in_a_part = parts.iter().any(|part| part.is_dir() && self.real.ancestors().any(|ancestor| same(ancestor, part)));
@@ -141,21 +143,21 @@ impl Named {
         in_a_part || links_here || same(&self.real, &model.real.join("model_index.json")) || self.is(model)
     }
 
-    /// Whether what is written there is not kept, or is kept apart: `/dev/null`, a terminal. Two outputs may go there.
+    /// Whether the path is a device such as `/dev/null` or a terminal, to which two outputs may go.
     fn is_device(&self) -> bool {
         #[cfg(unix)]
         {
             use std::os::unix::fs::FileTypeExt;
-            std::fs::metadata(&self.written).is_ok_and(|found| found.file_type().is_char_device())
+            std::fs::metadata(&self.written).is_ok_and(|metadata| metadata.file_type().is_char_device())
         }
         #[cfg(not(unix))]
         false
     }
 }
 
-/// What a path leads to: without links and dots as far as it exists, and the rest as it is written.
+/// The target of a path: without links and dots as far as it exists, and the rest as written.
 fn real(path: &Path) -> PathBuf {
-    /// As many as Linux follows.
+    /// The number of links that Linux follows.
     const LINKS: usize = 40;
     let mut path = path.to_owned();
     for _ in 0..LINKS {
@@ -166,17 +168,17 @@ fn real(path: &Path) -> PathBuf {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
         };
-        // A link to what is not there yet: that is where an output goes.
+        // An output through a link to a file that does not exist yet creates that file.
         match std::fs::read_link(&path) {
             Ok(link) => path = parent.join(link),
             Err(_) if path.parent().is_none() => return path,
-            Err(_) => return real(&parent).join(path.file_name().unwrap_or_default()),
+            Err(_) => return path.file_name().map_or_else(|| real(&parent), |name| real(&parent).join(name)),
         }
     }
     path
 }
 
-/// Whether two paths, followed to their ends, name one thing.
+/// Whether two resolved paths name one file or folder.
 fn same(a: &Path, b: &Path) -> bool {
     if a == b {
         return true;
@@ -184,7 +186,7 @@ fn same(a: &Path, b: &Path) -> bool {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        let id = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+        let id = |path: &Path| std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
         id(a).is_some_and(|a| id(b) == Some(a))
     }
     #[cfg(not(unix))]
@@ -212,8 +214,8 @@ mod tests {
         std::fs::hard_link(here("input"), here("twin")).unwrap();
         let reads = || Paths::default().reads("--unet", Some(&here("input")));
         for name in ["input", "link", "twin", "below/../input", "./input"] {
-            let said = refused(reads().writes("-o", Some(&here(name))));
-            assert!(said.contains("-o would write") && said.contains("--unet reads"), "{said}");
+            let message = refused(reads().writes("-o", Some(&here(name))));
+            assert!(message.contains("-o would write") && message.contains("--unet reads"), "{message}");
         }
         reads().writes("-o", Some(&here("other"))).check().unwrap();
         for name in ["new", "below/../new", "./new"] {

@@ -56,7 +56,7 @@ pub fn run(args: Args) -> Result<()> {
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
         if args.json {
             json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
         } else {
@@ -106,7 +106,8 @@ fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
     let folder = model_of(config)?;
     let weights = folder.unet_weights()?;
     let calls = expected_calls(&folder, &config.calibration)?;
-    Ok(Target { chain: folder.unet, calls, bytes_of: Box::new(move |name| weights.narrow_bytes(name, placement).unwrap_or(4)) })
+    let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("`unet_weights` has checked every tensor");
+    Ok(Target { chain: folder.unet, calls, bytes_of: Box::new(bytes_of) })
 }
 
 fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64) -> String {

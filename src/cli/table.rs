@@ -10,7 +10,7 @@ pub fn new(header: &[&str]) -> Table {
     table
 }
 
-/// The table as text. All columns from index `from` on are right-aligned.
+/// The table's text, with the columns from `from` on aligned to the right.
 pub fn right_aligned(mut table: Table, from: usize) -> String {
     for column in table.column_iter_mut().skip(from) {
         column.set_cell_alignment(CellAlignment::Right);

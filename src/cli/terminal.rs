@@ -1,19 +1,19 @@
-//! A terminal that may go away.
+//! A terminal that may be closed while the program runs.
 
 use std::io;
 
 use console::Term;
 use indicatif::{ProgressDrawTarget, TermLike};
 
-/// Standard error for bars, drawn at most 20 times a second, where what cannot be drawn is left out.
+/// Standard error for progress bars, drawn at most 20 times a second, which ignores errors.
 ///
-/// indicatif hands errors on in most places, but panics on them where it makes room for a line between the bars: a terminal that
-/// is closed must not end the work.
+/// indicatif passes errors on in most places, but panics on them where it makes room for a line
+/// between the bars. A closed terminal must not end the run.
 pub fn stderr() -> ProgressDrawTarget {
     ProgressDrawTarget::term_like_with_hz(Box::new(Forgiving(Term::buffered_stderr())), 20)
 }
 
-/// Passes everything on, and no error back.
+/// Passes all calls on and ignores their errors.
 #[derive(Debug)]
 struct Forgiving(Term);
 

@@ -18,46 +18,46 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     if args.path.is_dir() && !args.path.join("Manifest.json").exists() {
         let problem =
-            "is a folder, and no Core ML package, which has a Manifest.json; a container is a file; `inspect` shows models";
+            "is a folder, but no Core ML package, which has a Manifest.json; a container is a file; `inspect` shows models";
         return Err(Error::Argument(format!("{} {problem}", args.path.display())));
     }
     if args.path.is_dir() {
         return package(&args.path, args.json);
     }
-    let found = verify(&args.path)?;
+    let checked = verify(&args.path)?;
     if args.json {
-        return super::print_json(&found);
+        return super::print_json(&checked);
     }
     super::print(&format!(
         "{}: whole, every hash holds\n{} compressed weights of {} elements, {:.3} bits each, {:.2} % zero; {} tensors in fp16; {}\n",
         args.path.display(),
-        found.weights,
-        number::count(found.weight_elements),
-        found.bits_per_weight,
-        100.0 * found.sparsity,
-        found.tensors,
-        number::size(found.bytes),
+        checked.weights,
+        number::count(checked.weight_elements),
+        checked.bits_per_weight,
+        100.0 * checked.sparsity,
+        checked.tensors,
+        number::size(checked.bytes),
     ))
 }
 
-/// A Core ML package.
+/// Verifies a Core ML package.
 fn package(path: &Path, json: bool) -> Result<()> {
-    let found = coreml::verify(path)?;
+    let checked = coreml::verify(path)?;
     if json {
-        return super::print_json(&found);
+        return super::print_json(&checked);
     }
-    let share = found.pruned as f64 / (found.compressed_elements.max(1)) as f64;
-    let hashes = if found.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };
+    let share = checked.pruned as f64 / (checked.compressed_elements.max(1)) as f64;
+    let hashes = if checked.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };
     super::print(&format!(
         "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}\n{}\n",
         path.display(),
-        number::count(found.operations as u64),
-        number::count(found.compressed as u64),
-        number::count(found.compressed_elements),
+        number::count(checked.operations as u64),
+        number::count(checked.compressed as u64),
+        number::count(checked.compressed_elements),
         100.0 * share,
-        number::count(found.blobs as u64),
-        number::size(found.bytes),
-        found.inputs.iter().map(|input| format!("in  {input}")).collect::<Vec<_>>().join("\n"),
-        found.outputs.iter().map(|output| format!("out {output}")).collect::<Vec<_>>().join("\n"),
+        number::count(checked.blobs as u64),
+        number::size(checked.bytes),
+        checked.inputs.iter().map(|input| format!("in  {input}")).collect::<Vec<_>>().join("\n"),
+        checked.outputs.iter().map(|output| format!("out {output}")).collect::<Vec<_>>().join("\n"),
     ))
 }

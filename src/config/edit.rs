@@ -1,5 +1,5 @@
-//! Flags of the command line, which edit a config's tree before it is read. A flag's value therefore
-//! obeys the rules of the file, and a mistake in it is reported as one in the file.
+//! Flags of the command line, which edit a config's tree before it is read. A flag's value
+//! therefore obeys the rules of the file, and a mistake in it is reported as one in the file.
 
 use std::ffi::{OsStr, OsString};
 
@@ -21,8 +21,8 @@ pub struct ConfigFlag {
     pub name: &'static str,
     /// The name of its argument in help.
     pub argument: &'static str,
-    /// Its help: one sentence.
-    pub help: &'static str,
+    /// Its help in one line.
+    pub help: String,
     /// Whether it is a former name, which is accepted with a warning and not shown in help.
     pub former: bool,
 }
@@ -48,10 +48,19 @@ struct Target {
 /// Every flag that edits a config, in the order of help.
 pub fn flags() -> impl Iterator<Item = ConfigFlag> {
     targets().into_iter().flat_map(|Target { key, flag, .. }| {
-        let help = key.doc().split_once(". ").map_or(key.doc().trim_end_matches('.'), |(first, _)| first);
-        let named = |name, former| ConfigFlag { name, argument: flag.argument, help, former };
+        let named = |name, former| ConfigFlag { name, argument: flag.argument, help: help(key), former };
         [Some(named(flag.name, false)), former_flag(key).map(|name| named(name, true))].into_iter().flatten()
     })
+}
+
+/// The first sentence of the key's docs, and the values where there are few.
+fn help(key: &dyn Declared) -> String {
+    let doc = key.doc();
+    let sentence = doc.split_once(". ").map_or(doc.trim_end_matches('.'), |(first, _)| first);
+    match key.schema()["enum"].is_array() {
+        true => format!("{sentence} ({})", key.values().replace('`', "")),
+        false => sentence.to_owned(),
+    }
 }
 
 fn targets() -> Vec<Target> {
@@ -100,8 +109,8 @@ impl Edit {
         self.target.section.map(|section| section.name) == section.map(|section| section.name)
     }
 
-    /// Whether the flags exclude each other, either because both edit one key, or because one replaces
-    /// the key of the other.
+    /// Whether the flags exclude each other, either because both edit one key, or because one
+    /// replaces the key of the other.
     fn excludes(&self, other: &Edit) -> bool {
         let (one, two) = (self.target, other.target);
         let same_key = one.key.name() == two.key.name();
@@ -109,8 +118,8 @@ impl Edit {
     }
 }
 
-/// Applies edits to the tree of a config. Settings of layers go into `global_config` and into every rule
-/// for a type or a name that is not `null`: a layer that the config leaves alone stays alone.
+/// Applies edits to the tree of a config. Settings of layers go into `global_config` and into every
+/// rule for a type or a name that is not `null`: a layer that the config leaves alone stays alone.
 pub(super) fn apply(root: &mut Node, edits: &[Edit], mistakes: &mut Mistakes<'_>) {
     let in_effect = in_effect(root, edits);
     for (index, edit) in edits.iter().enumerate() {
@@ -142,8 +151,8 @@ pub(super) fn apply(root: &mut Node, edits: &[Edit], mistakes: &mut Mistakes<'_>
     }
 }
 
-/// The keys at the top of the config as the file alone has them, defaults included. Nothing where no flag
-/// asks for them.
+/// The keys at the top of the config as the file alone has them, defaults included. Nothing where
+/// no flag asks for them.
 fn in_effect(root: &Node, edits: &[Edit]) -> Json {
     if edits.iter().all(|edit| edit.target.flag.resets.is_empty()) {
         return Json::Null;
@@ -203,7 +212,8 @@ fn set(mapping: &mut Node, target: Target, value: &Node) {
     mapping.set(key.name(), value.clone());
 }
 
-/// The rules of a section that are not `null`. `global_config` is added where there is no rule at all.
+/// The rules of a section that are not `null`. `global_config` is added where there is no rule at
+/// all.
 fn rules_mut(section: &mut Node, position: Position) -> Vec<&mut Node> {
     let [global, types, names] = RULES.map(|(name, _)| name);
     if section.entry_mut(global).is_none() && section.child_mut(types).is_none() && section.child_mut(names).is_none() {

@@ -25,7 +25,8 @@ pub(super) struct Entry<'a> {
     pub value: &'a Node,
 }
 
-/// The text keys of a mapping in order. Other keys, repeated ones, and nodes that are no mapping are mistakes.
+/// The text keys of a mapping in order. Other keys, repeated ones, and nodes that are no mapping
+/// are mistakes.
 pub(super) fn entries<'a>(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Vec<Entry<'a>> {
     let Value::Mapping(pairs) = &node.value else {
         mistakes.add(node.position, format!("{name} must be a mapping of keys to values, not {}", node.value));
@@ -82,7 +83,8 @@ impl<'a> Fields<'a> {
         self.given(section.name).map(|node| Fields::new(section.name, section, node, mistakes))
     }
 
-    /// The value of `key`, if it is given and can be read. Under a former name it is read with a remark.
+    /// The value of `key`, if it is given and can be read. Under a former name it is read with a
+    /// remark.
     pub fn get<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> Option<T> {
         let former = key.formerly.and_then(|old| Some((old, self.given(old)?)));
         let (name, node) = match (former, self.given(key.name)) {
@@ -121,7 +123,8 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A hint for coremltools' keys that belong to another section here, or that this program does not have.
+/// A hint for coremltools' keys that belong to another section here, or that this program does not
+/// have.
 fn elsewhere(key: &str) -> Option<&'static str> {
     Some(match key {
         "calibration_nsamples" => "it belongs to calibration",

@@ -95,7 +95,8 @@ pub enum Finding {
         /// The earlier patterns.
         by: Vec<String>,
     },
-    /// A pattern of `prune.module_name_configs` whose layers all lie outside `prune.layers`. A warning.
+    /// A pattern of `prune.module_name_configs` whose layers all lie outside `prune.layers`. A
+    /// warning.
     OutOfReach {
         /// The pattern.
         pattern: String,

@@ -2,7 +2,8 @@
 //!
 //! Each declaration is `NAME: type = ("name", kind, default, flag)`; its comment is the text of
 //! `docs/config.md`, of the JSON schema and, up to its first full stop, of the flag's help. After a
-//! change, `UPDATE=1 cargo test --test it -- config::reference` writes the docs and the schema anew.
+//! change, `UPDATE=1 cargo test --test it -- config::reference` writes the docs and the schema
+//! anew.
 
 use std::path::PathBuf;
 
@@ -70,16 +71,18 @@ macro_rules! keys {
 keys! {
     /// A run of sdxl-squeeze.
     root "the config" sections [model, calibration, prune, palettize, joint, budget] {
-        /// How mask, weights and palettes are found. `joint` chooses the three of a layer together, for the least error of its
-        /// output. `sequential` prunes by SparseGPT and then makes palettes without looking at the inputs, as coremltools does.
+        /// How mask, weights and palettes are found. `joint` chooses the three of a layer together,
+        /// for the least error of its output. `sequential` prunes by SparseGPT and then makes
+        /// palettes without looking at the inputs, as coremltools does.
         SOLVER: SolverKind = (
             "solver",
             Kind::WORD,
             Preset::Absent("`joint`; `sequential` with `algorithm: magnitude`"),
             flag Flag::new("solver", "SOLVER").resets(&["sequencing", "target"])
         );
-        /// Which inputs a layer is compressed for. `sublayer`: those that the already compressed layers before it produce.
-        /// `stage`: those that the dense layers of its stage produce, which takes fewer passes over the samples.
+        /// Which inputs a layer is compressed for. `sublayer`: those that the already compressed
+        /// layers before it produce. `stage`: those that the dense layers of its stage produce,
+        /// which takes fewer passes over the samples.
         SEQUENCING: Pace = (
             "sequencing",
             Kind::WORD,
@@ -87,12 +90,13 @@ keys! {
             flag Flag::new("sequencing", "ORDER").resets(&["target"]),
             formerly "granularity"
         );
-        /// Which outputs a compressed layer is fitted to. `dense`: those of the dense network, which corrects errors of earlier
-        /// layers; it needs `solver: joint` and `sequencing: sublayer`. `current`: those of the layer's own dense weights.
+        /// Which outputs a compressed layer is fitted to. `dense`: those of the dense network,
+        /// which corrects errors of earlier layers; it needs `solver: joint` and `sequencing:
+        /// sublayer`. `current`: those of the layer's own dense weights.
         TARGET: Target = (
             "target",
             Kind::WORD,
-            Preset::Absent("`dense` where it can be had, else `current`"),
+            Preset::Absent("`dense` where solver and `sequencing` permit it, else `current`"),
             flag Flag::new("target", "OUTPUTS")
         );
     }
@@ -103,7 +107,7 @@ keys! {
     model "model" {
         /// The pipeline: a folder in diffusers layout.
         PATH: PathBuf = ("path", kinds::PATH, Preset::Absent("`--model` is needed"), flag Flag::new("model", "DIR"));
-        /// Where to compute.
+        /// Where to compute: cpu, cuda or cuda:N, or several with commas.
         DEVICE: String = ("device", kinds::DEVICES, Preset::Text("cpu"), flag Flag::new("device", "DEVICE"));
         /// Precision of activations. Hessians are fp32 in any case.
         DTYPE: String = ("dtype", kinds::DTYPE, Preset::Text("f32"), flag Flag::new("dtype", "DTYPE"));
@@ -113,23 +117,25 @@ keys! {
 keys! {
     /// The samples on which Hessians are built.
     calibration "calibration" {
-        /// Calibration prompts, one a line. The dense pipeline draws them. Many and varied prompts are better: `target: dense` fits
-        /// three prompts so closely that other pictures get worse.
+        /// Calibration prompts, one a line. The dense pipeline draws them. Many and varied prompts
+        /// are better: `target: dense` fits three prompts so closely that other pictures get worse.
         PROMPTS: Node = (
             "prompts",
             kinds::PROMPTS,
             Preset::Text("calibration/varied.txt"),
             flag Flag::new("prompts", "FILE").replaces(&["samples"])
         );
-        /// Calibration samples made before or elsewhere, as `--samples-out` writes them. No prompt is drawn then.
+        /// Calibration samples made before or elsewhere, as `--samples-out` writes them. No prompt
+        /// is drawn then.
         SAMPLES: PathBuf = ("samples", kinds::PATH, Preset::Absent("none"), flag Flag::new("samples", "FILE.safetensors"));
-        /// A file of prompts that are encoded but not drawn, which takes no run of the UNet. Their text states calibrate `to_k` and
-        /// `to_v` of all cross-attentions, and their pooled text, at all timesteps, calibrates `time_emb_proj`.
+        /// A file of prompts that are encoded but not drawn, which takes no run of the UNet. Their
+        /// text states calibrate `to_k` and `to_v` of all cross-attentions, and their pooled text,
+        /// at all timesteps, calibrates `time_emb_proj`.
         CAPTIONS: PathBuf = ("captions", kinds::PATH, Preset::Absent("none"), flag Flag::new("captions", "FILE"));
         /// Captions to take, evenly over their file.
         CAPTIONS_NSAMPLES: usize = ("captions_nsamples", kinds::COUNT, Preset::Integer(512));
-        /// Weight of a UNet call in the Hessians. `early` weighs by sigma, `log` by ln(1 + sigma). Neither has improved the bundled
-        /// model.
+        /// Weight of a UNet call in the Hessians. `early` weighs by sigma, `log` by ln(1 + sigma).
+        /// Neither has improved the bundled model.
         TIMESTEP_WEIGHTING: TimestepWeighting = ("timestep_weighting", Kind::WORD, Preset::Text("uniform"));
         /// UNet calls to calibrate with, evenly over prompts and timesteps.
         CALIBRATION_NSAMPLES: usize = (
@@ -160,7 +166,8 @@ keys! {
             kinds::PATTERNS,
             Preset::Texts(&[r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"])
         );
-        /// How weights to prune are chosen. `magnitude` takes the smallest and needs no calibration.
+        /// How weights to prune are chosen. `magnitude` takes the smallest and needs no
+        /// calibration.
         ALGORITHM: PruneMethod = ("algorithm", Kind::WORD, Preset::Text("sparse_gpt"));
     }
 }
@@ -182,7 +189,8 @@ keys! {
             Preset::Absent("none"),
             flag Flag::of_rules("n-m-ratio", "N:M").replaces(&["target_sparsity"])
         );
-        /// Addition to the Hessian's diagonal, as a share of its mean. Layers that the joint solver only palettizes have 0.03.
+        /// Addition to the Hessian's diagonal, as a share of its mean. Layers that the joint solver
+        /// only palettizes have 0.03.
         HESSIAN_DAMPENING: f64 = ("hessian_dampening", kinds::NOT_NEGATIVE, Preset::Number(0.01));
         /// Columns that are pruned as one block.
         PROCESSING_GROUP_SIZE: usize = ("processing_group_size", kinds::COUNT, Preset::Integer(128));
@@ -192,8 +200,8 @@ keys! {
 keys! {
     /// Which layers are palettized, and how.
     palettize "palettize" settings palette_settings {
-        /// Treatment of layers whose channels the group size does not divide: refuse them, give them a smaller group, or leave them in
-        /// fp16 (`dense`), as coremltools does.
+        /// Treatment of layers whose channels the group size does not divide: refuse them, give
+        /// them a smaller group, or leave them in fp16 (`dense`), as coremltools does.
         ON_MISFIT: OnMisfit = (
             "on_misfit",
             Kind::WORD,
@@ -212,7 +220,8 @@ keys! {
         N_BITS: BitWidth = ("n_bits", kinds::BIT_WIDTH, Preset::Integer(4), flag Flag::of_rules("n-bits", "N"));
         /// Whether one palette serves the whole weight, or each group of channels has its own.
         GRANULARITY: GranularityWord = ("granularity", Kind::WORD, Preset::Text("per_tensor"));
-        /// Channels that share a palette. Needs `granularity: per_grouped_channel`, which the flag brings.
+        /// Channels that share a palette. Needs `granularity: per_grouped_channel`, which the flag
+        /// brings.
         GROUP_SIZE: usize = (
             "group_size",
             kinds::COUNT,
@@ -221,7 +230,8 @@ keys! {
         );
         /// The channels that are grouped: 0 for output channels, 1 for input channels.
         CHANNEL_AXIS: usize = ("channel_axis", kinds::AXIS, Preset::Integer(0));
-        /// Whether each output channel is divided by its largest magnitude first, which is then stored.
+        /// Whether each output channel is divided by its largest magnitude first, which is then
+        /// stored.
         ENABLE_PER_CHANNEL_SCALE: bool = ("enable_per_channel_scale", kinds::BOOLEAN, Preset::Boolean(false));
     }
 }
@@ -229,15 +239,19 @@ keys! {
 keys! {
     /// Effort of the joint solver. The defaults are the settings that pay; less is faster.
     joint "joint" {
-        /// Conjugate gradient steps for the kept weights after the mask is chosen, and again at the end.
+        /// Conjugate gradient steps for the kept weights after the mask is chosen, and again at the
+        /// end.
         REFIT_STEPS: usize = ("refit_steps", kinds::REPEATS, Preset::Of(|| count(Effort::default().refit_steps)));
-        /// Rounds in which pruned weights of high estimated gain are swapped with kept weights of low cost.
+        /// Rounds in which pruned weights of high estimated gain are swapped with kept weights of
+        /// low cost.
         EXCHANGE_TURNS: usize = ("exchange_turns", kinds::REPEATS, Preset::Of(|| count(Effort::default().exchange_turns)));
         /// Conjugate gradient steps after each round of swaps.
         EXCHANGE_STEPS: usize = ("exchange_steps", kinds::REPEATS, Preset::Of(|| count(Effort::default().exchange_steps)));
-        /// Whether weights are rounded to the palette column by column with error feedback, or each to its nearest entry.
+        /// Whether weights are rounded to the palette column by column with error feedback, or each
+        /// to its nearest entry.
         SWEEP: bool = ("sweep", kinds::BOOLEAN, Preset::Of(|| Value::Boolean(Effort::default().sweep)));
-        /// Conjugate gradient steps for the palettes in each round. They lower the error on the calibration samples, not on others.
+        /// Conjugate gradient steps for the palettes in each round. They lower the error on the
+        /// calibration samples, not on others.
         PALETTE_STEPS: usize = ("palette_steps", kinds::REPEATS, Preset::Of(|| count(Effort::default().palette_steps)));
         /// Whether each weight in turn moves to the palette entry that is best given all others.
         POLISH: bool = ("polish", kinds::BOOLEAN, Preset::Of(|| Value::Boolean(Effort::default().polish)));
@@ -247,7 +261,8 @@ keys! {
 }
 
 keys! {
-    /// A size that the result keeps to. Each layer gets settings of its own; either target is needed.
+    /// A size that the result keeps to. Each layer gets settings of its own; either target is
+    /// needed.
     budget "budget" {
         /// Mean bits of a compressed weight.
         TARGET_BITS: f64 = (

@@ -89,7 +89,7 @@ pub(super) const PATH: Kind<PathBuf> = kind!(Text, "a path", { "type": "string",
 
 pub(super) const DEVICES: Kind<String> = kind!(
     Text,
-    "`cpu`, `cuda`, `cuda:N`, or several with commas",
+    "`cpu`, `cuda`, `cuda:N`",
     { "type": "string", "pattern": "^\\s*(cpu|cuda|cuda:[0-9]+)\\s*(,\\s*(cpu|cuda|cuda:[0-9]+)\\s*)*$" },
     |node| limits::device(text(node)?)
 );

@@ -72,7 +72,8 @@ pub(super) fn n_m_text(text: &str) -> Checked<NmRatio> {
     n_m_ratio(n, m)
 }
 
-/// Groups of m columns must not straddle the solver's blocks: coremltools gets the counts wrong there.
+/// Groups of m columns must not straddle the solver's blocks: coremltools gets the counts wrong
+/// there.
 pub(super) fn whole_groups(NmRatio { n, m }: NmRatio, block: usize) -> Checked<()> {
     if block.is_multiple_of(m) {
         Ok(())

@@ -8,8 +8,8 @@ use super::finding::Finding;
 use super::tree::Position;
 use crate::error::{Mistake, Place};
 
-/// A value and the place where it was written. Two are equal if their values are, wherever they were
-/// written.
+/// A value and the place where it was written. Two are equal if their values are, wherever they
+/// were written.
 #[derive(Debug, Clone)]
 pub struct Written<T> {
     /// The value.
@@ -43,8 +43,8 @@ impl<T: PartialEq> PartialEq for Written<T> {
 
 /// The known name that `name` was most probably meant to be.
 pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    // The similarity of a word with a typing error, without its underscore or with another ending is
-    // above this bound; that of unrelated words of this vocabulary is below it.
+    // The similarity of a word with a typing error, without its underscore or with another ending
+    // is above this bound; that of unrelated words of this vocabulary is below it.
     const ALIKE: f64 = 0.8;
     let scored = known.into_iter().map(|known| (strsim::jaro_winkler(&name.to_lowercase(), &known.to_lowercase()), known));
     scored.filter(|(score, _)| *score >= ALIKE).max_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, known)| known)
@@ -88,7 +88,8 @@ impl<'a> Mistakes<'a> {
     /// The remarks, if there is no mistake.
     ///
     /// # Errors
-    /// [`Error::Config`] with all mistakes: those of the file in its order, then those of the flags.
+    /// [`Error::Config`] with all mistakes: those of the file in its order, then those of the
+    /// flags.
     pub fn into_remarks(mut self) -> Result<Vec<Finding>> {
         if self.problems.is_empty() {
             return Ok(self.remarks);

@@ -1,10 +1,11 @@
 //! The config of a run: a YAML file with the sections `model`, `calibration`, `prune`, `palettize`,
-//! `joint` and `budget`, in coremltools' words where it has them, and the keys `solver`, `sequencing` and
-//! `target`. Every key is declared once, in `keys.rs`.
+//! `joint` and `budget`, in coremltools' words where it has them, and the keys `solver`,
+//! `sequencing` and `target`. Every key is declared once, in `keys.rs`.
 //!
-//! A file is parsed into a tree in which every value knows its place, the command line's flags edit that
-//! tree, and it is then read to the end, so that all mistakes of file and flags are reported at once. Once
-//! a model's layers are known, [`RunConfig::resolve`] gives each of them its settings.
+//! A file is parsed into a tree in which every value knows its place, the command line's flags edit
+//! that tree, and it is then read to the end, so that all mistakes of file and flags are reported
+//! at once. Once a model's layers are known, [`RunConfig::resolve`] gives each of them its
+//! settings.
 
 mod edit;
 mod effort;
@@ -74,8 +75,8 @@ pub struct RunConfig {
     pub remarks: Remarks,
 }
 
-/// Warnings about the way in which a config is written, which is no part of its meaning: any two are
-/// equal.
+/// Warnings about the way in which a config is written, which is no part of its meaning: any two
+/// are equal.
 #[derive(Debug, Clone, Default)]
 pub struct Remarks(pub Vec<Finding>);
 
@@ -86,7 +87,8 @@ impl PartialEq for Remarks {
 }
 
 impl Default for RunConfig {
-    /// `palettize: {}`: palettes of 4 bits for every weight, found by the joint solver, and no pruning.
+    /// `palettize: {}`: palettes of 4 bits for every weight, found by the joint solver, and no
+    /// pruning.
     fn default() -> Self {
         let (solver, sequencing) = (SolverKind::Joint, Pace::of(SolverKind::Joint));
         RunConfig {
@@ -121,8 +123,8 @@ impl RunConfig {
     /// Reads a config that flags of the command line edit.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file of at most 1 MiB; [`Error::Config`]
-    /// with all mistakes of file and flags.
+    /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file of at most 1 MiB;
+    /// [`Error::Config`] with all mistakes of file and flags.
     pub fn read_edited(path: &Path, edits: &[Edit]) -> Result<RunConfig> {
         let bytes = input::read(path, Limit::RUN_CONFIG).map_err(|error| renamed(path).unwrap_or(error))?;
         RunConfig::parse_edited(path, &bytes, edits)
@@ -139,7 +141,8 @@ impl RunConfig {
     /// Reads a config from memory that flags of the command line edit; `path` names it in mistakes.
     ///
     /// # Errors
-    /// [`Error::Config`] with all mistakes. A mistake of YAML's syntax is the only one that is reported.
+    /// [`Error::Config`] with all mistakes. A mistake of YAML's syntax is the only one that is
+    /// reported.
     pub fn parse_edited(path: &Path, bytes: &[u8], edits: &[Edit]) -> Result<RunConfig> {
         let mut mistakes = Mistakes::new(path, edits.iter().map(Edit::shown).collect());
         let config = match tree::parse(bytes) {
@@ -235,8 +238,8 @@ impl RunConfig {
     }
 }
 
-/// The error about a config that is read under a former name: the `joint-*` ones of `configs/`, which run
-/// the sequential solver, are called `tutorial-*`.
+/// The error about a config that is read under a former name: the `joint-*` ones of `configs/`,
+/// which run the sequential solver, are called `tutorial-*`.
 fn renamed(path: &Path) -> Option<Error> {
     let missing = std::fs::symlink_metadata(path).is_err_and(|why| why.kind() == ErrorKind::NotFound);
     let recipe = path.file_name()?.to_str()?.strip_prefix("joint-")?;

@@ -7,23 +7,25 @@ use crate::error::{Error, Result};
 use crate::input::{self, Limit, prompt_of_length};
 use crate::number;
 
-/// The most prompts of a run. All of them are encoded; 512 captions are what a run takes unless told otherwise.
+/// The most prompts of a run. All of them are encoded; the default is 512 captions.
 pub(super) const PROMPTS: usize = 100_000;
 
-/// What is wrong with a list of so many prompts.
+/// The complaint about a number of prompts that is too large.
 pub(super) fn too_many(prompts: usize) -> Option<String> {
     let count = |number: usize| number::count(number as u64);
     (prompts > PROMPTS).then(|| format!("has {} prompts; at most {}", count(prompts), count(PROMPTS)))
 }
 
-/// Reads a file with one prompt a line. Blank lines are skipped, and so are lines that begin with `#`.
+/// Reads a file with one prompt a line. Blank lines are skipped, and so are lines that begin with
+/// `#`.
 ///
 /// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file, is larger than 16 MiB or not UTF-8, has no prompt in it, more
-/// than 100,000 of them, or one of more than 64 KiB.
+/// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file, is larger than 16 MiB or not
+/// UTF-8, has no prompt in it, more than 100,000 of them, or one of more than 64 KiB.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let text = input::read_text(path, Limit::PROMPTS)?;
-    // Editors on Windows put a byte order mark in front, which is in the middle once files are joined. Old Macs end lines with CR alone.
+    // Editors on Windows put a byte order mark in front, which is in the middle once files are
+    // joined. Old Macs end lines with CR alone.
     let lines = text.split(['\n', '\r']).map(|line| line.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}'));
     let prompts: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
     if let Some(problem) = too_many(prompts.len()) {

@@ -8,8 +8,8 @@ use super::keys::{RULES, root};
 use crate::codebook::LayerKind;
 use super::tree::Value;
 
-/// The JSON schema of a config, for editors: names, types, ranges, defaults and docs of all keys. Rules
-/// about several keys at once are not in it.
+/// The JSON schema of a config, for editors: names, types, ranges, defaults and docs of all keys.
+/// Rules about several keys at once are not in it.
 pub fn schema() -> Json {
     let mut schema = json!({
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -86,8 +86,8 @@ fn as_json(value: &Value) -> Json {
     }
 }
 
-/// The text with the tables of keys between its markers, `<!-- keys: SECTION -->` and `<!-- end -->`,
-/// written anew. The section at the top of a config is called `the config`.
+/// The text with the tables of keys between its markers, `<!-- keys: SECTION -->` and `<!-- end
+/// -->`, written anew. The section at the top of a config is called `the config`.
 ///
 /// # Errors
 /// The marker that names no section, or has no end.
@@ -119,7 +119,11 @@ fn table(section: &Section) -> String {
         let flag = key.flag().map_or(String::new(), |flag| format!(", `--{}`", flag.name));
         let default = match key.default() {
             Preset::Absent(text) => (*text).to_owned(),
-            other => format!("`{}`", as_json(&other.value().expect("only absent presets have no value"))).replace('"', ""),
+            Preset::Texts(texts) => texts.iter().map(|text| format!("`{text}`")).collect::<Vec<_>>().join(", "),
+            Preset::Text(text) => format!("`{text}`"),
+            Preset::Boolean(_) | Preset::Integer(_) | Preset::Number(_) | Preset::Of(_) => {
+                format!("`{}`", as_json(&key.default().value().expect("only an absent preset has no value")))
+            }
         };
         let former = key.formerly().map_or(String::new(), |old| format!(" Its former name `{old}` is accepted with a warning."));
         table += &format!("| `{}`{flag} | {} | {default} | {}{former} |\n", key.name(), key.values(), key.doc());

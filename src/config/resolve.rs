@@ -82,7 +82,8 @@ impl<S> Choice<S> {
 pub struct RuleUse {
     /// The rule's section.
     pub section: Section,
-    /// The rule in words: `` `conv_out` `` of `module_name_configs`, a type, `global_config`; an entry of `layers`.
+    /// The rule in words: `` `conv_out` `` of `module_name_configs`, a type, `global_config`; an
+    /// entry of `layers`.
     pub rule: String,
     /// Layers that it matches.
     pub matched: usize,
@@ -105,8 +106,9 @@ impl Resolution {
 impl RunConfig {
     /// Gives each of a model's layers its settings, by coremltools' order of rules (see [`Rules`]).
     ///
-    /// Patterns that match nothing, groups that do not divide the channels and the like are findings.
-    /// Warnings are logged too. [`Resolution::checked`] turns findings that are errors into an [`Error`].
+    /// Patterns that match nothing, groups that do not divide the channels and the like are
+    /// findings. Warnings are logged too. [`Resolution::checked`] turns findings that are errors
+    /// into an [`Error`].
     pub fn resolve(&self, layers: &[LayerInfo]) -> Resolution {
         let RunConfig { prune, palettize, remarks, .. } = self;
         let mut findings = remarks.0.clone();
@@ -214,8 +216,8 @@ fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mu
 /// The number of patterns without a match for which the nearest name is searched.
 const FEW: usize = 32;
 
-/// Counts the layers that each rule matches and decides, and reports the rules that decide none. Returns
-/// for each layer the rule that decides.
+/// Counts the layers that each rule matches and decides, and reports the rules that decide none.
+/// Returns for each layer the rule that decides.
 fn check_rules<S>(
     section: Section,
     rules: &Rules<S>,
@@ -234,8 +236,8 @@ fn check_rules<S>(
         let (pattern, place) = (pattern.to_string(), place.clone());
         let by: BTreeSet<RuleIndex> = matched.iter().copied().collect();
         if matched.is_empty() {
-            // The search for the nearest name is slow, and a config with many such patterns is meant for
-            // another model.
+            // The search for the nearest name is slow, and a config with many such patterns is
+            // meant for another model.
             let few = findings.iter().filter(|finding| matches!(finding, Finding::NoLayer { .. })).count() < FEW;
             let names = layers.iter().map(|layer| layer.name.as_str());
             let nearest = if few { nearest(&literal(&pattern), names).map(str::to_owned) } else { None };
@@ -278,7 +280,8 @@ fn describe<S>(rules: &Rules<S>, rule: RuleIndex) -> String {
     }
 }
 
-/// Lists the layers that are left alone, by reason. Layers that do not fit have findings of their own.
+/// Lists the layers that are left alone, by reason. Layers that do not fit have findings of their
+/// own.
 fn left_alone<S>(section: Section, layers: &[LayerInfo], choices: &[Choice<S>], findings: &mut Vec<Finding>) {
     /// The most `null` rules that are listed one by one. A recipe with a rule for each layer would
     /// otherwise make as many findings as the model has layers.

@@ -12,9 +12,9 @@ use crate::pattern::NamePattern;
 use crate::shorten::shorten;
 
 /// The rules of a section, as coremltools' `OptimizationConfig.get_module_config` applies them: the
-/// first pattern of `module_name_configs` that matches the whole of a layer's name, else the layer's
-/// type in `module_type_configs`, else `global_config`. A rule without settings (`null` in the file)
-/// leaves its layers alone.
+/// first pattern of `module_name_configs` that matches the whole of a layer's name, else the
+/// layer's type in `module_type_configs`, else `global_config`. A rule without settings (`null` in
+/// the file) leaves its layers alone.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rules<S> {
     /// For every layer that no other rule names.
@@ -51,8 +51,8 @@ impl<S> Rules<S> {
     }
 
     /// Finds the rule that decides for each of a model's layers: the first pattern that matches its
-    /// name, else the rule of its type, else `global_config`. Every pattern is compared with every name
-    /// once, since there may be thousands of both.
+    /// name, else the rule of its type, else `global_config`. Every pattern is compared with every
+    /// name once, since there may be thousands of both.
     pub(super) fn decide_all(&self, layers: &[LayerInfo]) -> Decided {
         let matching = |pattern: &NamePattern| -> Vec<usize> {
             let names = layers.iter().enumerate().filter(|(_, layer)| pattern.matches(&layer.name));
@@ -64,7 +64,8 @@ impl<S> Rules<S> {
             false => RuleIndex::Global,
         };
         let mut by: Vec<RuleIndex> = layers.iter().map(|layer| by_type(layer.module_type)).collect();
-        // The first pattern that matches decides, so the patterns overwrite each other from the last on.
+        // The first pattern that matches decides, so the patterns overwrite each other from the
+        // last on.
         for (index, layers) in matched.iter().enumerate().rev() {
             for layer in layers {
                 by[*layer] = RuleIndex::Name(index);
@@ -95,8 +96,8 @@ impl<S> Rules<S> {
     }
 }
 
-/// Reads the three keys of a section. Without any of them, `global_config` has its defaults. With rules
-/// for types or names only, the other layers are left alone, as in coremltools.
+/// Reads the three keys of a section. Without any of them, `global_config` has its defaults. With
+/// rules for types or names only, the other layers are left alone, as in coremltools.
 pub(super) fn read<S: Settings>(section: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Rules<S> {
     let name = section.name().to_owned();
     let global = section.entry("global_config");
@@ -182,7 +183,8 @@ pub(super) fn too_many(patterns: usize) -> Option<String> {
 pub(super) fn pattern(written: &str) -> Result<NamePattern, String> {
     NamePattern::parse(written).map_err(|why| {
         let why = why.to_string();
-        // The regex crate points at the place in several lines, of which the last one has the reason.
+        // The regex crate points at the place in several lines, of which the last one has the
+        // reason.
         let last = why.lines().last().unwrap_or(&why).trim().trim_start_matches("error: ");
         let reason = last.rsplit_once("regular expression: ").map_or(last, |(_, reason)| reason);
         format!("`{}` is not a regular expression: {reason}", shorten(written))

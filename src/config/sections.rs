@@ -15,24 +15,25 @@ use crate::input::prompt_of_length;
 use crate::pattern::NamePattern;
 use crate::shorten::path_as_text;
 
-/// What is compressed, and where it is computed.
+/// The model, and where it is computed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelSection {
     /// The pipeline's folder; absent where the command line names it.
     #[serde(serialize_with = "path_or_null")]
     pub path: Option<PathBuf>,
-    /// cpu, cuda or cuda:N. Whether this machine has it is not known here.
+    /// cpu, cuda or cuda:N, or several with commas. Whether this machine has them is checked by the
+    /// run.
     pub device: String,
     /// The precision of the UNet's runs: f32, f16 or bf16.
     pub dtype: String,
 }
 
-/// Where the UNet inputs come from that Hessians are built on.
+/// The samples on which Hessians are built.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CalibrationSection {
     /// The prompts that are run through the dense pipeline.
     pub prompts: Prompts,
-    /// A safetensors file of samples that are read instead; then no prompt is run.
+    /// A safetensors file of samples that are read instead of drawn from prompts.
     #[serde(serialize_with = "path_or_null")]
     pub samples: Option<PathBuf>,
     /// Prompts that are encoded but not drawn. They calibrate the layers whose inputs come from the
@@ -41,7 +42,7 @@ pub struct CalibrationSection {
     pub captions: Option<PathBuf>,
     /// How many captions are taken, evenly over the file. At least 1.
     pub captions_nsamples: usize,
-    /// How much each UNet call counts.
+    /// Weight of each UNet call in the Hessians.
     pub timestep_weighting: TimestepWeighting,
     /// How many UNet calls are taken, evenly over prompts and timesteps. At least 1.
     pub calibration_nsamples: usize,
@@ -56,11 +57,12 @@ pub struct CalibrationSection {
     pub size: Option<(i64, i64)>,
 }
 
-/// Prompts, or the file that they are in.
+/// Prompts, or a file of prompts.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Prompts {
-    /// A file for [`read_prompts`](super::read_prompts). A relative path starts at the current folder.
+    /// A file for [`read_prompts`](super::read_prompts). A relative path starts at the current
+    /// folder.
     File(#[serde(serialize_with = "path_as_text")] PathBuf),
     /// The prompts themselves; at least one.
     List(Vec<String>),
@@ -69,7 +71,8 @@ pub enum Prompts {
 /// Which layers are pruned, and how.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PruneSection {
-    /// The stages that are pruned (coremltools' `layers`); other stages and the UNet's two ends are not.
+    /// Patterns for the stages that are pruned (coremltools' `layers`). Other stages and the UNet's
+    /// two ends are not pruned.
     pub layers: Vec<Written<NamePattern>>,
     /// The solver.
     pub algorithm: PruneMethod,
@@ -81,43 +84,48 @@ pub struct PruneSection {
 /// How mask, weights and palette of a layer are found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum SolverKind {
-    /// `sequential`: pruned first, then palettized without looking at the inputs again, as coremltools does.
+    /// `sequential`: a layer is pruned, then palettized without a look at its inputs, as
+    /// coremltools does.
     Sequential,
-    /// `joint`: all together, for the least error of the layer's output; see [`joint`](crate::solver::joint()). Calibrates palettes too.
+    /// `joint`: mask, weights and palettes together, for the least error of the layer's output; see
+    /// [`joint`](crate::solver::joint()). Palettes are calibrated too.
     #[default]
     Joint,
 }
 
-/// When a stage's layers learn of each other (the key `granularity`).
+/// Which inputs a layer is compressed for (the key `sequencing`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Pace {
-    /// `stage`: all Hessians of a stage come from its layers as they were. What the sequential solver does unless told otherwise.
+    /// `stage`: the inputs that the dense layers of its stage produce. The default of the
+    /// sequential solver.
     Stage,
-    /// `sublayer`: each input's Hessian comes from the layers before it as they will be stored. More passes over the samples.
+    /// `sublayer`: the inputs that the already compressed layers before it produce, which takes
+    /// more passes over the samples. The default of the joint solver.
     #[default]
     Sublayer,
 }
 
-/// What a layer's outputs are to be close to.
+/// Which outputs a compressed layer is fitted to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Target {
-    /// `current`: those that its dense weights make of the inputs it will have.
+    /// `current`: those of its own dense weights on the inputs that it is compressed for.
     Current,
-    /// `dense`: those of the dense network, so that errors of the layers before are corrected too. Needs the joint solver and
-    /// `granularity: sublayer`, and is what these do unless told otherwise.
+    /// `dense`: those of the dense network, so that errors of earlier layers are corrected too.
+    /// Needs the joint solver and `sequencing: sublayer`, whose default it is.
     #[default]
     Dense,
 }
 
-/// How much each sample counts in the Hessians, by its timestep.
+/// Weight of each sample in the Hessians, by its timestep.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TimestepWeighting {
-    /// `uniform`: all the same.
+    /// `uniform`: equal weights.
     #[default]
     Uniform,
-    /// `early`: as sigma, the noise to signal ratio: early steps decide what a picture becomes.
+    /// `early`: sigma, the noise to signal ratio, which is large in the early steps that decide the
+    /// content of a picture.
     Early,
-    /// `log`: as ln(1 + sigma).
+    /// `log`: ln(1 + sigma).
     Log,
 }
 
@@ -127,32 +135,35 @@ pub struct PalettizeSection {
     /// The settings of all the UNet's layers.
     #[serde(flatten, serialize_with = "rules::write")]
     pub rules: Rules<PaletteOptions>,
-    /// What becomes of a layer whose channels no group of its size divides.
+    /// Treatment of layers whose channels the group size does not divide.
     pub on_misfit: OnMisfit,
-    /// Weights of at most this many elements stay fp16. coremltools' converter skips those of 2,048 and fewer.
+    /// Weights of at most this many elements stay fp16. coremltools' converter skips those of 2,048
+    /// and fewer.
     pub weight_threshold: u64,
 }
 
-/// How many bytes the result may have. Settings for each layer are found that keep to it (see [`compress`](crate::compress)).
+/// A size that the result keeps to. Each layer gets settings of its own (see
+/// [`compress`](crate::compress)).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BudgetSection {
     /// `target_size` or `target_bits`.
     #[serde(flatten, serialize_with = "write_target")]
     pub target: BudgetTarget,
-    /// The least bits of a palette index.
+    /// Fewest bits of a palette index in any layer.
     pub min_bits: BitWidth,
-    /// The largest share of a layer that is pruned. In [0, 1).
+    /// Largest sparsity of any layer. In [0, 1).
     pub max_sparsity: f64,
-    /// Samples on which it is measured how far errors reach. At least 1.
+    /// Samples by which the effect of a layer's error on the network's output is measured. At least
+    /// 1.
     pub probes: usize,
 }
 
-/// How many bytes.
+/// The size of the result.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BudgetTarget {
     /// Bytes of all tensors of the result.
     Size(u64),
-    /// Bits for each compressed weight, in the mean.
+    /// Mean bits of a compressed weight.
     Bits(f64),
 }
 
@@ -188,7 +199,7 @@ words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
 
 impl SolverKind {
-    /// What is taken where a config names none: joint, unless masks go by magnitude.
+    /// The default: joint, unless weights are pruned by magnitude.
     pub(super) fn that_can(prune: Option<&PruneSection>) -> Self {
         match prune.map(|section| section.algorithm) {
             Some(PruneMethod::Magnitude) => SolverKind::Sequential,
@@ -198,7 +209,7 @@ impl SolverKind {
 }
 
 impl Pace {
-    /// What goes with a solver.
+    /// The default of a solver.
     pub(super) fn of(solver: SolverKind) -> Self {
         match solver {
             SolverKind::Sequential => Pace::Stage,
@@ -208,11 +219,11 @@ impl Pace {
 }
 
 impl Target {
-    /// What goes with a solver and a pace.
+    /// The default of a solver and its sequencing.
     pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
         match (solver, pace) {
             (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
-            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, _) => Target::Current,
+            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, Pace::Stage | Pace::Sublayer) => Target::Current,
         }
     }
 }
@@ -304,8 +315,8 @@ impl CalibrationSection {
 }
 
 impl Prompts {
-    /// The prompts in a node that the key's kind has accepted. Entries that are no text are left out:
-    /// [`check_prompts`] reports them.
+    /// The prompts in a node that the key's kind has accepted. Entries that are no text are left
+    /// out: [`check_prompts`] reports them.
     fn of(node: &Node) -> Self {
         match &node.value {
             Value::List(prompts) => Prompts::List(prompts.iter().filter_map(|node| text(node).ok()).map(str::to_owned).collect()),

@@ -1,4 +1,5 @@
-//! The settings of one layer: how it is pruned, how it is palettized. Names and defaults are coremltools'.
+//! The settings of one layer: how it is pruned, how it is palettized. Names and defaults are
+//! coremltools'.
 
 use serde::Serialize;
 use serde_yaml::FlowSeq;
@@ -11,8 +12,8 @@ use super::limits;
 use super::mistake::Mistakes;
 use crate::codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 
-/// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key that
-/// it leaves out has its default, not the value of `global_config`.
+/// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key
+/// that it leaves out has its default, not the value of `global_config`.
 pub(super) trait Settings: Default + Clone + PartialEq {
     /// The keys.
     const SECTION: &'static Section;

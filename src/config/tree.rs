@@ -1,7 +1,8 @@
 //! A YAML document as a tree in which every node knows where it was written.
 //!
-//! serde stops at the first mistake. A config is therefore parsed into this tree first, edited by the
-//! command line's flags, and only then read key by key, so that all mistakes are reported at once.
+//! serde stops at the first mistake. A config is therefore parsed into this tree first, edited by
+//! the command line's flags, and only then read key by key, so that all mistakes are reported at
+//! once.
 
 use std::fmt::{self, Display};
 
@@ -21,7 +22,8 @@ pub(super) struct Node {
     pub position: Position,
 }
 
-/// Where a node was written. Positions in the file come before flags, and each kind is in its order.
+/// Where a node was written. Positions in the file come before flags, and each kind is in its
+/// order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Position {
     /// Line and column, both from 1, the column in characters.
@@ -76,8 +78,8 @@ impl Node {
         self.entry_mut(key).filter(|value| !matches!(value.value, Value::Null))
     }
 
-    /// The value of `key`, which becomes an empty mapping where it is absent or `null`. `None` if the
-    /// node is not a mapping.
+    /// The value of `key`, which becomes an empty mapping where it is absent or `null`. `None` if
+    /// the node is not a mapping.
     pub fn child_or_empty(&mut self, key: &str, position: Position) -> Option<&mut Node> {
         if self.child_mut(key).is_none() {
             self.set(key, Node::empty_mapping(position));
@@ -107,7 +109,8 @@ impl Node {
     }
 }
 
-/// A YAML value by YAML 1.2's rules. Keys are nodes in the order of the file, repeated ones included.
+/// A YAML value by YAML 1.2's rules. Keys are nodes in the order of the file, repeated ones
+/// included.
 #[derive(Debug, Clone)]
 pub(super) enum Value {
     Null,

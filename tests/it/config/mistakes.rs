@@ -13,7 +13,8 @@ fn wrong(yaml: &str, line: u64, column: u64, words: &[&str]) {
     }
 }
 
-/// A mistake in the value of `key` in a `global_config`; the value stands in column 5 + the key's length + 2.
+/// A mistake in the value of `key` in a `global_config`; the value stands in column 5 + the key's
+/// length + 2.
 #[track_caller]
 fn wrong_value(section: &str, key: &str, value: &str, words: &[&str]) {
     let column = 5 + key.len() as u64 + 2;

@@ -1,5 +1,5 @@
-//! The docs and the schema made from the declarations of config keys, and the shipped configs by that
-//! schema.
+//! The docs and the schema made from the declarations of config keys, and the shipped configs by
+//! that schema.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,8 @@ use serde_json::Value;
 use super::{parsed, refused};
 use crate::support::repo;
 
-/// Compares a file with the text that it must have, or writes it where the environment has `UPDATE`.
+/// Compares a file with the text that it must have, or writes it where the environment has
+/// `UPDATE`.
 #[track_caller]
 fn up_to_date(file: &str, text: &str) {
     let path = repo(file);
@@ -33,8 +34,8 @@ fn docs_and_schema_are_up_to_date() {
     }
 }
 
-/// The complaints of a JSON schema about a value, as far as our schema goes: every keyword in it that this
-/// does not know is a complaint too.
+/// The complaints of a JSON schema about a value, as far as our schema goes: every keyword in it
+/// that this does not know is a complaint too.
 fn complaints(schema: &Value, value: &Value, at: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut check = |holds: bool, keyword: &str| {

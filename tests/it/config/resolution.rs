@@ -260,7 +260,8 @@ fn a_model_without_a_type_or_without_layers() {
 /// n_bits or null, by glob in order, by type, and for the rest.
 type GlobRules = (Vec<(String, Option<u8>)>, Vec<(LayerKind, Option<u8>)>, Option<u8>);
 
-/// Names of a small alphabet, patterns that are literals or wildcards over it, so that Python's rule is easily spelt out again.
+/// Names of a small alphabet, patterns that are literals or wildcards over it, so that Python's
+/// rule is easily spelt out again.
 fn rules() -> impl Strategy<Value = GlobRules> {
     let settings = prop::option::of(prop::sample::select(&[1u8, 2, 3, 4, 6, 8][..]));
     let patterns = prop::collection::vec(("[ab.*]{1,3}", settings.clone()), 0..6).prop_map(|rules| {
@@ -299,7 +300,8 @@ proptest! {
         let layers: Vec<LayerInfo> = layers.iter().map(|(name, conv)| layer(name, if *conv { Conv2d } else { Linear }, &[8, 8, 1, 1])).collect();
         let resolution = config.resolve(&layers);
 
-        // `for regex in configs: if re.fullmatch(…): return …`, then the type, then the global config.
+        // `for regex in configs: if re.fullmatch(…): return …`, then the type, then the global
+        // config.
         let expected = |layer: &LayerInfo| {
             let by_name = names.iter().find(|(glob, _)| matches(glob.as_bytes(), layer.name.as_bytes())).map(|(_, settings)| *settings);
             let by_type = types.iter().find(|(listed, _)| *listed == layer.module_type).map(|(_, settings)| *settings);

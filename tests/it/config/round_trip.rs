@@ -17,7 +17,8 @@ fn text() -> impl Strategy<Value = String> {
         .prop_filter("blank text is refused", |text| !text.trim().is_empty())
 }
 
-/// As a YAML double-quoted scalar, by an encoder of its own: JSON's, with what YAML does not take raw escaped too.
+/// As a YAML double-quoted scalar, by an encoder of its own: JSON's, with what YAML does not take
+/// raw escaped too.
 fn quoted(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
@@ -197,10 +198,10 @@ fn every_default_is_written() {
     let written = parsed("prune: {}\npalettize: {}\n").to_yaml();
     let expected = r#"model:
   path: null
-  device: 'cpu'
-  dtype: 'f32'
+  device: cpu
+  dtype: f32
 calibration:
-  prompts: 'calibration/varied.txt'
+  prompts: calibration/varied.txt
   samples: null
   captions: null
   captions_nsamples: 512
@@ -224,9 +225,9 @@ joint:
   turns: 2
 prune:
   layers:
-    - 'down_blocks\.\d+'
-    - 'mid_block'
-    - 'up_blocks\.\d+'
+    - down_blocks\.\d+
+    - mid_block
+    - up_blocks\.\d+
   algorithm: sparse_gpt
   global_config:
     target_sparsity: 0.5

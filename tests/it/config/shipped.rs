@@ -39,7 +39,8 @@ fn sdxl() -> Inspection {
     inspect(folder.path()).unwrap()
 }
 
-/// Bytes of the weights: a mask bit for every pruned layer's element, n bits a non-zero, fp16 palettes, fp16 for all else.
+/// Bytes of the weights: a mask bit for every pruned layer's element, n bits a non-zero, fp16
+/// palettes, fp16 for all else.
 fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) -> f64 {
     let mut bytes = 0.0;
     let mut counted = 0.0;
@@ -62,7 +63,8 @@ fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) ->
 
 #[test]
 fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
-    // GiB, computed apart from this program (design notes) and equal to the tutorial's table but for Core ML's program.
+    // GiB, computed apart from this program (design notes) and equal to the tutorial's table but
+    // for Core ML's program.
     let table = [
         ("dense-8bit", 2.393),
         ("dense-6bit", 1.795),
@@ -92,7 +94,8 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
         let resolution = config.resolve(&layers).checked().unwrap_or_else(|why| panic!("{name}: {why}"));
         let found = match config.budget.as_ref().map(|budget| budget.target) {
             None => payload(&model, &layers, &resolution),
-            // All weights of a stage, the two ends' and the small ones apart, which are compressed or counted as they are.
+            // All weights of a stage, the two ends' and the small ones apart, which are compressed
+            // or counted as they are.
             Some(BudgetTarget::Bits(bits)) => model.parameters as f64 * bits / 8.0,
             Some(BudgetTarget::Size(bytes)) => bytes as f64,
         } / (1u64 << 30) as f64;
