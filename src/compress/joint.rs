@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::layer::{Calibrated, Found, Treatment};
 use crate::error::{Error, Result};
-use crate::solver::{Beside, Joint, JointFactors, joint};
+use crate::solver::{Joint, JointFactors, LayerEvidence, joint};
 
 /// Mask, weights and palettes of `weight` [o, ...], together.
 pub(super) fn find(name: &str, weight: &Tensor, treatment: &Treatment, calibrated: Option<Calibrated<'_>>) -> Result<Found> {
@@ -22,6 +22,6 @@ pub(super) fn find(name: &str, weight: &Tensor, treatment: &Treatment, calibrate
         }
     };
     let Joint { weight: half, mask, palettized, pruned_loss, notes, target, .. } =
-        joint(name, weight, hessian, factors, &Beside { correction, held_out }, &options)?;
+        joint(name, weight, hessian, factors, &LayerEvidence { residual: correction, held_out }, &options)?;
     Ok(Found { half, keep: mask, palettized, loss: pruned_loss, target, notes: notes.iter().map(ToString::to_string).collect() })
 }

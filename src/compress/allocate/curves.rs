@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
 use crate::plan::stored_bytes;
 use crate::progress::{Progress, Task};
-use crate::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint};
+use crate::solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint};
 
 /// A setting of a layer, and what it comes to.
 #[derive(Debug, Clone)]
@@ -104,7 +104,7 @@ fn try_input(
                 let Some(factors) = &factors else { continue };
                 let (rows, share) = some_rows(layer.weight(), treatment, hessian.groups())?;
                 let failed = Error::layer(layer.name());
-                let found = joint(layer.name(), &rows, hessian, factors, &Beside::default(), &options).map_err(failed)?;
+                let found = joint(layer.name(), &rows, hessian, factors, &LayerEvidence::default(), &options).map_err(failed)?;
                 curves.entry(layer.name().to_owned()).or_default().push(Measured {
                     treatment: treatment.clone(),
                     bytes: stored_bytes(&layer.weight().size(), treatment),
