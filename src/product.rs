@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// What a product does to the matrix that takes it.
+/// How a product changes its target matrix.
 #[derive(Clone, Copy, PartialEq)]
 enum Change {
     Replace,
@@ -101,15 +101,15 @@ pub(crate) fn in_fp32(
     Ok(Some(layer(&wide(input)?, &wide(weight)?, bias.as_ref())?.f_to_kind(kind)?))
 }
 
-/// Multiply-adds from which on more threads than one pay.
+/// Multiply-adds from which on several threads pay.
 const MANY: f64 = 8e6;
 
-/// Whether products of this tensor are faer's: fp32 on the CPU. Gradients are libtorch's matter.
+/// Whether faer computes products of this tensor: fp32 on the CPU, without gradients.
 fn faer_serves(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float) && !tensor.requires_grad()
 }
 
-/// The product in `target`; false, and nothing done, where libtorch is to do it or to say what is wrong.
+/// Computes the product in `target`. Returns false, with nothing changed, where libtorch must compute it or report the error.
 fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) -> Result<bool> {
     if ![target, left, right].into_iter().all(faer_serves) {
         return Ok(false);
@@ -137,7 +137,7 @@ fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) 
     Ok(true)
 }
 
-/// Where the elements of a matrix lie.
+/// The place of a matrix's elements in memory.
 struct View {
     data: *mut f32,
     rows: usize,
@@ -147,7 +147,7 @@ struct View {
 }
 
 impl View {
-    /// None of anything but a matrix with elements.
+    /// `None` for anything but a matrix with elements.
     fn of(tensor: &Tensor) -> Option<Self> {
         let [rows, columns] = tensor.size()[..] else { return None };
         let [down, across] = tensor.stride()[..] else { return None };
@@ -178,8 +178,8 @@ impl View {
     }
 
     fn overlaps(&self, other: &View) -> bool {
-        let (own, other) = (self.extent(), other.extent());
-        own.start < other.end && other.start < own.end
+        let (this, other) = (self.extent(), other.extent());
+        this.start < other.end && other.start < this.end
     }
 }
 

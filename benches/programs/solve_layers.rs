@@ -14,7 +14,7 @@ use sdxl_squeeze::checkpoint::{SafetensorsFile, read_tensor};
 use sdxl_squeeze::codebook::{Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::solver::palette::palettize;
-use sdxl_squeeze::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint, prune};
+use sdxl_squeeze::solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint, prune};
 use sdxl_squeeze::solver::{InputGeometry, Windows};
 use sdxl_squeeze::{Error, Result};
 use tch::{Device, Kind, Tensor};
@@ -73,7 +73,7 @@ fn joint_solver(name: &str, weight: &Tensor, inputs: &Tensor) -> Result<()> {
     for (label, effort) in efforts {
         let start = Instant::now();
         let factors = JointFactors::new(&hessian, prune_options.dampening, Order::Natural)?;
-        let solved = joint(name, weight, &hessian, &factors, &Beside::default(), &JointOptions { effort, ..options })?;
+        let solved = joint(name, weight, &hessian, &factors, &LayerEvidence::default(), &JointOptions { effort, ..options })?;
         let seconds = start.elapsed().as_secs_f64();
         let share = solved.loss / solved.sequential_loss;
         println!("{}", serde_json::json!({ "what": label, "layer": name, "seconds": seconds, "loss": share }));

@@ -10,7 +10,7 @@ use crate::codebook::PruneMethod;
 use crate::recipe::LayerRecipe;
 use crate::solver::palette::{Palettized, palettize};
 use crate::solver::{
-    Beside, Factor, Hessian, Joint, JointFactors, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune, prune_with,
+    LayerEvidence, Factor, Hessian, Joint, JointFactors, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune, prune_with,
 };
 
 /// A compressed layer: its new weight and its errors.
@@ -164,7 +164,7 @@ fn solve_jointly(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Op
             &new
         }
     };
-    let solved = joint(name, weight, hessian, factors, &Beside { correction, held_out }, &options)?;
+    let solved = joint(name, weight, hessian, factors, &LayerEvidence { correction, held_out }, &options)?;
     let Joint { weight: values, mask, palettized, pruned_loss, notes, target, .. } = solved;
     let notes = notes.iter().map(ToString::to_string).collect();
     Ok(Solution { values, keep: mask, palettized, loss: pruned_loss, target, notes })

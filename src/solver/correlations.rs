@@ -71,7 +71,7 @@ fn terms_of(kernel: [i64; 2], padding: [i64; 2], first: [i64; 2], second: [i64; 
     let mut terms = vec![term(1.0, Places::All, Places::All)];
     terms.extend(rows.iter().map(|rows| term(-1.0, *rows, Places::All)));
     terms.extend(columns.iter().map(|columns| term(-1.0, Places::All, *columns)));
-    // What lies in both was taken off twice.
+    // The overlap of both was taken off twice.
     terms.extend(rows.iter().flat_map(|rows| columns.iter().map(|columns| term(1.0, *rows, *columns))));
     terms
 }
@@ -122,7 +122,7 @@ impl Correlations {
 
     /// Where it lies.
     pub fn device(&self) -> Device {
-        self.sums.first().map_or(Device::Cpu, |(_, sum)| sum.device())
+        self.sums[0].1.device()
     }
 
     /// Adds the vectors of `input` [b, c, h, w] in fp32.

@@ -1,4 +1,5 @@
-//! SparseGPT's sweep by tensor operations, for weights on a GPU: nothing of it comes to the host, and layers of one shape go together.
+//! SparseGPT's sweep by tensor operations, for weights on a GPU: without transfers to the host, and for layers of one shape
+//! together.
 
 use tch::{Kind, Tensor};
 
@@ -20,7 +21,7 @@ fn diagonal(upper: &Tensor) -> Result<Tensor> {
     Ok(upper.f_diagonal(0, 1, 2)?.f_unsqueeze(1)?)
 }
 
-/// As [`sweep`](super::sweep::sweep), on `weight` [l, o, b] and its mask `pruned` in place, with U [l, b, b] of these columns. Gives each
+/// As [`sweep`](super::sweep::sweep), on `weight` [l, o, b] and its mask `pruned` in place, with U [l, b, b] of these columns. Returns each
 /// element's error, [l, o, b], zero where it was kept.
 ///
 /// Two operations a column go to the device, and none waits for another's result on the host.
@@ -29,7 +30,7 @@ pub(super) fn sweep(weight: &Tensor, upper: &Tensor, pruned: &Tensor, ratio: Opt
     let diagonal = diagonal(upper)?;
     let factors = diagonal.f_reciprocal()?.f_neg()?;
     let errors = weight.f_zeros_like()?;
-    // What each element is multiplied with to make its error: -1 / U_jj where it is pruned, else zero.
+    // The factor from an element to its error: -1 / U_jj where it is pruned, else zero.
     let passed = pruned.f_to_kind(Kind::Float)?.f_mul(&factors)?;
     for column in 0..columns {
         if let Some((n, m)) = ratio.map(|(n, m)| (n as i64, m as i64))

@@ -1,4 +1,4 @@
-//! The Cholesky factor of H, in which SparseGPT reads what a change of one weight does to the others.
+//! The Cholesky factor of H, from which SparseGPT computes how other weights compensate for a change of one.
 
 use tch::{Device, Kind, Tensor};
 
@@ -25,9 +25,10 @@ const MOST_DAMPENING: f64 = 10.0;
 /// H is treated as coremltools treats it (`SparseGPT._compress_impl`): dead columns (H_jj = 0) get H_jj = 1, then
 /// `dampening` * mean(diag H) is added to the diagonal.
 ///
-/// SparseGPT is written with U = R^-1, the upper Cholesky factor of H^-1, for which coremltools makes three factorizations. R says the same
-/// and needs one: for D [o, d], the change of the columns that are done, (D R)_j is the sum of U's errors that reach column j. So no [d, d]
-/// matrix is inverted, only blocks on R's diagonal: a quarter of the work, and better conditioned.
+/// SparseGPT is written with U = R^-1, the upper Cholesky factor of H^-1, for which coremltools makes three factorizations. R
+/// carries the same information with one factorization: if D [o, d] is the change of the columns that are done, the errors
+/// e = (w - q) / U_jj that are fed back to column j sum to (D R)_j. So no [d, d] matrix is inverted, only blocks on the diagonal
+/// of R, which takes a quarter of the work and is better conditioned.
 #[derive(Debug)]
 pub struct Factor {
     /// R.
@@ -36,9 +37,9 @@ pub struct Factor {
     pub dead: Tensor,
     /// How many of them there are.
     pub dead_columns: u64,
-    /// The dampening with which the factorization worked: what was asked for, or ten, a hundred, ... times as much.
+    /// The dampening with which the factorization succeeded: the one asked for, or ten, a hundred, ... times as much.
     pub dampening: f64,
-    /// What that added to each entry of H's diagonal.
+    /// The number that the dampening adds to each entry of H's diagonal.
     pub added: f64,
 }
 
@@ -51,7 +52,7 @@ impl Factor {
         (0..hessian.groups()).map(|group| Self::new(hessian, group, dampening)).collect()
     }
 
-    /// Factors one group's H; where that fails it tries again with ten times the dampening, to at most 10 (or from 1e-6, if zero
+    /// Factors the H of one group. Where that fails it tries again with ten times the dampening, up to 10 (from 1e-6 on, if zero
     /// was asked for).
     ///
     /// # Errors
@@ -62,7 +63,7 @@ impl Factor {
         Self::of(&|| hessian.triangle(group), dampening)
     }
 
-    /// R_jj, which is 1 / U_jj: squared, what an error in column j costs when the columns after it make up for it.
+    /// R_jj = 1 / U_jj. Its square is the cost of an error in column j when the columns after it compensate.
     pub(super) fn diagonal(&self) -> Result<Vec<f32>> {
         to_vec(&Tensor::f_cat(&self.triangle.diagonals()?, 0)?)
     }
@@ -114,13 +115,13 @@ impl Factor {
         Ok(diagonal)
     }
 
-    /// Whether there can be a factor.
+    /// Checks that there can be a factor.
     pub(super) fn check(hessian: &Hessian, dampening: f64) -> Result<()> {
         if !(dampening.is_finite() && dampening >= 0.0) {
             return Err(Error::Argument(format!("a dampening of {dampening}: it must be zero or above")));
         }
         if hessian.vectors() == 0 {
-            return Err(Error::Argument("a Hessian to which no input was added says nothing of the layer".into()));
+            return Err(Error::Argument("no input was added to the Hessian".into()));
         }
         Ok(())
     }
@@ -184,7 +185,7 @@ impl Factor {
 /// With J the reversal this is J L J of J H J = L L^T, without moving the matrix: row by row of blocks from the last one up, in a row
 /// from the last block to the first, each less the products of what is done already.
 fn factor(h: &Triangle) -> Result<bool> {
-    // Of the diagonal blocks, the last one first.
+    // Inverses of the diagonal blocks, the last block first.
     let mut inverses: Vec<Tensor> = Vec::new();
     for row in (0..h.count()).rev() {
         let own = h.rows(row);

@@ -1,4 +1,4 @@
-//! Pruning the smallest weights, whatever their inputs: what SparseGPT is compared with.
+//! Pruning by magnitude, whatever the inputs: the baseline for SparseGPT.
 
 use tch::Tensor;
 
@@ -7,7 +7,7 @@ use super::sparsity::mark_smallest;
 use crate::codebook::{NmRatio, Sparsity};
 use crate::error::Result;
 
-/// A weight and what of it was kept.
+/// A pruned weight and its mask.
 #[derive(Debug)]
 pub struct Masked {
     /// [o, d] fp32 on the weight's device, exactly zero where pruned.

@@ -1,8 +1,8 @@
 //! Compresses one weight matrix so that the layer's output changes as little as possible.
 //!
 //! The solver knows matrices, not models. Its measure of a change D [o, d] of a weight is tr(D H D^T), where the [`Hessian`]
-//! H [d, d] sums what the layer's inputs looked like. [`prune`] follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774)
-//! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is what it is compared with.
+//! H [d, d] holds the second moments of the layer's inputs. [`prune`] follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774)
+//! in the form that coremltools 9.0 gave it; [`magnitude_prune`] is the baseline.
 
 mod correlations;
 mod device_sweep;
@@ -25,7 +25,7 @@ mod triangle;
 pub use factor::Factor;
 pub use geometry::{InputGeometry, Windows};
 pub use hessian::Hessian;
-pub use joint::{Beside, Joint, JointFactors, JointOptions, Order, joint};
+pub use joint::{Joint, JointFactors, JointOptions, LayerEvidence, Order, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energies, output_energy, output_error};

@@ -54,12 +54,12 @@ pub enum Note {
         /// The dampening used.
         used: f64,
     },
-    /// The joint solution would have cost more than the sequential one, which was taken.
+    /// The joint solution had a larger error than the sequential one, which was taken.
     JointNoBetter {
         /// Its loss as a multiple of the sequential one's.
         ratio: f64,
     },
-    /// The same, on vectors that the Hessian has not seen.
+    /// On vectors that the Hessian has not seen, the joint solution had a larger error than the sequential one, which was taken.
     HeldOutNoBetter {
         /// Its error there as a multiple of the sequential one's.
         ratio: f64,

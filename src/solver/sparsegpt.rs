@@ -1,4 +1,4 @@
-//! SparseGPT: prune, and let the weights that stay make up for those that went.
+//! SparseGPT: prunes weights, and adjusts the kept ones to compensate.
 
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -22,7 +22,7 @@ pub struct Pruned {
     pub mask: Tensor,
     /// The share of elements that the mask prunes.
     pub sparsity: f64,
-    /// tr((W - W0) H (W - W0)^T), which is [`output_energy`](super::output_energy) of the change. It falls out of the sweep.
+    /// tr((W - W0) H (W - W0)^T), which is [`output_energy`](super::output_energy) of the change. The sweep computes it on the way.
     pub loss: f64,
     /// What the user should know.
     pub notes: Vec<Note>,
@@ -31,17 +31,17 @@ pub struct Pruned {
 /// Prunes `weight` [o, ...], flattened to [o, d], as coremltools 9.0 does with `weight_dtype="float32"`
 /// (`SparseGPT._compress_impl` in `optimize/torch/layerwise_compression/algorithms.py`).
 ///
-/// Block by block of columns: the elements with the smallest w^2 / U_jj^2 are masked, over all rows at once; each masked element
-/// goes to zero and the columns after it take up its error, e U_j with e = w / U_jj. For n:m sparsity the mask is chosen row by
-/// row, at every m-th column. U is the inverse of the [`Factor`] R, of which only blocks on the diagonal are made: what all blocks before
-/// leave to a block is D R, for D their change, and its weights become w + (D R) U. A convolution of several groups has its rows pruned group by group,
-/// each with its own H, and a sparsity that is met over all of them.
+/// Columns are processed in blocks. In a block, the elements with the smallest w^2 / U_jj^2 are masked, over all rows at once.
+/// Each masked element becomes zero, and its error is fed back to the columns after it: e U_j with e = w / U_jj. For n:m
+/// sparsity the mask is chosen row by row, at every m-th column. U is the inverse of the [`Factor`] R, of which only blocks on
+/// the diagonal are computed. Updates are lazy: with D the change of all earlier columns, a block starts at w + (D R) U. The rows
+/// of a convolution of several groups are pruned group by group, each with its own H; the sparsity is met over all groups.
 ///
-/// It differs from coremltools only where that goes wrong: a target of zero prunes nothing (there, one element a block);
-/// many equal scores do not all go at once; m need not divide the block, nor the columns (the rest stays dense, and a note says
-/// so); a Hessian without a Cholesky factor gets more dampening.
+/// It differs from coremltools only where coremltools goes wrong: a target of zero prunes nothing (there, one element a block);
+/// many equal scores are not all pruned at once; m need not divide the block, nor the columns (the rest stays dense, and a note
+/// says so); a Hessian without a Cholesky factor gets more dampening.
 ///
-/// On a CPU the sweep runs in any number of rayon threads with the same result. Where the Hessian is on a GPU everything stays there.
+/// On a CPU the result does not depend on the number of rayon threads. Where the Hessian is on a GPU everything stays there.
 ///
 /// # Errors
 /// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or one that has seen no input;
@@ -64,7 +64,7 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
     }
     let original = flat_for(weight, hessian)?;
     let (o, d) = original.size2()?;
-    // Without pruning it stays what it is; else it is filled block by block.
+    // Without pruning the weight stays as it is; else the new one is filled block by block.
     let new = if options.sparsity == Sparsity::Unstructured(0.0) { copy(&original)? } else { original.f_zeros_like()? };
     let pruned = Tensor::f_zeros([o, d], (Kind::Bool, original.device()))?;
     let mut notes = Vec::new();
@@ -87,8 +87,8 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
     Pruned::new(weight, &new, &pruned, loss, notes, options)
 }
 
-/// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its factor. On a GPU they are swept in one batch, so
-/// that it has more to do for each operation that is launched; on the CPU one after the other, with all threads.
+/// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its factor. On a GPU they are
+/// swept in one batch, so that each launched operation has more work; on the CPU one after the other, with all threads.
 ///
 /// # Errors
 /// As [`prune_with`]; [`Error::Argument`] if shapes differ.
@@ -132,7 +132,7 @@ fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) 
 }
 
 impl Pruned {
-    /// Of a `weight`, what has become of it and what went, [o, d] each.
+    /// The result for `weight`, from its new values and the pruned elements, [o, d] each.
     fn new(
         weight: &Tensor,
         new: &Tensor,
@@ -157,7 +157,7 @@ impl Pruned {
     }
 }
 
-/// What the Hessian and its factors leave to be said.
+/// Collects what the user should know of the Hessian and its factors.
 fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, notes: &mut Vec<Note>) {
     let d = hessian.dimension();
     let dead: u64 = factors.iter().map(|factor| factor.dead_columns).sum();
@@ -178,7 +178,7 @@ fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, not
     }
 }
 
-/// n:m, if that is asked for, and the columns of a block.
+/// n and m, if n:m sparsity is asked for, and the columns of a block.
 fn blocks(options: &PruneOptions) -> (Option<(usize, usize)>, usize) {
     match options.sparsity {
         Sparsity::Unstructured(_) => (None, options.block),
@@ -186,8 +186,8 @@ fn blocks(options: &PruneOptions) -> (Option<(usize, usize)>, usize) {
     }
 }
 
-/// Prunes rows that share a factor: `original` [o, d] into `new`, which is zeros, and `pruned`. Gives the loss,
-/// of which dead columns are no part.
+/// Prunes rows that share a factor: `original` [o, d] into `new`, which is zeros, and `pruned`. Returns the loss, without that
+/// of dead columns.
 fn prune_rows(
     original: &Tensor,
     new: &Tensor,
@@ -204,7 +204,7 @@ fn prune_rows(
     Ok(prune_on_device(matrices, &[factor], blocks(options), quota)?.f_double_value(&[0])?)
 }
 
-/// On the CPU, rows in SIMD lanes.
+/// [`prune_rows`] on the CPU, rows in SIMD lanes.
 fn prune_on_host(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factor: &Factor,
@@ -217,7 +217,7 @@ fn prune_on_host(
         let width = panel.end - panel.start;
         let rows = factor.triangle.tail_of(panel.clone())?;
         let upper = inverse(&rows.f_narrow(1, 0, width)?)?;
-        // Until its turn comes, a block of `new` holds D R of the blocks before.
+        // A block of `new` that is not processed yet holds D R of the blocks before.
         let mut place = block(new, 0..o, panel.clone())?;
         let mut before = block(original, 0..o, panel.clone())?;
         if factor.dead_columns > 0 {
@@ -229,7 +229,7 @@ fn prune_on_host(
         let (marks, squares) = host_block(&mut weight, &upper, ratio, count)?;
         place.f_copy_(&weight)?;
         let change = before.f_sub(&weight)?;
-        // What the sweep sums is the loss by the dampened Hessian.
+        // The sweep sums the loss by the damped Hessian.
         loss += squares - factor.added * sum::squares(&change)?;
         block(pruned, 0..o, panel.clone())?.f_copy_(&marks)?;
         if panel.end < d {
@@ -239,8 +239,8 @@ fn prune_on_host(
     Ok(loss)
 }
 
-/// Sweeps a block [o, b] in place, with U [b, b] of its columns, by n:m or the number of elements to prune. Gives which were pruned, and the
-/// sum of the squared errors.
+/// Sweeps a block [o, b] in place, with U [b, b] of its columns, by n:m or the number of elements to prune. Returns the pruned
+/// elements and the sum of the squared errors.
 fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>, count: Option<usize>) -> Result<(Tensor, f64)> {
     let size = weight.size();
     let upper = to_vec(upper)?;
@@ -261,8 +261,8 @@ fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>
     Ok((Tensor::f_from_slice(&marks)?.f_view(size.as_slice())?, squares))
 }
 
-/// By tensor operations, without a way to the host: for weights on a GPU. As [`prune_on_host`], but for several layers at once, [l, o, d]; gives
-/// the loss of each, fp64, there.
+/// [`prune_on_host`] by tensor operations, for weights on a GPU: for several layers at once, [l, o, d], and without transfers to
+/// the host. Returns the loss of each layer in fp64, on the device.
 fn prune_on_device(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factors: &[&Factor],

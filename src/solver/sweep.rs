@@ -1,4 +1,4 @@
-//! The part of SparseGPT that goes column by column: prune, and let the columns after it make up for it.
+//! The part of SparseGPT that goes column by column: prunes a column, and feeds its errors back to the columns after it.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 /// Rows that are swept together, one in each SIMD lane: rows do not see each other.
 const LANES: usize = 16;
 
-/// Columns whose errors go to the columns after them at once, while these are in registers.
+/// Columns whose errors are fed back together, while the columns after them are in registers.
 const STRIP: usize = 8;
 
 /// One number of each row of a tile.
@@ -31,7 +31,7 @@ pub(super) struct Block<'a> {
 /// With `ratio` (n, m) the mask is chosen on the way, at every m-th column from the weights as they are by then (smallest
 /// w^2 / U_jj^2, the first of equals); m must divide the block but for a rest, which stays dense.
 ///
-/// Gives the sum of the squared errors e. The same on any number of threads.
+/// Returns the sum of the squared errors e, which does not depend on the number of threads.
 pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
     let Block { weight, pruned, upper, columns } = block;
     let arch = Arch::new();
@@ -41,7 +41,7 @@ pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
     squares.collect::<Vec<f64>>().iter().sum()
 }
 
-/// What a pruning costs, but for a factor: w^2 / U_jj^2.
+/// The cost of pruning a weight, up to a factor: w^2 / U_jj^2.
 pub(super) fn score(weight: f32, upper: f32) -> f32 {
     weight * weight / (upper * upper)
 }
@@ -71,9 +71,9 @@ struct Tile {
     weight: Vec<Lanes>,
     /// 1 where pruned, else 0.
     pruned: Vec<Lanes>,
-    /// What the columns of a strip leave to those after it.
+    /// The error vectors of the current strip.
     errors: Vec<Lanes>,
-    /// A group of n:m in order of what pruning costs.
+    /// The columns of an n:m group, sorted by the cost of pruning.
     order: Vec<(f32, usize)>,
 }
 
@@ -126,7 +126,7 @@ impl Tile {
         squares.iter().sum()
     }
 
-    /// Prunes one column, and brings those before `end` up to date. `upper` is the column's row of U.
+    /// Prunes one column, and updates the columns before `end`. `upper` is the column's row of U.
     #[inline(always)]
     fn prune<S: Simd>(&mut self, simd: S, column: usize, end: usize, upper: &[f32], squares: &mut [f64; LANES]) {
         let weight = &mut self.weight[column];

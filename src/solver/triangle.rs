@@ -50,7 +50,7 @@ impl Triangle {
         4 * numbers.sum::<i64>().unsigned_abs()
     }
 
-    /// The same numbers times `factor`, in new memory.
+    /// The triangle times `factor`, in new memory.
     pub fn scaled(&self, factor: f64) -> Result<Self> {
         let panels = self.panels.iter().map(|panel| Ok(panel.f_mul_scalar(factor)?)).collect::<Result<_>>()?;
         Ok(Triangle { panels, ..*self })
@@ -63,7 +63,7 @@ impl Triangle {
 
     /// Where it lies.
     pub fn device(&self) -> Device {
-        self.panels.first().map_or(Device::Cpu, Tensor::device)
+        self.panels[0].device()
     }
 
     /// How many panels there are.
@@ -98,15 +98,15 @@ impl Triangle {
         self.panels.iter().map(|panel| Ok(panel.f_diagonal(0, 0, 1)?)).collect()
     }
 
-    /// Rows `rows`, from the first of them on: [b, d - start]. What lies left of the diagonal has no meaning. A view where the rows lie in
-    /// one panel.
+    /// Rows `rows`, from column `rows.start` on: [b, d - start]. Entries left of the diagonal have no meaning. A view where the
+    /// rows are in one panel.
     pub fn tail_of(&self, rows: Range<i64>) -> Result<Tensor> {
         let (first, last) = (rows.start / self.height, (rows.end - 1) / self.height);
         let mut parts = Vec::new();
         for index in first..=last {
             let all = self.rows(index as usize);
-            let own = rows.start.max(all.start)..rows.end.min(all.end);
-            let part = self.panels[index as usize].f_narrow(0, own.start - all.start, own.end - own.start)?;
+            let inside = rows.start.max(all.start)..rows.end.min(all.end);
+            let part = self.panels[index as usize].f_narrow(0, inside.start - all.start, inside.end - inside.start)?;
             parts.push(if index == first {
                 part.f_narrow(1, rows.start - all.start, self.dimension - rows.start)?
             } else {

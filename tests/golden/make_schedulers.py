@@ -2,7 +2,7 @@
 
     python tests/golden/make_schedulers.py tests/golden/schedulers.safetensors
 
-needs diffusers 0.42.1, torch and safetensors. Beside the tensors it writes schedulers.json: a list of cases, each with the text of
+needs diffusers 0.42.1, torch and safetensors. LayerEvidence the tensors it writes schedulers.json: a list of cases, each with the text of
 a scheduler_config.json, the name under which it is overridden (or null), and its numbers of steps.
 
 libtorch's square roots depend on the processor, and the samplers' tables on them: "roots", those of linspace(0.01, 200, 1000), tell

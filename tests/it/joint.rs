@@ -5,7 +5,7 @@ use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::{BitWidth, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::container::CompressedWeight;
 use sdxl_squeeze::solver::{
-    Beside, Hessian, Joint, JointFactors, JointOptions, Note, Order, OutputResidual, joint, output_energy, prune,
+    Hessian, Joint, JointFactors, JointOptions, LayerEvidence, Note, Order, OutputResidual, joint, output_energy, prune,
 };
 use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
@@ -40,7 +40,7 @@ fn pruned(sparsity: Sparsity) -> Option<PruneOptions> {
 
 fn solve(weight: &Tensor, hessian: &Hessian, options: &JointOptions) -> Joint {
     let factors = JointFactors::new(hessian, options.dampening(), options.order()).unwrap();
-    joint("a", weight, hessian, &factors, &Beside::default(), options).unwrap()
+    joint("a", weight, hessian, &factors, &LayerEvidence::default(), options).unwrap()
 }
 
 fn tensor(values: &[f16], like: &Tensor) -> Tensor {
@@ -89,7 +89,8 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             // Without any of its parts it is one after the other, but for how weights count in the palette.
             let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
-            theirs += cost(&joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap().weight, &weight, &unseen);
+            theirs +=
+                cost(&joint("a", &weight, &seen, &factors, &LayerEvidence::default(), &plain).unwrap().weight, &weight, &unseen);
         }
         assert!(ours < bound * theirs, "{prune:?} {palette:?}: {:.3}", ours / theirs);
     }
@@ -232,7 +233,7 @@ fn few_vectors_mean_more_dampening_and_a_note() {
             assert!(found.notes.iter().any(shrunk), "{vectors}: {:?}", found.notes);
             let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
-            let plain = joint("a", &weight, &seen, &factors, &Beside::default(), &plain).unwrap();
+            let plain = joint("a", &weight, &seen, &factors, &LayerEvidence::default(), &plain).unwrap();
             let (ours, theirs) = (cost(&found.weight, &weight, &unseen), cost(&plain.weight, &weight, &unseen));
             assert!(ours < 1.1 * theirs, "{vectors} vectors, {prune:?}: {:.3}", ours / theirs);
         }
@@ -266,7 +267,7 @@ fn what_cannot_be_is_refused() {
     let options = JointOptions::new(None, Some(palette(4, Some(16))));
     let factors = JointFactors::new(&seen, options.dampening(), Order::Activation).unwrap();
     let bad = |weight: &Tensor, factors: &JointFactors, options: &JointOptions| {
-        joint("a", weight, &seen, factors, &Beside::default(), options).unwrap_err()
+        joint("a", weight, &seen, factors, &LayerEvidence::default(), options).unwrap_err()
     };
 
     let mut with_nan = weight.copy();
@@ -350,14 +351,14 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
             Order::Activation => JointOptions { prune: None, ..options },
         };
         let factors = JointFactors::new(&seen, options.dampening(), order).unwrap();
-        let beside = Beside { correction: Some(&correction), held_out: None };
+        let beside = LayerEvidence { residual: Some(&correction), held_out: None };
         let found = joint("a", &weight, &seen, &factors, &beside, &options).unwrap();
         let target = found.target.unwrap();
         let best = weight.matmul(&a.inverse());
         let distance = |other: &Tensor| ((other - &best).norm() / best.norm()).double_value(&[]);
         assert!(distance(&target) < 0.1 * distance(&weight), "{} and {}", distance(&target), distance(&weight));
         // And what is stored is nearer to the dense outputs than without.
-        let without = joint("a", &weight, &seen, &factors, &Beside::default(), &options).unwrap();
+        let without = joint("a", &weight, &seen, &factors, &LayerEvidence::default(), &options).unwrap();
         let error = |stored: &[f16]| {
             let outputs = reaches.matmul(&tensor(stored, &weight).tr()) - x.matmul(&weight.tr());
             outputs.square().sum(Kind::Double).double_value(&[])
@@ -384,7 +385,7 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
             let lack = numbers(&[300, 16], 9) * size;
             let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
             correction.add(&inputs, &lack).unwrap();
-            let beside = Beside { correction: Some(&correction), held_out: None };
+            let beside = LayerEvidence { residual: Some(&correction), held_out: None };
             let found = joint("layer", &weight, &hessian, &factors, &beside, &options).unwrap();
             let exact = Vec::<f16>::try_from(weight.to_kind(Kind::Half).flatten(0, -1)).unwrap();
             let target = found.target.as_ref().unwrap();
@@ -404,7 +405,7 @@ fn what_is_worse_on_held_out_samples_is_not_taken() {
     let options = JointOptions::new(None, Some(palette(3, Some(16))));
     let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
     let solve = |vectors: &Tensor| {
-        let beside = Beside { correction: None, held_out: Some(vectors) };
+        let beside = LayerEvidence { residual: None, held_out: Some(vectors) };
         joint("a", &weight, &seen, &factors, &beside, &options).unwrap()
     };
     assert!(solve(&alike).notes.is_empty(), "{:?}", solve(&alike).notes);

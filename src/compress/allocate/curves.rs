@@ -14,7 +14,7 @@ use crate::model::{Layer, LayerInput};
 use crate::plan::{Gather, Stop, stored_bytes};
 use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes};
-use crate::solver::{Beside, Hessian, JointFactors, JointOptions, Order, joint};
+use crate::solver::{LayerEvidence, Hessian, JointFactors, JointOptions, Order, joint};
 
 /// A setting of a layer with its size and error.
 #[derive(Debug, Clone)]
@@ -109,7 +109,7 @@ impl Trials<'_> {
                         None => factors.insert(JointFactors::new(hessian, options.dampening(), order).map_err(failed)?),
                     };
                     let (rows, share) = some_rows(&walk.dense_weight(layer)?, recipe, hessian.groups())?;
-                    let solved = joint(layer.name(), &rows, hessian, factors, &Beside::default(), &options);
+                    let solved = joint(layer.name(), &rows, hessian, factors, &LayerEvidence::default(), &options);
                     let solved = solved.map_err(Error::layer(layer.name()))?;
                     self.curves.entry(layer.name().to_owned()).or_default().push(Measured {
                         recipe: recipe.clone(),

@@ -1,42 +1,43 @@
-//! Better palettes for given entries of the weights.
+//! Least-squares palettes for fixed indices.
 
 use half::f16;
 use rayon::prelude::*;
 
-use super::levels::Levels;
 use super::problem::Problem;
+use super::sorted_codebook::SortedCodebook;
 use crate::error::Result;
 
-/// Half of the objective's slope in each palette entry, [groups, 2^n]: one product.
-pub(super) fn slope(problem: &Problem<'_>, levels: &Levels) -> Result<Vec<f64>> {
+/// Half of the objective's gradient by each palette entry, [groups, 2^n]. One product with H.
+pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
-    let mut sums = vec![0.0; levels.groups() * levels.entries];
+    let mut sums = vec![0.0; sorted.groups() * sorted.entries];
     for (part, rows) in problem.chunks() {
-        let change = data.change(&rows, |at| if data.kept(at) { levels.value(at, d) } else { 0.0 });
+        let change = data.change(&rows, |at| if data.kept(at) { sorted.value(at, d) } else { 0.0 });
         let product = problem.part(part).times(&change)?;
-        add_products(&mut sums, &product, rows.start, problem, levels);
+        add_products(&mut sums, &product, rows.start, problem, sorted);
     }
     Ok(sums)
 }
 
 /// Lowers the objective over the palettes, indices fixed: the least squares problem (sum_r S_r H S_r^T) t = sum_r S_r H w_r of each group,
-/// S_r [2^n, d] being row r's indices as ones. By conjugate gradients on t for all groups at once: S_r H S_r^T t is a product with H and sums
-/// over the weights of each entry. One product a step and one more. `slope` is [`slope`]'s.
+/// S_r [2^n, d] being row r's indices as ones. Conjugate gradients on t run for all groups at once: S_r H S_r^T t is a product
+/// with H and sums over the weights of each entry. It takes one product a step and one more. `gradient` is that of
+/// [`palette_gradient`].
 ///
-/// Palettes are rounded to fp16, and a group whose new one is no better keeps its old one. Gives whether any is new.
-pub(super) fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, slope: &[f64], steps: usize) -> Result<bool> {
+/// Palettes are rounded to fp16, and a group whose new palette is no better keeps its old one. Returns whether any changed.
+pub(super) fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, gradient: &[f64], steps: usize) -> Result<bool> {
     let d = problem.data.columns;
-    let entries = levels.entries;
-    let diagonal = diagonal(problem, levels);
+    let entries = sorted.entries;
+    let diagonal = diagonal(problem, sorted);
     let condition = |residual: &[f64]| -> Vec<f64> {
         residual.iter().zip(&diagonal).map(|(value, h)| if *h > 0.0 { value / h } else { 0.0 }).collect()
     };
-    let mut step = vec![0.0; slope.len()];
-    let mut residual: Vec<f64> = slope.iter().map(|slope| -slope).collect();
+    let mut step = vec![0.0; gradient.len()];
+    let mut residual: Vec<f64> = gradient.iter().map(|gradient| -gradient).collect();
     let mut direction = condition(&residual);
     let mut before = dots(&residual, &direction, entries);
     for _ in 0..steps {
-        let product = moved(problem, levels, &direction)?;
+        let product = palette_hessian_product(problem, sorted, &direction)?;
         let curvature = dots(&direction, &product, entries);
         let length: Vec<f64> = before.iter().zip(&curvature).map(|(now, curve)| share(*now, *curve)).collect();
         for (at, step) in step.iter_mut().enumerate() {
@@ -51,17 +52,17 @@ pub(super) fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, slope: 
         before = after;
     }
 
-    let old = levels.values();
+    let old = sorted.values();
     let rounded: Vec<f32> = old.iter().zip(&step).map(|(old, step)| in_half(f64::from(*old) + step)).collect();
     let step: Vec<f64> = rounded.iter().zip(old).map(|(new, old)| f64::from(*new) - f64::from(*old)).collect();
-    let product = moved(problem, levels, &step)?;
-    let (slopes, curves) = (dots(&step, slope, entries), dots(&step, &product, entries));
+    let product = palette_hessian_product(problem, sorted, &step)?;
+    let (slopes, curves) = (dots(&step, gradient, entries), dots(&step, &product, entries));
     let better: Vec<bool> = slopes.iter().zip(&curves).map(|(slope, curve)| 2.0 * slope + curve < 0.0).collect();
     let chosen = rounded.iter().zip(old).enumerate().map(|(at, (new, old))| if better[at / entries] { *new } else { *old });
     let chosen: Vec<f32> = chosen.collect();
     let any = better.contains(&true);
     if any {
-        levels.replace(chosen, d);
+        sorted.replace(chosen, d);
     }
     Ok(any)
 }
@@ -82,61 +83,61 @@ fn dots(a: &[f64], b: &[f64], entries: usize) -> Vec<f64> {
     a.chunks(entries).zip(b.chunks(entries)).map(dot).collect()
 }
 
-/// sum_r S_r H S_r^T t.
-fn moved(problem: &Problem<'_>, levels: &Levels, t: &[f64]) -> Result<Vec<f64>> {
+/// The product of the palettes' Hessian with t: sum_r S_r H S_r^T t.
+fn palette_hessian_product(problem: &Problem<'_>, sorted: &SortedCodebook, t: &[f64]) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
-    let entry = |at: usize| t[at / d / levels.group_rows * levels.entries + usize::from(levels.indices[at])] as f32;
-    let mut sums = vec![0.0; levels.groups() * levels.entries];
+    let entry = |at: usize| t[at / d / sorted.group_rows * sorted.entries + usize::from(sorted.indices[at])] as f32;
+    let mut sums = vec![0.0; sorted.groups() * sorted.entries];
     for (part, rows) in problem.chunks() {
         let span = data.span(&rows).into_par_iter();
         let moves: Vec<f32> = span.map(|at| if data.kept(at) { entry(at) } else { 0.0 }).collect();
-        add_products(&mut sums, &problem.part(part).times(&moves)?, rows.start, problem, levels);
+        add_products(&mut sums, &problem.part(part).times(&moves)?, rows.start, problem, sorted);
     }
     Ok(sums)
 }
 
 /// Adds a product with H, of rows from `start` on, to the sums of their groups: over the weights of each entry.
-fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Problem<'_>, levels: &Levels) {
+fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Problem<'_>, sorted: &SortedCodebook) {
     let (d, data) = (problem.data.columns, &problem.data);
     let of_rows = product.par_chunks(d).enumerate().map(|(row, product)| {
-        let mut sums = vec![0.0; levels.entries];
+        let mut sums = vec![0.0; sorted.entries];
         let first = (start + row) * d;
         for (at, product) in (first..).zip(product) {
             if data.kept(at) {
-                sums[usize::from(levels.indices[at])] += f64::from(*product);
+                sums[usize::from(sorted.indices[at])] += f64::from(*product);
             }
         }
         sums
     });
-    add(sums, of_rows.collect(), start, levels);
+    add(sums, of_rows.collect(), start, sorted);
 }
 
 /// H_jj summed over the weights of each entry.
-fn diagonal(problem: &Problem<'_>, levels: &Levels) -> Vec<f64> {
+fn diagonal(problem: &Problem<'_>, sorted: &SortedCodebook) -> Vec<f64> {
     let data = &problem.data;
     let d = data.columns;
-    let mut sums = vec![0.0; levels.groups() * levels.entries];
+    let mut sums = vec![0.0; sorted.groups() * sorted.entries];
     for (part, rows) in problem.chunks() {
         let diagonal = &problem.part(part).diagonal;
         let start = rows.start;
         let of_rows = rows.into_par_iter().map(|row| {
-            let mut sums = vec![0.0; levels.entries];
+            let mut sums = vec![0.0; sorted.entries];
             for (column, h) in diagonal.iter().enumerate() {
                 if data.kept(row * d + column) {
-                    sums[usize::from(levels.indices[row * d + column])] += f64::from(*h);
+                    sums[usize::from(sorted.indices[row * d + column])] += f64::from(*h);
                 }
             }
             sums
         });
-        add(&mut sums, of_rows.collect(), start, levels);
+        add(&mut sums, of_rows.collect(), start, sorted);
     }
     sums
 }
 
 /// Adds the sums of rows from `start` on to those of their groups, row by row.
-fn add(sums: &mut [f64], of_rows: Vec<Vec<f64>>, start: usize, levels: &Levels) {
+fn add(sums: &mut [f64], of_rows: Vec<Vec<f64>>, start: usize, sorted: &SortedCodebook) {
     for (row, of_row) in (start..).zip(of_rows) {
-        let group = row / levels.group_rows * levels.entries;
-        sums[group..group + levels.entries].iter_mut().zip(of_row).for_each(|(sum, of_row)| *sum += of_row);
+        let group = row / sorted.group_rows * sorted.entries;
+        sums[group..group + sorted.entries].iter_mut().zip(of_row).for_each(|(sum, of_row)| *sum += of_row);
     }
 }

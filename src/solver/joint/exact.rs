@@ -7,10 +7,10 @@ use crate::codebook::Grouping;
 use crate::error::Result;
 use crate::solver::matrix::to_vec;
 
-/// The numbers of a weight [o, d] of which no palette would lose anything, row by row; `None` if some group has too many values, or the
-/// weight is to be pruned.
+/// The values of a weight [o, d], row by row, if palettes hold them exactly; `None` if some group has more values than its
+/// palette has entries, or the weight is pruned.
 ///
-/// Of an ordinary weight few elements are looked at: a group's first ones have more values than its palette.
+/// For ordinary weights this reads few elements: already the first ones of a group have too many values.
 pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
     let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
     if palette.per_channel_scale || !along_outputs(palette) {
@@ -22,11 +22,11 @@ pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Resu
         Grouping::PerGroupedChannel { group_size } => group_size,
     };
     let values = to_vec(weight)?;
-    let fits = values.chunks(group_rows.max(1) * columns as usize).all(|group| has_at_most(group, palette.bits.entries()));
+    let fits = values.chunks(group_rows * columns as usize).all(|group| has_at_most(group, palette.bits.entries()));
     Ok(fits.then_some(values))
 }
 
-/// Whether there are no more than `most` different numbers.
+/// Whether there are at most `most` different numbers.
 fn has_at_most(numbers: &[f32], most: usize) -> bool {
     let mut seen: Vec<f32> = Vec::new();
     numbers.iter().all(|number| {

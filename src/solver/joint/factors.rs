@@ -1,4 +1,4 @@
-//! What the joint solver reads of a layer's Hessian.
+//! The damped Hessian of a layer and its factors, as the joint solver needs them.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,12 +9,13 @@ use super::shrinkage::shrinkage;
 use crate::error::Result;
 use crate::product::add_product;
 
-/// In which order the columns are solved.
+/// The order in which the columns are solved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// As they are: masks are chosen block by block, and blocks of neighbours are the better ones.
+    /// As they are stored. Masks are chosen block by block, and blocks of neighbours give better masks.
     Natural,
-    /// Those with the largest inputs first ("activation order"): the others make up for their errors. For layers that are not pruned.
+    /// Columns of the largest inputs first ("activation order"), so that the others compensate for their errors. For layers
+    /// that are not pruned.
     Activation,
 }
 
@@ -24,7 +25,7 @@ pub struct JointFactors {
     pub(super) parts: Vec<Part>,
     /// Their factors.
     pub(super) factors: Vec<Factor>,
-    /// What the dampening and the order of columns were asked to be.
+    /// The dampening and the order of columns that were asked for.
     asked: (f64, Order),
     notes: Vec<Note>,
 }
@@ -38,9 +39,9 @@ pub(super) struct Part {
     pub diagonal: Vec<f32>,
     /// 1 over that.
     pub conditioner: Vec<f32>,
-    /// What was added to it.
+    /// The dampening that was added to each entry of the diagonal.
     pub added: f64,
-    /// 1 / [H^-1]_jj: what a change of a weight costs if all others of its row make up for it.
+    /// 1 / [H^-1]_jj: the cost of a change of a weight if all others of its row compensate for it.
     pub scale: Vec<f32>,
     /// The columns that were always zero.
     pub dead: Vec<bool>,
@@ -49,15 +50,16 @@ pub(super) struct Part {
 }
 
 impl JointFactors {
-    /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's mean): with more where there are so
-    /// few vectors for the spread of the inputs that a better estimate of their covariance has more (oracle approximating shrinkage).
+    /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's mean). Where there are few
+    /// vectors for the spread of the inputs, the dampening is that of a better estimate of their covariance (oracle
+    /// approximating shrinkage).
     ///
     /// Takes the memory of a [d, d] matrix: one triangle for H, one for the factor.
     ///
     /// # Errors
     /// As [`Factor::new`].
     pub fn new(hessian: &Hessian, dampening: f64, order: Order) -> Result<Self> {
-        let mut made = JointFactors { parts: Vec::new(), factors: Vec::new(), asked: (dampening, order), notes: Vec::new() };
+        let mut joint = JointFactors { parts: Vec::new(), factors: Vec::new(), asked: (dampening, order), notes: Vec::new() };
         let (mut shrunk, mut used) = (0.0_f64, 0.0_f64);
         for group in 0..hessian.groups() {
             Factor::check(hessian, dampening)?;
@@ -80,17 +82,17 @@ impl JointFactors {
             let dead: Vec<bool> = Vec::try_from(&factor.dead.f_to_device(Device::Cpu)?)?;
             let scale = factor.inverse_diagonal()?.into_iter().map(f32::recip).collect();
             let conditioner = diagonal.iter().map(|h| if *h > 0.0 { h.recip() } else { 0.0 }).collect();
-            made.parts.push(Part { h, diagonal, conditioner, added: factor.added, scale, dead, order });
-            made.factors.push(factor);
+            joint.parts.push(Part { h, diagonal, conditioner, added: factor.added, scale, dead, order });
+            joint.factors.push(factor);
         }
         let dimension = hessian.dimension().unsigned_abs();
         if shrunk > 2.0 * dampening {
-            made.notes.push(Note::Shrunk { vectors: hessian.vectors(), dimension, asked: dampening, used: shrunk });
+            joint.notes.push(Note::Shrunk { vectors: hessian.vectors(), dimension, asked: dampening, used: shrunk });
         }
         if used > shrunk {
-            made.notes.push(Note::MoreDampening { asked: shrunk, used });
+            joint.notes.push(Note::MoreDampening { asked: shrunk, used });
         }
-        Ok(made)
+        Ok(joint)
     }
 
     /// Whether these are the factors for this dampening and order.
@@ -98,7 +100,7 @@ impl JointFactors {
         self.asked == (dampening, order)
     }
 
-    /// What there is to say of them.
+    /// What the user should know of the factors.
     pub fn notes(&self) -> &[Note] {
         &self.notes
     }

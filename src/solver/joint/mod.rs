@@ -1,21 +1,24 @@
-//! Mask, weights and palettes of one weight found together, for the least error of the layer's output.
+//! The joint solver: mask, values and palettes of one weight together, for the least error of the layer's output.
 //!
-//! The mask is SparseGPT's ([`prune_with`]); then the kept weights are solved for anew, pruned and kept weights change places where that
-//! pays, palettes are made for what is kept, a sweep with error feedback puts it on the palettes, and palettes and entries are improved in turns while that pays. What is stored has the same form, and the
-//! same bytes, as by [`prune`](super::prune) and [`palettize`] one after the other.
+//! The steps: SparseGPT chooses the mask ([`prune_with`]). The kept weights are refitted by least squares. Pruned and kept
+//! weights are swapped where that lowers the error. Palettes are made for the kept weights. A sweep with error feedback rounds
+//! the weights to their palettes. Palettes and indices are improved in alternation while that pays. The stored form and its
+//! size are those of [`prune`](super::prune) followed by [`palettize`].
 //!
-//! Everything minimises tr((W - W0) H (W - W0)^T) with the damped H; all products with H are libtorch's, all else goes row by row.
+//! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix products; all other work goes
+//! row by row.
 
 mod entries;
 mod exact;
-mod exchange;
 mod factors;
-mod fit;
-mod levels;
+mod least_squares;
+
 mod polish;
 mod problem;
 mod row;
 mod shrinkage;
+mod sorted_codebook;
+mod swap;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -34,97 +37,97 @@ use crate::codebook::{Codebook, Effort, Grouping, NmRatio, PaletteOptions, Prune
 use crate::error::{Error, Result};
 use crate::product::product;
 use crate::sum::squares;
-use exchange::{Exchange, exchange};
-use fit::Fit;
-use levels::Levels;
+use least_squares::MaskedLeastSquares;
 use problem::{Data, Loss, Problem};
+use sorted_codebook::SortedCodebook;
+use swap::{Swaps, swap};
 
-/// What [`joint`] is to find.
+/// The settings of [`joint`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct JointOptions {
-    /// What is pruned; its `dampening` is that of the factors.
+    /// How the weight is pruned; its `dampening` is that of the factors. `None` keeps all weights.
     pub prune: Option<PruneOptions>,
-    /// What the palettes are.
+    /// How the weight is palettized; `None` makes no palettes.
     pub palettize: Option<PaletteOptions>,
-    /// How hard it tries.
+    /// How much work is done.
     pub effort: Effort,
 }
 
 impl JointOptions {
-    /// With all the effort that pays.
+    /// Settings with the default effort.
     pub fn new(prune: Option<PruneOptions>, palettize: Option<PaletteOptions>) -> Self {
         JointOptions { prune, palettize, effort: Effort::default() }
     }
 
-    /// The order of columns in which this is best solved.
+    /// The order of columns in which these settings are solved best.
     pub fn order(&self) -> Order {
         if self.prune.is_some() { Order::Natural } else { Order::Activation }
     }
 
-    /// The dampening that its factors should have.
+    /// The dampening that the factors must have.
     pub fn dampening(&self) -> f64 {
         self.prune.map_or(DENSE_DAMPENING, |prune| prune.dampening)
     }
 }
 
-/// The dampening where nothing is pruned, as a share of the Hessian's mean diagonal. On the bundled model 0.03 to 0.15 do best on inputs
-/// that were not calibrated on; all of a weight is free to fit those that were.
+/// The dampening where nothing is pruned, as a share of the Hessian's mean diagonal. All of such a weight is free to overfit the
+/// calibration inputs. On the bundled model 0.03 to 0.15 give the least error on other inputs.
 const DENSE_DAMPENING: f64 = 0.03;
 
-/// Turns of palettes and polish go on while at least this share of the weights gets other entries.
-const WORTH: f64 = 0.003;
+/// Rounds of palette refit and polish go on while at least this share of the weights gets other entries.
+const LEAST_CHANGE: f64 = 0.003;
 
 /// Steps of conjugate gradients go on while they lower the objective by at least this share.
-const WORTH_A_STEP: f64 = 0.001;
+const LEAST_STEP_GAIN: f64 = 0.001;
 
-/// What is known of a layer besides its Hessian.
+/// The evidence about a layer besides its Hessian.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Beside<'a> {
-    /// By how much its outputs are off, if it is to make up for that: W0 is W + D H^-1 then.
-    pub correction: Option<&'a OutputResidual>,
+pub struct LayerEvidence<'a> {
+    /// The residual D of its outputs, if the layer is to compensate for it: then W0 is W + D H^-1.
+    pub residual: Option<&'a OutputResidual>,
     /// Vectors of its input that are not in the Hessian: [n, groups d], fp32.
     pub held_out: Option<&'a Tensor>,
 }
 
-/// What [`joint`] has found.
+/// The result of [`joint`].
 #[derive(Debug)]
 pub struct Joint {
     /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
     pub weight: Vec<f16>,
     /// Which elements are kept; all, if nothing was to be pruned.
     pub mask: Option<Vec<bool>>,
-    /// Palettes and indices, if there were to be palettes.
+    /// Palettes and indices, if palettes were asked for.
     pub palettized: Option<Palettized>,
     /// tr((W - W0) H (W - W0)^T) of the pruned weight before it was palettized, if it was pruned.
     pub pruned_loss: Option<f64>,
-    /// The same of the weight as stored.
+    /// tr((W - W0) H (W - W0)^T) of the weight as stored.
     pub loss: f64,
-    /// The same of what one step after the other would have given.
+    /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
     pub sequential_loss: f64,
     /// W0 where it is not the weight itself but W + D H^-1: fp32, of the weight's shape.
     pub target: Option<Tensor>,
-    /// What should be known of it.
+    /// What the user should know.
     pub notes: Vec<Note>,
 }
 
-/// Compresses the weight [o, ...] of layer `name`, flattened to [o, d]: see the module.
+/// Compresses the weight [o, ...] of layer `name`, flattened to [o, d], by the steps that the module lists.
 ///
-/// Palettes along input channels, or with scales for each output channel, are not in the joint solve: they are made for the refitted
-/// weights by [`palettize`], and a note says so. Where the joint solution costs more than the sequential one, on the Hessian or on vectors
-/// that are held out, the sequential one is what comes back, with a note. A weight of so few values that its palettes hold it exactly comes
-/// back as it is, unless another makes up for more of a correction than that.
+/// Palettes along input channels, or with scales for each output channel, are not solved jointly: [`palettize`] makes them for
+/// the refitted weights, and a note says so. Where the joint solution has a larger error than the sequential one, on the Hessian
+/// or on held-out vectors, the sequential solution is returned, with a note. A weight of so few values that its palettes hold it
+/// exactly is returned as it is, unless another solution compensates for more of the output residual.
 ///
-/// The same on any number of rayon threads.
+/// The result does not depend on the number of rayon threads.
 ///
 /// # Errors
 /// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this Hessian, dampening and order, or
-/// the correction was made of other samples than the Hessian.
+/// the output residual was made of other samples than the Hessian.
 pub fn joint(
     name: &str,
     weight: &Tensor,
     hessian: &Hessian,
     factors: &JointFactors,
-    beside: &Beside<'_>,
+    evidence: &LayerEvidence<'_>,
     options: &JointOptions,
 ) -> Result<Joint> {
     let mut flat = flat_for(weight, hessian)?;
@@ -132,16 +135,16 @@ pub fn joint(
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
         return Err(Error::Argument(format!("`{name}`: factors of another Hessian, dampening or order")));
     }
-    if beside.correction.is_some_and(|correction| !correction.fits(hessian)) {
-        return Err(Error::Argument(format!("`{name}`: the correction and the Hessian were made of different samples")));
+    if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
+        return Err(Error::Argument(format!("`{name}`: the output residual and the Hessian were made of different samples")));
     }
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
     let mut target = None;
-    let mut own = None;
-    if let Some(correction) = beside.correction {
-        own = exact::palettes_can_hold(&flat, options)?;
-        flat = corrected(&flat, correction, factors, &natural)?;
+    let mut uncompressed = None;
+    if let Some(residual) = evidence.residual {
+        uncompressed = exact::palettes_can_hold(&flat, options)?;
+        flat = corrected(&flat, residual, factors, &natural)?;
         target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
     }
     let mut notes = factors.notes().to_vec();
@@ -152,7 +155,7 @@ pub fn joint(
             notes.extend(pruned.notes.iter().copied());
             Some(pruned)
         }
-        _ => {
+        Some(_) | None => {
             if hessian.vectors() < d.unsigned_abs() {
                 notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
             }
@@ -169,7 +172,7 @@ pub fn joint(
     natural.sort(&mut original);
     let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns } };
 
-    // The sequential way, and the weights to start from.
+    // The sequential solution, and the weights from which the joint one starts.
     let mut best = match &pruned {
         Some(pruned) => to_vec(&pruned.weight)?,
         None => problem.data.original.clone(),
@@ -186,7 +189,7 @@ pub fn joint(
         if options.effort.exchange_turns > 0 {
             first_mask = Some(keep.clone());
         }
-        pruned_loss = Some(settle(&problem, &mut best, &mut keep, &options.effort, group)?);
+        pruned_loss = Some(refit(&problem, &mut best, &mut keep, &options.effort, group)?);
         problem.data.keep = Some(keep);
     }
     let solution = match &options.palettize {
@@ -199,10 +202,10 @@ pub fn joint(
     };
     let sequential_loss = sequential.loss.bare;
     let held_out = |solution: &Solution, other: &Solution| {
-        beside.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, other))
+        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, other))
     };
     let (worse, note) = if solution.loss.bare > sequential_loss {
-        // Nothing is to be said of a weight that the sequential way stores without any error.
+        // A weight that the sequential solution stores without any error needs no note.
         let ratio = solution.loss.bare / sequential_loss;
         (true, (sequential_loss > 0.0).then_some(Note::JointNoBetter { ratio }))
     } else {
@@ -211,10 +214,10 @@ pub fn joint(
     };
     notes.extend(note);
     let mut solution = if worse { sequential } else { solution };
-    if let Some(mut own) = own {
-        natural.sort(&mut own);
-        let exact = Solution::plain(name, &problem, &own, options)?;
-        let is_exact = exact.weight.iter().zip(&own).all(|(stored, own)| stored.to_f32() == *own);
+    if let Some(mut uncompressed) = uncompressed {
+        natural.sort(&mut uncompressed);
+        let exact = Solution::plain(name, &problem, &uncompressed, options)?;
+        let is_exact = exact.weight.iter().zip(&uncompressed).all(|(stored, value)| stored.to_f32() == *value);
         if is_exact && (exact.loss.bare <= solution.loss.bare || held_out(&solution, &exact)? > 1.0) {
             solution = exact;
         }
@@ -230,28 +233,28 @@ pub fn joint(
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
 }
 
-/// Brings weights to the best on their mask, and the mask to a better one of the same size. `group` is m of n:m. Gives the loss by the
-/// bare Hessian.
-fn settle(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &Effort, group: Option<usize>) -> Result<f64> {
+/// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its size. `group` is m of n:m.
+/// Returns the loss by the undamped Hessian.
+fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &Effort, group: Option<usize>) -> Result<f64> {
     let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
     let mut loss = Loss::default();
     for (part, rows) in problem.chunks() {
         let span = problem.data.span(&rows);
         let original = &problem.data.original[span.clone()];
-        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], &keep[span.clone()])?;
-        fit.descend(refit_steps, WORTH_A_STEP)?;
-        exchange(&mut fit, Exchange { turns: exchange_turns, steps: exchange_steps, worth: WORTH_A_STEP, group })?;
+        let mut solve = MaskedLeastSquares::new(problem.part(part), original, &weight[span.clone()], &keep[span.clone()])?;
+        solve.descend(refit_steps, LEAST_STEP_GAIN)?;
+        swap(&mut solve, Swaps { rounds: exchange_turns, steps: exchange_steps, least_gain: LEAST_STEP_GAIN, group })?;
         if exchange_turns > 0 {
-            fit.descend(refit_steps, WORTH_A_STEP)?;
+            solve.descend(refit_steps, LEAST_STEP_GAIN)?;
         }
-        loss.add(problem.part(part), &fit.change(), &fit.gradient);
-        weight[span.clone()].copy_from_slice(&fit.weight);
-        keep[span].iter_mut().zip(&fit.mask).for_each(|(keep, mask)| *keep = *mask > 0.0);
+        loss.add(problem.part(part), &solve.change(), &solve.gradient);
+        weight[span.clone()].copy_from_slice(&solve.weight);
+        keep[span].iter_mut().zip(&solve.mask).for_each(|(keep, mask)| *keep = *mask > 0.0);
     }
     Ok(loss.bare)
 }
 
-/// The error of a solution on vectors [n, groups d] as a multiple of another's.
+/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `other`; 0 if it is no larger.
 fn held_out_ratio(
     problem: &Problem<'_>,
     natural: &Natural<'_>,
@@ -260,7 +263,7 @@ fn held_out_ratio(
     other: &Solution,
 ) -> Result<f64> {
     let Data { original, rows, columns, .. } = &problem.data;
-    let parts = problem.factors.parts.len().max(1);
+    let parts = problem.factors.parts.len();
     let error = |solution: &Solution| -> Result<f64> {
         let mut change: Vec<f32> = solution.weight.par_iter().zip(original).map(|(new, old)| new.to_f32() - old).collect();
         natural.restore(&mut change);
@@ -273,20 +276,20 @@ fn held_out_ratio(
         }
         Ok(sum)
     };
-    let (own, other) = (error(solution)?, error(other)?);
-    Ok(if own > other { own / other } else { 0.0 })
+    let (error, reference) = (error(solution)?, error(other)?);
+    Ok(if error > reference { error / reference } else { 0.0 })
 }
 
-/// W + D (H + damping)^-1: the weights whose outputs are nearest to those that the layer aims at.
-fn corrected(flat: &Tensor, correction: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
+/// W + D (H + damping)^-1: the weights whose outputs are nearest to the target outputs.
+fn corrected(flat: &Tensor, residual: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
     let (o, d) = flat.size2()?;
-    let mut lack = to_vec(&correction.matrix()?)?;
-    natural.sort(&mut lack);
-    let of_part = (o / factors.parts.len().max(1) as i64 * d) as usize;
-    let mut solved = Vec::with_capacity(lack.len());
-    for (lack, factor) in lack.chunks(of_part.max(1)).zip(&factors.factors) {
-        let lack = Tensor::f_from_slice(lack)?.f_reshape([-1, d])?.f_to_device(flat.device())?;
-        solved.extend(to_vec(&factor.solve(&lack)?)?);
+    let mut residual = to_vec(&residual.matrix()?)?;
+    natural.sort(&mut residual);
+    let of_part = (o / factors.parts.len() as i64 * d) as usize;
+    let mut solved = Vec::with_capacity(residual.len());
+    for (residual, factor) in residual.chunks(of_part).zip(&factors.factors) {
+        let residual = Tensor::f_from_slice(residual)?.f_reshape([-1, d])?.f_to_device(flat.device())?;
+        solved.extend(to_vec(&factor.solve(&residual)?)?);
     }
     natural.restore(&mut solved);
     Ok(Tensor::f_from_slice(&solved)?.f_reshape([o, d])?.f_to_device(flat.device())?.f_add_(flat)?)
@@ -300,7 +303,7 @@ fn along_outputs(options: &PaletteOptions) -> bool {
     }
 }
 
-/// A weight as it may be stored, columns in the order of the problem.
+/// A candidate for the stored weight, columns in the order of the problem.
 #[derive(Debug)]
 struct Solution {
     weight: Vec<f16>,
@@ -309,7 +312,7 @@ struct Solution {
 }
 
 impl Solution {
-    /// The weights rounded, or each at the nearest entry of the best palettes for them alone.
+    /// The weights rounded to fp16, or each at the nearest entry of the best palettes for the weights without their Hessian.
     fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
         let half = halves(weight);
         let shape = [problem.data.rows, problem.data.columns];
@@ -320,7 +323,7 @@ impl Solution {
         Self::of(problem, half, palettized)
     }
 
-    /// Palettes and entries found together, from these weights on.
+    /// Palettes and indices solved together, starting from these weights.
     fn joint(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
         let Some(palette) = &options.palettize else { return Self::plain(name, problem, weight, options) };
         let half = halves(weight);
@@ -328,23 +331,23 @@ impl Solution {
         let importance = importance(problem)?;
         let mut first = palettize_weighted(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette)?;
         drop((importance, half));
-        let mut levels = Levels::new(&first.codebook, std::mem::take(&mut first.indices));
+        let mut sorted = SortedCodebook::new(&first.codebook, std::mem::take(&mut first.indices));
         if options.effort.sweep {
-            sweep::sweep(problem, weight, &mut levels)?;
+            sweep::sweep(problem, weight, &mut sorted)?;
         }
         let Effort { palette_steps, turns, .. } = options.effort;
         for turn in 1..=turns {
             if palette_steps > 0 {
-                let slope = entries::slope(problem, &levels)?;
-                entries::refit_palettes(problem, &mut levels, &slope, palette_steps)?;
+                let gradient = entries::palette_gradient(problem, &sorted)?;
+                entries::refit_palettes(problem, &mut sorted, &gradient, palette_steps)?;
             }
-            let changed = if options.effort.polish { polish::polish(problem, &mut levels)? } else { 0 };
-            if turn == turns || (changed as f64) < WORTH * weight.len() as f64 {
+            let changed = if options.effort.polish { polish::polish(problem, &mut sorted)? } else { 0 };
+            if turn == turns || (changed as f64) < LEAST_CHANGE * weight.len() as f64 {
                 break;
             }
         }
-        first.codebook = Codebook { palettes: levels.palettes(), ..first.codebook };
-        first.indices = levels.indices;
+        first.codebook = Codebook { palettes: sorted.palettes(), ..first.codebook };
+        first.indices = sorted.indices;
         let weight = first.decode(problem.data.keep.as_deref())?;
         Self::of(problem, weight, Some(first))
     }
@@ -359,7 +362,7 @@ impl Solution {
     }
 }
 
-/// R_jj^2 = 1 / U_jj^2, which is what an error in a weight costs when the columns after it make up for it. 0 in dead columns.
+/// R_jj^2 = 1 / U_jj^2 of each weight: the cost of an error in it when the columns after it compensate. 0 in dead columns.
 fn importance(problem: &Problem<'_>) -> Result<Vec<f64>> {
     let mut importance = vec![0.0; problem.data.rows * problem.data.columns];
     for (part, rows) in problem.chunks() {
@@ -378,9 +381,9 @@ fn halves(weight: &[f32]) -> Vec<f16> {
     half
 }
 
-/// The way between the order of the factors and the natural one.
+/// Converts between the order of the factors' columns and the natural order.
 struct Natural<'a> {
-    /// Of each part: the natural place of each column.
+    /// The natural place of each column, for each part.
     orders: Vec<Option<&'a [usize]>>,
     part_rows: usize,
     columns: usize,
@@ -389,7 +392,7 @@ struct Natural<'a> {
 impl<'a> Natural<'a> {
     fn new(factors: &'a JointFactors, rows: usize, columns: usize) -> Self {
         let orders = factors.parts.iter().map(|part| part.order.as_deref()).collect();
-        Natural { orders, part_rows: rows / factors.parts.len().max(1), columns }
+        Natural { orders, part_rows: rows / factors.parts.len(), columns }
     }
 
     fn each_row<T: Copy + Send + Sync>(&self, values: &mut [T], place: impl Fn(&mut [T], &[T], &[usize]) + Sync) {
@@ -401,12 +404,12 @@ impl<'a> Natural<'a> {
         });
     }
 
-    /// From natural order into that of the factors.
+    /// Converts from natural order to that of the factors.
     fn sort<T: Copy + Send + Sync>(&self, values: &mut [T]) {
         self.each_row(values, |new, old, order| new.iter_mut().zip(order).for_each(|(new, from)| *new = old[*from]));
     }
 
-    /// Back.
+    /// Converts from the order of the factors to natural order.
     fn restore<T: Copy + Send + Sync>(&self, values: &mut [T]) {
         self.each_row(values, |new, old, order| old.iter().zip(order).for_each(|(old, to)| new[*to] = *old));
     }

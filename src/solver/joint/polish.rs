@@ -1,33 +1,34 @@
-//! Better palette entries, weight by weight.
+//! Coordinate descent over the indices, weight by weight.
 
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
 use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
-use super::levels::Levels;
 use super::problem::Problem;
+use super::sorted_codebook::SortedCodebook;
 use crate::error::Result;
 use crate::product::{add_product, product};
 
 /// Columns whose gradient is computed at once.
 const BLOCK: i64 = 128;
 
-/// How often a block is gone through before the next: its gradient is at hand.
-const TURNS: usize = 2;
+/// Passes over a block before the next one, while its gradient is at hand.
+const PASSES: usize = 2;
 
-/// Coordinate descent over the entries of all kept weights, palettes fixed: with G = (Q - W0) H the best value of a weight is
-/// q_j - G_j / H_jj, and its entry becomes the one nearest to that. The objective is a parabola in each weight: so no change raises it.
+/// Coordinate descent over the indices of all kept weights, palettes fixed. With G = (Q - W0) H the best value of a weight is
+/// q_j - G_j / H_jj, and its index becomes that of the nearest entry. The objective is a parabola in each weight, so no change
+/// raises it.
 ///
-/// Costs about one product with H. Gives how many weights changed.
-pub(super) fn polish(problem: &Problem<'_>, levels: &mut Levels) -> Result<usize> {
+/// Costs about one product with H. Returns how many weights changed.
+pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Result<usize> {
     let data = &problem.data;
     let d = data.columns;
     let mut changed = 0;
     for (part, rows) in problem.chunks() {
         let part = problem.part(part);
         let count = rows.len() as i64;
-        let change = data.change(&rows, |at| if data.kept(at) { levels.value(at, d) } else { 0.0 });
+        let change = data.change(&rows, |at| if data.kept(at) { sorted.value(at, d) } else { 0.0 });
         let change = Tensor::f_from_slice(&change)?.f_reshape([count, d as i64])?.f_to_device(part.h.device())?;
         for panel in 0..part.h.count() {
             let mut start = part.h.rows(panel).start;
@@ -35,7 +36,7 @@ pub(super) fn polish(problem: &Problem<'_>, levels: &mut Levels) -> Result<usize
                 let end = part.h.rows(panel).end.min(start + BLOCK);
                 let (gradient, corner) = gradient(&part.h, &change, panel, start, end)?;
                 let block = Block { gradient, corner, row: rows.start, column: start as usize };
-                let (moved, number) = polish_block(problem, levels, block, &part.diagonal[start as usize..end as usize]);
+                let (moved, number) = polish_block(problem, sorted, block, &part.diagonal[start as usize..end as usize]);
                 if number > 0 {
                     changed += number;
                     let moved = Tensor::f_from_slice(&moved)?.f_reshape([count, end - start])?.f_to_device(part.h.device())?;
@@ -48,7 +49,7 @@ pub(super) fn polish(problem: &Problem<'_>, levels: &mut Levels) -> Result<usize
     Ok(changed)
 }
 
-/// D H at columns `start..end`, which lie in one panel, and H's block at them.
+/// D H at columns `start..end`, which lie in one panel, and the diagonal block of H there.
 fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -> Result<(Vec<f32>, Vec<f32>)> {
     let (rows, width) = (h.rows(panel), end - start);
     let own = h.panel(panel).f_narrow(0, start - rows.start, width)?;
@@ -62,7 +63,7 @@ fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -
     Ok((to_vec(&gradient)?, to_vec(&own.f_narrow(1, start - rows.start, width)?)?))
 }
 
-/// The gradient [rows, b] of some columns, with H's block [b, b]; where its first element lies.
+/// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the place of its first element.
 struct Block {
     gradient: Vec<f32>,
     corner: Vec<f32>,
@@ -70,21 +71,21 @@ struct Block {
     column: usize,
 }
 
-/// By how much each weight of a block changed, and how many did.
-fn polish_block(problem: &Problem<'_>, levels: &mut Levels, block: Block, diagonal: &[f32]) -> (Vec<f32>, usize) {
+/// Polishes a block. Returns by how much each weight changed, and how many did.
+fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block, diagonal: &[f32]) -> (Vec<f32>, usize) {
     let data = &problem.data;
     let Block { mut gradient, corner, row, column } = block;
     let width = diagonal.len();
     let mut moved = vec![0.0; gradient.len()];
-    let mut indices = std::mem::take(&mut levels.indices);
+    let mut indices = std::mem::take(&mut sorted.indices);
     let of_rows = &mut indices[row * data.columns..];
     let rows = gradient.par_chunks_mut(width).zip(moved.par_chunks_mut(width)).zip(of_rows.par_chunks_mut(data.columns));
     let numbers = rows.enumerate().map(|(at, ((gradient, moved), indices))| {
-        let palette = levels.of_row(row + at);
+        let palette = sorted.of_row(row + at);
         let start = (row + at) * data.columns + column;
         let indices = &mut indices[column..column + width];
         let mut number = 0;
-        for _ in 0..TURNS {
+        for _ in 0..PASSES {
             let before = number;
             for j in 0..width {
                 if !data.kept(start + j) || diagonal[j] <= 0.0 {
@@ -93,7 +94,7 @@ fn polish_block(problem: &Problem<'_>, levels: &mut Levels, block: Block, diagon
                 let now = palette.values[usize::from(indices[j])];
                 let entry = palette.nearest(now - gradient[j] / diagonal[j]);
                 let step = palette.values[usize::from(entry)] - now;
-                // What is gained must be more than what fp32 cannot tell.
+                // Gains below the precision of fp32 do not count.
                 let gain = -step * (2.0 * gradient[j] + step * diagonal[j]);
                 if step != 0.0 && gain > 1e-5 * step * step * diagonal[j] {
                     indices[j] = entry;
@@ -109,6 +110,6 @@ fn polish_block(problem: &Problem<'_>, levels: &mut Levels, block: Block, diagon
         number
     });
     let number = numbers.sum();
-    levels.indices = indices;
+    sorted.indices = indices;
     (moved, number)
 }

@@ -1,4 +1,4 @@
-//! A weight that is to be found again, and how far off a try is.
+//! The least-squares problem and its loss.
 
 use std::ops::Range;
 
@@ -11,15 +11,15 @@ use crate::error::Result;
 /// Rows that are multiplied with H at once.
 const ROWS: usize = 512;
 
-/// Find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the damped Hessian. All is in row-major order, and
-/// columns are in the order of the factors.
+/// The problem: find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the damped Hessian. All matrices
+/// are row-major, and columns are in the order of the factors.
 #[derive(Debug)]
 pub(super) struct Problem<'a> {
     pub factors: &'a JointFactors,
     pub data: Data,
 }
 
-/// The part of a [`Problem`] that threads can share: tensors cannot.
+/// The part of a [`Problem`] that threads can share, since it holds no tensors.
 #[derive(Debug)]
 pub(super) struct Data {
     /// W0.
@@ -33,7 +33,7 @@ pub(super) struct Data {
 }
 
 impl Data {
-    /// Where the elements of some rows lie.
+    /// The elements of some rows.
     pub fn span(&self, rows: &Range<usize>) -> Range<usize> {
         rows.start * self.columns..rows.end * self.columns
     }
@@ -53,9 +53,9 @@ impl Data {
 }
 
 impl Problem<'_> {
-    /// Rows to be worked on at once, with the Hessian that is theirs: the same on any number of threads.
+    /// Rows that are worked on at once, with the index of their Hessian. They do not depend on the number of threads.
     pub fn chunks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-        let (rows, parts) = (self.data.rows, self.factors.parts.len().max(1));
+        let (rows, parts) = (self.data.rows, self.factors.parts.len());
         let of_part = rows / parts;
         (0..parts).flat_map(move |part| {
             let end = (part + 1) * of_part;
@@ -81,17 +81,17 @@ impl Problem<'_> {
     }
 }
 
-/// What a weight costs.
+/// The loss of a weight.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Loss {
-    /// By the damped Hessian, which is what is minimised.
+    /// By the damped Hessian, which the solver minimises.
     pub damped: f64,
-    /// By the Hessian itself: what calibration would see.
+    /// By the undamped Hessian: the error on the calibration inputs.
     pub bare: f64,
 }
 
 impl Loss {
-    /// Adds that of some rows of a change D, with D H.
+    /// Adds the loss of some rows of a change D, given D and D H.
     pub fn add(&mut self, part: &Part, change: &[f32], product: &[f32]) {
         let columns = part.diagonal.len();
         let damped: f64 = dots(change, product, columns).iter().sum();

@@ -1,14 +1,14 @@
-//! What conjugate gradients do to one row, in the vectors of the processor at hand.
+//! One preconditioned conjugate gradient step for one row, in SIMD.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// One row on its way: all of length d.
+/// The state of one row, all of length d.
 pub(super) struct Row<'a> {
     /// W.
     pub weight: &'a mut [f32],
     /// G = (W - W0) H.
     pub gradient: &'a mut [f32],
-    /// Where W goes next.
+    /// The direction of the next step.
     pub direction: &'a mut [f32],
     /// 1 where a weight is kept, else 0.
     pub mask: &'a [f32],
@@ -22,8 +22,8 @@ impl Row<'_> {
         Arch::new().dispatch(Turn { row: self, before: 0.0 })
     }
 
-    /// Goes along the direction, whose product with H is `product`, to the row's least objective there; then turns to the next direction,
-    /// z + (r . z / `before`) direction. Gives the new r . z, and by how much the objective went down.
+    /// Steps along the direction, whose product with H is `product`, to the least objective of the row; then sets the next
+    /// direction, z + (r . z / `before`) direction. Returns the new r . z, and by how much the objective went down.
     pub fn step(self, product: &[f32], before: f64) -> (f64, f64) {
         Arch::new().dispatch(Step { row: self, product, before })
     }
@@ -34,7 +34,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
     Arch::new().dispatch(Dot { a, b })
 }
 
-/// A quotient, 0 where there is none: a row that is solved.
+/// A quotient; 0 where it is not finite, which is where the row is solved.
 fn share(a: f64, b: f64) -> f32 {
     let share = (a / b) as f32;
     if b > 0.0 && share.is_finite() { share } else { 0.0 }
@@ -61,7 +61,7 @@ impl WithSimd for Dot<'_> {
     }
 }
 
-/// The same in fp32.
+/// The scalar product in fp32.
 #[inline(always)]
 fn short_dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let ((a, rest_a), (b, rest_b)) = (S::as_simd_f32s(a), S::as_simd_f32s(b));
@@ -149,7 +149,7 @@ mod tests {
 
     use super::*;
 
-    /// The same, number by number in fp64.
+    /// A step, number by number in fp64.
     fn plainly(row: &Row<'_>, product: &[f32], before: f64) -> (Vec<f64>, Vec<f64>, Vec<f64>, f64) {
         let double = |values: &[f32]| values.iter().map(|value| f64::from(*value)).collect::<Vec<f64>>();
         let (mut weight, mut gradient, mut direction) = (double(row.weight), double(row.gradient), double(row.direction));

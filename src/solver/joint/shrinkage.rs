@@ -1,4 +1,4 @@
-//! How much dampening the number of vectors calls for.
+//! The dampening that the number of vectors calls for.
 
 use tch::Tensor;
 
@@ -28,14 +28,14 @@ pub(super) fn shrinkage(h: &Triangle, vectors: u64) -> Result<f64> {
 fn ratio(trace: f64, squares: f64, d: f64, vectors: f64) -> f64 {
     let spread = squares - trace * trace / d;
     if !(trace.is_finite() && squares.is_finite()) || spread <= 0.0 {
-        // One input, or inputs that all look alike: there is nothing to shrink.
+        // One input, or inputs that are all equally large and uncorrelated: there is nothing to shrink.
         return 0.0;
     }
     let shrink = ((1.0 - 2.0 / d) * squares + trace * trace) / ((vectors + 1.0 - 2.0 / d) * spread);
     if shrink < 1.0 { (shrink / (1.0 - shrink)).min(MOST) } else { MOST }
 }
 
-/// More is as good as nothing but the weights themselves.
+/// The most that is useful: with more, the solution is the original weight.
 const MOST: f64 = 10.0;
 
 #[cfg(test)]

@@ -1,25 +1,25 @@
-//! Weights onto the palette, column by column, the later ones making up for the errors of the earlier.
+//! Rounds weights to their palettes column by column, with error feedback to the later columns.
 
 use rayon::prelude::*;
 use tch::Tensor;
 
 use super::super::factor::inverse;
 use super::super::matrix::{block, copy, panels, to_vec};
-use super::levels::Levels;
 use super::problem::Problem;
+use super::sorted_codebook::SortedCodebook;
 use crate::error::Result;
 use crate::product::add_product;
 
-/// Columns after which the rest of the row is brought up to date.
+/// Columns after which the rest of the row is updated.
 const BLOCK: i64 = 128;
 
-/// Gives each kept weight a palette entry as SparseGPT prunes (Frantar and Alistarh 2023; GPTQ, arXiv:2210.17323): q is the entry nearest to w,
-/// or 0 where pruned, and e = (w - q) / U_jj goes to the columns after it, w -= e U_j. By the [`Factor`](super::super::Factor) R, as in
-/// [`prune`](super::super::prune).
+/// Gives each kept weight a palette entry by the update of SparseGPT (Frantar and Alistarh 2023; GPTQ, arXiv:2210.17323): q is
+/// the entry nearest to w, or 0 where pruned, and e = (w - q) / U_jj is fed back to the columns after it, w -= e U_j. The
+/// update uses the [`Factor`](super::super::Factor) R, as [`prune`](super::super::prune) does.
 ///
-/// `weight` is where it starts: weights that are the best on their mask, for then the objective is, but for a constant, the distance
-/// from them.
-pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) -> Result<()> {
+/// `weight` are the weights to start from. They should be the least-squares weights on their mask: then the objective is, but
+/// for a constant, the distance from them.
+pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCodebook) -> Result<()> {
     let data = &problem.data;
     let d = data.columns as i64;
     for (part, rows) in problem.chunks() {
@@ -36,10 +36,10 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) 
             let now = copy(&before)?;
             add_product(&now, &block(&left, 0..count, columns.clone())?, &upper)?;
             let mut values = to_vec(&now)?;
-            let entries = sweep_block(problem, levels, &mut values, &to_vec(&upper)?, rows.start, columns.start as usize);
+            let entries = sweep_block(problem, sorted, &mut values, &to_vec(&upper)?, rows.start, columns.start as usize);
             for (row, entries) in entries.chunks(width as usize).enumerate() {
                 let start = (rows.start + row) * data.columns + columns.start as usize;
-                levels.indices[start..start + entries.len()].copy_from_slice(entries);
+                sorted.indices[start..start + entries.len()].copy_from_slice(entries);
             }
             if columns.end < d {
                 let stored = Tensor::f_from_slice(&values)?.f_reshape([count, width])?.f_to_device(triangle.device())?;
@@ -51,13 +51,21 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], levels: &mut Levels) 
     Ok(())
 }
 
-/// Sweeps over a block [rows, b] whose first element lies at `row` and `column`; `values` become what is stored. Gives the entries.
-fn sweep_block(problem: &Problem<'_>, levels: &Levels, values: &mut [f32], upper: &[f32], row: usize, column: usize) -> Vec<u8> {
+/// Sweeps over a block [rows, b] whose first element is at `row` and `column`; `values` become the rounded ones. Returns the
+/// indices.
+fn sweep_block(
+    problem: &Problem<'_>,
+    sorted: &SortedCodebook,
+    values: &mut [f32],
+    upper: &[f32],
+    row: usize,
+    column: usize,
+) -> Vec<u8> {
     let data = &problem.data;
     let width = upper.len().isqrt();
     let mut entries = vec![0; values.len()];
     values.par_chunks_mut(width).zip(entries.par_chunks_mut(width)).enumerate().for_each(|(at, (values, entries))| {
-        let palette = levels.of_row(row + at);
+        let palette = sorted.of_row(row + at);
         let start = (row + at) * data.columns + column;
         for j in 0..width {
             let (done, rest) = values.split_at_mut(j + 1);

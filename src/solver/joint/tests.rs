@@ -1,10 +1,10 @@
-//! That no part of the solver raises what it is to lower, and that each finds the optimum where that can be computed.
+//! No step of the solver raises the objective, and each finds the optimum where that can be computed.
 
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::levels::Levels;
 use super::problem::Problem;
+use super::sorted_codebook::SortedCodebook;
 use super::*;
 use crate::codebook::{BitWidth, Codebook};
 use crate::random::noise;
@@ -41,13 +41,13 @@ fn problem(factors: &JointFactors, rows: usize, columns: usize, sparsity: f64, s
 }
 
 /// Evenly spaced palettes and random indices.
-fn levels(problem: &Problem<'_>, entries: usize, group_rows: usize) -> Levels {
+fn sorted(problem: &Problem<'_>, entries: usize, group_rows: usize) -> SortedCodebook {
     let groups = problem.data.rows / group_rows;
     let palettes: Vec<f16> =
         (0..groups * entries).map(|at| f16::from_f64(3.0 * ((at % entries) as f64 + 0.5) / entries as f64 - 1.5)).collect();
     let random = uniform(problem.data.original.len(), 500);
     let indices = random.iter().map(|random| (f64::from(*random) * entries as f64) as u8).collect();
-    Levels::new(&codebook(palettes, entries, group_rows), indices)
+    SortedCodebook::new(&codebook(palettes, entries, group_rows), indices)
 }
 
 fn codebook(palettes: Vec<f16>, entries: usize, group_size: usize) -> Codebook {
@@ -55,13 +55,13 @@ fn codebook(palettes: Vec<f16>, entries: usize, group_size: usize) -> Codebook {
     Codebook { bits, axis: 0, group_size, palettes, scales: None }
 }
 
-fn value(data: &Data, levels: &Levels, at: usize) -> f32 {
-    if data.kept(at) { levels.value(at, data.columns) } else { 0.0 }
+fn value(data: &Data, sorted: &SortedCodebook, at: usize) -> f32 {
+    if data.kept(at) { sorted.value(at, data.columns) } else { 0.0 }
 }
 
-fn loss(problem: &Problem<'_>, levels: &Levels) -> f64 {
+fn loss(problem: &Problem<'_>, sorted: &SortedCodebook) -> f64 {
     let data = &problem.data;
-    problem.loss(|at| value(data, levels, at)).unwrap().damped
+    problem.loss(|at| value(data, sorted, at)).unwrap().damped
 }
 
 /// Weights refitted on their mask; what the fit takes for their loss is their loss.
@@ -70,9 +70,9 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
         let span = problem.data.span(&rows);
         let keep: Vec<bool> = span.clone().map(|at| problem.data.kept(at)).collect();
         let original = &problem.data.original[span.clone()];
-        let mut fit = Fit::new(problem.part(part), original, &weight[span.clone()], &keep).unwrap();
+        let mut fit = MaskedLeastSquares::new(problem.part(part), original, &weight[span.clone()], &keep).unwrap();
         fit.descend(steps, 0.0).unwrap();
-        let again = Fit::new(problem.part(part), original, &fit.weight, &keep).unwrap().losses();
+        let again = MaskedLeastSquares::new(problem.part(part), original, &fit.weight, &keep).unwrap().losses();
         for (kept, again) in fit.losses().iter().zip(again) {
             assert!((kept - again).abs() <= 1e-4 * again + 1e-9, "{kept} and {again}");
         }
@@ -80,9 +80,9 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
     }
 }
 
-fn refit_palettes(problem: &Problem<'_>, levels: &mut Levels, steps: usize) {
-    let slope = entries::slope(problem, levels).unwrap();
-    entries::refit_palettes(problem, levels, &slope, steps).unwrap();
+fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, steps: usize) {
+    let gradient = entries::palette_gradient(problem, sorted).unwrap();
+    entries::refit_palettes(problem, sorted, &gradient, steps).unwrap();
 }
 
 /// A problem of any shape: convolution groups, rows in each, columns, sparsity, seed.
@@ -123,16 +123,16 @@ proptest! {
         let factors = factors(groups, d as i64, seed, Order::Natural);
         let rows = groups as usize * of_part;
         let problem = problem(&factors, rows, d, sparsity, seed);
-        let mut levels = levels(&problem, 1 << bits, if whole { rows } else { 2 });
-        let mut before = loss(&problem, &levels);
+        let mut sorted = sorted(&problem, 1 << bits, if whole { rows } else { 2 });
+        let mut before = loss(&problem, &sorted);
         for steps in [1, 3] {
-            refit_palettes(&problem, &mut levels, steps);
-            let after = loss(&problem, &levels);
+            refit_palettes(&problem, &mut sorted, steps);
+            let after = loss(&problem, &sorted);
             prop_assert!(not_above(after, before), "palette: {} after {}", after, before);
-            prop_assert!(levels.values().chunks(1 << bits).all(|palette| palette.is_sorted()));
-            let changed = polish::polish(&problem, &mut levels).unwrap();
+            prop_assert!(sorted.values().chunks(1 << bits).all(|palette| palette.is_sorted()));
+            let changed = polish::polish(&problem, &mut sorted).unwrap();
             before = after;
-            let after = loss(&problem, &levels);
+            let after = loss(&problem, &sorted);
             prop_assert!(not_above(after, before), "polish: {} after {}", after, before);
             prop_assert!(changed == 0 || after < before);
             before = after;
@@ -144,20 +144,20 @@ proptest! {
         let factors = factors(groups, d as i64, seed, Order::Natural);
         let rows = groups as usize * of_part;
         let problem = problem(&factors, rows, d, sparsity, seed);
-        let mut levels = levels(&problem, 4, 2);
+        let mut sorted = sorted(&problem, 4, 2);
         let mut turns = 0;
-        while polish::polish(&problem, &mut levels).unwrap() > 0 {
+        while polish::polish(&problem, &mut sorted).unwrap() > 0 {
             turns += 1;
             prop_assert!(turns < 200);
         }
-        let least = loss(&problem, &levels);
+        let least = loss(&problem, &sorted);
         for at in (0..problem.data.original.len()).filter(|at| problem.data.kept(*at)).step_by(7) {
-            let old = levels.indices[at];
+            let old = sorted.indices[at];
             for other in 0..4 {
-                levels.indices[at] = other;
-                prop_assert!(loss(&problem, &levels) >= least * (1.0 - 1e-4));
+                sorted.indices[at] = other;
+                prop_assert!(loss(&problem, &sorted) >= least * (1.0 - 1e-4));
             }
-            levels.indices[at] = old;
+            sorted.indices[at] = old;
         }
     }
 }
@@ -166,7 +166,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
-    fn exchanges_lower_the_objective_and_keep_the_number_of_zeros(
+    fn swaps_lower_the_objective_and_keep_the_number_of_zeros(
         (groups, of_part, d, _, seed) in shapes(),
         of_two in any::<bool>(),
     ) {
@@ -179,7 +179,7 @@ proptest! {
         let group = of_two.then_some(2);
         let effort = Effort { refit_steps: 0, exchange_turns: 4, exchange_steps: 4, ..Effort::LEAST };
         let mut new = keep.clone();
-        let said = settle(&problem, &mut weight, &mut new, &effort, group).unwrap();
+        let said = super::refit(&problem, &mut weight, &mut new, &effort, group).unwrap();
         problem.data.keep = Some(new.clone());
         let Loss { damped: after, bare } = problem.loss(|at| weight[at]).unwrap();
         prop_assert!(not_above(after, before), "{} after {}", after, before);
@@ -199,7 +199,7 @@ proptest! {
 /// Where inputs are much alike, a weight that comes must not begin where it is to end: all rows would get so much worse by it that a few steps
 /// do not bring them back.
 #[test]
-fn exchanges_pay_within_a_few_steps_where_inputs_are_alike() {
+fn swaps_pay_within_a_few_steps_where_inputs_are_alike() {
     let (d, rows) = (384, 64);
     // A spectrum that falls as the ranks' roots do.
     let ranks = Tensor::arange(d as i64, (Kind::Float, Device::Cpu)) + 1.0;
@@ -224,12 +224,12 @@ fn exchanges_pay_within_a_few_steps_where_inputs_are_alike() {
     refit(&problem, &mut alone, 40);
     let refitted = problem.loss(|at| alone[at]).unwrap().damped;
     let effort = Effort { refit_steps: 0, exchange_turns: 3, exchange_steps: 4, ..Effort::LEAST };
-    settle(&problem, &mut weight, &mut keep, &effort, None).unwrap();
+    super::refit(&problem, &mut weight, &mut keep, &effort, None).unwrap();
     problem.data.keep = Some(keep);
     // What the masks are worth, not the steps.
     refit(&problem, &mut weight, 40);
     let after = problem.loss(|at| weight[at]).unwrap().damped;
-    assert!(after < 0.9 * refitted, "{refitted}, with exchanges {after}");
+    assert!(after < 0.9 * refitted, "{refitted}, with swaps {after}");
 }
 
 /// The damped H of the first group in fp64.
@@ -265,7 +265,7 @@ fn many_steps_of_palette_refit_are_the_least_squares_solution() {
     let (d, rows, entries) = (30, 4, 4);
     let factors = factors(1, d as i64, 6, Order::Natural);
     let problem = problem(&factors, rows, d, 0.4, 6);
-    let mut levels = levels(&problem, entries, rows);
+    let mut sorted = sorted(&problem, entries, rows);
     let h = whole(&factors);
     // One column for each entry: what its weights change of the whole [o d] vector.
     let mut matrix = Tensor::zeros([entries as i64; 2], (Kind::Double, Device::Cpu));
@@ -273,7 +273,7 @@ fn many_steps_of_palette_refit_are_the_least_squares_solution() {
     for row in 0..rows {
         let mut ones = vec![0.0_f64; entries * d];
         for column in (0..d).filter(|column| problem.data.kept(row * d + column)) {
-            ones[usize::from(levels.indices[row * d + column]) * d + column] = 1.0;
+            ones[usize::from(sorted.indices[row * d + column]) * d + column] = 1.0;
         }
         let ones = Tensor::from_slice(&ones).reshape([entries as i64, d as i64]);
         let original = Tensor::from_slice(&problem.data.original[row * d..(row + 1) * d]).to_kind(Kind::Double).unsqueeze(1);
@@ -283,8 +283,8 @@ fn many_steps_of_palette_refit_are_the_least_squares_solution() {
     let exact: Vec<f64> = Vec::try_from(Tensor::linalg_solve(&matrix, &right, true).squeeze_dim(1)).unwrap();
     let mut exact = exact;
     exact.sort_by(f64::total_cmp);
-    refit_palettes(&problem, &mut levels, 40);
-    for (ours, exact) in levels.values().iter().zip(&exact) {
+    refit_palettes(&problem, &mut sorted, 40);
+    for (ours, exact) in sorted.values().iter().zip(&exact) {
         assert!((f64::from(*ours) - exact).abs() < 2e-3 * (1.0 + exact.abs()), "{ours} and {exact}");
     }
 }
@@ -295,13 +295,13 @@ fn a_sweep_beats_the_nearest_entries() {
     for seed in 0..10 {
         let factors = factors(2, 60, seed, Order::Natural);
         let problem = problem(&factors, 8, 60, 0.3, seed);
-        let mut levels = levels(&problem, 8, 4);
+        let mut sorted = sorted(&problem, 8, 4);
         let nearest =
-            (0..problem.data.original.len()).map(|at| levels.of_row(at / 60).nearest(problem.data.original[at])).collect();
-        levels.indices = nearest;
-        let before = loss(&problem, &levels);
-        sweep::sweep(&problem, &problem.data.original, &mut levels).unwrap();
-        better += usize::from(loss(&problem, &levels) < before);
+            (0..problem.data.original.len()).map(|at| sorted.of_row(at / 60).nearest(problem.data.original[at])).collect();
+        sorted.indices = nearest;
+        let before = loss(&problem, &sorted);
+        sweep::sweep(&problem, &problem.data.original, &mut sorted).unwrap();
+        better += usize::from(loss(&problem, &sorted) < before);
     }
     assert_eq!(better, 10);
 }
@@ -326,12 +326,12 @@ fn entries_are_the_nearest_whatever_their_number() {
     for bits in [1, 3, 6, 8] {
         let entries = 1_usize << bits;
         let palette: Vec<f16> = (0..entries).map(|at| f16::from_f64((at as f64).powf(1.5) / 7.0 - 1.0)).collect();
-        let levels = Levels::new(&codebook(palette.clone(), entries, 1), vec![0]);
+        let sorted = SortedCodebook::new(&codebook(palette.clone(), entries, 1), vec![0]);
         for at in 0..2000 {
             let value = at as f32 * 0.3 - 2.0;
             let distance = |entry: &f16| (entry.to_f32() - value).abs();
             let best = palette.iter().map(distance).fold(f32::INFINITY, f32::min);
-            assert!(distance(&palette[usize::from(levels.of_row(0).nearest(value))]) <= best * (1.0 + 1e-6));
+            assert!(distance(&palette[usize::from(sorted.of_row(0).nearest(value))]) <= best * (1.0 + 1e-6));
         }
     }
 }

@@ -39,16 +39,14 @@ impl Histogram {
         let key = key(value);
         let (low, high) = self.range.unwrap_or((key, key));
         self.range = Some((low.min(key), high.max(key)));
-        if let Some(slot) = self.weights.get_mut(usize::from(key)) {
-            *slot += weight;
-        }
+        self.weights[usize::from(key)] += weight;
     }
 
     /// Puts the values with a weight in `buckets`, ascending, and forgets them.
     pub fn drain(&mut self, buckets: &mut Vec<Bucket>) {
         buckets.clear();
         let Some((low, high)) = self.range.take() else { return };
-        let slots = self.weights.get_mut(usize::from(low)..=usize::from(high)).unwrap_or_default();
+        let slots = &mut self.weights[usize::from(low)..=usize::from(high)];
         for (key, slot) in (low..=high).zip(slots) {
             if *slot > 0.0 {
                 buckets.push(Bucket { value: value(key), weight: *slot });
@@ -75,16 +73,14 @@ impl Nearest {
         let mut begin = 0;
         for (entry, (&this, next)) in (0_u8..=u8::MAX).zip(palette.iter().zip(palette.iter().skip(1).map(Some).chain([None]))) {
             let end = next.map_or(KEYS, |&next| first_nearer_to(next, this));
-            if let Some(slots) = self.entries.get_mut(begin..end) {
-                slots.fill(entry);
-            }
+            self.entries[begin..end].fill(entry);
             begin = end;
         }
     }
 
     /// The entry for a value.
     pub fn entry(&self, value: f16) -> u8 {
-        self.entries.get(usize::from(key(value))).copied().unwrap_or(0)
+        self.entries[usize::from(key(value))]
     }
 }
 

@@ -234,7 +234,9 @@ fn first_after(from: usize, last: usize, holds: impl Fn(usize) -> bool) -> Optio
 /// the remaining ones, and by the Monge property the two together are no dearer than `few` and `many`: so each is cheapest.
 fn splice(few: &Cuts, many: &Cuts, clusters: usize) -> Vec<usize> {
     let lacking = clusters - few.clusters();
-    let later = (1..few.ends.len()).find(|&at| many.ends[at + lacking] <= few.ends[at]).unwrap_or(few.clusters());
+    let later = (1..few.ends.len()).find(|&at| many.ends[at + lacking] <= few.ends[at]);
+    // At the last end of both, n, it holds at the latest.
+    let later = later.unwrap_or(few.clusters());
     let (head, tail) = (&many.ends[..later + lacking], &few.ends[later..]);
     [head, tail].concat()
 }

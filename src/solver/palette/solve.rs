@@ -140,7 +140,7 @@ fn divided(weight: &[f16], scales: &[f16], row: usize) -> Vec<f16> {
     scaled
 }
 
-/// What is palettized, by weight.
+/// The values that are palettized, with their mask and importance.
 #[derive(Debug, Clone, Copy)]
 struct Values<'a> {
     name: &'a str,
@@ -153,17 +153,12 @@ impl Values<'_> {
     /// Counts the kept values of a group, by importance if `weighted`.
     fn count(&self, layout: &Layout, group: usize, weighted: bool, histogram: &mut Histogram) {
         for run in layout.runs(group) {
-            let values = self.values.get(run.clone()).unwrap_or_default();
-            let keep = self.keep.and_then(|keep| keep.get(run.clone()));
-            let importance = self.importance.filter(|_| weighted).and_then(|importance| importance.get(run));
-            match (keep, importance) {
-                (None, None) => values.iter().for_each(|&value| histogram.add(value, 1.0)),
-                _ => {
-                    for (at, &value) in values.iter().enumerate() {
-                        if keep.is_none_or(|keep| keep.get(at) == Some(&true)) {
-                            histogram.add(value, importance.and_then(|all| all.get(at)).copied().unwrap_or(1.0));
-                        }
-                    }
+            let values = &self.values[run.clone()];
+            let keep = self.keep.map(|keep| &keep[run.clone()]);
+            let importance = self.importance.filter(|_| weighted).map(|importance| &importance[run]);
+            for (at, &value) in values.iter().enumerate() {
+                if keep.is_none_or(|keep| keep[at]) {
+                    histogram.add(value, importance.map_or(1.0, |importance| importance[at]));
                 }
             }
         }
@@ -173,8 +168,8 @@ impl Values<'_> {
     fn look_up(&self, layout: &Layout, group: usize, nearest: &Nearest) -> Vec<u8> {
         let mut indices = Vec::with_capacity(layout.group_len());
         for run in layout.runs(group) {
-            let values = self.values.get(run.clone()).unwrap_or_default();
-            match self.keep.and_then(|keep| keep.get(run)) {
+            let values = &self.values[run.clone()];
+            match self.keep.map(|keep| &keep[run]) {
                 None => indices.extend(values.iter().map(|&value| nearest.entry(value))),
                 Some(keep) => {
                     indices.extend(values.iter().zip(keep).map(|(&value, &keep)| if keep { nearest.entry(value) } else { 0 }));
@@ -185,7 +180,7 @@ impl Values<'_> {
     }
 }
 
-/// What a thread needs for a group, kept for its next one: some 0.6 MB.
+/// Buffers of a thread for one group, kept for its next one: some 0.6 MB.
 #[derive(Debug)]
 struct Workspace {
     histogram: Histogram,
@@ -212,6 +207,7 @@ impl Workspace {
         let mut palette = optimal_palette(&self.buckets, entries).map_err(named)?;
         self.nearest.set(&palette);
         let indices = values.look_up(layout, group, &self.nearest);
+        // A group that is pruned whole has no values, and a palette of zeros.
         let last = palette.last().copied().unwrap_or(f16::ZERO);
         palette.resize(entries, last);
         Ok((palette, indices))

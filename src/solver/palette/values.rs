@@ -37,7 +37,7 @@ pub fn optimal_palette(buckets: &[Bucket], entries: usize) -> Result<Vec<f16>> {
     }
     let line = Line::new(buckets.iter().map(|bucket| (bucket.value.to_f64(), bucket.weight)).collect());
     let ends = line.best(entries, expected_price(buckets, entries));
-    let clusters = ends.iter().zip(ends.iter().skip(1)).map(|(&begin, &end)| buckets.get(begin..end).unwrap_or_default());
+    let clusters = ends.windows(2).map(|ends| &buckets[ends[0]..ends[1]]);
     // Means lie between the smallest and the largest value of their clusters, which are fp16: so rounding keeps them apart.
     Ok(clusters.map(|cluster| rounded(mean(cluster))).collect())
 }
@@ -67,11 +67,9 @@ fn mean(cluster: &[Bucket]) -> f64 {
     let (weight, sum) = cluster
         .iter()
         .fold((0.0, 0.0), |(weight, sum), bucket| (weight + bucket.weight, sum + bucket.weight * bucket.value.to_f64()));
-    let within = |value: f64| match (cluster.first(), cluster.last()) {
-        (Some(first), Some(last)) => value.max(first.value.to_f64()).min(last.value.to_f64()),
-        _ => value,
-    };
-    within(sum / weight)
+    // Rounding must not move the mean out of its cluster, which has at least one value.
+    let (first, last) = (cluster[0].value.to_f64(), cluster[cluster.len() - 1].value.to_f64());
+    (sum / weight).max(first).min(last)
 }
 
 /// About what one more entry saves, from the error of a fine quantizer for the density p of the values,

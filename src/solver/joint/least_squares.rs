@@ -1,4 +1,4 @@
-//! The best weights on a mask.
+//! Least-squares weights on a fixed mask.
 
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -9,29 +9,30 @@ use super::problem::dots;
 use super::row::Row;
 use crate::error::Result;
 
-/// Rows of a weight on their way to the least tr((W - W0) H (W - W0)^T), with its slope: all [o, d].
+/// The state of the masked least-squares solve for some rows: weights, gradient and mask, [o, d] each. The objective is
+/// tr((W - W0) H (W - W0)^T).
 #[derive(Debug, Clone)]
-pub(super) struct Fit<'a> {
+pub(super) struct MaskedLeastSquares<'a> {
     part: &'a Part,
     original: &'a [f32],
     /// W.
     pub weight: Vec<f32>,
-    /// G = (W - W0) H, in all columns: brought up to date with W, so that it costs no product of its own.
+    /// G = (W - W0) H in all columns. It is updated together with W, which saves a product.
     pub gradient: Vec<f32>,
     /// 1 where a weight may be other than zero, else 0.
     pub mask: Vec<f32>,
 }
 
-impl<'a> Fit<'a> {
+impl<'a> MaskedLeastSquares<'a> {
     /// Starts at `weight`, which is zero where it is not kept. One product with H.
     pub fn new(part: &'a Part, original: &'a [f32], weight: &[f32], keep: &[bool]) -> Result<Self> {
         let change: Vec<f32> = weight.par_iter().zip(original).map(|(new, old)| new - old).collect();
         let gradient = part.times(&change)?;
         let mask = keep.iter().map(|keep| f32::from(u8::from(*keep))).collect();
-        Ok(Fit { part, original, weight: weight.to_vec(), gradient, mask })
+        Ok(MaskedLeastSquares { part, original, weight: weight.to_vec(), gradient, mask })
     }
 
-    /// The Hessian that is theirs.
+    /// The Hessian of these rows.
     pub fn part(&self) -> &'a Part {
         self.part
     }
@@ -54,8 +55,8 @@ impl<'a> Fit<'a> {
         Ok(())
     }
 
-    /// Takes rows over from another fit of the same.
-    pub fn take_row(&mut self, row: usize, other: &Fit<'_>) {
+    /// Copies a row from another state of the same rows.
+    pub fn take_row(&mut self, row: usize, other: &MaskedLeastSquares<'_>) {
         let d = self.part.diagonal.len();
         let span = row * d..(row + 1) * d;
         self.weight[span.clone()].copy_from_slice(&other.weight[span.clone()]);
@@ -63,11 +64,12 @@ impl<'a> Fit<'a> {
         self.mask[span.clone()].copy_from_slice(&other.mask[span]);
     }
 
-    /// Lowers the objective over the kept weights: conjugate gradients for all rows at once, each row with its own step, preconditioned by
-    /// the diagonal of H. One product with H a step. Ends before `steps` where one has lowered the objective by less than a share `worth` of it.
+    /// Lowers the objective over the kept weights by conjugate gradients, preconditioned by the diagonal of H, for all rows at
+    /// once, each row with its own step length. Each step takes one product with H. It ends before `steps` steps when one has
+    /// lowered the objective by less than a share `least_gain` of it.
     ///
     /// No step raises a row's objective.
-    pub fn descend(&mut self, steps: usize, worth: f64) -> Result<()> {
+    pub fn descend(&mut self, steps: usize, least_gain: f64) -> Result<()> {
         let d = self.part.diagonal.len();
         let mut direction = Tensor::f_zeros([(self.weight.len() / d) as i64, d as i64], (Kind::Float, Device::Cpu))?;
         let mut before: Vec<f64> = self.rows(numbers_mut(&mut direction)?).map(Row::begin).collect();
@@ -78,7 +80,7 @@ impl<'a> Fit<'a> {
             let done: Vec<(f64, f64)> = rows.map(|((row, product), before)| row.step(product, *before)).collect();
             let lower: f64 = done.iter().map(|(_, lower)| lower).sum();
             left -= lower;
-            if lower < worth * left {
+            if lower < least_gain * left {
                 break;
             }
             before = done.into_iter().map(|(now, _)| now).collect();
@@ -86,7 +88,7 @@ impl<'a> Fit<'a> {
         Ok(())
     }
 
-    /// Row by row, each with its part of `direction`.
+    /// The rows, each with its part of `direction`.
     fn rows<'b>(&'b mut self, direction: &'b mut [f32]) -> impl IndexedParallelIterator<Item = Row<'b>> {
         let conditioner = self.part.conditioner.as_slice();
         let d = conditioner.len();

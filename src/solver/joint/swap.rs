@@ -1,65 +1,65 @@
-//! A better mask of the same size.
+//! Swaps pruned and kept weights: a better mask of the same size.
 
 use std::cmp::Ordering;
 
 use rayon::prelude::*;
 
-use super::fit::Fit;
+use super::least_squares::MaskedLeastSquares;
 use crate::error::Result;
 
-/// How many exchanges a row begins with, as a share of its columns.
-const FIRST: usize = 24;
+/// Columns of a row for each swap of the first round.
+const COLUMNS_A_SWAP: usize = 24;
 
-/// What is exchanged, and how often.
+/// The settings of [`swap`].
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Exchange {
-    /// Turns at most.
-    pub turns: usize,
-    /// Steps of [`Fit::descend`] after each.
+pub(super) struct Swaps {
+    /// Rounds at most.
+    pub rounds: usize,
+    /// Steps of [`MaskedLeastSquares::descend`] after each round.
     pub steps: usize,
-    /// What such a step is to be worth.
-    pub worth: f64,
-    /// m of n:m, within whose groups weights change places.
+    /// The share by which such a step must lower the objective for the next one to be taken.
+    pub least_gain: f64,
+    /// m of n:m, within whose groups weights are swapped.
     pub group: Option<usize>,
 }
 
-/// Lets pruned weights that would lower a row's objective change places with kept ones that hardly do, lets the row settle, and takes it
-/// back where that was no gain: no row gets worse, and each keeps its number of weights. One product with H a turn, and one a step.
+/// Swaps pruned weights of high estimated gain with kept weights of low cost, refits the row, and reverts rows that did not
+/// improve: no row gets worse, and each keeps its number of weights. Each round takes one product with H, and one a step.
 ///
-/// With v_j = 1 / [H^-1]_jj, what a weight is worth when all others make up for it: a pruned weight k would gain about G_k^2 / v_k, a kept
-/// weight j cost about w_j^2 v_j. One that comes begins where it would go alone, at -G_k / H_kk: begun where it is to end, at -G_k / v_k, before
-/// the others have made up for it, all of them together raise the objective manyfold where inputs are alike.
-pub(super) fn exchange(fit: &mut Fit<'_>, how: Exchange) -> Result<()> {
-    let d = fit.part().diagonal.len();
-    let mut losses = fit.losses();
-    let mut limits = vec![(d / FIRST).max(1); losses.len()];
-    for _ in 0..how.turns {
-        let mut tried = fit.clone();
-        let mut change = vec![0.0; fit.weight.len()];
+/// Let v_j = 1 / [H^-1]_jj, the curvature in weight j when all others compensate. Reviving a pruned weight k gains about
+/// G_k^2 / v_k; pruning a kept weight j costs about w_j^2 v_j. A revived weight starts at its single-coordinate optimum
+/// -G_k / H_kk. Its joint optimum -G_k / v_k overshoots where many weights of correlated inputs are revived at once.
+pub(super) fn swap(solve: &mut MaskedLeastSquares<'_>, settings: Swaps) -> Result<()> {
+    let d = solve.part().diagonal.len();
+    let mut losses = solve.losses();
+    let mut limits = vec![(d / COLUMNS_A_SWAP).max(1); losses.len()];
+    for _ in 0..settings.rounds {
+        let mut tried = solve.clone();
+        let mut change = vec![0.0; solve.weight.len()];
         let rows = change.par_chunks_mut(d).zip(tried.mask.par_chunks_mut(d)).zip(&limits).enumerate();
-        let (weight, gradient) = (fit.weight.as_slice(), fit.gradient.as_slice());
-        let (scale, conditioner) = (fit.part().scale.as_slice(), fit.part().conditioner.as_slice());
+        let (weight, gradient) = (solve.weight.as_slice(), solve.gradient.as_slice());
+        let (scale, conditioner) = (solve.part().scale.as_slice(), solve.part().conditioner.as_slice());
         let counts = rows.map(|(row, ((change, mask), limit))| {
             let span = row * d..(row + 1) * d;
             let row = Row { change, mask, weight: &weight[span.clone()], gradient: &gradient[span], scale, conditioner };
-            if *limit == 0 { 0 } else { row.exchange(*limit, how.group) }
+            if *limit == 0 { 0 } else { row.swap(*limit, settings.group) }
         });
         let counts: Vec<usize> = counts.collect();
         if counts.iter().all(|count| *count == 0) {
             break;
         }
         tried.add(&change)?;
-        // A kept weight that goes is gone, whatever rounding left of it.
+        // A newly pruned weight is exactly zero, whatever rounding left of it.
         let gone = tried.weight.par_iter_mut().zip(&tried.mask);
         gone.filter(|(_, mask)| **mask == 0.0).for_each(|(weight, _)| *weight = 0.0);
-        tried.descend(how.steps, how.worth)?;
+        tried.descend(settings.steps, settings.least_gain)?;
         let new = tried.losses();
         for (row, count) in counts.iter().enumerate() {
             if *count > 0 && new[row] < losses[row] {
-                fit.take_row(row, &tried);
+                solve.take_row(row, &tried);
                 losses[row] = new[row];
             } else {
-                // Too many at once, or none that is worth it.
+                // Too many swaps at once, or none that gains.
                 limits[row] = *count / 4;
             }
         }
@@ -78,8 +78,8 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// Exchanges up to `limit` pairs, those first that gain most; says how many.
-    fn exchange(self, limit: usize, group: Option<usize>) -> usize {
+    /// Swaps up to `limit` pairs, those of the largest gain first; returns how many.
+    fn swap(self, limit: usize, group: Option<usize>) -> usize {
         let d = self.weight.len();
         let mut pairs: Vec<(f32, usize, usize)> = match group {
             None => {
@@ -95,20 +95,20 @@ impl Row<'_> {
                 best.collect()
             }
         };
-        pairs.retain(|(worth, ..)| *worth > 0.0);
+        pairs.retain(|(gain, ..)| *gain > 0.0);
         pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         pairs.truncate(limit);
-        for (_, comes, goes) in &pairs {
-            self.mask[*comes] = 1.0;
-            self.change[*comes] = -self.gradient[*comes] * self.conditioner[*comes];
-            self.mask[*goes] = 0.0;
-            self.change[*goes] = -self.weight[*goes];
+        for (_, revived, pruned) in &pairs {
+            self.mask[*revived] = 1.0;
+            self.change[*revived] = -self.gradient[*revived] * self.conditioner[*revived];
+            self.mask[*pruned] = 0.0;
+            self.change[*pruned] = -self.weight[*pruned];
         }
         pairs.len()
     }
 
-    /// What pruned columns would gain, the most first, and what kept ones would cost, the least first; of equals the first. `count` of each
-    /// at most.
+    /// The gains of reviving pruned columns, largest first, and the costs of pruning kept ones, smallest first, each with its
+    /// column; equals in the order of their columns. At most `count` of each.
     #[expect(clippy::type_complexity, reason = "two lists of the same kind")]
     fn ranked(&self, columns: std::ops::Range<usize>, count: usize) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
         let (kept, pruned): (Vec<usize>, Vec<usize>) =
@@ -121,7 +121,7 @@ impl Row<'_> {
     }
 }
 
-/// Leaves the first `count` of a list in order, and drops the others.
+/// Keeps the first `count` elements by `order`, sorted.
 fn first<T>(list: &mut Vec<T>, count: usize, order: impl Fn(&T, &T) -> Ordering) {
     if count < list.len() {
         let _ = list.select_nth_unstable_by(count, &order);

@@ -1,22 +1,22 @@
-//! Palettes in fp32, and which of their entries each weight has.
+//! Sorted palettes in fp32, and the index of each weight: the form in which the solver works on a codebook.
 
 use half::f16;
 use rayon::prelude::*;
 
 use crate::codebook::Codebook;
 
-/// The palettes of groups of rows, and indices into them.
+/// The palettes of groups of rows, sorted for the search of the nearest entry, and the indices into them.
 #[derive(Debug, Clone)]
-pub(super) struct Levels {
+pub(super) struct SortedCodebook {
     /// 2^bits.
     pub entries: usize,
     /// Rows that share a palette.
     pub group_rows: usize,
     /// [groups, entries], each ascending, fp16 numbers.
     values: Vec<f32>,
-    /// [groups, entries - 1]: half way between neighbours.
+    /// [groups, entries - 1]: the midpoints of neighbours.
     middles: Vec<f32>,
-    /// [o, d]; of pruned elements 0, without meaning.
+    /// [o, d]; 0, without meaning, for pruned elements.
     pub indices: Vec<u8>,
 }
 
@@ -29,7 +29,7 @@ pub(super) struct Palette<'a> {
 }
 
 impl Palette<'_> {
-    /// The nearest entry; of two as near, the lower.
+    /// The index of the nearest entry; the lower of two equally near ones.
     pub fn nearest(&self, value: f32) -> u8 {
         // At most 256 entries.
         if self.middles.len() < 32 {
@@ -40,13 +40,13 @@ impl Palette<'_> {
     }
 }
 
-impl Levels {
+impl SortedCodebook {
     /// Of a codebook along output channels, whose palettes are ascending.
     pub fn new(codebook: &Codebook, indices: Vec<u8>) -> Self {
         let (entries, group_rows) = (codebook.bits.entries(), codebook.group_size);
-        let mut levels = Levels { entries, group_rows, values: Vec::new(), middles: Vec::new(), indices };
-        levels.set(codebook.palettes.iter().map(|value| value.to_f32()).collect());
-        levels
+        let mut sorted = SortedCodebook { entries, group_rows, values: Vec::new(), middles: Vec::new(), indices };
+        sorted.set(codebook.palettes.iter().map(|value| value.to_f32()).collect());
+        sorted
     }
 
     fn set(&mut self, values: Vec<f32>) {
@@ -65,7 +65,7 @@ impl Levels {
         &self.values
     }
 
-    /// The entries as they are stored.
+    /// The palettes as a codebook stores them.
     pub fn palettes(&self) -> Vec<f16> {
         self.values.iter().map(|value| f16::from_f32(*value)).collect()
     }
@@ -86,7 +86,7 @@ impl Levels {
         self.values[group * self.entries + usize::from(self.indices[at])]
     }
 
-    /// Takes other entries and puts each palette in ascending order again.
+    /// Replaces all entries, and sorts each palette again.
     pub fn replace(&mut self, mut values: Vec<f32>, columns: usize) {
         let (entries, group) = (self.entries, self.group_rows * columns);
         values.par_chunks_mut(entries).zip(self.indices.par_chunks_mut(group)).for_each(|(values, indices)| {
