@@ -1,9 +1,9 @@
 //! Compresses a UNet along its chain.
 //!
-//! The samples walk through the network by the stops of a [`Schedule`](crate::plan::Schedule): at each
-//! stop Hessians are gathered on the output of the parts that are compressed already, layers are
-//! solved, their weights are stored, and the samples advance. The loop is in `walk`; compression
-//! (`solve`) and the error curves of a budget (`allocate`) are its visitors.
+//! The samples walk through the network by the stops of a [`Schedule`](crate::plan::Schedule): at
+//! each stop Hessians are gathered on the output of the parts that are compressed already, layers
+//! are solved, their weights are stored, and the samples advance. The loop is in `walk`;
+//! compression (`solve`) and the error curves of a budget (`allocate`) are its visitors.
 //!
 //! Finished layers are in the [`Workspace`]; nothing of a finished stage stays in memory.
 

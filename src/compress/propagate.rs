@@ -58,8 +58,8 @@ pub(super) fn unless_ended_early<T>(result: Result<T>) -> Result<()> {
     }
 }
 
-/// Gathers Hessians on all devices at once; returns multiply-adds too. Partial sums are added in the
-/// order of the devices. Where layers have a dense target, each carry of the dense network goes
+/// Gathers Hessians on all devices at once; returns multiply-adds too. Partial sums are added in
+/// the order of the devices. Where layers have a dense target, each carry of the dense network goes
 /// before its compressed twin.
 pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, progress: &dyn Progress) -> Result<(Gatherer, f64)> {
     let task = Task::begin(progress, "Hessians", "batches", shards.iter().map(|shard| shard.carries.len()).sum());

@@ -40,9 +40,9 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
 /// time is in memory. `captions` are Hessians of text and time, added to those of the samples.
 ///
 /// # Errors
-/// If a layer cannot be compressed, activations become NaN or infinite, or there are no samples where
-/// some are needed; [`Error::Stopped`] when progress says so, after the layer under way. In every case
-/// finished layers are kept.
+/// If a layer cannot be compressed, activations become NaN or infinite, or there are no samples
+/// where some are needed; [`Error::Stopped`] when progress says so, after the layer under way. In
+/// every case finished layers are kept.
 pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progress: &dyn Progress) -> Result<Statistics> {
     if job.layers.values().any(LayerRecipe::needs_hessian) {
         job.calibration.check()?;
@@ -60,14 +60,15 @@ pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progre
 
 /// Compresses the pipeline's UNet by the config of `prepared` and writes the container to its path.
 ///
-/// `samples` are used if they are given, so that several runs can share them; otherwise they are drawn
-/// if a layer needs them. Finished layers are kept beside the container's path until the container is
-/// written; with [`RunOptions::resume`](crate::recipe::RunOptions::resume) a run goes on with them.
+/// `samples` are used if they are given, so that several runs can share them; otherwise they are
+/// drawn if a layer needs them. Finished layers are kept beside the container's path until the
+/// container is written; with [`RunOptions::resume`](crate::recipe::RunOptions::resume) a run goes
+/// on with them.
 ///
 /// # Errors
-/// If prompts, captions or samples cannot be read, the model has values that a container cannot hold,
-/// the memory is too little for the samples, calibration fails, a layer cannot be compressed, or the
-/// container cannot be written; [`Error::Changed`] if a file is written to while it is read;
+/// If prompts, captions or samples cannot be read, the model has values that a container cannot
+/// hold, the memory is too little for the samples, calibration fails, a layer cannot be compressed,
+/// or the container cannot be written; [`Error::Changed`] if a file is written to while it is read;
 /// [`Error::Stopped`].
 pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
     let numerics = crate::init();
@@ -178,8 +179,8 @@ impl<'a> Run<'a> {
         Ok(gathered)
     }
 
-    /// The config and its recipe. If the config has a budget, settings for each layer take its place;
-    /// they are kept in the workspace.
+    /// The config and its recipe. If the config has a budget, settings for each layer take its
+    /// place; they are kept in the workspace.
     fn settle_budget(&mut self, source: &(dyn TensorSource + Sync), workspace: &mut Workspace) -> Result<(RunConfig, Recipe)> {
         const ALLOCATED: &str = "recipe.yaml";
         let Prepared { folder, config, recipe, .. } = self.prepared;

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use crate::solver::palette::PaletteOptions;
 use crate::solver::{Effort, JointOptions, PruneOptions};
 
-/// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in fp16.
+/// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in
+/// fp16.
 pub type LayerRecipes = BTreeMap<String, LayerRecipe>;
 
 /// How one layer is compressed: pruned, palettized, or both.
@@ -28,7 +29,8 @@ pub enum PruneMethod {
     /// [`prune`](crate::solver::prune()): the kept weights compensate for the pruned ones.
     #[default]
     SparseGpt,
-    /// [`magnitude_prune`](crate::solver::magnitude_prune): the smallest weights, without calibration.
+    /// [`magnitude_prune`](crate::solver::magnitude_prune): the smallest weights, without
+    /// calibration.
     Magnitude,
 }
 

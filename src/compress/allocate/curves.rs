@@ -28,7 +28,8 @@ pub(super) struct Measured {
 /// The settings of each layer, by name.
 type Settings = BTreeMap<String, Vec<LayerRecipe>>;
 
-/// The number of rows of a weight that settings are tried on; the other rows are assumed to be alike.
+/// The number of rows of a weight that settings are tried on; the other rows are assumed to be
+/// alike.
 const ROWS: i64 = 128;
 
 /// Tries all `settings` of every layer on the Hessians of the dense network.
@@ -152,8 +153,8 @@ fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tens
     Ok((Tensor::f_cat(&parts, 0)?, wanted as f64 / all as f64))
 }
 
-/// The settings that each layer may get within `limits`: its own, and variants of it with more or fewer
-/// bits, pruned or not.
+/// The settings that each layer may get within `limits`: its own, and variants of it with more or
+/// fewer bits, pruned or not.
 pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &super::Limits) -> Settings {
     const BITS: [u8; 5] = [2, 3, 4, 6, 8];
     const SPARSE: [(f64, u8); 6] = [(0.4, 4), (0.5, 4), (0.6, 4), (0.4, 3), (0.5, 3), (0.5, 2)];

@@ -1,8 +1,8 @@
 //! Settings for each layer that together take a given number of bytes at the least error.
 //!
 //! Each layer is tried with several settings on the Hessians of the dense network. Backpropagation
-//! measures the effect of an error in its output on the output of the UNet. Bytes go where they reduce
-//! the error most ([`choose`]). The result is a config with a rule for each layer.
+//! measures the effect of an error in its output on the output of the UNet. Bytes go where they
+//! reduce the error most ([`choose`]). The result is a config with a rule for each layer.
 
 mod choose;
 mod curves;
@@ -61,8 +61,8 @@ pub(super) fn measuring(layers: &LayerRecipes) -> LayerRecipes {
 /// Finds settings for `budget`. `plan` is that of `recipe` as it is.
 ///
 /// # Errors
-/// [`Error::Argument`] if no layer can be allocated, or even the smallest settings take too many bytes;
-/// the message names the smallest size.
+/// [`Error::Argument`] if no layer can be allocated, or even the smallest settings take too many
+/// bytes; the message names the smallest size.
 pub(super) fn allocate(
     measurement: Measurement<'_>,
     config: &RunConfig,
@@ -94,7 +94,8 @@ pub(super) fn allocate(
         names.push(name);
         choices.push(measured.iter().map(choice).collect::<Vec<_>>());
     }
-    // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are fixed.
+    // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are
+    // fixed.
     let allocated_bytes: u64 = names.iter().map(|name| stored_bytes(&shapes[*name], &recipe.layers[*name])).sum();
     let fixed = plan.payload_bytes - allocated_bytes;
     let total = match budget.target {
