@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use tch::{Device, Kind, Tensor};
 
 use super::dense_outputs::DenseOutputs;
+use super::forward::unless_ended_early;
 use super::gather::Gatherer;
 use super::job::{Calibration, Machine, Model};
-use super::propagate::unless_ended_early;
 use super::shard::{DeviceShard, OnDevice, install};
 use super::statistics::Counter;
 use super::workspace::Workspace;

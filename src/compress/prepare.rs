@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tch::Device;
 
 use super::allocate;
-use super::run::workspace_folder;
+use super::workspace::workspace_folder;
 use crate::calibration::{Calls, expected_calls};
 use crate::checkpoint::Weights;
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};

@@ -1,7 +1,6 @@
 //! A whole run: calibration, compression, container.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -17,7 +16,7 @@ use super::samples::kept_samples;
 use super::solve::Compressor;
 use super::statistics::Statistics;
 use super::walk::{Walk, execute};
-use super::workspace::Workspace;
+use super::workspace::{Workspace, workspace_folder};
 use crate::calibration::{self, Samples};
 use crate::checkpoint::TensorSource;
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
@@ -27,12 +26,6 @@ use crate::number;
 use crate::plan::{Memory, Plan};
 use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
-
-/// The folder in which a run for the container `path` keeps finished layers until the container is
-/// written.
-pub fn workspace_folder(path: &Path) -> PathBuf {
-    path.with_extension("work")
-}
 
 /// Compresses the layers of `job` that `store` does not have yet, and adds them to it.
 ///

@@ -14,6 +14,12 @@ use crate::container::{CompressedWeight, Container, ContainerInfo, ContainerWrit
 use crate::digest;
 use crate::error::{Error, Result};
 
+/// The folder in which a run for the container `path` keeps finished layers until the container is
+/// written.
+pub fn workspace_folder(path: &Path) -> PathBuf {
+    path.with_extension("work")
+}
+
 /// A folder beside the result, which is removed once the result is written.
 ///
 /// `run.json` has the identity of the run. Finished layers are in `part-NNNN.safetensors`, each a

@@ -1,7 +1,6 @@
 //! An input whose Hessian is needed.
 
 use super::memory::{Memory, working_set};
-use super::schedule::Gather;
 use super::work::Work;
 use crate::model::{Layer, LayerInput};
 use crate::recipe::LayerRecipe;
@@ -54,14 +53,6 @@ impl<'a> Need<'a> {
         match self.input {
             LayerInput::Features(_) => true,
             LayerInput::Text | LayerInput::Time => false,
-        }
-    }
-
-    /// The stop's request for this input alone.
-    pub fn gather(&self) -> Gather {
-        match self.input {
-            LayerInput::Features(_) => Gather::Samples(vec![self.input.clone()]),
-            LayerInput::Text | LayerInput::Time => Gather::Shared(self.input.clone()),
         }
     }
 

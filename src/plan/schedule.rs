@@ -118,7 +118,7 @@ pub(super) fn by_block(name: PartName, part: &Part, needs: &[Need<'_>], rest: &[
             for need in needs.iter().filter(|need| need.is_gathered() == is_gathered) {
                 let layers: Vec<String> = need.names().filter(|name| in_block(name)).collect();
                 if !layers.is_empty() {
-                    stops.push(Stop::new(name, scope, need.gather(), layers, Then::Install));
+                    stops.push(Stop::new(name, scope, gather_alone(need), layers, Then::Install));
                 }
             }
         }
@@ -132,6 +132,14 @@ pub(super) fn by_block(name: PartName, part: &Part, needs: &[Need<'_>], rest: &[
         }
     }
     stops
+}
+
+/// The request for the input of `need` alone.
+fn gather_alone(need: &Need<'_>) -> Gather {
+    match need.input {
+        LayerInput::Features(_) => Gather::Samples(vec![need.input.clone()]),
+        LayerInput::Text | LayerInput::Time => Gather::Shared(need.input.clone()),
+    }
 }
 
 impl Stop {

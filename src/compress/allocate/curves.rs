@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::super::gather::Gatherer;
 use super::super::walk::{Visitor, Walk, execute};
 use super::super::workspace::Workspace;
-use super::Measurement;
+use super::measurement::{Limits, Measurement};
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
 use crate::plan::{Gather, Stop, stored_bytes};
@@ -155,7 +155,7 @@ fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tens
 
 /// The settings that each layer may get within `limits`: its own, and variants of it with more or
 /// fewer bits, pruned or not.
-pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &super::Limits) -> Settings {
+pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &Limits) -> Settings {
     const BITS: [u8; 5] = [2, 3, 4, 6, 8];
     const SPARSE: [(f64, u8); 6] = [(0.4, 4), (0.5, 4), (0.6, 4), (0.4, 3), (0.5, 3), (0.5, 2)];
     const FINE: usize = 4;

@@ -6,30 +6,22 @@
 
 mod choose;
 mod curves;
+mod measurement;
 mod sensitivity;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 pub use choose::{Choice, choose};
+use measurement::Limits;
+pub(super) use measurement::Measurement;
 
-use super::gather::Gatherer;
-use super::job::Job;
 use crate::config::{self, BudgetSection, BudgetTarget, PaletteSettings, PruneSettings, RunConfig};
 use crate::error::{Error, Result};
 use crate::number;
 use crate::plan::{Plan, stored_bytes};
-use crate::progress::Progress;
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of};
 use crate::solver::palette::{Granularity, PaletteOptions};
 use crate::solver::{PruneOptions, Sparsity};
-
-/// Bounds on the settings of every layer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub min_bits: u8,
-    pub max_sparsity: f64,
-}
 
 /// The result of an allocation.
 #[derive(Debug)]
@@ -38,17 +30,6 @@ pub struct Allocation {
     pub config: RunConfig,
     /// Bytes of the result's tensors.
     pub payload_bytes: u64,
-}
-
-/// A run of the dense network that measures errors.
-pub(super) struct Measurement<'a> {
-    /// Planned for the recipes of [`measuring`].
-    pub job: Job<'a>,
-    /// Hessians of text and time from captions.
-    pub captions: Gatherer,
-    /// The folder for carries.
-    pub folder: &'a Path,
-    pub progress: &'a dyn Progress,
 }
 
 /// The recipes for measuring: every layer that can be allocated needs its Hessian, whatever its

@@ -8,7 +8,7 @@ use super::super::gather::Gatherer;
 use super::super::job::{Calibration, Job, Machine};
 use super::super::propagate::Extent;
 use super::super::walk::Walk;
-use super::Measurement;
+use super::measurement::Measurement;
 use crate::calibration::Samples;
 use crate::error::Result;
 use crate::model::unet::{Carry, Part, PartName, Scope};
