@@ -10,7 +10,8 @@ use crate::pipeline::{PipelineFolder, PromptEncoder};
 use crate::progress::Progress;
 use crate::recipe::RunOptions;
 
-/// The calibration samples that `section` asks for: read from its file, or recorded from its prompts.
+/// The calibration samples that `section` asks for: read from its file, or recorded from its
+/// prompts.
 ///
 /// The UNet is kept in memory as far as the budget goes: in the dtype of its activations, in the
 /// dtype of its checkpoint, or one stage at a time.

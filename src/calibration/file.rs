@@ -15,8 +15,8 @@ use crate::output::write_file;
 const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
 
 impl Samples {
-    /// Writes the samples as safetensors in fp32: `sample` [n, b, c, h, w], `timestep` `[n]`, `encoder_hidden_states` [n, b, s, d],
-    /// `text_embeds` [n, b, p], `time_ids` [n, b, k].
+    /// Writes the samples as safetensors in fp32: `sample` [n, b, c, h, w], `timestep` `[n]`,
+    /// `encoder_hidden_states` [n, b, s, d], `text_embeds` [n, b, p], `time_ids` [n, b, k].
     ///
     /// # Errors
     /// If there are none, they differ in shape, or the file cannot be written.
@@ -51,25 +51,27 @@ impl Samples {
             .map_err(|why| Error::internal(format!("samples cannot be written: {why}")))
     }
 
-    /// How many samples [`read`](Self::read) would give, and their shape, by the file's header alone.
+    /// The number and shape of the samples that [`read`](Self::read) would give, from the file's
+    /// header.
     ///
     /// # Errors
-    /// As [`read`](Self::read), but for the numbers themselves.
+    /// As [`read`](Self::read), except that values are not checked.
     pub fn calls_in(path: &Path, config: &UnetConfig, wanted: usize) -> Result<Calls> {
         let calls = calls(&SafetensorsFile::open(path)?, path, config)?;
         Ok(Calls { count: calls.count.min(wanted), ..calls })
     }
 
-    /// Reads samples written by [`write`](Self::write), or by anybody who knows the layout, for a UNet of this architecture; the
-    /// first `wanted` of them.
+    /// Reads samples written by [`write`](Self::write), or by anybody who knows the layout, for a
+    /// UNet of this architecture; the first `wanted` of them.
     ///
     /// # Errors
-    /// [`Error::BadFile`] or [`Error::Tensors`] naming what is missing, misshapen or not a number; [`Error::Changed`].
+    /// [`Error::BadFile`] or [`Error::Tensors`] naming what is missing, misshapen or not a number;
+    /// [`Error::Changed`].
     pub fn read(path: &Path, config: &UnetConfig, wanted: usize) -> Result<Self> {
         Self::from_file(&SafetensorsFile::open(path)?, config, wanted)
     }
 
-    /// The same from a file that is open.
+    /// Reads the first `wanted` samples of an open file.
     ///
     /// # Errors
     /// As [`read`](Self::read).
@@ -125,10 +127,10 @@ fn calls(file: &SafetensorsFile, path: &Path, config: &UnetConfig) -> Result<Cal
             return Err(Error::bad_file(path, format!("`{name}` is {:?}, not {expected:?}", shape(name)?)));
         }
     }
-    let told = pooled.saturating_add(ids.saturating_mul(config.addition_time_embed_dim));
-    if told != config.projection_class_embeddings_input_dim {
+    let embedded = pooled.saturating_add(ids.saturating_mul(config.addition_time_embed_dim));
+    if embedded != config.projection_class_embeddings_input_dim {
         let want = config.projection_class_embeddings_input_dim;
-        return Err(Error::bad_file(path, format!("pooled text and time ids make {told} numbers; the UNet takes {want}")));
+        return Err(Error::bad_file(path, format!("pooled text and time ids make {embedded} numbers; the UNet takes {want}")));
     }
     if [count, batch, length, height, width, channels].contains(&0) {
         return Err(Error::bad_file(path, "has no samples in it"));

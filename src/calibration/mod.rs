@@ -19,19 +19,19 @@ use crate::device::Placement;
 use crate::error::Result;
 use crate::model::unet::Conditioning;
 
-/// One call of the UNet: everything that it was given.
+/// One call of the UNet: all of its inputs.
 #[derive(Debug)]
 pub struct Sample {
     /// Scaled noisy latents [b, c, h, w]; b is 2 with guidance, the negative prompt's row first.
     pub sample: Tensor,
     /// The timestep, in training steps.
     pub timestep: f64,
-    /// What the UNet was told besides.
+    /// The text and size conditioning.
     pub conditioning: Conditioning,
 }
 
 impl Sample {
-    /// The same tensors in another place (no copy is made if they are there already).
+    /// The sample in another place (no copy is made if it is there already).
     ///
     /// # Errors
     /// If libtorch refuses, usually for want of memory.
@@ -54,12 +54,12 @@ impl Sample {
 pub struct Samples {
     /// The calls.
     pub calls: Vec<Sample>,
-    /// What is to be said about them: fewer than asked for, and the like.
+    /// Remarks: fewer samples than were asked for, for example.
     pub notes: Vec<String>,
 }
 
 impl Samples {
-    /// How many there are, and their shape; none if there are none.
+    /// Their number and shape; `None` if there are none.
     pub fn shape(&self) -> Option<Calls> {
         let first = self.calls.first()?;
         let [batch, _, height, width] = first.sample.size()[..] else { return None };
@@ -68,10 +68,11 @@ impl Samples {
     }
 }
 
-/// Which of `prompts` x `steps` calls are kept when `wanted` are: for each prompt, its steps in ascending order.
+/// The choice of `wanted` calls out of `prompts` x `steps`: for each prompt its steps, in ascending
+/// order.
 ///
-/// Every prompt gets as many, give or take one, and each prompt's are spread over all timesteps, shifted from prompt to prompt so
-/// that no timestep is favoured.
+/// Every prompt gets the same number of calls, give or take one. They are spread over all
+/// timesteps, and shifted from prompt to prompt so that no timestep is favoured.
 pub fn spread(prompts: usize, steps: usize, wanted: usize) -> Vec<Vec<usize>> {
     let wanted = wanted.min(prompts * steps);
     (0..prompts)

@@ -14,7 +14,7 @@ use crate::random::noise;
 /// Prompts, and how they are run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptSet {
-    /// What to draw.
+    /// The prompts.
     pub prompts: Vec<String>,
     /// Seed of the first prompt's noise; each further prompt has the next.
     pub seed: u64,
@@ -26,7 +26,7 @@ pub struct PromptSet {
     pub size: (i64, i64),
 }
 
-/// What the UNet is told for each prompt. Afterwards the encoders are not needed any more.
+/// The guidance of every prompt, after which the encoders are not needed any more.
 ///
 /// # Errors
 /// If a prompt cannot be encoded.
@@ -44,8 +44,9 @@ pub fn encode(
     set.prompts.iter().map(one).collect()
 }
 
-/// Runs every prompt through the dense pipeline with its own sampler and keeps `wanted` calls of the UNet, spread evenly over
-/// prompts and timesteps. `guidances` are the prompts as [`encode`] gives them.
+/// Runs every prompt through the dense pipeline with its own sampler and keeps `wanted` calls of
+/// the UNet, spread evenly over prompts and timesteps. `guidances` are the prompts as [`encode`]
+/// gives them.
 ///
 /// # Errors
 /// If there are no prompts, or the pipeline cannot run.
@@ -63,7 +64,7 @@ pub fn record(
     let scale = folder.vae.scale();
     let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
     let mut samples = Samples::default();
-    // A sampler may take a step more or less than asked for.
+    // A sampler may take one step more or less than it was asked for.
     let steps = folder.scheduler.scheduler(set.steps)?.timesteps().len();
     let available = set.prompts.len() * steps;
     if available < wanted {

@@ -20,8 +20,8 @@ struct Batch<'a> {
 }
 
 impl Compressor<'_> {
-    /// Compresses the stop's layers that [can be pruned in batches](crate::recipe::LayerRecipe::batch_options)
-    /// and leaves the others as they are.
+    /// Compresses the stop's layers that [can be pruned in
+    /// batches](crate::recipe::LayerRecipe::batch_options) and leaves the others as they are.
     pub(super) fn solve_batches(&mut self, stop: &Stop, gatherer: &Gatherer, walk: &Walk<'_>, task: &Task<'_>) -> Result<()> {
         for Batch { options, layers } in self.batches(walk.layers_of(stop), gatherer) {
             let (first, _) = layers[0];

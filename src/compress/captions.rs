@@ -25,8 +25,9 @@ pub(super) struct Captions<'a> {
 }
 
 /// The Hessians of the layers that are given the text states, or SiLU(temb), from captions: each is
-/// encoded, and its pooled text embedded at a few of all timesteps. A caption counts as a call of the
-/// UNet does, with the half of the negative prompt. Layers for which `is_wanted` is false have none.
+/// encoded, and its pooled text embedded at a few of all timesteps. A caption counts as a call of
+/// the UNet does, with the half of the negative prompt. Layers for which `is_wanted` is false have
+/// none.
 ///
 /// # Errors
 /// If the captions cannot be encoded.
@@ -78,9 +79,9 @@ fn shared_inputs(chain: &UnetChain, is_wanted: &dyn Fn(&Layer) -> bool, device: 
     Gatherer::new(layers.filter(|layer| !matches!(layer.input(), LayerInput::Features(_)) && is_wanted(layer)), device)
 }
 
-/// A stride through `timesteps` timesteps, modulo their number, that comes to each of them before it
-/// repeats one, because the two numbers have no common factor. Successive timesteps are far apart: the
-/// stride is 619 for 1,000.
+/// A stride through `timesteps` timesteps, modulo their number, that comes to each of them before
+/// it repeats one, because the two numbers have no common factor. Successive timesteps are far
+/// apart: the stride is 619 for 1,000.
 fn stride(timesteps: usize) -> usize {
     let have_common_factor = |mut a: usize, mut b: usize| {
         while b > 0 {

@@ -33,8 +33,8 @@ struct Row {
     residuals: Vec<Stored>,
 }
 
-/// A tensor in a file, with its checksum in memory: the file is read back once in every pass, for as
-/// long as the run lasts, and neither a fault of the disk nor another program that writes to the
+/// A tensor in a file, with its checksum in memory: the file is read back once in every pass, for
+/// as long as the run lasts, and neither a fault of the disk nor another program that writes to the
 /// folder may change the result.
 #[derive(Debug)]
 struct Stored {
@@ -120,8 +120,8 @@ impl Carries {
         })
     }
 
-    /// Replaces the carry `index` by the output of a stage or block. Stages push residuals or pop them;
-    /// the other residuals are unchanged and not written again.
+    /// Replaces the carry `index` by the output of a stage or block. Stages push residuals or pop
+    /// them; the other residuals are unchanged and not written again.
     pub fn replace(&mut self, index: usize, carry: Carry) -> Result<()> {
         match self {
             Carries::Memory(carries) => carries[index] = carry,

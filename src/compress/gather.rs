@@ -16,8 +16,8 @@ const HELD_OUT_VECTORS: i64 = 144;
 /// An observer that sums the Hessians of the inputs of some layers. Layers that are given the same
 /// tensor share a Hessian.
 ///
-/// Where layers have a dense target, it also correlates their inputs with their output residuals: the
-/// outputs of the dense network less those of the compressed one.
+/// Where layers have a dense target, it also correlates their inputs with their output residuals:
+/// the outputs of the dense network less those of the compressed one.
 #[derive(Debug, Default)]
 pub struct Gatherer {
     /// The Hessian of each input, with the name of the layer that is first given it.
@@ -119,8 +119,8 @@ impl Gatherer {
         }
     }
 
-    /// Adds the sums of another gatherer. Where layers have dense targets it has to be one of the same
-    /// layers.
+    /// Adds the sums of another gatherer. Where layers have dense targets it has to be one of the
+    /// same layers.
     ///
     /// # Errors
     /// If Hessians of one input differ in shape.

@@ -1,4 +1,5 @@
-//! The identity of a run: the program, the config, and the content of every file that the run reads.
+//! The identity of a run: the program, the config, and the content of every file that the run
+//! reads.
 
 use serde_json::{Map, Value, json};
 
@@ -14,8 +15,8 @@ use crate::recipe::RunOptions;
 /// A hash of the sources that this program was compiled from, 16 hex digits.
 pub const BUILD: &str = env!("SDXL_SQUEEZE_BUILD");
 
-/// The files that a run reads besides its model. Each is read once, at the beginning, so that the run
-/// uses exactly the content that its identity names.
+/// The files that a run reads besides its model. Each is read once, at the beginning, so that the
+/// run uses exactly the content that its identity names.
 #[derive(Debug, Default)]
 pub(super) struct Inputs {
     /// The prompts of the calibration; empty if they are not needed.
@@ -66,12 +67,13 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Checks that text encoders, tokenizers and their configs have not changed since the beginning. They
-    /// are opened when they are used, which for captions may be an hour later, so this is called after
-    /// they have been used.
+    /// Checks that text encoders, tokenizers and their configs have not changed since the
+    /// beginning. They are opened when they are used, which for captions may be an hour later, so
+    /// this is called after they have been used.
     ///
     /// # Errors
-    /// [`Error::Changed`] naming the first file that is another, or not there any more; [`Error::Read`].
+    /// [`Error::Changed`] naming the first file that is another, or not there any more;
+    /// [`Error::Read`].
     pub fn check_prompt_files(&self, folder: &PipelineFolder) -> Result<()> {
         if self.prompt_files.is_empty() {
             return Ok(());
@@ -109,9 +111,9 @@ fn of_lines(texts: &[String]) -> String {
     digest::of_bytes(json!(texts).to_string().as_bytes())
 }
 
-/// The files that the UNet comes from, with their hashes. They are read from beginning to end, and every
-/// value is checked, so that a model that a container cannot hold is refused before any layer is
-/// compressed.
+/// The files that the UNet comes from, with their hashes. They are read from beginning to end, and
+/// every value is checked, so that a model that a container cannot hold is refused before any layer
+/// is compressed.
 ///
 /// # Errors
 /// As [`Weights::survey`].

@@ -1,17 +1,17 @@
 //! The input block: its calibration, and the first carries that it makes of samples.
 //!
 //! Nothing but the input block itself has to run to calibrate its layers. Layers that depend on the
-//! timestep alone see every timestep, layers of text and sizes see each of them once, and conv_in sees
-//! the latents of all samples.
+//! timestep alone see every timestep, layers of text and sizes see each of them once, and conv_in
+//! sees the latents of all samples.
 
 use std::collections::BTreeSet;
 
 use tch::{Device, Kind, Tensor};
 
 use super::dense_outputs::DenseOutputs;
+use super::forward::unless_ended_early;
 use super::gather::Gatherer;
 use super::job::{Calibration, Machine, Model};
-use super::propagate::unless_ended_early;
 use super::shard::{DeviceShard, OnDevice, install};
 use super::statistics::Counter;
 use super::workspace::Workspace;
@@ -61,7 +61,8 @@ impl InputBlock {
         let mut multiply_adds = 0.0;
         let sees = self.stored.sees(layer.name());
         if sees == HeadInput::Time {
-            // All timesteps of SDXL at once; a model trained on many more would take too much memory.
+            // All timesteps of SDXL at once; a model trained on many more would take too much
+            // memory.
             const AT_ONCE: usize = 1000;
             for first in (0..calibration.timesteps).step_by(AT_ONCE) {
                 let end = (first + AT_ONCE).min(calibration.timesteps);

@@ -1,7 +1,8 @@
-//! What a run keeps in its folder besides finished layers, each file with a seal.
+//! Files of a run's folder besides finished layers, each with a seal.
 //!
-//! The seal of `NAME` is `NAME.sha256`: a hash of the file's hash and of the run's identity. A file without its seal is one whose writing
-//! was cut off; one that does not fit its seal is damaged or of another run. Either is made again.
+//! The seal of `NAME` is `NAME.sha256`: a hash of the file's hash and of the run's identity. Where
+//! the seal is absent, writing was interrupted; where it does not fit, the file is damaged or
+//! belongs to another run. In both cases the run makes the file again.
 
 use std::path::Path;
 
@@ -11,14 +12,14 @@ use crate::error::Result;
 use crate::input::{self, Limit};
 use crate::output::write_file;
 
-/// A file of the run's folder, as it is found there.
+/// The state of a file in the run's folder.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Kept<T> {
-    /// It, or its seal, is not there.
+    /// The file or its seal is absent.
     Absent,
-    /// It is not what was written.
+    /// The content is not the one that was written.
     Damaged,
-    /// What was written.
+    /// The content that was written.
     Whole(T),
 }
 
@@ -39,7 +40,8 @@ pub(super) fn read(folder: &Path, run: &str, name: &str) -> Kept<Vec<u8>> {
     }
     match input::read(&folder.join(name), Limit::RUN_STATE) {
         Ok(content) if fits(folder, run, name, &digest::of_bytes(&content)) => Kept::Whole(content),
-        // Also what cannot be read although it is there: a fault of the disk, say.
+        // A file that exists but cannot be read counts as damaged, too: a fault of the disk, for
+        // example.
         Ok(_) | Err(_) => Kept::Damaged,
     }
 }
@@ -49,10 +51,10 @@ pub(super) fn has_seal(folder: &Path, name: &str) -> bool {
     folder.join(name).exists() && folder.join(format!("{name}.sha256")).exists()
 }
 
-/// Whether the seal of `folder/name` is that of a content with this hash, of this run.
+/// Whether the seal of `folder/name` fits a content of this hash, in this run.
 pub(super) fn fits(folder: &Path, run: &str, name: &str, sha256: &str) -> bool {
-    let found = input::read(&folder.join(format!("{name}.sha256")), SEAL);
-    found.is_ok_and(|found| found == seal(run, sha256).as_bytes())
+    let stored = input::read(&folder.join(format!("{name}.sha256")), SEAL);
+    stored.is_ok_and(|stored| stored == seal(run, sha256).as_bytes())
 }
 
 fn seal(run: &str, sha256: &str) -> String {
@@ -60,12 +62,12 @@ fn seal(run: &str, sha256: &str) -> String {
 }
 
 impl Workspace {
-    /// Keeps `content` under `name`.
+    /// Writes `content` to the file `name`.
     pub(super) fn keep(&self, name: &str, content: &[u8]) -> Result<()> {
         write(self.folder(), self.run(), name, content)
     }
 
-    /// What was kept under `name`; nothing if there is nothing or it is damaged, which is said.
+    /// The content of the file `name`; `None` if it is absent, or damaged, of which this warns.
     pub(super) fn kept(&mut self, name: &str) -> Option<Vec<u8>> {
         match read(self.folder(), self.run(), name) {
             Kept::Whole(content) => Some(content),

@@ -66,8 +66,8 @@ pub struct Evidence<'a> {
     /// The correlation of the layer's input with its output residual, if the layer has a dense
     /// target. For the joint solver.
     pub correction: Option<&'a OutputResidual>,
-    /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to validate the joint
-    /// solver on.
+    /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to validate the
+    /// joint solver on.
     pub held_out: Option<&'a Tensor>,
 }
 
@@ -95,8 +95,8 @@ struct Solution {
     notes: Vec<String>,
 }
 
-/// Compresses the weight [o, ...] of the layer `name` by `recipe`. Pruning and the joint solver need
-/// evidence, palettizing alone does not.
+/// Compresses the weight [o, ...] of the layer `name` by `recipe`. Pruning and the joint solver
+/// need evidence, palettizing alone does not.
 ///
 /// # Errors
 /// [`Error::Layer`]: NaN in the weight, a group that does not divide its channels, a Hessian that

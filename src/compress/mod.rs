@@ -1,9 +1,9 @@
 //! Compresses a UNet along its chain.
 //!
-//! The samples walk through the network by the stops of a [`Schedule`](crate::plan::Schedule): at each
-//! stop Hessians are gathered on the output of the parts that are compressed already, layers are
-//! solved, their weights are stored, and the samples advance. The loop is in `walk`; compression
-//! (`solve`) and the error curves of a budget (`allocate`) are its visitors.
+//! The samples walk through the network by the stops of a [`Schedule`](crate::plan::Schedule): at
+//! each stop Hessians are gathered on the output of the parts that are compressed already, layers
+//! are solved, their weights are stored, and the samples advance. The loop is in `walk`;
+//! compression (`solve`) and the error curves of a budget (`allocate`) are its visitors.
 //!
 //! Finished layers are in the [`Workspace`]; nothing of a finished stage stays in memory.
 
@@ -13,6 +13,7 @@ mod captions;
 mod carries;
 mod container;
 mod dense_outputs;
+mod forward;
 mod gather;
 mod identity;
 mod input_block;
@@ -38,6 +39,6 @@ pub use job::{Calibration, Job, Machine, Model};
 pub use layer::{CompressedLayer, Evidence, LayerErrors, compress_layer};
 pub use prepare::{Prepared, plan_of_run};
 pub use report::{JobReport, LayerReport};
-pub use run::{compress, run, workspace_folder};
+pub use run::{compress, run};
 pub use statistics::{PartStatistics, Statistics};
-pub use workspace::Workspace;
+pub use workspace::{Workspace, workspace_folder};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tch::Device;
 
 use super::allocate;
-use super::run::workspace_folder;
+use super::workspace::workspace_folder;
 use crate::calibration::{Calls, expected_calls};
 use crate::checkpoint::Weights;
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
@@ -18,8 +18,8 @@ use crate::pipeline::PipelineFolder;
 use crate::plan::{self, Disk, Memory, Plan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
 
-/// A run that has passed all checks that are possible before it computes: its config fits the model,
-/// its prompts can be read, and memory and disk are enough by its [plan](Plan).
+/// A run that has passed all checks that are possible before it computes: its config fits the
+/// model, its prompts can be read, and memory and disk are enough by its [plan](Plan).
 #[derive(Debug)]
 pub struct Prepared<'a> {
     pub(super) folder: &'a PipelineFolder,
@@ -32,13 +32,13 @@ pub struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    /// Prepares to compress the UNet of `folder` by `config` into the container `path`. `shares` says
-    /// whether the run will be given its samples; it does not keep those.
+    /// Prepares to compress the UNet of `folder` by `config` into the container `path`. `shares`
+    /// says whether the run will be given its samples; it does not keep those.
     ///
     /// # Errors
     /// [`Error::Argument`] if `options` or `folder` are not those that `config` names, or memory or
-    /// disk are too small; [`Error::Config`] if the config does not fit the model; if weights, prompts
-    /// or samples cannot be read.
+    /// disk are too small; [`Error::Config`] if the config does not fit the model; if weights,
+    /// prompts or samples cannot be read.
     pub fn new(folder: &'a PipelineFolder, config: &RunConfig, shares: bool, options: &RunOptions, path: &Path) -> Result<Self> {
         check_place(folder, config, options)?;
         let recipe = Recipe::new(config, &folder.unet)?;
@@ -108,9 +108,9 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// Plans the run of `config`, resolved to `recipe`; the other arguments are those of [`Plan::new`]. A
-/// run with a budget measures first and makes a result of the budget's size: [`Plan::disk`] accounts
-/// for both.
+/// Plans the run of `config`, resolved to `recipe`; the other arguments are those of [`Plan::new`].
+/// A run with a budget measures first and makes a result of the budget's size: [`Plan::disk`]
+/// accounts for both.
 ///
 /// # Errors
 /// [`Error::Argument`] if the memory is too little.
@@ -136,8 +136,8 @@ pub fn plan_of_run(
     Ok(plan)
 }
 
-/// Checks that options and folder are those that the config names, because the config is kept with the
-/// result as its description.
+/// Checks that options and folder are those that the config names, because the config is kept with
+/// the result as its description.
 fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
     let disagrees = |key: &str, named: &str, given: String| {
         Err(Error::Argument(format!("the config's `model.{key}` is {named}, but the run was given {given}")))

@@ -1,15 +1,15 @@
 //! Sending the carries of all devices through the loaded part.
 
+use super::forward::{forward, observe};
 use super::gather::Gatherer;
 use super::shard::DeviceShard;
-use super::statistics::Counter;
 use super::teacher::Advances;
 use crate::allocator;
 use crate::calibration::is_held_out;
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
-use crate::model::unet::{Carry, Part, Scope};
-use crate::model::{Layer, LayerInput, Observer, Unobserved};
+use crate::model::unet::Scope;
+use crate::model::{Layer, LayerInput, Unobserved};
 use crate::progress::{Progress, Task};
 
 /// A pass of all carries in which Hessians are gathered.
@@ -36,30 +36,8 @@ pub(super) enum Extent {
     First,
 }
 
-/// Sends `carry` through `scope` of `part`; returns multiply-adds too.
-pub(super) fn forward(part: &Part, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<(Carry, f64)> {
-    let mut counter = Counter::of(observer);
-    let after = part.forward(scope, carry, &mut counter)?;
-    Ok((after, counter.multiply_adds))
-}
-
-/// Sends `carry` through `scope` of `part` as far as the observer lets it; returns multiply-adds.
-pub(super) fn observe(part: &Part, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<f64> {
-    let mut counter = Counter::of(observer);
-    unless_ended_early(part.forward(scope, carry, &mut counter))?;
-    Ok(counter.multiply_adds)
-}
-
-/// Maps [`Error::SeenEnough`], with which an observer ends a forward early, to `Ok`.
-pub(super) fn unless_ended_early<T>(result: Result<T>) -> Result<()> {
-    match result {
-        Ok(_) | Err(Error::SeenEnough) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Gathers Hessians on all devices at once; returns multiply-adds too. Partial sums are added in the
-/// order of the devices. Where layers have a dense target, each carry of the dense network goes
+/// Gathers Hessians on all devices at once; returns multiply-adds too. Partial sums are added in
+/// the order of the devices. Where layers have a dense target, each carry of the dense network goes
 /// before its compressed twin.
 pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, progress: &dyn Progress) -> Result<(Gatherer, f64)> {
     let task = Task::begin(progress, "Hessians", "batches", shards.iter().map(|shard| shard.carries.len()).sum());

@@ -78,7 +78,8 @@ pub struct JobReport {
     pub layers: Vec<LayerReport>,
     /// Warnings and remarks.
     pub notes: Vec<String>,
-    /// The config of the run; if it had a budget, with the settings that were chosen for each layer.
+    /// The config of the run; if it had a budget, with the settings that were chosen for each
+    /// layer.
     #[serde(skip)]
     pub config: RunConfig,
 }

@@ -1,7 +1,6 @@
 //! A whole run: calibration, compression, container.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -17,7 +16,7 @@ use super::samples::kept_samples;
 use super::solve::Compressor;
 use super::statistics::Statistics;
 use super::walk::{Walk, execute};
-use super::workspace::Workspace;
+use super::workspace::{Workspace, workspace_folder};
 use crate::calibration::{self, Samples};
 use crate::checkpoint::TensorSource;
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
@@ -28,21 +27,15 @@ use crate::plan::{Memory, Plan};
 use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
 
-/// The folder in which a run for the container `path` keeps finished layers until the container is
-/// written.
-pub fn workspace_folder(path: &Path) -> PathBuf {
-    path.with_extension("work")
-}
-
 /// Compresses the layers of `job` that `store` does not have yet, and adds them to it.
 ///
 /// Samples are needed if a recipe needs Hessians. Otherwise no forward is run, and one weight at a
 /// time is in memory. `captions` are Hessians of text and time, added to those of the samples.
 ///
 /// # Errors
-/// If a layer cannot be compressed, activations become NaN or infinite, or there are no samples where
-/// some are needed; [`Error::Stopped`] when progress says so, after the layer under way. In every case
-/// finished layers are kept.
+/// If a layer cannot be compressed, activations become NaN or infinite, or there are no samples
+/// where some are needed; [`Error::Stopped`] when progress says so, after the layer under way. In
+/// every case finished layers are kept.
 pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progress: &dyn Progress) -> Result<Statistics> {
     if job.layers.values().any(LayerRecipe::needs_hessian) {
         job.calibration.check()?;
@@ -60,14 +53,15 @@ pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progre
 
 /// Compresses the pipeline's UNet by the config of `prepared` and writes the container to its path.
 ///
-/// `samples` are used if they are given, so that several runs can share them; otherwise they are drawn
-/// if a layer needs them. Finished layers are kept beside the container's path until the container is
-/// written; with [`RunOptions::resume`](crate::recipe::RunOptions::resume) a run goes on with them.
+/// `samples` are used if they are given, so that several runs can share them; otherwise they are
+/// drawn if a layer needs them. Finished layers are kept beside the container's path until the
+/// container is written; with [`RunOptions::resume`](crate::recipe::RunOptions::resume) a run goes
+/// on with them.
 ///
 /// # Errors
-/// If prompts, captions or samples cannot be read, the model has values that a container cannot hold,
-/// the memory is too little for the samples, calibration fails, a layer cannot be compressed, or the
-/// container cannot be written; [`Error::Changed`] if a file is written to while it is read;
+/// If prompts, captions or samples cannot be read, the model has values that a container cannot
+/// hold, the memory is too little for the samples, calibration fails, a layer cannot be compressed,
+/// or the container cannot be written; [`Error::Changed`] if a file is written to while it is read;
 /// [`Error::Stopped`].
 pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
     let numerics = crate::init();
@@ -178,8 +172,8 @@ impl<'a> Run<'a> {
         Ok(gathered)
     }
 
-    /// The config and its recipe. If the config has a budget, settings for each layer take its place;
-    /// they are kept in the workspace.
+    /// The config and its recipe. If the config has a budget, settings for each layer take its
+    /// place; they are kept in the workspace.
     fn settle_budget(&mut self, source: &(dyn TensorSource + Sync), workspace: &mut Workspace) -> Result<(RunConfig, Recipe)> {
         const ALLOCATED: &str = "recipe.yaml";
         let Prepared { folder, config, recipe, .. } = self.prepared;

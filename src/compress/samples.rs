@@ -1,5 +1,5 @@
-//! The calibration samples of a run, kept in its workspace so that a continued run need not draw them
-//! again.
+//! The calibration samples of a run, kept in its workspace so that a continued run need not draw
+//! them again.
 
 use super::kept;
 use super::workspace::Workspace;
@@ -44,7 +44,8 @@ fn read(folder: &PipelineFolder, workspace: &Workspace, notes: &[u8]) -> Result<
     if !kept::fits(workspace.folder(), workspace.run(), SAMPLES, &file.sha256()?) {
         return Err(Error::bad_file(&path, "is damaged"));
     }
-    // Every sample of the file is wanted, so reading has no notes of its own; recording may have had.
+    // Every sample of the file is wanted, so reading has no notes of its own; recording may have
+    // had.
     let mut samples = Samples::from_file(&file, folder.unet.config(), usize::MAX)?;
     samples.notes = serde_json::from_slice(notes).map_err(|source| Error::Json { path: NOTES.into(), source })?;
     Ok(samples)

@@ -104,8 +104,8 @@ impl DeviceShard {
     }
 }
 
-/// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers that
-/// stay dense keep their weight.
+/// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers
+/// that stay dense keep their weight.
 pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
     for layer in layers {
         if !store.has(layer.name()) || !chosen(layer.name()) {

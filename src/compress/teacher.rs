@@ -2,7 +2,7 @@
 
 use super::carries::Carries;
 use super::dense_outputs::DenseOutputs;
-use super::propagate::{forward, observe};
+use super::forward::{forward, observe};
 use crate::error::Result;
 use crate::model::Unobserved;
 use crate::model::unet::{Part, Scope};

@@ -28,8 +28,8 @@ pub(super) trait Visitor {
     /// Those of the stop's inputs whose Hessians the visitor needs.
     fn open_inputs(&self, stop: &Stop, walk: &Walk<'_>) -> Vec<LayerInput>;
 
-    /// Solves the stop's layers. `gathered` has the Hessians of the open inputs if the samples had to
-    /// run for them.
+    /// Solves the stop's layers. `gathered` has the Hessians of the open inputs if the samples had
+    /// to run for them.
     fn solve(&mut self, stop: &Stop, gathered: Option<Gatherer>, walk: &Walk<'_>) -> Result<()>;
 
     /// The stored weights that take the place of the dense ones; `None` if the network stays dense.
@@ -103,8 +103,8 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// The samples of `job` before the input block. `captions` are Hessians of text and time, which are
-    /// added to those of the samples; carries in files wait in `folder`.
+    /// The samples of `job` before the input block. `captions` are Hessians of text and time, which
+    /// are added to those of the samples; carries in files wait in `folder`.
     pub fn new(job: &Job<'a>, captions: Gatherer, folder: &'a Path, progress: &'a dyn Progress) -> Result<Self> {
         let Job { model, plan, calibration, machine, .. } = *job;
         let blueprint = Blueprint::default();
@@ -207,8 +207,8 @@ impl<'a> Walk<'a> {
         Ok(Some(gatherer))
     }
 
-    /// Lets the samples leave a stop whose layers are stored. `shared` are the layers of text and time
-    /// whose Hessians are needed.
+    /// Lets the samples leave a stop whose layers are stored. `shared` are the layers of text and
+    /// time whose Hessians are needed.
     fn leave(&mut self, stop: &Stop, route: Route, shared: &[(PartName, String)], store: Option<&Workspace>) -> Result<()> {
         match stop.then {
             Then::Stay => {}

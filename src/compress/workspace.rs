@@ -1,4 +1,4 @@
-//! What of a run is finished, on disk: so that memory need not hold it, and a run that was ended goes on.
+//! On-disk store of finished layers: bounds memory and makes runs resumable.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,17 +14,25 @@ use crate::container::{CompressedWeight, Container, ContainerInfo, ContainerWrit
 use crate::digest;
 use crate::error::{Error, Result};
 
-/// A folder beside the result, there until the result is.
+/// The folder in which a run for the container `path` keeps finished layers until the container is
+/// written.
+pub fn workspace_folder(path: &Path) -> PathBuf {
+    path.with_extension("work")
+}
+
+/// A folder beside the result, which is removed once the result is written.
 ///
-/// `run.json` says of what run it is. Finished layers lie in `part-NNNN.safetensors`, each a container of a few weights that came into
-/// being whole: so whatever kills a run, what was finished some seconds before is kept. A lock keeps a second run out.
+/// `run.json` has the identity of the run. Finished layers are in `part-NNNN.safetensors`, each a
+/// container of a few weights that is written atomically: whatever kills a run, layers that were
+/// finished some seconds before are kept. A lock keeps a second run out.
 ///
-/// Everything that is read back is checked against a hash first. What is damaged is made again, and that is said.
+/// Every file that is read back is checked against a hash first. Damaged layers are compressed
+/// again, with a warning.
 #[derive(Debug)]
 pub struct Workspace {
     folder: PathBuf,
     _lock: File,
-    /// A hash of the run's identity, which all that is kept is marked with.
+    /// A hash of the run's identity, which is part of the seal of every file.
     run: String,
     said: Vec<String>,
     parts: Vec<Container>,
@@ -41,20 +49,22 @@ struct Finished {
     notes: Vec<String>,
 }
 
-/// Finished layers wait no longer than this to be written, ...
+/// The longest time that finished layers wait to be written.
 const WAIT: Duration = Duration::from_secs(15);
-/// ... nor when they are so many bytes.
+/// The bytes of finished layers that are written at once, however short they have waited.
 const MANY: u64 = crate::plan::WAITING / 2;
 
 impl Workspace {
-    /// Begins a run in `folder`, or goes on with the one that is there.
+    /// Begins a run in `folder`, or continues the run that is there.
     ///
-    /// `identity` is everything that the result depends on, entry by entry. With `resume` a run of the same identity goes on, and one of
-    /// another is refused; without, what is there is thrown away. A damaged part is thrown away, and so are those after it, whose layers
-    /// were made from what it had.
+    /// `identity` is everything that the result depends on, entry by entry. With `resume` a run of
+    /// the same identity is continued, and a run of another identity is refused; without, the
+    /// content of the folder is removed. A damaged part is removed together with all parts after
+    /// it, because their layers were calibrated behind its layers.
     ///
     /// # Errors
-    /// [`Error::Argument`] naming what has changed, or if another process works there; [`Error::Write`].
+    /// [`Error::Argument`] naming the entries that differ, or if another process works in the
+    /// folder; [`Error::Write`].
     pub fn open(folder: &Path, identity: &Map<String, Value>, resume: bool) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
         let lock_path = folder.join("lock");
@@ -63,7 +73,7 @@ impl Workspace {
 
         let found = match kept::read(folder, UNKNOWN, RUN) {
             Kept::Whole(text) => serde_json::from_slice::<Map<String, Value>>(&text).map_or(Kept::Damaged, Kept::Whole),
-            // A run writes down what it is before anything else.
+            // A run writes its identity before anything else.
             Kept::Absent if !has_results(folder)? => Kept::Absent,
             _ => Kept::Damaged,
         };
@@ -98,7 +108,7 @@ impl Workspace {
         Ok(workspace)
     }
 
-    /// Removes all but the lock.
+    /// Removes everything but the lock.
     fn clear(&self, lock: &Path) -> Result<()> {
         for entry in std::fs::read_dir(&self.folder).map_err(Error::read(&self.folder))?.flatten() {
             let path = entry.path();
@@ -110,7 +120,7 @@ impl Workspace {
         Ok(())
     }
 
-    /// Reads the parts that are there, up to the first that is damaged; that and all after it are removed.
+    /// Reads the parts up to the first damaged one, and removes that and all parts after it.
     fn read_parts(&mut self) -> Result<()> {
         loop {
             let path = self.folder.join(part_name(self.parts.len()));
@@ -131,28 +141,28 @@ impl Workspace {
         Ok(())
     }
 
-    /// A hash of what run this is.
+    /// A hash of the run's identity.
     pub(super) fn run(&self) -> &str {
         &self.run
     }
 
-    /// Warns of something, which will be in the report too.
-    pub(super) fn say(&mut self, said: String) {
-        tracing::warn!("{said}");
-        self.said.push(said);
+    /// Logs a warning that will be in the report too.
+    pub(super) fn say(&mut self, warning: String) {
+        tracing::warn!("{warning}");
+        self.said.push(warning);
     }
 
-    /// What was found wrong in the folder.
+    /// Warnings about damaged files of the folder.
     pub fn said(&self) -> &[String] {
         &self.said
     }
 
-    /// The folder, for what the run keeps besides.
+    /// The folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Checks a part to the last bit and reads what layers it has.
+    /// Checks the hash of a part and adds its layers.
     fn add_part(&mut self, path: &Path) -> Result<()> {
         let container = Container::open(path)?;
         let recipe = &container.info().recipe;
@@ -177,7 +187,8 @@ impl Workspace {
         self.finished.contains_key(layer)
     }
 
-    /// Adds a finished layer; it is on disk soon, or after [`flush`](Self::flush). A layer that stays dense has no weight.
+    /// Adds a finished layer, which is written within seconds, or by [`flush`](Self::flush). A
+    /// layer that stays dense has no weight.
     ///
     /// # Errors
     /// [`Error::Write`].
@@ -190,7 +201,7 @@ impl Workspace {
         if self.waiting_bytes > MANY || self.since.elapsed() > WAIT { self.flush() } else { Ok(()) }
     }
 
-    /// Writes what waits.
+    /// Writes the layers that wait.
     ///
     /// # Errors
     /// [`Error::Write`].
@@ -210,7 +221,7 @@ impl Workspace {
             }
         }
         if self.waiting.iter().all(|(_, _, weight)| weight.is_none()) {
-            // A safetensors file of no tensors is none.
+            // A safetensors file needs a tensor.
             writer.add_tensor("nothing", &[1], &[f16::ZERO])?;
         }
         writer.finish()?;
@@ -219,7 +230,7 @@ impl Workspace {
         self.add_part(&path)
     }
 
-    /// A finished layer's weight; none if it stays dense.
+    /// The weight of a finished layer; `None` if the layer stays dense.
     ///
     /// # Errors
     /// [`Error::Argument`] if it is not finished; [`Error::BadFile`].
@@ -235,7 +246,7 @@ impl Workspace {
         self.finished.values().map(|finished| (&finished.report, finished.notes.as_slice()))
     }
 
-    /// Removes the folder: the result is where it belongs.
+    /// Removes the folder, once the result is written.
     ///
     /// # Errors
     /// [`Error::Write`].
@@ -244,12 +255,12 @@ impl Workspace {
     }
 }
 
-/// Says of what run the folder is.
+/// The file with the identity of the run.
 const RUN: &str = "run.json";
-/// What [`RUN`] is sealed with: of what run it is is what it says.
+/// The run in the seal of [`RUN`] itself, which cannot depend on its own content.
 const UNKNOWN: &str = "";
 
-/// Whether a work folder holds more than the lock and what is said of the run: then a run was under way here.
+/// Whether a folder has files besides the lock and the identity: a run has been working in it.
 fn has_results(folder: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(folder).map_err(Error::read(folder))?;
     let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -266,7 +277,7 @@ fn part_number(name: &str) -> Option<usize> {
     name.strip_prefix("part-")?.strip_suffix(".safetensors")?.parse().ok()
 }
 
-/// An error that names every entry that is not what it was.
+/// An error that names every entry that differs.
 fn check_identity(folder: &Path, found: &Map<String, Value>, wanted: &Map<String, Value>) -> Result<()> {
     let keys = found.keys().chain(wanted.keys().filter(|key| !found.contains_key(*key)));
     let changed: Vec<&str> = keys.filter(|key| found.get(*key) != wanted.get(*key)).map(String::as_str).collect();
@@ -383,7 +394,8 @@ mod tests {
             std::fs::write(path.join(&names[file]), damaged).unwrap();
             let workspace = Workspace::open(&path, &identity("a"), true).unwrap();
             let there: Vec<bool> = ["a", "b", "c"].iter().map(|name| workspace.has(name)).collect();
-            // Layers before a damaged part are kept; all of them are if only what the run is has become unreadable.
+            // Layers before a damaged part are kept; all layers are kept if only the identity is
+            // damaged.
             assert_eq!(there, [file > 0, file > 1, file > 2], "{}, bit {bit}", names[file]);
             assert!(workspace.said().iter().any(|said| said.contains(&names[file.min(3)])), "{:?}", workspace.said());
             for name in ["a", "b", "c"].iter().filter(|name| workspace.has(name)) {

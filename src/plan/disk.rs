@@ -1,4 +1,4 @@
-//! What a run takes on the disk, and whether it fits.
+//! The disk space of a run, and whether it fits.
 
 use std::path::Path;
 
@@ -9,14 +9,16 @@ use crate::error::{Error, Result};
 use crate::model::unet::UnetConfig;
 use crate::number;
 
-/// Bytes that a run takes beside its result while it goes on, and the result's.
+/// Bytes on the disk: those of a run under way, and those of its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Disk {
-    /// Calibration samples, kept so that a run can be resumed; 0 where it is given them, or they come from a file.
+    /// Calibration samples, kept so that a run can be resumed; 0 if the run is given its samples or
+    /// reads them from a file.
     pub samples: u64,
-    /// Carries between the stages at their largest, the dense network's among them; 0 where they wait in memory.
+    /// Carries between the stages at their largest, including those of the dense network; 0 if they
+    /// wait in memory.
     pub carries: u64,
-    /// Those of them that are left when the result is written.
+    /// Carries that are left when the result is written.
     pub carries_left: u64,
     /// Finished layers.
     pub parts: u64,
@@ -25,19 +27,19 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// The most bytes at once. A container is put together beside its place and then written to it, so it is there twice for a
-    /// moment.
+    /// The most bytes at once. A container is assembled beside its place and then written to it, so
+    /// for a moment it exists twice.
     pub fn peak(&self) -> u64 {
         let Disk { samples, carries, carries_left, parts, result } = self;
         samples + parts + (*carries).max(carries_left + 2 * result)
     }
 
-    /// The same without samples of its own.
+    /// The disk space if the run keeps no samples.
     pub fn without_samples(self) -> Self {
         Disk { samples: 0, ..self }
     }
 
-    /// What it consists of, for people.
+    /// A sentence of the sizes.
     pub fn text(&self) -> String {
         let Disk { samples, carries, parts, result, .. } = self;
         let size = number::size;
@@ -55,16 +57,16 @@ impl Disk {
 /// Bytes of calibration samples in their file, by shape: fp32.
 pub(crate) fn of_samples(calls: &Calls, config: &UnetConfig) -> u64 {
     let latents = config.in_channels * calls.height * calls.width;
-    // Pooled text and time ids are fewer numbers than what the UNet makes of them.
-    let told = calls.text * config.cross_attention_dim + config.projection_class_embeddings_input_dim;
-    calls.count as u64 * (calls.batch * (latents + told)).unsigned_abs() * 4
+    // Pooled text and time ids are smaller than their embeddings, which bound them here.
+    let conditioning = calls.text * config.cross_attention_dim + config.projection_class_embeddings_input_dim;
+    calls.count as u64 * (calls.batch * (latents + conditioning)).unsigned_abs() * 4
 }
 
-/// Refuses what cannot fit into `folder`, or where that is not there yet, into the folder that it will be in. Of a run that goes
-/// on, `there` bytes are there already.
+/// Checks that `needed` bytes fit on the file system of `folder`, which need not exist yet. A run
+/// that is continued has `there` bytes of them already. `what` names the content in the error.
 ///
 /// # Errors
-/// [`Error::Argument`] with the numbers; `what` says what is to be there.
+/// [`Error::Argument`] with the numbers.
 pub(crate) fn check(folder: &Path, needed: u64, there: u64, what: &str) -> Result<()> {
     let Some(free) = free(folder) else { return Ok(()) };
     let room = free.saturating_add(there);
@@ -74,14 +76,14 @@ pub(crate) fn check(folder: &Path, needed: u64, there: u64, what: &str) -> Resul
     Err(Error::Argument(format!("{} has {} free, which is too little for {what}", folder.display(), number::size(room))))
 }
 
-/// Bytes that `folder`'s file system has free for this user; none where it cannot be told.
+/// Free bytes on the file system of `folder` for this user; `None` if unknown.
 #[cfg(unix)]
 fn free(folder: &Path) -> Option<u64> {
     let existing = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("."));
     let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
-    let found = rustix::fs::statvfs(existing).ok()?;
-    // File systems without a size of their own say that they have no blocks at all.
-    (found.f_blocks > 0).then(|| found.f_bavail.saturating_mul(found.f_frsize))
+    let status = rustix::fs::statvfs(existing).ok()?;
+    // File systems without a size of their own report no blocks at all.
+    (status.f_blocks > 0).then(|| status.f_bavail.saturating_mul(status.f_frsize))
 }
 
 #[cfg(not(unix))]
@@ -93,8 +95,8 @@ fn free(_folder: &Path) -> Option<u64> {
 pub(crate) fn taken(folder: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     let size = |entry: std::fs::DirEntry| match entry.metadata() {
-        Ok(found) if found.is_dir() => taken(&entry.path()),
-        Ok(found) => found.len(),
+        Ok(metadata) if metadata.is_dir() => taken(&entry.path()),
+        Ok(metadata) => metadata.len(),
         Err(_) => 0,
     };
     entries.flatten().map(size).sum()

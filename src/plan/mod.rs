@@ -61,28 +61,28 @@ pub struct Plan {
     pub compressed_elements: u64,
     /// The share of them that is pruned.
     pub sparsity: f64,
-    /// What calibration runs on; none if no layer needs it.
+    /// The calibration samples; `None` if no layer needs them.
     pub calls: Option<Calls>,
     /// Where carries wait.
     pub carries: CarriesIn,
-    /// Bytes for layers of one shape to be pruned in one batch; 0: one by one.
+    /// Bytes for pruning layers of one shape in one batch; 0 prunes them one by one.
     pub batch_bytes: u64,
     /// Bytes of all carries at their largest.
     pub carry_bytes: u64,
-    /// The most bytes at once, by estimate. Calibration runs are not in it.
+    /// The most bytes in use at once, by estimate, without the drawing of samples.
     pub peak_bytes: u64,
-    /// What it takes on the disk.
+    /// Its disk space.
     pub disk: Disk,
-    /// What it computes, calibration runs not counted.
+    /// Its work, without the drawing of samples.
     pub work: Work,
 }
 
 impl Plan {
-    /// Plans the recipe of a UNet. `bytes_of` says how many bytes an element of a tensor takes in memory, by its name; `calls` are
-    /// needed if a recipe needs Hessians.
+    /// Plans the compression of a UNet. `bytes_of` gives the bytes of an element of a tensor in
+    /// memory, by the tensor's name; `calls` are needed if a recipe needs Hessians.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the memory does not do, naming the least that would.
+    /// [`Error::Argument`] if the memory is too little, naming the least that is enough.
     pub fn new(
         chain: &UnetChain,
         recipes: &LayerRecipes,
@@ -174,8 +174,8 @@ impl Plan {
             .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
         let payload_bytes = size.bytes + dense.map(|tensor| 2 * tensor.numel()).sum::<u64>();
         let largest_carry = outlines.iter().map(largest).max().unwrap_or(0);
-        // Within a transformer a carry has tokens too, as many as its features; their files stay until
-        // others replace them.
+        // Within a transformer a carry has tokens too, as many as its features; their files stay
+        // until others replace them.
         let features = |carry: &CarryShape| carry.hidden_states.iter().product::<i64>();
         let tokens = outlines.iter().map(|outline| features(&outline.after)).max().unwrap_or(0);
         let last = outlines.last().map_or(0, |outline| outline.after.numel());

@@ -1,7 +1,6 @@
 //! An input whose Hessian is needed.
 
 use super::memory::{Memory, working_set};
-use super::schedule::Gather;
 use super::work::Work;
 use crate::model::{Layer, LayerInput};
 use crate::recipe::LayerRecipe;
@@ -58,24 +57,16 @@ impl<'a> Need<'a> {
         }
     }
 
-    /// The stop's request for this input alone.
-    pub fn gather(&self) -> Gather {
-        match self.input {
-            LayerInput::Features(_) => Gather::Samples(vec![self.input.clone()]),
-            LayerInput::Text | LayerInput::Time => Gather::Shared(self.input.clone()),
-        }
-    }
-
-    /// Bytes that solving the layers takes besides the Hessian, whose factor is made once for all of
-    /// them.
+    /// Bytes that solving the layers takes besides the Hessian, whose factor is made once for all
+    /// of them.
     pub fn solving_bytes(&self) -> u64 {
         let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some()));
         let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe)).max().unwrap_or(0);
         set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
     }
 
-    /// Work of summing the Hessian over `items` samples, each with a layer input of height and width
-    /// `grid`, and of solving the layers.
+    /// Work of summing the Hessian over `items` samples, each with a layer input of height and
+    /// width `grid`, and of solving the layers.
     pub fn work(&self, items: f64, grid: [i64; 2]) -> Work {
         let mut work = Work::default();
         let size = self.first().weight().size();
@@ -124,8 +115,8 @@ impl Room {
         self.at_once(hessians, solving)
     }
 
-    /// Bytes in use at once while samples run, and while layers are solved in `solving` bytes beside
-    /// `hessians`.
+    /// Bytes in use at once while samples run, and while layers are solved in `solving` bytes
+    /// beside `hessians`.
     pub fn at_once(&self, hessians: u64, solving: u64) -> u64 {
         self.fixed + hessians + self.running.max(self.resting + solving)
     }

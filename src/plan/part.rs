@@ -76,7 +76,8 @@ impl Outline<'_> {
         }
     }
 
-    /// The number of networks that run: the compressed one, and the dense one where it is the target.
+    /// The number of networks that run: the compressed one, and the dense one where it is the
+    /// target.
     fn networks(&self) -> u64 {
         if self.sequencing.has_dense_target() { 2 } else { 1 }
     }
@@ -85,7 +86,8 @@ impl Outline<'_> {
         self.part.layers().iter().filter_map(|layer| Some((layer, recipes.get(layer.name())?)))
     }
 
-    /// Height and width of a layer's input, or 1 and the number of vectors, for each item of the batch.
+    /// Height and width of a layer's input, or 1 and the number of vectors, for each item of the
+    /// batch.
     fn grid(&self, layer: &Layer, calls: &Calls) -> [i64; 2] {
         match (layer.input(), self.name, layer.operation()) {
             (LayerInput::Text, _, _) => [1, calls.text],
@@ -96,8 +98,8 @@ impl Outline<'_> {
         }
     }
 
-    /// Multiply-adds of running `layers` once, with the products of attention, which run between the
-    /// layers `to_v` and `to_out.0`.
+    /// Multiply-adds of running `layers` once, with the products of attention, which run between
+    /// the layers `to_v` and `to_out.0`.
     fn forward<'b>(&self, layers: impl Iterator<Item = &'b Layer>, calls: &Calls) -> f64 {
         let one = |layer: &Layer| {
             let [height, width] = self.grid(layer, calls);
@@ -137,7 +139,8 @@ impl Outline<'_> {
         Room {
             fixed: memory.fixed() + carries + carry,
             running: loaded + self.activations(batch, memory),
-            // A stage is not loaded while its layers are solved, unless the next stop needs it as it is.
+            // A stage is not loaded while its layers are solved, unless the next stop needs it as
+            // it is.
             resting: if self.runs_block_by_block() { loaded } else { 0 },
         }
     }

@@ -1,7 +1,7 @@
 //! The schedule of a run: every stop that the samples make on their way through the network.
 //!
-//! A stop gathers Hessians, solves layers, stores them, and lets the samples advance, each of the four
-//! only where it has something to do. Planning prices the stops and compression executes them.
+//! A stop gathers Hessians, solves layers, stores them, and lets the samples advance, each of the
+//! four only where it has something to do. Planning prices the stops and compression executes them.
 
 use crate::model::LayerInput;
 use crate::model::unet::{Part, PartName, Scope};
@@ -78,8 +78,8 @@ impl Schedule {
 }
 
 /// The stops of a stage whose Hessians all come from its dense layers. `wave_fits` says whether the
-/// Hessians of some inputs can be gathered in one pass. `rest` are the names of the layers that need
-/// no Hessian.
+/// Hessians of some inputs can be gathered in one pass. `rest` are the names of the layers that
+/// need no Hessian.
 pub(super) fn by_stage(
     name: PartName,
     needs: &[Need<'_>],
@@ -104,9 +104,9 @@ pub(super) fn by_stage(
     waves.iter().map(wave_stop).chain(shared).chain([last]).collect()
 }
 
-/// The stops of a part, block by block and in each block input by input, so that every Hessian comes
-/// from samples that have passed the stored layers before it. `rest` are the names of the layers that
-/// need no Hessian.
+/// The stops of a part, block by block and in each block input by input, so that every Hessian
+/// comes from samples that have passed the stored layers before it. `rest` are the names of the
+/// layers that need no Hessian.
 pub(super) fn by_block(name: PartName, part: &Part, needs: &[Need<'_>], rest: &[String]) -> Vec<Stop> {
     let mut stops = Vec::new();
     for block in 0..part.blocks() {
@@ -118,7 +118,7 @@ pub(super) fn by_block(name: PartName, part: &Part, needs: &[Need<'_>], rest: &[
             for need in needs.iter().filter(|need| need.is_gathered() == is_gathered) {
                 let layers: Vec<String> = need.names().filter(|name| in_block(name)).collect();
                 if !layers.is_empty() {
-                    stops.push(Stop::new(name, scope, need.gather(), layers, Then::Install));
+                    stops.push(Stop::new(name, scope, gather_alone(need), layers, Then::Install));
                 }
             }
         }
@@ -132,6 +132,14 @@ pub(super) fn by_block(name: PartName, part: &Part, needs: &[Need<'_>], rest: &[
         }
     }
     stops
+}
+
+/// The request for the input of `need` alone.
+fn gather_alone(need: &Need<'_>) -> Gather {
+    match need.input {
+        LayerInput::Features(_) => Gather::Samples(vec![need.input.clone()]),
+        LayerInput::Text | LayerInput::Time => Gather::Shared(need.input.clone()),
+    }
 }
 
 impl Stop {

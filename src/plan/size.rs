@@ -1,11 +1,12 @@
-//! What a treated weight takes in the container.
+//! The size of a compressed weight in the container.
 
 use crate::codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
 use crate::recipe::LayerRecipe;
 
-/// Elements that a recipe of a weight [o, d] keeps.
+/// Elements of a weight [o, d] that `recipe` keeps.
 ///
-/// SparseGPT takes in each block of columns one element more than the share, as in coremltools: see [`crate::solver::prune`].
+/// SparseGPT prunes one element more than the share in each block of columns, as coremltools does:
+/// see [`crate::solver::prune`].
 pub fn kept(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
     let Some(options) = &recipe.prune else { return o * d };
     match options.sparsity {
@@ -20,7 +21,8 @@ pub fn kept(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
     }
 }
 
-/// Bytes of a weight [o, d] in the container: mask, indices, palettes and scales, or the kept values.
+/// Bytes of a weight [o, d] in the container: mask, indices, palettes and scales, or the kept
+/// values.
 ///
 /// `design`: one mask bit an element, n bits a kept element, 2^n fp16 entries a palette.
 pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {

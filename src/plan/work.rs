@@ -1,13 +1,14 @@
-//! What a run computes.
+//! The work of a run.
 
 use std::ops::AddAssign;
 
 use serde::Serialize;
 
-/// Multiply-adds of a run's parts, by the formulas of the algorithms, and elements that are palettized.
+/// Multiply-adds of a run's parts, by the formulas of the algorithms, and elements that are
+/// palettized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Work {
-    /// Running the stages on the samples: once for each wave, and once compressed.
+    /// Forwards of the samples: for Hessians, and past each part.
     pub forward: f64,
     /// Sums of x x^T.
     pub hessians: f64,
@@ -15,7 +16,7 @@ pub struct Work {
     pub factors: f64,
     /// SparseGPT's trailing updates and the output errors: 3/2 o d^2 a layer.
     pub sweeps: f64,
-    /// Elements that are given a palette entry.
+    /// Elements that are palettized.
     pub palettized: f64,
 }
 
@@ -25,8 +26,9 @@ impl Work {
         self.forward + self.hessians + self.factors + self.sweeps
     }
 
-    /// Seconds on a device that makes `rate` multiply-adds a second in large matrix products: the parts reach most of it, and a palettized
-    /// weight takes 0.12 µs of all that is no product, each as measured on two CPU cores.
+    /// Seconds on a device that makes `rate` multiply-adds per second in large matrix products.
+    /// Each kind of work reaches a share of it, and a palettized element takes 0.12 µs besides;
+    /// both were measured on two CPU cores.
     pub fn seconds(&self, rate: f64) -> f64 {
         (self.forward / 0.85 + self.hessians / 0.8 + self.factors / 0.75 + self.sweeps / 0.7) / rate + self.palettized / 8e6
     }
@@ -42,8 +44,9 @@ impl AddAssign for Work {
     }
 }
 
-/// Multiply-adds a second of a large fp32 matrix product of libtorch's on `device`, measured for about a tenth of a second. Where faer's
-/// products are the faster, a run takes less than is so expected: its convolutions and attention do not gain by them.
+/// Multiply-adds per second of a large fp32 matrix product of libtorch on `device`, measured for
+/// about a tenth of a second. Where the products of faer are faster, a run takes less time than
+/// this predicts, although its convolutions and attention do not gain by them.
 ///
 /// # Errors
 /// If libtorch refuses.

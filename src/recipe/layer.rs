@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use crate::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
 use crate::solver::JointOptions;
 
-/// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in fp16.
+/// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in
+/// fp16.
 pub type LayerRecipes = BTreeMap<String, LayerRecipe>;
 
 /// How one layer is compressed: pruned, palettized, or both.

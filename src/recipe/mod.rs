@@ -1,4 +1,5 @@
-//! A run's config, resolved on the layers of one UNet: how each layer is compressed, and in what order.
+//! A run's config, resolved on the layers of one UNet: how each layer is compressed, and in what
+//! order.
 //!
 //! Planning and compression both start from a [`Recipe`].
 
@@ -36,7 +37,8 @@ impl Recipe {
     /// Resolves `config` on the layers of `chain`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) with every mistake: a pattern that matches nothing, a group that does not divide.
+    /// [`Error::Config`](crate::Error::Config) with every mistake: a pattern that matches nothing,
+    /// a group that does not divide.
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
         let infos = layers_of(chain)?;
         let resolution = config.resolve(&infos).checked()?;

@@ -1,19 +1,21 @@
-//! Which of its settings each layer gets.
+//! The choice of one setting for each layer.
 
-/// A setting of a layer: what it takes and what it costs.
+/// A setting of a layer: its size and its error.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
     /// Stored bytes.
     pub bytes: u64,
-    /// What the layer's error adds to the UNet's.
+    /// The share of the UNet's error that is due to the layer.
     pub cost: f64,
 }
 
-/// One choice for each layer such that all together take at most `budget` bytes and cost as little as can be found; `None` if even the
-/// smallest are too many bytes. Every layer has at least one choice.
+/// One choice for each layer, by index, with at most `budget` bytes in total and a small total
+/// cost; `None` if even the smallest choices take too many bytes. Every layer has at least one
+/// choice.
 ///
-/// By Lagrange's multiplier (Shoham and Gersho 1988): for a price of a byte each layer takes the choice whose cost and price are least, and the
-/// price is the lowest at which the budget holds. What is then left over goes to the single changes that gain most for their bytes.
+/// By Lagrange's multiplier (Shoham and Gersho 1988): for a given price of a byte each layer takes
+/// the choice of least cost plus price, and the price is the lowest at which the budget holds.
+/// Bytes that are left over go to the single changes that gain most per byte.
 pub fn choose(layers: &[Vec<Choice>], budget: u64) -> Option<Vec<usize>> {
     let at = |price: f64| -> Vec<usize> {
         let least = |choices: &Vec<Choice>| {

@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::super::gather::Gatherer;
 use super::super::walk::{Visitor, Walk, execute};
 use super::super::workspace::Workspace;
-use super::Measurement;
+use super::measurement::{Limits, Measurement};
 use crate::codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::model::{Layer, LayerInput};
@@ -28,7 +28,8 @@ pub(super) struct Measured {
 /// The settings of each layer, by name.
 type Settings = BTreeMap<String, Vec<LayerRecipe>>;
 
-/// The number of rows of a weight that settings are tried on; the other rows are assumed to be alike.
+/// The number of rows of a weight that settings are tried on; the other rows are assumed to be
+/// alike.
 const ROWS: i64 = 128;
 
 /// Tries all `settings` of every layer on the Hessians of the dense network.
@@ -152,9 +153,9 @@ fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tens
     Ok((Tensor::f_cat(&parts, 0)?, wanted as f64 / all as f64))
 }
 
-/// The settings that each layer may get within `limits`: its own, and variants of it with more or fewer
-/// bits, pruned or not.
-pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &super::Limits) -> Settings {
+/// The settings that each layer may get within `limits`: its own, and variants of it with more or
+/// fewer bits, pruned or not.
+pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &Limits) -> Settings {
     const SPARSE: [(f64, BitWidth); 6] = [
         (0.4, BitWidth::Four),
         (0.5, BitWidth::Four),

@@ -1,34 +1,25 @@
 //! Settings for each layer that together take a given number of bytes at the least error.
 //!
 //! Each layer is tried with several settings on the Hessians of the dense network. Backpropagation
-//! measures the effect of an error in its output on the output of the UNet. Bytes go where they reduce
-//! the error most ([`choose`]). The result is a config with a rule for each layer.
+//! measures the effect of an error in its output on the output of the UNet. Bytes go where they
+//! reduce the error most ([`choose`]). The result is a config with a rule for each layer.
 
 mod choose;
 mod curves;
+mod measurement;
 mod sensitivity;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 pub use choose::{Choice, choose};
+use measurement::Limits;
+pub(super) use measurement::Measurement;
 
-use super::gather::Gatherer;
-use super::job::Job;
-use crate::codebook::BitWidth;
 use crate::config::{self, BudgetSection, BudgetTarget, RunConfig};
 use crate::error::{Error, Result};
 use crate::number;
 use crate::plan::{Plan, stored_bytes};
-use crate::progress::Progress;
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of};
-
-/// Bounds on the settings of every layer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub min_bits: BitWidth,
-    pub max_sparsity: f64,
-}
 
 /// The result of an allocation.
 #[derive(Debug)]
@@ -37,17 +28,6 @@ pub struct Allocation {
     pub config: RunConfig,
     /// Bytes of the result's tensors.
     pub payload_bytes: u64,
-}
-
-/// A run of the dense network that measures errors.
-pub(super) struct Measurement<'a> {
-    /// Planned for the recipes of [`measuring`].
-    pub job: Job<'a>,
-    /// Hessians of text and time from captions.
-    pub captions: Gatherer,
-    /// The folder for carries.
-    pub folder: &'a Path,
-    pub progress: &'a dyn Progress,
 }
 
 /// The recipes for measuring: every layer that can be allocated needs its Hessian, whatever its
@@ -60,8 +40,8 @@ pub(super) fn measuring(layers: &LayerRecipes) -> LayerRecipes {
 /// Finds settings for `budget`. `plan` is that of `recipe` as it is.
 ///
 /// # Errors
-/// [`Error::Argument`] if no layer can be allocated, or even the smallest settings take too many bytes;
-/// the message names the smallest size.
+/// [`Error::Argument`] if no layer can be allocated, or even the smallest settings take too many
+/// bytes; the message names the smallest size.
 pub(super) fn allocate(
     measurement: Measurement<'_>,
     config: &RunConfig,
@@ -93,7 +73,8 @@ pub(super) fn allocate(
         names.push(name);
         choices.push(measured.iter().map(choice).collect::<Vec<_>>());
     }
-    // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are fixed.
+    // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are
+    // fixed.
     let allocated_bytes: u64 = names.iter().map(|name| stored_bytes(&shapes[*name], &recipe.layers[*name])).sum();
     let fixed = plan.payload_bytes - allocated_bytes;
     let total = match budget.target {

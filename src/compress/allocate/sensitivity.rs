@@ -8,7 +8,7 @@ use super::super::gather::Gatherer;
 use super::super::job::{Calibration, Job, Machine};
 use super::super::propagate::Extent;
 use super::super::walk::Walk;
-use super::Measurement;
+use super::measurement::Measurement;
 use crate::calibration::Samples;
 use crate::error::Result;
 use crate::model::unet::{Carry, Part, PartName, Scope};
@@ -28,12 +28,12 @@ pub(super) struct Sensitivities {
     pub energy: f64,
 }
 
-/// Measures ‖J‖² / n of each layer on `probes` of the samples: J is the Jacobian of the UNet's output
-/// by the layer's output, and n the size of the latter. An error that is spread evenly over the layer's
-/// output is multiplied by this.
+/// Measures ‖J‖² / n of each layer on `probes` of the samples: J is the Jacobian of the UNet's
+/// output by the layer's output, and n the size of the latter. An error that is spread evenly over
+/// the layer's output is multiplied by this.
 ///
-/// By backpropagation of a random vector (Hutchinson 1990), block by block, so that the activations of
-/// one block are in memory at a time.
+/// By backpropagation of a random vector (Hutchinson 1990), block by block, so that the activations
+/// of one block are in memory at a time.
 pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Sensitivities> {
     let Measurement { job, folder, progress, .. } = measurement;
     let _one = OneThread::begin();
@@ -90,9 +90,9 @@ pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Se
     Ok(sensitivities)
 }
 
-/// Keeps libtorch on one thread until it is dropped, because gradients of SiLU, and of products with
-/// few rows, depend on the number of threads. Each probe is one forward and one backward, so this takes
-/// little time beside the error curves.
+/// Keeps libtorch on one thread until it is dropped, because gradients of SiLU, and of products
+/// with few rows, depend on the number of threads. Each probe is one forward and one backward, so
+/// this takes little time beside the error curves.
 struct OneThread(i32);
 
 impl OneThread {
@@ -116,7 +116,8 @@ struct Gradient {
     residuals: Vec<Tensor>,
 }
 
-/// Called with the name of a layer, the squared norm of its output's gradient, and the output's size.
+/// Called with the name of a layer, the squared norm of its output's gradient, and the output's
+/// size.
 type AddLayer<'a> = &'a mut dyn FnMut(&str, f64, f64);
 
 /// Backpropagates through a stage, and calls `add` for each layer.
@@ -193,7 +194,8 @@ impl Observer for Outputs {
     }
 
     fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
-        // Projections of text and time have no differentiable input here; their outputs become leaves.
+        // Projections of text and time have no differentiable input here; their outputs become
+        // leaves.
         if !output.requires_grad() {
             let _ = output.shallow_clone().f_requires_grad_(true)?;
         }

@@ -1,4 +1,5 @@
-//! The parts of the chain, loaded and run one at a time: the input block, the stages, the output block.
+//! The parts of the chain, loaded and run one at a time: the input block, the stages, the output
+//! block.
 
 use std::fmt::{self, Display};
 
@@ -7,8 +8,8 @@ use crate::checkpoint::TensorSource;
 use crate::error::{Error, Result};
 use crate::model::layer::{Layer, Observer};
 
-/// The name of a part of the chain. The order is that of execution within each kind of stage; for the
-/// order of a whole UNet see [`UnetChain::parts`].
+/// The name of a part of the chain. The order is that of execution within each kind of stage; for
+/// the order of a whole UNet see [`UnetChain::parts`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PartName {
     /// conv_in and the embeddings, printed as `head`.
@@ -109,8 +110,8 @@ impl Part {
         }
     }
 
-    /// Sends `carry` through `scope`. The output block puts its prediction in the place of the hidden
-    /// states.
+    /// Sends `carry` through `scope`. The output block puts its prediction in the place of the
+    /// hidden states.
     ///
     /// # Errors
     /// If libtorch refuses an operation, or the observer ends the run; for the input block, which
