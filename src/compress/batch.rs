@@ -6,6 +6,7 @@ use super::gather::Gatherer;
 use super::layer::{Evidence, compress_layer};
 use super::solve::Compressor;
 use super::walk::Walk;
+use crate::codebook::PruneOptions;
 use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
 use crate::model::{Layer, LayerInput};

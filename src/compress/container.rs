@@ -61,7 +61,7 @@ pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dy
     let FinishedUnet { chain, unet_config, weights, layers, settings, sources } = unet;
     let info = ContainerInfo { unet_config: unet_config.clone(), recipe: settings, sources };
     let mut writer = ContainerWriter::create(path, info)?;
-    let halves = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
+    let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let reports: BTreeMap<&str, &LayerReport> = layers.reports().map(|(report, _)| (report.name.as_str(), report)).collect();
     let tensors = chain.tensors()?;
     let task = Task::begin(progress, "writing the container", "tensors", tensors.len());
@@ -78,7 +78,10 @@ pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dy
                 sums.add(&weight);
                 writer.add_weight(&spec.name, &weight, json!(report.errors))?;
             }
-            (_, _) => writer.add_tensor(&spec.name, &halves.tensor(&spec.name, &spec.shape)?)?,
+            (_, _) => {
+                let tensor = source.tensor(&spec.name, &spec.shape)?;
+                writer.add_tensor(&spec.name, &spec.shape, &halves(&tensor)?)?;
+            }
         }
     }
     // The container names its sources, so none of it may be of another model.

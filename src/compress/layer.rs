@@ -164,7 +164,7 @@ fn solve_jointly(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Op
             &new
         }
     };
-    let solved = joint(name, weight, hessian, factors, &LayerEvidence { correction, held_out }, &options)?;
+    let solved = joint(name, weight, hessian, factors, &LayerEvidence { residual: correction, held_out }, &options)?;
     let Joint { weight: values, mask, palettized, pruned_loss, notes, target, .. } = solved;
     let notes = notes.iter().map(ToString::to_string).collect();
     Ok(Solution { values, keep: mask, palettized, loss: pruned_loss, target, notes })

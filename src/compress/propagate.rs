@@ -41,11 +41,8 @@ pub(super) enum Extent {
 /// before its compressed twin.
 pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, progress: &dyn Progress) -> Result<(Gatherer, f64)> {
     let task = Task::begin(progress, "Hessians", "batches", shards.iter().map(|shard| shard.carries.len()).sum());
-    let tick = || {
-        task.advance(request.part);
-        task.go_on()
-    };
-    let mut sums = on_each(shards, &|shard, tick| gather_on(shard, request, tick), &tick)?.into_iter();
+    let run = |shard: &mut DeviceShard, batch: Batch<'_>| gather_on(shard, request, batch);
+    let mut sums = on_each(shards, &run, &task, request.part)?.into_iter();
     let (mut gatherer, mut multiply_adds) = sums.next().expect("a walk has at least one shard");
     for (other, more) in sums {
         gatherer.merge(other)?;
@@ -56,7 +53,7 @@ pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, pro
     Ok((gatherer, multiply_adds))
 }
 
-fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, tick: Tick<'_>) -> Result<(Gatherer, f64)> {
+fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, batch: Batch<'_>) -> Result<(Gatherer, f64)> {
     let is_wanted = |layer: &&Layer| request.inputs.contains(layer.input());
     let layers = shard.part().layers().iter().filter(is_wanted);
     let names: Vec<String> = layers.clone().map(|layer| layer.name().to_owned()).collect();
@@ -69,7 +66,6 @@ fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, tick: Tick<'_>
     }
     let mut multiply_adds = 0.0;
     for index in 0..shard.carries.len() {
-        tick()?;
         gatherer.hold_out(request.holds_out && is_held_out(index, shard.carries.len()));
         gatherer.set_weight(shard.weights[index]);
         if let Some(teacher) = &mut shard.teacher {
@@ -78,6 +74,7 @@ fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, tick: Tick<'_>
             multiply_adds += more;
         }
         multiply_adds += observe(shard.part(), request.scope, shard.carries.get(index)?, &mut gatherer)?;
+        batch.done()?;
     }
     if let Some(teacher) = &mut shard.teacher {
         teacher.set_ahead(request.teacher_advances);
@@ -99,11 +96,10 @@ pub(super) fn advance(
         Extent::First => shard.carries.len().min(1),
     };
     let task = Task::begin(progress, "outputs", "batches", shards.iter().map(count).sum());
-    let run = |shard: &mut DeviceShard, tick: Tick| -> Result<f64> {
+    let run = |shard: &mut DeviceShard, batch: Batch<'_>| -> Result<f64> {
         let teacher_lags = shard.teacher.as_mut().is_some_and(|teacher| teacher.lags());
         let mut multiply_adds = 0.0;
         for index in 0..count(shard) {
-            tick()?;
             if let Some(teacher) = shard.teacher.as_mut().filter(|_| teacher_lags) {
                 multiply_adds += teacher.advance(index, scope)?;
             }
@@ -113,31 +109,45 @@ pub(super) fn advance(
                 return Err(Error::NotFinite(format!("the output of `{part}`, compressed, has NaN or infinity in it")));
             }
             shard.carries.replace(index, after)?;
+            batch.done()?;
         }
         Ok(multiply_adds)
     };
-    let tick = || {
-        task.advance(part);
-        task.go_on()
-    };
-    Ok(on_each(shards, &run, &tick)?.into_iter().sum())
+    Ok(on_each(shards, &run, &task, part)?.into_iter().sum())
 }
 
-/// Called before each batch, by whichever device has it.
-type Tick<'a> = &'a (dyn Fn() -> Result<()> + Sync);
+/// Where a device reports its batches.
+#[derive(Clone, Copy)]
+struct Batch<'a> {
+    task: &'a Task<'a>,
+    part: &'a str,
+    /// The device's place in the run's list.
+    device: usize,
+}
+
+impl Batch<'_> {
+    /// Reports that a batch is done; an error if the run has to stop.
+    fn done(self) -> Result<()> {
+        self.task.sample(self.part, self.device);
+        self.task.go_on()
+    }
+}
 
 /// Runs something on every shard, each in a thread of its own where there are several. Every thread
-/// calls `tick` before each of its batches, so that progress counts them all and all of them stop
-/// when the run is to stop.
+/// reports each of its batches, so that progress counts them all and all threads stop when the run
+/// has to stop.
 fn on_each<T: Send>(
     shards: &mut [DeviceShard],
-    run: &(dyn Fn(&mut DeviceShard, Tick) -> Result<T> + Sync),
-    tick: Tick,
+    run: &(dyn Fn(&mut DeviceShard, Batch<'_>) -> Result<T> + Sync),
+    task: &Task<'_>,
+    part: &str,
 ) -> Result<Vec<T>> {
     let (first, others) = shards.split_first_mut().expect("a walk has at least one shard");
     std::thread::scope(|scope| {
-        let threads: Vec<_> = others.iter_mut().map(|shard| scope.spawn(move || run(shard, tick))).collect();
-        let mut results = vec![run(first, tick)?];
+        let batch = |device| Batch { task, part, device };
+        let others = others.iter_mut().zip(1..);
+        let threads: Vec<_> = others.map(|(shard, device)| scope.spawn(move || run(shard, batch(device)))).collect();
+        let mut results = vec![run(first, batch(0))?];
         for thread in threads {
             results.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
         }

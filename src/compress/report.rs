@@ -7,8 +7,8 @@ use crate::config::RunConfig;
 use crate::container::CompressedWeight;
 use crate::model::Layer;
 use crate::model::unet::PartName;
-use crate::number;
 use crate::plan::Plan;
+use crate::progress::LayerDone;
 
 /// A compressed layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -46,16 +46,18 @@ impl LayerReport {
         }
     }
 
-    /// A line for progress.
-    pub(super) fn line(&self) -> String {
-        let LayerErrors { weight, pruned_output, output } = self.errors;
-        let errors = match (pruned_output, output) {
-            (Some(pruned), Some(output)) => {
-                format!("output error {} pruned, {} stored", number::percent(pruned), number::percent(output))
-            }
-            (_, _) => format!("weight error {}", number::percent(weight)),
-        };
-        format!("{}: {:.2} bits a weight, {errors}", self.name, self.bits_per_weight)
+    /// The numbers for progress.
+    pub(super) fn progress(&self) -> LayerDone<'_> {
+        LayerDone {
+            layer: &self.name,
+            stage: &self.stage,
+            sparsity: self.sparsity,
+            bits_per_weight: self.bits_per_weight,
+            bytes: self.bytes,
+            weight_error: self.errors.weight,
+            pruned_output_error: self.errors.pruned_output,
+            output_error: self.errors.output,
+        }
     }
 }
 

@@ -175,7 +175,7 @@ impl Compressor<'_> {
         }
         let vectors = evidence.map(|evidence| evidence.hessian.vectors());
         let report = LayerReport::of(layer, stop.part, &compressed, vectors);
-        task.note(&report.line());
+        task.layer(report.progress());
         self.store.push(report, notes, compressed.stored)
     }
 }

@@ -6,7 +6,8 @@ use serde::{Serialize, Serializer};
 
 use super::finding::Finding;
 use super::tree::Position;
-use crate::error::{Mistake, Place};
+use crate::error::{Error, Mistake, Place, Result};
+use crate::pattern::NamePattern;
 
 /// A value and the place where it was written. Two are equal if their values are, wherever they
 /// were written.

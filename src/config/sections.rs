@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Serialize, Serializer};
+
 use super::fields::{Fields, text};
 use super::keys;
 use super::kinds::Words;

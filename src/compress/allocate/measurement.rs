@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::super::gather::Gatherer;
 use super::super::job::Job;
+use crate::codebook::BitWidth;
 use crate::progress::Progress;
 
 /// A run of the dense network that measures errors.

@@ -8,7 +8,6 @@ use std::path::Path;
 use half::f16;
 use sha2::{Digest, Sha256};
 
-use crate::container::BIT_WIDTHS;
 use crate::coreml::blob::{SENTINEL, UNIT, VERSION};
 use crate::coreml::element::{ArrayType, Element};
 use crate::error::{Error, Result};
