@@ -200,8 +200,8 @@ keys! {
 keys! {
     /// Which layers are palettized, and how.
     palettize "palettize" settings palette_settings {
-        /// Treatment of layers whose channels the group size does not divide: refuse them, give
-        /// them a smaller group, or leave them in fp16 (`dense`), as coremltools does.
+        /// Treatment of layers whose channels the group size does not divide. They are refused, get
+        /// a smaller group, or stay in fp16 (`dense`), as in coremltools.
         ON_MISFIT: OnMisfit = (
             "on_misfit",
             Kind::WORD,

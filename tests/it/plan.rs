@@ -53,7 +53,7 @@ fn sdxls_sizes_are_the_tutorials_to_one_percent() {
         let said = plan["payload_bytes"].as_f64().unwrap() / f64::from(1 << 30) + 8.58 / 1024.0;
         assert!((said / gib - 1.0).abs() < 0.01, "{name}: {said:.4} GiB, the tutorial has {gib:.4}");
         let pruned: u64 = plan["stages"].as_array().unwrap().iter().map(|stage| stage["pruned"].as_u64().unwrap()).sum();
-        assert_eq!(pruned, if name.starts_with("joint") { 788 } else { 0 }, "{name}");
+        assert_eq!(pruned, if name.starts_with("tutorial") { 788 } else { 0 }, "{name}");
         assert!(plan["peak_bytes"].as_u64().unwrap() <= 8 << 30, "{name}");
     }
 }
