@@ -182,8 +182,10 @@ fn resolve_palettize(
             return Choice::Leave(Why::Small { weight_threshold: *weight_threshold });
         }
         let Some(group_size) = settings.grouping.group_size() else { return Choice::Apply(settings) };
-        let channels = layer.shape[settings.axis];
-        let Some(becomes) = on_misfit.outcome(channels as usize, group_size) else { return Choice::Apply(settings) };
+        // A caller's shape without such a dimension counts as one channel.
+        let channels = layer.shape.get(settings.axis).copied().unwrap_or(1);
+        let count = usize::try_from(channels).unwrap_or(1).max(1);
+        let Some(becomes) = on_misfit.outcome(count, group_size) else { return Choice::Apply(settings) };
         findings.push(Finding::GroupMisfit { layer: layer.name.clone(), channels, group_size, becomes });
         match becomes {
             Misfit::SmallerGroup(group_size) => {
