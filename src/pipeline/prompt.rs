@@ -1,4 +1,4 @@
-//! From prompts to what the UNet is told.
+//! From prompts to the UNet's conditioning.
 
 use tch::Tensor;
 
@@ -16,7 +16,7 @@ pub struct PromptEncoder {
     placement: Placement,
 }
 
-/// A prompt as the UNet sees it.
+/// An encoded prompt.
 #[derive(Debug)]
 pub struct PromptEmbedding {
     /// All encoders' penultimate states side by side: [b, 77, cross_attention_dim].
@@ -42,7 +42,8 @@ impl PromptEncoder {
         Ok(PromptEncoder { parts, placement })
     }
 
-    /// Encodes texts as one batch. A text that does not fit is cut, and the log says what was lost.
+    /// Encodes texts as one batch. A text that is too long is cut, and the log quotes the lost
+    /// part.
     ///
     /// # Errors
     /// If a text cannot be tokenized.
@@ -59,15 +60,16 @@ impl PromptEncoder {
                 ids.extend(tokens.ids);
             }
             let ids = Tensor::f_from_slice(&ids)?.f_view([texts.len() as i64, -1])?;
-            let found = model.forward(&ids)?;
-            states.push(found.penultimate);
-            pooled = found.pooled;
+            let encoded = model.forward(&ids)?;
+            states.push(encoded.penultimate);
+            pooled = encoded.pooled;
         }
         let pooled = pooled.ok_or_else(|| Error::internal("the last text encoder has no pooled projection"))?;
         Ok(PromptEmbedding { states: Tensor::f_cat(&states, -1)?, pooled })
     }
 
-    /// What an absent negative prompt means: zeros, or the encoded empty text, as the pipeline's config says.
+    /// The encoded negative prompt. An absent one means zeros or the encoded empty text, as the
+    /// pipeline's config decides.
     ///
     /// # Errors
     /// If libtorch refuses an operation.
@@ -80,13 +82,14 @@ impl PromptEncoder {
         }
     }
 
-    /// Where the encoders compute.
+    /// The device and dtype of the encoders.
     pub fn placement(&self) -> Placement {
         self.placement
     }
 }
 
-/// The picture's size as the UNet is told it: original size, crop and target size, or original size, crop and aesthetic score.
+/// The picture's size as time ids [1, 6] or [1, 5]: original size, crop and target size, or
+/// original size, crop and aesthetic score.
 ///
 /// The scores are diffusers' defaults: 6 for the prompt, 2.5 for the negative prompt.
 ///
@@ -100,17 +103,20 @@ pub fn time_ids(folder: &PipelineFolder, height: i64, width: i64, negative: bool
     Ok(Tensor::f_from_slice(ids)?.f_unsqueeze(0)?.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
 }
 
-/// Everything that the UNet is told at every step of a picture.
+/// The UNet's conditioning at every step of a picture, and the guidance scale.
 #[derive(Debug)]
 pub struct Guidance {
-    /// With guidance, the negative prompt's rows come before the prompt's.
+    /// The text states, pooled text and time ids; with guidance, the negative prompt's rows come
+    /// first.
     pub conditioning: Conditioning,
-    /// How far to go from the negative prediction to the prompt's, and beyond; `None` without guidance.
+    /// The factor of the step from the negative prediction to the prompt's; `None` without
+    /// guidance.
     pub scale: Option<f64>,
 }
 
 impl Guidance {
-    /// Encodes a prompt for pictures of `height` x `width` pixels. A scale of 1 or less means no guidance, as in diffusers.
+    /// Encodes a prompt for pictures of `height` x `width` pixels. A scale of 1 or less means no
+    /// guidance, as in diffusers.
     ///
     /// # Errors
     /// If a text cannot be encoded.
