@@ -8,7 +8,8 @@ use tch::{Device, Kind};
 
 use super::report::LayerReport;
 use super::workspace::Workspace;
-use crate::checkpoint::{SourceFile, TensorSource, Weights};
+use crate::checkpoint::{TensorSource, Weights, halves};
+use crate::input::SourceFile;
 use crate::container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
 use crate::device::Placement;
 use crate::error::Result;

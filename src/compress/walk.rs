@@ -53,7 +53,8 @@ pub(super) fn execute(schedule: &Schedule, walk: &mut Walk<'_>, visitor: &mut dy
     for (stop, route) in schedule.stops.iter().zip(routes) {
         if part.replace(stop.part) != Some(stop.part) {
             task.go_on()?;
-            let index = walk.outlines.keys().position(|part| *part == stop.part).expect("a schedule stops at parts of its network");
+            let mut parts = walk.model.chain.parts();
+            let index = parts.position(|part| part == stop.part).expect("a schedule stops at parts of its network");
             task.stage(&stop.part.to_string(), index, walk.outlines.len());
             walk.come_to(stop.part);
         }
