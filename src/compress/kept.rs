@@ -6,7 +6,6 @@
 
 use std::path::Path;
 
-use super::workspace::Workspace;
 use crate::digest;
 use crate::error::Result;
 use crate::input::{self, Limit};
@@ -59,25 +58,6 @@ pub(super) fn fits(folder: &Path, run: &str, name: &str, sha256: &str) -> bool {
 
 fn seal(run: &str, sha256: &str) -> String {
     digest::of_entries([("run", run), ("sha256", sha256)].into_iter())
-}
-
-impl Workspace {
-    /// Writes `content` to the file `name`.
-    pub(super) fn keep(&self, name: &str, content: &[u8]) -> Result<()> {
-        write(self.folder(), self.run(), name, content)
-    }
-
-    /// The content of the file `name`; `None` if it is absent, or damaged, of which this warns.
-    pub(super) fn kept(&mut self, name: &str) -> Option<Vec<u8>> {
-        match read(self.folder(), self.run(), name) {
-            Kept::Whole(content) => Some(content),
-            Kept::Absent => None,
-            Kept::Damaged => {
-                self.say(format!("{} is damaged, and made again", self.folder().join(name).display()));
-                None
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -206,7 +206,7 @@ impl<'a> Run<'a> {
         findings
             .chain(self.samples.notes.iter().cloned())
             .chain(self.notes.iter().cloned())
-            .chain(workspace.said().iter().cloned())
+            .chain(workspace.warnings().iter().cloned())
             .chain(layers.iter().flat_map(|(_, notes)| notes.iter().cloned()))
             .collect()
     }

@@ -28,7 +28,7 @@ pub(super) fn kept_samples(
     {
         match read(folder, workspace, &notes) {
             Ok(samples) => return Ok(samples),
-            Err(why) => workspace.say(format!("{why}: the samples are made again")),
+            Err(why) => workspace.warn(format!("{why}: the samples are made again")),
         }
     }
     let samples = calibrate(folder, weights, section, options, progress)?;

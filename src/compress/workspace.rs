@@ -34,7 +34,8 @@ pub struct Workspace {
     _lock: File,
     /// A hash of the run's identity, which is part of the seal of every file.
     run: String,
-    said: Vec<String>,
+    /// Warnings about damaged files.
+    warnings: Vec<String>,
     parts: Vec<Container>,
     finished: BTreeMap<String, Finished>,
     waiting: Vec<(LayerReport, Vec<String>, Option<CompressedWeight>)>,
@@ -71,32 +72,33 @@ impl Workspace {
         let lock = File::create(&lock_path).map_err(Error::write(&lock_path))?;
         lock.try_lock().map_err(|_| Error::Argument(format!("another run is at work in {}", folder.display())))?;
 
-        let found = match kept::read(folder, UNKNOWN, RUN) {
+        let stored = match kept::read(folder, UNKNOWN, RUN) {
             Kept::Whole(text) => serde_json::from_slice::<Map<String, Value>>(&text).map_or(Kept::Damaged, Kept::Whole),
             // A run writes its identity before anything else.
             Kept::Absent if !has_results(folder)? => Kept::Absent,
-            _ => Kept::Damaged,
+            Kept::Absent | Kept::Damaged => Kept::Damaged,
         };
         let text = serde_json::to_vec_pretty(identity).map_err(|why| Error::Argument(why.to_string()))?;
         let mut workspace = Workspace {
             folder: folder.to_owned(),
             _lock: lock,
             run: digest::of_bytes(&text),
-            said: Vec::new(),
+            warnings: Vec::new(),
             parts: Vec::new(),
             finished: BTreeMap::new(),
             waiting: Vec::new(),
             waiting_bytes: 0,
             since: Instant::now(),
         };
-        match found {
-            Kept::Whole(found) if resume => check_identity(folder, &found, identity)?,
+        let had_run = stored != Kept::Absent;
+        match stored {
+            Kept::Whole(stored) if resume => check_identity(folder, &stored, identity)?,
             Kept::Damaged if resume => {
-                workspace.say(format!("{} is damaged; what is of this run is gone on with", folder.join(RUN).display()));
+                workspace.warn(format!("{} is damaged; what is of this run is gone on with", folder.join(RUN).display()));
                 kept::write(folder, UNKNOWN, RUN, &text)?;
             }
-            found => {
-                if found != Kept::Absent {
+            Kept::Whole(_) | Kept::Damaged | Kept::Absent => {
+                if had_run {
                     let folder = folder.display();
                     tracing::warn!("an unfinished run in {folder} is thrown away; --resume would have gone on with it");
                 }
@@ -128,7 +130,7 @@ impl Workspace {
                 break;
             }
             if let Err(why) = self.add_part(&path) {
-                self.say(format!("{why}: its layers, and all that were finished after it, are made again"));
+                self.warn(format!("{why}: its layers, and all that were finished after it, are made again"));
                 break;
             }
         }
@@ -147,14 +149,31 @@ impl Workspace {
     }
 
     /// Logs a warning that will be in the report too.
-    pub(super) fn say(&mut self, warning: String) {
+    pub(super) fn warn(&mut self, warning: String) {
         tracing::warn!("{warning}");
-        self.said.push(warning);
+        self.warnings.push(warning);
+    }
+
+    /// Writes `content` to the file `name`.
+    pub(super) fn keep(&self, name: &str, content: &[u8]) -> Result<()> {
+        kept::write(self.folder(), self.run(), name, content)
+    }
+
+    /// The content of the file `name`; `None` if it is absent, or damaged, of which this warns.
+    pub(super) fn kept(&mut self, name: &str) -> Option<Vec<u8>> {
+        match kept::read(self.folder(), self.run(), name) {
+            Kept::Whole(content) => Some(content),
+            Kept::Absent => None,
+            Kept::Damaged => {
+                self.warn(format!("{} is damaged, and made again", self.folder().join(name).display()));
+                None
+            }
+        }
     }
 
     /// Warnings about damaged files of the folder.
-    pub fn said(&self) -> &[String] {
-        &self.said
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The folder.
@@ -278,9 +297,9 @@ fn part_number(name: &str) -> Option<usize> {
 }
 
 /// An error that names every entry that differs.
-fn check_identity(folder: &Path, found: &Map<String, Value>, wanted: &Map<String, Value>) -> Result<()> {
-    let keys = found.keys().chain(wanted.keys().filter(|key| !found.contains_key(*key)));
-    let changed: Vec<&str> = keys.filter(|key| found.get(*key) != wanted.get(*key)).map(String::as_str).collect();
+fn check_identity(folder: &Path, stored: &Map<String, Value>, wanted: &Map<String, Value>) -> Result<()> {
+    let keys = stored.keys().chain(wanted.keys().filter(|key| !stored.contains_key(*key)));
+    let changed: Vec<&str> = keys.filter(|key| stored.get(*key) != wanted.get(*key)).map(String::as_str).collect();
     if changed.is_empty() {
         return Ok(());
     }
@@ -336,8 +355,8 @@ mod tests {
         assert_eq!(second.weight("a").unwrap(), Some(weight()));
         assert_eq!(second.weight("dense").unwrap(), None);
         assert!(second.weight("lost").is_err());
-        let said: Vec<_> = second.reports().map(|(report, notes)| (report.name.as_str(), notes.to_vec())).collect();
-        assert_eq!(said, [("a", vec!["a: said".to_owned()]), ("dense", vec![])]);
+        let notes: Vec<_> = second.reports().map(|(report, notes)| (report.name.as_str(), notes.to_vec())).collect();
+        assert_eq!(notes, [("a", vec!["a: said".to_owned()]), ("dense", vec![])]);
         drop(second);
 
         let other = Map::from_iter([("build".to_owned(), json!("x")), ("config".to_owned(), json!("a"))]);
@@ -362,13 +381,13 @@ mod tests {
             std::fs::remove_file(path.join(name)).unwrap();
         }
         let mut second = Workspace::open(&path, &identity("a"), true).unwrap();
-        assert!(second.said().len() == 1 && second.said()[0].contains("run.json is damaged"), "{:?}", second.said());
+        assert!(second.warnings().len() == 1 && second.warnings()[0].contains("run.json is damaged"), "{:?}", second.warnings());
         assert_eq!(second.kept("samples.json").unwrap(), b"[]");
         // A run that had nothing yet begins without a word.
         let new = folder.path().join("new");
         drop(Workspace::open(&new, &identity("a"), false).unwrap());
         std::fs::remove_file(new.join("run.json.sha256")).unwrap();
-        assert!(Workspace::open(&new, &identity("a"), true).unwrap().said().is_empty());
+        assert!(Workspace::open(&new, &identity("a"), true).unwrap().warnings().is_empty());
     }
 
     #[test]
@@ -397,7 +416,11 @@ mod tests {
             // Layers before a damaged part are kept; all layers are kept if only the identity is
             // damaged.
             assert_eq!(there, [file > 0, file > 1, file > 2], "{}, bit {bit}", names[file]);
-            assert!(workspace.said().iter().any(|said| said.contains(&names[file.min(3)])), "{:?}", workspace.said());
+            assert!(
+                workspace.warnings().iter().any(|warning| warning.contains(&names[file.min(3)])),
+                "{:?}",
+                workspace.warnings()
+            );
             for name in ["a", "b", "c"].iter().filter(|name| workspace.has(name)) {
                 assert_eq!(workspace.weight(name).unwrap(), Some(weight()));
             }
@@ -411,6 +434,6 @@ mod tests {
         other.flush().unwrap();
         std::fs::copy(other.folder().join(part_name(0)), path.join(part_name(0))).unwrap();
         let workspace = Workspace::open(&path, &identity("a"), true).unwrap();
-        assert!(!workspace.has("a") && workspace.said()[0].contains("is no part of this run"), "{:?}", workspace.said());
+        assert!(!workspace.has("a") && workspace.warnings()[0].contains("is no part of this run"), "{:?}", workspace.warnings());
     }
 }
