@@ -8,10 +8,11 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::compress::{Prepared, RunOptions, run};
+use sdxl_squeeze::compress::{Prepared, run};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
 
 fn main() -> Result<()> {

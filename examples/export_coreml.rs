@@ -8,7 +8,8 @@
 use std::path::PathBuf;
 
 use sdxl_squeeze::container::Container;
-use sdxl_squeeze::coreml::{self, Layout, Options, UnetWeights};
+use sdxl_squeeze::coreml::{self, Layout, Options};
+use sdxl_squeeze::pipeline::UnetWeights;
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::{Error, Result};
 
@@ -19,10 +20,11 @@ fn main() -> Result<()> {
     };
 
     let container = Container::open(path)?;
-    let chain = container.unet()?;
+    let weights = UnetWeights::from(&container);
+    let chain = weights.chain()?;
     // Apple's layout for the Neural Engine; both halves of guidance in one call.
     let options = Options { layout: Layout::SplitEinsum, batch: 2, ..Options::new(chain.config()) };
-    let written = coreml::write(&chain, UnetWeights::Container(&container), &options, out, &Silent)?;
+    let written = coreml::write(weights, &options, out, &Silent)?;
     println!("{}: {} bytes, {} compressed weights", out.display(), written.bytes, written.compressed);
     Ok(())
 }

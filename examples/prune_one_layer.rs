@@ -9,7 +9,8 @@
 #![allow(clippy::print_stdout)]
 
 use sdxl_squeeze::Result;
-use sdxl_squeeze::solver::{Hessian, PruneOptions, Sparsity, magnitude_prune, output_error, prune};
+use sdxl_squeeze::codebook::{PruneOptions, Sparsity};
+use sdxl_squeeze::solver::{Hessian, magnitude_prune, output_error, prune};
 use tch::{Device, Kind, Tensor};
 
 fn main() -> Result<()> {

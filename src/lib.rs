@@ -14,10 +14,11 @@
 //! ```
 //! use std::path::Path;
 //!
-//! use sdxl_squeeze::compress::{Prepared, RunOptions, run};
+//! use sdxl_squeeze::compress::{Prepared, run};
 //! use sdxl_squeeze::config::RunConfig;
 //! use sdxl_squeeze::pipeline::PipelineFolder;
 //! use sdxl_squeeze::progress::Silent;
+//! use sdxl_squeeze::recipe::RunOptions;
 //!
 //! fn main() -> sdxl_squeeze::Result<()> {
 //!     sdxl_squeeze::init();
@@ -64,7 +65,7 @@
 //!   find it at run time without help (`build.rs` sets their rpath). A program in another package
 //!   has to set its own rpath, or `LD_LIBRARY_PATH`.
 //! - **A GPU is optional.** The CUDA half of libtorch is loaded when a [`device`] is asked for.
-//! - **Memory.** [`compress::RunOptions::budget`] bounds a run; without a budget, a run takes at
+//! - **Memory.** [`recipe::RunOptions::budget`] bounds a run; without a budget, a run takes at
 //!   most nine tenths of the free memory of its device. [`plan`] predicts the peak.
 //! - **[`init`]** sets what the numbers depend on in the whole process: fp32 convolutions and
 //!   products on a GPU are fp32 and not TF32, and MKL computes the same bits on any number of

@@ -172,7 +172,9 @@ impl Reporter {
             bar
         });
         if self.display == Display::Json {
-            self.print_line(&json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string());
+            self.print_line(
+                &json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string(),
+            );
         }
         let (task, unit) = (task.to_owned(), unit.to_owned());
         self.tasks().push(Running { task, unit, total, begun: 0, finished: 0, start: now, shown: now, bar });

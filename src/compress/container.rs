@@ -9,10 +9,10 @@ use tch::{Device, Kind};
 use super::report::LayerReport;
 use super::workspace::Workspace;
 use crate::checkpoint::{TensorSource, Weights, halves};
-use crate::input::SourceFile;
 use crate::container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
 use crate::device::Placement;
 use crate::error::Result;
+use crate::input::SourceFile;
 use crate::model::unet::UnetChain;
 use crate::progress::{Progress, Task};
 

@@ -4,13 +4,14 @@ use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use crate::codebook::PruneMethod;
 use crate::container::CompressedWeight;
 use crate::error::{Error, Result};
-use crate::codebook::PruneMethod;
 use crate::recipe::LayerRecipe;
 use crate::solver::palette::{Palettized, palettize};
 use crate::solver::{
-    LayerEvidence, Factor, Hessian, Joint, JointFactors, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune, prune_with,
+    Factor, Hessian, Joint, JointFactors, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune,
+    prune_with,
 };
 
 /// A compressed layer: its new weight and its errors.

@@ -5,8 +5,8 @@ use serde_json::{Map, Value as Json, json};
 
 use super::key::{Declared, Preset, Section};
 use super::keys::{RULES, root};
-use crate::codebook::LayerKind;
 use super::tree::Value;
+use crate::codebook::LayerKind;
 
 /// The JSON schema of a config, for editors: names, types, ranges, defaults and docs of all keys.
 /// Rules about several keys at once are not in it.

@@ -2,9 +2,9 @@
 
 use super::memory::{Memory, working_set};
 use super::work::Work;
+use crate::geometry::input_geometry;
 use crate::model::{Layer, LayerInput};
 use crate::recipe::LayerRecipe;
-use crate::geometry::input_geometry;
 use crate::solver::{Hessian, OutputResidual};
 
 /// An input whose Hessian is needed, with the layers that share it.

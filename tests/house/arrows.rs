@@ -68,15 +68,18 @@ fn no_files_import_each_other_in_a_circle() {
             targets.filter(|to| *to != from).collect()
         })
         .collect();
-    let circles: Vec<String> = circles(&arrows).iter().map(|circle| {
-        let mut lines = Vec::new();
-        for from in circle {
-            for to in arrows[*from].intersection(circle) {
-                lines.push(format!("  {} -> {}", sources[*from].file.display(), sources[*to].file.display()));
+    let circles: Vec<String> = circles(&arrows)
+        .iter()
+        .map(|circle| {
+            let mut lines = Vec::new();
+            for from in circle {
+                for to in arrows[*from].intersection(circle) {
+                    lines.push(format!("  {} -> {}", sources[*from].file.display(), sources[*to].file.display()));
+                }
             }
-        }
-        lines.join("\n")
-    }).collect();
+            lines.join("\n")
+        })
+        .collect();
     assert!(circles.is_empty(), "circles of imports:\n{}", circles.join("\n\n"));
 }
 
@@ -139,7 +142,9 @@ fn files_of_tests(file: &Path) -> Vec<PathBuf> {
     let mut lines = text.lines();
     while let Some(line) = lines.next() {
         if line.trim() == "#[cfg(test)]"
-            && let Some(name) = lines.next().and_then(|next| next.trim().trim_start_matches("pub(crate) ").strip_prefix("mod ")?.strip_suffix(';'))
+            && let Some(name) = lines
+                .next()
+                .and_then(|next| next.trim().trim_start_matches("pub(crate) ").strip_prefix("mod ")?.strip_suffix(';'))
         {
             let folder = folder_of(file);
             files.extend([folder.join(format!("{name}.rs")), folder.join(name).join("mod.rs")]);
@@ -259,7 +264,9 @@ fn without_tests(tokens: Vec<String>) -> Vec<String> {
     let mut at = 0;
     while at < tokens.len() {
         let marked = ["#", "[", "cfg", "(", "test", ")", "]", "mod"];
-        if tokens[at..].iter().take(marked.len()).map(String::as_str).eq(marked) && tokens.get(at + 9).is_some_and(|token| token == "{") {
+        if tokens[at..].iter().take(marked.len()).map(String::as_str).eq(marked)
+            && tokens.get(at + 9).is_some_and(|token| token == "{")
+        {
             let mut depth = 1;
             at += 10;
             while depth > 0 && at < tokens.len() {

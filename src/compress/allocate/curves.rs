@@ -14,7 +14,7 @@ use crate::model::{Layer, LayerInput};
 use crate::plan::{Gather, Stop, stored_bytes};
 use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes};
-use crate::solver::{LayerEvidence, Hessian, JointFactors, JointOptions, Order, joint};
+use crate::solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint};
 
 /// A setting of a layer with its size and error.
 #[derive(Debug, Clone)]
