@@ -24,7 +24,8 @@ pub fn reuse_large_blocks() {
 /// that do not fit into the freed ones, and would need as much memory again.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: malloc_trim only releases pages of free blocks, under the allocator's own locks, and may be called at any time.
+    // SAFETY: malloc_trim only releases pages of free blocks, under the allocator's own locks, and
+    // may be called at any time.
     unsafe {
         libc::malloc_trim(0);
     }

@@ -1,9 +1,11 @@
 //! Element by element functions that are the same on any number of threads.
 //!
-//! libtorch gives each thread an equal stretch of a tensor on the CPU. In a stretch it computes whole SIMD vectors with one implementation of
-//! exp, and what is left over at the end with another that rounds otherwise. So the elements at the ends of the stretches, and with them
-//! SiLU and the sigmoid, depend on the number of threads. (exp, sin, cos, GELU and square roots do not.) Here every stretch is a whole
-//! number of vectors, whatever the number of threads; only the tensor's own last elements are left over.
+//! libtorch gives each thread an equal stretch of a tensor on the CPU. In a stretch it computes
+//! whole SIMD vectors with one implementation of exp, and what is left over at the end with another
+//! that rounds otherwise. So the elements at the ends of the stretches, and with them SiLU and the
+//! sigmoid, depend on the number of threads. (exp, sin, cos, GELU and square roots do not.) Here
+//! every stretch is a whole number of vectors, whatever the number of threads; only the tensor's
+//! own last elements are left over.
 
 use tch::{Device, Tensor};
 
@@ -12,12 +14,14 @@ use crate::error::Result;
 /// Elements up to which libtorch works on one thread (`at::internal::GRAIN_SIZE`).
 const GRAIN: usize = 32_768;
 
-/// Elements that every stretch is a multiple of: no vector loop of libtorch takes more at once (two vectors of 512 bits of fp16).
+/// Elements that every stretch is a multiple of: no vector loop of libtorch takes more at once (two
+/// vectors of 512 bits of fp16).
 const VECTORS: usize = 64;
 
 /// x / (1 + exp(-x)), in new memory.
 pub(crate) fn silu(tensor: &Tensor) -> Result<Tensor> {
-    // Adding zero would change negative zeros; multiplying by one changes nothing and keeps gradients.
+    // Adding zero would change negative zeros; multiplying by one changes nothing and keeps
+    // gradients.
     silu_in_place(tensor.f_mul_scalar(1.0)?)
 }
 
@@ -53,9 +57,11 @@ fn in_place(mut tensor: Tensor, function: Function) -> Result<Tensor> {
     Ok(tensor)
 }
 
-/// How many of `count` elements to hand to libtorch at once, so that each of its threads has a multiple of [`VECTORS`].
+/// How many of `count` elements to hand to libtorch at once, so that each of its threads has a
+/// multiple of [`VECTORS`].
 fn stretches(count: usize, threads: usize) -> usize {
-    // libtorch uses ceil(count / GRAIN) threads, if it has as many, and gives each the same number, rounded up.
+    // libtorch uses ceil(count / GRAIN) threads, if it has as many, and gives each the same number,
+    // rounded up.
     if count >= threads * GRAIN {
         count / (threads * VECTORS) * (threads * VECTORS)
     } else if count >= GRAIN {

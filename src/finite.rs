@@ -4,7 +4,8 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
-/// Whether `tensor` is free of NaN and infinities. One pass where it is: a sum is finite only of what is finite.
+/// Whether `tensor` is free of NaN and infinities. One pass where it is: a sum is finite only of
+/// what is finite.
 pub(crate) fn is_finite(tensor: &Tensor) -> Result<bool> {
     if tensor.f_sum(Kind::Float)?.f_double_value(&[])?.is_finite() {
         return Ok(true);

@@ -65,8 +65,8 @@
 //!   find it at run time without help (`build.rs` sets their rpath). A program in another package
 //!   has to set its own rpath, or `LD_LIBRARY_PATH`.
 //! - **A GPU is optional.** The CUDA half of libtorch is loaded when a [`device`] is asked for.
-//! - **Memory.** [`recipe::RunOptions::budget`] bounds a run; without a budget, a run takes at
-//!   most nine tenths of the free memory of its device. [`plan`] predicts the peak.
+//! - **Memory.** [`recipe::RunOptions::budget`] bounds a run; without a budget, a run takes at most
+//!   nine tenths of the free memory of its device. [`plan`] predicts the peak.
 //! - **[`init`]** sets what the numbers depend on in the whole process: fp32 convolutions and
 //!   products on a GPU are fp32 and not TF32, and MKL computes the same bits on any number of
 //!   threads. It also lets glibc keep large blocks of freed memory, which saves a tenth of a

@@ -1,9 +1,9 @@
 //! Matrix products on the CPU that are the same on any number of threads.
 //!
 //! They are [faer](https://docs.rs/faer)'s. faer cuts the inner dimension into pieces of a fixed length and gives each thread its own part
-//! of the result, so no number depends on how many threads there are. MKL's products do depend on it: also with
-//! `MKL_CBWR=AUTO,STRICT` where the left matrix has a few rows only, as time embeddings have. On AMD's processors faer is the faster of
-//! the two as well (benches/RESULTS.md).
+//! of the result, so no number depends on how many threads there are. MKL's products do depend on
+//! it: also with `MKL_CBWR=AUTO,STRICT` where the left matrix has a few rows only, as time
+//! embeddings have. On AMD's processors faer is the faster of the two as well (benches/RESULTS.md).
 //!
 //! Products on a GPU, in fp64, and of tensors that gradients are wanted of are libtorch's.
 
@@ -41,7 +41,8 @@ pub(crate) fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Res
     }
     let mut target = target.shallow_clone();
     if faer_serves(&target) {
-        // Where the target shares memory with a factor, say: the product comes first, in new memory.
+        // Where the target shares memory with a factor, say: the product comes first, in new
+        // memory.
         let _ = target.f_add_(&product(left, right)?)?;
     } else {
         let _ = target.f_addmm_(left, right)?;
@@ -85,7 +86,8 @@ pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> 
     Ok(output.f_view(size.as_slice())?)
 }
 
-/// A layer of fp16 or bf16 on a CPU, computed in fp32 by `layer` and rounded once; `None` if these tensors are of another dtype or device.
+/// A layer of fp16 or bf16 on a CPU, computed in fp32 by `layer` and rounded once; `None` if these
+/// tensors are of another dtype or device.
 pub(crate) fn in_fp32(
     input: &Tensor,
     weight: &Tensor,
@@ -109,7 +111,8 @@ fn faer_serves(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float) && !tensor.requires_grad()
 }
 
-/// Computes the product in `target`. Returns false, with nothing changed, where libtorch must compute it or report the error.
+/// Computes the product in `target`. Returns false, with nothing changed, where libtorch must
+/// compute it or report the error.
 fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) -> Result<bool> {
     if ![target, left, right].into_iter().all(faer_serves) {
         return Ok(false);
@@ -122,12 +125,14 @@ fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) 
     let accumulate = if change == Change::Replace { Accum::Replace } else { Accum::Add };
     let factor = if change == Change::Subtract { -1.0 } else { 1.0 };
     let work = to.rows as f64 * to.columns as f64 * a.columns as f64;
-    // Of a matrix with one vector faer gives each thread a part of the inner dimension: the sum would depend on the number of threads.
+    // Of a matrix with one vector faer gives each thread a part of the inner dimension: the sum
+    // would depend on the number of threads.
     let is_vector = to.rows == 1 || to.columns == 1;
     let threads = if work < MANY || is_vector { Par::Seq } else { Par::rayon(0) };
-    // SAFETY: each view is of the fp32 elements of a tensor on the CPU, which lie in its storage by libtorch's own rules (views are
-    // only made of sizes and strides that do) and which the borrowed tensors keep alive. The target's elements are all
-    // different ones and share no memory with the others' (checked above), and no other thread uses them: tensors are not `Sync`.
+    // SAFETY: each view is of the fp32 elements of a tensor on the CPU, which lie in its storage by
+    // libtorch's own rules (views are only made of sizes and strides that do) and which the
+    // borrowed tensors keep alive. The target's elements are all different ones and share no memory
+    // with the others' (checked above), and no other thread uses them: tensors are not `Sync`.
     unsafe {
         let to = MatMut::from_raw_parts_mut(to.data, to.rows, to.columns, to.steps[0], to.steps[1]);
         let a = MatRef::from_raw_parts(a.data.cast_const(), a.rows, a.columns, a.steps[0], a.steps[1]);

@@ -4,8 +4,8 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
-/// Elements that are summed as one. libtorch makes a sum over all of a tensor of as many parts as there are threads, but never parts one
-/// of so few, nor the rows of a sum by rows.
+/// Elements that are summed as one. libtorch makes a sum over all of a tensor of as many parts as
+/// there are threads, but never parts one of so few, nor the rows of a sum by rows.
 const PIECE: i64 = 8192;
 
 /// The sum of all elements, in fp64.

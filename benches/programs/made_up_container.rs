@@ -4,7 +4,8 @@
 //! as a compressed model with these settings.
 //!
 //! ```sh
-//! cargo run --release --example made_up_container -- MODEL_DIR BITS GROUP_SIZE SPARSITY OUT.safetensors
+//! cargo run --release --example made_up_container -- MODEL_DIR BITS GROUP_SIZE SPARSITY
+//! OUT.safetensors
 //! ```
 //!
 //! A GROUP_SIZE of 0 makes one palette for each weight. As in the shipped configs, weights outside

@@ -1,4 +1,5 @@
-//! Takes decisions from an input's bytes, one after the other. When they are used up, everything is zero.
+//! Takes decisions from an input's bytes, one after the other. When they are used up, everything is
+//! zero.
 
 /// The bytes that are left.
 #[derive(Debug, Clone)]

@@ -1,4 +1,5 @@
-//! Reads the config of a UNet, a VAE, a text encoder or a sampler, and asks what it would be made of.
+//! Reads the config of a UNet, a VAE, a text encoder or a sampler, and asks what it would be made
+//! of.
 
 use sdxl_squeeze::checkpoint::ConfigFile;
 use sdxl_squeeze::model::scheduler::SchedulerConfig;

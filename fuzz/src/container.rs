@@ -1,7 +1,7 @@
 //! Reads a container: opens it, decodes every weight, verifies it.
 //!
-//! What the target puts together without a lie is also decoded here, from the definition in `docs/container.md`: the library must
-//! accept it and find the same weight.
+//! What the target puts together without a lie is also decoded here, from the definition in
+//! `docs/container.md`: the library must accept it and find the same weight.
 
 use half::f16;
 use sdxl_squeeze::container::Container;
@@ -13,8 +13,8 @@ use crate::choices::Choices;
 use crate::layout::{self, Tensor};
 use crate::scratch;
 
-/// The input is a file, a file whose hashes are made right, or decisions by which a container is put together, with lies or
-/// without.
+/// The input is a file, a file whose hashes are made right, or decisions by which a container is
+/// put together, with lies or without.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     match choices.below(4) {
@@ -31,7 +31,8 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Reads everything there is, and returns the decoded weights if the container is verified to be whole.
+/// Reads everything there is, and returns the decoded weights if the container is verified to be
+/// whole.
 fn read(file: &[u8]) -> Option<Vec<(String, Vec<f16>)>> {
     let path = scratch::file("unet.squeezed.safetensors", file);
     let _ = Container::open(&path);
@@ -56,7 +57,8 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The file with the hashes of its data, table and metadata, if it is a safetensors file with a header that is JSON.
+/// The file with the hashes of its data, table and metadata, if it is a safetensors file with a
+/// header that is JSON.
 fn sealed(file: &[u8]) -> Vec<u8> {
     let Some((Value::Object(mut header), data)) = layout::taken_apart(file) else { return file.to_vec() };
     let Some(Value::Object(mut metadata)) = header.remove("__metadata__") else { return file.to_vec() };
@@ -88,7 +90,8 @@ fn seal(metadata: &mut Map<String, Value>, table: &str, data: &[u8]) {
     metadata.insert("metadata_sha256".into(), sha256(lines.as_bytes()).into());
 }
 
-/// A container of one to three weights and a tensor, with right hashes; and the weights as they are defined to decode.
+/// A container of one to three weights and a tensor, with right hashes; and the weights as they are
+/// defined to decode.
 fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>) {
     let (mut rows, mut halves, mut bytes, mut weights) = (Map::new(), Vec::new(), Vec::new(), Vec::new());
     for number in 0..1 + choices.below(3) {

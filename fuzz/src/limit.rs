@@ -1,5 +1,5 @@
-//! Refuses allocations beyond 2 GiB. The fuzzer looks at its own limit of memory once a second, and counts only pages that were
-//! touched.
+//! Refuses allocations beyond 2 GiB. The fuzzer looks at its own limit of memory once a second, and
+//! counts only pages that were touched.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -10,7 +10,8 @@ struct Limited;
 #[global_allocator]
 static ALLOCATOR: Limited = Limited;
 
-// SAFETY: every call goes to the system's allocator as it came, or returns null, which says that there is no memory.
+// SAFETY: every call goes to the system's allocator as it came, or returns null, which says that
+// there is no memory.
 unsafe impl GlobalAlloc for Limited {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if layout.size() > MOST {

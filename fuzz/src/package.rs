@@ -17,7 +17,8 @@ const MODEL: &[u8] = include_bytes!("../../tests/golden/coreml/by-coremltools.ml
 const BLOBS: &[u8] =
     include_bytes!("../../tests/golden/coreml/by-coremltools.mlpackage/Data/com.apple.CoreML/weights/weight.bin");
 
-/// The input is three files with their lengths in front, or changes of a good package, to which right hashes may be added.
+/// The input is three files with their lengths in front, or changes of a good package, to which
+/// right hashes may be added.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     let package = scratch::folder().join("x.mlpackage");
@@ -68,7 +69,8 @@ fn flip(bytes: &mut [u8], choices: &mut Choices) {
     bytes[at] ^= 1 << choices.below(8);
 }
 
-/// Sets a number of the header or of a record of `weight.bin`: these begin at multiples of 64 bytes.
+/// Sets a number of the header or of a record of `weight.bin`: these begin at multiples of 64
+/// bytes.
 fn set_number(blobs: &mut [u8], choices: &mut Choices) {
     let unit = 64 * (usize::from(choices.byte()) % (blobs.len() / 64));
     let at = unit + 8 * choices.below(4);

@@ -8,8 +8,8 @@ use sdxl_squeeze::model::text::ClipTokenizer;
 
 use crate::scratch;
 
-/// The bundled model's tokenizer, and a small one whose padding is cut out of the text; and how many ids each has, which takes long to
-/// count.
+/// The bundled model's tokenizer, and a small one whose padding is cut out of the text; and how
+/// many ids each has, which takes long to count.
 fn tokenizers() -> &'static [(ClipTokenizer, i64)] {
     static TOKENIZERS: OnceLock<Vec<(ClipTokenizer, i64)>> = OnceLock::new();
     TOKENIZERS.get_or_init(|| {

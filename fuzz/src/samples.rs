@@ -11,7 +11,8 @@ use crate::choices::Choices;
 use crate::layout::{self, DTYPES, Tensor};
 use crate::scratch;
 
-/// A UNet of 4 latent channels, text states of 40, and 80 numbers of pooled text and time ids, 8 for each id.
+/// A UNet of 4 latent channels, text states of 40, and 80 numbers of pooled text and time ids, 8
+/// for each id.
 fn config() -> &'static UnetConfig {
     static CONFIG: OnceLock<UnetConfig> = OnceLock::new();
     CONFIG.get_or_init(|| {

@@ -1,7 +1,7 @@
 //! The end of a run that failed: messages on standard error and an exit code.
 //!
-//! A failure is one line. A bug, which is an [`Error::Internal`] or a panic, has its backtrace on the
-//! lines after it.
+//! A failure is one line. A bug, which is an [`Error::Internal`] or a panic, has its backtrace on
+//! the lines after it.
 
 use std::backtrace::Backtrace;
 use std::error::Error as _;
@@ -35,8 +35,8 @@ pub fn exit_code(command: impl FnOnce() -> Result<(), Error>) -> u8 {
     }
 }
 
-/// Keeps a panic until [`report_panic`]. Called on the thread that panics, whose stack the backtrace
-/// shows.
+/// Keeps a panic until [`report_panic`]. Called on the thread that panics, whose stack the
+/// backtrace shows.
 fn keep(panic: &PanicHookInfo<'_>) {
     let payload = panic.payload();
     let message = match (payload.downcast_ref::<String>(), payload.downcast_ref::<&str>()) {

@@ -228,7 +228,8 @@ impl Reporter {
         match self.display {
             Display::Json => {
                 let seconds = running.start.elapsed().as_secs_f64();
-                // The last piece is done where all were begun; where the task was broken off it is not.
+                // The last piece is done where all were begun; where the task was broken off it is
+                // not.
                 let done = if running.begun >= running.total { running.total } else { running.done() };
                 let line = json!({
                     "version": VERSION, "event": "end", "task": running.task, "done": done, "total": running.total,

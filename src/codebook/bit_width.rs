@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 /// Declares the widths in one list, from which the enum, `ALL` and the numbers follow.
 macro_rules! bit_widths {
     ($($width:ident = $bits:literal),+) => {
-        /// Bits of a palette index: the widths for which Core ML has unsigned types. It is written as a number everywhere.
+        /// Bits of a palette index: the widths for which Core ML has unsigned types. It is written
+        /// as a number everywhere.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "u8", into = "u8")]
         pub enum BitWidth {

@@ -8,15 +8,17 @@ use super::BitWidth;
 
 /// The palettes of a weight [o, i, ...]: what turns an index for each element into a value.
 ///
-/// The channels of one axis are cut into groups of `group_size` neighbours. An element's index names an entry of the palette of
-/// its group; with scales, its value is the product of that entry and its output channel's scale, rounded once to fp16.
+/// The channels of one axis are cut into groups of `group_size` neighbours. An element's index
+/// names an entry of the palette of its group; with scales, its value is the product of that entry
+/// and its output channel's scale, rounded once to fp16.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codebook {
     /// The width of an index. A palette has 2^bits entries.
     pub bits: BitWidth,
     /// The axis whose channels are grouped: 0 (output) or 1 (input).
     pub axis: usize,
-    /// Channels in a group; it divides their number. One palette for the whole weight has all channels in one group.
+    /// Channels in a group; it divides their number. One palette for the whole weight has all
+    /// channels in one group.
     pub group_size: usize,
     /// The palettes, [groups, 2^bits, [`VECTOR_LENGTH`](Self::VECTOR_LENGTH)].
     pub palettes: Vec<f16>,
@@ -34,7 +36,8 @@ pub struct Run<'a> {
 }
 
 impl Codebook {
-    /// Numbers of an entry: an index names this many neighbouring output channels. Palettes of vectors would have more than one.
+    /// Numbers of an entry: an index names this many neighbouring output channels. Palettes of
+    /// vectors would have more than one.
     pub const VECTOR_LENGTH: usize = 1;
 
     /// How many palettes a weight of this shape has.
@@ -90,7 +93,8 @@ impl Codebook {
         self.scales.as_ref().map_or(Ok(()), |scales| finite("scales", scales))
     }
 
-    /// Neighbouring elements of a row-major weight of this shape that lie in one output channel and one group.
+    /// Neighbouring elements of a row-major weight of this shape that lie in one output channel and
+    /// one group.
     pub fn run_length(&self, shape: &[usize]) -> usize {
         let inner: usize = shape[self.axis + 1..].iter().product();
         if self.axis == 0 { inner } else { self.group_size * inner }
@@ -103,7 +107,8 @@ impl Codebook {
         Run { palette: self.palette(group), scale: self.scales.as_ref().map(|scales| scales[row]) }
     }
 
-    /// The weight of this shape, row-major, from an index for each element; zero where `keep` is false.
+    /// The weight of this shape, row-major, from an index for each element; zero where `keep` is
+    /// false.
     ///
     /// # Errors
     /// If the sizes disagree, or an index is not in its palette.
@@ -137,7 +142,8 @@ impl Codebook {
     }
 }
 
-/// Multiplies in fp32 and rounds to fp16, a block at a time: half converts blocks much faster than single values.
+/// Multiplies in fp32 and rounds to fp16, a block at a time: half converts blocks much faster than
+/// single values.
 fn multiply(values: &mut [f16], scale: f16) {
     let scale = scale.to_f32();
     let mut block = [0.0_f32; 512];

@@ -9,7 +9,8 @@ pub struct Effort {
     pub exchange_turns: usize,
     /// Conjugate gradient steps in which weights are refitted after each of these rounds.
     pub exchange_steps: usize,
-    /// Whether weights are rounded to the palette with error feedback, rather than each to its nearest entry.
+    /// Whether weights are rounded to the palette with error feedback, rather than each to its
+    /// nearest entry.
     pub sweep: bool,
     /// Conjugate gradient steps of each refit of the palettes; 0 leaves palettes as they are.
     pub palette_steps: usize,

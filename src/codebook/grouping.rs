@@ -60,7 +60,8 @@ impl OnMisfit {
         }
     }
 
-    /// The outcome for `channels` in groups of `group_size`; `None` if the groups fit. Both are at least 1.
+    /// The outcome for `channels` in groups of `group_size`; `None` if the groups fit. Both are at
+    /// least 1.
     pub fn outcome(self, channels: usize, group_size: usize) -> Option<Misfit> {
         if channels.is_multiple_of(group_size) {
             return None;

@@ -1,7 +1,8 @@
-//! The vocabulary of compressed weights: how wide an index is, which weights share a palette, what is pruned.
+//! The vocabulary of compressed weights: how wide an index is, which weights share a palette, what
+//! is pruned.
 //!
-//! Every other module that compresses, stores, reads or configures weights uses these types. They know of no tensor library,
-//! no file format and no model.
+//! Every other module that compresses, stores, reads or configures weights uses these types. They
+//! know of no tensor library, no file format and no model.
 
 mod bit_width;
 mod book;

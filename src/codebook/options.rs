@@ -1,4 +1,5 @@
-//! The settings of one weight. Defaults are coremltools'; the names of its settings are given where they differ.
+//! The settings of one weight. Defaults are coremltools'; the names of its settings are given where
+//! they differ.
 
 use super::{BitWidth, Grouping, Sparsity};
 
@@ -7,10 +8,11 @@ use super::{BitWidth, Grouping, Sparsity};
 pub struct PruneOptions {
     /// How much becomes zero (`target_sparsity` or `n_m_ratio`).
     pub sparsity: Sparsity,
-    /// The share of the Hessian's mean diagonal that is added to its diagonal (`hessian_dampening`). At least 0.
+    /// The share of the Hessian's mean diagonal that is added to its diagonal
+    /// (`hessian_dampening`). At least 0.
     pub dampening: f64,
-    /// Columns whose mask is chosen together (`processing_group_size`). At least 1. For n:m sparsity the next smaller multiple
-    /// of m is used.
+    /// Columns whose mask is chosen together (`processing_group_size`). At least 1. For n:m
+    /// sparsity the next smaller multiple of m is used.
     pub block: usize,
 }
 
@@ -28,11 +30,11 @@ pub struct PaletteOptions {
     pub bits: BitWidth,
     /// Which weights share a palette (`granularity` and `group_size`).
     pub grouping: Grouping,
-    /// The dimension whose channels are grouped (`channel_axis`): 0 for output channels, 1 for input channels. Without groups
-    /// it has no meaning.
+    /// The dimension whose channels are grouped (`channel_axis`): 0 for output channels, 1 for
+    /// input channels. Without groups it has no meaning.
     pub axis: usize,
-    /// Whether each output channel is first divided by its largest magnitude, and the divisor stored
-    /// (`enable_per_channel_scale`).
+    /// Whether each output channel is first divided by its largest magnitude, and the divisor
+    /// stored (`enable_per_channel_scale`).
     pub per_channel_scale: bool,
 }
 

@@ -6,12 +6,12 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PruneMethod {
-    /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor` runs it. Kept weights are
-    /// adjusted to compensate for the pruned ones.
+    /// `sparse_gpt`: Frantar and Alistarh, SparseGPT (2023), as coremltools' `LayerwiseCompressor`
+    /// runs it. Kept weights are adjusted to compensate for the pruned ones.
     #[default]
     SparseGpt,
-    /// `magnitude`: the smallest weights of each layer are pruned and the others stay as they are. Needs no calibration; the
-    /// baseline for SparseGPT.
+    /// `magnitude`: the smallest weights of each layer are pruned and the others stay as they are.
+    /// Needs no calibration; the baseline for SparseGPT.
     Magnitude,
 }
 

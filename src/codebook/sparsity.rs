@@ -7,9 +7,11 @@ use crate::error::{Error, Result};
 /// How much of a weight becomes zero.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sparsity {
-    /// This share of the elements, 0 <= s < 1, wherever they are (coremltools' `target_sparsity`). Zero prunes nothing.
+    /// This share of the elements, 0 <= s < 1, wherever they are (coremltools' `target_sparsity`).
+    /// Zero prunes nothing.
     Unstructured(f64),
-    /// n of every m neighbours in a row (coremltools' `n_m_ratio`). Rows are those of the flattened weight [o, d].
+    /// n of every m neighbours in a row (coremltools' `n_m_ratio`). Rows are those of the flattened
+    /// weight [o, d].
     NOfM(NmRatio),
 }
 
@@ -31,7 +33,8 @@ impl Sparsity {
         }
     }
 
-    /// The share of zeros in a row of `columns`, of which an incomplete last group of m stays dense.
+    /// The share of zeros in a row of `columns`, of which an incomplete last group of m stays
+    /// dense.
     pub fn share(self, columns: usize) -> f64 {
         match self {
             Sparsity::Unstructured(share) => share,

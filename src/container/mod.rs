@@ -1,14 +1,14 @@
 //! The compressed UNet in one file, `unet.squeezed.safetensors`.
 //!
 //! [`Container`] reads one, [`ContainerWriter`] writes one, and [`CompressedWeight`] is a weight in
-//! memory. Nothing here knows of libtorch or of a network: `pipeline::UnetWeights` builds a UNet from a
-//! container.
+//! memory. Nothing here knows of libtorch or of a network: `pipeline::UnetWeights` builds a UNet
+//! from a container.
 //!
-//! The format follows, as `docs/container.md` defines it. The parts of a weight are the parameters of
-//! Core ML's `constexpr_lut_to_dense`, `constexpr_lut_to_sparse` and `constexpr_sparse_to_dense`.
+//! The format follows, as `docs/container.md` defines it. The parts of a weight are the parameters
+//! of Core ML's `constexpr_lut_to_dense`, `constexpr_lut_to_sparse` and
+//! `constexpr_sparse_to_dense`.
 //!
 //! [coreml.md]: crate::coreml
-//!
 #![doc = include_str!("../../docs/container.md")]
 
 mod half_bytes;

@@ -1,7 +1,8 @@
 //! Small numbers as a stream of bits, the way Core ML packs its sub-byte types.
 //!
-//! Number i of b bits occupies bits [i b, (i + 1) b) of the stream, lowest bit first; bit k of the stream is bit k % 8 of byte
-//! k / 8. The last byte is filled up with zeros. (coremltools: `optimize/_utils.py`, `pack_elements_into_bits`.)
+//! Number i of b bits occupies bits [i b, (i + 1) b) of the stream, lowest bit first; bit k of the
+//! stream is bit k % 8 of byte k / 8. The last byte is filled up with zeros. (coremltools:
+//! `optimize/_utils.py`, `pack_elements_into_bits`.)
 
 use crate::codebook::BitWidth;
 use crate::error::{Error, Result};
@@ -44,7 +45,8 @@ impl Packed {
     /// Takes bytes that are packed already.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the number of bytes is not that of `len` numbers, or bits after the last number are set.
+    /// [`Error::Argument`] if the number of bytes is not that of `len` numbers, or bits after the
+    /// last number are set.
     pub fn from_bytes(bytes: Vec<u8>, bits: BitWidth, len: usize) -> Result<Self> {
         Self::checked(bytes, bits, len).map_err(Error::Argument)
     }
@@ -103,7 +105,8 @@ pub(super) fn byte_count(len: usize, bits: BitWidth) -> Result<usize, String> {
     Ok(bits.div_ceil(8))
 }
 
-/// Which elements of a weight are kept: one bit an element in row-major order, 1 = kept, packed as [`Packed`] of one bit.
+/// Which elements of a weight are kept: one bit an element in row-major order, 1 = kept, packed as
+/// [`Packed`] of one bit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask(Packed);
 
@@ -118,7 +121,8 @@ impl Mask {
     /// Takes a mask of `len` elements that is packed already.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the number of bytes is not ceil(len / 8), or bits after the last element are set.
+    /// [`Error::Argument`] if the number of bytes is not ceil(len / 8), or bits after the last
+    /// element are set.
     pub fn from_bytes(bytes: Vec<u8>, len: usize) -> Result<Self> {
         Ok(Mask(Packed::from_bytes(bytes, BitWidth::One, len)?))
     }
@@ -227,7 +231,8 @@ mod tests {
         assert!(Packed::from_bytes(vec![], BitWidth::Six, usize::MAX).is_err());
     }
 
-    /// As in coremltools' files: mask bits 0111 0001, 0000 1100 are 8e 30; indices 3, 0, 1, 3, 0, 1, 3, 1 of two bits are d3 74.
+    /// As in coremltools' files: mask bits 0111 0001, 0000 1100 are 8e 30; indices 3, 0, 1, 3, 0,
+    /// 1, 3, 1 of two bits are d3 74.
     #[test]
     fn bytes_of_a_core_ml_file() {
         let keep: Vec<bool> = "0111000100001100".chars().map(|bit| bit == '1').collect();

@@ -7,7 +7,8 @@ use super::packed::{Mask, Packed, count_ones};
 use crate::codebook::{Codebook, Run};
 use crate::error::{Error, Result};
 
-/// A Conv2d or Linear weight of `shape` [o, i, …]: which elements are kept, and their values. Everything is in row-major order.
+/// A Conv2d or Linear weight of `shape` [o, i, …]: which elements are kept, and their values.
+/// Everything is in row-major order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CompressedWeight {
     /// The dense weight's shape, output channels first.
@@ -33,11 +34,13 @@ pub enum Values {
 }
 
 impl CompressedWeight {
-    /// A palettized weight. `indices` has an entry for each element; those of elements that `keep` leaves out are not read.
+    /// A palettized weight. `indices` has an entry for each element; those of elements that `keep`
+    /// leaves out are not read.
     ///
     /// # Errors
-    /// [`Error::Argument`] if sizes disagree, the group size does not divide the channels, or an index is too large.
-    /// [`Error::NotFinite`] if a palette or scale has NaN or infinite values.
+    /// [`Error::Argument`] if sizes disagree, the group size does not divide the channels, or an
+    /// index is too large. [`Error::NotFinite`] if a palette or scale has NaN or infinite
+    /// values.
     pub fn palettized(shape: Vec<i64>, keep: Option<&[bool]>, codebook: Codebook, indices: &[u8]) -> Result<Self> {
         let numel = numel(&shape).map_err(Error::Argument)?;
         if indices.len() != numel {
@@ -51,10 +54,12 @@ impl CompressedWeight {
         Self { shape, mask: keep.map(Mask::from_bools), values }.checked()
     }
 
-    /// A weight that is only pruned. `weight` has a value for each element; those that `keep` leaves out are not read.
+    /// A weight that is only pruned. `weight` has a value for each element; those that `keep`
+    /// leaves out are not read.
     ///
     /// # Errors
-    /// [`Error::Argument`] if sizes disagree, [`Error::NotFinite`] if a kept value is NaN or infinite.
+    /// [`Error::Argument`] if sizes disagree, [`Error::NotFinite`] if a kept value is NaN or
+    /// infinite.
     pub fn sparse(shape: Vec<i64>, keep: &[bool], weight: &[f16]) -> Result<Self> {
         let values = Values::Plain(kept(keep, weight)?);
         Self { shape, mask: Some(Mask::from_bools(keep)), values }.checked()
@@ -69,7 +74,8 @@ impl CompressedWeight {
     /// The dense weight, row-major.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the parts disagree; [`Error::NotFinite`] if a value is NaN or infinite.
+    /// [`Error::Argument`] if the parts disagree; [`Error::NotFinite`] if a value is NaN or
+    /// infinite.
     pub fn decode(&self) -> Result<Vec<f16>> {
         self.check_structure().map_err(Error::Argument)?;
         self.check_finite().map_err(Error::NotFinite)?;
@@ -84,7 +90,8 @@ impl CompressedWeight {
         Ok(dense)
     }
 
-    /// Blocks of elements are decoded in parallel; a count of the mask's bits says where the values of each begin.
+    /// Blocks of elements are decoded in parallel; a count of the mask's bits says where the values
+    /// of each begin.
     fn decode_checked(&self) -> Vec<f16> {
         const BLOCK: usize = 1 << 16;
         let mut dense = vec![f16::ZERO; self.numel()];
@@ -112,7 +119,8 @@ impl CompressedWeight {
         dense
     }
 
-    /// Decodes a part of run number `run`, which begins at element `at` and value number `value`; returns the next value's number.
+    /// Decodes a part of run number `run`, which begins at element `at` and value number `value`;
+    /// returns the next value's number.
     fn decode_run(&self, at: usize, run: usize, elements: &mut [f16], mut value: usize) -> usize {
         let is_kept = |i: usize| self.mask.as_ref().is_none_or(|mask| mask.get(at + i));
         let kept = elements.iter_mut().enumerate().filter(|(i, _)| is_kept(*i)).map(|(_, element)| element);
@@ -157,7 +165,8 @@ impl CompressedWeight {
         self.mask.as_ref().map_or(self.numel(), Mask::kept)
     }
 
-    /// The bytes of mask, indices, palettes, scales and values in a file, without names and metadata.
+    /// The bytes of mask, indices, palettes, scales and values in a file, without names and
+    /// metadata.
     pub fn stored_bytes(&self) -> u64 {
         let mask = self.mask.as_ref().map_or(0, |mask| mask.bytes().len());
         let values = match &self.values {
@@ -356,7 +365,8 @@ mod tests {
         }
     }
 
-    /// More than one block, so that the mask's counts between blocks matter, on any number of threads.
+    /// More than one block, so that the mask's counts between blocks matter, on any number of
+    /// threads.
     #[test]
     fn blocks_join() {
         let (rows, columns) = (517, 389);

@@ -56,8 +56,8 @@ impl Element {
         Element::all().find(|element| element.code() == code)
     }
 
-    /// The number that stands for it in the blob file, which is another one (`mlmodel/src/MILBlob/Blob/BlobDataType.hpp`). Text and
-    /// bools are never there.
+    /// The number that stands for it in the blob file, which is another one
+    /// (`mlmodel/src/MILBlob/Blob/BlobDataType.hpp`). Text and bools are never there.
     pub(super) fn blob_code(self) -> Option<u32> {
         Some(match self {
             Element::Bool | Element::Text => return None,

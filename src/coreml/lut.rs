@@ -19,9 +19,10 @@ pub(crate) struct Lut {
 }
 
 impl Lut {
-    /// The look-up table of a weight with this codebook. Scales are folded in: a palette of its own for each row, unless all rows
-    /// that share a palette also share a scale. That is exact, since a weight is the product of entry and scale, rounded to fp16.
-    /// A separate operation for the product makes the Neural Engine fail (coremltools pull request 2688).
+    /// The look-up table of a weight with this codebook. Scales are folded in: a palette of its own
+    /// for each row, unless all rows that share a palette also share a scale. That is exact,
+    /// since a weight is the product of entry and scale, rounded to fp16. A separate operation
+    /// for the product makes the Neural Engine fail (coremltools pull request 2688).
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a product that is used is beyond fp16.

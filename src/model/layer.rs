@@ -16,16 +16,17 @@ pub struct Layer {
     bias: Option<Tensor>,
 }
 
-/// Which tensor a [`Layer`] is given. Layers of a UNet that say the same are given the very same tensor, so that one Hessian serves
-/// them all.
+/// Which tensor a [`Layer`] is given. Layers of a UNet that say the same are given the very same
+/// tensor, so that one Hessian serves them all.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LayerInput {
-    /// The text states, which go through the whole UNet unchanged: `to_k` and `to_v` of every cross-attention.
+    /// The text states, which go through the whole UNet unchanged: `to_k` and `to_v` of every
+    /// cross-attention.
     Text,
     /// SiLU of the time embedding, the same in the whole UNet: every `time_emb_proj`.
     Time,
-    /// Features that only a few neighbours see, under the name of the first of them: `to_q`, `to_k` and `to_v` of a self-attention, or
-    /// a layer alone.
+    /// Features that only a few neighbours see, under the name of the first of them: `to_q`, `to_k`
+    /// and `to_v` of a self-attention, or a layer alone.
     Features(String),
 }
 
@@ -58,7 +59,8 @@ impl ConvGeometry {
     }
 }
 
-/// Sees the input of every layer during a forward, before the layer computes. It must not change it.
+/// Sees the input of every layer during a forward, before the layer computes. It must not change
+/// it.
 pub trait Observer {
     /// `layer` is about to be given `input`: [.., d] for a Linear, [b, c, h, w] for a Conv2d.
     ///
@@ -66,7 +68,8 @@ pub trait Observer {
     /// What it returns ends the forward.
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()>;
 
-    /// `layer`'s next output will be added to `residual`: of the output's shape, or [b, c, h, w] where the output is [b, h w, c].
+    /// `layer`'s next output will be added to `residual`: of the output's shape, or [b, c, h, w]
+    /// where the output is [b, h w, c].
     ///
     /// # Errors
     /// What it returns ends the forward.
@@ -74,7 +77,8 @@ pub trait Observer {
         Ok(())
     }
 
-    /// `layer` has computed `output`, to which nothing was added yet. What follows may change it in place.
+    /// `layer` has computed `output`, to which nothing was added yet. What follows may change it in
+    /// place.
     ///
     /// # Errors
     /// What it returns ends the forward.
@@ -98,7 +102,8 @@ impl Layer {
         Layer { name, operation, input, weight, bias }
     }
 
-    /// The checkpoint name without `.weight`, e.g. `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`.
+    /// The checkpoint name without `.weight`, e.g.
+    /// `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -121,7 +126,8 @@ impl Layer {
         &self.input
     }
 
-    /// The weight, in the dtype in which it rests in memory; a forward converts it to its input's. [o, d] or [o, c / groups, kh, kw].
+    /// The weight, in the dtype in which it rests in memory; a forward converts it to its input's.
+    /// [o, d] or [o, c / groups, kh, kw].
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
@@ -131,7 +137,8 @@ impl Layer {
         self.bias.as_ref()
     }
 
-    /// Puts `weight` in the place of the layer's own, on the same device. Its dtype is kept until a forward converts it.
+    /// Puts `weight` in the place of the layer's own, on the same device. Its dtype is kept until a
+    /// forward converts it.
     ///
     /// # Errors
     /// If its shape is another.
@@ -161,7 +168,8 @@ impl Layer {
     }
 }
 
-/// A 1 x 1 convolution as a matrix product. oneDNN's kernels for it round otherwise on another number of threads.
+/// A 1 x 1 convolution as a matrix product. oneDNN's kernels for it round otherwise on another
+/// number of threads.
 fn pointwise(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     if let Some(output) = in_fp32(input, weight, bias, pointwise)? {
         return Ok(output);

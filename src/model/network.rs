@@ -1,7 +1,9 @@
-//! How networks are put together: a builder that follows checkpoint names, and the arena that a network's layers lie in.
+//! How networks are put together: a builder that follows checkpoint names, and the arena that a
+//! network's layers lie in.
 //!
-//! A network keeps its layers in one list, in execution order, and its blocks hold places in that list. So "every layer by name",
-//! "observe every input" and "replace a weight" are properties of the list, and no block has to know of them.
+//! A network keeps its layers in one list, in execution order, and its blocks hold places in that
+//! list. So "every layer by name", "observe every input" and "replace a weight" are properties of
+//! the list, and no block has to know of them.
 
 use std::fmt::Display;
 

@@ -18,7 +18,8 @@ pub(crate) struct ResnetShape {
     pub eps: f64,
 }
 
-/// `diffusers.models.resnet.ResnetBlock2D` with SiLU and the default time shift: two 3x3 convolutions around a skip.
+/// `diffusers.models.resnet.ResnetBlock2D` with SiLU and the default time shift: two 3x3
+/// convolutions around a skip.
 #[derive(Debug)]
 pub(super) struct Resnet {
     norm1: GroupNorm,

@@ -9,12 +9,14 @@ use super::triangle::Triangle;
 use crate::error::Result;
 use crate::product::add_product;
 
-/// Correlations [c, c] of an input with itself, shifted: all that the Hessian of a convolution of stride 1 is made of.
+/// Correlations [c, c] of an input with itself, shifted: all that the Hessian of a convolution of
+/// stride 1 is made of.
 ///
-/// The vectors of a k x k convolution are windows, so block (i, j) of H, for taps i and j of the kernel, sums x(p + i) x(p + j)^T over
-/// the places p of the output. That depends on j - i alone, but for the input's first and last rows and columns, which some taps do
-/// not reach. They are summed apart and taken off. A 3 x 3 kernel takes 13 correlations where unfolding takes 45 blocks, and no nine
-/// copies of the input.
+/// The vectors of a k x k convolution are windows, so block (i, j) of H, for taps i and j of the
+/// kernel, sums x(p + i) x(p + j)^T over the places p of the output. That depends on j - i alone,
+/// but for the input's first and last rows and columns, which some taps do not reach. They are
+/// summed apart and taken off. A 3 x 3 kernel takes 13 correlations where unfolding takes 45
+/// blocks, and no nine copies of the input.
 #[derive(Debug)]
 pub(super) struct Correlations {
     channels: i64,
@@ -63,7 +65,8 @@ fn unreached(kernel: i64, padding: i64, first: i64, second: i64) -> Vec<Places> 
         .collect()
 }
 
-/// The terms that make block (`first`, `second`) of H, each with its sign; `first` comes before `second` or is the same tap.
+/// The terms that make block (`first`, `second`) of H, each with its sign; `first` comes before
+/// `second` or is the same tap.
 fn terms_of(kernel: [i64; 2], padding: [i64; 2], first: [i64; 2], second: [i64; 2]) -> Vec<(f64, Term)> {
     let shift = [second[0] - first[0], second[1] - first[1]];
     let [rows, columns] = [0, 1].map(|axis| unreached(kernel[axis], padding[axis], first[axis], second[axis]));
@@ -128,7 +131,8 @@ impl Correlations {
     /// Adds the vectors of `input` [b, c, h, w] in fp32.
     pub fn add(&self, input: &Tensor) -> Result<()> {
         let (_, _, height, width) = input.size4()?;
-        // Zeros after each row and each image, so that a shift is a step in memory: what it pushes over an edge meets zeros.
+        // Zeros after each row and each image, so that a shift is a step in memory: what it pushes
+        // over an edge meets zeros.
         let [below, right] = [self.kernel[0] - 1, self.kernel[1] - 1];
         let padded = input.f_permute([0, 2, 3, 1])?.f_constant_pad_nd([0, 0, 0, right, 0, below])?.f_contiguous()?;
         let flat = padded.f_view([-1, self.channels])?;
@@ -176,7 +180,8 @@ impl Correlations {
         Ok(block)
     }
 
-    /// H times `scale`, its rows and columns as `torch.nn.Unfold` orders them: channel by channel, tap by tap.
+    /// H times `scale`, its rows and columns as `torch.nn.Unfold` orders them: channel by channel,
+    /// tap by tap.
     pub fn triangle(&self, scale: f64) -> Result<Triangle> {
         let taps = self.kernel[0] * self.kernel[1];
         let triangle = Triangle::zeros(self.dimension(), taps, self.device())?;

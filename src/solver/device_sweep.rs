@@ -1,12 +1,13 @@
-//! SparseGPT's sweep by tensor operations, for weights on a GPU: without transfers to the host, and for layers of one shape
-//! together.
+//! SparseGPT's sweep by tensor operations, for weights on a GPU: without transfers to the host, and
+//! for layers of one shape together.
 
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
-/// Marks the `count` smallest of w^2 / U_jj^2 of each layer in a block of columns, weights [l, o, b], with all that tie with the last of them:
-/// coremltools' rule (`SparseGPT._compress_impl`). A bool tensor [l, o, b].
+/// Marks the `count` smallest of w^2 / U_jj^2 of each layer in a block of columns, weights [l, o,
+/// b], with all that tie with the last of them: coremltools' rule (`SparseGPT._compress_impl`). A
+/// bool tensor [l, o, b].
 pub(super) fn smallest(weight: &Tensor, upper: &Tensor, count: usize) -> Result<Tensor> {
     if count == 0 {
         return Ok(weight.f_zeros_like()?.f_to_kind(Kind::Bool)?);
@@ -21,8 +22,8 @@ fn diagonal(upper: &Tensor) -> Result<Tensor> {
     Ok(upper.f_diagonal(0, 1, 2)?.f_unsqueeze(1)?)
 }
 
-/// As [`sweep`](super::sweep::sweep), on `weight` [l, o, b] and its mask `pruned` in place, with U [l, b, b] of these columns. Returns each
-/// element's error, [l, o, b], zero where it was kept.
+/// As [`sweep`](super::sweep::sweep), on `weight` [l, o, b] and its mask `pruned` in place, with U
+/// [l, b, b] of these columns. Returns each element's error, [l, o, b], zero where it was kept.
 ///
 /// Two operations a column go to the device, and none waits for another's result on the host.
 pub(super) fn sweep(weight: &Tensor, upper: &Tensor, pruned: &Tensor, ratio: Option<(usize, usize)>) -> Result<Tensor> {

@@ -1,4 +1,5 @@
-//! The Cholesky factor of H, from which SparseGPT computes how other weights compensate for a change of one.
+//! The Cholesky factor of H, from which SparseGPT computes how other weights compensate for a
+//! change of one.
 
 use tch::{Device, Kind, Tensor};
 
@@ -11,8 +12,8 @@ use crate::finite::is_finite;
 use crate::product::{product, subtract_product};
 use crate::sum::sum;
 
-/// Rows of the blocks that are not divided further: on a CPU those of [`leaf`], on a GPU those that libtorch's routines are given, each
-/// call of which costs more than a whole panel's work.
+/// Rows of the blocks that are not divided further: on a CPU those of [`leaf`], on a GPU those that
+/// libtorch's routines are given, each call of which costs more than a whole panel's work.
 fn smallest(device: Device) -> i64 {
     if device == Device::Cpu { leaf::LEAF } else { 512 }
 }
@@ -22,12 +23,13 @@ const MOST_DAMPENING: f64 = 10.0;
 
 /// R [d, d], upper triangular, with R R^T = H + damping, fp32.
 ///
-/// H is treated as coremltools treats it (`SparseGPT._compress_impl`): dead columns (H_jj = 0) get H_jj = 1, then
-/// `dampening` * mean(diag H) is added to the diagonal.
+/// H is treated as coremltools treats it (`SparseGPT._compress_impl`): dead columns (H_jj = 0) get
+/// H_jj = 1, then `dampening` * mean(diag H) is added to the diagonal.
 ///
-/// SparseGPT is written with U = R^-1, the upper Cholesky factor of H^-1, for which coremltools makes three factorizations. R
-/// carries the same information with one factorization: if D [o, d] is the change of the columns that are done, the errors
-/// e = (w - q) / U_jj that are fed back to column j sum to (D R)_j. So no [d, d] matrix is inverted, only blocks on the diagonal
+/// SparseGPT is written with U = R^-1, the upper Cholesky factor of H^-1, for which coremltools
+/// makes three factorizations. R carries the same information with one factorization: if D [o, d]
+/// is the change of the columns that are done, the errors e = (w - q) / U_jj that are fed back to
+/// column j sum to (D R)_j. So no [d, d] matrix is inverted, only blocks on the diagonal
 /// of R, which takes a quarter of the work and is better conditioned.
 #[derive(Debug)]
 pub struct Factor {
@@ -37,7 +39,8 @@ pub struct Factor {
     pub dead: Tensor,
     /// How many of them there are.
     pub dead_columns: u64,
-    /// The dampening with which the factorization succeeded: the one asked for, or ten, a hundred, ... times as much.
+    /// The dampening with which the factorization succeeded: the one asked for, or ten, a hundred,
+    /// ... times as much.
     pub dampening: f64,
     /// The number that the dampening adds to each entry of H's diagonal.
     pub added: f64,
@@ -52,18 +55,20 @@ impl Factor {
         (0..hessian.groups()).map(|group| Self::new(hessian, group, dampening)).collect()
     }
 
-    /// Factors the H of one group. Where that fails it tries again with ten times the dampening, up to 10 (from 1e-6 on, if zero
-    /// was asked for).
+    /// Factors the H of one group. Where that fails it tries again with ten times the dampening, up
+    /// to 10 (from 1e-6 on, if zero was asked for).
     ///
     /// # Errors
-    /// [`Error::Argument`] if nothing was added to the Hessian, or for a dampening below zero; [`Error::NotFinite`] if its
-    /// inputs were so large that their squares overflow fp32; [`Error::NotPositiveDefinite`] if no dampening helps.
+    /// [`Error::Argument`] if nothing was added to the Hessian, or for a dampening below zero;
+    /// [`Error::NotFinite`] if its inputs were so large that their squares overflow fp32;
+    /// [`Error::NotPositiveDefinite`] if no dampening helps.
     pub fn new(hessian: &Hessian, group: i64, dampening: f64) -> Result<Self> {
         Self::check(hessian, dampening)?;
         Self::of(&|| hessian.triangle(group), dampening)
     }
 
-    /// R_jj = 1 / U_jj. Its square is the cost of an error in column j when the columns after it compensate.
+    /// R_jj = 1 / U_jj. Its square is the cost of an error in column j when the columns after it
+    /// compensate.
     pub(super) fn diagonal(&self) -> Result<Vec<f32>> {
         to_vec(&Tensor::f_cat(&self.triangle.diagonals()?, 0)?)
     }
@@ -93,7 +98,8 @@ impl Factor {
         Ok(x.f_masked_fill(&self.dead, 0.0)?)
     }
 
-    /// The diagonal of (H + damping)^-1: the squared lengths of the columns of R^-1, which is made and dropped panel by panel.
+    /// The diagonal of (H + damping)^-1: the squared lengths of the columns of R^-1, which is made
+    /// and dropped panel by panel.
     pub(super) fn inverse_diagonal(&self) -> Result<Vec<f32>> {
         let r = &self.triangle;
         let corners = (0..r.count()).map(|index| inverse(&r.corner(index)?)).collect::<Result<Vec<_>>>()?;
@@ -180,10 +186,12 @@ impl Factor {
     }
 }
 
-/// Turns the upper triangle of H into R, upper triangular with H = R R^T; false if H is not positive definite.
+/// Turns the upper triangle of H into R, upper triangular with H = R R^T; false if H is not
+/// positive definite.
 ///
-/// With J the reversal this is J L J of J H J = L L^T, without moving the matrix: row by row of blocks from the last one up, in a row
-/// from the last block to the first, each less the products of what is done already.
+/// With J the reversal this is J L J of J H J = L L^T, without moving the matrix: row by row of
+/// blocks from the last one up, in a row from the last block to the first, each less the products
+/// of what is done already.
 fn factor(h: &Triangle) -> Result<bool> {
     // Inverses of the diagonal blocks, the last block first.
     let mut inverses: Vec<Tensor> = Vec::new();
@@ -267,7 +275,8 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
     factor_in_place(&first)
 }
 
-/// The inverse of an upper triangular R [n, n], with zeros below the diagonal. What R has there is not read.
+/// The inverse of an upper triangular R [n, n], with zeros below the diagonal. What R has there is
+/// not read.
 pub(super) fn inverse(r: &Tensor) -> Result<Tensor> {
     let (size, smallest) = (r.size2()?.0, smallest(r.device()));
     if size <= smallest && r.device() == Device::Cpu {

@@ -7,8 +7,8 @@ use crate::error::{Error, Result};
 pub enum InputGeometry {
     /// The vectors are the last dimension of the input [.., d]; weight [o, d].
     Linear,
-    /// The vectors are windows of the input [b, c, h, w], channel by channel as `torch.nn.Unfold` orders them; weight
-    /// [o, c / groups, kh, kw].
+    /// The vectors are windows of the input [b, c, h, w], channel by channel as `torch.nn.Unfold`
+    /// orders them; weight [o, c / groups, kh, kw].
     Windows(Windows),
 }
 
@@ -31,7 +31,8 @@ impl Windows {
         Windows { stride: [stride; 2], padding: [padding; 2], dilation: [1; 2], groups: 1 }
     }
 
-    /// Whether windows move by one pixel and see every channel: then the Hessian consists of correlations.
+    /// Whether windows move by one pixel and see every channel: then the Hessian consists of
+    /// correlations.
     pub(super) fn correlate(&self) -> bool {
         self.stride == [1; 2] && self.dilation == [1; 2] && self.groups == 1
     }

@@ -12,13 +12,15 @@ use crate::finite::is_finite;
 /// Numbers of a convolution's unfolded input in memory at once (64 MiB in fp32).
 const UNFOLDED: i64 = 1 << 24;
 
-/// The Hessian of a layer's squared output error with respect to one row of its weight: H = 2/n sum x x^T in fp32.
+/// The Hessian of a layer's squared output error with respect to one row of its weight: H = 2/n sum
+/// x x^T in fp32.
 ///
-/// x are the vectors that a row of the flattened weight [o, d] is multiplied with: the last dimension of a Linear's input, the
-/// unfolded windows of a convolution's, channel by channel as `torch.nn.Unfold` orders them. A convolution of several groups has
-/// one H for each group. n counts samples as coremltools does (`OBSCompressionAlgorithm._compute_hessian`): the items of a
-/// batch [n, ..], but an input of two dimensions is one sample. Only the upper triangle is computed and kept; for a convolution
-/// of stride 1, the correlations from which it is assembled.
+/// x are the vectors that a row of the flattened weight [o, d] is multiplied with: the last
+/// dimension of a Linear's input, the unfolded windows of a convolution's, channel by channel as
+/// `torch.nn.Unfold` orders them. A convolution of several groups has one H for each group. n
+/// counts samples as coremltools does (`OBSCompressionAlgorithm._compute_hessian`): the items of a
+/// batch [n, ..], but an input of two dimensions is one sample. Only the upper triangle is computed
+/// and kept; for a convolution of stride 1, the correlations from which it is assembled.
 ///
 /// On one kind of processor the result is the same to the last bit on any number of threads.
 #[derive(Debug)]
@@ -51,16 +53,18 @@ impl Hessian {
     /// Zeros [d, d] for a Linear of `dimension` inputs.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the dimension is below one; [`Error::Torch`] if the memory is not there.
+    /// [`Error::Argument`] if the dimension is below one; [`Error::Torch`] if the memory is not
+    /// there.
     pub fn new(dimension: i64, device: Device) -> Result<Self> {
         Self::zeros(1, dimension, None, device)
     }
 
-    /// Zeros for the inputs of a layer with a weight of this shape, [o, d] or [o, c / groups, kh, kw]: H is [d, d], or
-    /// [groups, d, d] with d = c / groups * kh * kw.
+    /// Zeros for the inputs of a layer with a weight of this shape, [o, d] or [o, c / groups, kh,
+    /// kw]: H is [d, d], or [groups, d, d] with d = c / groups * kh * kw.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape does not belong to the geometry; [`Error::Torch`] if the memory is not there.
+    /// [`Error::Argument`] if the shape does not belong to the geometry; [`Error::Torch`] if the
+    /// memory is not there.
     pub fn for_weight(geometry: InputGeometry, shape: &[i64], device: Device) -> Result<Self> {
         match geometry.inputs(shape)? {
             Inputs::Vectors { dimension, .. } => Self::new(dimension, device),
@@ -106,8 +110,9 @@ impl Hessian {
         }
     }
 
-    /// Bytes of one [d, d] factor of such a layer, which [`prune`](super::prune) needs besides the Hessian, and of the inverses
-    /// of the blocks on its diagonal, which are needed to compute the factor.
+    /// Bytes of one [d, d] factor of such a layer, which [`prune`](super::prune) needs besides the
+    /// Hessian, and of the inverses of the blocks on its diagonal, which are needed to compute
+    /// the factor.
     ///
     /// # Panics
     /// If the shape does not belong to the geometry.
@@ -121,7 +126,8 @@ impl Hessian {
         Triangle::bytes(dimension, unit) + 4 * (dimension * panel_height(dimension, unit)).unsigned_abs()
     }
 
-    /// Multiply-adds of adding an input of `places` vectors: pixels [height, width] of a convolution's input, else [1, vectors].
+    /// Multiply-adds of adding an input of `places` vectors: pixels [height, width] of a
+    /// convolution's input, else [1, vectors].
     ///
     /// # Panics
     /// If the shape does not belong to the geometry.
@@ -139,11 +145,12 @@ impl Hessian {
         }
     }
 
-    /// Adds the vectors of one input: [.., d] for a Linear, [b, c, h, w] for a convolution; any float dtype, any device.
+    /// Adds the vectors of one input: [.., d] for a Linear, [b, c, h, w] for a convolution; any
+    /// float dtype, any device.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape is not the layer's, [`Error::NotFinite`] if there is NaN or infinity in it. The Hessian
-    /// is unchanged then.
+    /// [`Error::Argument`] if the shape is not the layer's, [`Error::NotFinite`] if there is NaN or
+    /// infinity in it. The Hessian is unchanged then.
     pub fn add(&mut self, input: &Tensor) -> Result<()> {
         let size = input.size();
         let fits = match self.unfolding {
@@ -222,8 +229,8 @@ impl Hessian {
         Ok(vectors)
     }
 
-    /// Some of the vectors that [`add`](Self::add) would sum, at most `most` of them: [n, groups d] in fp32. Those of a convolution come from
-    /// the middle of the first item.
+    /// Some of the vectors that [`add`](Self::add) would sum, at most `most` of them: [n, groups d]
+    /// in fp32. Those of a convolution come from the middle of the first item.
     ///
     /// # Errors
     /// [`Error::Torch`] if the shape is not the layer's.
@@ -309,7 +316,8 @@ impl Hessian {
         }
     }
 
-    /// H [groups, d, d], fp32, exactly symmetric; zeros if nothing was added. A new tensor, twice as large as the Hessian itself.
+    /// H [groups, d, d], fp32, exactly symmetric; zeros if nothing was added. A new tensor, twice
+    /// as large as the Hessian itself.
     ///
     /// # Errors
     /// [`Error::Torch`] if the memory is not there.
@@ -326,7 +334,8 @@ impl Hessian {
         }
     }
 
-    /// Gives H of one group, but for a factor of n / 2 where that spares a copy, and the factor that makes it H.
+    /// Gives H of one group, but for a factor of n / 2 where that spares a copy, and the factor
+    /// that makes it H.
     pub(super) fn with_triangle<T>(&self, group: i64, use_it: impl FnOnce(&Triangle, f64) -> Result<T>) -> Result<T> {
         match &self.sum {
             Sum::Triangles(groups) => use_it(&groups[group as usize], self.scale()),

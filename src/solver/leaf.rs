@@ -1,13 +1,15 @@
 //! The Cholesky factor and the inverse of one small block on a diagonal, in fp64 on one thread.
 //!
-//! LAPACK's routines round otherwise on another number of threads, even for small matrices on some processors. The blocks are small
-//! enough that plain loops cost nothing beside the products around them.
+//! LAPACK's routines round otherwise on another number of threads, even for small matrices on some
+//! processors. The blocks are small enough that plain loops cost nothing beside the products around
+//! them.
 
 /// Rows of the largest block that is worked on here.
 pub(super) const LEAF: i64 = 64;
 
-/// Turns the upper triangle of H [n, n], row-major, into R, upper triangular with H = R R^T, and what lies below the diagonal into
-/// zeros; it is not read. False if H is not positive definite; then `h` has no meaning any more.
+/// Turns the upper triangle of H [n, n], row-major, into R, upper triangular with H = R R^T, and
+/// what lies below the diagonal into zeros; it is not read. False if H is not positive definite;
+/// then `h` has no meaning any more.
 pub(super) fn factor(h: &mut [f64], n: usize) -> bool {
     for j in (0..n).rev() {
         let tail: f64 = (j + 1..n).map(|k| h[j * n + k] * h[j * n + k]).sum();
@@ -27,7 +29,8 @@ pub(super) fn factor(h: &mut [f64], n: usize) -> bool {
     true
 }
 
-/// The inverse of an upper triangular R [n, n], row-major, with zeros below the diagonal. What R has there is not read.
+/// The inverse of an upper triangular R [n, n], row-major, with zeros below the diagonal. What R
+/// has there is not read.
 pub(super) fn inverse(r: &[f64], n: usize) -> Vec<f64> {
     let mut inverse = vec![0.0; n * n];
     for j in 0..n {

@@ -16,11 +16,13 @@ pub struct Masked {
     pub mask: Tensor,
 }
 
-/// Prunes the smallest magnitudes of `weight` [o, ...]: of the whole weight, as Core ML's `OpMagnitudePrunerConfig` does, or n of
-/// every m in a row. A rest of fewer than m columns stays dense. Of equals the first are pruned; all of them if they are zero.
+/// Prunes the smallest magnitudes of `weight` [o, ...]: of the whole weight, as Core ML's
+/// `OpMagnitudePrunerConfig` does, or n of every m in a row. A rest of fewer than m columns stays
+/// dense. Of equals the first are pruned; all of them if they are zero.
 ///
 /// # Errors
-/// [`crate::Error::Argument`] for a sparsity out of range, [`crate::Error::NotFinite`] for NaN in the weight.
+/// [`crate::Error::Argument`] for a sparsity out of range, [`crate::Error::NotFinite`] for NaN in
+/// the weight.
 pub fn magnitude_prune(weight: &Tensor, sparsity: Sparsity) -> Result<Masked> {
     sparsity.check()?;
     let flat = flat(weight)?;

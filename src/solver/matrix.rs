@@ -69,8 +69,9 @@ pub(super) fn numbers(tensor: &Tensor) -> Result<&[f32]> {
     if tensor.numel() == 0 {
         return Ok(&[]);
     }
-    // SAFETY: a contiguous fp32 tensor on the CPU has `numel` neighbouring f32 from `data_ptr` on, all initialized, and the slice
-    // borrows the tensor for as long as it lives. Callers hand in tensors that share their memory with no other.
+    // SAFETY: a contiguous fp32 tensor on the CPU has `numel` neighbouring f32 from `data_ptr` on,
+    // all initialized, and the slice borrows the tensor for as long as it lives. Callers hand in
+    // tensors that share their memory with no other.
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast_const().cast(), tensor.numel()) })
 }
 

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-/// Something about one weight's pruning that was not as asked, or that makes its result doubtful. The caller knows the layer's
-/// name and puts it in front.
+/// Something about one weight's pruning that was not as asked, or that makes its result doubtful.
+/// The caller knows the layer's name and puts it in front.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Note {
-    /// The Hessian was built from fewer vectors than it has columns: it is singular but for the dampening, and fits the
-    /// calibration inputs rather than the layer.
+    /// The Hessian was built from fewer vectors than it has columns: it is singular but for the
+    /// dampening, and fits the calibration inputs rather than the layer.
     FewVectors {
         /// Vectors seen.
         vectors: u64,
@@ -28,8 +28,8 @@ pub enum Note {
         /// What it worked with.
         used: f64,
     },
-    /// The sparsity reached is more than 0.1 % off the one asked for: blocks so small that one element counts, or many zeros in
-    /// the weight.
+    /// The sparsity reached is more than 0.1 % off the one asked for: blocks so small that one
+    /// element counts, or many zeros in the weight.
     SparsityOff {
         /// Share of zeros asked for.
         asked: f64,
@@ -43,7 +43,8 @@ pub enum Note {
         /// m of n:m.
         m: u64,
     },
-    /// So few vectors for the spread of the inputs that the joint solver stays nearer to the weights as they were.
+    /// So few vectors for the spread of the inputs that the joint solver stays nearer to the
+    /// weights as they were.
     Shrunk {
         /// Vectors seen.
         vectors: u64,
@@ -59,7 +60,8 @@ pub enum Note {
         /// Its loss as a multiple of the sequential one's.
         ratio: f64,
     },
-    /// On vectors that the Hessian has not seen, the joint solution had a larger error than the sequential one, which was taken.
+    /// On vectors that the Hessian has not seen, the joint solution had a larger error than the
+    /// sequential one, which was taken.
     HeldOutNoBetter {
         /// Its error there as a multiple of the sequential one's.
         ratio: f64,

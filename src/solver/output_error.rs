@@ -12,17 +12,20 @@ use crate::sum::dot;
 /// The relative squared error of the layer's output on the inputs that the Hessian has seen:
 /// tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T) for `original` W0 and `new` W, each [o, ...].
 ///
-/// Without dampening. Products in fp32, their sum in fp64. Zero if W = W0; infinite if only W0 gives an output of zero.
+/// Without dampening. Products in fp32, their sum in fp64. Zero if W = W0; infinite if only W0
+/// gives an output of zero.
 ///
 /// # Errors
-/// [`crate::Error::Argument`] if a shape does not fit, [`crate::Error::NotFinite`] for NaN in a weight.
+/// [`crate::Error::Argument`] if a shape does not fit, [`crate::Error::NotFinite`] for NaN in a
+/// weight.
 pub fn output_error(original: &Tensor, new: &Tensor, hessian: &Hessian) -> Result<f64> {
     let change = flat_for(new, hessian)?.f_sub(&flat_for(original, hessian)?)?;
     let [energy, error] = output_energies([original, &change], hessian)?;
     Ok(if error == 0.0 { 0.0 } else { error / energy })
 }
 
-/// tr(W H W^T) for a weight [o, ...]: twice the mean over the samples of the squared norm of W x, summed over each sample's vectors.
+/// tr(W H W^T) for a weight [o, ...]: twice the mean over the samples of the squared norm of W x,
+/// summed over each sample's vectors.
 ///
 /// Only the upper triangle is read, in half the work of W H. Products in fp32, their sum in fp64.
 ///

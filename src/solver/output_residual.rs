@@ -12,12 +12,12 @@ use crate::product::add_product;
 /// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
 const UNFOLDED: i64 = 1 << 24;
 
-/// The correlation of a layer's inputs x with the residual of its outputs y = W x + b against target outputs y*: D [o, d] in
-/// fp32, d flattened and n counted as in [`Hessian`].
+/// The correlation of a layer's inputs x with the residual of its outputs y = W x + b against
+/// target outputs y*: D [o, d] in fp32, d flattened and n counted as in [`Hessian`].
 ///
-/// Where a network is compressed layer by layer, y* are the outputs of the dense network. Then W + D H^-1 compensates for the
-/// errors of the layers before as well as a linear map of x can (the asymmetric calibration of GPTAQ, arXiv:2504.02692, there in
-/// another form).
+/// Where a network is compressed layer by layer, y* are the outputs of the dense network. Then W +
+/// D H^-1 compensates for the errors of the layers before as well as a linear map of x can (the
+/// asymmetric calibration of GPTAQ, arXiv:2504.02692, there in another form).
 #[derive(Debug)]
 pub struct OutputResidual {
     /// [o, d]
@@ -30,18 +30,20 @@ impl OutputResidual {
     /// Zeros for a layer with a weight of this shape: [o, d] or [o, c / groups, kh, kw].
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape does not belong to the geometry; [`Error::Torch`] if the memory is not there.
+    /// [`Error::Argument`] if the shape does not belong to the geometry; [`Error::Torch`] if the
+    /// memory is not there.
     pub fn for_weight(geometry: InputGeometry, shape: &[i64], device: Device) -> Result<Self> {
         let inputs = geometry.inputs(shape)?;
         let sum = Tensor::f_zeros([inputs.outputs(), inputs.dimension()], (Kind::Float, device))?;
         Ok(OutputResidual { sum, inputs, samples: 0 })
     }
 
-    /// Adds the residual y* - y of the outputs to `input`: [.., d] and [.., o] for a Linear, [b, c, h, w] and [b, o, h', w'] for
-    /// a convolution.
+    /// Adds the residual y* - y of the outputs to `input`: [.., d] and [.., o] for a Linear, [b, c,
+    /// h, w] and [b, o, h', w'] for a convolution.
     ///
     /// # Errors
-    /// [`Error::Torch`] if the shapes are not the layer's; [`Error::NotFinite`] if there is NaN or infinity in `residual`.
+    /// [`Error::Torch`] if the shapes are not the layer's; [`Error::NotFinite`] if there is NaN or
+    /// infinity in `residual`.
     pub fn add(&mut self, input: &Tensor, residual: &Tensor) -> Result<()> {
         let place = |tensor: &Tensor| tensor.f_detach()?.f_to_device(self.sum.device())?.f_to_kind(Kind::Float);
         let (input, residual) = (place(input)?, place(residual)?);

@@ -22,30 +22,37 @@ pub struct Pruned {
     pub mask: Tensor,
     /// The share of elements that the mask prunes.
     pub sparsity: f64,
-    /// tr((W - W0) H (W - W0)^T), which is [`output_energy`](super::output_energy) of the change. The sweep computes it on the way.
+    /// tr((W - W0) H (W - W0)^T), which is [`output_energy`](super::output_energy) of the change.
+    /// The sweep computes it on the way.
     pub loss: f64,
     /// What the user should know.
     pub notes: Vec<Note>,
 }
 
-/// Prunes `weight` [o, ...], flattened to [o, d], as coremltools 9.0 does with `weight_dtype="float32"`
-/// (`SparseGPT._compress_impl` in `optimize/torch/layerwise_compression/algorithms.py`).
+/// Prunes `weight` [o, ...], flattened to [o, d], as coremltools 9.0 does with
+/// `weight_dtype="float32"` (`SparseGPT._compress_impl` in
+/// `optimize/torch/layerwise_compression/algorithms.py`).
 ///
-/// Columns are processed in blocks. In a block, the elements with the smallest w^2 / U_jj^2 are masked, over all rows at once.
-/// Each masked element becomes zero, and its error is fed back to the columns after it: e U_j with e = w / U_jj. For n:m
-/// sparsity the mask is chosen row by row, at every m-th column. U is the inverse of the [`Factor`] R, of which only blocks on
-/// the diagonal are computed. Updates are lazy: with D the change of all earlier columns, a block starts at w + (D R) U. The rows
-/// of a convolution of several groups are pruned group by group, each with its own H; the sparsity is met over all groups.
+/// Columns are processed in blocks. In a block, the elements with the smallest w^2 / U_jj^2 are
+/// masked, over all rows at once. Each masked element becomes zero, and its error is fed back to
+/// the columns after it: e U_j with e = w / U_jj. For n:m sparsity the mask is chosen row by row,
+/// at every m-th column. U is the inverse of the [`Factor`] R, of which only blocks on the diagonal
+/// are computed. Updates are lazy: with D the change of all earlier columns, a block starts at w +
+/// (D R) U. The rows of a convolution of several groups are pruned group by group, each with its
+/// own H; the sparsity is met over all groups.
 ///
-/// It differs from coremltools only where coremltools goes wrong: a target of zero prunes nothing (there, one element a block);
-/// many equal scores are not all pruned at once; m need not divide the block, nor the columns (the rest stays dense, and a note
-/// says so); a Hessian without a Cholesky factor gets more dampening.
+/// It differs from coremltools only where coremltools goes wrong: a target of zero prunes nothing
+/// (there, one element a block); many equal scores are not all pruned at once; m need not divide
+/// the block, nor the columns (the rest stays dense, and a note says so); a Hessian without a
+/// Cholesky factor gets more dampening.
 ///
-/// On a CPU the result does not depend on the number of rayon threads. Where the Hessian is on a GPU everything stays there.
+/// On a CPU the result does not depend on the number of rayon threads. Where the Hessian is on a
+/// GPU everything stays there.
 ///
 /// # Errors
-/// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or one that has seen no input;
-/// [`Error::NotFinite`] for NaN; [`Error::NotPositiveDefinite`] if no dampening helps.
+/// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or one
+/// that has seen no input; [`Error::NotFinite`] for NaN; [`Error::NotPositiveDefinite`] if no
+/// dampening helps.
 pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Result<Pruned> {
     options.sparsity.check()?;
     let factors =
@@ -53,7 +60,8 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
     prune_with(weight, hessian, &factors, options)
 }
 
-/// [`prune`] with the factors that it would make ([`Factor::all`]), for layers that share a Hessian.
+/// [`prune`] with the factors that it would make ([`Factor::all`]), for layers that share a
+/// Hessian.
 ///
 /// # Errors
 /// As [`prune`]; [`Error::Argument`] if there is not a factor for each group.
@@ -87,8 +95,9 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
     Pruned::new(weight, &new, &pruned, loss, notes, options)
 }
 
-/// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its factor. On a GPU they are
-/// swept in one batch, so that each launched operation has more work; on the CPU one after the other, with all threads.
+/// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its
+/// factor. On a GPU they are swept in one batch, so that each launched operation has more work; on
+/// the CPU one after the other, with all threads.
 ///
 /// # Errors
 /// As [`prune_with`]; [`Error::Argument`] if shapes differ.
@@ -186,8 +195,8 @@ fn blocks(options: &PruneOptions) -> (Option<(usize, usize)>, usize) {
     }
 }
 
-/// Prunes rows that share a factor: `original` [o, d] into `new`, which is zeros, and `pruned`. Returns the loss, without that
-/// of dead columns.
+/// Prunes rows that share a factor: `original` [o, d] into `new`, which is zeros, and `pruned`.
+/// Returns the loss, without that of dead columns.
 fn prune_rows(
     original: &Tensor,
     new: &Tensor,
@@ -239,8 +248,8 @@ fn prune_on_host(
     Ok(loss)
 }
 
-/// Sweeps a block [o, b] in place, with U [b, b] of its columns, by n:m or the number of elements to prune. Returns the pruned
-/// elements and the sum of the squared errors.
+/// Sweeps a block [o, b] in place, with U [b, b] of its columns, by n:m or the number of elements
+/// to prune. Returns the pruned elements and the sum of the squared errors.
 fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>, count: Option<usize>) -> Result<(Tensor, f64)> {
     let size = weight.size();
     let upper = to_vec(upper)?;
@@ -261,8 +270,8 @@ fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>
     Ok((Tensor::f_from_slice(&marks)?.f_view(size.as_slice())?, squares))
 }
 
-/// [`prune_on_host`] by tensor operations, for weights on a GPU: for several layers at once, [l, o, d], and without transfers to
-/// the host. Returns the loss of each layer in fp64, on the device.
+/// [`prune_on_host`] by tensor operations, for weights on a GPU: for several layers at once, [l, o,
+/// d], and without transfers to the host. Returns the loss of each layer in fp64, on the device.
 fn prune_on_device(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factors: &[&Factor],

@@ -12,8 +12,9 @@ pub(super) struct Quota {
 }
 
 impl Quota {
-    /// `as_coremltools`: `int(size * share) + 1` of each block, since its threshold itself is pruned. Otherwise what brings the
-    /// whole nearest to the share, which blocks of a few elements (grouped convolutions, unknown to coremltools) need.
+    /// `as_coremltools`: `int(size * share) + 1` of each block, since its threshold itself is
+    /// pruned. Otherwise what brings the whole nearest to the share, which blocks of a few
+    /// elements (grouped convolutions, unknown to coremltools) need.
     pub(super) fn new(share: f64, as_coremltools: bool) -> Self {
         Quota { share, as_coremltools, seen: 0, pruned: 0 }
     }
@@ -33,8 +34,8 @@ impl Quota {
 
 /// Marks the `count` smallest of `scores` (>= 0) in `pruned`.
 ///
-/// Like coremltools it takes all that tie with the last of them, as long as they are zero (nothing is lost) or no more than
-/// 0.1 % of the block; otherwise the first ones in row-major order.
+/// Like coremltools it takes all that tie with the last of them, as long as they are zero (nothing
+/// is lost) or no more than 0.1 % of the block; otherwise the first ones in row-major order.
 pub(super) fn mark_smallest(scores: &[f32], count: usize, pruned: &mut [bool]) {
     if count == 0 || scores.is_empty() {
         pruned.fill(false);
@@ -71,7 +72,8 @@ struct Ranked {
 
 /// The score (>= 0) that would be the `index`-th of them in order, from zero on.
 fn rank(scores: &[f32], index: usize) -> Ranked {
-    // Numbers that are not negative are ordered as their bits. By the highest of these first, then among those alike.
+    // Numbers that are not negative are ordered as their bits. By the highest of these first, then
+    // among those alike.
     const BINS: usize = 1 << 12;
     let bin = |score: &f32| (score.to_bits() >> 19) as usize % BINS;
     let count = |scores: &[f32]| {

@@ -1,4 +1,5 @@
-//! The part of SparseGPT that goes column by column: prunes a column, and feeds its errors back to the columns after it.
+//! The part of SparseGPT that goes column by column: prunes a column, and feeds its errors back to
+//! the columns after it.
 
 use std::ops::Range;
 
@@ -26,10 +27,12 @@ pub(super) struct Block<'a> {
     pub columns: usize,
 }
 
-/// Sweeps over the columns of a block: a pruned weight w_j goes to zero, and with e = w_j / U_jj the columns after it become w_k - e U_jk.
+/// Sweeps over the columns of a block: a pruned weight w_j goes to zero, and with e = w_j / U_jj
+/// the columns after it become w_k - e U_jk.
 ///
-/// With `ratio` (n, m) the mask is chosen on the way, at every m-th column from the weights as they are by then (smallest
-/// w^2 / U_jj^2, the first of equals); m must divide the block but for a rest, which stays dense.
+/// With `ratio` (n, m) the mask is chosen on the way, at every m-th column from the weights as they
+/// are by then (smallest w^2 / U_jj^2, the first of equals); m must divide the block but for a
+/// rest, which stays dense.
 ///
 /// Returns the sum of the squared errors e, which does not depend on the number of threads.
 pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
@@ -155,7 +158,8 @@ impl Tile {
     }
 }
 
-/// Adds `errors`, those of a strip of columns, times their rows of U to the columns after it, which are the last of the rows.
+/// Adds `errors`, those of a strip of columns, times their rows of U to the columns after it, which
+/// are the last of the rows.
 #[inline(always)]
 fn pass_on<S: Simd>(simd: S, errors: &[Lanes], after: &mut [Lanes], upper: &[f32]) {
     let columns = upper.len() / errors.len().max(1);

@@ -8,10 +8,12 @@ use super::matrix::{block, copy, panels};
 use crate::error::Result;
 use crate::product::add_product;
 
-/// The upper triangle of a [d, d] fp32 matrix in panels of neighbouring rows, each from its own diagonal block to the last column.
+/// The upper triangle of a [d, d] fp32 matrix in panels of neighbouring rows, each from its own
+/// diagonal block to the last column.
 ///
-/// A panel's diagonal block is square and whole; what lies below it is not stored. SDXL's largest Hessian, d = 23,040, takes 1.0 GiB
-/// so, not 2.0. Products with panels are as fast as with whole matrices, and symmetric ones take half the work.
+/// A panel's diagonal block is square and whole; what lies below it is not stored. SDXL's largest
+/// Hessian, d = 23,040, takes 1.0 GiB so, not 2.0. Products with panels are as fast as with whole
+/// matrices, and symmetric ones take half the work.
 #[derive(Debug)]
 pub(super) struct Triangle {
     dimension: i64,
@@ -20,8 +22,9 @@ pub(super) struct Triangle {
     panels: Vec<Tensor>,
 }
 
-/// The rows of a panel of a [d, d] matrix: tall enough for fast products, few enough that the diagonal blocks waste little. A
-/// multiple of `unit` (the taps of a convolution's kernel, so that a panel holds whole channels) where that is below a panel.
+/// The rows of a panel of a [d, d] matrix: tall enough for fast products, few enough that the
+/// diagonal blocks waste little. A multiple of `unit` (the taps of a convolution's kernel, so that
+/// a panel holds whole channels) where that is below a panel.
 pub(super) fn panel_height(dimension: i64, unit: i64) -> i64 {
     let height = if dimension <= 768 {
         128
@@ -98,8 +101,8 @@ impl Triangle {
         self.panels.iter().map(|panel| Ok(panel.f_diagonal(0, 0, 1)?)).collect()
     }
 
-    /// Rows `rows`, from column `rows.start` on: [b, d - start]. Entries left of the diagonal have no meaning. A view where the
-    /// rows are in one panel.
+    /// Rows `rows`, from column `rows.start` on: [b, d - start]. Entries left of the diagonal have
+    /// no meaning. A view where the rows are in one panel.
     pub fn tail_of(&self, rows: Range<i64>) -> Result<Tensor> {
         let (first, last) = (rows.start / self.height, (rows.end - 1) / self.height);
         let mut parts = Vec::new();

@@ -1,8 +1,9 @@
 //! Imports between the project's modules go one way.
 //!
 //! A *room* is a top-level module of a crate: a file or a folder. [`FLOORS`] lists the rooms of all
-//! crates from the ground up; a room may import rooms of lower floors only. Besides, no files import
-//! each other in a circle. Unit tests (`#[cfg(test)] mod`) are not read: a test may import anything.
+//! crates from the ground up; a room may import rooms of lower floors only. Besides, no files
+//! import each other in a circle. Unit tests (`#[cfg(test)] mod`) are not read: a test may import
+//! anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -235,7 +236,8 @@ fn tree(tokens: &[String], mut at: usize, before: &[String], names: &mut Vec<(Ve
     }
 }
 
-/// A path from the root of the crate; `None` if it names something of another crate or of this file.
+/// A path from the root of the crate; `None` if it names something of another crate or of this
+/// file.
 fn from_root(module: &[String], children: &BTreeSet<&str>, path: &[String]) -> Option<Vec<String>> {
     let (first, rest) = path.split_first()?;
     let (mut base, mut rest) = match first.as_str() {

@@ -134,7 +134,8 @@ fn configs_and_prompts_from_windows() {
     }
 }
 
-/// Sizes that are multiples of 8 and not of the UNet's own two halvings: its stages then have odd sizes.
+/// Sizes that are multiples of 8 and not of the UNet's own two halvings: its stages then have odd
+/// sizes.
 #[test]
 fn pictures_of_72_and_96_pixels() {
     let (folder, model) = (tempfile::tempdir().unwrap(), emoji());
@@ -182,7 +183,8 @@ fn layers_of_zeros_dead_inputs_and_negative_zeros() {
     edit(&model.join("unet/diffusion_pytorch_model.safetensors"), |tensors| {
         fill(tensors, &zeros, 0, |_| true);
         fill(tensors, &negative, 0x80, |at| at % 2 == 0);
-        // The first rows make what the gates are multiplied with: of `ff.net.2`, half of the inputs are always zero.
+        // The first rows make what the gates are multiplied with: of `ff.net.2`, half of the inputs
+        // are always zero.
         let rows = tensors[&format!("{block}.ff.net.0.proj.weight")].1.clone();
         fill(tensors, &format!("{block}.ff.net.0.proj.weight"), 0, |at| at / rows[1] < rows[0] / 4);
         fill(tensors, &format!("{block}.ff.net.0.proj.bias"), 0, |at| at < rows[0] / 4);

@@ -1,4 +1,5 @@
-//! The hostile files of `tests/attacks/`: each is refused with one line and exit code 2, soon and in little memory.
+//! The hostile files of `tests/attacks/`: each is refused with one line and exit code 2, soon and
+//! in little memory.
 //!
 //! `tests/attacks/README.md` is the list of them; this test reads it.
 
@@ -38,7 +39,8 @@ fn of(kind: &str) -> Vec<(String, String)> {
     rows
 }
 
-/// Runs what `command` makes of each attack of a kind, and says all that was not refused as it must be.
+/// Runs what `command` makes of each attack of a kind, and says all that was not refused as it must
+/// be.
 fn all_refused(kind: &str, command: impl Fn(&Path, &Path) -> Command) {
     let folder = tempfile::tempdir().unwrap();
     let mut faults = Vec::new();
@@ -118,7 +120,8 @@ fn hostile_model_configs_are_refused() {
 
 #[test]
 fn hostile_containers_are_refused() {
-    // None of them is a UNet, which `verify` may say first; so the library is asked what is wrong with the content.
+    // None of them is a UNet, which `verify` may say first; so the library is asked what is wrong
+    // with the content.
     for (name, words) in of("container") {
         let path = attacks().join(&name);
         let content = Container::open_unverified(&path).and_then(|container| container.verify());
@@ -130,7 +133,8 @@ fn hostile_containers_are_refused() {
     let out = folder.path().join("x.mlpackage");
     for (number, (name, _)) in of("container").iter().enumerate() {
         let file = attacks().join(name);
-        // Starting a process takes longer than refusing does, so half of them are enough for each command.
+        // Starting a process takes longer than refusing does, so half of them are enough for each
+        // command.
         let command = match number % 2 {
             0 => squeezing(&["verify", text(&file)]),
             _ => squeezing(&["export", text(&file), "--to", "coreml", "--out", text(&out)]),

@@ -20,7 +20,8 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     std::fs::write(path, value.to_string()).unwrap();
 }
 
-/// Asserts that `generate` with `model` and `more` arguments is refused in one line that contains all `words`.
+/// Asserts that `generate` with `model` and `more` arguments is refused in one line that contains
+/// all `words`.
 fn refused(model: &Path, more: &[&str], words: &[&str]) {
     let out = tempfile::tempdir().unwrap();
     let picture = out.path().join("x.png");

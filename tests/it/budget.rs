@@ -1,4 +1,5 @@
-//! Runs with a byte budget, and the ways of calibration that go beyond the tutorial's, through the binary.
+//! Runs with a byte budget, and the ways of calibration that go beyond the tutorial's, through the
+//! binary.
 
 use std::path::{Path, PathBuf};
 
@@ -58,7 +59,8 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
     let bits = found["bits_per_weight"].as_f64().unwrap();
     assert!((3.9..=4.0).contains(&bits), "{bits} bits a weight");
 
-    // The recipe has a rule for each layer and keeps to the limits; the layer that was left alone is.
+    // The recipe has a rule for each layer and keeps to the limits; the layer that was left alone
+    // is.
     let recipe = RunConfig::read(&out.join("config.yaml")).unwrap();
     assert_eq!(recipe.budget, None);
     let (prune, palettize) = (recipe.prune.unwrap(), recipe.palettize.unwrap());

@@ -84,7 +84,8 @@ fn the_order_is_the_chains_and_patterns_match_whole_names() {
     let names: Vec<String> = chain.stages().iter().map(|stage| stage.name().to_string()).collect();
     let expected = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2"];
     assert_eq!(names, expected);
-    // Neither the order of patterns nor that of names in a file (up before mid) is the order of execution.
+    // Neither the order of patterns nor that of names in a file (up before mid) is the order of
+    // execution.
     let patterns = ["up_blocks.*", "mid_block", "down_blocks\\.2"].map(|p| NamePattern::parse(p).unwrap());
     let matched: Vec<StageName> = chain.matching(&patterns).map(|stage| stage.name()).collect();
     assert_eq!(matched, [StageName::Down(2), StageName::Mid, StageName::Up(0), StageName::Up(1), StageName::Up(2)]);
@@ -207,7 +208,8 @@ fn layers_that_say_so_are_given_the_same_tensor() {
         assert_eq!(residuals, shape.down_block_res_samples, "{}", spec.name());
     }
     let blocks = weights.entries().filter(|(name, _)| name.ends_with("attn1.to_q.weight")).count();
-    // Keys and values of both attentions of each block, and what the stages share beyond: less their first text and time.
+    // Keys and values of both attentions of each block, and what the stages share beyond: less
+    // their first text and time.
     assert!(found > 3 * blocks, "{found} for {blocks} blocks");
 }
 

@@ -51,7 +51,8 @@ fn pruned_and_palettized_end_to_end() {
         let sparsity = layer["sparsity"].as_f64().unwrap();
         assert!((0.4..0.4025).contains(&sparsity), "{}: {sparsity}", layer["name"]);
         let errors = &layer["errors"];
-        // Where there are few values a group, palettes cost nothing; the two errors are summed differently.
+        // Where there are few values a group, palettes cost nothing; the two errors are summed
+        // differently.
         assert!(errors["pruned_output"].as_f64().unwrap() <= 1.001 * errors["output"].as_f64().unwrap(), "{layer}");
     }
 

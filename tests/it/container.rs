@@ -77,7 +77,8 @@ fn bits_are_packed_as_by_coremltools() {
     assert_eq!(cases.as_array().unwrap().len(), 48);
 }
 
-/// Reads all of `from` and writes it again, weights and tensors in the order that they have in the file.
+/// Reads all of `from` and writes it again, weights and tensors in the order that they have in the
+/// file.
 fn rewrite(from: &Path, order: &Path, to: &Path) {
     let container = Container::open(from).unwrap();
     let order = SafetensorsFile::open(order).unwrap();
@@ -106,7 +107,8 @@ fn the_same_container_is_the_same_bytes_as_from_python() {
     assert!(std::fs::read(&path).unwrap() == std::fs::read(golden()).unwrap());
 }
 
-/// A weight on 2^bits levels, its smallest elements pruned: cheap, and good enough to try the format on.
+/// A weight on 2^bits levels, its smallest elements pruned: cheap, and good enough to try the
+/// format on.
 fn crush(weight: &Tensor, bits: BitWidth, group_size: usize, sparsity: Option<f64>) -> CompressedWeight {
     let shape = weight.size();
     let values = Vec::<f16>::try_from(&weight.to_kind(Kind::Half).view([-1])).unwrap();
@@ -292,11 +294,13 @@ impl Raw {
         self.metadata.insert("weights".into(), rows.to_string());
     }
 
-    /// Makes the hashes over data, table and metadata right, so that other checks have to find what is wrong.
+    /// Makes the hashes over data, table and metadata right, so that other checks have to find what
+    /// is wrong.
     fn seal(mut self) -> Self {
         let hash = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let data: Vec<u8> = self.tensors.iter().flat_map(|tensor| tensor.3.clone()).collect();
-        // Tensors without data stand in the order of their names; there is one at most between two others here.
+        // Tensors without data stand in the order of their names; there is one at most between two
+        // others here.
         let table: String = self.tensors.iter().map(|(name, dtype, shape, _)| format!("{name}={dtype} {shape:?}\n")).collect();
         self.metadata.insert("data_sha256".into(), hash(&data));
         self.metadata.insert("tensors_sha256".into(), hash(table.as_bytes()));

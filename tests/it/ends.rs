@@ -1,4 +1,5 @@
-//! The layers before the first stage and after the last: calibrated like the others by the joint solver.
+//! The layers before the first stage and after the last: calibrated like the others by the joint
+//! solver.
 
 use std::path::Path;
 

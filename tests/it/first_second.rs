@@ -72,7 +72,8 @@ fn the_plan_says_what_a_run_takes_on_the_disk() {
         ("samples", ratio(&disk["samples"], size(&samples))),
         ("result", ratio(&disk["result"], size(&out.join("unet.squeezed.safetensors")))),
     ] {
-        // The header, of which plans know nothing, is a large part of a container of so small a model.
+        // The header, of which plans know nothing, is a large part of a container of so small a
+        // model.
         assert!((0.6..1.2).contains(&ratio), "{name}: {ratio}, {disk}");
     }
     assert_eq!(report["plan"]["disk"]["samples"], 0, "the run was given its samples");

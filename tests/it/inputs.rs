@@ -26,7 +26,8 @@ fn refused_soon(args: &[&str], parts: &[&str]) {
     assert!(errors[0].len() < 1000, "{} bytes: {}…", errors[0].len(), errors[0].chars().take(200).collect::<String>());
 }
 
-/// A device without end, a pipe without a writer, a folder, and a file that is larger than any of its kind.
+/// A device without end, a pipe without a writer, a folder, and a file that is larger than any of
+/// its kind.
 fn impostors(folder: &Path) -> [PathBuf; 4] {
     let [pipe, below, large] = ["pipe", "below", "large"].map(|name| folder.join(name));
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -107,7 +108,8 @@ fn every_file_of_a_package_is_bounded() {
         let kept = folder.path().join("kept");
         std::fs::rename(&file, &kept).unwrap();
         for impostor in &impostors {
-            // A file of weights may be of any size: this one is sparse, and wrong from its first byte.
+            // A file of weights may be of any size: this one is sparse, and wrong from its first
+            // byte.
             std::os::unix::fs::symlink(impostor, &file).unwrap();
             refused_soon(&["verify", package.to_str().unwrap()], &[file.file_name().unwrap().to_str().unwrap()]);
             std::fs::remove_file(&file).unwrap();

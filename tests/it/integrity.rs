@@ -1,4 +1,5 @@
-//! Nothing damaged is passed on as good: containers, work folders, and models that change while they are read.
+//! Nothing damaged is passed on as good: containers, work folders, and models that change while
+//! they are read.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -67,7 +68,8 @@ fn every_command_that_reads_a_container_refuses_a_damaged_one_as_verify_does() {
         vec!["export", text(&path), "--to", "coremltools", "--small-weights", "move", "--out", text(&buffers)],
         vec!["generate", "--model", text(&model), "--unet", text(&path), "--prompt", "a", "--steps", "1", "-o", text(&picture)],
     ];
-    // The lowest bit of a tensor that is stored as it is, and of the last palette: every reader that does not look at hashes takes both.
+    // The lowest bit of a tensor that is stored as it is, and of the last palette: every reader
+    // that does not look at hashes takes both.
     let whole = std::fs::read(&path).unwrap();
     let parsed = SafeTensors::deserialize(&whole).unwrap();
     let at = |name: &str| {
@@ -181,7 +183,8 @@ fn waited(child: Child, code: i32) -> String {
     ended_with(code, &child.wait_with_output().unwrap())
 }
 
-/// The result says by which paths it was made, so results of two folders are compared without what they say of themselves.
+/// The result says by which paths it was made, so results of two folders are compared without what
+/// they say of themselves.
 fn is_undisturbed(run: &Run) -> bool {
     let data = |bytes: &[u8]| bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec();
     let sources = |bytes: &[u8]| SafeTensors::read_metadata(bytes).unwrap().1.metadata().as_ref().unwrap()["sources"].clone();
@@ -304,7 +307,8 @@ fn a_model_that_is_replaced_under_way_is_used_as_it_was() {
     assert!(is_undisturbed(&run));
 }
 
-/// Reading a container while it is overwritten: `generate` and `export` are quick, so through the library.
+/// Reading a container while it is overwritten: `generate` and `export` are quick, so through the
+/// library.
 #[test]
 fn a_container_that_changes_after_it_was_opened_is_not_read() {
     let folder = tempfile::tempdir().unwrap();

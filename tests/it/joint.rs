@@ -1,4 +1,5 @@
-//! The joint solver: against exhaustive search, against one step after the other, and against what could break it.
+//! The joint solver: against exhaustive search, against one step after the other, and against what
+//! could break it.
 
 use half::f16;
 use sdxl_squeeze::Error;
@@ -86,7 +87,8 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             let found = solve(&weight, &seen, &options);
             consistent(&found, &weight, &seen);
             ours += cost(&found.weight, &weight, &unseen);
-            // Without any of its parts it is one after the other, but for how weights count in the palette.
+            // Without any of its parts it is one after the other, but for how weights count in the
+            // palette.
             let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
             theirs +=
@@ -188,7 +190,8 @@ fn only_pruned_it_is_refitted() {
     let before = prune(&weight, &seen, &options.prune.unwrap()).unwrap();
     assert!(found.palettized.is_none());
     assert!(found.loss < 0.8 * before.loss, "{} and {}", found.loss, before.loss);
-    // Without exchanges the mask is SparseGPT's; with them it has as many in each row, and loses less.
+    // Without exchanges the mask is SparseGPT's; with them it has as many in each row, and loses
+    // less.
     let same = JointOptions { effort: Effort { exchange_turns: 0, ..options.effort }, ..options };
     let same = solve(&weight, &seen, &same);
     let mask = Vec::<bool>::try_from(before.mask.flatten(0, -1)).unwrap();
@@ -379,7 +382,8 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
         let found = solve(&weight, &hessian, &options);
         assert_eq!(tensor(&found.weight, &weight), weight);
         assert!(found.loss == 0.0 && found.notes.is_empty(), "{:?}", found.notes);
-        // With errors before it to make up for, another may be better; none may be worse. Tiny errors are below what 16 values can tell.
+        // With errors before it to make up for, another may be better; none may be worse. Tiny
+        // errors are below what 16 values can tell.
         for size in [1e-9, 1e-6, 1e-3, 0.3] {
             let lack = numbers(&[300, 16], 9) * size;
             let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();

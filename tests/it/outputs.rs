@@ -173,7 +173,8 @@ fn the_next_run_removes_what_killed_runs_left() {
     assert!(left > 0, "no kill left anything: nothing was tested");
 }
 
-/// Names of folders and files that are not UTF-8 work; only a run's config, which is text, cannot hold them.
+/// Names of folders and files that are not UTF-8 work; only a run's config, which is text, cannot
+/// hold them.
 #[test]
 fn paths_that_are_not_text_work_or_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();

@@ -35,7 +35,8 @@ fn random(count: usize, seed: u64) -> Vec<f16> {
     (0..count).map(|_| f16::from_f32(0.02 * random.sample::<f32, _>(rand_distr::StandardNormal))).collect()
 }
 
-// ---------------------------------------------------------------------------------------------- coremltools
+// ----------------------------------------------------------------------------------------------
+// coremltools
 
 struct Golden(BTreeMap<String, Tensor>);
 
@@ -114,7 +115,8 @@ fn pruned_weights_cost_no_entry_and_stay_zero() {
     }
 }
 
-// ---------------------------------------------------------------------------------------------- order
+// ----------------------------------------------------------------------------------------------
+// order
 
 #[test]
 fn more_bits_and_smaller_groups_are_never_worse() {
@@ -155,7 +157,8 @@ fn the_number_of_threads_changes_nothing() {
     }
 }
 
-// ---------------------------------------------------------------------------------------------- every weight
+// ----------------------------------------------------------------------------------------------
+// every weight
 
 /// A weight of 4 x 6 (x 2), with few or many values, a mask and settings that fit.
 fn anything() -> impl Strategy<Value = (Vec<f16>, Vec<usize>, Vec<bool>, PaletteOptions)> {
@@ -193,7 +196,8 @@ proptest! {
                 prop_assert!(palette.iter().all(|value| value.to_bits() == 0));
             }
             if !options.per_channel_scale {
-                // Each weight has the nearest entry, the lower of two as near, and the first of equal ones.
+                // Each weight has the nearest entry, the lower of two as near, and the first of
+                // equal ones.
                 for &at in &kept {
                     let distance = |entry: &f16| (entry.to_f64() - weight[at].to_f64()).abs();
                     let best = palette.iter().enumerate().min_by(|a, b| distance(a.1).total_cmp(&distance(b.1))).unwrap().0;
@@ -251,7 +255,8 @@ proptest! {
     }
 }
 
-// ---------------------------------------------------------------------------------------------- what is refused
+// ----------------------------------------------------------------------------------------------
+// what is refused
 
 fn refusal(weight: &[f16], shape: &[usize], keep: Option<&[bool]>, options: &PaletteOptions) -> String {
     let error = palettize("mid.to_q", weight, shape, keep, options).unwrap_err();

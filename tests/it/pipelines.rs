@@ -1,4 +1,5 @@
-//! Whole pipelines against diffusers: token ids, text states, every stage, predictions, latents, pictures.
+//! Whole pipelines against diffusers: token ids, text states, every stage, predictions, latents,
+//! pictures.
 //!
 //! `tests/golden/README.md` says how the reference files were made.
 
@@ -32,7 +33,8 @@ fn a_small_refiner_equals_diffusers() {
     equals_diffusers(&repo("tests/golden/refiner-like"));
 }
 
-/// Also: shards and bf16 (UNet), the `.fp16` variant (text encoder), convolutional projections, normalized latents.
+/// Also: shards and bf16 (UNet), the `.fp16` variant (text encoder), convolutional projections,
+/// normalized latents.
 #[test]
 fn a_small_v_prediction_model_equals_diffusers() {
     equals_diffusers(&repo("tests/golden/v-prediction"));

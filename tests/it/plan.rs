@@ -30,7 +30,8 @@ fn config(name: &str) -> String {
 
 #[test]
 fn sdxls_sizes_are_the_tutorials_to_one_percent() {
-    // GiB of the tutorial's table (its GB and MB are GiB and MiB), which has the Core ML program in it, 8.6 MiB.
+    // GiB of the tutorial's table (its GB and MB are GiB and MiB), which has the Core ML program in
+    // it, 8.6 MiB.
     let table = [
         ("dense-8bit", 2.40),
         ("dense-6bit", 1.80),
@@ -141,7 +142,8 @@ fn several_devices_share_the_samples() {
         assert_eq!((&one["name"], &one["vectors"]), (&two["name"], &two["vectors"]));
         let error = |layer: &Value| layer["errors"]["output"].as_f64();
         if let (Some(one_error), Some(two_error)) = (error(one), error(two)) {
-            // Sums in another order choose other masks, which in layers as small as these is much for one layer, but not for all.
+            // Sums in another order choose other masks, which in layers as small as these is much
+            // for one layer, but not for all.
             assert!((0.2..5.0).contains(&(one_error / two_error)), "{}: {one_error} {two_error}", one["name"]);
             sums = [sums[0] + one_error, sums[1] + two_error];
         }

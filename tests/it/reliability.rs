@@ -1,7 +1,8 @@
 //! Runs that are killed, and files with one bit changed.
 //!
-//! Two long tests are ignored by default and print a table: `killed_runs` and `flipped_bits`. These variables set them up:
-//! `RELIABILITY_KILLS` (100), `RELIABILITY_FLIPS` (300) and `RELIABILITY_SEED` (1). A few kills and flips are tried every time.
+//! Two long tests are ignored by default and print a table: `killed_runs` and `flipped_bits`. These
+//! variables set them up: `RELIABILITY_KILLS` (100), `RELIABILITY_FLIPS` (300) and
+//! `RELIABILITY_SEED` (1). A few kills and flips are tried every time.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -180,7 +181,8 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// What an undisturbed run leaves: the names of its files, and the content of those that are the same every time.
+/// What an undisturbed run leaves: the names of its files, and the content of those that are the
+/// same every time.
 struct Expected {
     files: BTreeMap<PathBuf, Option<Vec<u8>>>,
     time: Duration,

@@ -1,4 +1,5 @@
-//! The report: metrics against scikit-image, the page as a parser and a hostile user see it, and its files.
+//! The report: metrics against scikit-image, the page as a parser and a hostile user see it, and
+//! its files.
 
 use sdxl_squeeze::picture::Picture;
 use sdxl_squeeze::report::metrics::{HIGHEST_PSNR, psnr, ssim};
@@ -171,7 +172,8 @@ fn parse(xml: &str) -> roxmltree::Document<'_> {
     roxmltree::Document::parse_with_options(xml, options).unwrap()
 }
 
-/// Whether no number of text or plots is NaN or infinite. Letters of stored pictures can spell anything.
+/// Whether no number of text or plots is NaN or infinite. Letters of stored pictures can spell
+/// anything.
 fn finite(document: &roxmltree::Document) -> bool {
     let attributes = document.descendants().flat_map(|node| node.attributes()).filter(|attribute| attribute.name() != "src");
     let texts = document.descendants().filter_map(|node| node.text());

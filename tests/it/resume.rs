@@ -37,7 +37,8 @@ fn killed_at_ten_moments_and_resumed_gives_the_same_bytes() {
     run(&whole, &[], 0);
     let time = begin.elapsed();
     let out = folder.path().join("killed");
-    // Moments spread over a run, each a little off the even ones; each run goes on where the last was killed.
+    // Moments spread over a run, each a little off the even ones; each run goes on where the last
+    // was killed.
     let (mut kills, mut seed) = (0, 12345u32);
     for moment in 1..=10 {
         let mut child = start(&out, &["--resume"]);

@@ -1,4 +1,5 @@
-//! The samplers against diffusers' (tests/golden/make_schedulers.py), and what their configs may not ask for.
+//! The samplers against diffusers' (tests/golden/make_schedulers.py), and what their configs may
+//! not ask for.
 
 use proptest::prelude::*;
 use sdxl_squeeze::model::scheduler::{Scheduler, SchedulerChoice, SchedulerConfig, SchedulerKind};
@@ -82,9 +83,10 @@ struct Bounds {
 /// With the libtorch and the kind of processor that made the golden file.
 const ALIKE: Bounds = Bounds { timesteps: 0.0, init: 0.0, float32: 1e-6, float64: 1e-6, float16: 0.0, bfloat16: 0.0 };
 
-/// Where square roots may be rounded otherwise: timesteps found from sigmas then differ in their last place, which DPM-Solver turns
-/// into a whole timestep where it does not round, and in 16 bits twenty steps make much of one rounding. Without a signal in the first step
-/// (`zero-snr`) Euler's first sigma is one over what rounding left of a product of a thousand numbers.
+/// Where square roots may be rounded otherwise: timesteps found from sigmas then differ in their
+/// last place, which DPM-Solver turns into a whole timestep where it does not round, and in 16 bits
+/// twenty steps make much of one rounding. Without a signal in the first step (`zero-snr`) Euler's
+/// first sigma is one over what rounding left of a product of a thousand numbers.
 fn bounds_elsewhere(name: &str) -> Bounds {
     let curved = name.contains("karras") || name.contains("exponential");
     let cut = name.starts_with("dpmpp-2m") && (name.contains("exponential") || name.contains("karras-cosine"));

@@ -1,4 +1,5 @@
-//! Hessians against brute force, SparseGPT against coremltools, and both against what could break them.
+//! Hessians against brute force, SparseGPT against coremltools, and both against what could break
+//! them.
 
 use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};

@@ -1,4 +1,5 @@
-//! Standard streams that cannot be used, limits of the system, and a working directory that is gone.
+//! Standard streams that cannot be used, limits of the system, and a working directory that is
+//! gone.
 #![cfg(unix)]
 
 use std::path::Path;
@@ -37,7 +38,8 @@ fn a_log_that_cannot_be_written_ends_nothing() {
     assert!(said.contains("nobody_knows"), "{said}");
     let expected = std::fs::read(&picture).unwrap();
     for progress in ["auto", "json"] {
-        // A full device, a reader that has gone away, a descriptor that is closed, and all three closed.
+        // A full device, a reader that has gone away, a descriptor that is closed, and all three
+        // closed.
         for script in [
             r#""$0" "$@" 2>/dev/full"#,
             r#""$0" "$@" 2> >(exit 0)"#,

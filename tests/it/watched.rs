@@ -26,7 +26,8 @@ impl Ended {
         self.status.code()
     }
 
-    /// What keeps this from being a refusal of bad input: exit code 2, one line, no panic, little time and little memory.
+    /// What keeps this from being a refusal of bad input: exit code 2, one line, no panic, little
+    /// time and little memory.
     pub fn fault(&self) -> Option<String> {
         const SECONDS: f64 = 5.0;
         const BYTES: u64 = 1 << 30;

@@ -84,8 +84,8 @@ impl FromStr for SchedulerChoice {
 
 /// A sampler's config, as it is in the file.
 ///
-/// Reading takes any of diffusers' classes, so that a pipeline with one that is not implemented can still be opened, and used with
-/// another. Keys are checked when the sampler is made.
+/// Reading takes any of diffusers' classes, so that a pipeline with one that is not implemented can
+/// still be opened, and used with another. Keys are checked when the sampler is made.
 #[derive(Debug, Clone)]
 pub struct SchedulerConfig {
     path: PathBuf,
@@ -93,7 +93,8 @@ pub struct SchedulerConfig {
     entries: Map<String, Value>,
 }
 
-/// The parameters of the classes that diffusers holds to be compatible. Those that a class does not know it drops in silence.
+/// The parameters of the classes that diffusers holds to be compatible. Those that a class does not
+/// know it drops in silence.
 const COMPATIBLE_KEYS: [&str; 43] = [
     "algorithm_type",
     "beta_end",
@@ -144,7 +145,8 @@ impl SchedulerConfig {
     /// Reads `path`, of any class.
     ///
     /// # Errors
-    /// If the file cannot be read, is larger than 16 MiB, is not a JSON object, or does not name its class.
+    /// If the file cannot be read, is larger than 16 MiB, is not a JSON object, or does not name
+    /// its class.
     pub fn read(path: &Path) -> Result<Self> {
         let text = input::read_text(path, Limit::MODEL_CONFIG)?;
         let text = quote_non_finite(path, &text)?;
@@ -153,7 +155,8 @@ impl SchedulerConfig {
             Ok(_) => return Err(Error::bad_file(path, "not a JSON object")),
             Err(source) => return Err(Error::Json { path: path.to_owned(), source }),
         };
-        // Where diffusers notes that values are only its defaults, it does not hand them on to another class.
+        // Where diffusers notes that values are only its defaults, it does not hand them on to
+        // another class.
         let mut file = ConfigFile::from_entries(path, entries.clone());
         for key in file.or("_use_default_values", Vec::<String>::new())? {
             entries.remove(&key);
@@ -184,10 +187,12 @@ impl SchedulerConfig {
         &self.class
     }
 
-    /// The config for the sampler called `name` (see [`SchedulerChoice`]), as by diffusers' `from_config`.
+    /// The config for the sampler called `name` (see [`SchedulerChoice`]), as by diffusers'
+    /// `from_config`.
     ///
-    /// That class takes the keys that it knows from this file; the others have its own defaults, not those of the file's class. A
-    /// Karras name also sets `use_karras_sigmas`; the plain one leaves it as it is.
+    /// That class takes the keys that it knows from this file; the others have its own defaults,
+    /// not those of the file's class. A Karras name also sets `use_karras_sigmas`; the plain
+    /// one leaves it as it is.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sampler.
@@ -203,8 +208,9 @@ impl SchedulerConfig {
     /// The sampler, set to take `steps` steps.
     ///
     /// # Errors
-    /// [`Error::ConfigKey`] if the class or the value of a key is not implemented, naming it; [`Error::Argument`] if `steps` is not
-    /// between 1 and the training timesteps, or the class cannot take so many with this spacing.
+    /// [`Error::ConfigKey`] if the class or the value of a key is not implemented, naming it;
+    /// [`Error::Argument`] if `steps` is not between 1 and the training timesteps, or the class
+    /// cannot take so many with this spacing.
     pub fn scheduler(&self, steps: usize) -> Result<Box<dyn Scheduler>> {
         let mut file = ConfigFile::from_entries(&self.path, self.entries.clone());
         let kind = SchedulerKind::ALL.into_iter().find(|kind| kind.class() == self.class).ok_or_else(|| {

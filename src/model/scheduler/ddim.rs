@@ -45,7 +45,8 @@ impl Ddim {
                     table.len()
                 )));
             }
-            // diffusers steps down by a whole stride, whatever the spacing and wherever the next timestep is.
+            // diffusers steps down by a whole stride, whatever the spacing and wherever the next
+            // timestep is.
             let after = if index >= stride { table[index - stride] } else { last };
             if prediction == Prediction::Epsilon && table[index] <= 0.0 && !clips {
                 let problem = "= epsilon cannot be sampled from a timestep that is pure noise (rescale_betas_zero_snr)";

@@ -1,4 +1,5 @@
-//! DPM-Solver++ of first and second order, multistep (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
+//! DPM-Solver++ of first and second order, multistep (Lu et al. 2022, arXiv:2211.01095, algorithm
+//! 2).
 
 use serde::Deserialize;
 use serde_json::json;
@@ -185,7 +186,8 @@ fn lambda_min_clipped(file: &mut ConfigFile) -> Result<f32> {
     }
 }
 
-/// How many training timesteps have a λ of at least `lambda_min`. They are the first ones, as λ falls.
+/// How many training timesteps have a λ of at least `lambda_min`. They are the first ones, as λ
+/// falls.
 fn usable(signal: &[f32], lambda_min: f32) -> Result<usize> {
     let log_root = |values: &[f32]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_sqrt()?.f_log()?) };
     let noise: Vec<f32> = signal.iter().map(|alpha| 1.0 - alpha).collect();
@@ -193,7 +195,8 @@ fn usable(signal: &[f32], lambda_min: f32) -> Result<usize> {
     Ok(lambdas.len() - lambdas.iter().rev().take_while(|lambda| **lambda < lambda_min).count())
 }
 
-/// The timesteps visited, noisiest first. Unlike Euler and DDIM, linspace and leading leave room for one more at the clean end.
+/// The timesteps visited, noisiest first. Unlike Euler and DDIM, linspace and leading leave room
+/// for one more at the clean end.
 fn timesteps(spacing: &Spacing, noisiest: usize, train: usize, steps: usize) -> Vec<f64> {
     match spacing.kind {
         SpacingKind::Linspace => {

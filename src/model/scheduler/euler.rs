@@ -1,4 +1,5 @@
-//! Euler's method in the variance-exploding view of Karras et al. 2022 (arXiv:2206.00364, algorithm 2 without churn).
+//! Euler's method in the variance-exploding view of Karras et al. 2022 (arXiv:2206.00364, algorithm
+//! 2 without churn).
 
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
@@ -109,7 +110,8 @@ fn single(value: f64) -> f64 {
     f64::from(value as f32)
 }
 
-/// `steps + 1` sigmas by a constant factor over all of training, the last of which is where the last step ends.
+/// `steps + 1` sigmas by a constant factor over all of training, the last of which is where the
+/// last step ends.
 fn log_linear(logarithms: &[f32], steps: usize) -> Result<Vec<f64>> {
     let (min, max) = (f64::from(logarithms[0]), f64::from(logarithms[logarithms.len() - 1]));
     let line = Tensor::f_linspace(max, min, steps as i64 + 1, (Kind::Float, Device::Cpu))?;

@@ -1,7 +1,8 @@
 //! Samplers: from a UNet's predictions to a picture's latents.
 //!
-//! Each equals the diffusers 0.42.1 class of its name, in the order and precision of its arithmetic: what diffusers computes in
-//! numpy's float64 is `f64` here, what it computes in single-element fp32 tensors is `f32`, and latents go through libtorch.
+//! Each equals the diffusers 0.42.1 class of its name, in the order and precision of its
+//! arithmetic: what diffusers computes in numpy's float64 is `f64` here, what it computes in
+//! single-element fp32 tensors is `f32`, and latents go through libtorch.
 
 mod config;
 mod ddim;
@@ -19,13 +20,15 @@ use crate::error::{Error, Result};
 
 /// A sampler with its timesteps laid out, ready for one picture after another.
 ///
-/// Latents are [n, c, h, w] of any floating kind, on any device; they come back in the prediction's kind. For each `index` in
-/// turn, the UNet is given `scale_model_input(latents, index)` and `timesteps()[index]`, and its prediction goes to `step`.
+/// Latents are [n, c, h, w] of any floating kind, on any device; they come back in the prediction's
+/// kind. For each `index` in turn, the UNet is given `scale_model_input(latents, index)` and
+/// `timesteps()[index]`, and its prediction goes to `step`.
 pub trait Scheduler {
     /// The timesteps for the UNet, noisiest first, in units of training timesteps.
     ///
-    /// Whole numbers, except where the sigmas are interpolated. There may be one more or less than the steps asked for: with
-    /// trailing spacing diffusers' own rounding adds one for some counts (61 of 1000, say), and so it does here.
+    /// Whole numbers, except where the sigmas are interpolated. There may be one more or less than
+    /// the steps asked for: with trailing spacing diffusers' own rounding adds one for some
+    /// counts (61 of 1000, say), and so it does here.
     fn timesteps(&self) -> &[f64];
 
     /// What unit Gaussian noise is multiplied by to become the first latents.
@@ -37,7 +40,8 @@ pub trait Scheduler {
     /// If there is no such step, or libtorch fails.
     fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor>;
 
-    /// The latents after step `index`, from the UNet's (guided) prediction and the unscaled latents before it.
+    /// The latents after step `index`, from the UNet's (guided) prediction and the unscaled latents
+    /// before it.
     ///
     /// Steps are taken in order; `index` 0 starts a new picture.
     ///
@@ -59,15 +63,16 @@ enum Prediction {
     Velocity,
 }
 
-/// A number as diffusers holds it: an fp32 tensor of no dimensions on the CPU, which works with tensors of any device and kind.
+/// A number as diffusers holds it: an fp32 tensor of no dimensions on the CPU, which works with
+/// tensors of any device and kind.
 fn scalar(value: f32) -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&[value])?.f_squeeze()?)
 }
 
 /// A coefficient times a tensor, whose kind stays.
 ///
-/// On the left, as mostly in diffusers: for fp16 and bf16 on the CPU, libtorch first rounds it to the tensor's kind, which it does
-/// not do with a factor on the right.
+/// On the left, as mostly in diffusers: for fp16 and bf16 on the CPU, libtorch first rounds it to
+/// the tensor's kind, which it does not do with a factor on the right.
 fn times(coefficient: f32, tensor: &Tensor) -> Result<Tensor> {
     Ok(scalar(coefficient)?.f_mul(tensor)?)
 }
@@ -77,7 +82,8 @@ fn over(tensor: &Tensor, coefficient: f32) -> Result<Tensor> {
     Ok(tensor.f_div(&scalar(coefficient)?)?)
 }
 
-/// libtorch's fp32 square root. Rust's is the nearest fp32; libtorch's need not be, nor its logarithm and exponential.
+/// libtorch's fp32 square root. Rust's is the nearest fp32; libtorch's need not be, nor its
+/// logarithm and exponential.
 fn sqrt(x: f32) -> Result<f32> {
     Ok(f32::try_from(&scalar(x)?.f_sqrt()?)?)
 }

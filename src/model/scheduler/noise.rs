@@ -9,9 +9,11 @@ use crate::error::Result;
 #[derive(Debug)]
 pub(super) struct NoiseSchedule {
     betas: Vec<f32>,
-    /// Whether the last timestep is pure noise (`rescale_betas_zero_snr`; algorithm 1 of Lin et al. 2023, arXiv:2305.08891).
+    /// Whether the last timestep is pure noise (`rescale_betas_zero_snr`; algorithm 1 of Lin et al.
+    /// 2023, arXiv:2305.08891).
     zero_snr: bool,
-    /// Whether `beta_schedule` is the cosine one, which DPM-Solver asks even where `trained_betas` stand in for it.
+    /// Whether `beta_schedule` is the cosine one, which DPM-Solver asks even where `trained_betas`
+    /// stand in for it.
     pub cosine: bool,
 }
 
@@ -69,7 +71,8 @@ impl NoiseSchedule {
         cumulative(&self.betas)
     }
 
-    /// [`signal`](Self::signal) for samplers that divide by it: where the last would be zero, it is 2⁻²⁴, as in diffusers.
+    /// [`signal`](Self::signal) for samplers that divide by it: where the last would be zero, it is
+    /// 2⁻²⁴, as in diffusers.
     pub fn positive_signal(&self, file: &ConfigFile) -> Result<Vec<f32>> {
         let mut signal = self.signal()?;
         if let (Some(last), true) = (signal.last_mut(), self.zero_snr) {
@@ -103,7 +106,8 @@ fn fraction(file: &mut ConfigFile, key: &str, default: f64) -> Result<f64> {
     Err(file.error(key, format!("= {value} is not between 0 and 1")))
 }
 
-/// libtorch's fp32 linspace: from the middle on it counts back from the end, which numpy's does not.
+/// libtorch's fp32 linspace: from the middle on it counts back from the end, which numpy's does
+/// not.
 fn linspace(start: f64, end: f64, count: usize) -> Result<Vec<f32>> {
     Ok(Vec::try_from(&Tensor::f_linspace(start, end, count as i64, (Kind::Float, Device::Cpu))?)?)
 }

@@ -39,8 +39,8 @@ pub(super) struct SigmaCurve {
 impl SigmaCurve {
     /// Takes the four keys; refuses `use_beta_sigmas`, which is not implemented.
     ///
-    /// diffusers' DPM-Solver has no parameter `sigma_min`, but still looks for it among the keys that it was loaded with, so these
-    /// keys are taken for every class.
+    /// diffusers' DPM-Solver has no parameter `sigma_min`, but still looks for it among the keys
+    /// that it was loaded with, so these keys are taken for every class.
     pub fn read(file: &mut ConfigFile) -> Result<Self> {
         let karras: bool = file.or("use_karras_sigmas", false)?;
         let exponential: bool = file.or("use_exponential_sigmas", false)?;
@@ -61,7 +61,8 @@ impl SigmaCurve {
         self.shape == Shape::Karras
     }
 
-    /// `steps` sigmas from `max` down to `min` (or what the config says in their stead); `None` for those of training.
+    /// `steps` sigmas from `max` down to `min` (or what the config says in their stead); `None` for
+    /// those of training.
     pub fn sigmas(&self, max: f64, min: f64, steps: usize) -> Option<Vec<f64>> {
         let (max, min) = (self.max.unwrap_or(max), self.min.unwrap_or(min));
         match self.shape {
@@ -84,7 +85,8 @@ fn positive(file: &mut ConfigFile, key: &str) -> Result<Option<f64>> {
     }
 }
 
-/// The sigma at a fractional timestep: `numpy.interp` on a table with one entry for each timestep, its ends holding beyond it.
+/// The sigma at a fractional timestep: `numpy.interp` on a table with one entry for each timestep,
+/// its ends holding beyond it.
 pub(super) fn sigma_at(timestep: f64, table: &[f32]) -> f64 {
     let sigma = |i: usize| f64::from(table[i]);
     let last = table.len() - 1;
@@ -104,10 +106,12 @@ pub(super) fn logarithms(table: &[f32]) -> Vec<f32> {
     table.iter().map(|sigma| numpy_log(*sigma)).collect()
 }
 
-/// numpy's fp32 logarithm on x86: x = m·2ᵉ with m about 1, a ratio of polynomials for log m, in fused multiply-adds.
+/// numpy's fp32 logarithm on x86: x = m·2ᵉ with m about 1, a ratio of polynomials for log m, in
+/// fused multiply-adds.
 ///
-/// It is up to two units in the last place off the nearest fp32. That would be nothing, did not diffusers' DPM-Solver cut
-/// timesteps found with it to whole numbers: whether the noisiest is 999 or 998.99999, and then 998, hangs on this last place.
+/// It is up to two units in the last place off the nearest fp32. That would be nothing, did not
+/// diffusers' DPM-Solver cut timesteps found with it to whole numbers: whether the noisiest is 999
+/// or 998.99999, and then 998, hangs on this last place.
 fn numpy_log(x: f32) -> f32 {
     const NUMERATOR: [f32; 6] = [2.589_979_2e-2, 0.380_883_78, 1.480_000_6, 2.112_677_6, 1.0, 0.0];
     const DENOMINATOR: [f32; 6] = [5.875_095_3e-3, 0.154_647_63, 0.986_494_3, 2.453_006, 2.612_677_6, 1.0];

@@ -52,10 +52,11 @@ pub(super) fn linspace(start: f64, stop: f64, count: usize) -> Vec<f64> {
     values
 }
 
-/// Trailing spacing from `from`, in strides of `train / steps`: `round(numpy.arange(from, 0, -stride)) - 1`.
+/// Trailing spacing from `from`, in strides of `train / steps`: `round(numpy.arange(from, 0,
+/// -stride)) - 1`.
 ///
-/// `arange` gives ⌈from / stride⌉ values in floating point, which now and then is one more than `steps` and ends at -1. Its
-/// increment is the difference of its first two values.
+/// `arange` gives ⌈from / stride⌉ values in floating point, which now and then is one more than
+/// `steps` and ends at -1. Its increment is the difference of its first two values.
 pub(super) fn countdown(from: usize, train: usize, steps: usize) -> Vec<f64> {
     let (from, stride) = (from as f64, train as f64 / steps as f64);
     let increment = (from - stride) - from;

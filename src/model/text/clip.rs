@@ -39,7 +39,8 @@ struct Pooling {
 }
 
 impl ClipText {
-    /// Builds the encoder, reading its weights from `source` by the names of published SDXL files (with the prefix `text_model.`).
+    /// Builds the encoder, reading its weights from `source` by the names of published SDXL files
+    /// (with the prefix `text_model.`).
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
@@ -78,13 +79,15 @@ impl ClipText {
         Ok(blueprint.into_tensors())
     }
 
-    /// The published names of tensors: transformers 5 leaves out the prefix of an encoder without a projection.
+    /// The published names of tensors: transformers 5 leaves out the prefix of an encoder without a
+    /// projection.
     pub fn rename(stored: &str) -> String {
         let bare = stored.strip_prefix("text_model.").unwrap_or(stored);
         if bare.starts_with("text_projection.") || bare == "logit_scale" { bare.to_owned() } else { format!("text_model.{bare}") }
     }
 
-    /// Tensors that published files have and that are not needed: a table of 0, 1, 2, …, and CLIP's similarity scale.
+    /// Tensors that published files have and that are not needed: a table of 0, 1, 2, …, and CLIP's
+    /// similarity scale.
     pub fn is_unused(name: &str) -> bool {
         name == "text_model.embeddings.position_ids" || name == "logit_scale"
     }
@@ -138,7 +141,8 @@ impl ClipText {
     }
 }
 
-/// `transformers` CLIPEncoderLayer: causal self-attention and a feed-forward, each after a layer norm.
+/// `transformers` CLIPEncoderLayer: causal self-attention and a feed-forward, each after a layer
+/// norm.
 #[derive(Debug)]
 struct Block {
     layer_norm1: LayerNorm,

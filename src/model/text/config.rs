@@ -44,7 +44,8 @@ pub enum Activation {
 /// How the end of the text is found, where the pooled state is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndOfText {
-    /// The position of the highest id. Configs from before transformers' pull request 24773 say `eos_token_id: 2` and mean this.
+    /// The position of the highest id. Configs from before transformers' pull request 24773 say
+    /// `eos_token_id: 2` and mean this.
     HighestId,
     /// The first position of this id, or 0 where it is absent.
     Token(i64),

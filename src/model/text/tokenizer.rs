@@ -16,8 +16,8 @@ use crate::error::{Error, Result};
 use crate::input::{self, Limit};
 use crate::shorten::shorten;
 
-/// A byte-pair tokenizer that sets a begin and an end around a text, cuts it to length and pads it, as
-/// `transformers.CLIPTokenizer` does for diffusers (`padding="max_length", truncation=True`).
+/// A byte-pair tokenizer that sets a begin and an end around a text, cuts it to length and pads it,
+/// as `transformers.CLIPTokenizer` does for diffusers (`padding="max_length", truncation=True`).
 #[derive(Debug)]
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
@@ -67,8 +67,8 @@ impl SpecialToken {
 }
 
 impl ClipTokenizer {
-    /// Reads a tokenizer folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; and `special_tokens_map.json` and
-    /// `tokenizer_config.json` where there are any.
+    /// Reads a tokenizer folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; and
+    /// `special_tokens_map.json` and `tokenizer_config.json` where there are any.
     ///
     /// # Errors
     /// If neither kind is there, a file is damaged, or a special token is not in the vocabulary.
@@ -88,7 +88,8 @@ impl ClipTokenizer {
             let id = tokenizer
                 .token_to_id(&token.content)
                 .ok_or_else(|| Error::bad_file(folder, format!("the vocabulary does not have the {name} `{}`", token.content)))?;
-            // One text can be two tokens ("<|endoftext|>" ends and pads); the flags that come last hold, as in transformers.
+            // One text can be two tokens ("<|endoftext|>" ends and pads); the flags that come last
+            // hold, as in transformers.
             added.retain(|other| other.content != token.content);
             added.push(token);
             Ok(i64::from(id))
@@ -97,8 +98,9 @@ impl ClipTokenizer {
         let end = special("eos_token", "<|endoftext|>")?;
         special("unk_token", "<|endoftext|>")?;
         let pad = special("pad_token", "<|endoftext|>")?;
-        // A special token is cut out of the text before anything else is done to it. That holds for the padding token too: where that
-        // is "!", as in SDXL's second tokenizer, every "!" of a prompt becomes padding. Models were trained so.
+        // A special token is cut out of the text before anything else is done to it. That holds for
+        // the padding token too: where that is "!", as in SDXL's second tokenizer, every "!" of a
+        // prompt becomes padding. Models were trained so.
         tokenizer.add_special_tokens(&added);
         let length = specials.length()?;
         Ok(ClipTokenizer { tokenizer, folder: folder.to_owned(), begin, end, pad, length })
@@ -181,7 +183,8 @@ fn read_vocab(path: &Path) -> Result<Vocab> {
     Ok(vocab)
 }
 
-/// `merges.txt`: two tokens a line, with a space between them, in the order in which they are merged.
+/// `merges.txt`: two tokens a line, with a space between them, in the order in which they are
+/// merged.
 fn read_merges(path: &Path) -> Result<Merges> {
     let text = input::read_text(path, Limit::TOKENIZER)?;
     let merge = |line: &str| match line.split(' ').collect::<Vec<_>>()[..] {

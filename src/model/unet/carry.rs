@@ -4,13 +4,14 @@ use tch::{Device, Tensor};
 
 use crate::error::Result;
 
-/// Everything that a stage takes and gives. The UNet has no connection that is not in it, so the output of one stage is the whole
-/// input of the next.
+/// Everything that a stage takes and gives. The UNet has no connection that is not in it, so the
+/// output of one stage is the whole input of the next.
 #[derive(Debug)]
 pub struct Carry {
     /// The image features: [b, c, h, w].
     pub hidden_states: Tensor,
-    /// Between the parts of a transformer, whose input `hidden_states` still is: what its blocks make of it, [b, h w, c].
+    /// Between the parts of a transformer, whose input `hidden_states` still is: what its blocks
+    /// make of it, [b, h w, c].
     pub tokens: Option<Tensor>,
     /// The stack of skip connections: down stages push, up stages pop.
     pub down_block_res_samples: Vec<Tensor>,

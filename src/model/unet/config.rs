@@ -108,14 +108,16 @@ impl<T: Clone> PerLevel<T> {
 const MAX_LEVELS: usize = 16;
 const MAX_DEPTH: usize = 256;
 const MAX_WIDTH: i64 = 1 << 17;
-/// The most resnets and transformer blocks of all levels together. SDXL base has about 100; each is listed before any is read.
+/// The most resnets and transformer blocks of all levels together. SDXL base has about 100; each is
+/// listed before any is read.
 const MAX_BLOCKS: usize = 1 << 12;
 
 impl UnetConfig {
     /// Reads `path`, usually `unet/config.json`.
     ///
     /// # Errors
-    /// If the file cannot be read, asks for something that is not implemented, or contradicts itself; the key is named.
+    /// If the file cannot be read, asks for something that is not implemented, or contradicts
+    /// itself; the key is named.
     pub fn read(path: &Path) -> Result<Self> {
         Self::parse(ConfigFile::read(path)?)
     }
@@ -180,14 +182,16 @@ impl UnetConfig {
         Ok(config)
     }
 
-    /// Resnets and transformer blocks of all levels, at most: an up stage has one resnet more than the down stage of its level.
+    /// Resnets and transformer blocks of all levels, at most: an up stage has one resnet more than
+    /// the down stage of its level.
     fn most_blocks(&self) -> usize {
         let reverse = self.reverse_transformer_layers_per_block.as_deref().unwrap_or_default();
         let deepest = self.transformer_layers_per_block.iter().chain(reverse).map(Depth::deepest).max().unwrap_or(0);
         self.layers_per_block.iter().map(|layers| (2 * layers + 1) * (1 + deepest)).sum()
     }
 
-    /// The size of a sum of all its parts is only asked for once each number is sane and they agree.
+    /// The size of a sum of all its parts is only asked for once each number is sane and they
+    /// agree.
     fn check(&self, file: &ConfigFile) -> Result<()> {
         let levels = self.block_out_channels.len();
         let widths = [

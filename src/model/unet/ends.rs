@@ -95,7 +95,8 @@ impl Head {
         }
     }
 
-    /// The embedding of timesteps `times` `[n]`, without that of the conditioning: [n, time_embed_dim] in `kind`.
+    /// The embedding of timesteps `times` `[n]`, without that of the conditioning: [n,
+    /// time_embed_dim] in `kind`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -155,7 +156,8 @@ impl Embedding {
     }
 }
 
-/// The sinusoidal embedding of a number (Vaswani et al. 2017; `diffusers.models.embeddings.get_timestep_embedding`), in fp32.
+/// The sinusoidal embedding of a number (Vaswani et al. 2017;
+/// `diffusers.models.embeddings.get_timestep_embedding`), in fp32.
 #[derive(Debug)]
 pub(crate) struct Sinusoids {
     pub width: i64,

@@ -49,7 +49,8 @@ impl UnetChain {
         &self.stages
     }
 
-    /// The stages that one of `patterns` matches, in the order in which they run, whatever the order of the patterns.
+    /// The stages that one of `patterns` matches, in the order in which they run, whatever the
+    /// order of the patterns.
     pub fn matching<'a>(&'a self, patterns: &'a [NamePattern]) -> impl Iterator<Item = &'a StageSpec> {
         self.stages.iter().filter(|stage| {
             let name = stage.name().to_string();
@@ -105,7 +106,8 @@ pub struct Unet<'a> {
 /// Where a UNet's stages are between two forwards.
 enum Stages<'a> {
     Resident(Vec<Stage>),
-    /// Loaded when their turn comes, and dropped after it: memory for one stage, a reading of the weights at every forward.
+    /// Loaded when their turn comes, and dropped after it: memory for one stage, a reading of the
+    /// weights at every forward.
     OneAtATime(Box<dyn TensorSource + 'a>),
 }
 
@@ -138,7 +140,8 @@ impl<'a> Unet<'a> {
         &self.chain
     }
 
-    /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`: [b, out_channels, h, w].
+    /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`: [b, out_channels, h,
+    /// w].
     ///
     /// # Errors
     /// If libtorch refuses an operation, a stage cannot be loaded, or the observer ends the run.

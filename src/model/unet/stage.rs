@@ -53,8 +53,9 @@ pub(crate) enum Resample {
 }
 
 impl StageSpec {
-    /// The stages of a UNet, in the order in which they run. That order is made here and nowhere else: diffusers registers
-    /// `up_blocks` before `mid_block`, so the order of names in a file is not it.
+    /// The stages of a UNet, in the order in which they run. That order is made here and nowhere
+    /// else: diffusers registers `up_blocks` before `mid_block`, so the order of names in a
+    /// file is not it.
     pub fn chain(config: &UnetConfig) -> Vec<StageSpec> {
         let levels = config.block_out_channels.len();
         let down = (0..levels).map(|level| Self::down(config, level));
@@ -96,8 +97,8 @@ impl StageSpec {
         let levels = config.block_out_channels.len();
         let level = levels - 1 - index;
         let output = config.block_out_channels[level];
-        // The stage's first resnet follows the level below; its residuals are the down stage's outputs in reverse, the last of them
-        // the input of that stage.
+        // The stage's first resnet follows the level below; its residuals are the down stage's
+        // outputs in reverse, the last of them the input of that stage.
         let below = config.block_out_channels[(level + 1).min(levels - 1)];
         let above = config.block_out_channels[level.saturating_sub(1)];
         let layers = config.layers_per_block[level] + 1;
@@ -233,7 +234,8 @@ pub struct Stage {
     resampler: Resampler,
 }
 
-/// A part of a stage that a carry can stop before or after: a resnet, or a transformer's beginning, one of its blocks, its end.
+/// A part of a stage that a carry can stop before or after: a resnet, or a transformer's beginning,
+/// one of its blocks, its end.
 #[derive(Debug, Clone, Copy)]
 enum Unit {
     Resnet(usize),
@@ -246,7 +248,8 @@ enum Unit {
 #[derive(Debug)]
 enum Resampler {
     None,
-    /// A convolution of stride 2, after one row and column of zeros at the end if it has no padding of its own.
+    /// A convolution of stride 2, after one row and column of zeros at the end if it has no padding
+    /// of its own.
     Down {
         conv: LayerId,
         pad_after: bool,
@@ -290,7 +293,8 @@ impl Stage {
         }
     }
 
-    /// Runs the stage (`CrossAttnDownBlock2D`, `UNetMidBlock2DCrossAttn`, `CrossAttnUpBlock2D` and their plain kinds).
+    /// Runs the stage (`CrossAttnDownBlock2D`, `UNetMidBlock2DCrossAttn`, `CrossAttnUpBlock2D` and
+    /// their plain kinds).
     ///
     /// # Errors
     /// If libtorch refuses an operation, or the observer ends the run.

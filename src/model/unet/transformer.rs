@@ -64,7 +64,8 @@ impl Transformer {
         self.blocks[index].forward(tokens, encoder_hidden_states, run)
     }
 
-    /// What comes out of the last block [b, h w, c] as an image, added to the `input` of [`begin`](Self::begin).
+    /// What comes out of the last block [b, h w, c] as an image, added to the `input` of
+    /// [`begin`](Self::begin).
     pub fn end(&self, tokens: &Tensor, input: &Tensor, run: &mut Run) -> Result<Tensor> {
         let (batch, channels, height, width) = input.size4()?;
         let to_image = |x: &Tensor| x.f_view([batch, height, width, channels])?.f_permute([0, 3, 1, 2])?.f_contiguous();
@@ -84,7 +85,8 @@ fn to_tokens(image: &Tensor) -> Result<Tensor, tch::TchError> {
     image.f_permute([0, 2, 3, 1])?.f_reshape([batch, height * width, channels])
 }
 
-/// `diffusers.models.attention.BasicTransformerBlock` with layer norms before each of its three parts.
+/// `diffusers.models.attention.BasicTransformerBlock` with layer norms before each of its three
+/// parts.
 #[derive(Debug)]
 struct TransformerBlock {
     norm1: LayerNorm,
@@ -156,7 +158,8 @@ impl Attention {
     }
 }
 
-/// The GEGLU feed-forward (Shazeer 2020): a projection to twice four widths, one half gated by the GELU of the other.
+/// The GEGLU feed-forward (Shazeer 2020): a projection to twice four widths, one half gated by the
+/// GELU of the other.
 #[derive(Debug)]
 struct FeedForward {
     proj: LayerId,

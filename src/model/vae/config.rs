@@ -7,7 +7,8 @@ use serde_json::json;
 use crate::checkpoint::ConfigFile;
 use crate::error::Result;
 
-/// The architecture of a VAE's decoder, and what its latents are scaled by (`diffusers.AutoencoderKL`).
+/// The architecture of a VAE's decoder, and what its latents are scaled by
+/// (`diffusers.AutoencoderKL`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
     /// Latent channels.
@@ -99,8 +100,9 @@ impl VaeConfig {
                 }
             }
         }
-        // Of the encoder, which is not used; `force_upcast` asks for fp32, which decoding always is; `shift_factor` is not used by
-        // SDXL pipelines.
+        // Of the encoder, which is not used; `force_upcast` asks for fp32, which decoding always
+        // is;
+        // `shift_factor` is not used by SDXL pipelines.
         file.ignore(&["down_block_types", "in_channels", "use_quant_conv", "sample_size", "force_upcast", "shift_factor"]);
         file.finish();
         Ok(config)

@@ -94,7 +94,8 @@ impl VaeDecoder {
         Ok(blueprint.into_tensors())
     }
 
-    /// Today's names of tensors: older files call the attention's parts otherwise, as diffusers knows too.
+    /// Today's names of tensors: older files call the attention's parts otherwise, as diffusers
+    /// knows too.
     pub fn rename(stored: &str) -> String {
         let Some((path, leaf)) = stored.rsplit_once('.') else { return stored.to_owned() };
         let Some((path, part)) = path.rsplit_once('.') else { return stored.to_owned() };
@@ -108,7 +109,8 @@ impl VaeDecoder {
         format!("{path}.{part}.{leaf}")
     }
 
-    /// Whether a tensor is a matrix of the mid block's attention. Older converters store those as 1x1 convolutions.
+    /// Whether a tensor is a matrix of the mid block's attention. Older converters store those as
+    /// 1x1 convolutions.
     pub fn is_linear(name: &str) -> bool {
         name.contains(".attentions.")
             && ["to_q", "to_k", "to_v", "to_out.0"].iter().any(|part| name.ends_with(&format!(".{part}.weight")))
@@ -124,7 +126,8 @@ impl VaeDecoder {
         &self.config
     }
 
-    /// Undoes the scaling that diffusion works in: latents [b, c, h, w] as the decoder expects them.
+    /// Undoes the scaling that diffusion works in: latents [b, c, h, w] as the decoder expects
+    /// them.
     ///
     /// # Errors
     /// If libtorch refuses an operation.

@@ -1,4 +1,5 @@
-//! The encoder's tensors. Nothing here encodes; `synth` writes them, so that diffusers loads its folders without complaint.
+//! The encoder's tensors. Nothing here encodes; `synth` writes them, so that diffusers loads its
+//! folders without complaint.
 
 use super::config::VaeConfig;
 use super::decoder::{Attention, EPS};

@@ -19,12 +19,14 @@ pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -
     Ok(sums)
 }
 
-/// Lowers the objective over the palettes, indices fixed: the least squares problem (sum_r S_r H S_r^T) t = sum_r S_r H w_r of each group,
-/// S_r [2^n, d] being row r's indices as ones. Conjugate gradients on t run for all groups at once: S_r H S_r^T t is a product
-/// with H and sums over the weights of each entry. It takes one product a step and one more. `gradient` is that of
+/// Lowers the objective over the palettes, indices fixed: the least squares problem (sum_r S_r H
+/// S_r^T) t = sum_r S_r H w_r of each group, S_r [2^n, d] being row r's indices as ones. Conjugate
+/// gradients on t run for all groups at once: S_r H S_r^T t is a product with H and sums over the
+/// weights of each entry. It takes one product a step and one more. `gradient` is that of
 /// [`palette_gradient`].
 ///
-/// Palettes are rounded to fp16, and a group whose new palette is no better keeps its old one. Returns whether any changed.
+/// Palettes are rounded to fp16, and a group whose new palette is no better keeps its old one.
+/// Returns whether any changed.
 pub(super) fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, gradient: &[f64], steps: usize) -> Result<bool> {
     let d = problem.data.columns;
     let entries = sorted.entries;
@@ -96,7 +98,8 @@ fn palette_hessian_product(problem: &Problem<'_>, sorted: &SortedCodebook, t: &[
     Ok(sums)
 }
 
-/// Adds a product with H, of rows from `start` on, to the sums of their groups: over the weights of each entry.
+/// Adds a product with H, of rows from `start` on, to the sums of their groups: over the weights of
+/// each entry.
 fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Problem<'_>, sorted: &SortedCodebook) {
     let (d, data) = (problem.data.columns, &problem.data);
     let of_rows = product.par_chunks(d).enumerate().map(|(row, product)| {

@@ -7,10 +7,11 @@ use crate::codebook::Grouping;
 use crate::error::Result;
 use crate::solver::matrix::to_vec;
 
-/// The values of a weight [o, d], row by row, if palettes hold them exactly; `None` if some group has more values than its
-/// palette has entries, or the weight is pruned.
+/// The values of a weight [o, d], row by row, if palettes hold them exactly; `None` if some group
+/// has more values than its palette has entries, or the weight is pruned.
 ///
-/// For ordinary weights this reads few elements: already the first ones of a group have too many values.
+/// For ordinary weights this reads few elements: already the first ones of a group have too many
+/// values.
 pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
     let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
     if palette.per_channel_scale || !along_outputs(palette) {

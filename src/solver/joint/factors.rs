@@ -12,10 +12,11 @@ use crate::product::add_product;
 /// The order in which the columns are solved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// As they are stored. Masks are chosen block by block, and blocks of neighbours give better masks.
+    /// As they are stored. Masks are chosen block by block, and blocks of neighbours give better
+    /// masks.
     Natural,
-    /// Columns of the largest inputs first ("activation order"), so that the others compensate for their errors. For layers
-    /// that are not pruned.
+    /// Columns of the largest inputs first ("activation order"), so that the others compensate for
+    /// their errors. For layers that are not pruned.
     Activation,
 }
 
@@ -50,9 +51,9 @@ pub(super) struct Part {
 }
 
 impl JointFactors {
-    /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's mean). Where there are few
-    /// vectors for the spread of the inputs, the dampening is that of a better estimate of their covariance (oracle
-    /// approximating shrinkage).
+    /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's
+    /// mean). Where there are few vectors for the spread of the inputs, the dampening is that
+    /// of a better estimate of their covariance (oracle approximating shrinkage).
     ///
     /// Takes the memory of a [d, d] matrix: one triangle for H, one for the factor.
     ///

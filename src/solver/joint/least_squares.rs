@@ -9,8 +9,8 @@ use super::problem::dots;
 use super::row::Row;
 use crate::error::Result;
 
-/// The state of the masked least-squares solve for some rows: weights, gradient and mask, [o, d] each. The objective is
-/// tr((W - W0) H (W - W0)^T).
+/// The state of the masked least-squares solve for some rows: weights, gradient and mask, [o, d]
+/// each. The objective is tr((W - W0) H (W - W0)^T).
 #[derive(Debug, Clone)]
 pub(super) struct MaskedLeastSquares<'a> {
     part: &'a Part,
@@ -64,9 +64,10 @@ impl<'a> MaskedLeastSquares<'a> {
         self.mask[span.clone()].copy_from_slice(&other.mask[span]);
     }
 
-    /// Lowers the objective over the kept weights by conjugate gradients, preconditioned by the diagonal of H, for all rows at
-    /// once, each row with its own step length. Each step takes one product with H. It ends before `steps` steps when one has
-    /// lowered the objective by less than a share `least_gain` of it.
+    /// Lowers the objective over the kept weights by conjugate gradients, preconditioned by the
+    /// diagonal of H, for all rows at once, each row with its own step length. Each step takes
+    /// one product with H. It ends before `steps` steps when one has lowered the objective by
+    /// less than a share `least_gain` of it.
     ///
     /// No step raises a row's objective.
     pub fn descend(&mut self, steps: usize, least_gain: f64) -> Result<()> {

@@ -1,12 +1,14 @@
-//! The joint solver: mask, values and palettes of one weight together, for the least error of the layer's output.
+//! The joint solver: mask, values and palettes of one weight together, for the least error of the
+//! layer's output.
 //!
-//! The steps: SparseGPT chooses the mask ([`prune_with`]). The kept weights are refitted by least squares. Pruned and kept
-//! weights are swapped where that lowers the error. Palettes are made for the kept weights. A sweep with error feedback rounds
-//! the weights to their palettes. Palettes and indices are improved in alternation while that pays. The stored form and its
-//! size are those of [`prune`](super::prune) followed by [`palettize`].
+//! The steps: SparseGPT chooses the mask ([`prune_with`]). The kept weights are refitted by least
+//! squares. Pruned and kept weights are swapped where that lowers the error. Palettes are made for
+//! the kept weights. A sweep with error feedback rounds the weights to their palettes. Palettes and
+//! indices are improved in alternation while that pays. The stored form and its size are those of
+//! [`prune`](super::prune) followed by [`palettize`].
 //!
-//! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix products; all other work goes
-//! row by row.
+//! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
+//! products; all other work goes row by row.
 
 mod entries;
 mod exact;
@@ -70,11 +72,13 @@ impl JointOptions {
     }
 }
 
-/// The dampening where nothing is pruned, as a share of the Hessian's mean diagonal. All of such a weight is free to overfit the
-/// calibration inputs. On the bundled model 0.03 to 0.15 give the least error on other inputs.
+/// The dampening where nothing is pruned, as a share of the Hessian's mean diagonal. All of such a
+/// weight is free to overfit the calibration inputs. On the bundled model 0.03 to 0.15 give the
+/// least error on other inputs.
 const DENSE_DAMPENING: f64 = 0.03;
 
-/// Rounds of palette refit and polish go on while at least this share of the weights gets other entries.
+/// Rounds of palette refit and polish go on while at least this share of the weights gets other
+/// entries.
 const LEAST_CHANGE: f64 = 0.003;
 
 /// Steps of conjugate gradients go on while they lower the objective by at least this share.
@@ -110,18 +114,21 @@ pub struct Joint {
     pub notes: Vec<Note>,
 }
 
-/// Compresses the weight [o, ...] of layer `name`, flattened to [o, d], by the steps that the module lists.
+/// Compresses the weight [o, ...] of layer `name`, flattened to [o, d], by the steps that the
+/// module lists.
 ///
-/// Palettes along input channels, or with scales for each output channel, are not solved jointly: [`palettize`] makes them for
-/// the refitted weights, and a note says so. Where the joint solution has a larger error than the sequential one, on the Hessian
-/// or on held-out vectors, the sequential solution is returned, with a note. A weight of so few values that its palettes hold it
-/// exactly is returned as it is, unless another solution compensates for more of the output residual.
+/// Palettes along input channels, or with scales for each output channel, are not solved jointly:
+/// [`palettize`] makes them for the refitted weights, and a note says so. Where the joint solution
+/// has a larger error than the sequential one, on the Hessian or on held-out vectors, the
+/// sequential solution is returned, with a note. A weight of so few values that its palettes hold
+/// it exactly is returned as it is, unless another solution compensates for more of the output
+/// residual.
 ///
 /// The result does not depend on the number of rayon threads.
 ///
 /// # Errors
-/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this Hessian, dampening and order, or
-/// the output residual was made of other samples than the Hessian.
+/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this
+/// Hessian, dampening and order, or the output residual was made of other samples than the Hessian.
 pub fn joint(
     name: &str,
     weight: &Tensor,
@@ -233,8 +240,8 @@ pub fn joint(
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
 }
 
-/// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its size. `group` is m of n:m.
-/// Returns the loss by the undamped Hessian.
+/// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its
+/// size. `group` is m of n:m. Returns the loss by the undamped Hessian.
 fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &Effort, group: Option<usize>) -> Result<f64> {
     let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
     let mut loss = Loss::default();
@@ -254,7 +261,8 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &
     Ok(loss.bare)
 }
 
-/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `other`; 0 if it is no larger.
+/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `other`; 0 if it
+/// is no larger.
 fn held_out_ratio(
     problem: &Problem<'_>,
     natural: &Natural<'_>,
@@ -312,7 +320,8 @@ struct Solution {
 }
 
 impl Solution {
-    /// The weights rounded to fp16, or each at the nearest entry of the best palettes for the weights without their Hessian.
+    /// The weights rounded to fp16, or each at the nearest entry of the best palettes for the
+    /// weights without their Hessian.
     fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
         let half = halves(weight);
         let shape = [problem.data.rows, problem.data.columns];
@@ -362,7 +371,8 @@ impl Solution {
     }
 }
 
-/// R_jj^2 = 1 / U_jj^2 of each weight: the cost of an error in it when the columns after it compensate. 0 in dead columns.
+/// R_jj^2 = 1 / U_jj^2 of each weight: the cost of an error in it when the columns after it
+/// compensate. 0 in dead columns.
 fn importance(problem: &Problem<'_>) -> Result<Vec<f64>> {
     let mut importance = vec![0.0; problem.data.rows * problem.data.columns];
     for (part, rows) in problem.chunks() {

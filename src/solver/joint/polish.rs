@@ -16,9 +16,9 @@ const BLOCK: i64 = 128;
 /// Passes over a block before the next one, while its gradient is at hand.
 const PASSES: usize = 2;
 
-/// Coordinate descent over the indices of all kept weights, palettes fixed. With G = (Q - W0) H the best value of a weight is
-/// q_j - G_j / H_jj, and its index becomes that of the nearest entry. The objective is a parabola in each weight, so no change
-/// raises it.
+/// Coordinate descent over the indices of all kept weights, palettes fixed. With G = (Q - W0) H the
+/// best value of a weight is q_j - G_j / H_jj, and its index becomes that of the nearest entry. The
+/// objective is a parabola in each weight, so no change raises it.
 ///
 /// Costs about one product with H. Returns how many weights changed.
 pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Result<usize> {
@@ -63,7 +63,8 @@ fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -
     Ok((to_vec(&gradient)?, to_vec(&own.f_narrow(1, start - rows.start, width)?)?))
 }
 
-/// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the place of its first element.
+/// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the place of its
+/// first element.
 struct Block {
     gradient: Vec<f32>,
     corner: Vec<f32>,

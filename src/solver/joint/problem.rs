@@ -11,8 +11,8 @@ use crate::error::Result;
 /// Rows that are multiplied with H at once.
 const ROWS: usize = 512;
 
-/// The problem: find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the damped Hessian. All matrices
-/// are row-major, and columns are in the order of the factors.
+/// The problem: find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the
+/// damped Hessian. All matrices are row-major, and columns are in the order of the factors.
 #[derive(Debug)]
 pub(super) struct Problem<'a> {
     pub factors: &'a JointFactors,
@@ -53,7 +53,8 @@ impl Data {
 }
 
 impl Problem<'_> {
-    /// Rows that are worked on at once, with the index of their Hessian. They do not depend on the number of threads.
+    /// Rows that are worked on at once, with the index of their Hessian. They do not depend on the
+    /// number of threads.
     pub fn chunks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
         let (rows, parts) = (self.data.rows, self.factors.parts.len());
         let of_part = rows / parts;

@@ -17,13 +17,15 @@ pub(super) struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// The first direction: z = r over the diagonal of H, r being -G of the kept weights. Gives r . z.
+    /// The first direction: z = r over the diagonal of H, r being -G of the kept weights. Gives r .
+    /// z.
     pub fn begin(self) -> f64 {
         Arch::new().dispatch(Turn { row: self, before: 0.0 })
     }
 
-    /// Steps along the direction, whose product with H is `product`, to the least objective of the row; then sets the next
-    /// direction, z + (r . z / `before`) direction. Returns the new r . z, and by how much the objective went down.
+    /// Steps along the direction, whose product with H is `product`, to the least objective of the
+    /// row; then sets the next direction, z + (r . z / `before`) direction. Returns the new r .
+    /// z, and by how much the objective went down.
     pub fn step(self, product: &[f32], before: f64) -> (f64, f64) {
         Arch::new().dispatch(Step { row: self, product, before })
     }

@@ -6,11 +6,12 @@ use super::super::triangle::Triangle;
 use crate::error::Result;
 use crate::sum::{squares, sum};
 
-/// The dampening that makes H the best estimate, of the form (1 - r) H + r mean(diag H) I, of what more vectors would give.
+/// The dampening that makes H the best estimate, of the form (1 - r) H + r mean(diag H) I, of what
+/// more vectors would give.
 ///
-/// By the oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms for MMSE covariance estimation", 2010,
-/// eq. 23), as a share of the diagonal's mean: r / (1 - r). It is about effective rank / vectors, small where there are many.
-/// At most 10.
+/// By the oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms for
+/// MMSE covariance estimation", 2010, eq. 23), as a share of the diagonal's mean: r / (1 - r). It
+/// is about effective rank / vectors, small where there are many. At most 10.
 pub(super) fn shrinkage(h: &Triangle, vectors: u64) -> Result<f64> {
     let d = h.dimension() as f64;
     let trace = sum(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
@@ -28,7 +29,8 @@ pub(super) fn shrinkage(h: &Triangle, vectors: u64) -> Result<f64> {
 fn ratio(trace: f64, squares: f64, d: f64, vectors: f64) -> f64 {
     let spread = squares - trace * trace / d;
     if !(trace.is_finite() && squares.is_finite()) || spread <= 0.0 {
-        // One input, or inputs that are all equally large and uncorrelated: there is nothing to shrink.
+        // One input, or inputs that are all equally large and uncorrelated: there is nothing to
+        // shrink.
         return 0.0;
     }
     let shrink = ((1.0 - 2.0 / d) * squares + trace * trace) / ((vectors + 1.0 - 2.0 / d) * spread);

@@ -1,11 +1,13 @@
-//! Sorted palettes in fp32, and the index of each weight: the form in which the solver works on a codebook.
+//! Sorted palettes in fp32, and the index of each weight: the form in which the solver works on a
+//! codebook.
 
 use half::f16;
 use rayon::prelude::*;
 
 use crate::codebook::Codebook;
 
-/// The palettes of groups of rows, sorted for the search of the nearest entry, and the indices into them.
+/// The palettes of groups of rows, sorted for the search of the nearest entry, and the indices into
+/// them.
 #[derive(Debug, Clone)]
 pub(super) struct SortedCodebook {
     /// 2^bits.

@@ -23,12 +23,14 @@ pub(super) struct Swaps {
     pub group: Option<usize>,
 }
 
-/// Swaps pruned weights of high estimated gain with kept weights of low cost, refits the row, and reverts rows that did not
-/// improve: no row gets worse, and each keeps its number of weights. Each round takes one product with H, and one a step.
+/// Swaps pruned weights of high estimated gain with kept weights of low cost, refits the row, and
+/// reverts rows that did not improve: no row gets worse, and each keeps its number of weights. Each
+/// round takes one product with H, and one a step.
 ///
-/// Let v_j = 1 / [H^-1]_jj, the curvature in weight j when all others compensate. Reviving a pruned weight k gains about
-/// G_k^2 / v_k; pruning a kept weight j costs about w_j^2 v_j. A revived weight starts at its single-coordinate optimum
-/// -G_k / H_kk. Its joint optimum -G_k / v_k overshoots where many weights of correlated inputs are revived at once.
+/// Let v_j = 1 / [H^-1]_jj, the curvature in weight j when all others compensate. Reviving a pruned
+/// weight k gains about G_k^2 / v_k; pruning a kept weight j costs about w_j^2 v_j. A revived
+/// weight starts at its single-coordinate optimum -G_k / H_kk. Its joint optimum -G_k / v_k
+/// overshoots where many weights of correlated inputs are revived at once.
 pub(super) fn swap(solve: &mut MaskedLeastSquares<'_>, settings: Swaps) -> Result<()> {
     let d = solve.part().diagonal.len();
     let mut losses = solve.losses();
@@ -107,8 +109,9 @@ impl Row<'_> {
         pairs.len()
     }
 
-    /// The gains of reviving pruned columns, largest first, and the costs of pruning kept ones, smallest first, each with its
-    /// column; equals in the order of their columns. At most `count` of each.
+    /// The gains of reviving pruned columns, largest first, and the costs of pruning kept ones,
+    /// smallest first, each with its column; equals in the order of their columns. At most
+    /// `count` of each.
     #[expect(clippy::type_complexity, reason = "two lists of the same kind")]
     fn ranked(&self, columns: std::ops::Range<usize>, count: usize) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
         let (kept, pruned): (Vec<usize>, Vec<usize>) =

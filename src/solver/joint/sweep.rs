@@ -13,12 +13,13 @@ use crate::product::add_product;
 /// Columns after which the rest of the row is updated.
 const BLOCK: i64 = 128;
 
-/// Gives each kept weight a palette entry by the update of SparseGPT (Frantar and Alistarh 2023; GPTQ, arXiv:2210.17323): q is
-/// the entry nearest to w, or 0 where pruned, and e = (w - q) / U_jj is fed back to the columns after it, w -= e U_j. The
-/// update uses the [`Factor`](super::super::Factor) R, as [`prune`](super::super::prune) does.
+/// Gives each kept weight a palette entry by the update of SparseGPT (Frantar and Alistarh 2023;
+/// GPTQ, arXiv:2210.17323): q is the entry nearest to w, or 0 where pruned, and e = (w - q) / U_jj
+/// is fed back to the columns after it, w -= e U_j. The update uses the
+/// [`Factor`](super::super::Factor) R, as [`prune`](super::super::prune) does.
 ///
-/// `weight` are the weights to start from. They should be the least-squares weights on their mask: then the objective is, but
-/// for a constant, the distance from them.
+/// `weight` are the weights to start from. They should be the least-squares weights on their mask:
+/// then the objective is, but for a constant, the distance from them.
 pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCodebook) -> Result<()> {
     let data = &problem.data;
     let d = data.columns as i64;
@@ -51,8 +52,8 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCo
     Ok(())
 }
 
-/// Sweeps over a block [rows, b] whose first element is at `row` and `column`; `values` become the rounded ones. Returns the
-/// indices.
+/// Sweeps over a block [rows, b] whose first element is at `row` and `column`; `values` become the
+/// rounded ones. Returns the indices.
 fn sweep_block(
     problem: &Problem<'_>,
     sorted: &SortedCodebook,

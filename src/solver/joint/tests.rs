@@ -1,4 +1,5 @@
-//! No step of the solver raises the objective, and each finds the optimum where that can be computed.
+//! No step of the solver raises the objective, and each finds the optimum where that can be
+//! computed.
 
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
@@ -196,8 +197,8 @@ proptest! {
     }
 }
 
-/// Where inputs are much alike, a weight that comes must not begin where it is to end: all rows would get so much worse by it that a few steps
-/// do not bring them back.
+/// Where inputs are much alike, a weight that comes must not begin where it is to end: all rows
+/// would get so much worse by it that a few steps do not bring them back.
 #[test]
 fn swaps_pay_within_a_few_steps_where_inputs_are_alike() {
     let (d, rows) = (384, 64);

@@ -20,7 +20,8 @@ fn value(key: u16) -> f16 {
     f16::from_bits(if key & 0x8000 != 0 { key & 0x7fff } else { !key })
 }
 
-/// How much each fp16 value counts. Kept between groups, for clearing it costs no more than its range.
+/// How much each fp16 value counts. Kept between groups, for clearing it costs no more than its
+/// range.
 #[derive(Debug)]
 pub(super) struct Histogram {
     /// By key.

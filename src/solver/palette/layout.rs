@@ -7,8 +7,9 @@ use crate::error::{Error, Result};
 
 /// A weight [o, i, ...] cut into groups of channels of one axis.
 ///
-/// A group's weights are `rows` runs of `run` neighbours: one run for groups of output channels, one run an output channel
-/// for groups of input channels. The latter are the columns of coremltools' `(o * kh * kw, i)` matrix, in another order.
+/// A group's weights are `rows` runs of `run` neighbours: one run for groups of output channels,
+/// one run an output channel for groups of input channels. The latter are the columns of
+/// coremltools' `(o * kh * kw, i)` matrix, in another order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Layout {
     pub axis: usize,
@@ -30,8 +31,9 @@ impl Layout {
     /// The groups that `options` ask for.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a shape of fewer than two dimensions or without weights, for a group size of 0 or one that does
-    /// not divide the channels, and for an axis above 1; `name` is in it.
+    /// [`Error::Argument`] for a shape of fewer than two dimensions or without weights, for a group
+    /// size of 0 or one that does not divide the channels, and for an axis above 1; `name` is
+    /// in it.
     pub fn new(name: &str, shape: &[usize], options: &PaletteOptions) -> Result<Layout> {
         let (count, row) = sizes(name, shape)?;
         let refuse = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));

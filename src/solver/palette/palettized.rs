@@ -14,8 +14,8 @@ pub struct Palettized {
     pub name: String,
     /// The weight's shape, [o, i, ...].
     pub shape: Vec<usize>,
-    /// The palettes, each ascending. One with fewer distinct values repeats its last; the repeated ones have no index. The
-    /// palette of a group that is pruned whole is zeros.
+    /// The palettes, each ascending. One with fewer distinct values repeats its last; the repeated
+    /// ones have no index. The palette of a group that is pruned whole is zeros.
     pub codebook: Codebook,
     /// [o, i, ...]: the palette entry of each weight; 0 where pruned, and meaningless there.
     pub indices: Vec<u8>,
@@ -29,8 +29,8 @@ impl Palettized {
     /// The weights, [o, i, ...] row-major; zero where `keep` is false: see [`Codebook::decode`].
     ///
     /// # Errors
-    /// [`Error::Argument`] if `keep` has another length than the weight, or if the fields disagree: too few indices, palettes
-    /// or scales for the shape, an index that no palette has.
+    /// [`Error::Argument`] if `keep` has another length than the weight, or if the fields disagree:
+    /// too few indices, palettes or scales for the shape, an index that no palette has.
     pub fn decode(&self, keep: Option<&[bool]>) -> Result<Vec<f16>> {
         let decoded = self.codebook.decode(&self.shape, &self.indices, keep);
         decoded.map_err(|problem| Error::Argument(format!("`{}`: {problem}", self.name)))
@@ -47,7 +47,8 @@ pub(super) fn check_mask(name: &str, keep: Option<&[bool]>, count: usize) -> Res
     }
 }
 
-/// Changes fp16 values in fp32, a block at a time: half converts blocks much faster than single values.
+/// Changes fp16 values in fp32, a block at a time: half converts blocks much faster than single
+/// values.
 pub(super) fn change(values: &mut [f16], how: impl Fn(f32) -> f32) {
     let mut wide = [0.0_f32; 512];
     for block in values.chunks_mut(wide.len()) {
@@ -58,7 +59,8 @@ pub(super) fn change(values: &mut [f16], how: impl Fn(f32) -> f32) {
     }
 }
 
-/// The sum over kept weights of (decoded - weight)^2, in an order that does not depend on the number of threads.
+/// The sum over kept weights of (decoded - weight)^2, in an order that does not depend on the
+/// number of threads.
 pub(super) fn squared_error(decoded: &[f16], weight: &[f16], keep: Option<&[bool]>, row: usize) -> f64 {
     let of_row = |at: usize, decoded: &[f16], weight: &[f16]| {
         let keep = keep.and_then(|keep| keep.chunks(row).nth(at));

@@ -1,29 +1,32 @@
 //! Cutting a sorted line of weighted points into k clusters with the least sum of squares.
 //!
-//! Cluster [a, b) costs its sum of squared distances to its mean, and these costs have the Monge property: for a <= b <= c <= d,
-//! cost(a, c) + cost(b, d) <= cost(a, d) + cost(b, c). So the least cost with k clusters, F(k), is convex in k, and the best k
-//! clusters can be found by giving each cluster a price: the cheapest cut at a price is one shortest path, and the price is
-//! moved until that path has k clusters (Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link path in graphs with the
-//! concave Monge property and applications", 1994).
+//! Cluster [a, b) costs its sum of squared distances to its mean, and these costs have the Monge
+//! property: for a <= b <= c <= d, cost(a, c) + cost(b, d) <= cost(a, d) + cost(b, c). So the least
+//! cost with k clusters, F(k), is convex in k, and the best k clusters can be found by giving each
+//! cluster a price: the cheapest cut at a price is one shortest path, and the price is moved until
+//! that path has k clusters (Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link path in
+//! graphs with the concave Monge property and applications", 1994).
 //!
-//! A path takes O(n log n) steps at worst, and about n in practice, for any k; a few prices are tried. The textbook dynamic
-//! program over the number of clusters (as in kmeans1d, with SMAWK) takes k n steps and, to be traced back, k n memory. Here
-//! memory is a few numbers a point.
+//! A path takes O(n log n) steps at worst, and about n in practice, for any k; a few prices are
+//! tried. The textbook dynamic program over the number of clusters (as in kmeans1d, with SMAWK)
+//! takes k n steps and, to be traced back, k n memory. Here memory is a few numbers a point.
 //!
-//! Where F is straight over several k, no price may lead to k itself. Then a path with fewer clusters and one with more are both
-//! cheapest at the same price, and they cross so that they can be spliced to one with exactly k, which is as cheap.
+//! Where F is straight over several k, no price may lead to k itself. Then a path with fewer
+//! clusters and one with more are both cheapest at the same price, and they cross so that they can
+//! be spliced to one with exactly k, which is as cheap.
 //!
 //! Everything is exact but for the rounding of f64.
 
 /// A line of weighted points.
 ///
-/// Sums over the points start at zero's place on the line, so that one huge value at an end does not cost the digits of all
-/// others.
+/// Sums over the points start at zero's place on the line, so that one huge value at an end does
+/// not cost the digits of all others.
 #[derive(Debug)]
 pub(super) struct Line {
     /// [n]: value and weight.
     points: Vec<(f64, f64)>,
-    /// [n + 1]: the sums of weights and of weighted values from zero's place to each point; negative below.
+    /// [n + 1]: the sums of weights and of weighted values from zero's place to each point;
+    /// negative below.
     sums: Vec<[f64; 2]>,
     /// The sum of weight * value^2 below zero.
     below: f64,
@@ -32,12 +35,15 @@ pub(super) struct Line {
 /// Buffers of [`Line::cheapest`], kept between calls.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// [n + 1]: the cost of the best path to each end, less the sum of weight * value^2 from zero's place to there. What is
-    /// taken off is the same for all paths there, and without it a cluster [a, b) adds no more than -(sum w v)^2 / (sum w).
+    /// [n + 1]: the cost of the best path to each end, less the sum of weight * value^2 from zero's
+    /// place to there. What is taken off is the same for all paths there, and without it a cluster
+    /// [a, b) adds no more than
+    /// -(sum w v)^2 / (sum w).
     costs: Vec<f64>,
     /// [n + 1]: where the last cluster of that path begins.
     begins: Vec<usize>,
-    /// Beginnings that will be best for some end to come, each with the first end that it is best for.
+    /// Beginnings that will be best for some end to come, each with the first end that it is best
+    /// for.
     candidates: Vec<(usize, usize)>,
 }
 
@@ -94,8 +100,8 @@ impl Line {
 
     /// The ends of the best `clusters` clusters: `clusters + 1` numbers from 0 to n.
     ///
-    /// `price` is a first guess at F(k) - F(k + 1); any positive number is right, a good one is faster.
-    /// There must be at least as many points as clusters, and at least one cluster.
+    /// `price` is a first guess at F(k) - F(k + 1); any positive number is right, a good one is
+    /// faster. There must be at least as many points as clusters, and at least one cluster.
     pub fn best(&self, clusters: usize, price: f64) -> Vec<usize> {
         let n = self.len();
         if clusters >= n {
@@ -111,8 +117,8 @@ impl Line {
         let mut guess = price;
         let mut round = 0;
         loop {
-            // The slope of F between the two paths: a price at which neither is cheaper. If nothing between them is cheaper
-            // still, F is straight there.
+            // The slope of F between the two paths: a price at which neither is cheaper. If nothing
+            // between them is cheaper still, F is straight there.
             let chord = (few.cost - many.cost) / (many.clusters() - few.clusters()) as f64;
             let inside = low < guess && guess < high;
             let is_chord = if round < GUESSES { !inside } else { round % 2 == 0 || !inside };
@@ -122,7 +128,8 @@ impl Line {
             if count == clusters {
                 return ends;
             }
-            // Rounding may make one of the two themselves the cheapest: then too there is nothing below the chord.
+            // Rounding may make one of the two themselves the cheapest: then too there is nothing
+            // below the chord.
             if is_chord && !(few.clusters() < count && count < many.clusters()) {
                 return splice(&few, &many, clusters);
             }
@@ -137,7 +144,8 @@ impl Line {
                     many = Cuts::new(self, ends);
                 }
             }
-            // F falls about as 1 / k^2, so prices as 1 / k^3. If that does not lead there soon, halve the range.
+            // F falls about as 1 / k^2, so prices as 1 / k^3. If that does not lead there soon,
+            // halve the range.
             let next = price * (count as f64 / clusters as f64).powi(3);
             round += 1;
             guess = if round < GUESSES { next } else { (low * high).sqrt() };
@@ -146,8 +154,8 @@ impl Line {
 
     /// The path with the least sum of squares plus `price` a cluster, of any number of clusters.
     ///
-    /// Beginnings are kept in a queue by the ends that they are best for: by the Monge property, once a later beginning is
-    /// better than an earlier one it stays so.
+    /// Beginnings are kept in a queue by the ends that they are best for: by the Monge property,
+    /// once a later beginning is better than an earlier one it stays so.
     fn cheapest(&self, price: f64, scratch: &mut Scratch) -> Vec<usize> {
         let n = self.len();
         let Scratch { costs, begins, candidates } = scratch;
@@ -169,7 +177,8 @@ impl Line {
             if end == n {
                 break;
             }
-            // From which end on is a cluster that begins here better than one that begins at the last candidate?
+            // From which end on is a cluster that begins here better than one that begins at the
+            // last candidate?
             loop {
                 let &(rival, first) = &candidates[candidates.len() - 1];
                 let better = |at: usize| costs[end] - self.saved(end, at) < costs[rival] - self.saved(rival, at);
@@ -206,7 +215,8 @@ fn cost(points: &[(f64, f64)]) -> f64 {
     points.iter().map(|(value, weight)| weight * (value - mean).powi(2)).sum()
 }
 
-/// The first place in (from, last] where `holds`, which holds from there on; looked for near `from` first.
+/// The first place in (from, last] where `holds`, which holds from there on; looked for near `from`
+/// first.
 fn first_after(from: usize, last: usize, holds: impl Fn(usize) -> bool) -> Option<usize> {
     let (mut no, mut step) = (from, 1);
     let mut yes = loop {
@@ -227,11 +237,13 @@ fn first_after(from: usize, last: usize, holds: impl Fn(usize) -> bool) -> Optio
     Some(yes)
 }
 
-/// One path of `clusters` clusters out of one with fewer and one with more that are both cheapest at one price.
+/// One path of `clusters` clusters out of one with fewer and one with more that are both cheapest
+/// at one price.
 ///
-/// With d the clusters that `few` lacks, there is an i where cluster i + d of `many` lies within cluster i of `few`. The path
-/// that goes along `many` to that place and along `few` after it has `clusters` clusters. The path that does the opposite has
-/// the remaining ones, and by the Monge property the two together are no dearer than `few` and `many`: so each is cheapest.
+/// With d the clusters that `few` lacks, there is an i where cluster i + d of `many` lies within
+/// cluster i of `few`. The path that goes along `many` to that place and along `few` after it has
+/// `clusters` clusters. The path that does the opposite has the remaining ones, and by the Monge
+/// property the two together are no dearer than `few` and `many`: so each is cheapest.
 fn splice(few: &Cuts, many: &Cuts, clusters: usize) -> Vec<usize> {
     let lacking = clusters - few.clusters();
     let later = (1..few.ends.len()).find(|&at| many.ends[at + lacking] <= few.ends[at]);

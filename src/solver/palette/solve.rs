@@ -10,21 +10,24 @@ use super::values::{Bucket, optimal_palette};
 use crate::codebook::{Codebook, PaletteOptions};
 use crate::error::{Error, Result};
 
-/// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group, and the nearest of its
-/// entries for each weight (of two as near, the lower).
+/// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group,
+/// and the nearest of its entries for each weight (of two as near, the lower).
 ///
-/// `keep` [o, i, ...] says which weights are kept; `None` keeps all. The others have no influence. A kept weight of zero is a
-/// value like others, and -0 is 0. A group with at most 2^bits distinct values is kept without loss.
+/// `keep` [o, i, ...] says which weights are kept; `None` keeps all. The others have no influence.
+/// A kept weight of zero is a value like others, and -0 is 0. A group with at most 2^bits distinct
+/// values is kept without loss.
 ///
-/// With per-channel scales, s_o is the largest magnitude among the kept weights of output channel o (1 if that is 0), and
-/// weight / s_o, rounded to fp16, is what is palettized; as in coremltools, all channels of a group then count the same.
+/// With per-channel scales, s_o is the largest magnitude among the kept weights of output channel o
+/// (1 if that is 0), and weight / s_o, rounded to fp16, is what is palettized; as in coremltools,
+/// all channels of a group then count the same.
 ///
 /// The result is the same for any number of rayon threads.
 ///
 /// # Errors
-/// All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the channels, an axis above 1, a shape
-/// with fewer than two dimensions or without weights, or one that the lengths of `weight` and `keep` do not fit. [`Error::NotFinite`]: NaN or infinity anywhere
-/// in the weight, even where it is pruned.
+/// All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the channels,
+/// an axis above 1, a shape with fewer than two dimensions or without weights, or one that the
+/// lengths of `weight` and `keep` do not fit. [`Error::NotFinite`]: NaN or infinity anywhere in the
+/// weight, even where it is pruned.
 pub fn palettize(
     name: &str,
     weight: &[f16],
@@ -35,15 +38,16 @@ pub fn palettize(
     solve(name, weight, shape, keep, None, options)
 }
 
-/// As [`palettize`], but each palette minimises the sum of importance * error^2. [`Palettized::squared_error`] is still the
-/// sum of errors^2.
+/// As [`palettize`], but each palette minimises the sum of importance * error^2.
+/// [`Palettized::squared_error`] is still the sum of errors^2.
 ///
-/// `importance` [o, i, ...] must be finite and not negative. Weights of importance 0 get the nearest entry of a palette that
-/// is made without them; in a group where all are 0, all count the same.
+/// `importance` [o, i, ...] must be finite and not negative. Weights of importance 0 get the
+/// nearest entry of a palette that is made without them; in a group where all are 0, all count the
+/// same.
 ///
 /// # Errors
-/// As [`palettize`], and [`Error::Argument`] for an importance that is negative, not finite or of another length, or if those
-/// of a group sum to more than 1e140.
+/// As [`palettize`], and [`Error::Argument`] for an importance that is negative, not finite or of
+/// another length, or if those of a group sum to more than 1e140.
 pub fn palettize_weighted(
     name: &str,
     weight: &[f16],
@@ -130,7 +134,8 @@ fn scales(weight: &[f16], keep: Option<&[bool]>, row: usize) -> Vec<f16> {
     weight.par_chunks(row).enumerate().map(|(at, weight)| scale(largest(at, weight))).collect()
 }
 
-/// Each row divided by its scale, in fp32, rounded to fp16. Pruned weights may be larger than the scale; they are not used.
+/// Each row divided by its scale, in fp32, rounded to fp16. Pruned weights may be larger than the
+/// scale; they are not used.
 fn divided(weight: &[f16], scales: &[f16], row: usize) -> Vec<f16> {
     let mut scaled = weight.to_owned();
     scaled.par_chunks_mut(row).zip(scales).for_each(|(row, scale)| {

@@ -5,7 +5,8 @@ use half::f16;
 use super::partition::Line;
 use crate::error::{Error, Result};
 
-/// A distinct value and how much it counts: how many weights have it, or the sum of their importances.
+/// A distinct value and how much it counts: how many weights have it, or the sum of their
+/// importances.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bucket {
     /// The value, finite.
@@ -17,19 +18,22 @@ pub struct Bucket {
 /// The square of a sum of weighted fp16 values must not overflow.
 const LARGEST_SUM: f64 = 1e140;
 
-/// The best palette of at most `entries` values for `buckets`, which must be strictly ascending: weighted k-means in one
-/// dimension, solved to the optimum, without seeds or iterations.
+/// The best palette of at most `entries` values for `buckets`, which must be strictly ascending:
+/// weighted k-means in one dimension, solved to the optimum, without seeds or iterations.
 ///
-/// With at most `entries` buckets the palette is their values. Else it has `entries` values, strictly ascending. No other
-/// `entries` real numbers have a smaller sum of weight * (value - nearest entry)^2, up to the rounding of f64. Each entry, the
-/// mean of its cluster, is then rounded to fp16, which adds at most weight * (half a unit in its last place)^2 for each bucket.
-/// So it need not be the best of all palettes with fp16 entries, but none can be better by more than that.
+/// With at most `entries` buckets the palette is their values. Else it has `entries` values,
+/// strictly ascending. No other `entries` real numbers have a smaller sum of weight * (value -
+/// nearest entry)^2, up to the rounding of f64. Each entry, the mean of its cluster, is then
+/// rounded to fp16, which adds at most weight * (half a unit in its last place)^2 for each bucket.
+/// So it need not be the best of all palettes with fp16 entries, but none can be better by more
+/// than that.
 ///
-/// Time is about n log n for n buckets, whatever the number of entries; memory some 100 bytes a bucket (6 MB for all of fp16).
+/// Time is about n log n for n buckets, whatever the number of entries; memory some 100 bytes a
+/// bucket (6 MB for all of fp16).
 ///
 /// # Errors
-/// [`Error::Argument`] if values are not ascending or not finite, if a weight is not positive, if the sum of the weights is
-/// above 1e140, or if `entries` is 0.
+/// [`Error::Argument`] if values are not ascending or not finite, if a weight is not positive, if
+/// the sum of the weights is above 1e140, or if `entries` is 0.
 pub fn optimal_palette(buckets: &[Bucket], entries: usize) -> Result<Vec<f16>> {
     check(buckets, entries)?;
     if buckets.len() <= entries {
@@ -38,7 +42,8 @@ pub fn optimal_palette(buckets: &[Bucket], entries: usize) -> Result<Vec<f16>> {
     let line = Line::new(buckets.iter().map(|bucket| (bucket.value.to_f64(), bucket.weight)).collect());
     let ends = line.best(entries, expected_price(buckets, entries));
     let clusters = ends.windows(2).map(|ends| &buckets[ends[0]..ends[1]]);
-    // Means lie between the smallest and the largest value of their clusters, which are fp16: so rounding keeps them apart.
+    // Means lie between the smallest and the largest value of their clusters, which are fp16: so
+    // rounding keeps them apart.
     Ok(clusters.map(|cluster| rounded(mean(cluster))).collect())
 }
 
@@ -72,9 +77,9 @@ fn mean(cluster: &[Bucket]) -> f64 {
     (sum / weight).max(first).min(last)
 }
 
-/// About what one more entry saves, from the error of a fine quantizer for the density p of the values,
-/// (integral of p^(1/3))^3 / (12 k^2) (Panter and Dite, "Quantization distortion in pulse-count modulation", 1951).
-/// Only the time depends on how good it is.
+/// About what one more entry saves, from the error of a fine quantizer for the density p of the
+/// values, (integral of p^(1/3))^3 / (12 k^2) (Panter and Dite, "Quantization distortion in
+/// pulse-count modulation", 1951). Only the time depends on how good it is.
 fn expected_price(buckets: &[Bucket], entries: usize) -> f64 {
     let step = (buckets.len() / (16 * entries)).clamp(1, 64);
     let begins = buckets.iter().step_by(step);

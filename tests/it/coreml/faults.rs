@@ -147,7 +147,8 @@ fn in_blobs() -> Vec<Fault> {
             let data = number(&package.blobs, at + 16);
             package.blobs[data..data + 2].copy_from_slice(&[0, 0x7e]);
         }),
-        // Damage that only a hash finds: bits in the other order, an index, a palette entry, a weight.
+        // Damage that only a hash finds: bits in the other order, an index, a palette entry, a
+        // weight.
         fault("the weights are damaged", |package| {
             let masks = package.block().operations.iter_mut().filter(|op| op.r#type == LUT);
             let masks: Vec<usize> = masks.map(|op| *offset(inline(op, MASK)) as usize).collect();
@@ -426,7 +427,8 @@ fn each_fault_is_named() {
     }
     assert!(missed.is_empty(), "{} of {}:\n{}", missed.len(), faults.len(), missed.join("\n"));
 
-    // Without a hash it is a damaged package of ours; without any sign of us, another writer's, whose structure is still checked.
+    // Without a hash it is a damaged package of ours; without any sign of us, another writer's,
+    // whose structure is still checked.
     for key in ["model_sha256", "weights_sha256", "unet_config"] {
         let mut other = good.clone();
         let metadata = other.model.description.as_mut().unwrap().metadata.as_mut().unwrap();

@@ -39,7 +39,8 @@ impl Package {
         std::fs::write(blob_path(path), &self.blobs).unwrap();
     }
 
-    /// Takes everything away that says who wrote it: metadata, and identifiers that are made from the program.
+    /// Takes everything away that says who wrote it: metadata, and identifiers that are made from
+    /// the program.
     pub fn forget_maker(&mut self) {
         let metadata = self.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
         metadata.user_defined.clear();

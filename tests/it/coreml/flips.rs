@@ -21,7 +21,8 @@ fn package(folder: &Path) -> std::path::PathBuf {
     out
 }
 
-/// Flips each of `bits` of `file` in turn, and gives those with which the package is still taken for whole.
+/// Flips each of `bits` of `file` in turn, and gives those with which the package is still taken
+/// for whole.
 fn missed(package: &Path, file: &Path, bits: impl Iterator<Item = usize>) -> Vec<usize> {
     let whole = std::fs::read(file).unwrap();
     let missed = bits.filter(|bit| {
@@ -52,7 +53,8 @@ fn the_manifest_is_what_belongs_to_the_program_to_the_last_bit() {
     assert!(verify(&package).unwrap_err().to_string().contains("Manifest.json is not what was written"));
 }
 
-/// What decides whether hashes are looked at has a test of its own that flips every bit of a small model; here are all files of a real one.
+/// What decides whether hashes are looked at has a test of its own that flips every bit of a small
+/// model; here are all files of a real one.
 #[test]
 fn some_hundred_bits_of_each_file_count() {
     let folder = tempfile::tempdir().unwrap();

@@ -17,8 +17,9 @@ fn scrambled(i: usize) -> u64 {
     (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20
 }
 
-/// Compresses the UNet of `model` in as many ways as it has layers: all widths of indices, both axes, masks of all densities, scales, weights
-/// that are only pruned, and some that stay as they are. Palettes are a layer's own values, so that the UNet still computes sensible numbers.
+/// Compresses the UNet of `model` in as many ways as it has layers: all widths of indices, both
+/// axes, masks of all densities, scales, weights that are only pruned, and some that stay as they
+/// are. Palettes are a layer's own values, so that the UNet still computes sensible numbers.
 pub fn container(model: &Path, path: &Path) {
     let pipeline = PipelineFolder::open(model).unwrap();
     let weights = pipeline.unet_weights().unwrap();

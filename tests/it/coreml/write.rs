@@ -105,7 +105,8 @@ fn the_bundled_models_dense_weights() {
     compare(&out, &pipeline.unet, &unet, &options);
 }
 
-/// What a config can ask for and SDXL's own do not: other sinusoids, also of an odd width, and convolutions that pad at the end only.
+/// What a config can ask for and SDXL's own do not: other sinusoids, also of an odd width, and
+/// convolutions that pad at the end only.
 #[test]
 fn unusual_architectures() {
     let folder = tempfile::tempdir().unwrap();
@@ -136,7 +137,8 @@ fn unusual_architectures() {
     }
 }
 
-/// Masks, indices and palettes go to the package as they are. Container and package stay in target/tmp, for `check_coreml.py`.
+/// Masks, indices and palettes go to the package as they are. Container and package stay in
+/// target/tmp, for `check_coreml.py`.
 #[test]
 fn compressed_weights_keep_their_bits() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("coreml");
@@ -214,7 +216,8 @@ fn the_same_input_gives_the_same_bytes() {
     assert_ne!(first[0], write("c.mlpackage", &Options { license: "MIT".into(), ..options })[0]);
 }
 
-/// Every operation's parameters, their dtypes, ranks and the way in which they are given are such as coremltools itself writes.
+/// Every operation's parameters, their dtypes, ranks and the way in which they are given are such
+/// as coremltools itself writes.
 #[test]
 fn operations_are_serialized_as_by_coremltools() {
     let golden = repo("tests/golden/coreml/operations.json");
