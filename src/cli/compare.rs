@@ -10,10 +10,11 @@ use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::report;
 use sdxl_squeeze::{Error, Result};
 
-use super::compress::{LimitArgs, model_of};
-use super::edits::Edits;
+use super::edits::{Edits, model_of};
+use super::limits::LimitArgs;
 use super::paths::Paths;
 use super::progress::Reporter;
+use super::stdout;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -70,7 +71,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let comparison = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
     let written = report::write(&comparison, &args.out)?;
     write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&comparison).as_bytes()))?;
-    super::print(&format!("{}\n{}\n", report::table::plain(&comparison), written.html.display()))
+    stdout::print(&format!("{}\n{}\n", report::table::plain(&comparison), written.html.display()))
 }
 
 /// Refuses to compare configs that name different models, devices or dtypes: all results are judged

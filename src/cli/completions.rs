@@ -1,7 +1,9 @@
 //! `sdxl-squeeze completions`.
 
-use clap::{CommandFactory, ValueEnum};
+use clap::{Command, ValueEnum};
 use sdxl_squeeze::Result;
+
+use super::stdout;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -17,8 +19,8 @@ enum Shell {
     Fish,
 }
 
-pub fn run(args: Args) -> Result<()> {
-    let mut command = super::Args::command();
+/// `command` is the whole program.
+pub fn run(args: Args, mut command: Command) -> Result<()> {
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     match args.shell {
@@ -26,5 +28,5 @@ pub fn run(args: Args) -> Result<()> {
         Shell::Zsh => clap_complete::generate(clap_complete::Shell::Zsh, &mut command, name, &mut script),
         Shell::Fish => clap_complete::generate(clap_complete::Shell::Fish, &mut command, name, &mut script),
     }
-    super::print(&String::from_utf8(script).expect("completion scripts are text"))
+    stdout::print(&String::from_utf8(script).expect("completion scripts are text"))
 }

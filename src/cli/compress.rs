@@ -5,17 +5,16 @@ use std::time::Instant;
 
 use sdxl_squeeze::calibration::calibrate;
 use sdxl_squeeze::compress::{JobReport, Prepared, run as run_job, workspace_folder};
-use sdxl_squeeze::config::RunConfig;
-use sdxl_squeeze::memory::parse_size;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
-use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
 
 use super::edits::Edits;
+use super::limits::LimitArgs;
 use super::paths::Paths;
 use super::progress::Reporter;
+use super::{stdout, table};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -35,32 +34,6 @@ pub struct Args {
     edits: Edits,
     #[command(flatten)]
     limits: LimitArgs,
-}
-
-/// The limits of a run.
-#[derive(Debug, Clone, clap::Args)]
-pub struct LimitArgs {
-    /// Memory that the run may take, e.g. 8GiB [default: nine tenths of the device's free memory]
-    #[arg(long, value_name = "SIZE")]
-    memory_budget: Option<String>,
-}
-
-impl LimitArgs {
-    /// The budget in bytes, if one is given.
-    pub fn budget(&self) -> Result<Option<u64>> {
-        self.memory_budget.as_deref().map(parse_size).transpose()
-    }
-
-    /// The devices, dtype and limits that config and flags give.
-    pub fn options(&self, config: &RunConfig) -> Result<RunOptions> {
-        Ok(RunOptions { budget: self.budget()?, ..RunOptions::of(config)? })
-    }
-}
-
-/// The model that a config names.
-pub fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
-    let missing = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
-    PipelineFolder::open(config.model.path.as_deref().ok_or_else(missing)?)
 }
 
 pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
@@ -88,7 +61,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     reporter.end_on_interrupt()?;
     let report = run_job(&prepared, samples.as_ref(), reporter);
     if let Err(Error::Stopped) = report {
-        super::print(&format!("stopped; the same command with --resume continues the run ({})\n", args.out.display()))?;
+        stdout::print(&format!("stopped; the same command with --resume continues the run ({})\n", args.out.display()))?;
     }
     let report = report?;
     write_file(&resolved, |out| out.write_all(report.config.to_yaml().as_bytes()))?;
@@ -97,7 +70,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     write_file(&about, |out| writeln!(out, "{json}"))?;
 
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
-    super::print(&format!(
+    stdout::print(&format!(
         "{}\n{}: {} ({}), {}{peak}\n",
         summary(&report),
         container.display(),
@@ -110,7 +83,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
 /// A table of the stages, followed by the notes, which may have scrolled away by the end of the
 /// run.
 fn summary(report: &JobReport) -> String {
-    let mut table = super::table::new(&["stage", "layers", "sparsity", "bits", "bytes", "pruned", "stored", "weights"]);
+    let mut table = table::new(&["stage", "layers", "sparsity", "bits", "bytes", "pruned", "stored", "weights"]);
     let mut stages: Vec<&str> = Vec::new();
     for layer in &report.layers {
         if stages.last() != Some(&layer.stage.as_str()) {
@@ -137,7 +110,7 @@ fn summary(report: &JobReport) -> String {
             percent(mean(&|layer| Some(layer.errors.weight))),
         ]);
     }
-    let mut text = super::table::right_aligned(table, 1);
+    let mut text = table::right_aligned(table, 1);
     text.push_str("\n(pruned, stored: output error on the calibration inputs; weights: error of the weights)\n");
     for note in grouped(report) {
         text.push_str(&format!("note: {note}\n"));

@@ -4,11 +4,9 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use clap::{Arg, ArgMatches, Command, FromArgMatches, value_parser};
-use sdxl_squeeze::Result;
 use sdxl_squeeze::config::{ConfigFlag, Edit, RunConfig, flags};
 use sdxl_squeeze::pipeline::PipelineFolder;
-
-use super::compress::model_of;
+use sdxl_squeeze::{Error, Result};
 
 /// The edits that the command line makes to every config it names.
 #[derive(Debug, Clone)]
@@ -26,6 +24,12 @@ impl Edits {
         let folder = model_of(&config)?;
         Ok((config, folder))
     }
+}
+
+/// The model that a config names.
+pub fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
+    let missing = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
+    PipelineFolder::open(config.model.path.as_deref().ok_or_else(missing)?)
 }
 
 impl clap::Args for Edits {

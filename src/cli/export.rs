@@ -12,6 +12,7 @@ use sdxl_squeeze::{Error, Result, export};
 
 use super::paths::Paths;
 use super::progress::Reporter;
+use super::{container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -111,17 +112,17 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     match args.to {
         Format::Diffusers => {
             let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
-            export::diffusers((&super::open_container(&args.path, args.no_verify)?).into(), &model, &args.out, reporter)?;
-            super::print(&format!("{}\n", args.out.display()))
+            export::diffusers((&container::open(&args.path, args.no_verify)?).into(), &model, &args.out, reporter)?;
+            stdout::print(&format!("{}\n", args.out.display()))
         }
         Format::Coremltools => to_coremltools(&args, reporter),
         Format::Coreml => {
             let written = to_coreml(&args, reporter)?;
             if args.json {
-                return super::print_json(&written);
+                return stdout::print_json(&written);
             }
             let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
-            super::print(&format!(
+            stdout::print(&format!(
                 "{}: {}, {} of them the program; {} operations, {} compressed weights{peak}\n",
                 args.out.display(),
                 number::size(written.bytes),
@@ -170,12 +171,12 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
         None | Some(SmallWeightsArg::Refuse) => SmallWeights::Refuse,
         Some(SmallWeightsArg::Move) => SmallWeights::Move,
     };
-    let moved = export::coremltools((&super::open_container(&args.path, args.no_verify)?).into(), &args.out, small, reporter)?;
+    let moved = export::coremltools((&container::open(&args.path, args.no_verify)?).into(), &args.out, small, reporter)?;
     if args.json {
-        return super::print_json(&moved);
+        return stdout::print_json(&moved);
     }
     let lines = moved.iter().map(|row| format!("{}: {} weights moved above 2^-10\n", row.name, number::count(row.elements)));
-    super::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
+    stdout::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
 }
 
 fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
@@ -186,7 +187,7 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
         let dense = UnetWeights::Dense { weights: &weights, config: pipeline.unet_config() };
         return coreml::write(dense, &options, &args.out, reporter);
     }
-    let container = super::open_container(&args.path, args.no_verify)?;
+    let container = container::open(&args.path, args.no_verify)?;
     let weights = UnetWeights::from(&container);
     let chain = weights.chain()?;
     let pipeline = args.model.as_deref().map(|model| pipeline_of(&chain, &args.path, model)).transpose()?;

@@ -13,6 +13,7 @@ use tch::Kind;
 
 use super::paths::Paths;
 use super::progress::Reporter;
+use super::stdout;
 use sdxl_squeeze::checkpoint::TensorBytes;
 use sdxl_squeeze::number;
 
@@ -113,7 +114,7 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
         reporter.report(Event::Note(&line));
         return Ok(());
     }
-    super::print(&format!("{line}\n"))
+    stdout::print(&format!("{line}\n"))
 }
 
 /// The PNG's texts: the prompt for viewers, and all settings, with which the picture can be drawn

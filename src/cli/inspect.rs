@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use sdxl_squeeze::Result;
 use sdxl_squeeze::container::Container;
 use sdxl_squeeze::inspect::{Inspection, inspect};
+use sdxl_squeeze::number::{count, size as bytes};
 use sdxl_squeeze::pipeline::UnetWeights;
 
 use super::table::{new as table, right_aligned};
-use sdxl_squeeze::number::{count, size as bytes};
+use super::{container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -28,16 +29,16 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     if args.path.is_file() {
-        return inspect_container(&super::open_container(&args.path, args.no_verify)?, args.json, args.summary);
+        return inspect_container(&container::open(&args.path, args.no_verify)?, args.json, args.summary);
     }
     let mut inspection = inspect(&args.path)?;
     if args.json {
         if args.summary {
             inspection.stages.iter_mut().for_each(|stage| stage.layers.clear());
         }
-        return super::print_json(&inspection);
+        return stdout::print_json(&inspection);
     }
-    super::print(&tables(&inspection, args.summary))
+    stdout::print(&tables(&inspection, args.summary))
 }
 
 fn tables(inspection: &Inspection, summary: bool) -> String {
@@ -87,7 +88,7 @@ fn inspect_container(container: &Container, json: bool, summary: bool) -> Result
     UnetWeights::from(container).chain()?;
     if json {
         let layers: Vec<_> = container.layers().collect();
-        return super::print_json(&layers);
+        return stdout::print_json(&layers);
     }
     let mut text = String::new();
     if !summary {
@@ -118,5 +119,5 @@ fn inspect_container(container: &Container, json: bool, summary: bool) -> Result
         count(stored),
         bytes(halves),
     ));
-    super::print(&text)
+    stdout::print(&text)
 }

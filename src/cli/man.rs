@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Command, CommandFactory};
+use clap::Command;
 use clap_mangen::Man;
 use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::{Error, Result};
+
+use super::stdout;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -15,18 +17,18 @@ pub struct Args {
     out: Option<PathBuf>,
 }
 
-pub fn run(args: Args) -> Result<()> {
-    let mut command = super::Args::command();
+/// `command` is the whole program.
+pub fn run(args: Args, mut command: Command) -> Result<()> {
     // Gives the subcommands their full names.
     command.build();
-    let Some(out) = args.out else { return super::print(&page(&command)) };
+    let Some(out) = args.out else { return stdout::print(&page(&command)) };
     std::fs::create_dir_all(&out).map_err(Error::write(&out))?;
     let subcommands = command.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help");
     for command in std::iter::once(&command).chain(subcommands) {
         let path = out.join(Man::new(command.clone()).get_filename());
         write_file(&path, |file| file.write_all(page(command).as_bytes()))?;
     }
-    super::print(&format!("{}\n", out.display()))
+    stdout::print(&format!("{}\n", out.display()))
 }
 
 fn page(command: &Command) -> String {

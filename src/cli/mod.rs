@@ -3,30 +3,31 @@
 mod compare;
 mod completions;
 mod compress;
+mod container;
 mod edits;
 mod environment;
 mod export;
 mod failure;
 mod generate;
 mod inspect;
+mod limits;
 mod man;
 mod paths;
 mod place;
 mod plan;
 mod progress;
+mod stdout;
 mod synth;
 mod table;
 mod terminal;
 mod verify;
 
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use sdxl_squeeze::Error;
-use sdxl_squeeze::container::Container;
 use tracing::Level;
 
 use progress::{Mode, Reporter};
@@ -136,29 +137,7 @@ fn run(args: Args) -> Result<(), Error> {
         Command::Generate(args) => generate::run(args, &reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, &reporter),
-        Command::Completions(args) => completions::run(args),
-        Command::Man(args) => man::run(args),
+        Command::Completions(args) => completions::run(args, Args::command()),
+        Command::Man(args) => man::run(args, Args::command()),
     }
-}
-
-/// Writes a command's result to standard output. A reader that has gone away is no error.
-fn print(text: &str) -> Result<(), Error> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(Error::write("standard output".as_ref())(why)),
-        _ => Ok(()),
-    }
-}
-
-/// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is
-/// set.
-fn open_container(path: &Path, no_verify: bool) -> Result<Container, Error> {
-    if no_verify { Container::open_unverified(path) } else { Container::open(path) }
-}
-
-/// Writes a command's result to standard output as JSON.
-fn print_json(result: &impl serde::Serialize) -> Result<(), Error> {
-    let text = serde_json::to_string_pretty(result)
-        .map_err(|why| Error::Failed(format!("the result cannot be written as JSON: {why}")))?;
-    print(&format!("{text}\n"))
 }

@@ -13,9 +13,9 @@ use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
 use sdxl_squeeze::{Result, number};
 
-use super::compress::{LimitArgs, model_of};
-use super::edits::Edits;
-use super::table;
+use super::edits::{Edits, model_of};
+use super::limits::LimitArgs;
+use super::{stdout, table};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -60,18 +60,18 @@ pub fn run(args: Args) -> Result<()> {
         if args.json {
             json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
         } else {
-            super::print(&detail(&name, &recipe, &plan, seconds))?;
+            stdout::print(&detail(&name, &recipe, &plan, seconds))?;
             if let Some(budget) = &config.budget {
-                super::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
+                stdout::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
             }
         }
         rows.push((name, plan, seconds));
     }
     if args.json {
-        return super::print_json(&json);
+        return stdout::print_json(&json);
     }
     if rows.len() > 1 {
-        super::print(&summary(&rows))?;
+        stdout::print(&summary(&rows))?;
     }
     Ok(())
 }

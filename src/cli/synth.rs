@@ -8,6 +8,7 @@ use sdxl_squeeze::device::parse_dtype;
 use sdxl_squeeze::synth::{Preset, synthesize};
 
 use super::progress::Reporter;
+use super::stdout;
 use sdxl_squeeze::number;
 
 #[derive(Debug, clap::Args)]
@@ -31,5 +32,5 @@ pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let preset: Preset = args.preset.parse()?;
     synthesize(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
-    super::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, number::time(start.elapsed().as_secs_f64())))
+    stdout::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, number::time(start.elapsed().as_secs_f64())))
 }

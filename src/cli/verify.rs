@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use sdxl_squeeze::pipeline::verify;
 use sdxl_squeeze::{Error, Result, coreml, number};
 
+use super::stdout;
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A container, or a Core ML package
@@ -26,9 +28,9 @@ pub fn run(args: Args) -> Result<()> {
     }
     let checked = verify(&args.path)?;
     if args.json {
-        return super::print_json(&checked);
+        return stdout::print_json(&checked);
     }
-    super::print(&format!(
+    stdout::print(&format!(
         "{}: whole, every hash holds\n{} compressed weights of {} elements, {:.3} bits each, {:.2} % zero; {} tensors in fp16; {}\n",
         args.path.display(),
         checked.weights,
@@ -44,11 +46,11 @@ pub fn run(args: Args) -> Result<()> {
 fn package(path: &Path, json: bool) -> Result<()> {
     let checked = coreml::verify(path)?;
     if json {
-        return super::print_json(&checked);
+        return stdout::print_json(&checked);
     }
     let share = checked.pruned as f64 / (checked.compressed_elements.max(1)) as f64;
     let hashes = if checked.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };
-    super::print(&format!(
+    stdout::print(&format!(
         "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}\n{}\n",
         path.display(),
         number::count(checked.operations as u64),
