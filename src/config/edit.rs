@@ -5,11 +5,11 @@ use std::ffi::{OsStr, OsString};
 
 use serde_json::Value as Json;
 
-use super::RunConfig;
 use super::finding::Finding;
-use super::key::{Declared, Flag, Reach, Section};
-use super::keys::{RULES, root};
+use super::key::{Declared, Flag, RULES, Reach, Section};
+use super::keys::root;
 use super::mistake::Mistakes;
+use super::run_config::RunConfig;
 use super::tree::{Node, Position, Value};
 use crate::error::{Error, Result};
 use crate::shorten::shorten;

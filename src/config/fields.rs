@@ -173,6 +173,18 @@ pub(super) fn text(node: &Node) -> Result<&str, String> {
     }
 }
 
+/// The entries of a list that are text. The others are mistakes.
+pub(super) fn texts<'a>(key: &str, list: &'a [Node], mistakes: &mut Mistakes<'_>) -> Vec<(&'a str, Position)> {
+    let mut texts = Vec::new();
+    for node in list {
+        match text(node) {
+            Ok(text) => texts.push((text, node.position)),
+            Err(must) => mistakes.add(node.position, format!("an entry of `{key}` {must}, not {}", node.value)),
+        }
+    }
+    texts
+}
+
 /// One of several words.
 pub(super) fn word<T: Copy>(node: &Node, words: &[(&'static str, T)]) -> Result<T, String> {
     let written = match &node.value {

@@ -114,7 +114,7 @@ pub(super) struct Section {
 impl Section {
     /// Every key that it may have, nested sections included.
     pub fn known(&self) -> impl Iterator<Item = &'static str> {
-        let rules = self.settings.iter().flat_map(|_| super::keys::RULES).map(|(name, _)| name);
+        let rules = self.settings.iter().flat_map(|_| RULES).map(|(name, _)| name);
         let sections = self.sections.iter().map(|section| section.name);
         self.keys.iter().map(|key| key.name()).chain(rules).chain(sections)
     }
@@ -124,6 +124,20 @@ impl Section {
         self.keys.iter().any(|key| key.formerly() == Some(name))
     }
 }
+
+/// The three keys by which a section's settings reach layers, in the order of coremltools'
+/// `OptimizationConfig`.
+pub(super) const RULES: [(&str, &str); 3] = [
+    (
+        "global_config",
+        "The settings of every layer that no other rule names. The default settings where no rule is given; `null` where only others are.",
+    ),
+    ("module_type_configs", "Settings by type of layer, `Conv2d` or `Linear`. They go before `global_config`."),
+    (
+        "module_name_configs",
+        "Settings by regular expressions for whole layer names. They go before the other two, and the first one that matches decides.",
+    ),
+];
 
 /// A key of whatever type, for docs, schema and flags.
 pub(super) trait Declared: std::fmt::Debug + Sync {

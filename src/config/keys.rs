@@ -9,24 +9,9 @@ use std::path::PathBuf;
 
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
-use super::sections::{Pace, SolverKind, Target, TimestepWeighting};
-use super::settings::GranularityWord;
 use super::tree::{Node, Value};
+use super::words::{GranularityWord, Pace, SolverKind, Target, TimestepWeighting};
 use crate::codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
-
-/// The three keys by which a section's settings reach layers, in the order of coremltools'
-/// `OptimizationConfig`.
-pub(super) const RULES: [(&str, &str); 3] = [
-    (
-        "global_config",
-        "The settings of every layer that no other rule names. The default settings where no rule is given; `null` where only others are.",
-    ),
-    ("module_type_configs", "Settings by type of layer, `Conv2d` or `Linear`. They go before `global_config`."),
-    (
-        "module_name_configs",
-        "Settings by regular expressions for whole layer names. They go before the other two, and the first one that matches decides.",
-    ),
-];
 
 /// Declares the keys of a section, and the section.
 macro_rules! keys {

@@ -10,24 +10,8 @@ use super::fields::{boolean, number, text, whole, word};
 use super::key::{Argument, Kind};
 use super::limits;
 use super::tree::{Node, Value};
-use crate::codebook::{BitWidth, NmRatio, OnMisfit, PruneMethod};
-
-/// The names of an enum's values in a config.
-pub(super) trait Words: Copy + 'static {
-    fn words() -> Vec<(&'static str, Self)>;
-}
-
-impl Words for PruneMethod {
-    fn words() -> Vec<(&'static str, Self)> {
-        PruneMethod::ALL.map(|method| (method.name(), method)).into()
-    }
-}
-
-impl Words for OnMisfit {
-    fn words() -> Vec<(&'static str, Self)> {
-        OnMisfit::ALL.map(|policy| (policy.name(), policy)).into()
-    }
-}
+use super::words::Words;
+use crate::codebook::{BitWidth, NmRatio};
 
 macro_rules! kind {
     ($argument:ident, $values:expr, $schema:tt, $read:expr) => {

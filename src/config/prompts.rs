@@ -1,17 +1,32 @@
 //! Prompts: one by one, in lists and in files.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::sections::Prompts;
+use serde::Serialize;
+
+use super::fields::{text, texts};
+use super::mistake::Mistakes;
+use super::tree::{Node, Value};
 use crate::error::{Error, Result};
 use crate::input::{self, Limit, prompt_of_length};
 use crate::number;
+use crate::shorten::path_as_text;
+
+/// Prompts, or a file of prompts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Prompts {
+    /// A file for [`read_prompts`]. A relative path starts at the current folder.
+    File(#[serde(serialize_with = "path_as_text")] PathBuf),
+    /// The prompts themselves; at least one.
+    List(Vec<String>),
+}
 
 /// The most prompts of a run. All of them are encoded; the default is 512 captions.
-pub(super) const PROMPTS: usize = 100_000;
+const PROMPTS: usize = 100_000;
 
 /// The complaint about a number of prompts that is too large.
-pub(super) fn too_many(prompts: usize) -> Option<String> {
+fn too_many(prompts: usize) -> Option<String> {
     let count = |number: usize| number::count(number as u64);
     (prompts > PROMPTS).then(|| format!("has {} prompts; at most {}", count(prompts), count(PROMPTS)))
 }
@@ -41,6 +56,18 @@ pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
 }
 
 impl Prompts {
+    /// The prompts in a node that the key's kind has accepted. Entries that are no text are left
+    /// out: [`check`] reports them.
+    pub(super) fn of(node: &Node) -> Self {
+        match &node.value {
+            Value::List(prompts) => Prompts::List(prompts.iter().filter_map(|node| text(node).ok()).map(str::to_owned).collect()),
+            Value::Text(path) => Prompts::File(path.into()),
+            Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Mapping(_) => {
+                unreachable!("the kind of `prompts` is text or a list")
+            }
+        }
+    }
+
     /// The prompts, read from their file if they are in one.
     ///
     /// # Errors
@@ -49,6 +76,20 @@ impl Prompts {
         match self {
             Prompts::File(path) => read_prompts(path),
             Prompts::List(prompts) => Ok(prompts.clone()),
+        }
+    }
+}
+
+/// Checks each prompt of a list.
+pub(super) fn check(node: &Node, mistakes: &mut Mistakes<'_>) {
+    let Value::List(list) = &node.value else { return };
+    let prompts = texts("prompts", list, mistakes);
+    if let Some(problem) = too_many(prompts.len()) {
+        mistakes.add(node.position, format!("`prompts` {problem}"));
+    }
+    for (number, (prompt, position)) in (1..).zip(&prompts) {
+        if let Err(problem) = prompt_of_length(&format!("prompt {number}"), prompt) {
+            mistakes.add(*position, problem);
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::key::{Declared, Preset, Section};
-use super::keys::{RULES, root};
+use super::key::{Declared, Preset, RULES, Section};
+use super::keys::root;
 use super::tree::Value;
 use crate::codebook::LayerKind;
 

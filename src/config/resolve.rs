@@ -2,39 +2,15 @@
 
 use std::collections::BTreeSet;
 
-use super::RunConfig;
 use super::finding::{Finding, Section, Severity, Why};
+use super::layer_info::LayerInfo;
 use super::mistake::{Written, nearest};
 use super::rules::{Decided, RuleIndex, Rules};
+use super::run_config::RunConfig;
 use super::sections::{PalettizeSection, PruneSection};
-use crate::codebook::{Grouping, LayerKind, Misfit, PaletteOptions, PruneOptions, Sparsity};
+use crate::codebook::{Grouping, Misfit, PaletteOptions, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::pattern::NamePattern;
-
-/// A layer of a model, as far as resolution needs it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerInfo {
-    /// The checkpoint name without `.weight`.
-    pub name: String,
-    /// The stage that the layer belongs to (`down_blocks.0`); `None` for the UNet's two ends.
-    pub stage: Option<String>,
-    /// Its type.
-    pub module_type: LayerKind,
-    /// The weight's shape: [o, d] or [o, c / groups, kh, kw].
-    pub shape: Vec<i64>,
-}
-
-impl LayerInfo {
-    fn elements(&self) -> u64 {
-        // A dimension below 0, which no tensor has, counts as 0.
-        self.shape.iter().map(|n| n.max(&0).unsigned_abs()).fold(1, u64::saturating_mul)
-    }
-
-    /// d of [o, d], convolutions flattened to [o, c kh kw].
-    fn columns(&self) -> i64 {
-        self.shape.iter().skip(1).copied().fold(1, i64::saturating_mul)
-    }
-}
 
 /// The settings of each layer, the effect of each rule, and the findings.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,8 +3,8 @@
 use serde::{Serialize, Serializer};
 
 use super::fields::{Fields, entries};
+use super::layer_info::LayerInfo;
 use super::mistake::{Mistakes, Written, nearest};
-use super::resolve::LayerInfo;
 use super::settings::Settings;
 use super::tree::{Node, Value};
 use crate::codebook::LayerKind;

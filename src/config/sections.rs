@@ -4,18 +4,16 @@ use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
 
-use super::fields::{Fields, text};
+use super::fields::{Fields, text, texts};
 use super::keys;
-use super::kinds::Words;
 use super::mistake::{Mistakes, Written};
-use super::prompts::too_many;
+use super::prompts::{self, Prompts};
 use super::rules::{self, Rules, pattern};
-use super::tree::{Node, Position, Value};
+use super::tree::Position;
+use super::words::TimestepWeighting;
 use crate::codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
 use crate::error::Place;
-use crate::input::prompt_of_length;
 use crate::pattern::NamePattern;
-use crate::shorten::path_as_text;
 
 /// The model, and where it is computed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -59,17 +57,6 @@ pub struct CalibrationSection {
     pub size: Option<(i64, i64)>,
 }
 
-/// Prompts, or a file of prompts.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(untagged)]
-pub enum Prompts {
-    /// A file for [`read_prompts`](super::read_prompts). A relative path starts at the current
-    /// folder.
-    File(#[serde(serialize_with = "path_as_text")] PathBuf),
-    /// The prompts themselves; at least one.
-    List(Vec<String>),
-}
-
 /// Which layers are pruned, and how.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PruneSection {
@@ -81,54 +68,6 @@ pub struct PruneSection {
     /// The settings of their layers.
     #[serde(flatten, serialize_with = "rules::write")]
     pub rules: Rules<PruneOptions>,
-}
-
-/// How mask, weights and palette of a layer are found.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum SolverKind {
-    /// `sequential`: a layer is pruned, then palettized without a look at its inputs, as
-    /// coremltools does.
-    Sequential,
-    /// `joint`: mask, weights and palettes together, for the least error of the layer's output; see
-    /// [`joint`](crate::solver::joint()). Palettes are calibrated too.
-    #[default]
-    Joint,
-}
-
-/// Which inputs a layer is compressed for (the key `sequencing`).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Pace {
-    /// `stage`: the inputs that the dense layers of its stage produce. The default of the
-    /// sequential solver.
-    Stage,
-    /// `sublayer`: the inputs that the already compressed layers before it produce, which takes
-    /// more passes over the samples. The default of the joint solver.
-    #[default]
-    Sublayer,
-}
-
-/// Which outputs a compressed layer is fitted to.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Target {
-    /// `current`: those of its own dense weights on the inputs that it is compressed for.
-    Current,
-    /// `dense`: those of the dense network, so that errors of earlier layers are corrected too.
-    /// Needs the joint solver and `sequencing: sublayer`, whose default it is.
-    #[default]
-    Dense,
-}
-
-/// Weight of each sample in the Hessians, by its timestep.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum TimestepWeighting {
-    /// `uniform`: equal weights.
-    #[default]
-    Uniform,
-    /// `early`: sigma, the noise to signal ratio, which is large in the early steps that decide the
-    /// content of a picture.
-    Early,
-    /// `log`: ln(1 + sigma).
-    Log,
 }
 
 /// Which layers are palettized, and how.
@@ -167,67 +106,6 @@ pub enum BudgetTarget {
     Size(u64),
     /// Mean bits of a compressed weight.
     Bits(f64),
-}
-
-/// The names of an enum's values in a config.
-macro_rules! words {
-    ($kind:ident, $($word:literal => $value:ident),+) => {
-        impl Words for $kind {
-            fn words() -> Vec<(&'static str, Self)> {
-                vec![$(($word, $kind::$value)),+]
-            }
-        }
-
-        impl $kind {
-            /// The name in a config.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $($kind::$value => $word),+
-                }
-            }
-        }
-
-        impl Serialize for $kind {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.serialize_str(self.name())
-            }
-        }
-    };
-}
-
-words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
-words!(Pace, "stage" => Stage, "sublayer" => Sublayer);
-words!(Target, "current" => Current, "dense" => Dense);
-words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
-
-impl SolverKind {
-    /// The default: joint, unless weights are pruned by magnitude.
-    pub(super) fn that_can(prune: Option<&PruneSection>) -> Self {
-        match prune.map(|section| section.algorithm) {
-            Some(PruneMethod::Magnitude) => SolverKind::Sequential,
-            Some(PruneMethod::SparseGpt) | None => SolverKind::Joint,
-        }
-    }
-}
-
-impl Pace {
-    /// The default of a solver.
-    pub(super) fn of(solver: SolverKind) -> Self {
-        match solver {
-            SolverKind::Sequential => Pace::Stage,
-            SolverKind::Joint => Pace::Sublayer,
-        }
-    }
-}
-
-impl Target {
-    /// The default of a solver and its sequencing.
-    pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
-        match (solver, pace) {
-            (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
-            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, Pace::Stage | Pace::Sublayer) => Target::Current,
-        }
-    }
 }
 
 impl Default for ModelSection {
@@ -300,7 +178,7 @@ impl CalibrationSection {
         }
         let (height, width) = (fields.get(&HEIGHT, mistakes), fields.get(&WIDTH, mistakes));
         let prompts = fields.value(&PROMPTS, mistakes);
-        check_prompts(&prompts, mistakes);
+        prompts::check(&prompts, mistakes);
         CalibrationSection {
             prompts: Prompts::of(&prompts),
             samples: fields.get(&SAMPLES, mistakes),
@@ -314,46 +192,6 @@ impl CalibrationSection {
             size: height.zip(width),
         }
     }
-}
-
-impl Prompts {
-    /// The prompts in a node that the key's kind has accepted. Entries that are no text are left
-    /// out: [`check_prompts`] reports them.
-    fn of(node: &Node) -> Self {
-        match &node.value {
-            Value::List(prompts) => Prompts::List(prompts.iter().filter_map(|node| text(node).ok()).map(str::to_owned).collect()),
-            Value::Text(path) => Prompts::File(path.into()),
-            Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Mapping(_) => {
-                unreachable!("the kind of `prompts` is text or a list")
-            }
-        }
-    }
-}
-
-/// Checks each prompt of a list.
-fn check_prompts(node: &Node, mistakes: &mut Mistakes<'_>) {
-    let Value::List(list) = &node.value else { return };
-    let prompts = texts("prompts", list, mistakes);
-    if let Some(problem) = too_many(prompts.len()) {
-        mistakes.add(node.position, format!("`prompts` {problem}"));
-    }
-    for (number, (prompt, position)) in (1..).zip(&prompts) {
-        if let Err(problem) = prompt_of_length(&format!("prompt {number}"), prompt) {
-            mistakes.add(*position, problem);
-        }
-    }
-}
-
-/// The entries of a list that are text. The others are mistakes.
-fn texts<'a>(key: &str, list: &'a [Node], mistakes: &mut Mistakes<'_>) -> Vec<(&'a str, Position)> {
-    let mut texts = Vec::new();
-    for node in list {
-        match text(node) {
-            Ok(text) => texts.push((text, node.position)),
-            Err(must) => mistakes.add(node.position, format!("an entry of `{key}` {must}, not {}", node.value)),
-        }
-    }
-    texts
 }
 
 impl PruneSection {

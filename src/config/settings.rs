@@ -7,9 +7,9 @@ use serde_yaml::FlowSeq;
 use super::fields::Fields;
 use super::key::Section;
 use super::keys;
-use super::kinds::Words;
 use super::limits;
 use super::mistake::Mistakes;
+use super::words::GranularityWord;
 use crate::codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 
 /// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key
@@ -84,8 +84,8 @@ impl Settings for PaletteOptions {
     fn written(&self) -> PaletteKeys {
         let PaletteOptions { bits, grouping, axis, per_channel_scale } = *self;
         let granularity = match grouping {
-            Grouping::PerTensor => PER_TENSOR,
-            Grouping::PerGroupedChannel { .. } => PER_GROUPED_CHANNEL,
+            Grouping::PerTensor => GranularityWord::PerTensor,
+            Grouping::PerGroupedChannel { .. } => GranularityWord::PerGroupedChannel,
         };
         PaletteKeys {
             n_bits: bits,
@@ -101,26 +101,10 @@ impl Settings for PaletteOptions {
 #[derive(Serialize)]
 pub(super) struct PaletteKeys {
     n_bits: BitWidth,
-    granularity: &'static str,
+    granularity: GranularityWord,
     group_size: Option<usize>,
     channel_axis: usize,
     enable_per_channel_scale: bool,
-}
-
-const PER_TENSOR: &str = "per_tensor";
-const PER_GROUPED_CHANNEL: &str = "per_grouped_channel";
-
-/// The values of the key `granularity`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum GranularityWord {
-    PerTensor,
-    PerGroupedChannel,
-}
-
-impl Words for GranularityWord {
-    fn words() -> Vec<(&'static str, Self)> {
-        vec![(PER_TENSOR, GranularityWord::PerTensor), (PER_GROUPED_CHANNEL, GranularityWord::PerGroupedChannel)]
-    }
 }
 
 /// Reads `granularity` and `group_size`, which go together.

@@ -1,0 +1,141 @@
+//! Enums whose values are words in a config.
+
+use serde::{Serialize, Serializer};
+
+use crate::codebook::{OnMisfit, PruneMethod};
+
+/// The names of an enum's values in a config.
+pub(super) trait Words: Copy + 'static {
+    fn words() -> Vec<(&'static str, Self)>;
+}
+
+/// How mask, weights and palette of a layer are found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SolverKind {
+    /// `sequential`: a layer is pruned, then palettized without a look at its inputs, as
+    /// coremltools does.
+    Sequential,
+    /// `joint`: mask, weights and palettes together, for the least error of the layer's output; see
+    /// [`joint`](crate::solver::joint()). Palettes are calibrated too.
+    #[default]
+    Joint,
+}
+
+/// Which inputs a layer is compressed for (the key `sequencing`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// `stage`: the inputs that the dense layers of its stage produce. The default of the
+    /// sequential solver.
+    Stage,
+    /// `sublayer`: the inputs that the already compressed layers before it produce, which takes
+    /// more passes over the samples. The default of the joint solver.
+    #[default]
+    Sublayer,
+}
+
+/// Which outputs a compressed layer is fitted to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Target {
+    /// `current`: those of its own dense weights on the inputs that it is compressed for.
+    Current,
+    /// `dense`: those of the dense network, so that errors of earlier layers are corrected too.
+    /// Needs the joint solver and `sequencing: sublayer`, whose default it is.
+    #[default]
+    Dense,
+}
+
+/// Weight of each sample in the Hessians, by its timestep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TimestepWeighting {
+    /// `uniform`: equal weights.
+    #[default]
+    Uniform,
+    /// `early`: sigma, the noise to signal ratio, which is large in the early steps that decide the
+    /// content of a picture.
+    Early,
+    /// `log`: ln(1 + sigma).
+    Log,
+}
+
+/// The values of the key `granularity`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GranularityWord {
+    /// `per_tensor`: one palette for the whole weight.
+    PerTensor,
+    /// `per_grouped_channel`: one palette for each group of channels.
+    PerGroupedChannel,
+}
+
+/// Gives an enum the names of its values.
+macro_rules! words {
+    ($kind:ident, $($word:literal => $value:ident),+) => {
+        impl Words for $kind {
+            fn words() -> Vec<(&'static str, Self)> {
+                vec![$(($word, $kind::$value)),+]
+            }
+        }
+
+        impl $kind {
+            /// The name in a config.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($kind::$value => $word),+
+                }
+            }
+        }
+
+        impl Serialize for $kind {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.name())
+            }
+        }
+    };
+}
+
+words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
+words!(Pace, "stage" => Stage, "sublayer" => Sublayer);
+words!(Target, "current" => Current, "dense" => Dense);
+words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
+words!(GranularityWord, "per_tensor" => PerTensor, "per_grouped_channel" => PerGroupedChannel);
+
+impl Words for PruneMethod {
+    fn words() -> Vec<(&'static str, Self)> {
+        PruneMethod::ALL.map(|method| (method.name(), method)).into()
+    }
+}
+
+impl Words for OnMisfit {
+    fn words() -> Vec<(&'static str, Self)> {
+        OnMisfit::ALL.map(|policy| (policy.name(), policy)).into()
+    }
+}
+
+impl SolverKind {
+    /// The default: joint, unless weights are pruned by magnitude.
+    pub(super) fn that_can(prune: Option<PruneMethod>) -> Self {
+        match prune {
+            Some(PruneMethod::Magnitude) => SolverKind::Sequential,
+            Some(PruneMethod::SparseGpt) | None => SolverKind::Joint,
+        }
+    }
+}
+
+impl Pace {
+    /// The default of a solver.
+    pub(super) fn of(solver: SolverKind) -> Self {
+        match solver {
+            SolverKind::Sequential => Pace::Stage,
+            SolverKind::Joint => Pace::Sublayer,
+        }
+    }
+}
+
+impl Target {
+    /// The default of a solver and its sequencing.
+    pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
+        match (solver, pace) {
+            (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
+            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, Pace::Stage | Pace::Sublayer) => Target::Current,
+        }
+    }
+}
