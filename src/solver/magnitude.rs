@@ -2,8 +2,9 @@
 
 use tch::Tensor;
 
-use super::matrix::{flat, to_vec};
+use super::matrix::to_vec;
 use super::sparsity::mark_smallest;
+use super::weight::flat;
 use crate::codebook::{NmRatio, Sparsity};
 use crate::error::Result;
 

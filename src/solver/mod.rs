@@ -22,6 +22,7 @@ mod sparsegpt;
 mod sparsity;
 mod sweep;
 mod triangle;
+mod weight;
 
 pub use factor::Factor;
 pub use geometry::{InputGeometry, Windows};

@@ -3,8 +3,9 @@
 use tch::Tensor;
 
 use super::Hessian;
-use super::matrix::{flat_for, panels};
+use super::matrix::panels;
 use super::triangle::Triangle;
+use super::weight::flat_for;
 use crate::error::Result;
 use crate::product::product;
 use crate::sum::dot;

@@ -4,9 +4,10 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::factor::inverse;
-use super::matrix::{block, copy, flat_for, numbers_mut, panels, to_vec};
+use super::matrix::{block, copy, numbers_mut, panels, to_vec};
 use super::sparsity::{Quota, mark_smallest};
 use super::sweep::{Block, score, sweep};
+use super::weight::flat_for;
 use super::{Factor, Hessian, Note, device_sweep};
 use crate::codebook::{NmRatio, PruneOptions, Sparsity};
 use crate::error::{Error, Result};

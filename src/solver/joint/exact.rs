@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{JointOptions, along_outputs};
+use super::options::{JointOptions, along_outputs};
 use crate::codebook::Grouping;
 use crate::error::Result;
 use crate::solver::matrix::to_vec;

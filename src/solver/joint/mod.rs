@@ -5,7 +5,7 @@
 //! squares. Pruned and kept weights are swapped where that lowers the error. Palettes are made for
 //! the kept weights. A sweep with error feedback rounds the weights to their palettes. Palettes and
 //! indices are improved in alternation while that pays. The stored form and its size are those of
-//! [`prune`](super::prune) followed by [`palettize`].
+//! [`prune`](super::prune) followed by [`palettize`](super::palette::palettize).
 //!
 //! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
 //! products; all other work goes row by row.
@@ -14,11 +14,13 @@ mod entries;
 mod exact;
 mod factors;
 mod least_squares;
-
+mod natural;
+mod options;
 mod polish;
 mod problem;
 mod row;
 mod shrinkage;
+mod solution;
 mod sorted_codebook;
 mod swap;
 mod sweep;
@@ -26,60 +28,26 @@ mod sweep;
 mod tests;
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use tch::{Device, Tensor};
 
 pub use factors::{JointFactors, Order};
+pub use options::JointOptions;
 
-use super::matrix::{flat_for, to_vec};
-use super::palette::{Palettized, palettize, palettize_weighted};
+use super::matrix::to_vec;
+use super::palette::Palettized;
+use super::weight::flat_for;
 use super::{Hessian, Note, OutputResidual, prune_with};
-use crate::codebook::{Codebook, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
+use crate::codebook::{Effort, NmRatio, PruneOptions, Sparsity};
 use crate::error::{Error, Result};
 use crate::product::product;
 use crate::sum::squares;
 use least_squares::MaskedLeastSquares;
+use natural::Natural;
+use options::along_outputs;
 use problem::{Data, Loss, Problem};
-use sorted_codebook::SortedCodebook;
+use solution::Solution;
 use swap::{Swaps, swap};
-
-/// The settings of [`joint`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct JointOptions {
-    /// How the weight is pruned; its `dampening` is that of the factors. `None` keeps all weights.
-    pub prune: Option<PruneOptions>,
-    /// How the weight is palettized; `None` makes no palettes.
-    pub palettize: Option<PaletteOptions>,
-    /// How much work is done.
-    pub effort: Effort,
-}
-
-impl JointOptions {
-    /// Settings with the default effort.
-    pub fn new(prune: Option<PruneOptions>, palettize: Option<PaletteOptions>) -> Self {
-        JointOptions { prune, palettize, effort: Effort::default() }
-    }
-
-    /// The order of columns in which these settings are solved best.
-    pub fn order(&self) -> Order {
-        if self.prune.is_some() { Order::Natural } else { Order::Activation }
-    }
-
-    /// The dampening that the factors must have.
-    pub fn dampening(&self) -> f64 {
-        self.prune.map_or(DENSE_DAMPENING, |prune| prune.dampening)
-    }
-}
-
-/// The dampening where nothing is pruned, as a share of the Hessian's mean diagonal. All of such a
-/// weight is free to overfit the calibration inputs. On the bundled model 0.03 to 0.15 give the
-/// least error on other inputs.
-const DENSE_DAMPENING: f64 = 0.03;
-
-/// Rounds of palette refit and polish go on while at least this share of the weights gets other
-/// entries.
-const LEAST_CHANGE: f64 = 0.003;
 
 /// Steps of conjugate gradients go on while they lower the objective by at least this share.
 const LEAST_STEP_GAIN: f64 = 0.001;
@@ -129,6 +97,8 @@ pub struct Joint {
 /// # Errors
 /// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this
 /// Hessian, dampening and order, or the output residual was made of other samples than the Hessian.
+///
+/// [`palettize`]: super::palette::palettize
 pub fn joint(
     name: &str,
     weight: &Tensor,
@@ -301,126 +271,4 @@ fn corrected(flat: &Tensor, residual: &OutputResidual, factors: &JointFactors, n
     }
     natural.restore(&mut solved);
     Ok(Tensor::f_from_slice(&solved)?.f_reshape([o, d])?.f_to_device(flat.device())?.f_add_(flat)?)
-}
-
-/// Whether each palette belongs to whole output channels.
-fn along_outputs(options: &PaletteOptions) -> bool {
-    match options.grouping {
-        Grouping::PerTensor => true,
-        Grouping::PerGroupedChannel { .. } => options.axis == 0,
-    }
-}
-
-/// A candidate for the stored weight, columns in the order of the problem.
-#[derive(Debug)]
-struct Solution {
-    weight: Vec<f16>,
-    palettized: Option<Palettized>,
-    loss: Loss,
-}
-
-impl Solution {
-    /// The weights rounded to fp16, or each at the nearest entry of the best palettes for the
-    /// weights without their Hessian.
-    fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
-        let half = halves(weight);
-        let shape = [problem.data.rows, problem.data.columns];
-        let palettized = match &options.palettize {
-            None => None,
-            Some(options) => Some(palettize(name, &half, &shape, problem.data.keep.as_deref(), options)?),
-        };
-        Self::of(problem, half, palettized)
-    }
-
-    /// Palettes and indices solved together, starting from these weights.
-    fn joint(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
-        let Some(palette) = &options.palettize else { return Self::plain(name, problem, weight, options) };
-        let half = halves(weight);
-        let shape = [problem.data.rows, problem.data.columns];
-        let importance = importance(problem)?;
-        let mut first = palettize_weighted(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette)?;
-        drop((importance, half));
-        let mut sorted = SortedCodebook::new(&first.codebook, std::mem::take(&mut first.indices));
-        if options.effort.sweep {
-            sweep::sweep(problem, weight, &mut sorted)?;
-        }
-        let Effort { palette_steps, turns, .. } = options.effort;
-        for turn in 1..=turns {
-            if palette_steps > 0 {
-                let gradient = entries::palette_gradient(problem, &sorted)?;
-                entries::refit_palettes(problem, &mut sorted, &gradient, palette_steps)?;
-            }
-            let changed = if options.effort.polish { polish::polish(problem, &mut sorted)? } else { 0 };
-            if turn == turns || (changed as f64) < LEAST_CHANGE * weight.len() as f64 {
-                break;
-            }
-        }
-        first.codebook = Codebook { palettes: sorted.palettes(), ..first.codebook };
-        first.indices = sorted.indices;
-        let weight = first.decode(problem.data.keep.as_deref())?;
-        Self::of(problem, weight, Some(first))
-    }
-
-    fn of(problem: &Problem<'_>, half: Vec<f16>, palettized: Option<Palettized>) -> Result<Self> {
-        let weight = match &palettized {
-            Some(palettized) => palettized.decode(problem.data.keep.as_deref())?,
-            None => half,
-        };
-        let loss = problem.loss(|at| weight[at].to_f32())?;
-        Ok(Solution { weight, palettized, loss })
-    }
-}
-
-/// R_jj^2 = 1 / U_jj^2 of each weight: the cost of an error in it when the columns after it
-/// compensate. 0 in dead columns.
-fn importance(problem: &Problem<'_>) -> Result<Vec<f64>> {
-    let mut importance = vec![0.0; problem.data.rows * problem.data.columns];
-    for (part, rows) in problem.chunks() {
-        let diagonal = problem.factors.factors[part].diagonal()?;
-        let dead = &problem.part(part).dead;
-        let costs = diagonal.iter().zip(dead).map(|(r, dead)| if *dead { 0.0 } else { f64::from(*r).powi(2) });
-        let costs: Vec<f64> = costs.collect();
-        importance[problem.data.span(&rows)].par_chunks_mut(problem.data.columns).for_each(|row| row.copy_from_slice(&costs));
-    }
-    Ok(importance)
-}
-
-fn halves(weight: &[f32]) -> Vec<f16> {
-    let mut half = vec![f16::ZERO; weight.len()];
-    half.par_chunks_mut(1 << 16).zip(weight.par_chunks(1 << 16)).for_each(|(half, weight)| half.convert_from_f32_slice(weight));
-    half
-}
-
-/// Converts between the order of the factors' columns and the natural order.
-struct Natural<'a> {
-    /// The natural place of each column, for each part.
-    orders: Vec<Option<&'a [usize]>>,
-    part_rows: usize,
-    columns: usize,
-}
-
-impl<'a> Natural<'a> {
-    fn new(factors: &'a JointFactors, rows: usize, columns: usize) -> Self {
-        let orders = factors.parts.iter().map(|part| part.order.as_deref()).collect();
-        Natural { orders, part_rows: rows / factors.parts.len(), columns }
-    }
-
-    fn each_row<T: Copy + Send + Sync>(&self, values: &mut [T], place: impl Fn(&mut [T], &[T], &[usize]) + Sync) {
-        values.par_chunks_mut(self.columns).enumerate().for_each(|(row, values)| {
-            if let Some(order) = self.orders[row / self.part_rows] {
-                let old = values.to_vec();
-                place(values, &old, order);
-            }
-        });
-    }
-
-    /// Converts from natural order to that of the factors.
-    fn sort<T: Copy + Send + Sync>(&self, values: &mut [T]) {
-        self.each_row(values, |new, old, order| new.iter_mut().zip(order).for_each(|(new, from)| *new = old[*from]));
-    }
-
-    /// Converts from the order of the factors to natural order.
-    fn restore<T: Copy + Send + Sync>(&self, values: &mut [T]) {
-        self.each_row(values, |new, old, order| old.iter().zip(order).for_each(|(old, to)| new[*to] = *old));
-    }
 }
