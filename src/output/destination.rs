@@ -5,7 +5,7 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use super::parent;
+use super::parent::parent;
 use crate::error::{Error, Result};
 use crate::input::name_of;
 

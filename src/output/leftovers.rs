@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::{Builder, NamedTempFile, TempDir};
 
-use super::parent;
+use super::parent::parent;
 
 /// Characters after the prefix.
 const RANDOM: usize = 6;
