@@ -6,12 +6,11 @@
 
 mod compressed;
 mod dense;
+mod inferred;
 mod shape;
 
-use super::element::ArrayType;
 use super::operand::Operands;
-
-type Inferred = Result<Vec<ArrayType>, String>;
+use inferred::Inferred;
 
 /// An operation's name, its parameters, and the function that infers its outputs.
 struct Definition {
@@ -82,10 +81,4 @@ pub(super) fn infer(name: &str, operands: &Operands) -> Inferred {
         return Err(format!("has no parameter `{surplus}`"));
     }
     infer(operands)
-}
-
-/// A possibly negative axis of an array.
-fn axis(axis: i32, rank: usize) -> Result<usize, String> {
-    let from_end = i64::from(axis) + if axis < 0 { rank as i64 } else { 0 };
-    usize::try_from(from_end).ok().filter(|axis| *axis < rank).ok_or_else(|| format!("there is no axis {axis} in rank {rank}"))
 }

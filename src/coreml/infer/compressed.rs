@@ -2,7 +2,7 @@
 
 use super::super::element::{ArrayType, Element};
 use super::super::operand::{Operand, Operands};
-use super::Inferred;
+use super::inferred::Inferred;
 
 pub fn lut_to_dense(operands: &Operands) -> Inferred {
     let indices = constant(operands, "indices")?;

@@ -2,7 +2,7 @@
 
 use super::super::element::{ArrayType, Element};
 use super::super::operand::Operands;
-use super::{Inferred, axis};
+use super::inferred::{Inferred, axis, rank4};
 
 pub fn unary(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
@@ -163,8 +163,4 @@ pub fn einsum(operands: &Operands) -> Inferred {
 
 fn floating(element: Element) -> Result<(), String> {
     if matches!(element, Element::F16 | Element::F32) { Ok(()) } else { Err(format!("is given {element}")) }
-}
-
-pub fn rank4(shape: &[u64]) -> Result<[u64; 4], String> {
-    shape.try_into().map_err(|_| format!("{shape:?} where four dimensions are needed"))
 }

@@ -2,8 +2,7 @@
 
 use super::super::element::{ArrayType, Element, MAX_RANK};
 use super::super::operand::Operands;
-use super::dense::rank4;
-use super::{Inferred, axis};
+use super::inferred::{Inferred, axis, rank4};
 
 /// One size may be -1: the number that keeps the element count.
 pub fn reshape(operands: &Operands) -> Inferred {

@@ -1,6 +1,7 @@
 //! The UNet as a program: the computation of [`crate::model::unet`].
 
 mod ends;
+mod inputs;
 mod resnet;
 mod stage;
 mod transformer;
@@ -12,7 +13,7 @@ use crate::error::Result;
 use crate::model::unet::UnetChain;
 use crate::pipeline::UnetWeights;
 use crate::progress::{Progress, Task};
-use ends::Inputs;
+use inputs::Inputs;
 
 /// A UNet's program after its input block.
 struct UnetLowering<'a> {
