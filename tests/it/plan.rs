@@ -158,7 +158,7 @@ fn several_devices_share_the_samples() {
 fn what_is_computed_is_what_was_planned() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
-    let mut config = RunConfig::read(&repo("configs/joint-s40-4bit-gs16.yaml")).unwrap();
+    let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
     (config.calibration.calibration_nsamples, config.calibration.steps) = (5, 2);
     let options = RunOptions::on(Placement::CPU);
     let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();

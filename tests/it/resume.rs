@@ -71,7 +71,7 @@ fn an_interrupt_ends_after_the_layer_at_hand_and_says_how_to_go_on() {
     let run_of = args(&out, &[]);
     let ended = interrupted_among_the_layers(&run_of.iter().map(String::as_str).collect::<Vec<_>>());
     let said = String::from_utf8_lossy(&ended.stdout).into_owned();
-    assert!(said.contains("--resume goes on from here"), "{said}");
+    assert!(said.contains("with --resume continues the run"), "{said}");
     let parts = std::fs::read_dir(out.join("unet.squeezed.work")).unwrap().flatten();
     assert!(parts.filter(|entry| entry.file_name().to_string_lossy().starts_with("part-")).count() > 0);
     assert!(!out.join("unet.squeezed.safetensors").exists());
