@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use serde::de::DeserializeOwned;
 
@@ -34,26 +34,35 @@ impl Squeeze {
         self
     }
 
+    /// Adds a flag with its value.
+    pub fn with(self, flag: &str, value: impl AsRef<OsStr>) -> Self {
+        self.arg(flag).arg(value)
+    }
+
     /// `--config configs/NAME.yaml`.
     pub fn config(self, name: &str) -> Self {
-        self.arg("--config").arg(repo(&format!("configs/{name}.yaml")))
+        self.config_file(repo(&format!("configs/{name}.yaml")))
+    }
+
+    /// `--config FILE`.
+    pub fn config_file(self, path: impl AsRef<Path>) -> Self {
+        self.with("--config", path.as_ref())
     }
 
     /// `--model FOLDER`.
     pub fn model(self, folder: impl AsRef<Path>) -> Self {
-        self.arg("--model").arg(folder.as_ref())
+        self.with("--model", folder.as_ref())
     }
 
     /// `--out PATH`.
     pub fn out(self, path: impl AsRef<Path>) -> Self {
-        self.arg("--out").arg(path.as_ref())
+        self.with("--out", path.as_ref())
     }
 
     /// `count` calibration samples, from pictures of `steps` steps of the bundled model's prompts.
     pub fn samples(self, count: usize, steps: usize) -> Self {
-        let prompts = repo("calibration/emoji.txt");
         let [count, steps] = [count, steps].map(|number| number.to_string());
-        self.arg("--prompts").arg(prompts).args(["--calibration-nsamples", &count, "--steps", &steps])
+        self.with("--prompts", repo("calibration/emoji.txt")).with("--calibration-nsamples", count).with("--steps", steps)
     }
 
     /// The arguments, to be given to the program by a shell.
@@ -76,6 +85,11 @@ impl Squeeze {
         let ended = Ended::new(self.clone(), &output);
         assert_eq!(output.status.code(), Some(expected), "{ended}");
         ended
+    }
+
+    /// Starts the command, whose output nobody reads.
+    pub fn starts(&self) -> Child {
+        self.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program can be started")
     }
 
     /// Runs the command, which must succeed.
@@ -101,7 +115,7 @@ impl Squeeze {
 #[derive(Debug)]
 pub struct Ended {
     squeeze: Squeeze,
-    status: String,
+    status: ExitStatus,
     /// The text on standard output.
     pub stdout: String,
     /// The text on standard error.
@@ -111,7 +125,7 @@ pub struct Ended {
 impl Ended {
     fn new(squeeze: Squeeze, output: &Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ended { squeeze, status: output.status.to_string(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+        Ended { squeeze, status: output.status, stdout: text(&output.stdout), stderr: text(&output.stderr) }
     }
 
     /// Asserts that standard output or standard error contains each of `parts`.
@@ -144,5 +158,28 @@ impl Display for Ended {
         writeln!(f, "ended with: {status}")?;
         writeln!(f, "--- standard output\n{stdout}")?;
         writeln!(f, "--- standard error\n{stderr}")
+    }
+}
+
+/// Variables that make the libraries use the instructions of processors without AVX-512.
+const NARROWER: [(&str, &str); 3] =
+    [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "AVX2,STRICT"), ("ATEN_CPU_CAPABILITY", "avx2")];
+
+/// Asserts that a command writes equal bytes on each number of threads, both with the instructions
+/// of this processor and with those of a narrower one. `result` takes the bytes that a run wrote.
+#[track_caller]
+pub fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
+    for narrower in [&[][..], &NARROWER] {
+        let mut on = |threads: &str| {
+            let mut command = squeeze.command();
+            command.env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).envs(narrower.iter().copied());
+            let ended = Ended::new(squeeze.clone(), &command.output().expect("the program can be started"));
+            assert!(ended.status.success(), "{ended}");
+            result()
+        };
+        let first = on(threads[0]);
+        for number in &threads[1..] {
+            assert!(on(number) == first, "other bytes on {number} threads than on {} ({narrower:?})", threads[0]);
+        }
     }
 }

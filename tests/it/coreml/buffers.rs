@@ -87,6 +87,6 @@ fn the_command_says_what_it_moved() {
         squeeze(&[&["export", &container, "--to", "coremltools", "--out", &out], more].concat())
     };
     assert!(ended_with(2, &export(&[])).contains("--small-weights move"));
-    assert!(ended_with(2, &export(&["--layout", "linear"])).contains("--layout does nothing"));
+    assert!(ended_with(2, &export(&["--layout", "linear"])).contains("--layout has no effect"));
     assert!(ended_with(0, &export(&["--small-weights", "move"])).contains("weights moved above 2^-10"));
 }
