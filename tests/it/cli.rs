@@ -66,7 +66,7 @@ fn a_prompt_that_is_cut_is_said() {
 }
 
 #[test]
-fn progress_as_json_and_not_at_all() {
+fn progress_is_written_as_json_or_not_at_all() {
     let out = tempfile::tempdir().unwrap();
     let run = generate("owl").with("--steps", "4").with("-o", out.path().join("x.png"));
     let text = run.clone().arg("--progress=json").succeeds().stderr;
@@ -138,7 +138,7 @@ fn compress_starts_again_with_its_environment() {
 }
 
 #[test]
-fn completions_for_three_shells() {
+fn completions_are_written_for_three_shells() {
     for (shell, words) in [("bash", "complete -F"), ("zsh", "#compdef sdxl-squeeze"), ("fish", "complete -c sdxl-squeeze")] {
         let script = Squeeze::new("completions").arg(shell).succeeds().stdout;
         assert!(script.contains(words) && script.contains("target-sparsity"), "{script}");
@@ -147,7 +147,7 @@ fn completions_for_three_shells() {
 }
 
 #[test]
-fn a_man_page_for_each_command() {
+fn every_command_has_a_man_page() {
     Squeeze::new("man").succeeds().says(&[".TH sdxl-squeeze 1", "compress"]);
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("man1");
