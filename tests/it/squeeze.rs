@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde::de::DeserializeOwned;
 
@@ -13,13 +13,14 @@ use crate::support::{repo, squeezing};
 #[derive(Debug, Clone)]
 pub struct Squeeze {
     arguments: Vec<OsString>,
+    variables: Vec<(&'static str, String)>,
     folder: PathBuf,
 }
 
 impl Squeeze {
     /// The subcommand `name`, run in the root of the repository.
     pub fn new(name: &str) -> Self {
-        Squeeze { arguments: vec![name.into()], folder: repo("") }
+        Squeeze { arguments: vec![name.into()], variables: Vec::new(), folder: repo("") }
     }
 
     /// Adds an argument.
@@ -42,6 +43,12 @@ impl Squeeze {
     /// `--config configs/NAME.yaml`.
     pub fn config(self, name: &str) -> Self {
         self.config_file(repo(&format!("configs/{name}.yaml")))
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &'static str, value: &str) -> Self {
+        self.variables.push((name, value.to_owned()));
+        self
     }
 
     /// `--config FILE`.
@@ -74,7 +81,7 @@ impl Squeeze {
     /// The command, to be started by the test.
     pub fn command(&self) -> Command {
         let mut command = squeezing(&[]);
-        command.args(&self.arguments).current_dir(&self.folder);
+        command.args(&self.arguments).envs(self.variables.iter().cloned()).current_dir(&self.folder);
         command
     }
 
@@ -115,7 +122,7 @@ impl Squeeze {
 #[derive(Debug)]
 pub struct Ended {
     squeeze: Squeeze,
-    status: ExitStatus,
+    status: String,
     /// The text on standard output.
     pub stdout: String,
     /// The text on standard error.
@@ -125,7 +132,7 @@ pub struct Ended {
 impl Ended {
     fn new(squeeze: Squeeze, output: &Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ended { squeeze, status: output.status, stdout: text(&output.stdout), stderr: text(&output.stderr) }
+        Ended { squeeze, status: output.status.to_string(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
     }
 
     /// Asserts that standard output or standard error contains each of `parts`.
@@ -151,9 +158,10 @@ impl Ended {
 
 impl Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Ended { squeeze: Squeeze { arguments, folder }, status, stdout, stderr } = self;
+        let Ended { squeeze: Squeeze { arguments, variables, folder }, status, stdout, stderr } = self;
         let command: Vec<String> = arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
         writeln!(f, "command: sdxl-squeeze {}", command.join(" "))?;
+        writeln!(f, "environment: {variables:?}")?;
         writeln!(f, "folder: {}", folder.display())?;
         writeln!(f, "ended with: {status}")?;
         writeln!(f, "--- standard output\n{stdout}")?;
@@ -171,10 +179,8 @@ const NARROWER: [(&str, &str); 3] =
 pub fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
     for narrower in [&[][..], &NARROWER] {
         let mut on = |threads: &str| {
-            let mut command = squeeze.command();
-            command.env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).envs(narrower.iter().copied());
-            let ended = Ended::new(squeeze.clone(), &command.output().expect("the program can be started"));
-            assert!(ended.status.success(), "{ended}");
+            let run = squeeze.clone().env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads);
+            narrower.iter().fold(run, |run, (name, value)| run.env(name, value)).succeeds();
             result()
         };
         let first = on(threads[0]);
