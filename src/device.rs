@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names() {
+    fn devices_and_dtypes_are_parsed_from_their_names() {
         assert_eq!(parse_device("cpu").unwrap(), Device::Cpu);
         for bad in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:99999999999"] {
             let message = parse_device(bad).unwrap_err().to_string();

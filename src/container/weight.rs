@@ -368,7 +368,7 @@ mod tests {
     /// More than one block, so that the mask's counts between blocks matter, on any number of
     /// threads.
     #[test]
-    fn blocks_join() {
+    fn blocks_decode_to_what_the_whole_weight_is() {
         let (rows, columns) = (517, 389);
         let random = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
         for (axis, group_size) in [(0, 47), (1, 389)] {
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn extremes() {
+    fn weights_at_the_limits_decode_or_are_refused() {
         // Nothing kept; a product beyond fp16; shapes that are none.
         let keep = [false; 4];
         let codebook =

@@ -30,7 +30,7 @@ fn alike(name: &str, operation: &dyn Fn() -> Tensor) {
 }
 
 #[test]
-fn convolutions() {
+fn convolutions_have_the_same_bits_on_any_number_of_threads() {
     for (batch, from, side, to, stride) in [
         (2, 4, 64, 320, 1),
         (2, 320, 32, 320, 1),
@@ -46,7 +46,7 @@ fn convolutions() {
 }
 
 #[test]
-fn attention() {
+fn attention_has_the_same_bits_on_any_number_of_threads() {
     for (batch, queries, keys, heads) in [(2, 1024, 1024, 5), (2, 256, 77, 10), (1, 77, 77, 12), (2, 100, 36, 4), (2, 4, 77, 2)] {
         let [q, k, v] = [(queries, 1), (keys, 2), (keys, 3)].map(|(length, seed)| numbers(&[batch, length, heads * 64], seed));
         let split = |states: &Tensor| split_heads(states, heads).unwrap();

@@ -9,7 +9,8 @@ use sdxl_squeeze::config::{RunConfig, read_prompts};
 use sdxl_squeeze::container::Container;
 use sdxl_squeeze::pipeline::verify;
 
-use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
+use crate::squeeze::Squeeze;
+use crate::support::{copy, emoji, repo, tiny};
 
 /// A file's tensors: dtype, shape, bytes.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
@@ -30,28 +31,12 @@ fn edit(path: &Path, change: impl FnOnce(&mut Tensors)) {
     std::fs::write(path, whole).unwrap();
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
 /// The picture that a model draws in one step.
 fn picture(model: &Path, out: &Path) -> Vec<u8> {
     let latents = out.join("latents.safetensors");
     let png = out.join("x.png");
-    let args = [
-        "generate",
-        "--model",
-        text(model),
-        "--prompt",
-        "a cat",
-        "--steps",
-        "1",
-        "--latents-out",
-        text(&latents),
-        "-o",
-        text(&png),
-    ];
-    ended_with(0, &squeeze(&args));
+    let run = Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "1"]);
+    run.with("--latents-out", &latents).with("-o", &png).succeeds();
     std::fs::read(latents).unwrap()
 }
 
@@ -67,7 +52,7 @@ fn text_encoders_with_their_positions_stored() {
             tensors.insert("text_model.embeddings.position_ids".into(), (Dtype::I64, vec![1, 77], positions));
         });
     }
-    ended_with(0, &squeeze(&["inspect", "--summary", text(&model)]));
+    Squeeze::new("inspect").arg("--summary").arg(&model).succeeds();
     assert!(picture(&model, folder.path()) == picture(tiny(), folder.path()));
 }
 
@@ -97,13 +82,9 @@ fn a_snapshot_of_links_into_a_folder_of_blobs() {
 
     // What is exported from it stands alone.
     let out = folder.path().join("out");
-    let config = repo("configs/dense-4bit.yaml");
-    ended_with(0, &squeeze(&["compress", "--config", text(&config), "--model", text(&snapshot), "--out", text(&out)]));
+    Squeeze::new("compress").config("dense-4bit").model(&snapshot).out(&out).succeeds();
     let (container, dense) = (out.join("unet.squeezed.safetensors"), folder.path().join("dense"));
-    ended_with(
-        0,
-        &squeeze(&["export", text(&container), "--to", "diffusers", "--model", text(&snapshot), "--out", text(&dense)]),
-    );
+    Squeeze::new("export").arg(&container).with("--to", "diffusers").model(&snapshot).out(&dense).succeeds();
     std::fs::remove_dir_all(folder.path().join("models--x")).unwrap();
     picture(&dense, folder.path());
 }
@@ -141,22 +122,8 @@ fn pictures_of_72_and_96_pixels() {
     let (folder, model) = (tempfile::tempdir().unwrap(), emoji());
     for (height, width) in [("72", "72"), ("96", "96"), ("72", "96"), ("96", "72")] {
         let png = folder.path().join("x.png");
-        let args = [
-            "generate",
-            "--model",
-            text(&model),
-            "--prompt",
-            "a cat",
-            "--steps",
-            "1",
-            "--height",
-            height,
-            "--width",
-            width,
-            "-o",
-            text(&png),
-        ];
-        ended_with(0, &squeeze(&args));
+        let run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1"]);
+        run.args(["--height", height, "--width", width]).with("-o", &png).succeeds();
         let bytes = std::fs::read(&png).unwrap();
         let side = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()).to_string();
         assert_eq!((side(20), side(16)), (height.to_owned(), width.to_owned()));
@@ -189,29 +156,13 @@ fn layers_of_zeros_dead_inputs_and_negative_zeros() {
         fill(tensors, &format!("{block}.ff.net.0.proj.weight"), 0, |at| at / rows[1] < rows[0] / 4);
         fill(tensors, &format!("{block}.ff.net.0.proj.bias"), 0, |at| at < rows[0] / 4);
     });
-    for config in ["tutorial-s50-4bit-gs16.yaml", "squeeze-s50-4bit-gs16.yaml"] {
-        let (out, prompts) = (folder.path().join(config), repo("calibration/emoji.txt"));
-        let config = repo("configs/emoji").join(config);
-        let args = [
-            "compress",
-            "--config",
-            text(&config),
-            "--model",
-            text(&model),
-            "--out",
-            text(&out),
-            "--prompts",
-            text(&prompts),
-            "--calibration-nsamples",
-            "4",
-            "--steps",
-            "3",
-        ];
-        ended_with(0, &squeeze(&args));
+    for config in ["emoji/tutorial-s50-4bit-gs16", "emoji/squeeze-s50-4bit-gs16"] {
+        let out = folder.path().join(config);
+        Squeeze::new("compress").config(config).model(&model).out(&out).samples(4, 3).succeeds();
         let path = out.join("unet.squeezed.safetensors");
         verify(&path).unwrap();
         let container = Container::open(&path).unwrap();
-        assert!(container.decode(&zeros).unwrap().iter().all(|value| value.to_f32() == 0.0), "{}", config.display());
+        assert!(container.decode(&zeros).unwrap().iter().all(|value| value.to_f32() == 0.0), "{config}");
         // What is pruned is +0, whatever it was.
         let weight = container.weight(&negative).unwrap();
         let (mask, dense) = (weight.mask.as_ref().unwrap(), weight.decode().unwrap());

@@ -35,7 +35,7 @@ fn refused(model: &Path, more: &[&str], words: &[&str]) {
 }
 
 #[test]
-fn a_missing_folder_or_part() {
+fn a_missing_folder_or_part_is_named() {
     refused(Path::new("/nowhere/model"), &[], &["cannot read", "/nowhere/model/model_index.json", "No such file"]);
     let folder = model();
     std::fs::remove_file(folder.path().join("vae/config.json")).unwrap();
@@ -48,7 +48,7 @@ fn a_missing_folder_or_part() {
 }
 
 #[test]
-fn damaged_safetensors() {
+fn damaged_safetensors_are_refused() {
     let folder = model();
     let path = folder.path().join("unet/diffusion_pytorch_model.safetensors");
     let whole = std::fs::read(&path).unwrap();

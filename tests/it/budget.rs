@@ -7,31 +7,16 @@ use sdxl_squeeze::calibration::{Samples, weights};
 use sdxl_squeeze::codebook::{BitWidth, Sparsity};
 use sdxl_squeeze::config::{RunConfig, TimestepWeighting};
 use sdxl_squeeze::pipeline::PipelineFolder;
-use serde_json::Value;
 
-use crate::support::{ended_with, repo, squeeze, squeezing, tiny};
+use crate::squeeze::Squeeze;
+use crate::support::{container, repo, report, tiny};
 
 /// Everything on: what our own configs ask for, on a small run.
 const ALL: [&str; 6] = ["--solver", "joint", "--sequencing", "sublayer", "--target", "dense"];
 
-fn args(config: &Path, out: &Path, more: &[&str]) -> Vec<String> {
-    let prompts = repo("calibration/emoji.txt");
-    let paths = [("--config", config), ("--model", tiny()), ("--out", out), ("--prompts", &prompts)];
-    let paths = paths.iter().flat_map(|(flag, path)| [(*flag).to_owned(), path.to_str().unwrap().to_owned()]);
-    let counts = ["--calibration-nsamples", "10", "--steps", "4"];
-    std::iter::once("compress".to_owned()).chain(paths).chain(counts.iter().chain(more).map(|arg| (*arg).to_owned())).collect()
-}
-
-fn run(code: i32, args: &[String]) -> String {
-    ended_with(code, &squeeze(&args.iter().map(String::as_str).collect::<Vec<_>>()))
-}
-
-fn report(out: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
-}
-
-fn container(out: &Path) -> Vec<u8> {
-    std::fs::read(out.join("unet.squeezed.safetensors")).unwrap()
+/// A small run of the config in `config`.
+fn compress(config: impl AsRef<Path>, out: &Path) -> Squeeze {
+    Squeeze::new("compress").config_file(config).model(tiny()).out(out).samples(10, 4)
 }
 
 fn s50() -> PathBuf {
@@ -54,9 +39,9 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
 ";
     std::fs::write(&config, yaml).unwrap();
     let out = folder.path().join("out");
-    run(0, &args(&config, &out, &[]));
-    let found = report(&out);
-    let bits = found["bits_per_weight"].as_f64().unwrap();
+    compress(&config, &out).succeeds();
+    let report = report(&out);
+    let bits = report["bits_per_weight"].as_f64().unwrap();
     assert!((3.9..=4.0).contains(&bits), "{bits} bits a weight");
 
     // The recipe has a rule for each layer and keeps to the limits; the layer that was left alone
@@ -72,12 +57,12 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
     for (_, rule) in prune.rules.module_name_configs {
         assert!(rule.is_none_or(|rule| matches!(rule.sparsity, Sparsity::Unstructured(share) if share <= 0.4)), "{rule:?}");
     }
-    let layers = found["layers"].as_array().unwrap();
+    let layers = report["layers"].as_array().unwrap();
     assert!(layers.iter().all(|layer| layer["name"] != "mid_block.resnets.0.conv1"));
 
     // Run again as a plain config: the same bytes.
     let again = folder.path().join("again");
-    run(0, &args(&out.join("config.yaml"), &again, &[]));
+    compress(out.join("config.yaml"), &again).succeeds();
     assert!(container(&again) == container(&out));
 }
 
@@ -86,8 +71,8 @@ fn too_few_bytes_are_refused_with_how_many_would_do() {
     let folder = tempfile::tempdir().unwrap();
     let with = |code, bytes: u64| {
         let out = folder.path().join(bytes.to_string());
-        let said = run(code, &args(&s50(), &out, &["--solver", "joint", "--target-size", &format!("{bytes} B")]));
-        (said, out)
+        let run = compress(s50(), &out).with("--solver", "joint").with("--target-size", format!("{bytes} B"));
+        (run.ends_with(code).text(), out)
     };
     let (refused, _) = with(2, 10_240);
     let least =
@@ -104,13 +89,11 @@ fn too_few_bytes_are_refused_with_how_many_would_do() {
 fn everything_at_once_gives_the_same_bytes_on_any_threads_and_when_it_is_killed() {
     let folder = tempfile::tempdir().unwrap();
     let captions = repo("calibration/emoji-captions.txt");
-    let more = [&ALL[..], &["--target-bits", "6", "--captions", captions.to_str().unwrap()]].concat();
+    let everything = |out: &Path| compress(s50(), out).args(ALL).with("--target-bits", "6").with("--captions", &captions);
     let on = |threads: &str| {
         let out = folder.path().join(threads);
-        let args = args(&s50(), &out, &more);
-        let mut command = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
         let begin = std::time::Instant::now();
-        ended_with(0, &command.env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).output().unwrap());
+        everything(&out).env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).succeeds();
         (container(&out), begin.elapsed())
     };
     let (two, time) = on("2");
@@ -121,15 +104,13 @@ fn everything_at_once_gives_the_same_bytes_on_any_threads_and_when_it_is_killed(
     let out = folder.path().join("killed");
     let mut kills = 0;
     for moment in 1..=5 {
-        let args = args(&s50(), &out, &[&more[..], &["--resume"]].concat());
-        let mut child = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
-        let mut child = child.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+        let mut child = everything(&out).arg("--resume").starts();
         std::thread::sleep(time.mul_f64(f64::from(moment) / 6.0));
         kills += i32::from(child.try_wait().unwrap().is_none());
         let _ = child.kill();
         child.wait().unwrap();
     }
-    run(0, &args(&s50(), &out, &[&more[..], &["--resume"]].concat()));
+    everything(&out).arg("--resume").succeeds();
     assert!(container(&out) == two, "killed and resumed, other bytes");
     assert!(kills >= 2, "only {kills} of five runs were killed");
 }
@@ -139,9 +120,9 @@ fn captions_make_more_vectors_for_text_and_time() {
     let folder = tempfile::tempdir().unwrap();
     let vectors = |name: &str, more: &[&str]| {
         let out = folder.path().join(name);
-        run(0, &args(&s50(), &out, &[&ALL[..2], more].concat()));
-        let found = report(&out);
-        let layers = found["layers"].as_array().unwrap().clone();
+        compress(s50(), &out).args(&ALL[..2]).args(more).succeeds();
+        let report = report(&out);
+        let layers = report["layers"].as_array().unwrap().clone();
         move |ending: &str| {
             let layer = layers.iter().find(|layer| layer["name"].as_str().unwrap().ends_with(ending)).unwrap();
             layer["vectors"].as_u64().unwrap()
@@ -163,7 +144,7 @@ fn timesteps_count_as_they_are_noisy_and_one_in_the_mean() {
     let folder = tempfile::tempdir().unwrap();
     let samples = folder.path().join("samples.safetensors");
     let out = folder.path().join("uniform");
-    run(0, &args(&s50(), &out, &["--samples-out", samples.to_str().unwrap()]));
+    compress(s50(), &out).with("--samples-out", &samples).succeeds();
     let pipeline = PipelineFolder::open(tiny()).unwrap();
     let samples = Samples::read(&samples, pipeline.unet.config(), 10).unwrap();
     for by in [TimestepWeighting::Early, TimestepWeighting::Log] {
@@ -179,6 +160,6 @@ fn timesteps_count_as_they_are_noisy_and_one_in_the_mean() {
     let yaml = std::fs::read_to_string(s50()).unwrap().replace("calibration:\n", "calibration:\n  timestep_weighting: early\n");
     std::fs::write(&config, yaml).unwrap();
     let early = folder.path().join("early");
-    run(0, &args(&config, &early, &[]));
+    compress(&config, &early).succeeds();
     assert!(container(&early) != container(&out), "the weights change nothing");
 }

@@ -15,38 +15,23 @@ use sdxl_squeeze::recipe::{Recipe, RunOptions};
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::support::{emoji, ended_with, repo, squeeze, tensors, tiny};
+use crate::squeeze::Squeeze;
+use crate::support::{emoji, pixels, repo, report, tensors, tiny};
 
-/// A small run: the bundled model, few samples.
-fn compress(config: &str, out: &Path, more: &[&str]) -> String {
-    let (config, prompts, model) = (repo(config), repo("calibration/emoji.txt"), emoji());
-    let mut args = vec![
-        "compress",
-        "--config",
-        config.to_str().unwrap(),
-        "--model",
-        model.to_str().unwrap(),
-        "--out",
-        out.to_str().unwrap(),
-    ];
-    args.extend(["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "6", "--steps", "4"]);
-    args.extend(more);
-    ended_with(0, &squeeze(&args))
-}
-
-fn report(out: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+/// A small run of `configs/CONFIG.yaml`: the bundled model, few samples.
+fn compress(config: &str, out: &Path) -> Squeeze {
+    Squeeze::new("compress").config(config).model(emoji()).out(out).samples(6, 4)
 }
 
 #[test]
 fn pruned_and_palettized_end_to_end() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("s40");
-    let said = compress("configs/tutorial-s40-4bit-gs16.yaml", &out, &[]);
-    assert!(said.contains("few") || said.contains("fewer than its"), "{said}");
-    let found = report(&out);
-    assert_eq!(found["samples"], 6);
-    let layers = found["layers"].as_array().unwrap();
+    let ended = compress("tutorial-s40-4bit-gs16", &out).succeeds();
+    assert!(ended.text().contains("few") || ended.text().contains("fewer than its"), "{ended}");
+    let report = report(&out);
+    assert_eq!(report["samples"], 6);
+    let layers = report["layers"].as_array().unwrap();
     for layer in layers.iter().filter(|layer| layer["vectors"].is_u64()) {
         let sparsity = layer["sparsity"].as_f64().unwrap();
         assert!((0.4..0.4025).contains(&sparsity), "{}: {sparsity}", layer["name"]);
@@ -58,57 +43,35 @@ fn pruned_and_palettized_end_to_end() {
 
     // The container is whole, and says of itself what was written.
     let file = out.join("unet.squeezed.safetensors");
-    let file = file.to_str().unwrap();
-    let said = ended_with(0, &squeeze(&["verify", file]));
-    assert!(said.contains("every hash holds"), "{said}");
-    assert_eq!(found["bytes"].as_u64().unwrap(), std::fs::metadata(file).unwrap().len());
-    let said = ended_with(0, &squeeze(&["inspect", file]));
-    assert!(said.contains("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), "{said}");
+    Squeeze::new("verify").arg(&file).succeeds().says(&["every hash holds"]);
+    assert_eq!(report["bytes"].as_u64().unwrap(), std::fs::metadata(&file).unwrap().len());
+    Squeeze::new("inspect").arg(&file).succeeds().says(&["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"]);
 
     // The config as resolved is a config, and gives the same bytes again.
     let again = folder.path().join("again");
-    let model = emoji();
-    let args = [
-        "compress",
-        "--config",
-        out.join("config.yaml").to_str().unwrap(),
-        "--model",
-        model.to_str().unwrap(),
-        "--out",
-        again.to_str().unwrap(),
-    ]
-    .map(str::to_owned);
-    ended_with(0, &squeeze(&args.iter().map(String::as_str).collect::<Vec<_>>()));
+    Squeeze::new("compress").config_file(out.join("config.yaml")).model(emoji()).out(&again).succeeds();
     assert!(
-        std::fs::read(again.join("unet.squeezed.safetensors")).unwrap() == std::fs::read(file).unwrap(),
+        std::fs::read(again.join("unet.squeezed.safetensors")).unwrap() == std::fs::read(&file).unwrap(),
         "another run, other bytes"
     );
 
     // A picture straight from the container is that of the exported folder.
     let exported = folder.path().join("exported");
-    ended_with(
-        0,
-        &squeeze(&["export", file, "--to", "diffusers", "--model", model.to_str().unwrap(), "--out", exported.to_str().unwrap()]),
-    );
-    let draw = |name: &str, more: &[&str]| {
+    Squeeze::new("export").arg(&file).with("--to", "diffusers").model(emoji()).out(&exported).succeeds();
+    let draw = |name: &str, model: Squeeze| {
         let path = folder.path().join(name);
-        let mut args = vec!["generate", "--prompt", "owl", "--steps", "4", "-o", path.to_str().unwrap()];
-        args.extend(more);
-        ended_with(0, &squeeze(&args));
-        let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path).unwrap()));
-        let mut reader = decoder.read_info().unwrap();
-        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
-        reader.next_frame(&mut pixels).unwrap();
-        pixels
+        model.args(["--prompt", "owl", "--steps", "4"]).with("-o", &path).succeeds();
+        pixels(&path).0
     };
-    let straight = draw("a.png", &["--model", model.to_str().unwrap(), "--unet", file]);
-    assert_eq!(straight, draw("b.png", &["--model", exported.to_str().unwrap()]));
-    assert_ne!(straight, draw("c.png", &["--model", model.to_str().unwrap()]));
+    let generate = |model: &Path| Squeeze::new("generate").model(model);
+    let straight = draw("a.png", generate(&emoji()).with("--unet", &file));
+    assert_eq!(straight, draw("b.png", generate(&exported)));
+    assert_ne!(straight, draw("c.png", generate(&emoji())));
 }
 
 /// ‖X W - X W'‖² / ‖X W‖², the mean over the layers that were calibrated.
-fn mean_error(found: &Value) -> f64 {
-    let layers = found["layers"].as_array().unwrap().iter();
+fn mean_error(report: &Value) -> f64 {
+    let layers = report["layers"].as_array().unwrap().iter();
     let errors: Vec<f64> = layers.filter_map(|layer| layer["errors"]["output"].as_f64()).collect();
     errors.iter().sum::<f64>() / errors.len() as f64
 }
@@ -118,26 +81,26 @@ fn the_joint_solver_stores_the_same_bytes_and_loses_less() {
     let folder = tempfile::tempdir().unwrap();
     let run = |name: &str, config: &str, more: &[&str]| {
         let out = folder.path().join(name);
-        let said = compress(config, &out, more);
-        (report(&out), said)
+        compress(config, &out).args(more).succeeds();
+        report(&out)
     };
-    let s40 = "configs/tutorial-s40-4bit-gs16.yaml";
-    let (sequential, _) = run("sequential", s40, &[]);
-    let (joint, _) = run("joint", s40, &["--solver", "joint", "--sequencing", "stage"]);
-    let bytes = |found: &Value| found["payload_bytes"].as_f64().unwrap();
+    let s40 = "tutorial-s40-4bit-gs16";
+    let sequential = run("sequential", s40, &[]);
+    let joint = run("joint", s40, &["--solver", "joint", "--sequencing", "stage"]);
+    let bytes = |report: &Value| report["payload_bytes"].as_f64().unwrap();
     assert!((bytes(&joint) - bytes(&sequential)).abs() < 8.0);
-    let share = |found: &Value| found["sparsity"].as_f64().unwrap();
+    let share = |report: &Value| report["sparsity"].as_f64().unwrap();
     // The same to a weight or two: blocks round as they come.
     assert!((share(&joint) - share(&sequential)).abs() < 1e-5);
     assert!(mean_error(&joint) < 0.8 * mean_error(&sequential), "{} and {}", mean_error(&joint), mean_error(&sequential));
 
     // Dense palettes are calibrated too, at the UNet's two ends as well.
-    let (dense, _) = run("dense", "configs/dense-4bit-gs16.yaml", &["--solver", "joint"]);
+    let dense = run("dense", "dense-4bit-gs16", &["--solver", "joint"]);
     assert_eq!(dense["samples"], 6);
     for layer in dense["layers"].as_array().unwrap() {
         assert!(layer["vectors"].is_u64() && layer["errors"]["output"].is_f64(), "{layer}");
     }
-    let (plain, _) = run("plain", "configs/dense-4bit-gs16.yaml", &[]);
+    let plain = run("plain", "dense-4bit-gs16", &[]);
     assert_eq!(dense["payload_bytes"], plain["payload_bytes"]);
 }
 
@@ -148,14 +111,14 @@ fn dense_palettes_need_no_calibration_and_keep_their_order() {
     let mut sizes = Vec::new();
     for name in ["dense-8bit", "dense-6bit", "dense-4bit-gs4", "dense-4bit-gs16", "dense-4bit-gs32", "dense-4bit"] {
         let out = folder.path().join(name);
-        compress(&format!("configs/{name}.yaml"), &out, &[]);
-        let found = report(&out);
-        assert_eq!(found["samples"], 0);
+        compress(name, &out).succeeds();
+        let report = report(&out);
+        assert_eq!(report["samples"], 0);
         // Squared weight errors, each layer by its size.
-        let layers = found["layers"].as_array().unwrap();
+        let layers = report["layers"].as_array().unwrap();
         let error: f64 = layers.iter().map(|layer| layer["errors"]["weight"].as_f64().unwrap()).sum();
         errors.push(error);
-        sizes.push(found["payload_bytes"].as_u64().unwrap());
+        sizes.push(report["payload_bytes"].as_u64().unwrap());
     }
     assert!(errors.windows(2).all(|pair| pair[0] < pair[1]), "8 < 6 < 4 bits, gs4 < gs16 < gs32 < per tensor: {errors:?}");
     assert!(
@@ -168,23 +131,10 @@ fn dense_palettes_need_no_calibration_and_keep_their_order() {
 fn the_container_decodes_to_the_exported_weights_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
-    compress("configs/tutorial-2of4-4bit-gs16.yaml", &out, &[]);
+    compress("tutorial-2of4-4bit-gs16", &out).succeeds();
     let file = out.join("unet.squeezed.safetensors");
     let exported = folder.path().join("exported");
-    let model = emoji();
-    ended_with(
-        0,
-        &squeeze(&[
-            "export",
-            file.to_str().unwrap(),
-            "--to",
-            "diffusers",
-            "--model",
-            model.to_str().unwrap(),
-            "--out",
-            exported.to_str().unwrap(),
-        ]),
-    );
+    Squeeze::new("export").arg(&file).with("--to", "diffusers").model(emoji()).out(&exported).succeeds();
     let written = tensors(&exported.join("unet/diffusion_pytorch_model.safetensors"));
     let container = Container::open(&file).unwrap();
     for layer in container.layers() {
@@ -205,23 +155,11 @@ fn samples_can_be_kept_and_used_again() {
     let folder = tempfile::tempdir().unwrap();
     let samples = folder.path().join("samples.safetensors");
     let out = |name: &str| folder.path().join(name);
-    compress("configs/tutorial-s50-4bit-gs16.yaml", &out("a"), &["--samples-out", samples.to_str().unwrap()]);
-    let (config, model) = (repo("configs/tutorial-s50-4bit-gs16.yaml"), emoji());
-    let b = out("b");
-    let args = [
-        "compress",
-        "--config",
-        config.to_str().unwrap(),
-        "--model",
-        model.to_str().unwrap(),
-        "--out",
-        b.to_str().unwrap(),
-        "--samples",
-        samples.to_str().unwrap(),
-        "--calibration-nsamples",
-        "6",
-    ];
-    ended_with(0, &squeeze(&args));
+    let s50 = "tutorial-s50-4bit-gs16";
+    compress(s50, &out("a")).with("--samples-out", &samples).succeeds();
+    let again = Squeeze::new("compress").config(s50).model(emoji()).out(out("b")).with("--samples", &samples);
+    let again = again.with("--calibration-nsamples", "6");
+    again.succeeds();
     let weight = |name: &str| {
         let container = Container::open(&out(name).join("unet.squeezed.safetensors")).unwrap();
         container.decode("mid_block.resnets.0.conv1.weight").unwrap()
@@ -231,35 +169,27 @@ fn samples_can_be_kept_and_used_again() {
     // Damaged samples are named.
     let bytes = std::fs::read(&samples).unwrap();
     std::fs::write(&samples, &bytes[..bytes.len() / 2]).unwrap();
-    assert!(ended_with(2, &squeeze(&args)).contains("not a whole safetensors file"));
+    again.ends_with(2).says(&["not a whole safetensors file"]);
 }
 
 #[test]
 fn what_cannot_be_done_is_said() {
     let folder = tempfile::tempdir().unwrap();
-    let (config, model) = (repo("configs/tutorial-s40-4bit-gs16.yaml"), emoji());
     let out = folder.path().join("x");
-    let run = |more: &[&str]| {
-        let mut args = vec!["compress", "--config", config.to_str().unwrap(), "--out", out.to_str().unwrap()];
-        args.extend(more);
-        ended_with(2, &squeeze(&args))
-    };
-    let root = model.to_str().unwrap();
-    assert!(run(&[]).contains("which model?"));
-    assert!(run(&["--model", root, "--target-sparsity", "1.0"]).contains("--target-sparsity"));
-    assert!(run(&["--model", root, "--n-bits", "5"]).contains("--n-bits"));
-    assert!(run(&["--model", root, "--prompts", "/nowhere/prompts.txt"]).contains("/nowhere/prompts.txt"));
-    assert!(run(&["--model", "/nowhere"]).contains("cannot read"));
+    let run = Squeeze::new("compress").config("tutorial-s40-4bit-gs16").out(&out);
+    run.ends_with(2).says(&["which model?"]);
+    run.clone().model("/nowhere").ends_with(2).says(&["cannot read"]);
+    let run = run.model(emoji());
+    run.clone().with("--target-sparsity", "1.0").ends_with(2).says(&["--target-sparsity"]);
+    run.clone().with("--n-bits", "5").ends_with(2).says(&["--n-bits"]);
+    run.with("--prompts", "/nowhere/prompts.txt").ends_with(2).says(&["/nowhere/prompts.txt"]);
 
     // Two mistakes, two lines, each with its place.
     let bad = folder.path().join("bad.yaml");
     std::fs::write(&bad, "palettize:\n  global_config:\n    n_bits: 5\n    granularty: per_tensor\n").unwrap();
-    let said = ended_with(
-        2,
-        &squeeze(&["compress", "--config", bad.to_str().unwrap(), "--model", root, "--out", out.to_str().unwrap()]),
-    );
-    assert!(said.contains(":3:") && said.contains(":4:") && said.contains("granularity"), "{said}");
-    assert_eq!(said.lines().count(), 2, "{said}");
+    let ended = Squeeze::new("compress").config_file(&bad).model(emoji()).out(&out).ends_with(2);
+    ended.says(&[":3:", ":4:", "granularity"]);
+    assert_eq!(ended.text().lines().count(), 2, "{ended}");
 }
 
 #[test]
@@ -267,34 +197,20 @@ fn compare_judges_on_prompts_that_calibration_has_not_seen() {
     let folder = tempfile::tempdir().unwrap();
     let (judge, out) = (folder.path().join("judge.txt"), folder.path().join("out"));
     std::fs::write(&judge, "owl\nrocket\n").unwrap();
-    let (eight, four) = (repo("configs/dense-8bit.yaml"), repo("configs/dense-4bit.yaml"));
-    let (model, prompts) = (emoji(), repo("calibration/emoji.txt"));
-    let run = |judge: &Path| {
-        squeeze(&[
-            "compare",
-            eight.to_str().unwrap(),
-            four.to_str().unwrap(),
-            "--model",
-            model.to_str().unwrap(),
-            "--judge",
-            judge.to_str().unwrap(),
-            "--prompts",
-            prompts.to_str().unwrap(),
-            "--steps",
-            "3",
-            "--held-out",
-            "4",
-            "--out",
-            out.to_str().unwrap(),
-        ])
-    };
-    ended_with(0, &run(&judge));
-    let found: Value = serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap();
-    let number = |row: usize, key: &str| found["rows"][row][key].as_f64().unwrap();
+    Squeeze::new("compare")
+        .args(["dense-8bit", "dense-4bit"].map(|name| repo(&format!("configs/{name}.yaml"))))
+        .model(emoji())
+        .with("--judge", &judge)
+        .with("--prompts", repo("calibration/emoji.txt"))
+        .args(["--steps", "3", "--held-out", "4"])
+        .out(&out)
+        .succeeds();
+    let report = report(&out);
+    let number = |row: usize, key: &str| report["rows"][row][key].as_f64().unwrap();
     assert!(number(0, "unet_error") < 0.1 * number(1, "unet_error"));
-    assert!(found["rows"][0]["psnr"]["mean"].as_f64() > found["rows"][1]["psnr"]["mean"].as_f64());
+    assert!(report["rows"][0]["psnr"]["mean"].as_f64() > report["rows"][1]["psnr"]["mean"].as_f64());
     assert!(number(0, "bytes") > 1.8 * number(1, "bytes"));
-    assert_eq!(found["rows"][0]["stages"].as_array().unwrap().len(), 7);
+    assert_eq!(report["rows"][0]["stages"].as_array().unwrap().len(), 7);
     assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains("dense-4bit"));
     assert!(out.join("sheet.png").is_file());
 }

@@ -12,7 +12,8 @@ use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::noise;
 use tch::{Kind, Tensor};
 
-use crate::support::{emoji, ended_with, repo, squeeze};
+use crate::squeeze::Squeeze;
+use crate::support::emoji;
 
 /// 3-bit palettes for the ends alone.
 const CONFIG: &str = "
@@ -28,12 +29,7 @@ palettize:
 ";
 
 fn compress(config: &Path, out: &Path, more: &[&str]) {
-    let (model, prompts) = (emoji(), repo("calibration/emoji.txt"));
-    let [config, model, out, prompts] = [config, model.as_path(), out, prompts.as_path()].map(|path| path.to_str().unwrap());
-    let mut args = vec!["compress", "--config", config, "--model", model, "--out", out, "--prompts", prompts];
-    args.extend(["--calibration-nsamples", "24", "--steps", "8"]);
-    args.extend(more);
-    ended_with(0, &squeeze(&args));
+    Squeeze::new("compress").config_file(config).model(emoji()).out(out).samples(24, 8).args(more).succeeds();
 }
 
 #[test]

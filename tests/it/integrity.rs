@@ -12,7 +12,8 @@ use safetensors::SafeTensors;
 use sdxl_squeeze::container::Container;
 
 use crate::coreml::made_up;
-use crate::support::{copy, ended_with, repo, squeeze, squeezing, tiny};
+use crate::squeeze::Squeeze;
+use crate::support::{copy, ended_with, repo, tiny};
 
 /// Numbers without order that are the same on every run.
 fn scrambled(i: usize) -> usize {
@@ -27,8 +28,14 @@ fn flip(path: &Path, bit: usize) {
     std::fs::write(path, bytes).unwrap();
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
+/// One step of a picture.
+fn generate(model: &Path, picture: &Path) -> Squeeze {
+    Squeeze::new("generate").model(model).args(["--prompt", "a", "--steps", "1"]).with("-o", picture)
+}
+
+/// Writes a small model whose weights are fp32.
+fn synth_in_fp32(out: &Path) {
+    Squeeze::new("synth").args(["--preset", "tiny", "--dtype", "f32"]).out(out).succeeds();
 }
 
 // --- containers
@@ -62,11 +69,11 @@ fn every_command_that_reads_a_container_refuses_a_damaged_one_as_verify_does() {
     let out = |name: &str| folder.path().join(name);
     let (picture, decoded, package, buffers) = (out("x.png"), out("decoded"), out("x.mlpackage"), out("b.safetensors"));
     let commands = [
-        vec!["inspect", text(&path)],
-        vec!["export", text(&path), "--to", "diffusers", "--model", text(&model), "--out", text(&decoded)],
-        vec!["export", text(&path), "--to", "coreml", "--out", text(&package)],
-        vec!["export", text(&path), "--to", "coremltools", "--small-weights", "move", "--out", text(&buffers)],
-        vec!["generate", "--model", text(&model), "--unet", text(&path), "--prompt", "a", "--steps", "1", "-o", text(&picture)],
+        Squeeze::new("inspect").arg(&path),
+        Squeeze::new("export").arg(&path).with("--to", "diffusers").model(&model).out(&decoded),
+        Squeeze::new("export").arg(&path).with("--to", "coreml").out(&package),
+        Squeeze::new("export").arg(&path).with("--to", "coremltools").with("--small-weights", "move").out(&buffers),
+        generate(&model, &picture).with("--unet", &path),
     ];
     // The lowest bit of a tensor that is stored as it is, and of the last palette: every reader
     // that does not look at hashes takes both.
@@ -81,14 +88,14 @@ fn every_command_that_reads_a_container_refuses_a_damaged_one_as_verify_does() {
         let mut bytes = whole.clone();
         bytes[at] ^= 1;
         std::fs::write(&path, bytes).unwrap();
-        let said = ended_with(2, &squeeze(&["verify", text(&path)]));
+        let said = Squeeze::new("verify").arg(&path).ends_with(2).text();
         for command in &commands {
-            assert_eq!(ended_with(2, &squeeze(command)), said, "{command:?}");
+            assert_eq!(command.ends_with(2).text(), said, "{command:?}");
         }
         assert!(![&picture, &decoded, &package, &buffers].iter().any(|path| path.exists()));
     }
     for command in &commands {
-        ended_with(0, &squeeze(&[&command[..], &["--no-verify"]].concat()));
+        command.clone().arg("--no-verify").succeeds();
     }
     assert!([&picture, &decoded, &package, &buffers].iter().all(|path| path.exists()));
 }
@@ -126,23 +133,22 @@ impl Run {
         self.path("out/unet.squeezed.work")
     }
 
-    fn args(&self, more: &[&str]) -> Vec<String> {
-        let [model, prompts, captions, out] = ["model", "prompts.txt", "captions.txt", "out"].map(|name| self.path(name));
-        let mut args = vec!["compress", "--config", text(&self.config), "--model", text(&model), "--out", text(&out)];
-        args.extend(["--prompts", text(&prompts), "--captions", text(&captions), "--calibration-nsamples", "6", "--steps", "4"]);
-        args.extend(more);
-        args.into_iter().map(str::to_owned).collect()
+    fn squeeze(&self) -> Squeeze {
+        Squeeze::new("compress")
+            .config_file(&self.config)
+            .model(self.path("model"))
+            .out(self.out())
+            .with("--prompts", self.path("prompts.txt"))
+            .with("--captions", self.path("captions.txt"))
+            .args(["--calibration-nsamples", "6", "--steps", "4"])
     }
 
     fn ends(&self, code: i32, more: &[&str]) -> String {
-        let args = self.args(more);
-        ended_with(code, &squeeze(&args.iter().map(String::as_str).collect::<Vec<_>>()))
+        self.squeeze().args(more).ends_with(code).text()
     }
 
     fn start(&self) -> Child {
-        let args = self.args(&[]);
-        let mut command = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
-        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        self.squeeze().command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// Starts a run and waits until it has written `name` to its work folder.
@@ -348,10 +354,9 @@ fn values_that_are_no_numbers_are_named_when_they_are_read() {
     .enumerate()
     {
         let model = folder.path().join(format!("model-{i}"));
-        ended_with(0, &squeeze(&["synth", "--preset", "tiny", "--dtype", "f32", "--out", text(&model)]));
+        synth_in_fp32(&model);
         put(&model.join(file), tensor, [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][i]);
-        let args = ["generate", "--model", text(&model), "--prompt", "a", "--steps", "1", "-o", text(&picture)];
-        let said = ended_with(2, &squeeze(&args));
+        let said = generate(&model, &picture).ends_with(2).text();
         assert!(said.contains(&format!("`{tensor}` has NaN or infinite values (first at index ")), "{said}");
         assert!(!picture.exists());
     }
@@ -361,7 +366,7 @@ fn values_that_are_no_numbers_are_named_when_they_are_read() {
 fn what_a_container_cannot_hold_is_said_before_anything_is_computed() {
     let run = Run::new();
     std::fs::remove_dir_all(run.path("model")).unwrap();
-    ended_with(0, &squeeze(&["synth", "--preset", "tiny", "--dtype", "f32", "--out", text(&run.path("model"))]));
+    synth_in_fp32(&run.path("model"));
     let tensor = "mid_block.attentions.0.proj_in.weight";
     for (value, words) in [(-1e6, "has values of up to 1e6, but fp16 ends at 65504"), (f32::NAN, "has NaN or infinite values")] {
         put(&run.unet(), tensor, value);
@@ -369,15 +374,14 @@ fn what_a_container_cannot_hold_is_said_before_anything_is_computed() {
         assert!(said.contains(&format!("`{tensor}` {words}")), "{said}");
         assert!(!run.work().exists());
         let package = run.path("x.mlpackage");
-        let said = ended_with(2, &squeeze(&["export", text(&run.path("model")), "--to", "coreml", "--out", text(&package)]));
+        let said = Squeeze::new("export").arg(run.path("model")).with("--to", "coreml").out(&package).ends_with(2).text();
         assert!(said.contains(&format!("`{tensor}` {words}")) && !package.exists(), "{said}");
     }
     // In fp32 the large value is computed with; in fp16 it is named.
     put(&run.unet(), tensor, 1e6);
     let (model, picture) = (run.path("model"), run.path("x.png"));
-    let args = ["generate", "--model", text(&model), "--prompt", "a", "--steps", "1", "-o", text(&picture), "--dtype"];
-    ended_with(0, &squeeze(&[&args[..], &["f32"]].concat()));
-    let said = ended_with(2, &squeeze(&[&args[..], &["f16"]].concat()));
+    generate(&model, &picture).with("--dtype", "f32").succeeds();
+    let said = generate(&model, &picture).with("--dtype", "f16").ends_with(2).text();
     assert!(said.contains(&format!("`{tensor}` has values of up to 1e6")) && said.contains("--dtype f32 or bf16"), "{said}");
 }
 
@@ -391,8 +395,7 @@ fn attention_of_the_vae_may_be_stored_as_convolutions() {
     let path = model.join("vae/diffusion_pytorch_model.safetensors");
     let drawn = |name: &str| {
         let picture = folder.path().join(name);
-        let args = ["generate", "--model", text(&model), "--prompt", "a", "--steps", "1", "-o", text(&picture)];
-        ended_with(0, &squeeze(&args));
+        generate(&model, &picture).succeeds();
         std::fs::read(&picture).unwrap()
     };
     let before = drawn("before.png");
@@ -421,7 +424,7 @@ fn attention_of_the_vae_may_be_stored_as_convolutions() {
         assert!(changed >= 4);
         std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
         assert!(drawn("after.png") == before);
-        ended_with(0, &squeeze(&["inspect", text(&model), "--summary"]));
+        Squeeze::new("inspect").arg(&model).arg("--summary").succeeds();
     }
 }
 
@@ -432,20 +435,19 @@ fn a_file_for_a_model_is_called_a_file() {
     std::fs::write(&file, b"x").unwrap();
     let (config, judge, out) =
         (repo("configs/tutorial-s50-4bit-gs16.yaml"), repo("calibration/emoji.txt"), folder.path().join("out"));
-    for args in [
-        vec!["generate", "--model", text(&file), "--prompt", "a", "-o", text(&out)],
-        vec!["compress", "--config", text(&config), "--model", text(&file), "--out", text(&out)],
-        vec!["plan", text(&config), "--model", text(&file)],
-        vec!["compare", text(&config), "--model", text(&file), "--judge", text(&judge), "--out", text(&out)],
+    for run in [
+        generate(&file, &out),
+        Squeeze::new("compress").config_file(&config).model(&file).out(&out),
+        Squeeze::new("plan").arg(&config).model(&file),
+        Squeeze::new("compare").arg(&config).model(&file).with("--judge", &judge).out(&out),
     ] {
-        let said = ended_with(2, &squeeze(&args));
-        assert!(said.contains("sdxl.safetensors: is a file; --model takes a folder in diffusers layout"), "{said}");
+        run.ends_with(2).says(&["sdxl.safetensors: is a file; --model takes a folder in diffusers layout"]);
     }
 }
 
 #[test]
 fn the_build_is_shown() {
-    let said = ended_with(0, &squeeze(&["--version"]));
+    let said = Squeeze::new("--version").succeeds().text();
     assert!(said.contains(&format!("(build {})", sdxl_squeeze::compress::BUILD)), "{said}");
     assert_eq!(sdxl_squeeze::compress::BUILD.len(), 16);
 }

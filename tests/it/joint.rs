@@ -11,24 +11,7 @@ use sdxl_squeeze::solver::{
 use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
 
-fn numbers(shape: &[i64], seed: u64) -> Tensor {
-    use rand::{RngExt, SeedableRng};
-    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| (0..4).map(|_| random.random_range(-1f32..1.0)).sum()).collect();
-    Tensor::from_slice(&values).reshape(shape)
-}
-
-/// Inputs [n, d] that a few directions dominate, the same for one `family`.
-fn correlated(n: i64, d: i64, family: u64, seed: u64) -> Tensor {
-    let few = numbers(&[n, d / 4 + 1], seed).matmul(&numbers(&[d / 4 + 1, d], family));
-    few / (d as f64).sqrt() + 0.2 * numbers(&[n, d], seed + 1000)
-}
-
-fn hessian(inputs: &Tensor) -> Hessian {
-    let mut hessian = Hessian::new(*inputs.size().last().unwrap(), Device::Cpu).unwrap();
-    hessian.add(inputs).unwrap();
-    hessian
-}
+use crate::matrices::{correlated, hessian, numbers};
 
 fn palette(bits: u8, group_size: Option<usize>) -> PaletteOptions {
     let grouping = group_size.map_or(Grouping::PerTensor, |group_size| Grouping::PerGroupedChannel { group_size });

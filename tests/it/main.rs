@@ -17,6 +17,7 @@ mod gpu;
 mod inputs;
 mod integrity;
 mod joint;
+mod matrices;
 mod outputs;
 mod palettes;
 mod pipelines;

@@ -14,18 +14,12 @@ use sdxl_squeeze::recipe::{Recipe, RunOptions, Sequencing};
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::support::{emoji, ended_with, repo, squeeze, tiny};
+use crate::squeeze::Squeeze;
+use crate::support::{container, emoji, repo, report, tiny};
 
-fn plan(args: &[&str]) -> Value {
-    let mut all = vec!["plan", "--json"];
-    all.extend(args);
-    let output = squeeze(&all);
-    ended_with(0, &output);
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
-fn config(name: &str) -> String {
-    repo(&format!("configs/{name}.yaml")).to_str().unwrap().to_owned()
+/// `plan` of full-size SDXL at 512 pixels, without weights.
+fn plan_of_sdxl() -> Squeeze {
+    Squeeze::new("plan").args(["--architecture", "sdxl-base", "--height", "512", "--width", "512"])
 }
 
 #[test]
@@ -44,29 +38,24 @@ fn sdxls_sizes_are_the_tutorials_to_one_percent() {
         ("tutorial-s50-4bit-gs4", 942.0 / 1024.0),
         ("tutorial-s50-4bit-gs16", 933.0 / 1024.0),
     ];
-    let files: Vec<String> = table.iter().map(|(name, _)| config(name)).collect();
-    let mut args = vec!["--architecture", "sdxl-base", "--height", "512", "--width", "512", "--memory-budget", "8GiB"];
-    args.extend(files.iter().map(String::as_str));
-    let found = plan(&args);
-    for ((name, gib), found) in table.iter().zip(found.as_array().unwrap()) {
-        assert_eq!(found["config"], *name);
-        let plan = &found["plan"];
-        let said = plan["payload_bytes"].as_f64().unwrap() / f64::from(1 << 30) + 8.58 / 1024.0;
-        assert!((said / gib - 1.0).abs() < 0.01, "{name}: {said:.4} GiB, the tutorial has {gib:.4}");
+    let plan = plan_of_sdxl().with("--memory-budget", "8GiB").arg("--json");
+    let plans: Vec<Value> = plan.args(table.map(|(name, _)| repo(&format!("configs/{name}.yaml")))).succeeds().json();
+    assert_eq!(plans.len(), table.len());
+    for ((name, gib), entry) in table.iter().zip(plans) {
+        assert_eq!(entry["config"], *name);
+        let plan = &entry["plan"];
+        let planned = plan["payload_bytes"].as_f64().unwrap() / f64::from(1 << 30) + 8.58 / 1024.0;
+        assert!((planned / gib - 1.0).abs() < 0.01, "{name}: {planned:.4} GiB, the tutorial has {gib:.4}");
         let pruned: u64 = plan["stages"].as_array().unwrap().iter().map(|stage| stage["pruned"].as_u64().unwrap()).sum();
         assert_eq!(pruned, if name.starts_with("tutorial") { 788 } else { 0 }, "{name}");
         assert!(plan["peak_bytes"].as_u64().unwrap() <= 8 << 30, "{name}");
     }
 }
 
-/// `model` compressed on few samples, with more arguments.
+/// The report of `model` compressed on few samples, with more arguments.
 fn compress(model: &Path, out: &Path, more: &[&str]) -> Value {
-    let (config, prompts) = (config("tutorial-s40-4bit-gs16"), repo("calibration/emoji.txt"));
-    let mut args = vec!["compress", "--config", &config, "--model", model.to_str().unwrap(), "--out", out.to_str().unwrap()];
-    args.extend(["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "2", "--steps", "2"]);
-    args.extend(more);
-    ended_with(0, &squeeze(&args));
-    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+    Squeeze::new("compress").config("tutorial-s40-4bit-gs16").model(model).out(out).samples(2, 2).args(more).succeeds();
+    report(out)
 }
 
 #[test]
@@ -76,8 +65,8 @@ fn the_budget_changes_the_passes_and_not_one_byte() {
     let planned = &ample["plan"];
     let bytes = |report: &Value| report["payload_bytes"].as_f64().unwrap();
     assert!((bytes(planned) / bytes(&ample) - 1.0).abs() < 1e-4, "the plan's bytes are the container's, but for ties");
-    let said = (planned["sparsity"].as_f64().unwrap(), ample["sparsity"].as_f64().unwrap());
-    assert!((said.0 - said.1).abs() < 1e-4, "{said:?}");
+    let sparsities = [planned, &ample].map(|report| report["sparsity"].as_f64().unwrap());
+    assert!((sparsities[0] - sparsities[1]).abs() < 1e-4, "{sparsities:?}");
     assert_eq!(planned["carries"], "memory");
     let passes = |report: &Value| -> u64 {
         report["plan"]["stages"].as_array().unwrap().iter().map(|stage| stage["passes"].as_u64().unwrap()).sum()
@@ -85,29 +74,16 @@ fn the_budget_changes_the_passes_and_not_one_byte() {
     assert_eq!(passes(&ample), 7);
 
     // Too little is refused with what would do; that does, in more passes.
-    let (config, model) = (config("tutorial-s40-4bit-gs16"), emoji());
-    let prompts = repo("calibration/emoji.txt");
-    let refused = ended_with(
-        2,
-        &squeeze(&[
-            "plan",
-            &config,
-            "--model",
-            model.to_str().unwrap(),
-            "--prompts",
-            prompts.to_str().unwrap(),
-            "--calibration-nsamples",
-            "2",
-            "--memory-budget",
-            "100MiB",
-        ]),
-    );
+    let config = repo("configs/tutorial-s40-4bit-gs16.yaml");
+    let plan = Squeeze::new("plan").arg(config).model(emoji()).with("--prompts", repo("calibration/emoji.txt"));
+    let ended = plan.args(["--calibration-nsamples", "2", "--memory-budget", "100MiB"]).ends_with(2);
+    ended.says(&["are too little for stage"]);
+    let refused = ended.text();
     let least = refused.split("; ").last().unwrap().split(" would do").next().unwrap().to_owned();
-    assert!(refused.contains("are too little for stage"), "{refused}");
     let tight = compress(&emoji(), &folder.path().join("tight"), &["--memory-budget", &least]);
     assert_eq!(tight["plan"]["carries"], "files");
     assert!(passes(&tight) > 7, "{}", passes(&tight));
-    let bytes = |name: &str| std::fs::read(folder.path().join(name).join("unet.squeezed.safetensors")).unwrap();
+    let bytes = |name: &str| container(&folder.path().join(name));
     assert!(bytes("ample") == bytes("tight"), "{} passes gave other bytes", passes(&tight));
     assert!(!folder.path().join("tight/unet.squeezed.work").exists(), "the workspace is gone when the result is there");
 }
@@ -119,14 +95,11 @@ fn a_stage_that_is_only_run_must_fit_the_budget() {
     let ends = folder.path().join("ends.yaml");
     let rules = "  module_name_configs:\n    '(time|add)_embedding.*':\n      n_bits: 4\n    '.*': null\n";
     std::fs::write(&ends, format!("palettize:\n{rules}")).unwrap();
-    let plan = |budget: &str, code: i32| {
-        let args = ["plan", ends.to_str().unwrap(), "--architecture", "sdxl-base", "--height", "512", "--width", "512"];
-        ended_with(code, &squeeze(&[&args[..], &["--calibration-nsamples", "8", "--memory-budget", budget]].concat()))
-    };
-    let refused = plan("3GiB", 2);
+    let plan = plan_of_sdxl().arg(&ends).with("--calibration-nsamples", "8");
+    let refused = plan.clone().with("--memory-budget", "3GiB").ends_with(2).text();
     assert!(refused.contains("too little for stage `down_blocks.2`, which needs"), "{refused}");
     let least = refused.split("; ").last().unwrap().split(" would do").next().unwrap().to_owned();
-    plan(&least, 0);
+    plan.with("--memory-budget", least).succeeds();
 }
 
 #[test]
@@ -135,7 +108,7 @@ fn several_devices_share_the_samples() {
     let one = compress(tiny(), &folder.path().join("one"), &[]);
     let two = compress(tiny(), &folder.path().join("two"), &["--device", "cpu,cpu"]);
     let again = compress(tiny(), &folder.path().join("again"), &["--device", "cpu,cpu"]);
-    let bytes = |name: &str| std::fs::read(folder.path().join(name).join("unet.squeezed.safetensors")).unwrap();
+    let bytes = |name: &str| container(&folder.path().join(name));
     assert!(bytes("two")[8..] == bytes("again")[8..], "partial sums are added in a fixed order");
     let mut sums = [0.0; 2];
     for (one, two) in one["layers"].as_array().unwrap().iter().zip(two["layers"].as_array().unwrap()) {

@@ -455,7 +455,7 @@ fn flip_work_folders(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table
     let report = expected.files.keys().find(|path| path.ends_with("report.json")).cloned().unwrap();
     expected.files.insert(report, None);
     scene.clear();
-    interrupted_among_the_layers(&args(&action.args));
+    interrupted_among_the_layers(squeezing(&[&args(&action.args)[..], &["--progress", "json"]].concat()));
     let kept = scene.root.path().join("kept");
     copy(&scene.out(), &kept);
     // The lock has no content.

@@ -7,30 +7,11 @@ use sdxl_squeeze::solver::{Hessian, Note, Pruned, magnitude_prune, output_energy
 use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
 
+use crate::matrices::{correlated, hessian, numbers};
 use crate::support::{relative_error, repo, tensors};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 const DENSE: Windows = Windows { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups: 1 };
-
-fn numbers(shape: &[i64], seed: u64) -> Tensor {
-    use rand::{RngExt, SeedableRng};
-    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    // The sum of four has a bell's shape.
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| (0..4).map(|_| random.random_range(-1f32..1.0)).sum()).collect();
-    Tensor::from_slice(&values).reshape(shape)
-}
-
-/// Inputs [n, d] that a few directions dominate.
-fn correlated(n: i64, d: i64, seed: u64) -> Tensor {
-    let few = numbers(&[n, d / 4 + 1], seed).matmul(&numbers(&[d / 4 + 1, d], seed + 1));
-    few / (d as f64).sqrt() + 0.2 * numbers(&[n, d], seed + 2)
-}
-
-fn hessian(inputs: &Tensor) -> Hessian {
-    let mut hessian = Hessian::new(*inputs.size().last().unwrap(), Device::Cpu).unwrap();
-    hessian.add(inputs).unwrap();
-    hessian
-}
 
 fn options(sparsity: Sparsity) -> PruneOptions {
     PruneOptions { sparsity, ..PruneOptions::default() }
@@ -148,7 +129,7 @@ fn merging_is_adding_one_after_the_other() {
 }
 
 #[test]
-fn equals_coremltools() {
+fn pruned_weights_equal_those_of_coremltools() {
     let golden = tensors(&repo("tests/golden/sparsegpt.safetensors"));
     let stride_2 = Windows::new(2, 1);
     let layers = [
@@ -193,7 +174,7 @@ fn equals_coremltools() {
 
 #[test]
 fn far_better_than_magnitudes_on_correlated_inputs() {
-    let (weight, hessian) = (numbers(&[64, 192], 6), hessian(&correlated(600, 192, 7)));
+    let (weight, hessian) = (numbers(&[64, 192], 6), hessian(&correlated(600, 192, 8, 7)));
     for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
         let ours = prune(&weight, &hessian, &options(sparsity)).unwrap();
         let magnitude = magnitude_prune(&weight, sparsity).unwrap();
@@ -205,7 +186,7 @@ fn far_better_than_magnitudes_on_correlated_inputs() {
 
 #[test]
 fn the_error_is_that_of_the_outputs() {
-    let inputs = correlated(500, 300, 8);
+    let inputs = correlated(500, 300, 9, 8);
     let weight = numbers(&[24, 300], 9);
     let pruned = prune(&weight, &hessian(&inputs), &half()).unwrap();
     let output = |weight: &Tensor| inputs.to_kind(Kind::Double).matmul(&weight.to_kind(Kind::Double).tr());
@@ -221,7 +202,7 @@ fn the_error_is_that_of_the_outputs() {
 #[test]
 fn the_sparsity_is_the_one_asked_for() {
     for (o, d) in [(64, 130), (64, 500), (200, 96)] {
-        let (weight, hessian) = (numbers(&[o, d], 10), hessian(&correlated(700, d, 11)));
+        let (weight, hessian) = (numbers(&[o, d], 10), hessian(&correlated(700, d, 12, 11)));
         for share in [0.05, 0.333, 0.4, 0.5, 0.75, 0.9] {
             let pruned = prune(&weight, &hessian, &options(Sparsity::Unstructured(share))).unwrap();
             consistent(&pruned);
@@ -240,7 +221,7 @@ fn the_sparsity_is_the_one_asked_for() {
 #[test]
 fn n_of_every_m() {
     let weight = numbers(&[9, 131], 12);
-    let hessian = hessian(&correlated(400, 131, 13));
+    let hessian = hessian(&correlated(400, 131, 14, 13));
     for (n, m) in [(1, 2), (2, 4), (1, 4), (3, 5), (4, 7), (60, 100), (100, 130), (3, 200)] {
         let sparsity = Sparsity::NOfM(NmRatio { n, m });
         let pruned = prune(&weight, &hessian, &options(sparsity)).unwrap();
@@ -261,7 +242,7 @@ fn n_of_every_m() {
 
 #[test]
 fn any_block_size() {
-    let (weight, hessian) = (numbers(&[64, 100], 14), hessian(&correlated(400, 100, 15)));
+    let (weight, hessian) = (numbers(&[64, 100], 14), hessian(&correlated(400, 100, 16, 15)));
     for block in [1, 7, 100, 128, usize::MAX] {
         for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
             let pruned = prune(&weight, &hessian, &PruneOptions { sparsity, dampening: 0.01, block }).unwrap();
@@ -309,7 +290,7 @@ fn each_group_has_its_own_hessian() {
 #[test]
 fn the_same_bytes_on_any_number_of_threads() {
     let run = |sparsity| {
-        let (inputs, weight) = (correlated(700, 333, 20), numbers(&[77, 333], 21));
+        let (inputs, weight) = (correlated(700, 333, 21, 20), numbers(&[77, 333], 21));
         bytes(&prune(&weight, &hessian(&inputs), &options(sparsity)).unwrap().weight)
     };
     for sparsity in [Sparsity::Unstructured(0.4), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
@@ -345,7 +326,7 @@ fn a_hessian_of_rank_one_works_and_is_noted() {
 
 #[test]
 fn dead_columns_go_first() {
-    let inputs = correlated(300, 80, 24);
+    let inputs = correlated(300, 80, 25, 24);
     let _ = inputs.narrow(1, 8, 72).fill_(0.0);
     let weight = numbers(&[64, 80], 25);
     let pruned = prune(&weight, &hessian(&inputs), &options(Sparsity::Unstructured(0.3))).unwrap();

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde::de::DeserializeOwned;
 
@@ -13,13 +13,14 @@ use crate::support::{repo, squeezing};
 #[derive(Debug, Clone)]
 pub struct Squeeze {
     arguments: Vec<OsString>,
+    variables: Vec<(&'static str, String)>,
     folder: PathBuf,
 }
 
 impl Squeeze {
     /// The subcommand `name`, run in the root of the repository.
     pub fn new(name: &str) -> Self {
-        Squeeze { arguments: vec![name.into()], folder: repo("") }
+        Squeeze { arguments: vec![name.into()], variables: Vec::new(), folder: repo("") }
     }
 
     /// Adds an argument.
@@ -34,26 +35,41 @@ impl Squeeze {
         self
     }
 
+    /// Adds a flag with its value.
+    pub fn with(self, flag: &str, value: impl AsRef<OsStr>) -> Self {
+        self.arg(flag).arg(value)
+    }
+
     /// `--config configs/NAME.yaml`.
     pub fn config(self, name: &str) -> Self {
-        self.arg("--config").arg(repo(&format!("configs/{name}.yaml")))
+        self.config_file(repo(&format!("configs/{name}.yaml")))
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &'static str, value: &str) -> Self {
+        self.variables.push((name, value.to_owned()));
+        self
+    }
+
+    /// `--config FILE`.
+    pub fn config_file(self, path: impl AsRef<Path>) -> Self {
+        self.with("--config", path.as_ref())
     }
 
     /// `--model FOLDER`.
     pub fn model(self, folder: impl AsRef<Path>) -> Self {
-        self.arg("--model").arg(folder.as_ref())
+        self.with("--model", folder.as_ref())
     }
 
     /// `--out PATH`.
     pub fn out(self, path: impl AsRef<Path>) -> Self {
-        self.arg("--out").arg(path.as_ref())
+        self.with("--out", path.as_ref())
     }
 
     /// `count` calibration samples, from pictures of `steps` steps of the bundled model's prompts.
     pub fn samples(self, count: usize, steps: usize) -> Self {
-        let prompts = repo("calibration/emoji.txt");
         let [count, steps] = [count, steps].map(|number| number.to_string());
-        self.arg("--prompts").arg(prompts).args(["--calibration-nsamples", &count, "--steps", &steps])
+        self.with("--prompts", repo("calibration/emoji.txt")).with("--calibration-nsamples", count).with("--steps", steps)
     }
 
     /// The arguments, to be given to the program by a shell.
@@ -65,7 +81,7 @@ impl Squeeze {
     /// The command, to be started by the test.
     pub fn command(&self) -> Command {
         let mut command = squeezing(&[]);
-        command.args(&self.arguments).current_dir(&self.folder);
+        command.args(&self.arguments).envs(self.variables.iter().cloned()).current_dir(&self.folder);
         command
     }
 
@@ -76,6 +92,11 @@ impl Squeeze {
         let ended = Ended::new(self.clone(), &output);
         assert_eq!(output.status.code(), Some(expected), "{ended}");
         ended
+    }
+
+    /// Starts the command, whose output nobody reads.
+    pub fn starts(&self) -> Child {
+        self.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program can be started")
     }
 
     /// Runs the command, which must succeed.
@@ -137,12 +158,34 @@ impl Ended {
 
 impl Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Ended { squeeze: Squeeze { arguments, folder }, status, stdout, stderr } = self;
+        let Ended { squeeze: Squeeze { arguments, variables, folder }, status, stdout, stderr } = self;
         let command: Vec<String> = arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
         writeln!(f, "command: sdxl-squeeze {}", command.join(" "))?;
+        writeln!(f, "environment: {variables:?}")?;
         writeln!(f, "folder: {}", folder.display())?;
         writeln!(f, "ended with: {status}")?;
         writeln!(f, "--- standard output\n{stdout}")?;
         writeln!(f, "--- standard error\n{stderr}")
+    }
+}
+
+/// Variables that make the libraries use the instructions of processors without AVX-512.
+const NARROWER: [(&str, &str); 3] =
+    [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "AVX2,STRICT"), ("ATEN_CPU_CAPABILITY", "avx2")];
+
+/// Asserts that a command writes equal bytes on each number of threads, both with the instructions
+/// of this processor and with those of a narrower one. `result` takes the bytes that a run wrote.
+#[track_caller]
+pub fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
+    for narrower in [&[][..], &NARROWER] {
+        let mut on = |threads: &str| {
+            let run = squeeze.clone().env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads);
+            narrower.iter().fold(run, |run, (name, value)| run.env(name, value)).succeeds();
+            result()
+        };
+        let first = on(threads[0]);
+        for number in &threads[1..] {
+            assert!(on(number) == first, "other bytes on {number} threads than on {} ({narrower:?})", threads[0]);
+        }
     }
 }

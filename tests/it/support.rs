@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
 /// A path of the repository.
@@ -99,12 +100,11 @@ pub fn squeeze(args: &[&str]) -> Output {
     squeezing(args).output().unwrap()
 }
 
-/// Starts a run and interrupts it after some layers. It must end with 1 after the current layer;
-/// its output is returned.
+/// Starts a run with progress in JSON and interrupts it after some layers. It must end with 1 after
+/// the current layer; its output is returned.
 #[cfg(unix)]
-pub fn interrupted_among_the_layers(run: &[&str]) -> Output {
-    let json = [run, &["--progress", "json"]].concat();
-    let mut child = squeezing(&json).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+pub fn interrupted_among_the_layers(mut run: Command) -> Output {
+    let mut child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
     let mut seen = 0;
     for line in lines.by_ref().map_while(Result::ok) {
@@ -128,27 +128,23 @@ pub fn ended_with(code: i32, output: &Output) -> String {
     text
 }
 
-/// Variables that make the libraries use the instructions of processors without AVX-512.
-const NARROWER: [(&str, &str); 3] =
-    [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "AVX2,STRICT"), ("ATEN_CPU_CAPABILITY", "avx2")];
+/// The pixels of a PNG file, and their width and height.
+pub fn pixels(path: &Path) -> (Vec<u8>, [u32; 2]) {
+    let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(path).unwrap()));
+    let mut reader = decoder.read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let frame = reader.next_frame(&mut pixels).unwrap();
+    (pixels, [frame.width, frame.height])
+}
 
-/// Asserts that `run` returns equal bytes on each number of threads, both with the instructions of
-/// this processor and with those of a narrower one. `run` gets a function that makes a command of
-/// arguments.
-pub fn same_on_all_threads(threads: &[&str], mut run: impl FnMut(&dyn Fn(&[String]) -> Command) -> Vec<u8>) {
-    for narrower in [&[][..], &NARROWER] {
-        let mut on = |threads: &str| {
-            run(&|args| {
-                let mut command = squeezing(&args.iter().map(String::as_str).collect::<Vec<_>>());
-                command.env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads).envs(narrower.iter().copied());
-                command
-            })
-        };
-        let first = on(threads[0]);
-        for number in &threads[1..] {
-            assert!(on(number) == first, "other bytes on {number} threads than on {} ({narrower:?})", threads[0]);
-        }
-    }
+/// The report of a run that was written to the folder `out`.
+pub fn report(out: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
+}
+
+/// The container of a run that was written to the folder `out`.
+pub fn container(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("unet.squeezed.safetensors")).unwrap()
 }
 
 /// A small pipeline of SDXL's architecture with random weights.

@@ -40,7 +40,7 @@ fn keys_of_coremltools_that_stand_elsewhere() {
 }
 
 #[test]
-fn wrong_types() {
+fn values_of_a_wrong_type_are_refused() {
     wrong_value("prune", "target_sparsity", "'0.4'", &["must be a number, not `0.4`"]);
     wrong_value("prune", "processing_group_size", "128.5", &["must be a whole number, not 128.5"]);
     wrong_value("palettize", "n_bits", "[4]", &["must be a whole number, not a list"]);
@@ -111,7 +111,7 @@ fn solvers_and_what_goes_with_them() {
 }
 
 #[test]
-fn effort() {
+fn the_effort_keeps_to_its_bounds() {
     let with = |line: &str| format!("palettize: {{}}\njoint:\n  {line}\n");
     wrong(&with("refit_steps: -1"), 3, 16, &["must be between 0 and 1000, not -1"]);
     wrong(&with("turns: 1001"), 3, 10, &["must be between 0 and 1000, not 1001"]);
@@ -121,7 +121,7 @@ fn effort() {
 }
 
 #[test]
-fn budgets() {
+fn a_budget_needs_one_target_within_its_bounds() {
     let with = |budget: &str| format!("solver: joint\npalettize: {{}}\nbudget:\n{budget}");
     wrong(&with("  target_bits: 3\n  target_size: 1GiB\n"), 5, 16, &["exclude each other"]);
     wrong(&with("  min_bits: 3\n"), 4, 3, &["`budget` needs `target_size` or `target_bits`"]);
@@ -141,7 +141,7 @@ fn budgets() {
 }
 
 #[test]
-fn ratios() {
+fn a_ratio_is_n_of_m_with_n_below_m() {
     for ratio in ["[4, 4]", "[5, 4]", "[0, 4]", "[-2, 4]", "[2, four]", "4:4", "4:2"] {
         wrong_value("prune", "n_m_ratio", ratio, &["0 < n < m"]);
     }
@@ -157,7 +157,7 @@ fn ratios() {
 }
 
 #[test]
-fn group_sizes() {
+fn a_group_size_goes_with_its_granularity() {
     let in_global = |lines: &str| format!("palettize:\n  global_config:\n{lines}");
     wrong(&in_global("    granularity: per_grouped_channel\n"), 3, 18, &["needs a `group_size`"]);
     wrong(&in_global("    granularity: per_grouped_channel\n    group_size: null\n"), 3, 18, &["needs a `group_size`"]);

@@ -7,7 +7,8 @@ use sdxl_squeeze::export::{SmallWeights, coremltools};
 use sdxl_squeeze::progress::Silent;
 
 use super::made_up;
-use crate::support::{ended_with, repo, squeeze};
+use crate::squeeze::Squeeze;
+use crate::support::repo;
 
 fn halves(file: &SafetensorsFile, name: &str) -> Vec<f16> {
     file.read(name).unwrap().chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect()
@@ -80,13 +81,10 @@ fn coremltools_would_find_mask_and_palettes_again() {
 #[test]
 fn the_command_says_what_it_moved() {
     let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    made_up::container(&repo("tests/golden/refiner-like"), path("c.safetensors").as_ref());
-    let export = |more: &[&str]| {
-        let (container, out) = (path("c.safetensors"), path("out.safetensors"));
-        squeeze(&[&["export", &container, "--to", "coremltools", "--out", &out], more].concat())
-    };
-    assert!(ended_with(2, &export(&[])).contains("--small-weights move"));
-    assert!(ended_with(2, &export(&["--layout", "linear"])).contains("--layout has no effect"));
-    assert!(ended_with(0, &export(&["--small-weights", "move"])).contains("weights moved above 2^-10"));
+    let (container, out) = (folder.path().join("c.safetensors"), folder.path().join("out.safetensors"));
+    made_up::container(&repo("tests/golden/refiner-like"), &container);
+    let export = Squeeze::new("export").arg(&container).with("--to", "coremltools").out(&out);
+    export.ends_with(2).says(&["--small-weights move"]);
+    export.clone().with("--layout", "linear").ends_with(2).says(&["--layout has no effect"]);
+    export.with("--small-weights", "move").succeeds().says(&["weights moved above 2^-10"]);
 }

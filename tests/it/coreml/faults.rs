@@ -18,7 +18,8 @@ use serde_json::json;
 
 use super::file::{Package, blob_path, model_path};
 use super::made_up;
-use crate::support::{ended_with, repo, squeeze};
+use crate::squeeze::Squeeze;
+use crate::support::repo;
 
 /// A package with weights of every kind.
 fn good(folder: &Path) -> Package {
@@ -442,7 +443,7 @@ fn each_fault_is_named() {
     other.write(&path);
     let found = verify(&path).unwrap();
     assert!(!found.hashed && !found.named);
-    let said = ended_with(0, &squeeze(&["verify", path.to_str().unwrap()]));
+    let said = Squeeze::new("verify").arg(&path).succeeds().text();
     assert!(said.contains("it has no hashes"), "{said}");
 }
 
@@ -490,6 +491,6 @@ fn damage_anywhere_is_found() {
         assert!(verify(&path).unwrap_err().is_bad_input());
         std::fs::write(&file, content).unwrap();
     }
-    let said = ended_with(2, &squeeze(&["verify", folder.path().to_str().unwrap()]));
+    let said = Squeeze::new("verify").arg(folder.path()).ends_with(2).text();
     assert!(said.contains("Manifest.json"), "{said}");
 }

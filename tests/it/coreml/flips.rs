@@ -9,7 +9,8 @@ use sdxl_squeeze::progress::Silent;
 
 use super::file::{Package, blob_path, model_path};
 use super::made_up;
-use crate::support::{ended_with, repo, squeeze};
+use crate::squeeze::Squeeze;
+use crate::support::repo;
 
 fn package(folder: &Path) -> std::path::PathBuf {
     let path = folder.join("c.safetensors");
@@ -85,7 +86,7 @@ fn other_files_in_a_package_are_named() {
         } else {
             std::fs::write(&path, b"x").unwrap()
         }
-        let said = ended_with(2, &squeeze(&["verify", package.to_str().unwrap()]));
+        let said = Squeeze::new("verify").arg(&package).ends_with(2).text();
         assert!(said.contains(&format!("`{name}` was not written with this package")), "{said}");
         if path.is_dir() { std::fs::remove_dir(&path).unwrap() } else { std::fs::remove_file(&path).unwrap() }
     }

@@ -108,7 +108,7 @@ fn the_bundled_models_dense_weights() {
 /// What a config can ask for and SDXL's own do not: other sinusoids, also of an odd width, and
 /// convolutions that pad at the end only.
 #[test]
-fn unusual_architectures() {
+fn unusual_architectures_become_programs_that_equal_the_unet() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     crate::support::copy(&repo("tests/golden/base-like"), &model);
@@ -329,7 +329,7 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
 }
 
 #[test]
-fn the_commands() {
+fn export_and_verify_say_what_a_package_has() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     made_up::container(&repo("tests/golden/refiner-like"), Path::new(&path("c.safetensors")));
