@@ -32,9 +32,9 @@ impl Conditioning {
     }
 }
 
-/// What a layer of the [`Head`] depends on.
+/// What a layer of the [`InputBlock`] depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HeadInput {
+pub enum InputBlockDependency {
     /// The timestep alone.
     Time,
     /// Pooled text and time ids.
@@ -45,7 +45,7 @@ pub enum HeadInput {
 
 /// conv_in and the embeddings of timestep, pooled text and time ids: makes the first carry.
 #[derive(Debug)]
-pub struct Head {
+pub struct InputBlock {
     layers: Vec<Layer>,
     time_embedding: Embedding,
     add_embedding: Embedding,
@@ -55,14 +55,14 @@ pub struct Head {
     center_input_sample: bool,
 }
 
-impl Head {
+impl InputBlock {
     pub(super) fn load(config: &UnetConfig, source: &dyn TensorSource) -> Result<Self> {
         let mut layers = Vec::new();
         let mut top = Builder::new(source, "", &mut layers);
         let first = config.block_out_channels[0];
         let width = config.time_embed_dim;
         let kernel = config.conv_in_kernel;
-        Ok(Head {
+        Ok(InputBlock {
             time_embedding: Embedding::build(&mut top.at("time_embedding"), first, width)?,
             add_embedding: Embedding::build(&mut top.at("add_embedding"), config.projection_class_embeddings_input_dim, width)?,
             conv_in: top.conv2d("conv_in", config.in_channels, first, kernel, ConvGeometry::new(1, (kernel - 1) / 2))?,
@@ -84,14 +84,14 @@ impl Head {
     }
 
     /// What the layer `name` depends on.
-    pub fn sees(&self, name: &str) -> HeadInput {
+    pub fn dependency_of(&self, name: &str) -> InputBlockDependency {
         let of = |id: LayerId| id.of(&self.layers).name() == name;
         if of(self.conv_in) {
-            HeadInput::Latents
+            InputBlockDependency::Latents
         } else if of(self.time_embedding.linear_1) || of(self.time_embedding.linear_2) {
-            HeadInput::Time
+            InputBlockDependency::Time
         } else {
-            HeadInput::Conditioning
+            InputBlockDependency::Conditioning
         }
     }
 
@@ -194,19 +194,19 @@ impl Sinusoids {
 
 /// GroupNorm, SiLU and conv_out: turns the last carry into the prediction.
 #[derive(Debug)]
-pub struct Tail {
+pub struct OutputBlock {
     layers: Vec<Layer>,
     conv_norm_out: GroupNorm,
     conv_out: LayerId,
 }
 
-impl Tail {
+impl OutputBlock {
     pub(super) fn load(config: &UnetConfig, source: &dyn TensorSource) -> Result<Self> {
         let mut layers = Vec::new();
         let mut top = Builder::new(source, "", &mut layers);
         let first = config.block_out_channels[0];
         let kernel = config.conv_out_kernel;
-        Ok(Tail {
+        Ok(OutputBlock {
             conv_norm_out: top.group_norm("conv_norm_out", config.norm_num_groups, first, config.norm_eps)?,
             conv_out: top.conv2d("conv_out", first, config.out_channels, kernel, ConvGeometry::new(1, (kernel - 1) / 2))?,
             layers,
