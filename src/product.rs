@@ -1,9 +1,10 @@
 //! Matrix products on the CPU that are the same on any number of threads.
 //!
-//! They are [faer](https://docs.rs/faer)'s. faer cuts the inner dimension into pieces of a fixed length and gives each thread its own part
-//! of the result, so no number depends on how many threads there are. MKL's products do depend on
-//! it: also with `MKL_CBWR=AUTO,STRICT` where the left matrix has a few rows only, as time
-//! embeddings have. On AMD's processors faer is the faster of the two as well (benches/RESULTS.md).
+//! They are [faer](https://docs.rs/faer)'s. faer cuts the inner dimension into pieces of a fixed
+//! length and gives each thread its own part of the result, so no number depends on how many
+//! threads there are. MKL's products do depend on it: also with `MKL_CBWR=AUTO,STRICT` where the
+//! left matrix has a few rows only, as time embeddings have. On AMD's processors faer is the faster
+//! of the two as well (benches/RESULTS.md).
 //!
 //! Products on a GPU, in fp64, and of tensors that gradients are wanted of are libtorch's.
 

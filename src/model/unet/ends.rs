@@ -1,4 +1,4 @@
-//! What stands before and after the chain: embeddings and conv_in, norm and conv_out.
+//! The input block (embeddings and conv_in) and the output block (norm and conv_out) of the UNet.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::model::layer::{ConvGeometry, Layer, Observer};
 use crate::model::network::{Builder, GroupNorm, LayerId, Run};
 
-/// What a UNet is told besides the noisy latents.
+/// The inputs of a UNet besides noisy latents and timestep.
 #[derive(Debug)]
 pub struct Conditioning {
     /// Text states: [b, s, cross_attention_dim].
@@ -32,7 +32,7 @@ impl Conditioning {
     }
 }
 
-/// What a layer of the [`InputBlock`] depends on.
+/// The part of the input on which a layer of the [`InputBlock`] depends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InputBlockDependency {
     /// The timestep alone.
@@ -78,12 +78,12 @@ impl InputBlock {
         &self.layers
     }
 
-    /// The same, for replacing weights.
+    /// The layers, for replacing weights.
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
     }
 
-    /// What the layer `name` depends on.
+    /// The part of the input on which the layer `name` depends.
     pub fn dependency_of(&self, name: &str) -> InputBlockDependency {
         let of = |id: LayerId| id.of(&self.layers).name() == name;
         if of(self.conv_in) {
@@ -95,8 +95,8 @@ impl InputBlock {
         }
     }
 
-    /// The embedding of timesteps `times` `[n]`, without that of the conditioning: [n,
-    /// time_embed_dim] in `kind`.
+    /// The embedding of timesteps `times` `[n]`, to which that of the conditioning is not yet
+    /// added: [n, time_embed_dim] in `kind`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -166,12 +166,12 @@ pub(crate) struct Sinusoids {
 }
 
 impl Sinusoids {
-    /// Those of a UNet, `width` of them for a number.
+    /// The sinusoids of a UNet, `width` of them for each number.
     pub fn new(config: &UnetConfig, width: i64) -> Self {
         Sinusoids { width, cosines_first: config.flip_sin_to_cos, shift: config.freq_shift }
     }
 
-    /// What a number is multiplied by: [width / 2], fp32.
+    /// The frequencies by which a number is multiplied: [width / 2], fp32.
     pub fn frequencies(&self, device: Device) -> Result<Tensor> {
         const MAX_PERIOD: f64 = 10_000.0;
         let half = self.width / 2;
@@ -179,7 +179,7 @@ impl Sinusoids {
         Ok(exponent.f_mul_scalar(-MAX_PERIOD.ln())?.f_div_scalar(half as f64 - self.shift)?.f_exp()?)
     }
 
-    /// [n] to [n, width].
+    /// The sinusoids of numbers `[n]`: [n, width].
     fn of(&self, values: &Tensor) -> Result<Tensor> {
         let frequencies = self.frequencies(values.device())?.f_unsqueeze(0)?;
         let angles = values.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&frequencies)?;
@@ -218,7 +218,7 @@ impl OutputBlock {
         &self.layers
     }
 
-    /// The same, for replacing weights.
+    /// The layers, for replacing weights.
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
     }

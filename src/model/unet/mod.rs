@@ -24,9 +24,10 @@ use crate::error::Result;
 use crate::pattern::NamePattern;
 use crate::progress::{Progress, Task};
 
-/// The UNet without weights: what it consists of, in the order in which it runs.
+/// The UNet without weights: a list of its parts, in the order of execution.
 ///
-/// conv_in and the embeddings ([`InputBlock`]), then the stages, then norm and conv_out ([`OutputBlock`]).
+/// The parts are conv_in and the embeddings ([`InputBlock`]), then the stages, then norm and
+/// conv_out ([`OutputBlock`]).
 #[derive(Debug, Clone)]
 pub struct UnetChain {
     config: UnetConfig,
@@ -58,7 +59,7 @@ impl UnetChain {
         })
     }
 
-    /// Loads what comes before the stages.
+    /// Loads the input block, which runs before the stages.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
@@ -66,7 +67,7 @@ impl UnetChain {
         InputBlock::load(&self.config, source)
     }
 
-    /// Loads what comes after the stages.
+    /// Loads the output block, which runs after the stages.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
@@ -74,7 +75,8 @@ impl UnetChain {
         OutputBlock::load(&self.config, source)
     }
 
-    /// The carry that [`InputBlock::forward`] makes of latents of this height and width.
+    /// The shape of the carry that [`InputBlock::forward`] computes from latents of this height and
+    /// width.
     pub fn first_carry(&self, height: i64, width: i64) -> CarryShape {
         let first = [self.config.block_out_channels[0], height, width];
         CarryShape { hidden_states: first, down_block_res_samples: vec![first] }
@@ -95,7 +97,7 @@ impl UnetChain {
     }
 }
 
-/// A UNet that predicts.
+/// A UNet with its weights.
 pub struct Unet<'a> {
     chain: UnetChain,
     input_block: InputBlock,
@@ -103,11 +105,11 @@ pub struct Unet<'a> {
     output_block: OutputBlock,
 }
 
-/// Where a UNet's stages are between two forwards.
+/// The storage of a UNet's stages between two forward passes.
 enum Stages<'a> {
     Resident(Vec<Stage>),
-    /// Loaded when their turn comes, and dropped after it: memory for one stage, a reading of the
-    /// weights at every forward.
+    /// Each stage is loaded before it runs and dropped after it: memory for one stage, and the
+    /// weights are read at every forward pass.
     OneAtATime(Box<dyn TensorSource + 'a>),
 }
 
@@ -131,7 +133,7 @@ impl<'a> Unet<'a> {
         })
     }
 
-    /// Keeps only the ends, and loads each stage when its turn comes.
+    /// Keeps only the input and output blocks in memory, and loads each stage before it runs.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.

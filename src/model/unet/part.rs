@@ -118,7 +118,7 @@ impl Part {
     /// makes the first carry and takes none.
     pub fn forward(&self, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
         match (self, scope) {
-            (Part::InputBlock(_), _) => Err(Error::Failed("the input block takes no carry".into())),
+            (Part::InputBlock(_), _) => Err(Error::internal("the input block takes no carry")),
             (Part::Stage(stage), Scope::Whole) => stage.forward(carry, observer),
             (Part::Stage(stage), Scope::Block(block)) => stage.forward_unit(block, carry, observer),
             (Part::OutputBlock(block), _) => Ok(Carry { hidden_states: block.forward(&carry, observer)?, ..carry }),
