@@ -1,11 +1,11 @@
-//! The joint solver: mask, values and palettes of one weight together, for the least error of the
-//! layer's output.
+//! The joint solver: it optimises mask, values and palettes of one weight together, to minimise the
+//! error of the layer's output.
 //!
-//! The steps: SparseGPT chooses the mask ([`prune_with`]). The kept weights are refitted by least
-//! squares. Pruned and kept weights are swapped where that lowers the error. Palettes are made for
-//! the kept weights. A sweep with error feedback rounds the weights to their palettes. Palettes and
-//! indices are improved in alternation while that pays. The stored form and its size are those of
-//! [`prune`](super::prune) followed by [`palettize`].
+//! Its steps are the following. SparseGPT chooses the mask ([`prune_with`]). The kept weights are
+//! refitted by least squares. Pruned and kept weights are swapped where that lowers the error.
+//! Palettes are made for the kept weights. A sweep with error feedback rounds the weights to their
+//! palettes. Palettes and indices are improved in alternation while this changes enough of them.
+//! The stored form and its size are those of [`prune`](super::prune) followed by [`palettize`].
 //!
 //! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
 //! products; all other work goes row by row.
@@ -14,7 +14,6 @@ mod entries;
 mod exact;
 mod factors;
 mod least_squares;
-
 mod polish;
 mod problem;
 mod row;
@@ -47,11 +46,12 @@ use swap::{Swaps, swap};
 /// The settings of [`joint`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct JointOptions {
-    /// How the weight is pruned; its `dampening` is that of the factors. `None` keeps all weights.
+    /// The settings for pruning, whose `dampening` is that of the factors. `None` keeps all
+    /// weights.
     pub prune: Option<PruneOptions>,
-    /// How the weight is palettized; `None` makes no palettes.
+    /// The settings of the palettes; `None` makes no palettes.
     pub palettize: Option<PaletteOptions>,
-    /// How much work is done.
+    /// The amount of work.
     pub effort: Effort,
 }
 
@@ -61,7 +61,7 @@ impl JointOptions {
         JointOptions { prune, palettize, effort: Effort::default() }
     }
 
-    /// The order of columns in which these settings are solved best.
+    /// The order of columns that gives the smallest error with these settings.
     pub fn order(&self) -> Order {
         if self.prune.is_some() { Order::Natural } else { Order::Activation }
     }
@@ -72,24 +72,26 @@ impl JointOptions {
     }
 }
 
-/// The dampening where nothing is pruned, as a share of the Hessian's mean diagonal. All of such a
-/// weight is free to overfit the calibration inputs. On the bundled model 0.03 to 0.15 give the
-/// least error on other inputs.
+/// The dampening for weights that are not pruned, as a share of the Hessian's mean diagonal. Such
+/// weights overfit the calibration inputs more. On the bundled model, 0.03 to 0.15 give the
+/// smallest error on other inputs.
 const DENSE_DAMPENING: f64 = 0.03;
 
-/// Rounds of palette refit and polish go on while at least this share of the weights gets other
-/// entries.
+/// The least share of weights whose palette entry must change in a round of palette refit and
+/// polish for another round to follow.
 const LEAST_CHANGE: f64 = 0.003;
 
-/// Steps of conjugate gradients go on while they lower the objective by at least this share.
+/// The least share by which a step of conjugate gradients must lower the objective for another step
+/// to follow.
 const LEAST_STEP_GAIN: f64 = 0.001;
 
 /// The evidence about a layer besides its Hessian.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LayerEvidence<'a> {
-    /// The residual D of its outputs, if the layer is to compensate for it: then W0 is W + D H^-1.
+    /// The residual D of the layer's outputs, for which the weight compensates: W0 is then W + D
+    /// H^-1.
     pub residual: Option<&'a OutputResidual>,
-    /// Vectors of its input that are not in the Hessian: [n, groups d], fp32.
+    /// Vectors of the layer's input that are not in the Hessian: [n, groups d], fp32.
     pub held_out: Option<&'a Tensor>,
 }
 
@@ -98,9 +100,9 @@ pub struct LayerEvidence<'a> {
 pub struct Joint {
     /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
     pub weight: Vec<f16>,
-    /// Which elements are kept; all, if nothing was to be pruned.
+    /// The kept elements; `None` if the options have no pruning.
     pub mask: Option<Vec<bool>>,
-    /// Palettes and indices, if palettes were asked for.
+    /// Palettes and indices, if the options have palettes.
     pub palettized: Option<Palettized>,
     /// tr((W - W0) H (W - W0)^T) of the pruned weight before it was palettized, if it was pruned.
     pub pruned_loss: Option<f64>,
@@ -108,9 +110,9 @@ pub struct Joint {
     pub loss: f64,
     /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
     pub sequential_loss: f64,
-    /// W0 where it is not the weight itself but W + D H^-1: fp32, of the weight's shape.
+    /// W0 = W + D H^-1, fp32, of the weight's shape; `None` if W0 is the weight itself.
     pub target: Option<Tensor>,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<Note>,
 }
 
@@ -120,9 +122,9 @@ pub struct Joint {
 /// Palettes along input channels, or with scales for each output channel, are not solved jointly:
 /// [`palettize`] makes them for the refitted weights, and a note says so. Where the joint solution
 /// has a larger error than the sequential one, on the Hessian or on held-out vectors, the
-/// sequential solution is returned, with a note. A weight of so few values that its palettes hold
-/// it exactly is returned as it is, unless another solution compensates for more of the output
-/// residual.
+/// sequential solution is returned, with a note. A weight that its palettes
+/// represent exactly is returned unchanged, unless another solution compensates for more of the
+/// output residual.
 ///
 /// The result does not depend on the number of rayon threads.
 ///
@@ -179,7 +181,7 @@ pub fn joint(
     natural.sort(&mut original);
     let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns } };
 
-    // The sequential solution, and the weights from which the joint one starts.
+    // The sequential solution, from whose pruned weights the joint solution starts.
     let mut best = match &pruned {
         Some(pruned) => to_vec(&pruned.weight)?,
         None => problem.data.original.clone(),
@@ -208,8 +210,8 @@ pub fn joint(
         }
     };
     let sequential_loss = sequential.loss.bare;
-    let held_out = |solution: &Solution, other: &Solution| {
-        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, other))
+    let held_out = |solution: &Solution, reference: &Solution| {
+        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, reference))
     };
     let (worse, note) = if solution.loss.bare > sequential_loss {
         // A weight that the sequential solution stores without any error needs no note.
@@ -261,14 +263,14 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &
     Ok(loss.bare)
 }
 
-/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `other`; 0 if it
-/// is no larger.
+/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `reference`; 0 if
+/// it is not larger.
 fn held_out_ratio(
     problem: &Problem<'_>,
     natural: &Natural<'_>,
     vectors: &Tensor,
     solution: &Solution,
-    other: &Solution,
+    reference: &Solution,
 ) -> Result<f64> {
     let Data { original, rows, columns, .. } = &problem.data;
     let parts = problem.factors.parts.len();
@@ -284,11 +286,11 @@ fn held_out_ratio(
         }
         Ok(sum)
     };
-    let (error, reference) = (error(solution)?, error(other)?);
-    Ok(if error > reference { error / reference } else { 0.0 })
+    let (of_solution, of_reference) = (error(solution)?, error(reference)?);
+    Ok(if of_solution > of_reference { of_solution / of_reference } else { 0.0 })
 }
 
-/// W + D (H + damping)^-1: the weights whose outputs are nearest to the target outputs.
+/// W + D (H + damping)^-1: the weights with the least error of the target outputs.
 fn corrected(flat: &Tensor, residual: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
     let (o, d) = flat.size2()?;
     let mut residual = to_vec(&residual.matrix()?)?;
@@ -303,7 +305,7 @@ fn corrected(flat: &Tensor, residual: &OutputResidual, factors: &JointFactors, n
     Ok(Tensor::f_from_slice(&solved)?.f_reshape([o, d])?.f_to_device(flat.device())?.f_add_(flat)?)
 }
 
-/// Whether each palette belongs to whole output channels.
+/// Whether each palette is used by whole output channels.
 fn along_outputs(options: &PaletteOptions) -> bool {
     match options.grouping {
         Grouping::PerTensor => true,
@@ -320,8 +322,8 @@ struct Solution {
 }
 
 impl Solution {
-    /// The weights rounded to fp16, or each at the nearest entry of the best palettes for the
-    /// weights without their Hessian.
+    /// The weights rounded to fp16 or, with palettes, to the nearest entries of the palettes that
+    /// are optimal without regard to the Hessian.
     fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
         let half = halves(weight);
         let shape = [problem.data.rows, problem.data.columns];
