@@ -26,8 +26,8 @@ fn forwards(c: &mut Criterion) {
     c.bench_function("unet/emoji/batch 2", |b| b.iter(|| unet.forward(&sample, 500.0, &conditioning, &mut Unobserved)));
 
     let source = weights.source(Placement::CPU);
-    let head = folder.unet.load_head(&source).expect("the input block");
-    let mut carry = head.forward(&sample, 500.0, &conditioning, &mut Unobserved).expect("a carry");
+    let input_block = folder.unet.load_input_block(&source).expect("the input block");
+    let mut carry = input_block.forward(&sample, 500.0, &conditioning, &mut Unobserved).expect("a carry");
     for spec in folder.unet.stages() {
         let stage = spec.load(&source).expect("a stage");
         let name = format!("stage/emoji/{}", spec.name());

@@ -1,21 +1,22 @@
-//! Element by element functions that are the same on any number of threads.
+//! Elementwise functions whose results do not depend on the number of threads.
 //!
-//! libtorch gives each thread an equal stretch of a tensor on the CPU. In a stretch it computes
-//! whole SIMD vectors with one implementation of exp, and what is left over at the end with another
-//! that rounds otherwise. So the elements at the ends of the stretches, and with them SiLU and the
-//! sigmoid, depend on the number of threads. (exp, sin, cos, GELU and square roots do not.) Here
-//! every stretch is a whole number of vectors, whatever the number of threads; only the tensor's
-//! own last elements are left over.
+//! On the CPU, libtorch gives each thread a stretch of a tensor of equal length. In a stretch it
+//! computes whole SIMD vectors with one implementation of exp and the remaining elements with
+//! another one, whose rounding differs. The results of SiLU and the sigmoid at the ends of
+//! stretches therefore depend on the number of threads. (exp, sin, cos, GELU and square roots do
+//! not.) The functions of this module make every stretch a whole number of vectors, so that only
+//! the last elements of the tensor are computed the other way, whatever the number of threads.
 
 use tch::{Device, Tensor};
 
 use crate::error::Result;
 
-/// Elements up to which libtorch works on one thread (`at::internal::GRAIN_SIZE`).
+/// The largest number of elements that libtorch processes on one thread
+/// (`at::internal::GRAIN_SIZE`).
 const GRAIN: usize = 32_768;
 
-/// Elements that every stretch is a multiple of: no vector loop of libtorch takes more at once (two
-/// vectors of 512 bits of fp16).
+/// The number of elements of which every stretch is a multiple. It is the largest step of
+/// libtorch's vector loops: two vectors of 512 bits of fp16.
 const VECTORS: usize = 64;
 
 /// x / (1 + exp(-x)), in new memory.
@@ -25,12 +26,12 @@ pub(crate) fn silu(tensor: &Tensor) -> Result<Tensor> {
     silu_in_place(tensor.f_mul_scalar(1.0)?)
 }
 
-/// SiLU in the place of a tensor that nobody else needs.
+/// SiLU in the memory of `tensor`, which must not be in use elsewhere.
 pub(crate) fn silu_in_place(tensor: Tensor) -> Result<Tensor> {
     in_place(tensor, &|part| part.f_silu_())
 }
 
-/// 1 / (1 + exp(-x)) in the place of a tensor that nobody else needs.
+/// 1 / (1 + exp(-x)) in the memory of `tensor`, which must not be in use elsewhere.
 pub(crate) fn sigmoid_in_place(tensor: Tensor) -> Result<Tensor> {
     in_place(tensor, &|part| part.f_sigmoid_())
 }
@@ -47,7 +48,7 @@ fn in_place(mut tensor: Tensor, function: Function) -> Result<Tensor> {
         return Ok(function(&mut tensor)?);
     }
     let flat = tensor.f_view([-1])?;
-    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1);
+    let threads = usize::try_from(tch::get_num_threads()).expect("libtorch has at least one thread");
     let mut start = 0;
     while start < count {
         let length = stretches(count - start, threads);
@@ -57,8 +58,8 @@ fn in_place(mut tensor: Tensor, function: Function) -> Result<Tensor> {
     Ok(tensor)
 }
 
-/// How many of `count` elements to hand to libtorch at once, so that each of its threads has a
-/// multiple of [`VECTORS`].
+/// The number of elements, of `count`, to pass to libtorch at once so that each of its threads gets
+/// a multiple of [`VECTORS`].
 fn stretches(count: usize, threads: usize) -> usize {
     // libtorch uses ceil(count / GRAIN) threads, if it has as many, and gives each the same number,
     // rounded up.

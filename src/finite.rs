@@ -1,16 +1,16 @@
-//! NaN and infinity, which end a run where they turn up.
+//! The check for NaN and infinity.
 
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
-/// Whether `tensor` is free of NaN and infinities. One pass where it is: a sum is finite only of
-/// what is finite.
+/// Whether all elements of `tensor` are finite. If their sum is finite, so are they, and one pass
+/// is enough.
 pub(crate) fn is_finite(tensor: &Tensor) -> Result<bool> {
     if tensor.f_sum(Kind::Float)?.f_double_value(&[])?.is_finite() {
         return Ok(true);
     }
-    // Of large numbers the sum may overflow.
+    // The sum of large finite numbers may overflow.
     Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
 

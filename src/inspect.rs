@@ -155,16 +155,16 @@ fn inspect_unet(chain: &UnetChain, weights: Option<&Weights>, parts: Vec<PartRow
         stages.push(StageRow { name, parameters: parameters(&tensors), bytes: bytes.sum(&tensors), layers });
     };
     let blueprint = Blueprint::default();
-    let head = chain.load_head(&blueprint)?;
-    add("head".into(), blueprint, head.layers());
+    let input_block = chain.load_input_block(&blueprint)?;
+    add("head".into(), blueprint, input_block.layers());
     for spec in chain.stages() {
         let blueprint = Blueprint::default();
         let stage = spec.load(&blueprint)?;
         add(spec.name().to_string(), blueprint, stage.layers());
     }
     let blueprint = Blueprint::default();
-    let tail = chain.load_tail(&blueprint)?;
-    add("tail".into(), blueprint, tail.layers());
+    let output_block = chain.load_output_block(&blueprint)?;
+    add("tail".into(), blueprint, output_block.layers());
     Ok(Inspection {
         parameters: stages.iter().map(|stage| stage.parameters).sum(),
         bytes: stages.iter().map(|stage| stage.bytes).sum(),

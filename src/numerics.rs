@@ -1,4 +1,4 @@
-//! Settings of the whole process that numbers and memory depend on.
+//! Process-wide settings that affect numerical results and memory.
 
 use std::ffi::c_void;
 use std::sync::OnceLock;
@@ -7,14 +7,14 @@ use libloading::os::unix::{Library, Symbol};
 
 use crate::allocator;
 
-/// Which settings [`init`] could make.
+/// The settings that [`init`] could make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Numerics {
-    /// Whether fp32 is fp32 on a GPU. Otherwise convolutions there may have ten bits of mantissa
-    /// (TF32).
+    /// Whether fp32 on a GPU has its full precision. Otherwise convolutions may use TF32, with ten
+    /// bits of mantissa.
     pub tf32_is_off: bool,
-    /// Whether MKL's products are equal on any number of threads. Few operations of libtorch use
-    /// them.
+    /// Whether MKL's products do not depend on the number of threads. Few operations of libtorch
+    /// use MKL.
     pub mkl_is_strict: bool,
 }
 
@@ -31,7 +31,7 @@ impl Numerics {
     }
 }
 
-/// Makes the settings of the process that the command line makes too:
+/// Makes the process-wide settings that the command line makes too:
 ///
 /// - TF32 is off, as in PyTorch's default for matrices but not for convolutions.
 /// - MKL's products are equal on any number of threads (`MKL_CBWR=AUTO,STRICT`).

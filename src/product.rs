@@ -1,11 +1,12 @@
-//! Matrix products on the CPU that are the same on any number of threads.
+//! Matrix products on the CPU whose results do not depend on the number of threads.
 //!
-//! They are [faer](https://docs.rs/faer)'s. faer cuts the inner dimension into pieces of a fixed length and gives each thread its own part
-//! of the result, so no number depends on how many threads there are. MKL's products do depend on
-//! it: also with `MKL_CBWR=AUTO,STRICT` where the left matrix has a few rows only, as time
-//! embeddings have. On AMD's processors faer is the faster of the two as well (benches/RESULTS.md).
+//! The products are computed by [faer](https://docs.rs/faer). faer cuts the inner dimension into
+//! pieces of a fixed length and gives each thread its own part of the result, so that the rounding
+//! does not depend on the number of threads. The rounding of MKL does, even with
+//! `MKL_CBWR=AUTO,STRICT`, if the left matrix has few rows, as time embeddings have. On AMD's
+//! processors faer is also the faster library (benches/RESULTS.md).
 //!
-//! Products on a GPU, in fp64, and of tensors that gradients are wanted of are libtorch's.
+//! Products on a GPU, in fp64, and of tensors that require gradients are libtorch's.
 
 use std::ops::Range;
 
@@ -15,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// How a product changes its target matrix.
+/// The change that a product makes to its target matrix.
 #[derive(Clone, Copy, PartialEq)]
 enum Change {
     Replace,
@@ -41,8 +42,8 @@ pub(crate) fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Res
     }
     let mut target = target.shallow_clone();
     if faer_serves(&target) {
-        // Where the target shares memory with a factor, say: the product comes first, in new
-        // memory.
+        // faer did not take the product, for example because the target shares memory with a
+        // factor: the product is computed in new memory first.
         let _ = target.f_add_(&product(left, right)?)?;
     } else {
         let _ = target.f_addmm_(left, right)?;
@@ -86,8 +87,8 @@ pub(crate) fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> 
     Ok(output.f_view(size.as_slice())?)
 }
 
-/// A layer of fp16 or bf16 on a CPU, computed in fp32 by `layer` and rounded once; `None` if these
-/// tensors are of another dtype or device.
+/// Computes a layer of fp16 or bf16 on a CPU by `layer` in fp32, rounding once; `None` if the input
+/// has another dtype or device, or requires gradients.
 pub(crate) fn in_fp32(
     input: &Tensor,
     weight: &Tensor,
@@ -103,7 +104,7 @@ pub(crate) fn in_fp32(
     Ok(Some(layer(&wide(input)?, &wide(weight)?, bias.as_ref())?.f_to_kind(kind)?))
 }
 
-/// Multiply-adds from which on several threads pay.
+/// The number of multiply-adds from which several threads are faster than one.
 const MANY: f64 = 8e6;
 
 /// Whether faer computes products of this tensor: fp32 on the CPU, without gradients.
@@ -125,8 +126,8 @@ fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) 
     let accumulate = if change == Change::Replace { Accum::Replace } else { Accum::Add };
     let factor = if change == Change::Subtract { -1.0 } else { 1.0 };
     let work = to.rows as f64 * to.columns as f64 * a.columns as f64;
-    // Of a matrix with one vector faer gives each thread a part of the inner dimension: the sum
-    // would depend on the number of threads.
+    // In a product with a vector, faer gives each thread a part of the inner dimension, so that the
+    // sum would depend on the number of threads.
     let is_vector = to.rows == 1 || to.columns == 1;
     let threads = if work < MANY || is_vector { Par::Seq } else { Par::rayon(0) };
     // SAFETY: each view is of the fp32 elements of a tensor on the CPU, which lie in its storage by
@@ -142,17 +143,17 @@ fn faer_product(target: &Tensor, left: &Tensor, right: &Tensor, change: Change) 
     Ok(true)
 }
 
-/// The place of a matrix's elements in memory.
+/// The position of a matrix's elements in memory.
 struct View {
     data: *mut f32,
     rows: usize,
     columns: usize,
-    /// From row to row and from column to column, in elements.
+    /// The distance from row to row and from column to column, in elements.
     steps: [isize; 2],
 }
 
 impl View {
-    /// `None` for anything but a matrix with elements.
+    /// The view of a matrix; `None` for a tensor that is not a matrix or has no elements.
     fn of(tensor: &Tensor) -> Option<Self> {
         let [rows, columns] = tensor.size()[..] else { return None };
         let [down, across] = tensor.stride()[..] else { return None };
@@ -166,7 +167,7 @@ impl View {
         (view.rows > 0 && view.columns > 0 && !view.data.is_null()).then_some(view)
     }
 
-    /// Whether no two places are the same element.
+    /// Whether each position of the matrix is an element of its own in memory.
     fn is_injective(&self) -> bool {
         let [down, across] = self.steps;
         let (rows, columns) = (self.rows as isize, self.columns as isize);
@@ -175,7 +176,7 @@ impl View {
         by_rows || by_columns
     }
 
-    /// From the first element's address to the end of the last's.
+    /// The addresses from the first element to the end of the last.
     fn extent(&self) -> Range<usize> {
         let last = (self.rows - 1) * self.steps[0].unsigned_abs() + (self.columns - 1) * self.steps[1].unsigned_abs();
         let start = self.data as usize;

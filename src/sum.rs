@@ -1,11 +1,11 @@
-//! Sums that are the same on any number of threads.
+//! Sums whose results do not depend on the number of threads.
 
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
-/// Elements that are summed as one. libtorch makes a sum over all of a tensor of as many parts as
-/// there are threads, but never parts one of so few, nor the rows of a sum by rows.
+/// The number of elements that are summed by one thread. libtorch splits a sum over a whole tensor
+/// among its threads, but it splits neither a tensor of this size nor a row of a sum by rows.
 const PIECE: i64 = 8192;
 
 /// The sum of all elements, in fp64.

@@ -1,4 +1,4 @@
-//! Reads a `config.json` key by key, so that no key that changes the computation is passed over.
+//! Reads a `config.json` key by key, so that no key that changes the computation is overlooked.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::shorten::shorten;
 /// Each key is taken once: as a setting that is honoured ([`or`](Self::or),
 /// [`required`](Self::required)), as one that is refused unless it has its neutral value
 /// ([`only`](Self::only)), or as one that has no effect on inference ([`ignore`](Self::ignore)).
-/// [`finish`](Self::finish) warns of the rest, which diffusers ignores silently.
+/// [`finish`](Self::finish) warns of the other keys, which diffusers ignores silently.
 #[derive(Debug)]
 pub struct ConfigFile {
     path: PathBuf,
@@ -58,7 +58,7 @@ impl ConfigFile {
         &self.path
     }
 
-    /// All entries, as they are.
+    /// The entries that were not taken.
     pub fn into_entries(self) -> Map<String, Value> {
         self.entries
     }

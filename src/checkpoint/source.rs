@@ -6,10 +6,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 
-/// Gives tensors by their checkpoint name. Building a network from a source asks for each of its
-/// tensors once, in execution order.
+/// A source of tensors by their checkpoint names. The construction of a network asks its source for
+/// each tensor once, in execution order.
 pub trait TensorSource {
-    /// The tensor `name` of `shape`, placed and converted as the source is set to.
+    /// The tensor `name` of `shape`, on the device and in the dtype that the source is set to.
     ///
     /// # Errors
     /// If the source does not have it, or has it in another shape.
@@ -22,12 +22,12 @@ impl<S: TensorSource + ?Sized> TensorSource for &S {
     }
 }
 
-/// A tensor that an architecture has.
+/// The name and shape of a tensor of an architecture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Its checkpoint name.
+    /// The checkpoint name.
     pub name: String,
-    /// Its shape.
+    /// The shape.
     pub shape: Vec<i64>,
 }
 
@@ -38,18 +38,18 @@ impl TensorSpec {
     }
 }
 
-/// A source without weights. A network that is built from it has every shape and name and no
-/// memory, and the source records each tensor that was asked for.
+/// A source without weights. A network that is built from it has all names and shapes but takes no
+/// memory for weights, and the source records each requested tensor.
 ///
-/// The code that builds a network is therefore also the one list of its tensors: for checking a
-/// checkpoint before anything is read, for `inspect`, and for `synth`.
+/// The code that builds a network is thereby the only list of its tensors. The list serves to check
+/// a checkpoint before its data is read, for `inspect`, and for `synth`.
 #[derive(Debug, Default)]
 pub struct Blueprint {
     asked: RefCell<Vec<TensorSpec>>,
 }
 
 impl Blueprint {
-    /// The recorded tensors, in the order in which they were asked for.
+    /// The recorded tensors, in the order of the requests.
     pub fn into_tensors(self) -> Vec<TensorSpec> {
         self.asked.into_inner()
     }
@@ -58,7 +58,7 @@ impl Blueprint {
 impl TensorSource for Blueprint {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         self.asked.borrow_mut().push(TensorSpec { name: name.to_owned(), shape: shape.to_vec() });
-        // One zero, repeated without memory.
+        // One zero, expanded to the shape without memory.
         Ok(Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?.f_expand(shape, false)?)
     }
 }

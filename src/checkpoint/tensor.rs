@@ -26,13 +26,13 @@ pub fn read_tensor(file: &SafetensorsFile, name: &str, placement: Placement) -> 
     if let Some(dtype) = float_dtype(placement.kind) {
         magnitudes.check(dtype).map_err(|problem| wrong(format!("`{name}` {problem}")))?;
     }
-    // To the device before the conversion: an fp16 tensor has half the bytes to copy.
+    // The tensor is moved before it is converted: an fp16 tensor has half the bytes to copy.
     Ok(stored.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
 }
 
 /// Reads the data of `entry` straight into a tensor of its own dtype, without a second copy.
 fn stored(file: &SafetensorsFile, entry: &Entry, kind: Kind, magnitudes: &mut Magnitudes) -> Result<Tensor> {
-    // Zeros, because memory without content must not be given to a reader.
+    // Zeros, because a reader must not be given uninitialized memory.
     let tensor = Tensor::f_zeros(&entry.shape, (kind, Device::Cpu))?;
     let length = tensor.numel() * kind.elt_size_in_bytes();
     if length as u64 != entry.bytes() {
@@ -50,7 +50,7 @@ fn stored(file: &SafetensorsFile, entry: &Entry, kind: Kind, magnitudes: &mut Ma
     Ok(tensor)
 }
 
-/// libtorch's name of a dtype that weights are stored in.
+/// libtorch's kind for a floating-point dtype in which weights are stored; `None` for other dtypes.
 pub(super) fn float_kind(dtype: Dtype) -> Option<Kind> {
     match dtype {
         Dtype::F64 => Some(Kind::Double),
@@ -61,7 +61,7 @@ pub(super) fn float_kind(dtype: Dtype) -> Option<Kind> {
     }
 }
 
-/// The dtype of a file for libtorch's `kind`, if it is a floating-point type of [`float_kind`].
+/// The safetensors dtype for libtorch's `kind`: the inverse of [`float_kind`].
 fn float_dtype(kind: Kind) -> Option<Dtype> {
     match kind {
         Kind::Double => Some(Dtype::F64),

@@ -15,13 +15,12 @@ use crate::input::{self, Limit, SourceFile};
 use crate::safetensors_file::{Entry, SafetensorsFile};
 use crate::shorten::shorten;
 
-/// The weights of a part (`unet/`, `text_encoder/`, …), by the names that this library's networks
-/// use.
+/// The weights of a part (`unet/`, `text_encoder/`, …), under the names of this library's networks.
 #[derive(Debug)]
 pub struct Weights {
     folder: PathBuf,
     files: Vec<SafetensorsFile>,
-    /// By the network's names.
+    /// The place of each tensor, by its name in the network.
     index: BTreeMap<String, Place>,
 }
 
@@ -32,7 +31,7 @@ struct Place {
     file: usize,
     /// The tensor's name in the file.
     stored: String,
-    /// The shape that the network sees.
+    /// The tensor's shape in the network.
     shape: Vec<i64>,
 }
 
@@ -80,17 +79,17 @@ impl Weights {
         let mut index = BTreeMap::new();
         for (name, file) in owner {
             let renamed = rename(&name);
-            // The callers have looked each name up in its file.
+            // The names are keys of `entries`: the callers checked this for each file.
             let shape = files[file].entries()[&name].shape.clone();
-            if let Some(other) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
-                return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", other.stored)));
+            if let Some(earlier) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
+                return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", earlier.stored)));
             }
         }
         Ok(Weights { folder: folder.to_owned(), files, index })
     }
 
-    /// Presents the weights that `is_linear` names as matrices [o, i] if they are stored as 1x1
-    /// convolutions [o, i, 1, 1], whose elements have the same order.
+    /// Gives the weights that `is_linear` names the shape [o, i] of matrices if they are stored as
+    /// 1x1 convolutions [o, i, 1, 1]; the order of the elements is equal.
     pub fn with_linear(mut self, is_linear: impl Fn(&str) -> bool) -> Self {
         for (_, place) in self.index.iter_mut().filter(|(name, _)| is_linear(name)) {
             if let [output, input, 1, 1] = place.shape[..] {
@@ -156,7 +155,7 @@ impl Weights {
         self.files.iter().try_for_each(SafetensorsFile::check_unchanged)
     }
 
-    /// The dtype that most of the elements are stored in.
+    /// The dtype of most elements; `None` if there are no tensors.
     pub fn dtype(&self) -> Option<Dtype> {
         let mut elements: Vec<(Dtype, i64)> = Vec::new();
         for (_, entry) in self.entries() {

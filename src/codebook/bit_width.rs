@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Declares the widths in one list, from which the enum, `ALL` and the numbers follow.
+/// Declares the widths in one list, which generates the enum, `ALL` and the numbers.
 macro_rules! bit_widths {
     ($($width:ident = $bits:literal),+) => {
         /// Bits of a palette index: the widths for which Core ML has unsigned types. It is written

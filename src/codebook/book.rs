@@ -1,4 +1,4 @@
-//! The palettes of a weight, and what an index into them means.
+//! The palettes of a weight, and the values of indices into them.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::BitWidth;
 
-/// The palettes of a weight [o, i, ...]: what turns an index for each element into a value.
+/// The palettes of a weight [o, i, ...], which give the value for each element's index.
 ///
 /// The channels of one axis are cut into groups of `group_size` neighbours. An element's index
 /// names an entry of the palette of its group; with scales, its value is the product of that entry
@@ -26,7 +26,8 @@ pub struct Codebook {
     pub scales: Option<Vec<f16>>,
 }
 
-/// What neighbouring elements of a weight share that lie in one output channel and one group.
+/// The palette and the scale of a run: neighbouring elements of a weight in one output channel and
+/// one group.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Run<'a> {
     /// The palette, 2^bits entries.
@@ -36,11 +37,11 @@ pub struct Run<'a> {
 }
 
 impl Codebook {
-    /// Numbers of an entry: an index names this many neighbouring output channels. Palettes of
-    /// vectors would have more than one.
+    /// The number of values in a palette entry, which an index gives to as many neighbouring output
+    /// channels. Vector palettes would have more than one.
     pub const VECTOR_LENGTH: usize = 1;
 
-    /// How many palettes a weight of this shape has.
+    /// The number of palettes of a weight of this shape.
     ///
     /// # Errors
     /// If `axis` is not 0 or 1, or `group_size` does not divide its channels.
@@ -53,7 +54,7 @@ impl Codebook {
         Ok(channels / group_size)
     }
 
-    /// How many palettes there are.
+    /// The number of palettes.
     pub fn groups(&self) -> usize {
         self.palettes.len() / self.palette_length()
     }
@@ -64,7 +65,7 @@ impl Codebook {
         &self.palettes[group * length..(group + 1) * length]
     }
 
-    /// Numbers of one palette.
+    /// The number of values in one palette.
     fn palette_length(&self) -> usize {
         self.bits.entries() * Self::VECTOR_LENGTH
     }
@@ -83,7 +84,7 @@ impl Codebook {
     /// Checks that palettes and scales are finite.
     ///
     /// # Errors
-    /// Where NaN or infinity is.
+    /// A message that says whether NaN or infinity is in the palettes or in the scales.
     pub fn check_finite(&self) -> Result<(), String> {
         let finite = |place: &str, values: &[f16]| match values.iter().all(|value| value.is_finite()) {
             true => Ok(()),
@@ -93,8 +94,8 @@ impl Codebook {
         self.scales.as_ref().map_or(Ok(()), |scales| finite("scales", scales))
     }
 
-    /// Neighbouring elements of a row-major weight of this shape that lie in one output channel and
-    /// one group.
+    /// The length of a run: the number of neighbouring elements of a row-major weight of this shape
+    /// in one output channel and one group.
     pub fn run_length(&self, shape: &[usize]) -> usize {
         let inner: usize = shape[self.axis + 1..].iter().product();
         if self.axis == 0 { inner } else { self.group_size * inner }
@@ -107,8 +108,8 @@ impl Codebook {
         Run { palette: self.palette(group), scale: self.scales.as_ref().map(|scales| scales[row]) }
     }
 
-    /// The weight of this shape, row-major, from an index for each element; zero where `keep` is
-    /// false.
+    /// The values of a weight of this shape, row-major, from an index for each element; zero where
+    /// `keep` is false.
     ///
     /// # Errors
     /// If the sizes disagree, or an index is not in its palette.
@@ -123,7 +124,7 @@ impl Codebook {
         let row: usize = shape[1..].iter().product();
         let length = self.run_length(shape);
         let mut decoded = vec![f16::ZERO; indices.len()];
-        // An output channel at a time, since it has one scale.
+        // One output channel at a time, because the scales are per output channel.
         decoded.par_chunks_mut(row).zip(indices.par_chunks(row)).enumerate().for_each(|(channel, (values, indices))| {
             let first = channel * row / length;
             for (run, (values, indices)) in (first..).zip(values.chunks_mut(length).zip(indices.chunks(length))) {
@@ -155,7 +156,7 @@ fn multiply(values: &mut [f16], scale: f16) {
     }
 }
 
-/// An error unless there are as many as there should be.
+/// Checks a number of values: `want` of the kind `what` are expected, and there are `have`.
 fn agree(what: &str, have: usize, want: usize) -> Result<(), String> {
     if have == want { Ok(()) } else { Err(format!("{have} {what} where there should be {want}")) }
 }

@@ -1,21 +1,21 @@
-//! Which weights share a palette.
+//! The groups of weights that share a palette.
 
 use serde::Serialize;
 
-/// Which weights share a palette.
+/// The groups of weights that share a palette.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grouping {
     /// All weights of the layer (coremltools' `per_tensor`).
     PerTensor,
     /// Each run of `group_size` neighbouring channels (coremltools' `per_grouped_channel`).
     PerGroupedChannel {
-        /// Channels in a group. At least 1.
+        /// The number of channels in a group, at least 1.
         group_size: usize,
     },
 }
 
 impl Grouping {
-    /// The channels in a group, if there are groups.
+    /// The number of channels in a group; `None` for one palette.
     pub fn group_size(self) -> Option<usize> {
         match self {
             Grouping::PerTensor => None,

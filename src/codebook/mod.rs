@@ -1,8 +1,7 @@
-//! The vocabulary of compressed weights: how wide an index is, which weights share a palette, what
-//! is pruned.
+//! The types that describe a compressed weight: index widths, palettes and their groups, sparsity.
 //!
-//! Every other module that compresses, stores, reads or configures weights uses these types. They
-//! know of no tensor library, no file format and no model.
+//! Every module that compresses, stores, reads or configures weights uses these types. They do not
+//! depend on a tensor library, a file format or a model.
 
 mod bit_width;
 mod book;

@@ -1,18 +1,18 @@
-//! The settings of one weight. Defaults are coremltools'; the names of its settings are given where
-//! they differ.
+//! The compression settings of one weight. Defaults are those of coremltools; names of its settings
+//! are in brackets where they differ.
 
 use super::{BitWidth, Grouping, Sparsity};
 
-/// How a weight is pruned: coremltools' `ModuleSparseGPTConfig` without its quantizer.
+/// The settings for pruning a weight: coremltools' `ModuleSparseGPTConfig` without its quantizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PruneOptions {
-    /// How much becomes zero (`target_sparsity` or `n_m_ratio`).
+    /// The share and pattern of zeros (`target_sparsity` or `n_m_ratio`).
     pub sparsity: Sparsity,
     /// The share of the Hessian's mean diagonal that is added to its diagonal
     /// (`hessian_dampening`). At least 0.
     pub dampening: f64,
-    /// Columns whose mask is chosen together (`processing_group_size`). At least 1. For n:m
-    /// sparsity the next smaller multiple of m is used.
+    /// The number of columns whose mask is chosen together, at least 1 (`processing_group_size`).
+    /// For n:m sparsity the next smaller multiple of m is used.
     pub block: usize,
 }
 
@@ -23,12 +23,12 @@ impl Default for PruneOptions {
     }
 }
 
-/// How a weight is palettized: coremltools' `ModulePostTrainingPalettizerConfig`.
+/// The settings for palettizing a weight: coremltools' `ModulePostTrainingPalettizerConfig`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PaletteOptions {
     /// The width of an index (`n_bits`).
     pub bits: BitWidth,
-    /// Which weights share a palette (`granularity` and `group_size`).
+    /// The groups of weights that share a palette (`granularity` and `group_size`).
     pub grouping: Grouping,
     /// The dimension whose channels are grouped (`channel_axis`): 0 for output channels, 1 for
     /// input channels. Without groups it has no meaning.

@@ -1,8 +1,8 @@
-//! How pruned weights are chosen.
+//! Methods of pruning.
 
 use serde::Serialize;
 
-/// How pruned weights are chosen, and whether the kept ones are adjusted.
+/// A rule for the choice of pruned weights and for the adjustment of the kept ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PruneMethod {

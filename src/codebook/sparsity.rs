@@ -1,26 +1,25 @@
-//! How much of a weight is pruned.
+//! The share and pattern of pruned weights.
 
 use std::fmt::{self, Display};
 
 use crate::error::{Error, Result};
 
-/// How much of a weight becomes zero.
+/// The share and pattern of the weights that become zero.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sparsity {
     /// This share of the elements, 0 <= s < 1, wherever they are (coremltools' `target_sparsity`).
     /// Zero prunes nothing.
     Unstructured(f64),
-    /// n of every m neighbours in a row (coremltools' `n_m_ratio`). Rows are those of the flattened
-    /// weight [o, d].
+    /// n of every m neighbours in a row of the flattened weight [o, d] (coremltools' `n_m_ratio`).
     NOfM(NmRatio),
 }
 
 /// Of every `m` neighbouring weights of a row, `n` are zero; 1 <= n < m.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NmRatio {
-    /// The zeros.
+    /// The number of zeros in a group.
     pub n: usize,
-    /// The weights among which they are.
+    /// The number of weights in a group.
     pub m: usize,
 }
 
@@ -33,8 +32,7 @@ impl Sparsity {
         }
     }
 
-    /// The share of zeros in a row of `columns`, of which an incomplete last group of m stays
-    /// dense.
+    /// The share of zeros in a row of `columns` weights. An incomplete last group of m stays dense.
     pub fn share(self, columns: usize) -> f64 {
         match self {
             Sparsity::Unstructured(share) => share,

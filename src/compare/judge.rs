@@ -132,10 +132,10 @@ impl Judge {
         new: &dyn TensorSource,
     ) -> Result<Vec<(StageName, f64)>> {
         let start = |source: &dyn TensorSource| -> Result<Vec<Carry>> {
-            let head = chain.load_head(source)?;
+            let input_block = chain.load_input_block(source)?;
             let carries = self.held_out.iter();
             carries
-                .map(|HeldOut { call, .. }| head.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved))
+                .map(|HeldOut { call, .. }| input_block.forward(&call.sample, call.timestep, &call.conditioning, &mut Unobserved))
                 .collect()
         };
         let (mut dense_carries, mut new_carries) = (start(dense)?, start(new)?);

@@ -2,18 +2,21 @@
 
 mod judge;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use judge::{Judge, Measured};
 
 use crate::calibration::{PromptSet, Samples, calibrate};
+use crate::checkpoint::Blueprint;
+use crate::codebook::LayerKind;
 use crate::compress::{JobReport, Prepared, run};
 use crate::config::{CalibrationSection, RunConfig, read_prompts};
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::model::unet::Unet;
+use crate::model::unet::{Unet, UnetChain};
 use crate::number;
 use crate::pipeline::{PipelineFolder, PromptEncoder};
 use crate::plan;
@@ -65,6 +68,7 @@ pub fn compare(
     let dense_pictures: Vec<_> = judge.pictures().cloned().collect();
     let dense =
         Dense { name: "dense".into(), bytes: bytes_of_files(weights.files())?, bits_per_weight: 16.0, pictures: dense_pictures };
+    let kinds = layer_kinds(&folder.unet)?;
     let mut shared = SharedSamples::default();
     let mut rows = Vec::new();
     let task = Task::begin(progress, "comparing", "configs", entries.len());
@@ -91,7 +95,7 @@ pub fn compare(
         rows.push(Row {
             compressed_weight_bytes,
             stages: stages.into_iter().map(|(name, error)| StageError { name: name.to_string(), error }).collect(),
-            ..row(entry, report, cost, &dense, measured)?
+            ..row(entry, report, &kinds, cost, &dense, measured)?
         });
     }
     let (set, root) = (judge.set(), folder.root());
@@ -200,7 +204,14 @@ struct Cost {
 }
 
 /// A row without the bytes of its compressed weights and without its stages.
-fn row(entry: &Entry, report: JobReport, cost: Cost, dense: &Dense, measured: Measured) -> Result<Row> {
+fn row(
+    entry: &Entry,
+    report: JobReport,
+    kinds: &BTreeMap<String, LayerKind>,
+    cost: Cost,
+    dense: &Dense,
+    measured: Measured,
+) -> Result<Row> {
     let Entry { name, config } = entry;
     let close = closeness(&dense.pictures, &measured.pictures)?;
     let settings = config.prune.as_ref().and_then(|prune| prune.rules.global_config.as_ref());
@@ -217,21 +228,31 @@ fn row(entry: &Entry, report: JobReport, cost: Cost, dense: &Dense, measured: Me
         ssim: close.ssim,
         seconds: cost.seconds,
         peak_bytes: cost.peak_bytes,
-        layers: layer_rows(&report),
+        layers: layer_rows(&report, kinds),
         pictures: measured.pictures,
         warnings: report.notes,
         ..Row::default()
     })
 }
 
-fn layer_rows(report: &JobReport) -> Vec<LayerRow> {
+/// The kind of each layer of the UNet, by its name.
+fn layer_kinds(chain: &UnetChain) -> Result<BTreeMap<String, LayerKind>> {
+    let mut kinds = BTreeMap::new();
+    for name in chain.parts() {
+        let part = chain.load_part(name, &Blueprint::default())?;
+        kinds.extend(part.layers().iter().map(|layer| (layer.name().to_owned(), layer.kind())));
+    }
+    Ok(kinds)
+}
+
+fn layer_rows(report: &JobReport, kinds: &BTreeMap<String, LayerKind>) -> Vec<LayerRow> {
     report
         .layers
         .iter()
         .map(|layer| LayerRow {
             name: layer.name.clone(),
             stage: layer.stage.clone(),
-            kind: if layer.shape.len() == 4 { "Conv2d".into() } else { "Linear".into() },
+            kind: kinds[&layer.name].to_string(),
             shape: layer.shape.clone(),
             bits_per_weight: layer.bits_per_weight,
             sparsity: layer.sparsity,

@@ -49,7 +49,7 @@ pub(super) fn gather(
     let placement = options.placement();
     let mut gatherer = shared_inputs(&folder.unet, is_wanted, placement.device)?;
     let encoder = PromptEncoder::load(folder, placement)?;
-    let input_block = folder.unet.load_head(&weights.narrow_source(placement))?;
+    let input_block = folder.unet.load_input_block(&weights.narrow_source(placement))?;
     let size = folder.picture_size(section.size)?;
     let timesteps = folder.scheduler.train_timesteps()?;
     let stride = stride(timesteps);

@@ -18,24 +18,24 @@ use super::workspace::Workspace;
 use crate::calibration::{Sample, is_held_out};
 use crate::elementwise::silu;
 use crate::error::Result;
-use crate::model::unet::{Carry, Conditioning, Head, HeadInput};
+use crate::model::unet::{Carry, Conditioning, InputBlock, InputBlockDependency};
 use crate::model::{Layer, LayerInput, Observer, Unobserved};
 use crate::progress::{Progress, Task};
 
 /// The input block with its weights as stored so far, and the dense one where it is the target.
-pub(super) struct InputBlock {
-    stored: Head,
-    dense: Option<Head>,
+pub(super) struct CalibratedInputBlock {
+    stored: InputBlock,
+    dense: Option<InputBlock>,
     device: Device,
 }
 
-impl InputBlock {
+impl CalibratedInputBlock {
     /// Loads the input block on `device`.
     pub fn load(model: Model<'_>, device: Device, has_teacher: bool) -> Result<Self> {
         let source = OnDevice { source: model.source, device };
-        let load = || model.chain.load_head(&source);
+        let load = || model.chain.load_input_block(&source);
         let dense = if has_teacher { Some(load()?) } else { None };
-        Ok(InputBlock { stored: load()?, dense, device })
+        Ok(CalibratedInputBlock { stored: load()?, dense, device })
     }
 
     /// Gives `layers` their stored weights, as far as `store` has them.
@@ -59,22 +59,23 @@ impl InputBlock {
         };
         let mut gatherer = gatherer.ending_early();
         let mut multiply_adds = 0.0;
-        let sees = self.stored.sees(layer.name());
-        if sees == HeadInput::Time {
+        let dependency = self.stored.dependency_of(layer.name());
+        if dependency == InputBlockDependency::Time {
             // All timesteps of SDXL at once; a model trained on many more would take too much
             // memory.
             const AT_ONCE: usize = 1000;
             for first in (0..calibration.timesteps).step_by(AT_ONCE) {
                 let end = (first + AT_ONCE).min(calibration.timesteps);
                 let times = Tensor::f_arange_start(first as i64, end as i64, (Kind::Float, self.device))?;
-                multiply_adds +=
-                    self.run_twins(layer, &mut gatherer, &|head, observer| head.embed_times(&times, machine.kind, observer))?;
+                multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {
+                    input_block.embed_times(&times, machine.kind, observer)
+                })?;
             }
             return Ok((gatherer, multiply_adds));
         }
         let calls = &calibration.samples.calls;
         let mut chosen: Vec<usize> = (0..calls.len()).collect();
-        if sees == HeadInput::Conditioning {
+        if dependency == InputBlockDependency::Conditioning {
             chosen.dedup_by(|call, before| embeds_same(&calls[*call].conditioning, &calls[*before].conditioning));
         }
         let task = Task::begin(progress, "Hessians", "samples", chosen.len());
@@ -84,8 +85,9 @@ impl InputBlock {
             gatherer.hold_out(holds_out && is_held_out(number, chosen.len()));
             gatherer.set_weight(calibration.weight(*index));
             let call = calls[*index].placed(machine.placement(self.device))?;
-            multiply_adds +=
-                self.run_twins(layer, &mut gatherer, &|head, observer| Ok(first_carry(head, &call, observer)?.hidden_states))?;
+            multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {
+                Ok(first_carry(input_block, &call, observer)?.hidden_states)
+            })?;
         }
         Ok((gatherer, multiply_adds))
     }
@@ -96,7 +98,7 @@ impl InputBlock {
         &self,
         layer: &Layer,
         gatherer: &mut Gatherer,
-        run: &dyn Fn(&Head, &mut dyn Observer) -> Result<Tensor>,
+        run: &dyn Fn(&InputBlock, &mut dyn Observer) -> Result<Tensor>,
     ) -> Result<f64> {
         let mut multiply_adds = 0.0;
         if let Some(dense) = &self.dense {
@@ -159,8 +161,8 @@ pub(super) struct Share {
     pub joined: usize,
 }
 
-fn first_carry(head: &Head, call: &Sample, observer: &mut dyn Observer) -> Result<Carry> {
-    head.forward(&call.sample, call.timestep, &call.conditioning, observer)
+fn first_carry(input_block: &InputBlock, call: &Sample, observer: &mut dyn Observer) -> Result<Carry> {
+    input_block.forward(&call.sample, call.timestep, &call.conditioning, observer)
 }
 
 /// Whether two calls have the same pooled text and time ids.

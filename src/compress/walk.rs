@@ -9,7 +9,7 @@ use std::path::Path;
 use tch::Tensor;
 
 use super::gather::Gatherer;
-use super::input_block::{InputBlock, Share};
+use super::input_block::{CalibratedInputBlock, Share};
 use super::job::{Calibration, Job, Machine, Model};
 use super::propagate::{self, Extent, GatherRequest};
 use super::shard::{CarryStore, DeviceShard};
@@ -92,7 +92,7 @@ pub(super) struct Walk<'a> {
     progress: &'a dyn Progress,
     /// All parts, without weights.
     outlines: BTreeMap<PartName, Part>,
-    input_block: Option<InputBlock>,
+    input_block: Option<CalibratedInputBlock>,
     /// One for each device, once the samples have passed the input block.
     shards: Vec<DeviceShard>,
     /// The part that the shards have loaded.
@@ -179,7 +179,7 @@ impl<'a> Walk<'a> {
             PartName::InputBlock => {
                 let input_block = match self.input_block.take() {
                     Some(input_block) => input_block,
-                    None => InputBlock::load(self.model, self.machine.devices.first(), self.carries.has_teacher)?,
+                    None => CalibratedInputBlock::load(self.model, self.machine.devices.first(), self.carries.has_teacher)?,
                 };
                 let input_block = self.input_block.insert(input_block);
                 if let Some(store) = store {
@@ -243,7 +243,7 @@ impl<'a> Walk<'a> {
         let mut multiply_adds = 0.0;
         for (number, device) in devices.as_slice().iter().enumerate() {
             let mut shard = DeviceShard::new(number, *device, self.carries)?;
-            let mut input_block = InputBlock::load(self.model, *device, self.carries.has_teacher)?;
+            let mut input_block = CalibratedInputBlock::load(self.model, *device, self.carries.has_teacher)?;
             if let Some(store) = store {
                 input_block.install(&self.behind, store)?;
             }

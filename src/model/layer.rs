@@ -16,8 +16,8 @@ pub struct Layer {
     bias: Option<Tensor>,
 }
 
-/// Which tensor a [`Layer`] is given. Layers of a UNet that say the same are given the very same
-/// tensor, so that one Hessian serves them all.
+/// The input of a [`Layer`]. Layers of a UNet with equal values have one tensor as their input, so
+/// that one Hessian serves all of them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LayerInput {
     /// The text states, which go through the whole UNet unchanged: `to_k` and `to_v` of every
@@ -25,12 +25,12 @@ pub enum LayerInput {
     Text,
     /// SiLU of the time embedding, the same in the whole UNet: every `time_emb_proj`.
     Time,
-    /// Features that only a few neighbours see, under the name of the first of them: `to_q`, `to_k`
-    /// and `to_v` of a self-attention, or a layer alone.
+    /// Features that are the input of a few neighbouring layers (`to_q`, `to_k` and `to_v` of a
+    /// self-attention) or of a single layer, under the name of the first of these layers.
     Features(String),
 }
 
-/// What a [`Layer`] computes.
+/// The computation of a [`Layer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// `x W^T + b` over the last dimension; weight [o, d].
@@ -42,13 +42,13 @@ pub enum Operation {
 /// How a convolution's window moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConvGeometry {
-    /// Steps down and right.
+    /// Step of the window, down and right, in pixels.
     pub stride: [i64; 2],
-    /// Zeros around the input, above and below, left and right.
+    /// Zeros around the input: rows above and below, columns left and right.
     pub padding: [i64; 2],
     /// Distance between a kernel's taps.
     pub dilation: [i64; 2],
-    /// Input and output channels are split into this many independent parts.
+    /// The number of independent parts into which input and output channels are split.
     pub groups: i64,
 }
 
@@ -59,35 +59,36 @@ impl ConvGeometry {
     }
 }
 
-/// Sees the input of every layer during a forward, before the layer computes. It must not change
-/// it.
+/// Sees the input of every layer during a forward pass, before the layer computes. An observer must
+/// not change the tensors that it sees.
 pub trait Observer {
-    /// `layer` is about to be given `input`: [.., d] for a Linear, [b, c, h, w] for a Conv2d.
+    /// Called with the `input` of `layer` before the layer computes: [.., d] for a Linear, [b, c,
+    /// h, w] for a Conv2d.
     ///
     /// # Errors
-    /// What it returns ends the forward.
+    /// Any error ends the forward pass and is its result.
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()>;
 
-    /// `layer`'s next output will be added to `residual`: of the output's shape, or [b, c, h, w]
-    /// where the output is [b, h w, c].
+    /// Called before `layer` computes if its output will be added to `residual`, which has the
+    /// output's shape, or [b, c, h, w] where the output is [b, h w, c].
     ///
     /// # Errors
-    /// What it returns ends the forward.
+    /// Any error ends the forward pass and is its result.
     fn residual(&mut self, _layer: &Layer, _residual: &Tensor) -> Result<()> {
         Ok(())
     }
 
-    /// `layer` has computed `output`, to which nothing was added yet. What follows may change it in
-    /// place.
+    /// Called with the `output` of `layer` before a residual is added to it. Later operations may
+    /// change the tensor in place.
     ///
     /// # Errors
-    /// What it returns ends the forward.
+    /// Any error ends the forward pass and is its result.
     fn output(&mut self, _layer: &Layer, _output: &Tensor) -> Result<()> {
         Ok(())
     }
 }
 
-/// Sees nothing.
+/// The observer that does nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Unobserved;
 
@@ -108,12 +109,12 @@ impl Layer {
         &self.name
     }
 
-    /// What it computes.
+    /// The layer's computation.
     pub fn operation(&self) -> Operation {
         self.operation
     }
 
-    /// Its kind.
+    /// The layer's kind.
     pub fn kind(&self) -> LayerKind {
         match self.operation {
             Operation::Linear => LayerKind::Linear,
@@ -121,13 +122,13 @@ impl Layer {
         }
     }
 
-    /// What it is given.
+    /// The layer's input.
     pub fn input(&self) -> &LayerInput {
         &self.input
     }
 
-    /// The weight, in the dtype in which it rests in memory; a forward converts it to its input's.
-    /// [o, d] or [o, c / groups, kh, kw].
+    /// The weight, [o, d] or [o, c / groups, kh, kw], in the dtype of its storage. A forward pass
+    /// converts it to the dtype of the input.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
@@ -137,11 +138,11 @@ impl Layer {
         self.bias.as_ref()
     }
 
-    /// Puts `weight` in the place of the layer's own, on the same device. Its dtype is kept until a
-    /// forward converts it.
+    /// Replaces the layer's weight by `weight`, which is moved to the layer's device. Its dtype is
+    /// kept; a forward pass converts it.
     ///
     /// # Errors
-    /// If its shape is another.
+    /// [`Error::Argument`] if the shapes differ.
     pub fn replace_weight(&mut self, weight: &Tensor) -> Result<()> {
         if weight.size() != self.weight.size() {
             let (new, old) = (weight.size(), self.weight.size());
@@ -168,8 +169,8 @@ impl Layer {
     }
 }
 
-/// A 1 x 1 convolution as a matrix product. oneDNN's kernels for it round otherwise on another
-/// number of threads.
+/// A 1 x 1 convolution as a matrix product, because the rounding of oneDNN's kernels for it depends
+/// on the number of threads.
 fn pointwise(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     if let Some(output) = in_fp32(input, weight, bias, pointwise)? {
         return Ok(output);

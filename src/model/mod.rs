@@ -1,4 +1,4 @@
-//! SDXL's networks and samplers. Nothing in here knows of compression.
+//! SDXL's networks and samplers. Nothing in this module depends on compression.
 
 mod layer;
 mod network;

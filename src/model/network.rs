@@ -1,9 +1,9 @@
-//! How networks are put together: a builder that follows checkpoint names, and the arena that a
-//! network's layers lie in.
+//! The construction of networks: a builder that follows checkpoint names, and the list that holds a
+//! network's layers.
 //!
-//! A network keeps its layers in one list, in execution order, and its blocks hold places in that
-//! list. So "every layer by name", "observe every input" and "replace a weight" are properties of
-//! the list, and no block has to know of them.
+//! A network keeps its layers in one list, in execution order, and its blocks hold indices into
+//! that list. Listing the layers, observing their inputs and replacing their weights therefore work
+//! on the list alone, without code in the blocks.
 
 use std::fmt::Display;
 
@@ -13,12 +13,12 @@ use super::layer::{ConvGeometry, Layer, LayerInput, Observer, Operation};
 use crate::checkpoint::TensorSource;
 use crate::error::Result;
 
-/// A layer's place in its network's list.
+/// The index of a layer in its network's list.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LayerId(usize);
 
 impl LayerId {
-    /// The layer, in its network's list.
+    /// The layer with this index, in its network's list.
     pub fn of(self, layers: &[Layer]) -> &Layer {
         &layers[self.0]
     }
@@ -37,7 +37,7 @@ impl<'a> Builder<'a> {
         Builder { source, path: path.into(), layers }
     }
 
-    /// The builder one name further down.
+    /// The builder for the child `name` of this path.
     pub fn at(&mut self, name: impl Display) -> Builder<'_> {
         Builder { source: self.source, path: self.name(name), layers: self.layers }
     }
@@ -46,7 +46,7 @@ impl<'a> Builder<'a> {
         if self.path.is_empty() { leaf.to_string() } else { format!("{}.{leaf}", self.path) }
     }
 
-    /// A tensor of this path.
+    /// The tensor `leaf` of this path.
     pub fn tensor(&self, leaf: &str, shape: &[i64]) -> Result<Tensor> {
         self.source.tensor(&self.name(leaf), shape)
     }
@@ -56,12 +56,12 @@ impl<'a> Builder<'a> {
         self.linear_of(leaf, self.features(leaf), input, output, bias)
     }
 
-    /// The Linear `leaf`, which is given the same tensor as others.
+    /// The Linear `leaf`, whose input `of` other layers share.
     pub fn linear_of(&mut self, leaf: &str, of: LayerInput, input: i64, output: i64, bias: bool) -> Result<LayerId> {
         self.layer(leaf, Operation::Linear, of, &[output, input], bias)
     }
 
-    /// The features that the layer `leaf` is the first to see.
+    /// The features whose first layer in execution order is `leaf`.
     pub fn features(&self, leaf: &str) -> LayerInput {
         LayerInput::Features(self.name(leaf))
     }
@@ -96,7 +96,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// One forward: the layers, and who watches them.
+/// One forward pass: the layers and their observer.
 pub(super) struct Run<'a> {
     layers: &'a [Layer],
     observer: &'a mut dyn Observer,
@@ -112,7 +112,7 @@ impl<'a> Run<'a> {
         id.of(self.layers).forward(input, self.observer)
     }
 
-    /// Says that what the layer computes next is added to `residual`.
+    /// Tells the observer that the next output of the layer will be added to `residual`.
     pub fn onto(&mut self, id: LayerId, residual: &Tensor) -> Result<()> {
         self.observer.residual(id.of(self.layers), residual)
     }

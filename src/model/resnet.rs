@@ -1,4 +1,4 @@
-//! The residual block of UNet and VAE.
+//! The residual block of the UNet and the VAE.
 
 use tch::Tensor;
 
@@ -12,7 +12,7 @@ use crate::error::Result;
 pub(crate) struct ResnetShape {
     pub input: i64,
     pub output: i64,
-    /// The width of the time embedding; `None` where there is no time (VAE).
+    /// The width of the time embedding; `None` for blocks without one (VAE).
     pub temb: Option<i64>,
     pub groups: i64,
     pub eps: f64,

@@ -17,10 +17,10 @@ fn alike(name: &str, operation: &dyn Fn() -> Tensor) {
     let on = |threads: usize| {
         tch::set_num_threads(threads as i32);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        // Tensors stay on this thread; only faer asks the pool how many threads there are.
-        let mut found = None;
-        pool.in_place_scope(|_| found = Some(operation()));
-        found.unwrap()
+        // The operation runs on this thread, since tensors are not `Sync`; only faer uses the pool.
+        let mut result = None;
+        pool.in_place_scope(|_| result = Some(operation()));
+        result.unwrap()
     };
     let one = on(1);
     for threads in [2, 3, 7] {

@@ -78,10 +78,10 @@ pub fn layers_of(chain: &UnetChain) -> Result<Vec<LayerInfo>> {
             shape: layer.weight().size(),
         }));
     };
-    add(None, chain.load_head(&blueprint)?.layers());
+    add(None, chain.load_input_block(&blueprint)?.layers());
     for spec in chain.stages() {
         add(Some(spec.name().to_string()), spec.load(&blueprint)?.layers());
     }
-    add(None, chain.load_tail(&blueprint)?.layers());
+    add(None, chain.load_output_block(&blueprint)?.layers());
     Ok(infos)
 }

@@ -9,14 +9,14 @@ use super::triangle::Triangle;
 use crate::error::Result;
 use crate::product::add_product;
 
-/// Correlations [c, c] of an input with itself, shifted: all that the Hessian of a convolution of
-/// stride 1 is made of.
+/// Correlations [c, c] of an input with shifted copies of itself, from which the Hessian of a
+/// convolution of stride 1 is assembled.
 ///
 /// The vectors of a k x k convolution are windows, so block (i, j) of H, for taps i and j of the
-/// kernel, sums x(p + i) x(p + j)^T over the places p of the output. That depends on j - i alone,
-/// but for the input's first and last rows and columns, which some taps do not reach. They are
-/// summed apart and taken off. A 3 x 3 kernel takes 13 correlations where unfolding takes 45
-/// blocks, and no nine copies of the input.
+/// kernel, sums x(p + i) x(p + j)^T over the places p of the output. The sum depends on j - i
+/// alone, except for the input's first and last rows and columns, which some taps do not reach.
+/// These are summed separately and subtracted. A 3 x 3 kernel takes 13 correlations where unfolding
+/// takes 45 blocks, and nine copies of the input.
 #[derive(Debug)]
 pub(super) struct Correlations {
     channels: i64,
@@ -34,7 +34,7 @@ struct Term {
     places: [Places; 2],
 }
 
-/// Rows, or columns, of those where both ends of the shift lie inside.
+/// A range of rows or columns, among those for which both ends of the shift are in the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Places {
     All,
@@ -43,7 +43,7 @@ enum Places {
 }
 
 impl Places {
-    /// In an input of `length`.
+    /// The range in an input of `length` rows or columns.
     fn range(self, length: i64, shift: i64) -> Range<i64> {
         let (start, end) = ((-shift).max(0), length - shift.max(0));
         match self {
@@ -54,7 +54,7 @@ impl Places {
     }
 }
 
-/// Which places one axis of taps `first` and `second` does not reach.
+/// The places that taps `first` and `second` do not reach, along one axis.
 fn unreached(kernel: i64, padding: i64, first: i64, second: i64) -> Vec<Places> {
     let before = first.min(second) - padding;
     let after = kernel - 1 - padding - first.max(second);
@@ -65,7 +65,7 @@ fn unreached(kernel: i64, padding: i64, first: i64, second: i64) -> Vec<Places> 
         .collect()
 }
 
-/// The terms that make block (`first`, `second`) of H, each with its sign; `first` comes before
+/// The terms whose sum is block (`first`, `second`) of H, each with its sign; `first` comes before
 /// `second` or is the same tap.
 fn terms_of(kernel: [i64; 2], padding: [i64; 2], first: [i64; 2], second: [i64; 2]) -> Vec<(f64, Term)> {
     let shift = [second[0] - first[0], second[1] - first[1]];
@@ -74,7 +74,7 @@ fn terms_of(kernel: [i64; 2], padding: [i64; 2], first: [i64; 2], second: [i64; 
     let mut terms = vec![term(1.0, Places::All, Places::All)];
     terms.extend(rows.iter().map(|rows| term(-1.0, *rows, Places::All)));
     terms.extend(columns.iter().map(|columns| term(-1.0, Places::All, *columns)));
-    // The overlap of both was taken off twice.
+    // The overlap of both was subtracted twice.
     terms.extend(rows.iter().flat_map(|rows| columns.iter().map(|columns| term(1.0, *rows, *columns))));
     terms
 }
@@ -86,7 +86,7 @@ fn pairs(kernel: [i64; 2]) -> impl Iterator<Item = ([i64; 2], [i64; 2])> {
     (0..taps).flat_map(move |first| (first..taps).map(move |second| (place(first), place(second))))
 }
 
-/// Every term that some block needs.
+/// The terms of all blocks.
 fn terms(kernel: [i64; 2], padding: [i64; 2]) -> BTreeSet<Term> {
     pairs(kernel).flat_map(|(first, second)| terms_of(kernel, padding, first, second)).map(|(_, term)| term).collect()
 }
@@ -123,7 +123,7 @@ impl Correlations {
         self.channels * self.kernel[0] * self.kernel[1]
     }
 
-    /// Where it lies.
+    /// The device of the sums.
     pub fn device(&self) -> Device {
         self.sums[0].1.device()
     }
@@ -131,8 +131,8 @@ impl Correlations {
     /// Adds the vectors of `input` [b, c, h, w] in fp32.
     pub fn add(&self, input: &Tensor) -> Result<()> {
         let (_, _, height, width) = input.size4()?;
-        // Zeros after each row and each image, so that a shift is a step in memory: what it pushes
-        // over an edge meets zeros.
+        // Zeros after each row and each image, so that a shift is a constant step in memory: pixels
+        // that are shifted over an edge are multiplied with zeros.
         let [below, right] = [self.kernel[0] - 1, self.kernel[1] - 1];
         let padded = input.f_permute([0, 2, 3, 1])?.f_constant_pad_nd([0, 0, 0, right, 0, below])?.f_contiguous()?;
         let flat = padded.f_view([-1, self.channels])?;
@@ -161,7 +161,7 @@ impl Correlations {
         Ok(())
     }
 
-    /// Adds another of the same convolution.
+    /// Adds the sums of another part of the inputs of this convolution.
     pub fn merge(&self, other: &Correlations) -> Result<()> {
         for ((_, sum), (_, other)) in self.sums.iter().zip(&other.sums) {
             let _ = sum.shallow_clone().f_add_(&other.f_to_device(sum.device())?)?;
@@ -173,7 +173,7 @@ impl Correlations {
     fn block(&self, first: [i64; 2], second: [i64; 2], scale: f64) -> Result<Tensor> {
         let mut block = Tensor::f_zeros([self.channels; 2], (Kind::Float, self.device()))?;
         for (sign, term) in terms_of(self.kernel, self.padding, first, second) {
-            let index = self.sums.binary_search_by(|(other, _)| other.cmp(&term));
+            let index = self.sums.binary_search_by(|(stored, _)| stored.cmp(&term));
             let index = index.expect("`zeros` makes a sum for every term of every block");
             let _ = block.f_add_(&self.sums[index].1.f_mul_scalar(sign * scale)?)?;
         }

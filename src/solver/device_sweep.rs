@@ -1,13 +1,13 @@
-//! SparseGPT's sweep by tensor operations, for weights on a GPU: without transfers to the host, and
-//! for layers of one shape together.
+//! SparseGPT's sweep by tensor operations, for weights on a GPU: without transfers to the host, for
+//! a batch of layers of one shape.
 
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
 
 /// Marks the `count` smallest of w^2 / U_jj^2 of each layer in a block of columns, weights [l, o,
-/// b], with all that tie with the last of them: coremltools' rule (`SparseGPT._compress_impl`). A
-/// bool tensor [l, o, b].
+/// b], and all elements equal to the last of them: coremltools' rule (`SparseGPT._compress_impl`).
+/// A bool tensor [l, o, b].
 pub(super) fn smallest(weight: &Tensor, upper: &Tensor, count: usize) -> Result<Tensor> {
     if count == 0 {
         return Ok(weight.f_zeros_like()?.f_to_kind(Kind::Bool)?);
@@ -17,7 +17,7 @@ pub(super) fn smallest(weight: &Tensor, upper: &Tensor, count: usize) -> Result<
     Ok(scores.f_le_tensor(&threshold.f_unsqueeze(2)?)?)
 }
 
-/// [l, 1, b]
+/// The diagonals of U [l, b, b]: [l, 1, b].
 fn diagonal(upper: &Tensor) -> Result<Tensor> {
     Ok(upper.f_diagonal(0, 1, 2)?.f_unsqueeze(1)?)
 }
@@ -25,7 +25,7 @@ fn diagonal(upper: &Tensor) -> Result<Tensor> {
 /// As [`sweep`](super::sweep::sweep), on `weight` [l, o, b] and its mask `pruned` in place, with U
 /// [l, b, b] of these columns. Returns each element's error, [l, o, b], zero where it was kept.
 ///
-/// Two operations a column go to the device, and none waits for another's result on the host.
+/// It launches two operations per column on the device, and never waits for a result on the host.
 pub(super) fn sweep(weight: &Tensor, upper: &Tensor, pruned: &Tensor, ratio: Option<(usize, usize)>) -> Result<Tensor> {
     let columns = weight.size3()?.2;
     let diagonal = diagonal(upper)?;

@@ -1,5 +1,5 @@
-//! The Cholesky factor of H, from which SparseGPT computes how other weights compensate for a
-//! change of one.
+//! The Cholesky factor of H, from which SparseGPT computes the changes of weights that compensate
+//! for the change of another one.
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,13 +12,13 @@ use crate::finite::is_finite;
 use crate::product::{product, subtract_product};
 use crate::sum::sum;
 
-/// Rows of the blocks that are not divided further: on a CPU those of [`leaf`], on a GPU those that
-/// libtorch's routines are given, each call of which costs more than a whole panel's work.
+/// The rows of the blocks that are not divided further: the size of [`leaf`] on a CPU. On a GPU the
+/// blocks are larger, because a call of libtorch's routines costs more than the arithmetic.
 fn smallest(device: Device) -> i64 {
     if device == Device::Cpu { leaf::LEAF } else { 512 }
 }
 
-/// The most dampening that is tried.
+/// The largest dampening that is tried.
 const MOST_DAMPENING: f64 = 10.0;
 
 /// R [d, d], upper triangular, with R R^T = H + damping, fp32.
@@ -28,19 +28,19 @@ const MOST_DAMPENING: f64 = 10.0;
 ///
 /// SparseGPT is written with U = R^-1, the upper Cholesky factor of H^-1, for which coremltools
 /// makes three factorizations. R carries the same information with one factorization: if D [o, d]
-/// is the change of the columns that are done, the errors e = (w - q) / U_jj that are fed back to
-/// column j sum to (D R)_j. So no [d, d] matrix is inverted, only blocks on the diagonal
-/// of R, which takes a quarter of the work and is better conditioned.
+/// is the change of the columns already processed, the errors e = (w - q) / U_jj that are fed back
+/// to column j sum to (D R)_j. Only blocks on the diagonal of R are inverted instead of a whole [d,
+/// d] matrix, which takes a quarter of the work and is better conditioned.
 #[derive(Debug)]
 pub struct Factor {
     /// R.
     pub(super) triangle: Triangle,
     /// The columns whose inputs were always zero: bool, of length d.
     pub dead: Tensor,
-    /// How many of them there are.
+    /// The number of dead columns.
     pub dead_columns: u64,
-    /// The dampening with which the factorization succeeded: the one asked for, or ten, a hundred,
-    /// ... times as much.
+    /// The dampening with which the factorization succeeded: the requested one times a power of
+    /// ten.
     pub dampening: f64,
     /// The number that the dampening adds to each entry of H's diagonal.
     pub added: f64,
@@ -55,8 +55,8 @@ impl Factor {
         (0..hessian.groups()).map(|group| Self::new(hessian, group, dampening)).collect()
     }
 
-    /// Factors the H of one group. Where that fails it tries again with ten times the dampening, up
-    /// to 10 (from 1e-6 on, if zero was asked for).
+    /// Factors the H of one group. If the factorization fails, it is repeated with ten times the
+    /// dampening, up to 10 (from 1e-6 on if the requested dampening is zero).
     ///
     /// # Errors
     /// [`Error::Argument`] if nothing was added to the Hessian, or for a dampening below zero;
@@ -78,18 +78,18 @@ impl Factor {
         let r = &self.triangle;
         let x = x.f_masked_fill(&self.dead, 0.0)?;
         let part = |columns: std::ops::Range<i64>| x.f_narrow(1, columns.start, columns.end - columns.start);
-        // Y R^T = X, from the last columns to the first; then Z R = Y, the other way.
+        // Solves Y R^T = X from the last columns to the first, then Z R = Y from the first on.
         for index in (0..r.count()).rev() {
-            let (own, after) = (r.rows(index), r.rows(index).end..r.dimension());
-            let mut target = part(own)?;
+            let (rows, after) = (r.rows(index), r.rows(index).end..r.dimension());
+            let mut target = part(rows)?;
             if !after.is_empty() {
                 subtract_product(&target, &part(after.clone())?, &r.part(index, after)?.f_transpose(0, 1)?)?;
             }
             target.f_copy_(&product(&target, &inverse(&r.corner(index)?)?.f_transpose(0, 1)?)?)?;
         }
         for index in 0..r.count() {
-            let (own, after) = (r.rows(index), r.rows(index).end..r.dimension());
-            let mut target = part(own)?;
+            let (rows, after) = (r.rows(index), r.rows(index).end..r.dimension());
+            let mut target = part(rows)?;
             target.f_copy_(&product(&target, &inverse(&r.corner(index)?)?)?)?;
             if !after.is_empty() {
                 subtract_product(&part(after.clone())?, &target, &r.part(index, after)?)?;
@@ -98,8 +98,8 @@ impl Factor {
         Ok(x.f_masked_fill(&self.dead, 0.0)?)
     }
 
-    /// The diagonal of (H + damping)^-1: the squared lengths of the columns of R^-1, which is made
-    /// and dropped panel by panel.
+    /// The diagonal of (H + damping)^-1: the squared norms of the columns of R^-1, which is
+    /// computed one panel at a time.
     pub(super) fn inverse_diagonal(&self) -> Result<Vec<f32>> {
         let r = &self.triangle;
         let corners = (0..r.count()).map(|index| inverse(&r.corner(index)?)).collect::<Result<Vec<_>>>()?;
@@ -111,9 +111,9 @@ impl Factor {
             let part = |rows: std::ops::Range<i64>| solved.f_narrow(0, rows.start, rows.end - rows.start);
             part(columns.clone())?.f_copy_(&corners[last])?;
             for index in (0..last).rev() {
-                let (own, below) = (r.rows(index), r.rows(index).end..columns.end);
+                let (rows, below) = (r.rows(index), r.rows(index).end..columns.end);
                 let sum = product(&r.part(index, below.clone())?, &part(below)?)?;
-                part(own)?.f_copy_(&product(&corners[index], &sum)?.f_neg_()?)?;
+                part(rows)?.f_copy_(&product(&corners[index], &sum)?.f_neg_()?)?;
             }
             let squares = solved.f_square()?.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Float)?;
             diagonal.extend(to_vec(&squares)?);
@@ -121,7 +121,7 @@ impl Factor {
         Ok(diagonal)
     }
 
-    /// Checks that there can be a factor.
+    /// Checks that the dampening is in range and the Hessian has inputs.
     pub(super) fn check(hessian: &Hessian, dampening: f64) -> Result<()> {
         if !(dampening.is_finite() && dampening >= 0.0) {
             return Err(Error::Argument(format!("a dampening of {dampening}: it must be zero or above")));
@@ -132,7 +132,7 @@ impl Factor {
         Ok(())
     }
 
-    /// The factor of what `copy` gives, a new copy of the same H each time.
+    /// The factor of the H that `copy` returns; each call must return a new copy.
     pub(super) fn of(copy: &dyn Fn() -> Result<Triangle>, dampening: f64) -> Result<Self> {
         let mut used = dampening;
         loop {
@@ -140,7 +140,7 @@ impl Factor {
                 return Ok(factor);
             }
             let more = if used == 0.0 { 1e-6 } else { used * 10.0 };
-            // Ten times 0.01 is not 0.1 to the last bit.
+            // The tolerance is for rounding: 0.01 times ten is not exactly 0.1.
             if more > MOST_DAMPENING * (1.0 + 1e-9) {
                 return Err(Error::NotPositiveDefinite { dampening: used });
             }
@@ -151,7 +151,7 @@ impl Factor {
     fn with_dampening(triangle: Triangle, dampening: f64) -> Result<Option<Self>> {
         let diagonals = triangle.diagonals()?;
         let mut diagonal = Tensor::f_cat(&diagonals, 0)?;
-        // Of a sum of x x^T no entry is larger than the largest on the diagonal.
+        // In a sum of x x^T no entry is larger than the largest one on the diagonal.
         if !is_finite(&diagonal)? {
             return Err(Error::NotFinite("the squares of the layer's inputs overflow fp32".into()));
         }
@@ -189,26 +189,26 @@ impl Factor {
 /// Turns the upper triangle of H into R, upper triangular with H = R R^T; false if H is not
 /// positive definite.
 ///
-/// With J the reversal this is J L J of J H J = L L^T, without moving the matrix: row by row of
-/// blocks from the last one up, in a row from the last block to the first, each less the products
-/// of what is done already.
+/// With J the matrix that reverses the order, R = J L J for J H J = L L^T. The blocks are computed
+/// in place, row by row from the last row up, from the last block of a row to the diagonal one.
+/// From each block, the products of the blocks already computed are subtracted.
 fn factor(h: &Triangle) -> Result<bool> {
     // Inverses of the diagonal blocks, the last block first.
     let mut inverses: Vec<Tensor> = Vec::new();
     for row in (0..h.count()).rev() {
-        let own = h.rows(row);
+        let rows = h.rows(row);
         for (column, inverse) in (row + 1..h.count()).rev().zip(&inverses) {
-            let other = h.rows(column);
-            let done = other.end..h.dimension();
-            let target = h.part(row, other)?;
+            let columns = h.rows(column);
+            let done = columns.end..h.dimension();
+            let target = h.part(row, columns)?;
             if !done.is_empty() {
                 subtract_product(&target, &h.part(row, done.clone())?, &h.part(column, done)?.f_transpose(0, 1)?)?;
             }
             divide(&target, inverse)?;
         }
         let corner = h.corner(row)?;
-        if own.end < h.dimension() {
-            let done = h.part(row, own.end..h.dimension())?;
+        if rows.end < h.dimension() {
+            let done = h.part(row, rows.end..h.dimension())?;
             subtract_product(&corner, &done, &done.f_transpose(0, 1)?)?;
         }
         if !factor_in_place(&corner)? {
@@ -221,24 +221,24 @@ fn factor(h: &Triangle) -> Result<bool> {
     Ok(true)
 }
 
-/// X with X R^T = T in the place of T [m, n], for the inverse of R [n, n].
+/// Replaces T [m, n] by the solution X of X R^T = T, given the inverse of R [n, n].
 fn divide(target: &Tensor, inverse: &Tensor) -> Result<()> {
     let from = copy(target)?;
     let size = inverse.size2()?.0;
-    // R^-1 is upper triangular: no column of X needs what lies left of it.
+    // R^-1 is upper triangular: a column of X does not depend on the columns to its left.
     for columns in panels(size, STRIP) {
-        let own = inverse.f_narrow(0, columns.start, columns.end - columns.start)?;
-        let own = own.f_narrow(1, columns.start, size - columns.start)?;
-        let solved = product(&from.f_narrow(1, columns.start, size - columns.start)?, &own.f_transpose(0, 1)?)?;
+        let rows = inverse.f_narrow(0, columns.start, columns.end - columns.start)?;
+        let rows = rows.f_narrow(1, columns.start, size - columns.start)?;
+        let solved = product(&from.f_narrow(1, columns.start, size - columns.start)?, &rows.f_transpose(0, 1)?)?;
         target.f_narrow(1, columns.start, columns.end - columns.start)?.f_copy_(&solved)?;
     }
     Ok(())
 }
 
-/// Columns of [`divide`] at once.
+/// The number of columns that [`divide`] computes at once.
 const STRIP: i64 = 128;
 
-/// Where to split a triangle of more than the smallest block's columns.
+/// The column at which a triangle is split that is larger than the smallest block.
 fn middle(size: i64, smallest: i64) -> i64 {
     (size / 2 + smallest - 1) / smallest * smallest
 }
@@ -248,7 +248,7 @@ fn wide(block: &Tensor) -> Result<Vec<f64>> {
     Ok(Vec::try_from(&block.f_to_kind(Kind::Double)?.f_reshape([-1])?)?)
 }
 
-/// [`factor`] of one diagonal block. Whatever lies below the diagonal is neither read nor kept.
+/// [`factor`] of one diagonal block. Entries below the diagonal are not read, and are overwritten.
 fn factor_in_place(h: &Tensor) -> Result<bool> {
     let (size, smallest) = (h.size2()?.0, smallest(h.device()));
     if size <= smallest {
@@ -275,8 +275,8 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
     factor_in_place(&first)
 }
 
-/// The inverse of an upper triangular R [n, n], with zeros below the diagonal. What R has there is
-/// not read.
+/// The inverse of an upper triangular R [n, n], with zeros below the diagonal. The entries of R
+/// there are not read.
 pub(super) fn inverse(r: &Tensor) -> Result<Tensor> {
     let (size, smallest) = (r.size2()?.0, smallest(r.device()));
     if size <= smallest && r.device() == Device::Cpu {
@@ -322,7 +322,7 @@ mod tests {
             let triangle = Triangle::zeros(h.size()[0], 1, Device::Cpu).unwrap();
             for index in 0..triangle.count() {
                 let rows = triangle.rows(index);
-                // What lies below the diagonal must not matter.
+                // Entries below the diagonal must have no influence.
                 let rows =
                     h.narrow(0, rows.start, rows.end - rows.start).narrow(1, rows.start, triangle.dimension() - rows.start);
                 triangle.panel(index).shallow_clone().copy_(&(rows.triu(0) + 7.0 * rows.ones_like().tril(-1)));

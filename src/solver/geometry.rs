@@ -1,8 +1,8 @@
-//! How a layer's input becomes the vectors that a row of its weight is multiplied with.
+//! The vectors of a layer's input, with which a row of its weight is multiplied.
 
 use crate::error::{Error, Result};
 
-/// How a layer's input becomes vectors.
+/// The rule that turns a layer's input into vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InputGeometry {
     /// The vectors are the last dimension of the input [.., d]; weight [o, d].
@@ -12,16 +12,16 @@ pub enum InputGeometry {
     Windows(Windows),
 }
 
-/// How a convolution's window moves over its input.
+/// The movement of a convolution's window over its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Windows {
-    /// Steps down and right.
+    /// Step of the window, down and right, in pixels.
     pub stride: [i64; 2],
     /// Zeros around the input: rows above and below, columns left and right.
     pub padding: [i64; 2],
     /// Distance between a kernel's taps.
     pub dilation: [i64; 2],
-    /// Input and output channels are split into this many independent parts.
+    /// The number of independent parts into which input and output channels are split.
     pub groups: i64,
 }
 
@@ -31,8 +31,8 @@ impl Windows {
         Windows { stride: [stride; 2], padding: [padding; 2], dilation: [1; 2], groups: 1 }
     }
 
-    /// Whether windows move by one pixel and see every channel: then the Hessian consists of
-    /// correlations.
+    /// Whether windows move by one pixel and contain every channel, so that the Hessian consists of
+    /// [`Correlations`](super::correlations::Correlations).
     pub(super) fn correlate(&self) -> bool {
         self.stride == [1; 2] && self.dilation == [1; 2] && self.groups == 1
     }
@@ -65,7 +65,10 @@ impl InputGeometry {
         Ok(inputs)
     }
 
-    /// As [`inputs`](Self::inputs), for the shape of a layer that there is.
+    /// As [`inputs`](Self::inputs), for a shape that is known to belong to the geometry.
+    ///
+    /// # Panics
+    /// If the shape does not belong to the geometry.
     pub(super) fn inputs_of_layer(self, shape: &[i64]) -> Inputs {
         self.inputs(shape).expect("a layer's weight has the shape of its operation")
     }

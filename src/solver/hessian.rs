@@ -9,7 +9,8 @@ use super::triangle::{Triangle, panel_height};
 use crate::error::{Error, Result};
 use crate::finite::is_finite;
 
-/// Numbers of a convolution's unfolded input in memory at once (64 MiB in fp32).
+/// The largest part of a convolution's unfolded input in memory at once, in elements (64 MiB in
+/// fp32).
 const UNFOLDED: i64 = 1 << 24;
 
 /// The Hessian of a layer's squared output error with respect to one row of its weight: H = 2/n sum
@@ -43,7 +44,7 @@ enum Sum {
 /// How a convolution's input becomes vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Unfolding {
-    /// Channels of the input, over all groups.
+    /// The number of input channels in all groups together.
     channels: i64,
     kernel: [i64; 2],
     windows: Windows,
@@ -210,7 +211,7 @@ impl Hessian {
                 return Ok(batch * down * across);
             }
         };
-        // Unfolding copies the input kh * kw times, less where the windows step over pixels.
+        // Unfolding makes kh * kw copies of the input, fewer for larger strides.
         let item = (input.numel() as i64 / batch).saturating_mul(kernel[0] * kernel[1]) / (stride[0] * stride[1]);
         let mut vectors = 0;
         for items in panels(batch, UNFOLDED / item.max(1)) {
@@ -242,12 +243,13 @@ impl Hessian {
                 let side = (most as f64).sqrt() as i64;
                 let (_, _, height, width) = input.size4()?;
                 let middle = |size: i64, axis: usize| {
-                    let wanted = ((side - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1).min(size);
-                    ((size - wanted) / 2, wanted)
+                    let length = ((side - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1).min(size);
+                    ((size - length) / 2, length)
                 };
                 let ((top, down), (left, across)) = (middle(height, 0), middle(width, 1));
                 let patch = input.f_narrow(0, 0, 1)?.f_narrow(2, top, down)?.f_narrow(3, left, across)?.f_to_kind(Kind::Float)?;
-                // A picture smaller than the window has none inside.
+                // An input that is smaller than the window has no window inside, and needs its
+                // padding.
                 let inside = |axis: usize, size: i64| (kernel[axis] - 1) * dilation[axis] < size;
                 let padding = if inside(0, down) && inside(1, across) { [0, 0] } else { padding };
                 patch.f_im2col(kernel, dilation, padding, stride)?.f_squeeze_dim(0)?.f_transpose(0, 1)?
@@ -258,10 +260,10 @@ impl Hessian {
         Ok(vectors.f_slice(0, 0, count, step)?.f_to_kind(Kind::Float)?.f_contiguous()?)
     }
 
-    /// Adds what another Hessian of the same layer has seen.
+    /// Adds the vectors of another Hessian of the same layer.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the other belongs to a layer of another kind or shape.
+    /// [`Error::Argument`] if `other` belongs to a layer of another kind or shape.
     pub fn merge(&mut self, other: Hessian) -> Result<()> {
         let shape = |hessian: &Hessian| [hessian.groups(), hessian.dimension(), hessian.dimension()];
         if shape(self) != shape(&other) || self.unfolding != other.unfolding {
@@ -282,12 +284,12 @@ impl Hessian {
         Ok(())
     }
 
-    /// How many vectors were summed (for each group).
+    /// The number of vectors added, for each group.
     pub fn vectors(&self) -> u64 {
         self.vectors
     }
 
-    /// How many samples they came from, as coremltools counts.
+    /// The number of samples added, as coremltools counts them.
     pub fn samples(&self) -> u64 {
         self.samples
     }
@@ -300,7 +302,7 @@ impl Hessian {
         }
     }
 
-    /// How many independent parts the layer has; 1 but for grouped convolutions.
+    /// The number of groups of a convolution; 1 for other layers.
     pub fn groups(&self) -> i64 {
         match &self.sum {
             Sum::Triangles(groups) => groups.len() as i64,
@@ -308,7 +310,7 @@ impl Hessian {
         }
     }
 
-    /// Where it lies.
+    /// The device of the Hessian.
     pub fn device(&self) -> Device {
         match &self.sum {
             Sum::Triangles(groups) => groups[0].device(),
@@ -334,8 +336,8 @@ impl Hessian {
         }
     }
 
-    /// Gives H of one group, but for a factor of n / 2 where that spares a copy, and the factor
-    /// that makes it H.
+    /// Calls `use_it` with a triangle and a factor whose product is H of one group. The triangle is
+    /// the sum without the factor 2 / n where this avoids a copy.
     pub(super) fn with_triangle<T>(&self, group: i64, use_it: impl FnOnce(&Triangle, f64) -> Result<T>) -> Result<T> {
         match &self.sum {
             Sum::Triangles(groups) => use_it(&groups[group as usize], self.scale()),

@@ -1,20 +1,20 @@
 //! The Cholesky factor and the inverse of one small block on a diagonal, in fp64 on one thread.
 //!
-//! LAPACK's routines round otherwise on another number of threads, even for small matrices on some
-//! processors. The blocks are small enough that plain loops cost nothing beside the products around
-//! them.
+//! The rounding of LAPACK's routines depends on the number of threads, on some processors even for
+//! small matrices. For blocks of this size, plain loops take little time compared with the products
+//! of the larger blocks.
 
-/// Rows of the largest block that is worked on here.
+/// The rows of the largest block that these functions are used for.
 pub(super) const LEAF: i64 = 64;
 
-/// Turns the upper triangle of H [n, n], row-major, into R, upper triangular with H = R R^T, and
-/// what lies below the diagonal into zeros; it is not read. False if H is not positive definite;
-/// then `h` has no meaning any more.
+/// Turns the upper triangle of H [n, n], row-major, into R, upper triangular with H = R R^T.
+/// Entries below the diagonal are not read and become zero. Returns false if H is not positive
+/// definite; the content of `h` is then meaningless.
 pub(super) fn factor(h: &mut [f64], n: usize) -> bool {
     for j in (0..n).rev() {
         let tail: f64 = (j + 1..n).map(|k| h[j * n + k] * h[j * n + k]).sum();
         let pivot = h[j * n + j] - tail;
-        // NaN is not above zero either.
+        // False for NaN, too.
         if !(pivot > 0.0 && pivot.is_finite()) {
             return false;
         }
@@ -29,8 +29,8 @@ pub(super) fn factor(h: &mut [f64], n: usize) -> bool {
     true
 }
 
-/// The inverse of an upper triangular R [n, n], row-major, with zeros below the diagonal. What R
-/// has there is not read.
+/// The inverse of an upper triangular R [n, n], row-major, with zeros below the diagonal. The
+/// entries of R there are not read.
 pub(super) fn inverse(r: &[f64], n: usize) -> Vec<f64> {
     let mut inverse = vec![0.0; n * n];
     for j in 0..n {
@@ -60,7 +60,7 @@ mod tests {
             let mut h = product(&a, &|k, j| a[j * n + k], n);
             (0..n).for_each(|i| h[i * n + i] += 1.0);
             let mut r = h.clone();
-            // What lies below the diagonal must not matter.
+            // Entries below the diagonal must have no influence.
             (0..n).for_each(|i| r[i * n..i * n + i].fill(f64::NAN));
             assert!(factor(&mut r, n));
             let back = product(&r, &|k, j| r[j * n + k], n);

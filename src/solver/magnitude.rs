@@ -1,4 +1,4 @@
-//! Pruning by magnitude, whatever the inputs: the baseline for SparseGPT.
+//! Pruning by magnitude, without calibration inputs: the baseline for SparseGPT.
 
 use tch::Tensor;
 
@@ -18,8 +18,8 @@ pub struct Masked {
 }
 
 /// Prunes the smallest magnitudes of `weight` [o, ...]: of the whole weight, as Core ML's
-/// `OpMagnitudePrunerConfig` does, or n of every m in a row. A rest of fewer than m columns stays
-/// dense. Of equals the first are pruned; all of them if they are zero.
+/// `OpMagnitudePrunerConfig` does, or n of every m in a row. An incomplete last group of m columns
+/// stays dense. Of equal magnitudes the first are pruned; zeros are all pruned.
 ///
 /// # Errors
 /// [`crate::Error::Argument`] for a sparsity out of range, [`crate::Error::NotFinite`] for NaN in

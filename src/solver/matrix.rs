@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// A copy with its own memory.
+/// A copy in new memory.
 pub(super) fn copy(tensor: &Tensor) -> Result<Tensor> {
     let mut copy = tensor.f_empty_like()?;
     copy.f_copy_(tensor)?;
@@ -24,16 +24,16 @@ pub(super) fn block(tensor: &Tensor, rows: std::ops::Range<i64>, columns: std::o
     Ok(tensor.f_narrow(0, rows.start, rows.end - rows.start)?.f_narrow(1, columns.start, columns.end - columns.start)?)
 }
 
-/// The parts of `0..length` of `size` each; the last may be shorter.
+/// The ranges of length `size` that `0..length` is cut into; the last one may be shorter.
 pub(super) fn panels(length: i64, size: i64) -> impl Iterator<Item = std::ops::Range<i64>> {
     let size = size.max(1);
     (0..length).step_by(size.unsigned_abs() as usize).map(move |start| start..length.min(start + size))
 }
 
-/// The numbers of a tensor in its own memory.
+/// The elements of a tensor as a slice of its memory.
 ///
 /// # Errors
-/// [`Error::Argument`] unless it is a contiguous fp32 tensor on the CPU.
+/// [`Error::Internal`] unless it is a contiguous fp32 tensor on the CPU.
 pub(super) fn numbers(tensor: &Tensor) -> Result<&[f32]> {
     check_plain(tensor)?;
     if tensor.numel() == 0 {
@@ -45,7 +45,7 @@ pub(super) fn numbers(tensor: &Tensor) -> Result<&[f32]> {
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast_const().cast(), tensor.numel()) })
 }
 
-/// The same, to be written to.
+/// The elements of a tensor as a mutable slice of its memory.
 ///
 /// # Errors
 /// As [`numbers`].
@@ -62,7 +62,7 @@ fn check_plain(tensor: &Tensor) -> Result<()> {
     if tensor.device() == tch::Device::Cpu && tensor.f_kind()? == Kind::Float && tensor.is_contiguous() {
         return Ok(());
     }
-    Err(Error::Argument("only a contiguous fp32 tensor on the CPU can be read as a slice".into()))
+    Err(Error::internal("only a contiguous fp32 tensor on the CPU can be read as a slice"))
 }
 
 #[cfg(test)]

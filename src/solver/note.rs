@@ -1,72 +1,73 @@
-//! What a user should know of a weight's compression, as data.
+//! Notes for the user about the compression of a weight, as data.
 
 use std::fmt;
 
-/// Something about one weight's pruning that was not as asked, or that makes its result doubtful.
-/// The caller knows the layer's name and puts it in front.
+/// A deviation from the requested compression of a weight, or a reason to doubt its result. The
+/// caller adds the layer's name.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Note {
-    /// The Hessian was built from fewer vectors than it has columns: it is singular but for the
-    /// dampening, and fits the calibration inputs rather than the layer.
+    /// The Hessian was built from fewer vectors than it has columns. Without dampening it is
+    /// singular, and the result overfits the calibration inputs.
     FewVectors {
         /// Vectors seen.
         vectors: u64,
         /// Columns, d.
         dimension: u64,
     },
-    /// Inputs that were zero in every vector; the weight's columns for them are zero now.
+    /// Some inputs were zero in every vector. The weight's columns for these inputs are set to
+    /// zero.
     DeadColumns {
-        /// How many, over all groups.
+        /// The number of dead columns in all groups.
         count: u64,
-        /// Of how many.
+        /// The number of all columns in all groups.
         of: u64,
     },
-    /// The Cholesky factorization failed with the dampening asked for.
+    /// The Cholesky factorization failed with the requested dampening.
     MoreDampening {
-        /// Asked for.
+        /// The requested dampening.
         asked: f64,
-        /// What it worked with.
+        /// The dampening with which it succeeded.
         used: f64,
     },
-    /// The sparsity reached is more than 0.1 % off the one asked for: blocks so small that one
-    /// element counts, or many zeros in the weight.
+    /// The sparsity differs from the requested one by more than 0.1 %. The reason is small blocks,
+    /// or many zeros in the weight.
     SparsityOff {
-        /// Share of zeros asked for.
+        /// The requested share of zeros.
         asked: f64,
-        /// Share of masked elements.
+        /// The share of masked elements.
         reached: f64,
     },
-    /// m does not divide the columns; the last ones were left dense.
+    /// m does not divide the number of columns, and the last columns stay dense.
     IncompleteGroup {
-        /// How many columns were left.
+        /// The number of dense columns.
         columns: u64,
         /// m of n:m.
         m: u64,
     },
-    /// So few vectors for the spread of the inputs that the joint solver stays nearer to the
-    /// weights as they were.
+    /// There were few vectors for the effective rank of the inputs, so the joint solver used more
+    /// dampening and changed the weights less.
     Shrunk {
         /// Vectors seen.
         vectors: u64,
         /// Columns, d.
         dimension: u64,
-        /// The dampening asked for.
+        /// The requested dampening.
         asked: f64,
         /// The dampening used.
         used: f64,
     },
-    /// The joint solution had a larger error than the sequential one, which was taken.
+    /// The joint solution had a larger error than the sequential one, which was used instead.
     JointNoBetter {
-        /// Its loss as a multiple of the sequential one's.
+        /// The loss of the joint solution as a multiple of the loss of the sequential one.
         ratio: f64,
     },
-    /// On vectors that the Hessian has not seen, the joint solution had a larger error than the
-    /// sequential one, which was taken.
+    /// The joint solution had a larger error on held-out vectors than the sequential one, which was
+    /// used instead.
     HeldOutNoBetter {
-        /// Its error there as a multiple of the sequential one's.
+        /// The held-out error of the joint solution as a multiple of that of the sequential one.
         ratio: f64,
     },
-    /// Palettes of a form that the joint solver leaves to the palettizer.
+    /// The joint solver does not support palettes of this form; the palettizer made them.
     NotJoint,
 }
 

@@ -1,4 +1,4 @@
-//! How much a changed weight changes the layer's output.
+//! The error of a layer's output that a changed weight causes.
 
 use tch::Tensor;
 
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::product::product;
 use crate::sum::dot;
 
-/// The relative squared error of the layer's output on the inputs that the Hessian has seen:
+/// The relative squared error of the layer's output on the inputs of the Hessian:
 /// tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T) for `original` W0 and `new` W, each [o, ...].
 ///
 /// Without dampening. Products in fp32, their sum in fp64. Zero if W = W0; infinite if only W0
@@ -62,7 +62,7 @@ pub fn output_energies<const N: usize>(weights: [&Tensor; N], hessian: &Hessian)
     Ok(energies.map(|energy| energy.max(0.0)))
 }
 
-/// Rows at once, which bounds the memory that products take.
+/// The number of rows processed at once. It bounds the memory of the products.
 const ROWS: i64 = 1024;
 
 /// tr(W H W^T) for rows [o, d].
@@ -70,12 +70,12 @@ fn energy_of(weight: &Tensor, triangle: &Triangle) -> Result<f64> {
     let mut energy = 0.0;
     for index in 0..triangle.count() {
         let columns = triangle.rows(index);
-        let own = weight.f_narrow(1, columns.start, columns.end - columns.start)?;
-        energy += dot(&product(&own, &triangle.corner(index)?)?, &own)?;
+        let block = weight.f_narrow(1, columns.start, columns.end - columns.start)?;
+        energy += dot(&product(&block, &triangle.corner(index)?)?, &block)?;
         if columns.end < triangle.dimension() {
             let after = columns.end..triangle.dimension();
             let others = weight.f_narrow(1, after.start, after.end - after.start)?;
-            energy += 2.0 * dot(&product(&own, &triangle.part(index, after)?)?, &others)?;
+            energy += 2.0 * dot(&product(&block, &triangle.part(index, after)?)?, &others)?;
         }
     }
     Ok(energy)

@@ -9,18 +9,19 @@ use crate::error::{Error, Result};
 use crate::finite::is_finite;
 use crate::product::add_product;
 
-/// Numbers that a convolution's unfolded input may take at once (64 MiB in fp32).
+/// The largest part of a convolution's unfolded input in memory at once, in elements (64 MiB in
+/// fp32).
 const UNFOLDED: i64 = 1 << 24;
 
 /// The correlation of a layer's inputs x with the residual of its outputs y = W x + b against
 /// target outputs y*: D [o, d] in fp32, d flattened and n counted as in [`Hessian`].
 ///
 /// Where a network is compressed layer by layer, y* are the outputs of the dense network. Then W +
-/// D H^-1 compensates for the errors of the layers before as well as a linear map of x can (the
-/// asymmetric calibration of GPTAQ, arXiv:2504.02692, there in another form).
+/// D H^-1 is the weight that compensates best for the errors of the layers before. (This is the
+/// asymmetric calibration of GPTAQ, arXiv:2504.02692, in another form.)
 #[derive(Debug)]
 pub struct OutputResidual {
-    /// [o, d]
+    /// The sum of (y* - y) x^T: [o, d].
     sum: Tensor,
     inputs: Inputs,
     samples: u64,
@@ -87,7 +88,7 @@ impl OutputResidual {
     /// Adds the sum of another part of the samples of this layer.
     ///
     /// # Errors
-    /// [`Error::Torch`] if the other's shape is another.
+    /// [`Error::Torch`] if the shapes differ.
     pub fn merge(&mut self, other: OutputResidual) -> Result<()> {
         let _ = self.sum.f_add_(&other.sum.f_to_device(self.sum.device())?)?;
         self.samples += other.samples;
@@ -107,7 +108,7 @@ impl OutputResidual {
         4 * shape.iter().product::<i64>().unsigned_abs()
     }
 
-    /// Whether this and the Hessian were made of equally many samples.
+    /// Whether the residual and the Hessian have equal numbers of samples.
     pub fn fits(&self, hessian: &Hessian) -> bool {
         self.samples == hessian.samples()
     }

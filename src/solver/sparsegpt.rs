@@ -24,9 +24,9 @@ pub struct Pruned {
     /// The share of elements that the mask prunes.
     pub sparsity: f64,
     /// tr((W - W0) H (W - W0)^T), which is [`output_energy`](super::output_energy) of the change.
-    /// The sweep computes it on the way.
+    /// It is a by-product of the sweep.
     pub loss: f64,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<Note>,
 }
 
@@ -42,17 +42,17 @@ pub struct Pruned {
 /// (D R) U. The rows of a convolution of several groups are pruned group by group, each with its
 /// own H; the sparsity is met over all groups.
 ///
-/// It differs from coremltools only where coremltools goes wrong: a target of zero prunes nothing
-/// (there, one element a block); many equal scores are not all pruned at once; m need not divide
-/// the block, nor the columns (the rest stays dense, and a note says so); a Hessian without a
-/// Cholesky factor gets more dampening.
+/// It differs from coremltools only where coremltools gives a wrong result or fails: a target of
+/// zero prunes nothing (coremltools prunes one element per block); many equal scores are not all
+/// pruned at once; m need not divide the block or the columns (the remaining columns stay dense,
+/// with a note); a Hessian without a Cholesky factor gets more dampening.
 ///
-/// On a CPU the result does not depend on the number of rayon threads. Where the Hessian is on a
-/// GPU everything stays there.
+/// On a CPU the result does not depend on the number of rayon threads. If the Hessian is on a GPU,
+/// the whole computation is done there.
 ///
 /// # Errors
-/// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or one
-/// that has seen no input; [`Error::NotFinite`] for NaN; [`Error::NotPositiveDefinite`] if no
+/// [`Error::Argument`] for options out of range, a weight that does not fit the Hessian, or a
+/// Hessian without inputs; [`Error::NotFinite`] for NaN; [`Error::NotPositiveDefinite`] if no
 /// dampening helps.
 pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Result<Pruned> {
     options.sparsity.check()?;
@@ -61,11 +61,10 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
     prune_with(weight, hessian, &factors, options)
 }
 
-/// [`prune`] with the factors that it would make ([`Factor::all`]), for layers that share a
-/// Hessian.
+/// [`prune`] with factors already computed by [`Factor::all`], for layers that share a Hessian.
 ///
 /// # Errors
-/// As [`prune`]; [`Error::Argument`] if there is not a factor for each group.
+/// As [`prune`]; [`Error::Argument`] if the number of factors is not that of the groups.
 pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], options: &PruneOptions) -> Result<Pruned> {
     options.sparsity.check()?;
     if options.block == 0 {
@@ -73,7 +72,7 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
     }
     let original = flat_for(weight, hessian)?;
     let (o, d) = original.size2()?;
-    // Without pruning the weight stays as it is; else the new one is filled block by block.
+    // Without pruning the new weight is a copy; otherwise it is filled block by block.
     let new = if options.sparsity == Sparsity::Unstructured(0.0) { copy(&original)? } else { original.f_zeros_like()? };
     let pruned = Tensor::f_zeros([o, d], (Kind::Bool, original.device()))?;
     let mut notes = Vec::new();
@@ -97,8 +96,8 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
 }
 
 /// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its
-/// factor. On a GPU they are swept in one batch, so that each launched operation has more work; on
-/// the CPU one after the other, with all threads.
+/// factor. On a GPU all layers are swept in one batch, so that each launched operation has more
+/// work. On the CPU the layers are pruned one after the other, each with all threads.
 ///
 /// # Errors
 /// As [`prune_with`]; [`Error::Argument`] if shapes differ.
@@ -167,7 +166,7 @@ impl Pruned {
     }
 }
 
-/// Collects what the user should know of the Hessian and its factors.
+/// Collects the notes about the Hessian and its factors.
 fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, notes: &mut Vec<Note>) {
     let d = hessian.dimension();
     let dead: u64 = factors.iter().map(|factor| factor.dead_columns).sum();
@@ -188,7 +187,7 @@ fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, not
     }
 }
 
-/// n and m, if n:m sparsity is asked for, and the columns of a block.
+/// n and m of n:m sparsity, if requested, and the number of columns of a block.
 fn blocks(options: &PruneOptions) -> (Option<(usize, usize)>, usize) {
     match options.sparsity {
         Sparsity::Unstructured(_) => (None, options.block),
@@ -214,7 +213,7 @@ fn prune_rows(
     Ok(prune_on_device(matrices, &[factor], blocks(options), quota)?.f_double_value(&[0])?)
 }
 
-/// [`prune_rows`] on the CPU, rows in SIMD lanes.
+/// [`prune_rows`] on the CPU, with rows in SIMD lanes.
 fn prune_on_host(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factor: &Factor,
@@ -223,11 +222,11 @@ fn prune_on_host(
 ) -> Result<f64> {
     let (o, d) = original.size2()?;
     let mut loss = 0.0;
-    for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
+    for panel in panels(d, columns.min(d as usize) as i64) {
         let width = panel.end - panel.start;
         let rows = factor.triangle.tail_of(panel.clone())?;
         let upper = inverse(&rows.f_narrow(1, 0, width)?)?;
-        // A block of `new` that is not processed yet holds D R of the blocks before.
+        // A block of `new` that is not yet processed holds D R of the blocks before.
         let mut place = block(new, 0..o, panel.clone())?;
         let mut before = block(original, 0..o, panel.clone())?;
         if factor.dead_columns > 0 {
@@ -239,7 +238,7 @@ fn prune_on_host(
         let (marks, squares) = host_block(&mut weight, &upper, ratio, count)?;
         place.f_copy_(&weight)?;
         let change = before.f_sub(&weight)?;
-        // The sweep sums the loss by the damped Hessian.
+        // The sweep returns the loss under the damped Hessian: the dampening's part is subtracted.
         loss += squares - factor.added * sum::squares(&change)?;
         block(pruned, 0..o, panel.clone())?.f_copy_(&marks)?;
         if panel.end < d {
@@ -249,8 +248,9 @@ fn prune_on_host(
     Ok(loss)
 }
 
-/// Sweeps a block [o, b] in place, with U [b, b] of its columns, by n:m or the number of elements
-/// to prune. Returns the pruned elements and the sum of the squared errors.
+/// Sweeps a block [o, b] in place, with U [b, b] of its columns. Either `ratio` (n, m) or the
+/// `count` of elements to prune is given. Returns the mask of pruned elements and the sum of the
+/// squared errors.
 fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>, count: Option<usize>) -> Result<(Tensor, f64)> {
     let size = weight.size();
     let upper = to_vec(upper)?;
@@ -263,7 +263,7 @@ fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>
         let rows = scores.par_chunks_mut(columns).zip(values.par_chunks(columns)).with_min_len(64);
         rows.for_each(|(scores, values)| {
             let pairs = values.iter().zip(&diagonal);
-            scores.iter_mut().zip(pairs).for_each(|(own, (weight, upper))| *own = score(*weight, *upper));
+            scores.iter_mut().zip(pairs).for_each(|(cost, (weight, upper))| *cost = score(*weight, *upper));
         });
         mark_smallest(&scores, count, &mut marks);
     }
@@ -289,7 +289,7 @@ fn prune_on_device(
     let added = Tensor::f_from_slice(&added)?.f_to_device(device)?;
     let mut loss = Tensor::f_zeros([layers], (Kind::Double, device))?;
     let energies = |tensor: &Tensor| tensor.f_square()?.f_sum_dim_intlist([1_i64, 2].as_slice(), false, Kind::Double);
-    for panel in panels(d, i64::try_from(columns).unwrap_or(d)) {
+    for panel in panels(d, columns.min(d as usize) as i64) {
         let (width, rest) = (panel.end - panel.start, d - panel.end);
         let rows = of_each(&|factor| factor.triangle.tail_of(panel.clone()))?;
         let unit = Tensor::f_eye(width, (Kind::Float, device))?.f_expand([layers, width, width], false)?;

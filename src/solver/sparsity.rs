@@ -1,8 +1,8 @@
-//! How many elements of a block are pruned, and which.
+//! The number of elements that are pruned in a block, and their choice by score.
 
 use rayon::prelude::*;
 
-/// How many elements of each block are to be pruned.
+/// The number of elements to prune in each block.
 #[derive(Debug)]
 pub(super) struct Quota {
     share: f64,
@@ -12,9 +12,10 @@ pub(super) struct Quota {
 }
 
 impl Quota {
-    /// `as_coremltools`: `int(size * share) + 1` of each block, since its threshold itself is
-    /// pruned. Otherwise what brings the whole nearest to the share, which blocks of a few
-    /// elements (grouped convolutions, unknown to coremltools) need.
+    /// With `as_coremltools`, a block gets `int(size * share) + 1`, because coremltools prunes the
+    /// threshold itself. Otherwise the number brings all blocks so far nearest to the share. Blocks
+    /// of a few elements need this: those of grouped convolutions, which coremltools does not
+    /// support.
     pub(super) fn new(share: f64, as_coremltools: bool) -> Self {
         Quota { share, as_coremltools, seen: 0, pruned: 0 }
     }
@@ -34,8 +35,9 @@ impl Quota {
 
 /// Marks the `count` smallest of `scores` (>= 0) in `pruned`.
 ///
-/// Like coremltools it takes all that tie with the last of them, as long as they are zero (nothing
-/// is lost) or no more than 0.1 % of the block; otherwise the first ones in row-major order.
+/// As in coremltools, all scores equal to the last of these are marked too, if they are zero or if
+/// at most 0.1 % of the block is marked in excess of `count`. Otherwise the first of the equal
+/// scores are marked, in row-major order.
 pub(super) fn mark_smallest(scores: &[f32], count: usize, pruned: &mut [bool]) {
     if count == 0 || scores.is_empty() {
         pruned.fill(false);
@@ -58,22 +60,22 @@ pub(super) fn mark_smallest(scores: &[f32], count: usize, pruned: &mut [bool]) {
     }
 }
 
-/// Scores that a thread takes at a time.
+/// The number of scores that a thread processes at a time.
 const PIECE: usize = 1 << 16;
 
-/// A score's place among others.
+/// A score with its rank among all scores.
 struct Ranked {
     threshold: f32,
-    /// How many are smaller.
+    /// The number of smaller scores.
     below: usize,
-    /// How many are the same.
+    /// The number of equal scores, including the score itself.
     ties: usize,
 }
 
-/// The score (>= 0) that would be the `index`-th of them in order, from zero on.
+/// The score (>= 0) with the rank `index` in ascending order, counted from zero.
 fn rank(scores: &[f32], index: usize) -> Ranked {
-    // Numbers that are not negative are ordered as their bits. By the highest of these first, then
-    // among those alike.
+    // Non-negative numbers are ordered as their bits. The scores are counted by their highest bits,
+    // and only the scores in the bin of the result are then compared with each other.
     const BINS: usize = 1 << 12;
     let bin = |score: &f32| (score.to_bits() >> 19) as usize % BINS;
     let count = |scores: &[f32]| {
@@ -86,15 +88,15 @@ fn rank(scores: &[f32], index: usize) -> Ranked {
         a
     };
     let counts = scores.par_chunks(PIECE).map(count).reduce(|| vec![0; BINS], add);
-    let (mut own, mut before) = (0, 0);
-    while before + counts[own] <= index {
-        before += counts[own];
-        own += 1;
+    let (mut target, mut before) = (0, 0);
+    while before + counts[target] <= index {
+        before += counts[target];
+        target += 1;
     }
-    let mut alike: Vec<f32> = scores.par_iter().copied().with_min_len(PIECE).filter(|score| bin(score) == own).collect();
-    let threshold = *alike.select_nth_unstable_by(index - before, f32::total_cmp).1;
-    let less = alike.iter().filter(|score| score.total_cmp(&threshold).is_lt()).count();
-    let ties = alike.iter().filter(|score| score.total_cmp(&threshold).is_eq()).count();
+    let mut in_bin: Vec<f32> = scores.par_iter().copied().with_min_len(PIECE).filter(|score| bin(score) == target).collect();
+    let threshold = *in_bin.select_nth_unstable_by(index - before, f32::total_cmp).1;
+    let less = in_bin.iter().filter(|score| score.total_cmp(&threshold).is_lt()).count();
+    let ties = in_bin.iter().filter(|score| score.total_cmp(&threshold).is_eq()).count();
     Ranked { threshold, below: before + less, ties }
 }
 

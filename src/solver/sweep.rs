@@ -6,13 +6,14 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Rows that are swept together, one in each SIMD lane: rows do not see each other.
+/// The number of rows that are swept together, one in each SIMD lane. Rows are independent.
 const LANES: usize = 16;
 
-/// Columns whose errors are fed back together, while the columns after them are in registers.
+/// The number of columns whose errors are fed back together, while the columns after them are in
+/// registers.
 const STRIP: usize = 8;
 
-/// One number of each row of a tile.
+/// One element of each row of a tile.
 type Lanes = [f32; LANES];
 
 /// One block of b columns of a weight, row-major [o, b] each.
@@ -30,9 +31,9 @@ pub(super) struct Block<'a> {
 /// Sweeps over the columns of a block: a pruned weight w_j goes to zero, and with e = w_j / U_jj
 /// the columns after it become w_k - e U_jk.
 ///
-/// With `ratio` (n, m) the mask is chosen on the way, at every m-th column from the weights as they
-/// are by then (smallest w^2 / U_jj^2, the first of equals); m must divide the block but for a
-/// rest, which stays dense.
+/// With `ratio` (n, m) the mask is chosen during the sweep: at every m-th column, for the next m
+/// columns, from the current weights (smallest w^2 / U_jj^2, the first of equals). An incomplete
+/// last group stays dense.
 ///
 /// Returns the sum of the squared errors e, which does not depend on the number of threads.
 pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
@@ -61,7 +62,8 @@ struct Task<'a> {
 impl WithSimd for Task<'_> {
     type Output = f64;
 
-    // Inlined with all that it calls, and so compiled for the vectors of the processor at hand.
+    // Inlined with all functions that it calls, so that they are compiled for the SIMD instructions
+    // that `dispatch` selects.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f64 {
         self.tile.sweep(simd, self.weight, self.pruned, self.upper, self.ratio)
@@ -158,8 +160,8 @@ impl Tile {
     }
 }
 
-/// Adds `errors`, those of a strip of columns, times their rows of U to the columns after it, which
-/// are the last of the rows.
+/// Adds the `errors` of a strip of columns times their rows of U (`upper`) to the columns `after`
+/// the strip, which are the last columns of these rows.
 #[inline(always)]
 fn pass_on<S: Simd>(simd: S, errors: &[Lanes], after: &mut [Lanes], upper: &[f32]) {
     let columns = upper.len() / errors.len().max(1);

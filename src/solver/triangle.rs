@@ -11,9 +11,9 @@ use crate::product::add_product;
 /// The upper triangle of a [d, d] fp32 matrix in panels of neighbouring rows, each from its own
 /// diagonal block to the last column.
 ///
-/// A panel's diagonal block is square and whole; what lies below it is not stored. SDXL's largest
-/// Hessian, d = 23,040, takes 1.0 GiB so, not 2.0. Products with panels are as fast as with whole
-/// matrices, and symmetric ones take half the work.
+/// A panel's diagonal block is a full square; entries below it are not stored. SDXL's largest
+/// Hessian, d = 23,040, takes 1.0 GiB instead of 2.0 GiB. Products with panels are as fast as
+/// products with whole matrices, and symmetric products take half the work.
 #[derive(Debug)]
 pub(super) struct Triangle {
     dimension: i64,
@@ -22,9 +22,9 @@ pub(super) struct Triangle {
     panels: Vec<Tensor>,
 }
 
-/// The rows of a panel of a [d, d] matrix: tall enough for fast products, few enough that the
-/// diagonal blocks waste little. A multiple of `unit` (the taps of a convolution's kernel, so that
-/// a panel holds whole channels) where that is below a panel.
+/// The number of rows of a panel of a [d, d] matrix: large enough for fast products, and small
+/// enough that the diagonal blocks take little extra memory. It is a multiple of `unit`, the number
+/// of taps of a convolution's kernel, so that a panel holds whole channels.
 pub(super) fn panel_height(dimension: i64, unit: i64) -> i64 {
     let height = if dimension <= 768 {
         128
@@ -37,7 +37,7 @@ pub(super) fn panel_height(dimension: i64, unit: i64) -> i64 {
 }
 
 impl Triangle {
-    /// Zeros.
+    /// A triangle of zeros.
     pub fn zeros(dimension: i64, unit: i64, device: Device) -> Result<Self> {
         let height = panel_height(dimension, unit);
         let panels = panels(dimension, height)
@@ -64,12 +64,12 @@ impl Triangle {
         self.dimension
     }
 
-    /// Where it lies.
+    /// The device of the panels.
     pub fn device(&self) -> Device {
         self.panels[0].device()
     }
 
-    /// How many panels there are.
+    /// The number of panels.
     pub fn count(&self) -> usize {
         self.panels.len()
     }
@@ -130,7 +130,7 @@ impl Triangle {
         Ok(())
     }
 
-    /// Adds another of the same dimension.
+    /// Adds another triangle of the same dimension.
     pub fn add(&self, other: &Triangle) -> Result<()> {
         for (panel, other) in self.panels.iter().zip(&other.panels) {
             let _ = panel.shallow_clone().f_add_(&other.f_to_device(panel.device())?)?;

@@ -64,7 +64,8 @@ fn stage_by_stage_equals_the_whole_bit_for_bit_and_watching_changes_nothing() {
         assert!(seen.0.values().all(|(times, sum)| *times == 1 && sum.is_finite()));
 
         let source = weights.source(placement);
-        let mut carry = folder.unet.load_head(&source).unwrap().forward(&sample, 321.0, &conditioning, &mut Unobserved).unwrap();
+        let mut carry =
+            folder.unet.load_input_block(&source).unwrap().forward(&sample, 321.0, &conditioning, &mut Unobserved).unwrap();
         for spec in folder.unet.stages() {
             let stage = spec.load(&source).unwrap();
             // A carry can be used again: a stage leaves its tensors as they were.
@@ -74,7 +75,7 @@ fn stage_by_stage_equals_the_whole_bit_for_bit_and_watching_changes_nothing() {
             carry = second;
         }
         assert!(carry.down_block_res_samples.is_empty());
-        assert_eq!(folder.unet.load_tail(&source).unwrap().forward(&carry, &mut Unobserved).unwrap(), expected);
+        assert_eq!(folder.unet.load_output_block(&source).unwrap().forward(&carry, &mut Unobserved).unwrap(), expected);
     }
 }
 
@@ -108,7 +109,7 @@ fn layers_are_listed_by_checkpoint_name_in_execution_order() {
         }
     }
     let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
-    let mut carry = folder.unet.load_head(&source).unwrap().forward(&sample, 1.0, &conditioning, &mut Unobserved).unwrap();
+    let mut carry = folder.unet.load_input_block(&source).unwrap().forward(&sample, 1.0, &conditioning, &mut Unobserved).unwrap();
     for spec in folder.unet.stages() {
         let stage = spec.load(&source).unwrap();
         let mut order = Order(Vec::new());
@@ -127,7 +128,7 @@ fn a_weight_can_be_replaced_and_must_fit() {
     let weights = folder.unet_weights().unwrap();
     let source = weights.source(Placement::CPU);
     let (sample, conditioning) = inputs(&folder.unet, 1, Kind::Float);
-    let carry = folder.unet.load_head(&source).unwrap().forward(&sample, 1.0, &conditioning, &mut Unobserved).unwrap();
+    let carry = folder.unet.load_input_block(&source).unwrap().forward(&sample, 1.0, &conditioning, &mut Unobserved).unwrap();
     let mut stage = folder.unet.stages()[0].load(&source).unwrap();
     let before = stage.forward(carry.shallow_clone(), &mut Unobserved).unwrap().hidden_states;
 
@@ -188,7 +189,7 @@ fn layers_that_say_so_are_given_the_same_tensor() {
     let weights = folder.unet_weights().unwrap();
     let source = weights.source(Placement::CPU);
     let (sample, conditioning) = inputs(&folder.unet, 2, Kind::Float);
-    let mut carry = folder.unet.load_head(&source).unwrap().forward(&sample, 7.0, &conditioning, &mut Unobserved).unwrap();
+    let mut carry = folder.unet.load_input_block(&source).unwrap().forward(&sample, 7.0, &conditioning, &mut Unobserved).unwrap();
     let mut shape = folder.unet.first_carry(sample.size()[2], sample.size()[3]);
     let mut found = 0;
     for spec in folder.unet.stages() {

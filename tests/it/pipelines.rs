@@ -122,7 +122,8 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
     let weights = folder.unet_weights().unwrap();
     let source = weights.source(Placement::CPU);
     let stages = format!("{at}unet@500");
-    let mut carry = folder.unet.load_head(&source).unwrap().forward(&noise, 500.0, &conditioning, &mut Unobserved).unwrap();
+    let mut carry =
+        folder.unet.load_input_block(&source).unwrap().forward(&noise, 500.0, &conditioning, &mut Unobserved).unwrap();
     check.close(&format!("{stages}/conv_in"), &carry.hidden_states);
     check.close(&format!("{stages}/temb"), &carry.temb);
     for spec in folder.unet.stages() {
@@ -135,7 +136,7 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
             }
         }
     }
-    let output = folder.unet.load_tail(&source).unwrap().forward(&carry, &mut Unobserved).unwrap();
+    let output = folder.unet.load_output_block(&source).unwrap().forward(&carry, &mut Unobserved).unwrap();
     check.close(&format!("{stages}/output"), &output);
 }
 

@@ -1,4 +1,4 @@
-//! `scheduler/scheduler_config.json`: which sampler, made how.
+//! `scheduler/scheduler_config.json`: the sampler and its settings.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -30,7 +30,7 @@ pub enum SchedulerKind {
 impl SchedulerKind {
     const ALL: [SchedulerKind; 3] = [SchedulerKind::Euler, SchedulerKind::Ddim, SchedulerKind::DpmSolverMultistep];
 
-    /// diffusers' name for it.
+    /// The class name in diffusers.
     pub fn class(self) -> &'static str {
         match self {
             SchedulerKind::Euler => "EulerDiscreteScheduler",
@@ -47,7 +47,7 @@ impl SchedulerKind {
 pub struct SchedulerChoice {
     /// The sampler.
     pub kind: SchedulerKind,
-    /// Whether Karras's sigmas are asked for; if not, the config decides.
+    /// Whether the name asks for Karras's sigmas; otherwise the config decides.
     pub karras: bool,
 }
 
@@ -76,7 +76,7 @@ impl FromStr for SchedulerChoice {
         }
         let likeness = |known: &str| strsim::jaro_winkler(&name.to_lowercase(), &known.to_lowercase());
         let known = CHOICES.iter().chain(&classes).map(|choice| choice.0);
-        let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default();
+        let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).expect("there are known names");
         let names = Self::NAMES.join(", ");
         Err(Error::Argument(format!("unknown scheduler `{}`: did you mean `{nearest}`? (known: {names})", shorten(name))))
     }
@@ -84,8 +84,8 @@ impl FromStr for SchedulerChoice {
 
 /// A sampler's config, as it is in the file.
 ///
-/// Reading takes any of diffusers' classes, so that a pipeline with one that is not implemented can
-/// still be opened, and used with another. Keys are checked when the sampler is made.
+/// A config of any diffusers class can be read, so that a pipeline whose sampler is not implemented
+/// can be used with another sampler. Keys are checked when the sampler is made.
 #[derive(Debug, Clone)]
 pub struct SchedulerConfig {
     path: PathBuf,
@@ -93,8 +93,8 @@ pub struct SchedulerConfig {
     entries: Map<String, Value>,
 }
 
-/// The parameters of the classes that diffusers holds to be compatible. Those that a class does not
-/// know it drops in silence.
+/// The parameters of the classes that diffusers treats as compatible. A class ignores the ones that
+/// it does not have.
 const COMPATIBLE_KEYS: [&str; 43] = [
     "algorithm_type",
     "beta_end",
@@ -142,7 +142,7 @@ const COMPATIBLE_KEYS: [&str; 43] = [
 ];
 
 impl SchedulerConfig {
-    /// Reads `path`, of any class.
+    /// Reads `path`, a config of any class.
     ///
     /// # Errors
     /// If the file cannot be read, is larger than 16 MiB, is not a JSON object, or does not name
@@ -155,8 +155,8 @@ impl SchedulerConfig {
             Ok(_) => return Err(Error::bad_file(path, "not a JSON object")),
             Err(source) => return Err(Error::Json { path: path.to_owned(), source }),
         };
-        // Where diffusers notes that values are only its defaults, it does not hand them on to
-        // another class.
+        // diffusers lists the keys whose values are only its defaults, and does not pass these on
+        // to another class.
         let mut file = ConfigFile::from_entries(path, entries.clone());
         for key in file.or("_use_default_values", Vec::<String>::new())? {
             entries.remove(&key);
@@ -174,15 +174,16 @@ impl SchedulerConfig {
         Ok(super::noise::sigmas(&signal)?.into_iter().map(f64::from).collect())
     }
 
-    /// The timesteps that the model was trained on: 0 and all below this number.
+    /// The number of timesteps that the model was trained on: timesteps are 0 to this number less
+    /// 1.
     ///
     /// # Errors
-    /// [`Error::ConfigKey`] if `num_train_timesteps` is no such number.
+    /// [`Error::ConfigKey`] if `num_train_timesteps` is out of range.
     pub fn train_timesteps(&self) -> Result<usize> {
         NoiseSchedule::count(&mut ConfigFile::from_entries(&self.path, self.entries.clone()))
     }
 
-    /// diffusers' name for the sampler.
+    /// The sampler's class name in diffusers.
     pub fn class(&self) -> &str {
         &self.class
     }
@@ -190,9 +191,9 @@ impl SchedulerConfig {
     /// The config for the sampler called `name` (see [`SchedulerChoice`]), as by diffusers'
     /// `from_config`.
     ///
-    /// That class takes the keys that it knows from this file; the others have its own defaults,
-    /// not those of the file's class. A Karras name also sets `use_karras_sigmas`; the plain
-    /// one leaves it as it is.
+    /// The new class takes the keys that it has from this file; its other keys get the defaults of
+    /// the new class. A name with `karras` also sets `use_karras_sigmas`; other names leave that
+    /// key as it is.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no such sampler.
@@ -238,9 +239,9 @@ impl SchedulerConfig {
 /// diffusers writes `"lambda_min_clipped": -Infinity` into every config of DPM-Solver.
 fn quote_non_finite(path: &Path, text: &str) -> Result<String> {
     let token = Regex::new(r#""(?:[^"\\]|\\.)*"|-?Infinity|NaN"#).map_err(|why| Error::bad_file(path, why.to_string()))?;
-    let quote = |found: &Captures| {
-        let found = &found[0];
-        if found.starts_with('"') { found.to_owned() } else { format!("\"{found}\"") }
+    let quote = |captures: &Captures| {
+        let token = &captures[0];
+        if token.starts_with('"') { token.to_owned() } else { format!("\"{token}\"") }
     };
     Ok(token.replace_all(text, quote).into_owned())
 }

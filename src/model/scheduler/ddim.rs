@@ -15,7 +15,7 @@ pub(super) struct Ddim {
     timesteps: Vec<f64>,
     /// ᾱ before and after each step.
     signal: Vec<(f32, f32)>,
-    /// Bounds the predicted picture's values, if they are bounded.
+    /// The bound on the magnitude of the predicted picture's values, if there is one.
     clip: Option<f64>,
     prediction: Prediction,
 }
@@ -45,8 +45,8 @@ impl Ddim {
                     table.len()
                 )));
             }
-            // diffusers steps down by a whole stride, whatever the spacing and wherever the next
-            // timestep is.
+            // As in diffusers, the step ends one whole stride below, whatever the spacing; this
+            // need not be the next timestep.
             let after = if index >= stride { table[index - stride] } else { last };
             if prediction == Prediction::Epsilon && table[index] <= 0.0 && !clips {
                 let problem = "= epsilon cannot be sampled from a timestep that is pure noise (rescale_betas_zero_snr)";
@@ -84,7 +84,7 @@ impl Scheduler for Ddim {
                 times(signal, model_output)?.f_add(&times(noise, sample)?)?,
             ),
         };
-        // The noise stays that of the picture before clipping, as diffusers has it by default.
+        // As in diffusers by default, epsilon is not recomputed from the clipped picture.
         let picture = match self.clip {
             Some(range) => picture.f_clamp(-range, range)?,
             None => picture,

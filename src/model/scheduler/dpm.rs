@@ -12,11 +12,11 @@ use super::{Prediction, Scheduler, check_index, exp, log, over, sqrt, times};
 use crate::checkpoint::ConfigFile;
 use crate::error::{Error, Result};
 
-/// `solver_type`: how the second-order term is weighed.
+/// `solver_type`: the form of the second-order term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum SolverType {
-    /// The other names are other solvers' (DEIS, UniPC), which diffusers reads as this one.
+    /// The aliases are the names in other solvers (DEIS, UniPC); diffusers treats them as this one.
     #[serde(alias = "logrho", alias = "bh1", alias = "bh2")]
     Midpoint,
     Heun,
@@ -33,9 +33,9 @@ pub(super) struct DpmSolver {
     solver: SolverType,
     /// Whether the last step is of first order.
     first_order_last: bool,
-    /// The step whose turn it is.
-    turn: usize,
-    /// The picture predicted by the step before.
+    /// The index of the next step.
+    next: usize,
+    /// The picture that the previous step predicted.
     previous: Option<Tensor>,
 }
 
@@ -53,7 +53,7 @@ impl DpmSolver {
         let lower_order_final: bool = file.or("lower_order_final", true)?;
         let euler_at_final: bool = file.or("euler_at_final", false)?;
         let lambda_min = lambda_min_clipped(file)?;
-        // diffusers reads "deis" as "dpmsolver++", but refuses to end it at zero.
+        // diffusers treats "deis" as "dpmsolver++", but refuses a final sigma of zero with it.
         let names = [json!("dpmsolver++"), json!("deis")];
         file.only("algorithm_type", if end == FinalSigma::Zero { &names[..1] } else { &names })?;
         for key in ["thresholding", "use_lu_lambdas", "use_flow_sigmas"] {
@@ -73,7 +73,7 @@ impl DpmSolver {
             Some(curved) => {
                 let timesteps = curved.iter().map(|sigma| timestep_of(*sigma, &logs));
                 let rounds = curve.is_karras() && !noise.cosine;
-                // Where it does not round, diffusers still casts to whole numbers.
+                // Where diffusers does not round, it truncates to whole numbers.
                 let whole = timesteps.map(|timestep| if rounds { timestep.round_ties_even() } else { timestep.trunc() });
                 (whole.collect(), curved)
             }
@@ -92,10 +92,10 @@ impl DpmSolver {
         }
         sigmas.push(if end == FinalSigma::Zero { 0.0 } else { table[0] });
         let first_order_last = euler_at_final || lower_order_final && timesteps.len() < 15 || end == FinalSigma::Zero;
-        Ok(DpmSolver { timesteps, sigmas, prediction, order, solver, first_order_last, turn: 0, previous: None })
+        Ok(DpmSolver { timesteps, sigmas, prediction, order, solver, first_order_last, next: 0, previous: None })
     }
 
-    /// The picture that a prediction amounts to.
+    /// The picture that a model output predicts.
     fn picture(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         let Level { signal, noise, .. } = Level::of(self.sigmas[index])?;
         match self.prediction {
@@ -122,8 +122,8 @@ impl Scheduler for DpmSolver {
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
-        if index != 0 && index != self.turn {
-            return Err(Error::Failed(format!("step {index} out of turn: the next is {}", self.turn)));
+        if index != 0 && index != self.next {
+            return Err(Error::internal(format!("step {index} out of order: the next is {}", self.next)));
         }
         let picture = self.picture(index, model_output, sample)?;
         let sample = sample.f_to_kind(Kind::Float)?;
@@ -147,16 +147,16 @@ impl Scheduler for DpmSolver {
         }
         let next = next.f_to_kind(picture.f_kind()?)?;
         self.previous = Some(picture);
-        self.turn = index + 1;
+        self.next = index + 1;
         Ok(next)
     }
 }
 
 /// A noise level in the variance-preserving view that the solver works in.
 struct Level {
-    /// What the picture is scaled by (α).
+    /// The factor of the picture (α).
     signal: f32,
-    /// What the noise is scaled by (σ).
+    /// The factor of the noise (σ).
     noise: f32,
     /// Half the logarithm of the signal-to-noise ratio.
     lambda: f32,
@@ -186,8 +186,8 @@ fn lambda_min_clipped(file: &mut ConfigFile) -> Result<f32> {
     }
 }
 
-/// How many training timesteps have a λ of at least `lambda_min`. They are the first ones, as λ
-/// falls.
+/// The number of training timesteps with a λ of at least `lambda_min`. These are the first ones,
+/// because λ falls with the timestep.
 fn usable(signal: &[f32], lambda_min: f32) -> Result<usize> {
     let log_root = |values: &[f32]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_sqrt()?.f_log()?) };
     let noise: Vec<f32> = signal.iter().map(|alpha| 1.0 - alpha).collect();
@@ -195,8 +195,8 @@ fn usable(signal: &[f32], lambda_min: f32) -> Result<usize> {
     Ok(lambdas.len() - lambdas.iter().rev().take_while(|lambda| **lambda < lambda_min).count())
 }
 
-/// The timesteps visited, noisiest first. Unlike Euler and DDIM, linspace and leading leave room
-/// for one more at the clean end.
+/// The timesteps visited, noisiest first. Unlike in Euler and DDIM, the spacings linspace and
+/// leading are computed for `steps + 1` timesteps, of which the cleanest is left out.
 fn timesteps(spacing: &Spacing, noisiest: usize, train: usize, steps: usize) -> Vec<f64> {
     match spacing.kind {
         SpacingKind::Linspace => {

@@ -61,7 +61,7 @@ impl Euler {
         }
         let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| sigma as f32).collect();
         sigmas.push(if end == FinalSigma::Zero { 0.0 } else { table[0] });
-        // Only for this prediction type does diffusers heed the key.
+        // diffusers uses the key `timestep_type` for this prediction type only.
         if timestep_type == TimestepType::Continuous && prediction == Prediction::Velocity {
             timesteps =
                 sigmas[..sigmas.len() - 1].iter().map(|sigma| Ok(f64::from(0.25 * log(*sigma)?))).collect::<Result<_>>()?;
@@ -105,13 +105,13 @@ impl Scheduler for Euler {
     }
 }
 
-/// A value as diffusers hands it on, in fp32.
+/// The value rounded to fp32, in which diffusers passes it on.
 fn single(value: f64) -> f64 {
     f64::from(value as f32)
 }
 
-/// `steps + 1` sigmas by a constant factor over all of training, the last of which is where the
-/// last step ends.
+/// `steps + 1` sigmas in geometric progression over the range of training. The last step ends at
+/// the last of them.
 fn log_linear(logarithms: &[f32], steps: usize) -> Result<Vec<f64>> {
     let (min, max) = (f64::from(logarithms[0]), f64::from(logarithms[logarithms.len() - 1]));
     let line = Tensor::f_linspace(max, min, steps as i64 + 1, (Kind::Float, Device::Cpu))?;

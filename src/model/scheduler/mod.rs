@@ -26,15 +26,15 @@ use crate::error::{Error, Result};
 pub trait Scheduler {
     /// The timesteps for the UNet, noisiest first, in units of training timesteps.
     ///
-    /// Whole numbers, except where the sigmas are interpolated. There may be one more or less than
-    /// the steps asked for: with trailing spacing diffusers' own rounding adds one for some
-    /// counts (61 of 1000, say), and so it does here.
+    /// Whole numbers, except where the sigmas are interpolated. Their number can differ from the
+    /// requested steps by one: as in diffusers, the rounding of trailing spacing adds a timestep
+    /// for some counts (61 of 1000, for example).
     fn timesteps(&self) -> &[f64];
 
-    /// What unit Gaussian noise is multiplied by to become the first latents.
+    /// The factor by which unit Gaussian noise is multiplied to give the first latents.
     fn init_noise_sigma(&self) -> f64;
 
-    /// The latents as the UNet is to see them at step `index`.
+    /// The input of the UNet at step `index`, from the latents.
     ///
     /// # Errors
     /// If there is no such step, or libtorch fails.
@@ -46,11 +46,11 @@ pub trait Scheduler {
     /// Steps are taken in order; `index` 0 starts a new picture.
     ///
     /// # Errors
-    /// If there is no such step or it is out of turn, or libtorch fails.
+    /// If there is no such step or it is out of order, or libtorch fails.
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor>;
 }
 
-/// What the network was trained to predict (`prediction_type`).
+/// The quantity that the network was trained to predict (`prediction_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Prediction {
@@ -63,27 +63,28 @@ enum Prediction {
     Velocity,
 }
 
-/// A number as diffusers holds it: an fp32 tensor of no dimensions on the CPU, which works with
+/// A number as an fp32 tensor of no dimensions on the CPU, as in diffusers. It can be combined with
 /// tensors of any device and kind.
 fn scalar(value: f32) -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&[value])?.f_squeeze()?)
 }
 
-/// A coefficient times a tensor, whose kind stays.
+/// A coefficient times a tensor, in the tensor's kind.
 ///
-/// On the left, as mostly in diffusers: for fp16 and bf16 on the CPU, libtorch first rounds it to
-/// the tensor's kind, which it does not do with a factor on the right.
+/// The coefficient is the left factor, as mostly in diffusers. For fp16 and bf16 on the CPU,
+/// libtorch rounds a left factor to the tensor's kind first, but not a right one.
 fn times(coefficient: f32, tensor: &Tensor) -> Result<Tensor> {
     Ok(scalar(coefficient)?.f_mul(tensor)?)
 }
 
-/// A tensor divided by a coefficient: not the same, to the last bit, as multiplying by its inverse.
+/// A tensor divided by a coefficient, which can differ in the last bit from a multiplication by the
+/// inverse.
 fn over(tensor: &Tensor, coefficient: f32) -> Result<Tensor> {
     Ok(tensor.f_div(&scalar(coefficient)?)?)
 }
 
-/// libtorch's fp32 square root. Rust's is the nearest fp32; libtorch's need not be, nor its
-/// logarithm and exponential.
+/// libtorch's fp32 square root. Rust's result is the nearest fp32 number; libtorch's square roots,
+/// logarithms and exponentials need not be.
 fn sqrt(x: f32) -> Result<f32> {
     Ok(f32::try_from(&scalar(x)?.f_sqrt()?)?)
 }
@@ -103,5 +104,5 @@ fn check_index(index: usize, timesteps: &[f64]) -> Result<()> {
     if index < timesteps.len() {
         return Ok(());
     }
-    Err(Error::Failed(format!("there is no step {index}: the sampler has {}", timesteps.len())))
+    Err(Error::internal(format!("there is no step {index}: the sampler has {}", timesteps.len())))
 }

@@ -1,4 +1,4 @@
-//! How much noise each training timestep holds.
+//! The noise level of each training timestep.
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,12 +12,13 @@ pub(super) struct NoiseSchedule {
     /// Whether the last timestep is pure noise (`rescale_betas_zero_snr`; algorithm 1 of Lin et al.
     /// 2023, arXiv:2305.08891).
     zero_snr: bool,
-    /// Whether `beta_schedule` is the cosine one, which DPM-Solver asks even where `trained_betas`
-    /// stand in for it.
+    /// Whether `beta_schedule` is the cosine one. DPM-Solver uses this even where `trained_betas`
+    /// replace the schedule.
     pub cosine: bool,
 }
 
-/// Far above what anybody trains with; it bounds the tables.
+/// The largest number of training timesteps, far above any in use. It bounds the size of the
+/// tables.
 const MOST_TIMESTEPS: usize = 1_000_000;
 
 impl NoiseSchedule {
@@ -30,7 +31,7 @@ impl NoiseSchedule {
         Ok(count)
     }
 
-    /// Takes the keys that describe training, which all classes share with the same defaults.
+    /// Takes the keys that describe training, whose defaults are equal for all classes.
     pub fn read(file: &mut ConfigFile) -> Result<Self> {
         let count = NoiseSchedule::count(file)?;
         let start = fraction(file, "beta_start", 0.0001)?;
@@ -61,7 +62,7 @@ impl NoiseSchedule {
         Ok(NoiseSchedule { betas, zero_snr, cosine: schedule == "squaredcos_cap_v2" })
     }
 
-    /// Training timesteps.
+    /// The number of training timesteps.
     pub fn len(&self) -> usize {
         self.betas.len()
     }
@@ -71,7 +72,7 @@ impl NoiseSchedule {
         cumulative(&self.betas)
     }
 
-    /// [`signal`](Self::signal) for samplers that divide by it: where the last would be zero, it is
+    /// [`signal`](Self::signal) for samplers that divide by it: a last value of zero is replaced by
     /// 2⁻²⁴, as in diffusers.
     pub fn positive_signal(&self, file: &ConfigFile) -> Result<Vec<f32>> {
         let mut signal = self.signal()?;
@@ -97,7 +98,7 @@ fn roots(values: &[f32]) -> Result<Vec<f32>> {
     Ok(Vec::try_from(&Tensor::f_from_slice(values)?.f_sqrt()?)?)
 }
 
-/// A key that lies between 0 and 1.
+/// Takes a key whose value must be above 0 and below 1.
 fn fraction(file: &mut ConfigFile, key: &str, default: f64) -> Result<f64> {
     let value = file.or(key, default)?;
     if value > 0.0 && value < 1.0 {
@@ -106,8 +107,7 @@ fn fraction(file: &mut ConfigFile, key: &str, default: f64) -> Result<f64> {
     Err(file.error(key, format!("= {value} is not between 0 and 1")))
 }
 
-/// libtorch's fp32 linspace: from the middle on it counts back from the end, which numpy's does
-/// not.
+/// libtorch's fp32 linspace, which, unlike numpy's, counts back from the end in its second half.
 fn linspace(start: f64, end: f64, count: usize) -> Result<Vec<f32>> {
     Ok(Vec::try_from(&Tensor::f_linspace(start, end, count as i64, (Kind::Float, Device::Cpu))?)?)
 }
@@ -119,13 +119,13 @@ fn cosine(count: usize) -> Vec<f32> {
     (0..count).map(|i| (1.0 - signal(time(i + 1)) / signal(time(i))).min(0.999) as f32).collect()
 }
 
-/// ᾱ: the running product of 1 - β. libtorch's, which carries it in double precision.
+/// ᾱ: the cumulative product of 1 - β. libtorch computes it in double precision.
 fn cumulative(betas: &[f32]) -> Result<Vec<f32>> {
     let alphas: Vec<f32> = betas.iter().map(|beta| 1.0 - beta).collect();
     Ok(Vec::try_from(&Tensor::f_from_slice(&alphas)?.f_cumprod(0, None)?)?)
 }
 
-/// Betas whose √ᾱ is shifted and scaled to end at zero and start where it did.
+/// Betas whose √ᾱ is shifted and scaled to end at zero, with its first value unchanged.
 fn without_terminal_signal(betas: &[f32]) -> Result<Vec<f32>> {
     let roots = roots(&cumulative(betas)?)?;
     let (Some(&first), Some(&last)) = (roots.first(), roots.last()) else { return Ok(Vec::new()) };

@@ -1,4 +1,4 @@
-//! Noise levels between those of training.
+//! Noise levels at fractional timesteps.
 
 use serde::Deserialize;
 use serde_json::json;
@@ -7,24 +7,24 @@ use super::spacing::linspace;
 use crate::checkpoint::ConfigFile;
 use crate::error::Result;
 
-/// `final_sigmas_type`: where the last step ends.
+/// `final_sigmas_type`: the noise level at which the last step ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum FinalSigma {
-    /// Without noise.
+    /// No noise.
     Zero,
-    /// With the noise of training's first timestep.
+    /// The noise of training's first timestep.
     SigmaMin,
 }
 
-/// How noise falls between the first step and the last.
+/// The course of the noise from the first step to the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shape {
     /// As in training, at the timesteps visited.
     Trained,
     /// Karras et al. 2022 (arXiv:2206.00364), equation 5 with ρ = 7.
     Karras,
-    /// By a constant factor.
+    /// A geometric progression.
     Exponential,
 }
 
@@ -39,8 +39,8 @@ pub(super) struct SigmaCurve {
 impl SigmaCurve {
     /// Takes the four keys; refuses `use_beta_sigmas`, which is not implemented.
     ///
-    /// diffusers' DPM-Solver has no parameter `sigma_min`, but still looks for it among the keys
-    /// that it was loaded with, so these keys are taken for every class.
+    /// diffusers' DPM-Solver has no parameter `sigma_min`, but reads it from the config all the
+    /// same, so these keys are taken for every class.
     pub fn read(file: &mut ConfigFile) -> Result<Self> {
         let karras: bool = file.or("use_karras_sigmas", false)?;
         let exponential: bool = file.or("use_exponential_sigmas", false)?;
@@ -61,8 +61,8 @@ impl SigmaCurve {
         self.shape == Shape::Karras
     }
 
-    /// `steps` sigmas from `max` down to `min` (or what the config says in their stead); `None` for
-    /// those of training.
+    /// `steps` sigmas from `max` down to `min`, or from `sigma_max` to `sigma_min` of the config;
+    /// `None` if the sigmas are those of training.
     pub fn sigmas(&self, max: f64, min: f64, steps: usize) -> Option<Vec<f64>> {
         let (max, min) = (self.max.unwrap_or(max), self.min.unwrap_or(min));
         match self.shape {
@@ -77,7 +77,7 @@ impl SigmaCurve {
     }
 }
 
-/// A key that is absent or above zero.
+/// Takes a key whose value must be above zero if it is present.
 fn positive(file: &mut ConfigFile, key: &str) -> Result<Option<f64>> {
     match file.optional::<f64>(key)? {
         Some(value) if value <= 0.0 => Err(file.error(key, format!("= {value} is not above 0"))),
@@ -85,8 +85,8 @@ fn positive(file: &mut ConfigFile, key: &str) -> Result<Option<f64>> {
     }
 }
 
-/// The sigma at a fractional timestep: `numpy.interp` on a table with one entry for each timestep,
-/// its ends holding beyond it.
+/// The sigma at a fractional timestep: `numpy.interp` on a table with one entry for each timestep.
+/// Beyond the table's ends its first and last entries are used.
 pub(super) fn sigma_at(timestep: f64, table: &[f32]) -> f64 {
     let sigma = |i: usize| f64::from(table[i]);
     let last = table.len() - 1;
@@ -109,9 +109,9 @@ pub(super) fn logarithms(table: &[f32]) -> Vec<f32> {
 /// numpy's fp32 logarithm on x86: x = m·2ᵉ with m about 1, a ratio of polynomials for log m, in
 /// fused multiply-adds.
 ///
-/// It is up to two units in the last place off the nearest fp32. That would be nothing, did not
-/// diffusers' DPM-Solver cut timesteps found with it to whole numbers: whether the noisiest is 999
-/// or 998.99999, and then 998, hangs on this last place.
+/// Its error is up to two units in the last place. They matter because diffusers' DPM-Solver
+/// truncates the timesteps that it computes from these logarithms: the noisiest timestep becomes
+/// 998 instead of 999 where an error makes it 998.99999.
 fn numpy_log(x: f32) -> f32 {
     const NUMERATOR: [f32; 6] = [2.589_979_2e-2, 0.380_883_78, 1.480_000_6, 2.112_677_6, 1.0, 0.0];
     const DENOMINATOR: [f32; 6] = [5.875_095_3e-3, 0.154_647_63, 0.986_494_3, 2.453_006, 2.612_677_6, 1.0];
@@ -130,7 +130,8 @@ fn numpy_log(x: f32) -> f32 {
     exponent.mul_add(std::f32::consts::LN_2, polynomial(NUMERATOR) / polynomial(DENOMINATOR))
 }
 
-/// The fractional timestep that has this sigma, linear in the logarithm; within the table's ends.
+/// The fractional timestep with this sigma, by linear interpolation in the logarithm, clamped to
+/// the table.
 pub(super) fn timestep_of(sigma: f64, logarithms: &[f32]) -> f64 {
     let log = sigma.max(1e-10).ln();
     let below = logarithms.iter().rposition(|entry| log >= f64::from(*entry)).unwrap_or(0);

@@ -1,4 +1,4 @@
-//! Which of the training timesteps are visited (table 2 of Lin et al. 2023, arXiv:2305.08891).
+//! The training timesteps that a sampler visits (table 2 of Lin et al. 2023, arXiv:2305.08891).
 
 use serde::Deserialize;
 
@@ -32,7 +32,7 @@ impl Spacing {
         Ok(Spacing { kind: file.or("timestep_spacing", default)?, offset: offset as usize })
     }
 
-    /// The timesteps of Euler and DDIM, noisiest first; those of linspace are not rounded.
+    /// The timesteps of Euler and DDIM, noisiest first. Linspace timesteps are not rounded.
     pub fn timesteps(&self, train: usize, steps: usize) -> Vec<f64> {
         match self.kind {
             SpacingKind::Linspace => reversed(linspace(0.0, (train - 1) as f64, steps)),
@@ -55,8 +55,9 @@ pub(super) fn linspace(start: f64, stop: f64, count: usize) -> Vec<f64> {
 /// Trailing spacing from `from`, in strides of `train / steps`: `round(numpy.arange(from, 0,
 /// -stride)) - 1`.
 ///
-/// `arange` gives ⌈from / stride⌉ values in floating point, which now and then is one more than
-/// `steps` and ends at -1. Its increment is the difference of its first two values.
+/// `arange` gives ⌈from / stride⌉ values. By floating-point rounding this number is sometimes one
+/// more than `steps`, and the last timestep is then -1. The increment of `arange` is the difference
+/// of its first two values.
 pub(super) fn countdown(from: usize, train: usize, steps: usize) -> Vec<f64> {
     let (from, stride) = (from as f64, train as f64 / steps as f64);
     let increment = (from - stride) - from;
@@ -64,7 +65,7 @@ pub(super) fn countdown(from: usize, train: usize, steps: usize) -> Vec<f64> {
     (0..count).map(|i| (from + i as f64 * increment).round_ties_even() - 1.0).collect()
 }
 
-/// Back to front.
+/// The values in reverse order.
 pub(super) fn reversed(mut values: Vec<f64>) -> Vec<f64> {
     values.reverse();
     values

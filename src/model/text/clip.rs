@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::layer::{Layer, Unobserved};
 use crate::model::network::{Builder, LayerId, LayerNorm, Run, attend, split_heads};
 
-/// Tokens of a prompt in every CLIP text encoder, padding included.
+/// The number of tokens of a prompt in every CLIP text encoder, padding included.
 pub const CLIP_LENGTH: i64 = 77;
 
 /// `transformers.CLIPTextModel` or `CLIPTextModelWithProjection` (Radford et al. 2021).
@@ -23,12 +23,13 @@ pub struct ClipText {
     pooling: Option<Pooling>,
 }
 
-/// What SDXL uses of an encoder.
+/// The outputs of a text encoder that SDXL uses.
 #[derive(Debug)]
 pub struct TextStates {
     /// The states before the last layer, without the final norm: [b, s, hidden_size].
     pub penultimate: Tensor,
-    /// The projected state at the end of the text: [b, projection_dim]; only with a projection.
+    /// The projected state at the end of the text: [b, projection_dim]; `None` for an encoder
+    /// without a projection.
     pub pooled: Option<Tensor>,
 }
 
@@ -79,15 +80,15 @@ impl ClipText {
         Ok(blueprint.into_tensors())
     }
 
-    /// The published names of tensors: transformers 5 leaves out the prefix of an encoder without a
-    /// projection.
+    /// The name of a stored tensor in published SDXL files. For encoders without a projection,
+    /// transformers 5 omits the prefix `text_model.`.
     pub fn rename(stored: &str) -> String {
         let bare = stored.strip_prefix("text_model.").unwrap_or(stored);
         if bare.starts_with("text_projection.") || bare == "logit_scale" { bare.to_owned() } else { format!("text_model.{bare}") }
     }
 
-    /// Tensors that published files have and that are not needed: a table of 0, 1, 2, …, and CLIP's
-    /// similarity scale.
+    /// Whether a tensor of published files is not needed: the table of position ids 0, 1, 2, …, or
+    /// CLIP's similarity scale.
     pub fn is_unused(name: &str) -> bool {
         name == "text_model.embeddings.position_ids" || name == "logit_scale"
     }
@@ -115,7 +116,7 @@ impl ClipText {
         let ids = ids.f_to_device(self.token_embedding.device())?;
         let tokens = Tensor::f_embedding(&self.token_embedding, &ids, -1, false, false)?;
         let mut hidden = tokens.f_add(&self.position_embedding.f_narrow(0, 0, length)?)?;
-        let (last, before) = self.blocks.split_last().ok_or_else(|| Error::Argument("a text encoder without layers".into()))?;
+        let (last, before) = self.blocks.split_last().expect("the config has at least one layer");
         for block in before {
             hidden = block.forward(&hidden, &mut run)?;
         }
@@ -129,7 +130,7 @@ impl ClipText {
         Ok(TextStates { penultimate: hidden, pooled })
     }
 
-    /// [b, s, width] at each text's end: [b, width].
+    /// The state at the end of each text: [b, width] of states [b, s, width].
     fn at_end_of_text(&self, states: &Tensor, ids: &Tensor) -> Result<Tensor> {
         let ends = match self.config.end_of_text {
             EndOfText::HighestId => ids.f_argmax(-1, false)?,

@@ -10,7 +10,7 @@ use crate::error::Result;
 /// The architecture of a CLIP text encoder (`transformers.CLIPTextConfig`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct TextConfig {
-    /// Rows of the token embedding.
+    /// The number of rows of the token embedding.
     pub vocab_size: i64,
     /// The width of the states.
     pub hidden_size: i64,
@@ -18,15 +18,15 @@ pub struct TextConfig {
     pub intermediate_size: i64,
     /// The number of transformer layers.
     pub num_hidden_layers: usize,
-    /// Attention heads.
+    /// The number of attention heads.
     pub num_attention_heads: i64,
-    /// Positions, 77 for CLIP.
+    /// The number of positions, 77 for CLIP.
     pub max_position_embeddings: i64,
     /// The feed-forwards' activation.
     pub hidden_act: Activation,
     /// Epsilon of the layer norms.
     pub layer_norm_eps: f64,
-    /// Where the pooled state is taken.
+    /// The position from which the pooled state is taken.
     pub end_of_text: EndOfText,
     /// The width of the pooled projection, for `CLIPTextModelWithProjection`.
     pub projection_dim: Option<i64>,
@@ -35,17 +35,17 @@ pub struct TextConfig {
 /// A feed-forward's activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// x sigmoid(1.702 x), OpenAI CLIP's.
+    /// x sigmoid(1.702 x), as in OpenAI's CLIP.
     QuickGelu,
-    /// The exact GELU, OpenCLIP's.
+    /// The exact GELU, as in OpenCLIP.
     Gelu,
 }
 
-/// How the end of the text is found, where the pooled state is taken.
+/// The rule for the end of the text, from which the pooled state is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndOfText {
-    /// The position of the highest id. Configs from before transformers' pull request 24773 say
-    /// `eos_token_id: 2` and mean this.
+    /// The position of the highest id. This is the meaning of `eos_token_id: 2` in configs from
+    /// before transformers' pull request 24773.
     HighestId,
     /// The first position of this id, or 0 where it is absent.
     Token(i64),
@@ -120,7 +120,7 @@ impl TextConfig {
             let problem = format!("= {} does not divide hidden_size = {}", config.num_attention_heads, config.hidden_size);
             return Err(file.error("num_attention_heads", problem));
         }
-        // Training, generation, files and notes.
+        // These keys are about training, text generation and files.
         file.ignore(&[
             "attention_dropout",
             "dropout",

@@ -16,8 +16,9 @@ use crate::error::{Error, Result};
 use crate::input::{self, Limit};
 use crate::shorten::shorten;
 
-/// A byte-pair tokenizer that sets a begin and an end around a text, cuts it to length and pads it,
-/// as `transformers.CLIPTokenizer` does for diffusers (`padding="max_length", truncation=True`).
+/// A byte-pair tokenizer that puts a begin and an end token around a text, truncates it to a fixed
+/// length and pads it, as `transformers.CLIPTokenizer` does for diffusers
+/// (`padding="max_length", truncation=True`).
 #[derive(Debug)]
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
@@ -31,7 +32,7 @@ pub struct ClipTokenizer {
 /// A text as ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokens {
-    /// Exactly as many as the encoder has positions.
+    /// The ids, exactly as many as the encoder has positions.
     pub ids: Vec<i64>,
     /// The end of the text, if it did not fit.
     pub dropped: Option<String>,
@@ -88,9 +89,9 @@ impl ClipTokenizer {
             let id = tokenizer
                 .token_to_id(&token.content)
                 .ok_or_else(|| Error::bad_file(folder, format!("the vocabulary does not have the {name} `{}`", token.content)))?;
-            // One text can be two tokens ("<|endoftext|>" ends and pads); the flags that come last
-            // hold, as in transformers.
-            added.retain(|other| other.content != token.content);
+            // One text can have two roles ("<|endoftext|>" is both end and padding). As in
+            // transformers, the flags of the last role are used.
+            added.retain(|earlier| earlier.content != token.content);
             added.push(token);
             Ok(i64::from(id))
         };
@@ -98,9 +99,9 @@ impl ClipTokenizer {
         let end = special("eos_token", "<|endoftext|>")?;
         special("unk_token", "<|endoftext|>")?;
         let pad = special("pad_token", "<|endoftext|>")?;
-        // A special token is cut out of the text before anything else is done to it. That holds for
-        // the padding token too: where that is "!", as in SDXL's second tokenizer, every "!" of a
-        // prompt becomes padding. Models were trained so.
+        // Special tokens are cut out of the text before any other processing, the padding token
+        // included. Where the padding token is "!", as in SDXL's second tokenizer, every "!" of a
+        // prompt therefore becomes padding, as it did when the models were trained.
         tokenizer.add_special_tokens(&added);
         let length = specials.length()?;
         Ok(ClipTokenizer { tokenizer, folder: folder.to_owned(), begin, end, pad, length })
@@ -111,7 +112,7 @@ impl ClipTokenizer {
         self.length
     }
 
-    /// The highest id of the vocabulary and one.
+    /// One more than the highest id of the vocabulary.
     pub fn vocabulary(&self) -> i64 {
         let highest = self.tokenizer.get_vocab(true).values().copied().max();
         highest.map_or(0, |id| i64::from(id) + 1)
@@ -124,8 +125,8 @@ impl ClipTokenizer {
     pub fn encode(&self, text: &str) -> Result<Tokens> {
         let refused =
             |why: tokenizers::Error| Error::bad_file(&self.folder, format!("cannot tokenize `{}`: {why}", shorten(text)));
-        let found = self.tokenizer.encode(text, false).map_err(refused)?;
-        let (kept, cut) = found.get_ids().split_at(found.len().min(self.length - 2));
+        let encoding = self.tokenizer.encode(text, false).map_err(refused)?;
+        let (kept, cut) = encoding.get_ids().split_at(encoding.len().min(self.length - 2));
         let dropped = if cut.is_empty() {
             None
         } else {
@@ -183,8 +184,7 @@ fn read_vocab(path: &Path) -> Result<Vocab> {
     Ok(vocab)
 }
 
-/// `merges.txt`: two tokens a line, with a space between them, in the order in which they are
-/// merged.
+/// `merges.txt`: two tokens per line, separated by a space, in the order of merging.
 fn read_merges(path: &Path) -> Result<Merges> {
     let text = input::read_text(path, Limit::TOKENIZER)?;
     let merge = |line: &str| match line.split(' ').collect::<Vec<_>>()[..] {
@@ -194,7 +194,7 @@ fn read_merges(path: &Path) -> Result<Merges> {
     text.lines().filter(|line| !line.starts_with("#version")).map(merge).collect()
 }
 
-/// `tokenizer_config.json` and `special_tokens_map.json`; the second wins.
+/// `tokenizer_config.json` and `special_tokens_map.json`, of which the second takes precedence.
 struct Specials(Vec<ConfigFile>);
 
 impl Specials {
@@ -216,7 +216,7 @@ impl Specials {
         const CLIP: usize = 77;
         for file in &mut self.0 {
             if let Some(value) = file.optional::<Value>("model_max_length")? {
-                // Some files say 1e30 for "not known".
+                // Some files have 1e30 for an unknown length.
                 return match value.as_f64() {
                     Some(length) if length >= 1e6 => Ok(CLIP),
                     Some(length) if length >= 3.0 && length.fract() == 0.0 => Ok(length as usize),

@@ -1,17 +1,17 @@
-//! What goes from stage to stage.
+//! The tensors that pass from stage to stage.
 
 use tch::{Device, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// Everything that a stage takes and gives. The UNet has no connection that is not in it, so the
-/// output of one stage is the whole input of the next.
+/// All inputs and outputs of a stage, skip connections included: the output of one stage is the
+/// whole input of the next.
 #[derive(Debug)]
 pub struct Carry {
     /// The image features: [b, c, h, w].
     pub hidden_states: Tensor,
-    /// Between the parts of a transformer, whose input `hidden_states` still is: what its blocks
-    /// make of it, [b, h w, c].
+    /// The output of the latest block inside a transformer, [b, h w, c], while `hidden_states`
+    /// still holds the transformer's input; `None` outside transformers.
     pub tokens: Option<Tensor>,
     /// The stack of skip connections: down stages push, up stages pop.
     pub down_block_res_samples: Vec<Tensor>,
@@ -33,34 +33,36 @@ impl Carry {
         }
     }
 
-    /// One carry of the batches of several, one after the other (no copy is made of a single one).
+    /// Concatenates carries along the batch. A single carry is not copied.
     ///
     /// # Errors
-    /// If there are none, or their shapes differ.
+    /// If there are none, they are not at one place of the chain, or their shapes differ.
     pub fn join(carries: &[Carry]) -> Result<Carry> {
-        let [first, others @ ..] = carries else { return Err(crate::Error::Failed("no carries to join".into())) };
+        let [first, others @ ..] = carries else { return Err(Error::internal("there are no carries to join")) };
         if others.is_empty() {
             return Ok(first.shallow_clone());
         }
-        let join = |pick: &dyn Fn(&Carry) -> Option<Tensor>| -> Result<Tensor> {
-            Ok(Tensor::f_cat(&carries.iter().filter_map(pick).collect::<Vec<_>>(), 0)?)
+        let place = |carry: &Carry| (carry.tokens.is_some(), carry.down_block_res_samples.len());
+        if others.iter().any(|carry| place(carry) != place(first)) {
+            return Err(Error::internal("carries of different places in the chain cannot be joined"));
+        }
+        let join = |pick: &dyn Fn(&Carry) -> &Tensor| -> Result<Tensor> {
+            Ok(Tensor::f_cat(&carries.iter().map(pick).collect::<Vec<_>>(), 0)?)
         };
+        let tokens: Vec<&Tensor> = carries.iter().filter_map(|carry| carry.tokens.as_ref()).collect();
         let residuals = 0..first.down_block_res_samples.len();
         Ok(Carry {
-            hidden_states: join(&|carry| Some(carry.hidden_states.shallow_clone()))?,
-            tokens: match first.tokens {
-                Some(_) => Some(join(&|carry| carry.tokens.as_ref().map(Tensor::shallow_clone))?),
-                None => None,
-            },
+            hidden_states: join(&|carry| &carry.hidden_states)?,
+            tokens: if tokens.is_empty() { None } else { Some(Tensor::f_cat(&tokens, 0)?) },
             down_block_res_samples: residuals
-                .map(|index| join(&|carry| carry.down_block_res_samples.get(index).map(Tensor::shallow_clone)))
+                .map(|index| join(&|carry| &carry.down_block_res_samples[index]))
                 .collect::<Result<_>>()?,
-            temb: join(&|carry| Some(carry.temb.shallow_clone()))?,
-            encoder_hidden_states: join(&|carry| Some(carry.encoder_hidden_states.shallow_clone()))?,
+            temb: join(&|carry| &carry.temb)?,
+            encoder_hidden_states: join(&|carry| &carry.encoder_hidden_states)?,
         })
     }
 
-    /// The carry in another place (no copy is made if it is there already).
+    /// The carry on `device`. A carry that is already there is not copied.
     ///
     /// # Errors
     /// If libtorch refuses, usually for want of memory.
@@ -80,9 +82,10 @@ impl Carry {
 
     /// Takes the newest residual and appends its channels to `hidden_states`.
     pub(super) fn pop_residual(&mut self) -> Result<()> {
-        let residual = self.down_block_res_samples.pop().ok_or_else(|| {
-            crate::Error::Failed("an up stage was given a carry without residuals: the stages ran out of order".into())
-        })?;
+        let residual = self
+            .down_block_res_samples
+            .pop()
+            .ok_or_else(|| Error::internal("an up stage was given a carry without residuals: the stages ran out of order"))?;
         self.hidden_states = Tensor::f_cat(&[&self.hidden_states, &residual], 1)?;
         Ok(())
     }
@@ -98,12 +101,12 @@ impl Carry {
 pub struct CarryShape {
     /// `hidden_states` but for its batch: [c, h, w].
     pub hidden_states: [i64; 3],
-    /// Each of `down_block_res_samples`, the same.
+    /// Each of `down_block_res_samples` but for its batch: [c, h, w].
     pub down_block_res_samples: Vec<[i64; 3]>,
 }
 
 impl CarryShape {
-    /// Numbers in it, for each item of the batch.
+    /// The number of elements, for each item of the batch.
     pub fn numel(&self) -> i64 {
         let residuals = self.down_block_res_samples.iter();
         residuals.chain([&self.hidden_states]).map(|size| size.iter().product::<i64>()).sum()

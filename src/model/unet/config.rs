@@ -11,7 +11,8 @@ use crate::error::Result;
 /// The architecture of an SDXL UNet, as far as it varies (`diffusers.UNet2DConditionModel`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct UnetConfig {
-    /// Latent height and width that it was made for; 64 latents of 8 pixels are 512 pixels.
+    /// Latent height and width that the model was trained for; 64 latents of 8 pixels are 512
+    /// pixels.
     pub sample_size: [i64; 2],
     /// Latent channels in.
     pub in_channels: i64,
@@ -27,7 +28,8 @@ pub struct UnetConfig {
     pub layers_per_block: Vec<usize>,
     /// Blocks in each transformer of a level.
     pub transformer_layers_per_block: Vec<Depth>,
-    /// The same for the up stages, where they are not the down stages' in reverse.
+    /// Blocks in each transformer of the up stages, if they differ from those of the down stages in
+    /// reverse order.
     pub reverse_transformer_layers_per_block: Option<Vec<Depth>>,
     /// Attention heads of each level. The file calls them `attention_head_dim`.
     pub heads: Vec<i64>,
@@ -49,7 +51,7 @@ pub struct UnetConfig {
     pub time_embed_dim: i64,
     /// The width of the sinusoids of each time id.
     pub addition_time_embed_dim: i64,
-    /// Pooled text and all time ids' sinusoids together.
+    /// The width of the pooled text and the sinusoids of all time ids together.
     pub projection_class_embeddings_input_dim: i64,
     /// Whether the cosines come before the sines.
     pub flip_sin_to_cos: bool,
@@ -59,18 +61,18 @@ pub struct UnetConfig {
     pub center_input_sample: bool,
 }
 
-/// The depth of a level's transformers: one for all, or one each.
+/// The number of blocks in the transformers of a level.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum Depth {
-    /// Every transformer of the level has as many blocks.
+    /// The number of blocks in every transformer of the level.
     Same(usize),
-    /// The blocks of each.
+    /// The number of blocks in each transformer of the level.
     Each(Vec<usize>),
 }
 
 impl Depth {
-    /// The blocks of the level's deepest transformer.
+    /// The number of blocks in the level's deepest transformer.
     fn deepest(&self) -> usize {
         match self {
             Depth::Same(depth) => *depth,
@@ -78,7 +80,7 @@ impl Depth {
         }
     }
 
-    /// The blocks of transformer `index`.
+    /// The number of blocks in transformer `index`.
     pub(super) fn of(&self, index: usize) -> usize {
         match self {
             Depth::Same(depth) => *depth,
@@ -91,7 +93,7 @@ impl Depth {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum PerLevel<T> {
-    // First, as a depth can be a list itself.
+    // The first variant, because serde tries them in order and a depth can itself be a list.
     Each(Vec<T>),
     Same(T),
 }
@@ -108,8 +110,8 @@ impl<T: Clone> PerLevel<T> {
 const MAX_LEVELS: usize = 16;
 const MAX_DEPTH: usize = 256;
 const MAX_WIDTH: i64 = 1 << 17;
-/// The most resnets and transformer blocks of all levels together. SDXL base has about 100; each is
-/// listed before any is read.
+/// The largest number of resnets and transformer blocks of all levels together. SDXL base has about
+/// 100. The limit bounds the memory for the list of layers of a hostile config.
 const MAX_BLOCKS: usize = 1 << 12;
 
 impl UnetConfig {
@@ -129,7 +131,7 @@ impl UnetConfig {
     pub fn parse(mut file: ConfigFile) -> Result<Self> {
         file.only("_class_name", &[json!("UNet2DConditionModel")])?;
         refuse_other_computations(&mut file)?;
-        // They change training only, or only what is refused above.
+        // These keys affect training only, or computations that are refused above.
         file.ignore(&["dropout", "addition_embed_type_num_heads", "upcast_attention", "resnet_skip_time_act_fn"]);
 
         let block_out_channels: Vec<i64> = file.or("block_out_channels", vec![320, 640, 1280, 1280])?;
@@ -182,16 +184,16 @@ impl UnetConfig {
         Ok(config)
     }
 
-    /// Resnets and transformer blocks of all levels, at most: an up stage has one resnet more than
-    /// the down stage of its level.
+    /// An upper bound on the resnets and transformer blocks of all levels. An up stage has one
+    /// resnet more than the down stage of its level.
     fn most_blocks(&self) -> usize {
         let reverse = self.reverse_transformer_layers_per_block.as_deref().unwrap_or_default();
         let deepest = self.transformer_layers_per_block.iter().chain(reverse).map(Depth::deepest).max().unwrap_or(0);
         self.layers_per_block.iter().map(|layers| (2 * layers + 1) * (1 + deepest)).sum()
     }
 
-    /// The size of a sum of all its parts is only asked for once each number is sane and they
-    /// agree.
+    /// Checks ranges and lengths, and then the number of blocks, whose sum cannot overflow once the
+    /// ranges hold.
     fn check(&self, file: &ConfigFile) -> Result<()> {
         let levels = self.block_out_channels.len();
         let widths = [
@@ -270,7 +272,7 @@ impl UnetConfig {
     }
 }
 
-/// Keys that ask for a computation that no SDXL model has.
+/// Refuses keys that ask for a computation that no SDXL model has.
 fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
     file.exactly("addition_embed_type", &json!("text_time"), &json!(null))?;
     file.exactly("mid_block_type", &json!("UNetMidBlock2DCrossAttn"), &json!("UNetMidBlock2DCrossAttn"))?;
@@ -305,7 +307,7 @@ fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
     Ok(())
 }
 
-/// Reads a list of block types as "has transformers".
+/// Reads a list of block types: true for the type `attention`, which has transformers.
 fn block_types(file: &mut ConfigFile, key: &str, plain: &str, attention: &str, levels: usize) -> Result<Vec<bool>> {
     let types: Vec<String> = file.required(key)?;
     if types.len() != levels {

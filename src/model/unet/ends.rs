@@ -1,4 +1,4 @@
-//! What stands before and after the chain: embeddings and conv_in, norm and conv_out.
+//! The input block (embeddings and conv_in) and the output block (norm and conv_out) of the UNet.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::model::layer::{ConvGeometry, Layer, Observer};
 use crate::model::network::{Builder, GroupNorm, LayerId, Run};
 
-/// What a UNet is told besides the noisy latents.
+/// The inputs of a UNet besides noisy latents and timestep.
 #[derive(Debug)]
 pub struct Conditioning {
     /// Text states: [b, s, cross_attention_dim].
@@ -32,9 +32,9 @@ impl Conditioning {
     }
 }
 
-/// What a layer of the [`Head`] depends on.
+/// The part of the input on which a layer of the [`InputBlock`] depends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HeadInput {
+pub enum InputBlockDependency {
     /// The timestep alone.
     Time,
     /// Pooled text and time ids.
@@ -45,7 +45,7 @@ pub enum HeadInput {
 
 /// conv_in and the embeddings of timestep, pooled text and time ids: makes the first carry.
 #[derive(Debug)]
-pub struct Head {
+pub struct InputBlock {
     layers: Vec<Layer>,
     time_embedding: Embedding,
     add_embedding: Embedding,
@@ -55,14 +55,14 @@ pub struct Head {
     center_input_sample: bool,
 }
 
-impl Head {
+impl InputBlock {
     pub(super) fn load(config: &UnetConfig, source: &dyn TensorSource) -> Result<Self> {
         let mut layers = Vec::new();
         let mut top = Builder::new(source, "", &mut layers);
         let first = config.block_out_channels[0];
         let width = config.time_embed_dim;
         let kernel = config.conv_in_kernel;
-        Ok(Head {
+        Ok(InputBlock {
             time_embedding: Embedding::build(&mut top.at("time_embedding"), first, width)?,
             add_embedding: Embedding::build(&mut top.at("add_embedding"), config.projection_class_embeddings_input_dim, width)?,
             conv_in: top.conv2d("conv_in", config.in_channels, first, kernel, ConvGeometry::new(1, (kernel - 1) / 2))?,
@@ -78,25 +78,25 @@ impl Head {
         &self.layers
     }
 
-    /// The same, for replacing weights.
+    /// The layers, for replacing weights.
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
     }
 
-    /// What the layer `name` depends on.
-    pub fn sees(&self, name: &str) -> HeadInput {
+    /// The part of the input on which the layer `name` depends.
+    pub fn dependency_of(&self, name: &str) -> InputBlockDependency {
         let of = |id: LayerId| id.of(&self.layers).name() == name;
         if of(self.conv_in) {
-            HeadInput::Latents
+            InputBlockDependency::Latents
         } else if of(self.time_embedding.linear_1) || of(self.time_embedding.linear_2) {
-            HeadInput::Time
+            InputBlockDependency::Time
         } else {
-            HeadInput::Conditioning
+            InputBlockDependency::Conditioning
         }
     }
 
-    /// The embedding of timesteps `times` `[n]`, without that of the conditioning: [n,
-    /// time_embed_dim] in `kind`.
+    /// The embedding of timesteps `times` `[n]`, to which that of the conditioning is not yet
+    /// added: [n, time_embed_dim] in `kind`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
@@ -166,12 +166,12 @@ pub(crate) struct Sinusoids {
 }
 
 impl Sinusoids {
-    /// Those of a UNet, `width` of them for a number.
+    /// The sinusoids of a UNet, `width` of them for each number.
     pub fn new(config: &UnetConfig, width: i64) -> Self {
         Sinusoids { width, cosines_first: config.flip_sin_to_cos, shift: config.freq_shift }
     }
 
-    /// What a number is multiplied by: [width / 2], fp32.
+    /// The frequencies by which a number is multiplied: [width / 2], fp32.
     pub fn frequencies(&self, device: Device) -> Result<Tensor> {
         const MAX_PERIOD: f64 = 10_000.0;
         let half = self.width / 2;
@@ -179,7 +179,7 @@ impl Sinusoids {
         Ok(exponent.f_mul_scalar(-MAX_PERIOD.ln())?.f_div_scalar(half as f64 - self.shift)?.f_exp()?)
     }
 
-    /// [n] to [n, width].
+    /// The sinusoids of numbers `[n]`: [n, width].
     fn of(&self, values: &Tensor) -> Result<Tensor> {
         let frequencies = self.frequencies(values.device())?.f_unsqueeze(0)?;
         let angles = values.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&frequencies)?;
@@ -194,19 +194,19 @@ impl Sinusoids {
 
 /// GroupNorm, SiLU and conv_out: turns the last carry into the prediction.
 #[derive(Debug)]
-pub struct Tail {
+pub struct OutputBlock {
     layers: Vec<Layer>,
     conv_norm_out: GroupNorm,
     conv_out: LayerId,
 }
 
-impl Tail {
+impl OutputBlock {
     pub(super) fn load(config: &UnetConfig, source: &dyn TensorSource) -> Result<Self> {
         let mut layers = Vec::new();
         let mut top = Builder::new(source, "", &mut layers);
         let first = config.block_out_channels[0];
         let kernel = config.conv_out_kernel;
-        Ok(Tail {
+        Ok(OutputBlock {
             conv_norm_out: top.group_norm("conv_norm_out", config.norm_num_groups, first, config.norm_eps)?,
             conv_out: top.conv2d("conv_out", first, config.out_channels, kernel, ConvGeometry::new(1, (kernel - 1) / 2))?,
             layers,
@@ -218,7 +218,7 @@ impl Tail {
         &self.layers
     }
 
-    /// The same, for replacing weights.
+    /// The layers, for replacing weights.
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
     }

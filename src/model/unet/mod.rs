@@ -12,7 +12,7 @@ use tch::Tensor;
 pub use carry::{Carry, CarryShape};
 pub use config::{Depth, UnetConfig};
 pub(crate) use ends::Sinusoids;
-pub use ends::{Conditioning, Head, HeadInput, Tail};
+pub use ends::{Conditioning, InputBlock, InputBlockDependency, OutputBlock};
 pub use part::{Part, PartName, Scope};
 pub(crate) use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
@@ -24,9 +24,10 @@ use crate::error::Result;
 use crate::pattern::NamePattern;
 use crate::progress::{Progress, Task};
 
-/// The UNet without weights: what it consists of, in the order in which it runs.
+/// The UNet without weights: a list of its parts, in the order of execution.
 ///
-/// conv_in and the embeddings ([`Head`]), then the stages, then norm and conv_out ([`Tail`]).
+/// The parts are conv_in and the embeddings ([`InputBlock`]), then the stages, then norm and
+/// conv_out ([`OutputBlock`]).
 #[derive(Debug, Clone)]
 pub struct UnetChain {
     config: UnetConfig,
@@ -58,23 +59,24 @@ impl UnetChain {
         })
     }
 
-    /// Loads what comes before the stages.
+    /// Loads the input block, which runs before the stages.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
-    pub fn load_head(&self, source: &dyn TensorSource) -> Result<Head> {
-        Head::load(&self.config, source)
+    pub fn load_input_block(&self, source: &dyn TensorSource) -> Result<InputBlock> {
+        InputBlock::load(&self.config, source)
     }
 
-    /// Loads what comes after the stages.
+    /// Loads the output block, which runs after the stages.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
-    pub fn load_tail(&self, source: &dyn TensorSource) -> Result<Tail> {
-        Tail::load(&self.config, source)
+    pub fn load_output_block(&self, source: &dyn TensorSource) -> Result<OutputBlock> {
+        OutputBlock::load(&self.config, source)
     }
 
-    /// The carry that [`Head::forward`] makes of latents of this height and width.
+    /// The shape of the carry that [`InputBlock::forward`] computes from latents of this height and
+    /// width.
     pub fn first_carry(&self, height: i64, width: i64) -> CarryShape {
         let first = [self.config.block_out_channels[0], height, width];
         CarryShape { hidden_states: first, down_block_res_samples: vec![first] }
@@ -86,28 +88,28 @@ impl UnetChain {
     /// If libtorch cannot make a tensor at all.
     pub fn tensors(&self) -> Result<Vec<TensorSpec>> {
         let blueprint = Blueprint::default();
-        self.load_head(&blueprint)?;
+        self.load_input_block(&blueprint)?;
         for stage in &self.stages {
             stage.load(&blueprint)?;
         }
-        self.load_tail(&blueprint)?;
+        self.load_output_block(&blueprint)?;
         Ok(blueprint.into_tensors())
     }
 }
 
-/// A UNet that predicts.
+/// A UNet with its weights.
 pub struct Unet<'a> {
     chain: UnetChain,
-    head: Head,
+    input_block: InputBlock,
     stages: Stages<'a>,
-    tail: Tail,
+    output_block: OutputBlock,
 }
 
-/// Where a UNet's stages are between two forwards.
+/// The storage of a UNet's stages between two forward passes.
 enum Stages<'a> {
     Resident(Vec<Stage>),
-    /// Loaded when their turn comes, and dropped after it: memory for one stage, a reading of the
-    /// weights at every forward.
+    /// Each stage is loaded before it runs and dropped after it: memory for one stage, and the
+    /// weights are read at every forward pass.
     OneAtATime(Box<dyn TensorSource + 'a>),
 }
 
@@ -123,16 +125,21 @@ impl<'a> Unet<'a> {
             task.advance(&spec.name().to_string());
             stages.push(spec.load(&source)?);
         }
-        Ok(Unet { head: chain.load_head(&source)?, tail: chain.load_tail(&source)?, stages: Stages::Resident(stages), chain })
+        Ok(Unet {
+            input_block: chain.load_input_block(&source)?,
+            output_block: chain.load_output_block(&source)?,
+            stages: Stages::Resident(stages),
+            chain,
+        })
     }
 
-    /// Keeps only the ends, and loads each stage when its turn comes.
+    /// Keeps only the input and output blocks in memory, and loads each stage before it runs.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
     pub fn one_at_a_time(chain: UnetChain, source: impl TensorSource + 'a) -> Result<Self> {
-        let (head, tail) = (chain.load_head(&source)?, chain.load_tail(&source)?);
-        Ok(Unet { head, tail, stages: Stages::OneAtATime(Box::new(source)), chain })
+        let (input_block, output_block) = (chain.load_input_block(&source)?, chain.load_output_block(&source)?);
+        Ok(Unet { input_block, output_block, stages: Stages::OneAtATime(Box::new(source)), chain })
     }
 
     /// The architecture.
@@ -152,13 +159,13 @@ impl<'a> Unet<'a> {
         conditioning: &Conditioning,
         observer: &mut dyn Observer,
     ) -> Result<Tensor> {
-        let mut carry = self.head.forward(sample, timestep, conditioning, observer)?;
+        let mut carry = self.input_block.forward(sample, timestep, conditioning, observer)?;
         for (index, spec) in self.chain.stages.iter().enumerate() {
             carry = match &self.stages {
                 Stages::Resident(stages) => stages[index].forward(carry, observer)?,
                 Stages::OneAtATime(source) => spec.load(source.as_ref())?.forward(carry, observer)?,
             };
         }
-        self.tail.forward(&carry, observer)
+        self.output_block.forward(&carry, observer)
     }
 }

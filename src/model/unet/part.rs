@@ -3,7 +3,7 @@
 
 use std::fmt::{self, Display};
 
-use super::{Carry, Head, Stage, StageName, Tail, UnetChain};
+use super::{Carry, InputBlock, OutputBlock, Stage, StageName, UnetChain};
 use crate::checkpoint::TensorSource;
 use crate::error::{Error, Result};
 use crate::model::layer::{Layer, Observer};
@@ -43,11 +43,11 @@ pub enum Scope {
 #[derive(Debug)]
 pub enum Part {
     /// See [`PartName::InputBlock`].
-    InputBlock(Head),
+    InputBlock(InputBlock),
     /// See [`PartName::Stage`].
     Stage(Stage),
     /// See [`PartName::OutputBlock`].
-    OutputBlock(Tail),
+    OutputBlock(OutputBlock),
 }
 
 impl UnetChain {
@@ -63,13 +63,13 @@ impl UnetChain {
     /// If the chain has no such stage, or a tensor is missing or misshapen.
     pub fn load_part(&self, name: PartName, source: &dyn TensorSource) -> Result<Part> {
         Ok(match name {
-            PartName::InputBlock => Part::InputBlock(self.load_head(source)?),
+            PartName::InputBlock => Part::InputBlock(self.load_input_block(source)?),
             PartName::Stage(stage) => {
                 let absent = || Error::Argument(format!("the UNet has no stage `{stage}`"));
                 let spec = self.stages().iter().find(|spec| spec.name() == stage).ok_or_else(absent)?;
                 Part::Stage(spec.load(source)?)
             }
-            PartName::OutputBlock => Part::OutputBlock(self.load_tail(source)?),
+            PartName::OutputBlock => Part::OutputBlock(self.load_output_block(source)?),
         })
     }
 }
@@ -78,18 +78,18 @@ impl Part {
     /// Every Conv2d and Linear of the part, in execution order.
     pub fn layers(&self) -> &[Layer] {
         match self {
-            Part::InputBlock(head) => head.layers(),
+            Part::InputBlock(block) => block.layers(),
             Part::Stage(stage) => stage.layers(),
-            Part::OutputBlock(tail) => tail.layers(),
+            Part::OutputBlock(block) => block.layers(),
         }
     }
 
     /// The layers, for replacing weights.
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         match self {
-            Part::InputBlock(head) => head.layers_mut(),
+            Part::InputBlock(block) => block.layers_mut(),
             Part::Stage(stage) => stage.layers_mut(),
-            Part::OutputBlock(tail) => tail.layers_mut(),
+            Part::OutputBlock(block) => block.layers_mut(),
         }
     }
 
@@ -118,10 +118,10 @@ impl Part {
     /// makes the first carry and takes none.
     pub fn forward(&self, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
         match (self, scope) {
-            (Part::InputBlock(_), _) => Err(Error::Failed("the input block takes no carry".into())),
+            (Part::InputBlock(_), _) => Err(Error::internal("the input block takes no carry")),
             (Part::Stage(stage), Scope::Whole) => stage.forward(carry, observer),
             (Part::Stage(stage), Scope::Block(block)) => stage.forward_unit(block, carry, observer),
-            (Part::OutputBlock(tail), _) => Ok(Carry { hidden_states: tail.forward(&carry, observer)?, ..carry }),
+            (Part::OutputBlock(block), _) => Ok(Carry { hidden_states: block.forward(&carry, observer)?, ..carry }),
         }
     }
 }

@@ -35,7 +35,7 @@ impl Display for StageName {
     }
 }
 
-/// What a stage consists of, without weights: enough to list it and to load it.
+/// The structure of a stage without weights: enough to list its layers and to load them.
 #[derive(Debug, Clone)]
 pub struct StageSpec {
     name: StageName,
@@ -45,7 +45,7 @@ pub struct StageSpec {
     resample: Option<Resample>,
 }
 
-/// The convolution that ends a stage with another resolution.
+/// The convolution at the end of a stage that changes the resolution.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Resample {
     Down { channels: i64, padding: i64 },
@@ -53,9 +53,9 @@ pub(crate) enum Resample {
 }
 
 impl StageSpec {
-    /// The stages of a UNet, in the order in which they run. That order is made here and nowhere
-    /// else: diffusers registers `up_blocks` before `mid_block`, so the order of names in a
-    /// file is not it.
+    /// The stages of a UNet, in the order of execution. This function is the only source of that
+    /// order: the order of names in a file differs, since diffusers registers `up_blocks` before
+    /// `mid_block`.
     pub fn chain(config: &UnetConfig) -> Vec<StageSpec> {
         let levels = config.block_out_channels.len();
         let down = (0..levels).map(|level| Self::down(config, level));
@@ -97,8 +97,8 @@ impl StageSpec {
         let levels = config.block_out_channels.len();
         let level = levels - 1 - index;
         let output = config.block_out_channels[level];
-        // The stage's first resnet follows the level below; its residuals are the down stage's
-        // outputs in reverse, the last of them the input of that stage.
+        // The input of the first resnet comes from the level below. The residuals are the outputs
+        // of the level's down stage in reverse order, then the input of that stage.
         let below = config.block_out_channels[(level + 1).min(levels - 1)];
         let above = config.block_out_channels[level.saturating_sub(1)];
         let layers = config.layers_per_block[level] + 1;
@@ -126,14 +126,17 @@ impl StageSpec {
         self.name
     }
 
-    /// What [`Stage::forward`] makes of a carry of this shape.
+    /// The shape of the carry that [`Stage::forward`] returns for a carry of shape `before`.
+    ///
+    /// # Panics
+    /// If an up stage is given fewer residuals than the stages before it push.
     pub fn after(&self, before: &CarryShape) -> CarryShape {
         let CarryShape { hidden_states: [_, mut height, mut width], down_block_res_samples: mut residuals } = before.clone();
         for resnet in &self.resnets {
             match self.name {
                 StageName::Down(_) => residuals.push([resnet.output, height, width]),
                 StageName::Up(_) => {
-                    residuals.pop();
+                    residuals.pop().expect("down stages push a residual for each resnet of the up stages");
                 }
                 StageName::Mid => {}
             }
@@ -147,15 +150,13 @@ impl StageSpec {
                 residuals.push([channels, height, width]);
             }
             Some(Resample::Up { .. }) => {
-                if let Some([_, next_height, next_width]) = residuals.last() {
-                    (height, width) = (*next_height, *next_width);
-                }
+                [_, height, width] = *residuals.last().expect("a residual remains for the stage after an upsampling one");
             }
         }
         CarryShape { hidden_states: [channels, height, width], down_block_res_samples: residuals }
     }
 
-    /// Its resnets, in order.
+    /// The stage's resnets, in order.
     pub(crate) fn resnets(&self) -> &[ResnetShape] {
         &self.resnets
     }
@@ -165,7 +166,7 @@ impl StageSpec {
         &self.transformers
     }
 
-    /// The convolution that ends it.
+    /// The convolution at the end of the stage that changes the resolution, if it has one.
     pub(crate) fn resample(&self) -> Option<Resample> {
         self.resample
     }
@@ -211,7 +212,7 @@ fn resnet(config: &UnetConfig, input: i64, output: i64) -> ResnetShape {
     ResnetShape { input, output, temb: Some(config.time_embed_dim), groups: config.norm_num_groups, eps: config.norm_eps }
 }
 
-fn transformers(config: &UnetConfig, wanted: bool, level: usize, depth: &Depth, count: usize) -> Vec<TransformerShape> {
+fn transformers(config: &UnetConfig, has_attention: bool, level: usize, depth: &Depth, count: usize) -> Vec<TransformerShape> {
     let shape = |index| TransformerShape {
         channels: config.block_out_channels[level],
         heads: config.heads[level],
@@ -220,7 +221,7 @@ fn transformers(config: &UnetConfig, wanted: bool, level: usize, depth: &Depth, 
         linear_projection: config.use_linear_projection,
         groups: config.norm_num_groups,
     };
-    (0..if wanted { count } else { 0 }).map(shape).collect()
+    (0..if has_attention { count } else { 0 }).map(shape).collect()
 }
 
 /// A stage with its weights.
@@ -234,8 +235,8 @@ pub struct Stage {
     resampler: Resampler,
 }
 
-/// A part of a stage that a carry can stop before or after: a resnet, or a transformer's beginning,
-/// one of its blocks, its end.
+/// The smallest part of a stage through which a carry can be sent: a resnet, the begin of a
+/// transformer, one of its blocks, its end, or the resampling convolution.
 #[derive(Debug, Clone, Copy)]
 enum Unit {
     Resnet(usize),
@@ -248,13 +249,13 @@ enum Unit {
 #[derive(Debug)]
 enum Resampler {
     None,
-    /// A convolution of stride 2, after one row and column of zeros at the end if it has no padding
-    /// of its own.
+    /// A convolution of stride 2. Without padding, its input first gets one row and one column of
+    /// zeros at the end.
     Down {
         conv: LayerId,
         pad_after: bool,
     },
-    /// Nearest-neighbour to the size of the next residual, then a convolution.
+    /// Nearest-neighbour upsampling to the size of the next residual, then a convolution.
     Up(LayerId),
 }
 
@@ -269,22 +270,24 @@ impl Stage {
         &self.layers
     }
 
-    /// The same, for replacing weights.
+    /// The layers, for replacing weights.
     pub fn layers_mut(&mut self) -> &mut [Layer] {
         &mut self.layers
     }
 
-    /// How many units the stage has: resnets, the parts of transformers, a resampling convolution.
+    /// The number of units: resnets, parts of transformers, a resampling convolution.
     pub fn units(&self) -> usize {
         self.units.len()
     }
 
-    /// Whether a layer belongs to a unit.
+    /// Whether the layer named `layer` belongs to unit `unit`.
+    ///
+    /// # Panics
+    /// If there is no such unit.
     pub fn unit_has(&self, unit: usize, layer: &str) -> bool {
-        let Some(unit) = self.units.get(unit) else { return false };
         let Some(path) = layer.strip_prefix(&self.name.to_string()).and_then(|path| path.strip_prefix('.')) else { return false };
         let below = |start: String| path.starts_with(&start);
-        match unit {
+        match &self.units[unit] {
             Unit::Resnet(i) => below(format!("resnets.{i}.")),
             Unit::Begin(i) => path == format!("attentions.{i}.proj_in"),
             Unit::Block(i, block) => below(format!("attentions.{i}.transformer_blocks.{block}.")),
@@ -302,21 +305,22 @@ impl Stage {
         (0..self.units()).try_fold(carry, |carry, unit| self.forward_unit(unit, carry, observer))
     }
 
-    /// A down stage keeps what each pair of resnet and transformer makes.
+    /// Pushes the hidden states as a residual if this is a down stage, which does so after each
+    /// pair of resnet and transformer.
     fn push(&self, carry: &mut Carry) {
         if let StageName::Down(_) = self.name {
             carry.push_residual();
         }
     }
 
-    /// Runs one unit. All of them in turn are the stage.
+    /// Runs one unit. Running all units in order is [`forward`](Self::forward).
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and if there is no such unit.
     pub fn forward_unit(&self, unit: usize, mut carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
         let mut run = Run::new(&self.layers, observer);
-        let absent = || Error::Failed(format!("`{}` has no unit {unit}", self.name));
-        let outside = || Error::Failed("a transformer's part was given a carry that is not in a transformer".into());
+        let absent = || Error::internal(format!("`{}` has no unit {unit}", self.name));
+        let outside = || Error::internal("a part of a transformer was given a carry that is not in a transformer");
         match *self.units.get(unit).ok_or_else(absent)? {
             Unit::Resnet(i) => {
                 if let StageName::Up(_) = self.name {
@@ -324,7 +328,7 @@ impl Stage {
                 }
                 let silu_temb = silu(&carry.temb)?;
                 carry.hidden_states = self.resnets[i].forward(&carry.hidden_states, Some(&silu_temb), &mut run)?;
-                // The mid block has a resnet more than transformers, but pushes nothing.
+                // With transformers, the residual is pushed after the transformer instead.
                 if self.transformers.is_empty() {
                     self.push(&mut carry);
                 }
@@ -354,10 +358,11 @@ impl Stage {
     }
 }
 
-/// Doubles the resolution, or what the next residual asks for where a size was odd on the way down.
+/// Upsamples to the size of the next residual: twice the resolution, or one pixel less where the
+/// size before downsampling was odd.
 fn upsample(hidden: &Tensor, carry: &Carry) -> Result<Tensor> {
     let Some(next) = carry.down_block_res_samples.last() else {
-        return Err(Error::Failed("an up stage was given a carry without residuals: the stages ran out of order".into()));
+        return Err(Error::internal("an up stage was given a carry without residuals: the stages ran out of order"));
     };
     let (_, _, height, width) = next.size4()?;
     Ok(hidden.f_upsample_nearest2d([height, width], None, None)?)

@@ -49,7 +49,7 @@ impl Transformer {
         })
     }
 
-    /// What goes into the first block: [b, c, h, w] to [b, h w, c].
+    /// The input of the first block: [b, c, h, w] to [b, h w, c].
     pub fn begin(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
         let hidden = self.norm.forward(input)?;
         if self.linear_projection {
@@ -59,13 +59,13 @@ impl Transformer {
         }
     }
 
-    /// One block: [b, h w, c] to the same.
+    /// Runs one block: [b, h w, c] to [b, h w, c].
     pub fn block(&self, index: usize, tokens: Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
         self.blocks[index].forward(tokens, encoder_hidden_states, run)
     }
 
-    /// What comes out of the last block [b, h w, c] as an image, added to the `input` of
-    /// [`begin`](Self::begin).
+    /// Projects the output of the last block, [b, h w, c], as an image, and adds it to the `input`
+    /// of [`begin`](Self::begin).
     pub fn end(&self, tokens: &Tensor, input: &Tensor, run: &mut Run) -> Result<Tensor> {
         let (batch, channels, height, width) = input.size4()?;
         let to_image = |x: &Tensor| x.f_view([batch, height, width, channels])?.f_permute([0, 3, 1, 2])?.f_contiguous();
@@ -134,7 +134,8 @@ struct Attention {
 }
 
 impl Attention {
-    /// `text_width`: of the text states, if it is to them that it attends, not to its own input.
+    /// `text_width` is the width of the text states for a cross-attention; `None` for a
+    /// self-attention.
     fn build(b: &mut Builder, width: i64, text_width: Option<i64>, heads: i64) -> Result<Self> {
         let (context, context_width) = match text_width {
             Some(text_width) => (LayerInput::Text, text_width),
@@ -149,7 +150,8 @@ impl Attention {
         })
     }
 
-    /// `hidden` [b, s, width] asks, `context` [b, t, context_width] answers.
+    /// Queries are made from `hidden` [b, s, width], keys and values from `context` [b, t,
+    /// context_width].
     fn forward(&self, hidden: &Tensor, context: &Tensor, run: &mut Run) -> Result<Tensor> {
         let query = split_heads(&run.layer(self.to_q, hidden)?, self.heads)?;
         let key = split_heads(&run.layer(self.to_k, context)?, self.heads)?;

@@ -7,8 +7,7 @@ use serde_json::json;
 use crate::checkpoint::ConfigFile;
 use crate::error::Result;
 
-/// The architecture of a VAE's decoder, and what its latents are scaled by
-/// (`diffusers.AutoencoderKL`).
+/// The architecture of a VAE's decoder, and the scaling of its latents (`diffusers.AutoencoderKL`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
     /// Latent channels.
@@ -25,7 +24,7 @@ pub struct VaeConfig {
     pub mid_block_add_attention: bool,
     /// Whether a 1x1 convolution comes before the decoder.
     pub use_post_quant_conv: bool,
-    /// Latents are divided by this before they are decoded.
+    /// The divisor of latents before they are decoded.
     pub scaling_factor: f64,
     /// Mean and standard deviation of each latent channel, for VAEs whose latents are normalized.
     pub latents_mean_std: Option<(Vec<f64>, Vec<f64>)>,
@@ -100,15 +99,15 @@ impl VaeConfig {
                 }
             }
         }
-        // Of the encoder, which is not used; `force_upcast` asks for fp32, which decoding always
-        // is;
-        // `shift_factor` is not used by SDXL pipelines.
+        // These keys describe the encoder, which is not used, except for two: `force_upcast` asks
+        // for decoding in fp32, which is always the case here, and `shift_factor` is not used by
+        // SDXL pipelines.
         file.ignore(&["down_block_types", "in_channels", "use_quant_conv", "sample_size", "force_upcast", "shift_factor"]);
         file.finish();
         Ok(config)
     }
 
-    /// Picture pixels to a latent, in each direction.
+    /// The number of picture pixels per latent pixel, in each direction.
     pub fn scale(&self) -> i64 {
         1 << (self.block_out_channels.len() - 1)
     }

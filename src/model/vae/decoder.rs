@@ -94,8 +94,8 @@ impl VaeDecoder {
         Ok(blueprint.into_tensors())
     }
 
-    /// Today's names of tensors: older files call the attention's parts otherwise, as diffusers
-    /// knows too.
+    /// The current name of a stored tensor. The parts of the attention have other names in older
+    /// files, which diffusers renames too.
     pub fn rename(stored: &str) -> String {
         let Some((path, leaf)) = stored.rsplit_once('.') else { return stored.to_owned() };
         let Some((path, part)) = path.rsplit_once('.') else { return stored.to_owned() };
@@ -109,14 +109,14 @@ impl VaeDecoder {
         format!("{path}.{part}.{leaf}")
     }
 
-    /// Whether a tensor is a matrix of the mid block's attention. Older converters store those as
-    /// 1x1 convolutions.
+    /// Whether a tensor is a matrix of the mid block's attention. Older converters store these
+    /// matrices as 1x1 convolutions.
     pub fn is_linear(name: &str) -> bool {
         name.contains(".attentions.")
             && ["to_q", "to_k", "to_v", "to_out.0"].iter().any(|part| name.ends_with(&format!(".{part}.weight")))
     }
 
-    /// The encoder's tensors, which are not needed.
+    /// Whether a tensor belongs to the encoder, which is not needed.
     pub fn is_unused(name: &str) -> bool {
         name.starts_with("encoder.") || name.starts_with("quant_conv.")
     }
@@ -126,8 +126,7 @@ impl VaeDecoder {
         &self.config
     }
 
-    /// Undoes the scaling that diffusion works in: latents [b, c, h, w] as the decoder expects
-    /// them.
+    /// Reverts the scaling of latents [b, c, h, w] under diffusion, as the decoder expects.
     ///
     /// # Errors
     /// If libtorch refuses an operation.
@@ -147,7 +146,8 @@ impl VaeDecoder {
         })
     }
 
-    /// Decodes unscaled latents [b, c, h, w] to [b, 3, h scale, w scale], around [-1, 1].
+    /// Decodes unscaled latents [b, c, h, w] to a picture [b, 3, h scale, w scale] with values
+    /// nominally in [-1, 1].
     ///
     /// # Errors
     /// If libtorch refuses an operation.
@@ -174,7 +174,7 @@ impl VaeDecoder {
     }
 }
 
-/// The mid block's self-attention: one head over all positions, around a skip.
+/// The mid block's self-attention: one head over all positions, with a skip connection.
 #[derive(Debug)]
 pub(super) struct Attention {
     group_norm: GroupNorm,

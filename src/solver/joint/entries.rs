@@ -7,7 +7,8 @@ use super::problem::Problem;
 use super::sorted_codebook::SortedCodebook;
 use crate::error::Result;
 
-/// Half of the objective's gradient by each palette entry, [groups, 2^n]. One product with H.
+/// Half of the objective's gradient with respect to each palette entry, [groups, 2^n]. It takes one
+/// product with H.
 pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
     let mut sums = vec![0.0; sorted.groups() * sorted.entries];
@@ -22,11 +23,11 @@ pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -
 /// Lowers the objective over the palettes, indices fixed: the least squares problem (sum_r S_r H
 /// S_r^T) t = sum_r S_r H w_r of each group, S_r [2^n, d] being row r's indices as ones. Conjugate
 /// gradients on t run for all groups at once: S_r H S_r^T t is a product with H and sums over the
-/// weights of each entry. It takes one product a step and one more. `gradient` is that of
-/// [`palette_gradient`].
+/// weights of each entry. There is one product per step, and one more at the end. `gradient` is the
+/// result of [`palette_gradient`].
 ///
-/// Palettes are rounded to fp16, and a group whose new palette is no better keeps its old one.
-/// Returns whether any changed.
+/// Palettes are rounded to fp16, and a group whose new palette does not lower the objective keeps
+/// its old one. Returns whether any palette changed.
 pub(super) fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, gradient: &[f64], steps: usize) -> Result<bool> {
     let d = problem.data.columns;
     let entries = sorted.entries;
@@ -69,17 +70,18 @@ pub(super) fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook,
     Ok(any)
 }
 
-/// The fp16 number nearest to `value`, finite, without a sign where it is zero.
+/// The finite fp16 number nearest to `value`; a zero has no sign.
 fn in_half(value: f64) -> f32 {
     f16::from_f64(value.clamp(f16::MIN.to_f64(), f16::MAX.to_f64())).to_f32() + 0.0
 }
 
+/// A quotient; 0 where it is not finite or the divisor is not positive.
 fn share(a: f64, b: f64) -> f64 {
     let share = a / b;
     if b > 0.0 && share.is_finite() { share } else { 0.0 }
 }
 
-/// Dot products by group.
+/// The dot product of each group's entries.
 fn dots(a: &[f64], b: &[f64], entries: usize) -> Vec<f64> {
     let dot = |(a, b): (&[f64], &[f64])| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
     a.chunks(entries).zip(b.chunks(entries)).map(dot).collect()
@@ -98,8 +100,8 @@ fn palette_hessian_product(problem: &Problem<'_>, sorted: &SortedCodebook, t: &[
     Ok(sums)
 }
 
-/// Adds a product with H, of rows from `start` on, to the sums of their groups: over the weights of
-/// each entry.
+/// Sums a product with H, of rows from `start` on, over the weights of each palette entry, and adds
+/// the results to the sums of the rows' groups.
 fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Problem<'_>, sorted: &SortedCodebook) {
     let (d, data) = (problem.data.columns, &problem.data);
     let of_rows = product.par_chunks(d).enumerate().map(|(row, product)| {
@@ -115,7 +117,7 @@ fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Probl
     add(sums, of_rows.collect(), start, sorted);
 }
 
-/// H_jj summed over the weights of each entry.
+/// The diagonal of the palettes' Hessian: the sum of H_jj over the weights of each entry.
 fn diagonal(problem: &Problem<'_>, sorted: &SortedCodebook) -> Vec<f64> {
     let data = &problem.data;
     let d = data.columns;
@@ -137,7 +139,7 @@ fn diagonal(problem: &Problem<'_>, sorted: &SortedCodebook) -> Vec<f64> {
     sums
 }
 
-/// Adds the sums of rows from `start` on to those of their groups, row by row.
+/// Adds the sums `of_rows`, of rows from `start` on, to the sums of their groups, row by row.
 fn add(sums: &mut [f64], of_rows: Vec<Vec<f64>>, start: usize, sorted: &SortedCodebook) {
     for (row, of_row) in (start..).zip(of_rows) {
         let group = row / sorted.group_rows * sorted.entries;

@@ -1,4 +1,4 @@
-//! Weights of so few values that their palettes hold them exactly.
+//! Weights with so few distinct values that their palettes represent them exactly.
 
 use tch::Tensor;
 
@@ -7,11 +7,11 @@ use crate::codebook::Grouping;
 use crate::error::Result;
 use crate::solver::matrix::to_vec;
 
-/// The values of a weight [o, d], row by row, if palettes hold them exactly; `None` if some group
-/// has more values than its palette has entries, or the weight is pruned.
+/// The values of a weight [o, d], row by row, if palettes represent them exactly; `None` if some
+/// group has more distinct values than its palette has entries, or the weight is pruned.
 ///
-/// For ordinary weights this reads few elements: already the first ones of a group have too many
-/// values.
+/// For ordinary weights only a few elements are read, because the first elements of a group already
+/// have too many distinct values.
 pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
     let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
     if palette.per_channel_scale || !along_outputs(palette) {
@@ -27,7 +27,7 @@ pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Resu
     Ok(fits.then_some(values))
 }
 
-/// Whether there are at most `most` different numbers.
+/// Whether there are at most `most` distinct numbers.
 fn has_at_most(numbers: &[f32], most: usize) -> bool {
     let mut seen: Vec<f32> = Vec::new();
     numbers.iter().all(|number| {

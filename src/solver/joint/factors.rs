@@ -12,50 +12,51 @@ use crate::product::add_product;
 /// The order in which the columns are solved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// As they are stored. Masks are chosen block by block, and blocks of neighbours give better
-    /// masks.
+    /// The order in which columns are stored. Masks are chosen block by block, and blocks of
+    /// neighbouring columns give better masks.
     Natural,
-    /// Columns of the largest inputs first ("activation order"), so that the others compensate for
-    /// their errors. For layers that are not pruned.
+    /// Columns with the largest inputs first ("activation order"), so that the other columns
+    /// compensate for their errors. It is used for layers that are not pruned.
     Activation,
 }
 
-/// The damped Hessians of a layer's groups and their factors, for all layers with that input.
+/// The damped Hessians of a layer's groups and their factors, for all layers that share the input.
 #[derive(Debug)]
 pub struct JointFactors {
     pub(super) parts: Vec<Part>,
-    /// Their factors.
+    /// The factor of each part.
     pub(super) factors: Vec<Factor>,
-    /// The dampening and the order of columns that were asked for.
+    /// The requested dampening and order of columns.
     asked: (f64, Order),
     notes: Vec<Note>,
 }
 
-/// One group's H + damping.
+/// The damped Hessian of one group, with numbers derived from it.
 #[derive(Debug)]
 pub(super) struct Part {
     /// The damped H.
     pub h: Triangle,
-    /// Its diagonal.
+    /// The diagonal of the damped H.
     pub diagonal: Vec<f32>,
-    /// 1 over that.
+    /// The reciprocals of the diagonal; 0 where the diagonal is 0.
     pub conditioner: Vec<f32>,
     /// The dampening that was added to each entry of the diagonal.
     pub added: f64,
-    /// 1 / [H^-1]_jj: the cost of a change of a weight if all others of its row compensate for it.
+    /// 1 / [H^-1]_jj: the cost of a change of a weight if all other weights of its row compensate.
     pub scale: Vec<f32>,
-    /// The columns that were always zero.
+    /// The columns whose inputs were always zero.
     pub dead: Vec<bool>,
-    /// The natural place of each column, unless they are in natural order.
+    /// The natural index of each column; `None` for the natural order.
     pub order: Option<Vec<usize>>,
 }
 
 impl JointFactors {
     /// Factors the Hessian of each group, with at least this dampening (a share of the diagonal's
-    /// mean). Where there are few vectors for the spread of the inputs, the dampening is that
+    /// mean). If there are few vectors for the effective rank of the inputs, the dampening is that
     /// of a better estimate of their covariance (oracle approximating shrinkage).
     ///
-    /// Takes the memory of a [d, d] matrix: one triangle for H, one for the factor.
+    /// For each group this takes the memory of a [d, d] matrix: one triangle for H, one for the
+    /// factor.
     ///
     /// # Errors
     /// As [`Factor::new`].
@@ -101,12 +102,12 @@ impl JointFactors {
         self.asked == (dampening, order)
     }
 
-    /// What the user should know of the factors.
+    /// Notes for the user about the factors.
     pub fn notes(&self) -> &[Note] {
         &self.notes
     }
 
-    /// The most dampening of any group.
+    /// The largest dampening of all groups.
     pub(super) fn dampening(&self) -> f64 {
         self.factors.iter().map(|factor| factor.dampening).fold(0.0, f64::max)
     }
@@ -125,9 +126,9 @@ impl Part {
         let product = x.f_zeros_like()?;
         for index in 0..self.h.count() {
             let rows = self.h.rows(index);
-            let own = x.f_narrow(1, rows.start, rows.end - rows.start)?;
+            let block = x.f_narrow(1, rows.start, rows.end - rows.start)?;
             let right = product.f_narrow(1, rows.start, d - rows.start)?;
-            add_product(&right, &own, self.h.panel(index))?;
+            add_product(&right, &block, self.h.panel(index))?;
             if rows.end < d {
                 let after = x.f_narrow(1, rows.end, d - rows.end)?;
                 let left = product.f_narrow(1, rows.start, rows.end - rows.start)?;
@@ -138,7 +139,7 @@ impl Part {
     }
 }
 
-/// The columns by the size of their inputs, the largest first; of equals the first.
+/// The columns in descending order of their inputs' magnitudes; equal ones in their natural order.
 fn by_activation(h: &Triangle) -> Result<Vec<usize>> {
     let diagonal = to_vec(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
     let mut order: Vec<usize> = (0..diagonal.len()).collect();
@@ -151,12 +152,12 @@ fn reordered(h: &Triangle, order: &[usize]) -> Result<Triangle> {
     let matrix = h.symmetric()?;
     let order: Vec<i64> = order.iter().map(|column| *column as i64).collect();
     let order = Tensor::f_from_slice(&order)?.f_to_kind(Kind::Int64)?.f_to_device(h.device())?;
-    let other = Triangle::zeros(h.dimension(), 1, h.device())?;
-    for index in 0..other.count() {
-        let rows = other.rows(index);
+    let reordered = Triangle::zeros(h.dimension(), 1, h.device())?;
+    for index in 0..reordered.count() {
+        let rows = reordered.rows(index);
         let columns = order.f_narrow(0, rows.start, h.dimension() - rows.start)?;
         let some = matrix.f_index_select(0, &order.f_narrow(0, rows.start, rows.end - rows.start)?)?;
-        other.panel(index).shallow_clone().f_copy_(&some.f_index_select(1, &columns)?)?;
+        reordered.panel(index).shallow_clone().f_copy_(&some.f_index_select(1, &columns)?)?;
     }
-    Ok(other)
+    Ok(reordered)
 }

@@ -17,14 +17,16 @@ pub(super) struct MaskedLeastSquares<'a> {
     original: &'a [f32],
     /// W.
     pub weight: Vec<f32>,
-    /// G = (W - W0) H in all columns. It is updated together with W, which saves a product.
+    /// G = (W - W0) H in all columns. It is updated together with W, so that it takes no further
+    /// product with H.
     pub gradient: Vec<f32>,
-    /// 1 where a weight may be other than zero, else 0.
+    /// 1 where a weight is kept, else 0.
     pub mask: Vec<f32>,
 }
 
 impl<'a> MaskedLeastSquares<'a> {
-    /// Starts at `weight`, which is zero where it is not kept. One product with H.
+    /// The state at `weight`, which must be zero where `keep` is false. It takes one product with
+    /// H.
     pub fn new(part: &'a Part, original: &'a [f32], weight: &[f32], keep: &[bool]) -> Result<Self> {
         let change: Vec<f32> = weight.par_iter().zip(original).map(|(new, old)| new - old).collect();
         let gradient = part.times(&change)?;
@@ -47,7 +49,7 @@ impl<'a> MaskedLeastSquares<'a> {
         dots(&self.change(), &self.gradient, self.part.diagonal.len())
     }
 
-    /// Adds `change` to the weights. One product with H.
+    /// Adds `change` to the weights. It takes one product with H.
     pub fn add(&mut self, change: &[f32]) -> Result<()> {
         let product = self.part.times(change)?;
         self.weight.par_iter_mut().zip(change).for_each(|(weight, change)| *weight += change);
@@ -66,8 +68,8 @@ impl<'a> MaskedLeastSquares<'a> {
 
     /// Lowers the objective over the kept weights by conjugate gradients, preconditioned by the
     /// diagonal of H, for all rows at once, each row with its own step length. Each step takes
-    /// one product with H. It ends before `steps` steps when one has lowered the objective by
-    /// less than a share `least_gain` of it.
+    /// one product with H. The descent ends after `steps` steps, or after a step that lowers the
+    /// objective by less than the share `least_gain`.
     ///
     /// No step raises a row's objective.
     pub fn descend(&mut self, steps: usize, least_gain: f64) -> Result<()> {

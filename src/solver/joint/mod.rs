@@ -1,11 +1,12 @@
-//! The joint solver: mask, values and palettes of one weight together, for the least error of the
-//! layer's output.
+//! The joint solver: it optimises mask, values and palettes of one weight together, to minimise the
+//! error of the layer's output.
 //!
-//! The steps: SparseGPT chooses the mask ([`prune_with`]). The kept weights are refitted by least
-//! squares. Pruned and kept weights are swapped where that lowers the error. Palettes are made for
-//! the kept weights. A sweep with error feedback rounds the weights to their palettes. Palettes and
-//! indices are improved in alternation while that pays. The stored form and its size are those of
-//! [`prune`](super::prune) followed by [`palettize`](super::palette::palettize).
+//! Its steps are the following. SparseGPT chooses the mask ([`prune_with`]). The kept weights are
+//! refitted by least squares. Pruned and kept weights are swapped where that lowers the error.
+//! Palettes are made for the kept weights. A sweep with error feedback rounds the weights to their
+//! palettes. Palettes and indices are improved in alternation while this changes enough of them.
+//! The stored form and its size are those of [`prune`](super::prune) followed by
+//! [`palettize`](super::palette::palettize).
 //!
 //! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
 //! products; all other work goes row by row.
@@ -49,15 +50,17 @@ use problem::{Data, Loss, Problem};
 use solution::Solution;
 use swap::{Swaps, swap};
 
-/// Steps of conjugate gradients go on while they lower the objective by at least this share.
+/// The least share by which a step of conjugate gradients must lower the objective for another step
+/// to follow.
 const LEAST_STEP_GAIN: f64 = 0.001;
 
 /// The evidence about a layer besides its Hessian.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LayerEvidence<'a> {
-    /// The residual D of its outputs, if the layer is to compensate for it: then W0 is W + D H^-1.
+    /// The residual D of the layer's outputs, for which the weight compensates: W0 is then W + D
+    /// H^-1.
     pub residual: Option<&'a OutputResidual>,
-    /// Vectors of its input that are not in the Hessian: [n, groups d], fp32.
+    /// Vectors of the layer's input that are not in the Hessian: [n, groups d], fp32.
     pub held_out: Option<&'a Tensor>,
 }
 
@@ -66,9 +69,9 @@ pub struct LayerEvidence<'a> {
 pub struct Joint {
     /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
     pub weight: Vec<f16>,
-    /// Which elements are kept; all, if nothing was to be pruned.
+    /// The kept elements; `None` if the options have no pruning.
     pub mask: Option<Vec<bool>>,
-    /// Palettes and indices, if palettes were asked for.
+    /// Palettes and indices, if the options have palettes.
     pub palettized: Option<Palettized>,
     /// tr((W - W0) H (W - W0)^T) of the pruned weight before it was palettized, if it was pruned.
     pub pruned_loss: Option<f64>,
@@ -76,9 +79,9 @@ pub struct Joint {
     pub loss: f64,
     /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
     pub sequential_loss: f64,
-    /// W0 where it is not the weight itself but W + D H^-1: fp32, of the weight's shape.
+    /// W0 = W + D H^-1, fp32, of the weight's shape; `None` if W0 is the weight itself.
     pub target: Option<Tensor>,
-    /// What the user should know.
+    /// Notes for the user.
     pub notes: Vec<Note>,
 }
 
@@ -88,9 +91,9 @@ pub struct Joint {
 /// Palettes along input channels, or with scales for each output channel, are not solved jointly:
 /// [`palettize`] makes them for the refitted weights, and a note says so. Where the joint solution
 /// has a larger error than the sequential one, on the Hessian or on held-out vectors, the
-/// sequential solution is returned, with a note. A weight of so few values that its palettes hold
-/// it exactly is returned as it is, unless another solution compensates for more of the output
-/// residual.
+/// sequential solution is returned, with a note. A weight that its palettes
+/// represent exactly is returned unchanged, unless another solution compensates for more of the
+/// output residual.
 ///
 /// The result does not depend on the number of rayon threads.
 ///
@@ -149,7 +152,7 @@ pub fn joint(
     natural.sort(&mut original);
     let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns } };
 
-    // The sequential solution, and the weights from which the joint one starts.
+    // The sequential solution, from whose pruned weights the joint solution starts.
     let mut best = match &pruned {
         Some(pruned) => to_vec(&pruned.weight)?,
         None => problem.data.original.clone(),
@@ -178,8 +181,8 @@ pub fn joint(
         }
     };
     let sequential_loss = sequential.loss.bare;
-    let held_out = |solution: &Solution, other: &Solution| {
-        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, other))
+    let held_out = |solution: &Solution, reference: &Solution| {
+        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, reference))
     };
     let (worse, note) = if solution.loss.bare > sequential_loss {
         // A weight that the sequential solution stores without any error needs no note.
@@ -231,14 +234,14 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &
     Ok(loss.bare)
 }
 
-/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `other`; 0 if it
-/// is no larger.
+/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `reference`; 0 if
+/// it is not larger.
 fn held_out_ratio(
     problem: &Problem<'_>,
     natural: &Natural<'_>,
     vectors: &Tensor,
     solution: &Solution,
-    other: &Solution,
+    reference: &Solution,
 ) -> Result<f64> {
     let Data { original, rows, columns, .. } = &problem.data;
     let parts = problem.factors.parts.len();
@@ -254,11 +257,11 @@ fn held_out_ratio(
         }
         Ok(sum)
     };
-    let (error, reference) = (error(solution)?, error(other)?);
-    Ok(if error > reference { error / reference } else { 0.0 })
+    let (of_solution, of_reference) = (error(solution)?, error(reference)?);
+    Ok(if of_solution > of_reference { of_solution / of_reference } else { 0.0 })
 }
 
-/// W + D (H + damping)^-1: the weights whose outputs are nearest to the target outputs.
+/// W + D (H + damping)^-1: the weights with the least error of the target outputs.
 fn corrected(flat: &Tensor, residual: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
     let (o, d) = flat.size2()?;
     let mut residual = to_vec(&residual.matrix()?)?;

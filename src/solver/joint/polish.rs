@@ -10,17 +10,17 @@ use super::sorted_codebook::SortedCodebook;
 use crate::error::Result;
 use crate::product::{add_product, product};
 
-/// Columns whose gradient is computed at once.
+/// The number of columns whose gradient is computed at once.
 const BLOCK: i64 = 128;
 
-/// Passes over a block before the next one, while its gradient is at hand.
+/// The number of passes over a block of columns with the gradient that was computed for it.
 const PASSES: usize = 2;
 
 /// Coordinate descent over the indices of all kept weights, palettes fixed. With G = (Q - W0) H the
 /// best value of a weight is q_j - G_j / H_jj, and its index becomes that of the nearest entry. The
 /// objective is a parabola in each weight, so no change raises it.
 ///
-/// Costs about one product with H. Returns how many weights changed.
+/// It costs about one product with H. Returns the number of weights that changed.
 pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Result<usize> {
     let data = &problem.data;
     let d = data.columns;
@@ -52,19 +52,19 @@ pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Resu
 /// D H at columns `start..end`, which lie in one panel, and the diagonal block of H there.
 fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -> Result<(Vec<f32>, Vec<f32>)> {
     let (rows, width) = (h.rows(panel), end - start);
-    let own = h.panel(panel).f_narrow(0, start - rows.start, width)?;
-    let gradient = product(&change.f_narrow(1, rows.start, h.dimension() - rows.start)?, &own.f_transpose(0, 1)?)?;
+    let block = h.panel(panel).f_narrow(0, start - rows.start, width)?;
+    let gradient = product(&change.f_narrow(1, rows.start, h.dimension() - rows.start)?, &block.f_transpose(0, 1)?)?;
     for above in 0..panel {
         let columns = h.rows(above);
         let before = change.f_narrow(1, columns.start, columns.end - columns.start)?;
         add_product(&gradient, &before, &h.part(above, start..end)?)?;
     }
     debug_assert_eq!(gradient.kind(), Kind::Float);
-    Ok((to_vec(&gradient)?, to_vec(&own.f_narrow(1, start - rows.start, width)?)?))
+    Ok((to_vec(&gradient)?, to_vec(&block.f_narrow(1, start - rows.start, width)?)?))
 }
 
-/// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the place of its
-/// first element.
+/// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the row and column
+/// of the first element.
 struct Block {
     gradient: Vec<f32>,
     corner: Vec<f32>,
@@ -72,7 +72,7 @@ struct Block {
     column: usize,
 }
 
-/// Polishes a block. Returns by how much each weight changed, and how many did.
+/// Polishes a block. Returns the change of each weight, and the number of weights that changed.
 fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block, diagonal: &[f32]) -> (Vec<f32>, usize) {
     let data = &problem.data;
     let Block { mut gradient, corner, row, column } = block;
@@ -95,7 +95,7 @@ fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block
                 let now = palette.values[usize::from(indices[j])];
                 let entry = palette.nearest(now - gradient[j] / diagonal[j]);
                 let step = palette.values[usize::from(entry)] - now;
-                // Gains below the precision of fp32 do not count.
+                // Gains below the precision of fp32 are ignored.
                 let gain = -step * (2.0 * gradient[j] + step * diagonal[j]);
                 if step != 0.0 && gain > 1e-5 * step * step * diagonal[j] {
                     indices[j] = entry;

@@ -8,7 +8,7 @@ use super::factors::{JointFactors, Part};
 use super::row::dot;
 use crate::error::Result;
 
-/// Rows that are multiplied with H at once.
+/// The number of rows that are multiplied with H at once.
 const ROWS: usize = 512;
 
 /// The problem: find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the
@@ -24,7 +24,7 @@ pub(super) struct Problem<'a> {
 pub(super) struct Data {
     /// W0.
     pub original: Vec<f32>,
-    /// Which weights may be other than zero; `None`: all.
+    /// The kept weights; `None` if all are kept.
     pub keep: Option<Vec<bool>>,
     /// d.
     pub columns: usize,
@@ -43,7 +43,7 @@ impl Data {
         self.keep.as_ref().is_none_or(|keep| keep[at])
     }
 
-    /// W - W0 of some rows, W given by element.
+    /// W - W0 of some rows, for W given as a function of the element.
     pub fn change(&self, rows: &Range<usize>, weight: impl Fn(usize) -> f32 + Sync) -> Vec<f32> {
         let span = self.span(rows);
         let start = span.start;
@@ -53,8 +53,8 @@ impl Data {
 }
 
 impl Problem<'_> {
-    /// Rows that are worked on at once, with the index of their Hessian. They do not depend on the
-    /// number of threads.
+    /// The ranges of rows that are processed at once, each with the index of its Hessian. They do
+    /// not depend on the number of threads.
     pub fn chunks(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
         let (rows, parts) = (self.data.rows, self.factors.parts.len());
         let of_part = rows / parts;

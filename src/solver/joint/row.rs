@@ -2,7 +2,7 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// The state of one row, all of length d.
+/// The state of one row. All slices have length d.
 pub(super) struct Row<'a> {
     /// W.
     pub weight: &'a mut [f32],
@@ -17,15 +17,14 @@ pub(super) struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// The first direction: z = r over the diagonal of H, r being -G of the kept weights. Gives r .
-    /// z.
+    /// Sets the first direction: z = r / diag(H), where r is -G of the kept weights. Returns r . z.
     pub fn begin(self) -> f64 {
         Arch::new().dispatch(Turn { row: self, before: 0.0 })
     }
 
-    /// Steps along the direction, whose product with H is `product`, to the least objective of the
-    /// row; then sets the next direction, z + (r . z / `before`) direction. Returns the new r .
-    /// z, and by how much the objective went down.
+    /// Steps along the direction, whose product with H is `product`, to the minimum of the row's
+    /// objective. Then sets the next direction, z + (r . z / `before`) direction. Returns the new r
+    /// . z and the decrease of the objective.
     pub fn step(self, product: &[f32], before: f64) -> (f64, f64) {
         Arch::new().dispatch(Step { row: self, product, before })
     }
@@ -36,7 +35,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f64 {
     Arch::new().dispatch(Dot { a, b })
 }
 
-/// A quotient; 0 where it is not finite, which is where the row is solved.
+/// A quotient; 0 where it is not finite, which happens when the row is already solved.
 fn share(a: f64, b: f64) -> f32 {
     let share = (a / b) as f32;
     if b > 0.0 && share.is_finite() { share } else { 0.0 }
@@ -52,10 +51,10 @@ impl WithSimd for Dot<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f64 {
-        /// Numbers that are summed in fp32 before they go into the fp64 sum.
+        /// The number of products that are summed in fp32 before they are added to the fp64 sum.
         const PIECE: usize = 128;
         let mut sum = 0.0;
-        // A loop, as closures are not compiled for these vectors.
+        // A loop, because closures are not compiled for the SIMD instructions of `simd`.
         for (a, b) in self.a.chunks(PIECE).zip(self.b.chunks(PIECE)) {
             sum += f64::from(short_dot(simd, a, b));
         }
@@ -115,7 +114,7 @@ impl WithSimd for Turn<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f64 {
-        /// As for [`Dot`].
+        /// The number of elements that are summed in fp32, as for [`Dot`].
         const PIECE: usize = 128;
         let Row { gradient, direction, mask, conditioner, .. } = self.row;
         let mut now = 0.0;

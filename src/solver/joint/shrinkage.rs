@@ -1,4 +1,4 @@
-//! The dampening that the number of vectors calls for.
+//! The choice of a dampening from the number of vectors.
 
 use tch::Tensor;
 
@@ -6,12 +6,12 @@ use super::super::triangle::Triangle;
 use crate::error::Result;
 use crate::sum::{squares, sum};
 
-/// The dampening that makes H the best estimate, of the form (1 - r) H + r mean(diag H) I, of what
-/// more vectors would give.
+/// The dampening that makes H the best estimate of its limit for many vectors, among the estimates
+/// of the form (1 - r) H + r mean(diag H) I.
 ///
-/// By the oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms for
-/// MMSE covariance estimation", 2010, eq. 23), as a share of the diagonal's mean: r / (1 - r). It
-/// is about effective rank / vectors, small where there are many. At most 10.
+/// It is the oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms
+/// for MMSE covariance estimation", 2010, eq. 23), as a share of the diagonal's mean: r / (1 - r).
+/// It is about effective rank / vectors, and at most 10.
 pub(super) fn shrinkage(h: &Triangle, vectors: u64) -> Result<f64> {
     let d = h.dimension() as f64;
     let trace = sum(&Tensor::f_cat(&h.diagonals()?, 0)?)?;
@@ -37,7 +37,7 @@ fn ratio(trace: f64, squares: f64, d: f64, vectors: f64) -> f64 {
     if shrink < 1.0 { (shrink / (1.0 - shrink)).min(MOST) } else { MOST }
 }
 
-/// The most that is useful: with more, the solution is the original weight.
+/// The largest useful dampening: with more, the solution is the original weight.
 const MOST: f64 = 10.0;
 
 #[cfg(test)]

@@ -12,20 +12,20 @@ use crate::codebook::Codebook;
 pub(super) struct SortedCodebook {
     /// 2^bits.
     pub entries: usize,
-    /// Rows that share a palette.
+    /// The number of rows that share a palette.
     pub group_rows: usize,
-    /// [groups, entries], each ascending, fp16 numbers.
+    /// The palettes, [groups, entries], each ascending; the values are fp16 numbers.
     values: Vec<f32>,
-    /// [groups, entries - 1]: the midpoints of neighbours.
+    /// The midpoints of neighbouring entries, [groups, entries - 1].
     middles: Vec<f32>,
-    /// [o, d]; 0, without meaning, for pruned elements.
+    /// The indices [o, d]; meaningless zeros for pruned elements.
     pub indices: Vec<u8>,
 }
 
 /// One group's palette.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Palette<'a> {
-    /// Its entries, ascending.
+    /// The entries, ascending.
     pub values: &'a [f32],
     middles: &'a [f32],
 }
@@ -33,7 +33,7 @@ pub(super) struct Palette<'a> {
 impl Palette<'_> {
     /// The index of the nearest entry; the lower of two equally near ones.
     pub fn nearest(&self, value: f32) -> u8 {
-        // At most 256 entries.
+        // An index fits in u8, because a palette has at most 256 entries.
         if self.middles.len() < 32 {
             self.middles.iter().map(|middle| u8::from(*middle < value)).sum()
         } else {
@@ -43,7 +43,7 @@ impl Palette<'_> {
 }
 
 impl SortedCodebook {
-    /// Of a codebook along output channels, whose palettes are ascending.
+    /// The sorted form of a codebook along output channels, whose palettes are ascending.
     pub fn new(codebook: &Codebook, indices: Vec<u8>) -> Self {
         let (entries, group_rows) = (codebook.bits.entries(), codebook.group_size);
         let mut sorted = SortedCodebook { entries, group_rows, values: Vec::new(), middles: Vec::new(), indices };
@@ -57,12 +57,12 @@ impl SortedCodebook {
         self.values = values;
     }
 
-    /// How many palettes there are.
+    /// The number of palettes.
     pub fn groups(&self) -> usize {
         self.values.len() / self.entries
     }
 
-    /// All entries.
+    /// The entries of all palettes.
     pub fn values(&self) -> &[f32] {
         &self.values
     }

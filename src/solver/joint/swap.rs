@@ -7,25 +7,25 @@ use rayon::prelude::*;
 use super::least_squares::MaskedLeastSquares;
 use crate::error::Result;
 
-/// Columns of a row for each swap of the first round.
+/// The number of columns of a row per swap of the first round.
 const COLUMNS_A_SWAP: usize = 24;
 
 /// The settings of [`swap`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Swaps {
-    /// Rounds at most.
+    /// The largest number of rounds.
     pub rounds: usize,
-    /// Steps of [`MaskedLeastSquares::descend`] after each round.
+    /// The number of steps of [`MaskedLeastSquares::descend`] after each round.
     pub steps: usize,
-    /// The share by which such a step must lower the objective for the next one to be taken.
+    /// The least share by which such a step must lower the objective for another step to follow.
     pub least_gain: f64,
     /// m of n:m, within whose groups weights are swapped.
     pub group: Option<usize>,
 }
 
 /// Swaps pruned weights of high estimated gain with kept weights of low cost, refits the row, and
-/// reverts rows that did not improve: no row gets worse, and each keeps its number of weights. Each
-/// round takes one product with H, and one a step.
+/// reverts rows that did not improve. No row gets worse, and each row keeps its number of kept
+/// weights. A round takes one product with H, and one more for each step of the refit.
 ///
 /// Let v_j = 1 / [H^-1]_jj, the curvature in weight j when all others compensate. Reviving a pruned
 /// weight k gains about G_k^2 / v_k; pruning a kept weight j costs about w_j^2 v_j. A revived
@@ -51,7 +51,7 @@ pub(super) fn swap(solve: &mut MaskedLeastSquares<'_>, settings: Swaps) -> Resul
             break;
         }
         tried.add(&change)?;
-        // A newly pruned weight is exactly zero, whatever rounding left of it.
+        // Sets newly pruned weights to exact zero, because w + (-w) may leave a rounding error.
         let gone = tried.weight.par_iter_mut().zip(&tried.mask);
         gone.filter(|(_, mask)| **mask == 0.0).for_each(|(weight, _)| *weight = 0.0);
         tried.descend(settings.steps, settings.least_gain)?;
@@ -61,7 +61,7 @@ pub(super) fn swap(solve: &mut MaskedLeastSquares<'_>, settings: Swaps) -> Resul
                 solve.take_row(row, &tried);
                 losses[row] = new[row];
             } else {
-                // Too many swaps at once, or none that gains.
+                // A row that did not improve had too many swaps at once, or no profitable one.
                 limits[row] = *count / 4;
             }
         }
@@ -80,7 +80,7 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// Swaps up to `limit` pairs, those of the largest gain first; returns how many.
+    /// Swaps up to `limit` pairs in descending order of their gain. Returns the number of swaps.
     fn swap(self, limit: usize, group: Option<usize>) -> usize {
         let d = self.weight.len();
         let mut pairs: Vec<(f32, usize, usize)> = match group {
@@ -109,9 +109,9 @@ impl Row<'_> {
         pairs.len()
     }
 
-    /// The gains of reviving pruned columns, largest first, and the costs of pruning kept ones,
-    /// smallest first, each with its column; equals in the order of their columns. At most
-    /// `count` of each.
+    /// The gains of reviving pruned columns in descending order, and the costs of pruning kept
+    /// columns in ascending order, at most `count` of each. Each number has its column; equal
+    /// numbers are in the order of their columns.
     #[expect(clippy::type_complexity, reason = "two lists of the same kind")]
     fn ranked(&self, columns: std::ops::Range<usize>, count: usize) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
         let (kept, pruned): (Vec<usize>, Vec<usize>) =
@@ -124,7 +124,7 @@ impl Row<'_> {
     }
 }
 
-/// Keeps the first `count` elements by `order`, sorted.
+/// Keeps the first `count` elements in the order `order`, sorted.
 fn first<T>(list: &mut Vec<T>, count: usize, order: impl Fn(&T, &T) -> Ordering) {
     if count < list.len() {
         let _ = list.select_nth_unstable_by(count, &order);

@@ -10,7 +10,7 @@ use super::sorted_codebook::SortedCodebook;
 use crate::error::Result;
 use crate::product::add_product;
 
-/// Columns after which the rest of the row is updated.
+/// The number of columns after which the rest of the row is updated.
 const BLOCK: i64 = 128;
 
 /// Gives each kept weight a palette entry by the update of SparseGPT (Frantar and Alistarh 2023;
@@ -18,8 +18,8 @@ const BLOCK: i64 = 128;
 /// is fed back to the columns after it, w -= e U_j. The update uses the
 /// [`Factor`](super::super::Factor) R, as [`prune`](super::super::prune) does.
 ///
-/// `weight` are the weights to start from. They should be the least-squares weights on their mask:
-/// then the objective is, but for a constant, the distance from them.
+/// `weight` are the weights that are rounded. They should be the least-squares weights on their
+/// mask, because the objective is then, up to a constant, the squared distance from them under H.
 pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCodebook) -> Result<()> {
     let data = &problem.data;
     let d = data.columns as i64;
@@ -27,7 +27,7 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCo
         let triangle = &problem.factors.factors[part].triangle;
         let count = rows.len() as i64;
         let start = Tensor::f_from_slice(&weight[data.span(&rows)])?.f_reshape([count, d])?.f_to_device(triangle.device())?;
-        // D R of the columns that are done, for D their change.
+        // D R of the columns already processed, for D their change.
         let left = start.f_zeros_like()?;
         for columns in panels(d, BLOCK) {
             let r = triangle.tail_of(columns.clone())?;
@@ -52,8 +52,8 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCo
     Ok(())
 }
 
-/// Sweeps over a block [rows, b] whose first element is at `row` and `column`; `values` become the
-/// rounded ones. Returns the indices.
+/// Sweeps over a block [rows, b] whose first element is at `row` and `column`, and replaces
+/// `values` by the rounded weights. Returns the indices.
 fn sweep_block(
     problem: &Problem<'_>,
     sorted: &SortedCodebook,

@@ -1,13 +1,13 @@
-//! Counting fp16 values, and finding the palette entry of each.
+//! A histogram of fp16 values, and the lookup of their nearest palette entries.
 
 use half::f16;
 
 use super::values::Bucket;
 
-/// Finite or not, all fp16 values.
+/// The number of all fp16 values, infinities and NaN included.
 const KEYS: usize = 1 << 16;
 
-/// The place of a value among all fp16 values in ascending order. -0 is 0.
+/// The rank of a value among all fp16 values in ascending order. -0 has the rank of 0.
 fn key(value: f16) -> u16 {
     match value.to_bits() {
         0x8000 => 0x8000,
@@ -20,11 +20,11 @@ fn value(key: u16) -> f16 {
     f16::from_bits(if key & 0x8000 != 0 { key & 0x7fff } else { !key })
 }
 
-/// How much each fp16 value counts. Kept between groups, for clearing it costs no more than its
-/// range.
+/// The weight of each fp16 value. The memory is reused for the next group, and only the range in
+/// use is cleared.
 #[derive(Debug)]
 pub(super) struct Histogram {
-    /// By key.
+    /// The weight of each key.
     weights: Vec<f64>,
     /// The smallest and the largest key with a weight.
     range: Option<(u16, u16)>,
@@ -35,7 +35,7 @@ impl Histogram {
         Histogram { weights: vec![0.0; KEYS], range: None }
     }
 
-    /// Counts a value. `weight` must not be negative; with 0 nothing happens.
+    /// Adds `weight` to a value. It must not be negative; 0 has no effect.
     pub fn add(&mut self, value: f16, weight: f64) {
         let key = key(value);
         let (low, high) = self.range.unwrap_or((key, key));
@@ -43,7 +43,7 @@ impl Histogram {
         self.weights[usize::from(key)] += weight;
     }
 
-    /// Puts the values with a weight in `buckets`, ascending, and forgets them.
+    /// Moves the values with a weight into `buckets`, ascending, and clears the histogram.
     pub fn drain(&mut self, buckets: &mut Vec<Bucket>) {
         buckets.clear();
         let Some((low, high)) = self.range.take() else { return };
@@ -57,10 +57,10 @@ impl Histogram {
     }
 }
 
-/// The nearest palette entry of every fp16 value; of two as near, the lower.
+/// The nearest palette entry of every fp16 value; the lower of two equally near entries.
 #[derive(Debug)]
 pub(super) struct Nearest {
-    /// By key.
+    /// The palette entry of each key.
     entries: Vec<u8>,
 }
 
@@ -69,7 +69,7 @@ impl Nearest {
         Nearest { entries: vec![0; KEYS] }
     }
 
-    /// Takes another palette, strictly ascending, of at most 256 entries.
+    /// Sets the palette, which must be strictly ascending, with at most 256 entries.
     pub fn set(&mut self, palette: &[f16]) {
         let mut begin = 0;
         for (entry, (&this, next)) in (0_u8..=u8::MAX).zip(palette.iter().zip(palette.iter().skip(1).map(Some).chain([None]))) {
@@ -87,7 +87,7 @@ impl Nearest {
 
 /// The key of the first value that is nearer to `upper` than to `lower`.
 fn first_nearer_to(upper: f16, lower: f16) -> usize {
-    // Exact: a sum of two fp16 values has at most 42 digits.
+    // This is exact: a sum of two fp16 values has at most 42 binary digits.
     let middle = (lower.to_f64() + upper.to_f64()) / 2.0;
     let (mut no, mut yes) = (key(lower), key(upper));
     while yes - no > 1 {

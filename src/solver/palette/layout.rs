@@ -1,4 +1,4 @@
-//! Where the weights of a group lie.
+//! The positions of the weights of a group.
 
 use std::ops::Range;
 
@@ -7,9 +7,9 @@ use crate::error::{Error, Result};
 
 /// A weight [o, i, ...] cut into groups of channels of one axis.
 ///
-/// A group's weights are `rows` runs of `run` neighbours: one run for groups of output channels,
-/// one run an output channel for groups of input channels. The latter are the columns of
-/// coremltools' `(o * kh * kw, i)` matrix, in another order.
+/// The weights of a group are `rows` runs of `run` neighbours: a single run for groups of output
+/// channels, one run per output channel for groups of input channels. A group of input channels has
+/// the weights of some columns of coremltools' `(o * kh * kw, i)` matrix, in another order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Layout {
     pub axis: usize,
@@ -19,7 +19,7 @@ pub(super) struct Layout {
     run: usize,
 }
 
-/// Weights of shape [o, i, ...]: how many there are, and how many an output channel has.
+/// The number of weights of shape [o, i, ...], and the number per output channel.
 pub(super) fn sizes(name: &str, shape: &[usize]) -> Result<(usize, usize)> {
     let refuse = || Error::Argument(format!("`{name}`: a weight of shape {shape:?} cannot be palettized"));
     let &outputs = shape.first().ok_or_else(refuse)?;
@@ -28,12 +28,12 @@ pub(super) fn sizes(name: &str, shape: &[usize]) -> Result<(usize, usize)> {
 }
 
 impl Layout {
-    /// The groups that `options` ask for.
+    /// The groups that `options` specify.
     ///
     /// # Errors
     /// [`Error::Argument`] for a shape of fewer than two dimensions or without weights, for a group
-    /// size of 0 or one that does not divide the channels, and for an axis above 1; `name` is
-    /// in it.
+    /// size that is 0 or does not divide the channels, and for an axis above 1. The message has
+    /// `name`.
     pub fn new(name: &str, shape: &[usize], options: &PaletteOptions) -> Result<Layout> {
         let (count, row) = sizes(name, shape)?;
         let refuse = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));
@@ -58,7 +58,7 @@ impl Layout {
         Ok(Layout { axis, group_size, groups, rows, run })
     }
 
-    /// Weights in a group.
+    /// The number of weights in a group.
     pub fn group_len(&self) -> usize {
         self.rows * self.run
     }

@@ -3,11 +3,11 @@
 //!
 //! Groups, scales and palettes are those of coremltools' `PostTrainingPalettizer`
 //! (`optimize/torch/palettization/post_training_palettization.py`), with two differences. Pruned
-//! weights take no part: they have no palette entry and decode to exactly zero, where coremltools
-//! spends one entry on them and moves it a little off zero. And nothing is rounded before
-//! clustering but to fp16.
+//! weights are excluded: they have no palette entry and decode to exactly zero, whereas coremltools
+//! uses one entry for them, which is not exactly zero. Before clustering, values are rounded to
+//! fp16 only.
 //!
-//! The palette of a group is the optimum, not a local one: see [`optimal_palette`].
+//! The palette of a group is a global optimum, not a local one: see [`optimal_palette`].
 
 mod histogram;
 mod layout;

@@ -7,21 +7,21 @@ use rayon::prelude::*;
 use crate::codebook::Codebook;
 use crate::error::{Error, Result};
 
-/// A weight [o, i, ...] as indices into palettes. [`decode`](Self::decode) gives the weight again.
+/// A weight [o, i, ...] as indices into palettes. [`decode`](Self::decode) restores the weight.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Palettized {
     /// The layer's name, for errors.
     pub name: String,
     /// The weight's shape, [o, i, ...].
     pub shape: Vec<usize>,
-    /// The palettes, each ascending. One with fewer distinct values repeats its last; the repeated
-    /// ones have no index. The palette of a group that is pruned whole is zeros.
+    /// The palettes, each ascending. A palette with fewer distinct values repeats the last one, and
+    /// no index refers to the repetitions. The palette of a completely pruned group is zeros.
     pub codebook: Codebook,
     /// [o, i, ...]: the palette entry of each weight; 0 where pruned, and meaningless there.
     pub indices: Vec<u8>,
     /// The sum over kept weights of (decoded weight - weight)^2.
     pub squared_error: f64,
-    /// Weights that were kept.
+    /// The number of kept weights.
     pub kept: usize,
 }
 
@@ -37,7 +37,7 @@ impl Palettized {
     }
 }
 
-/// Whether a mask is for `count` weights.
+/// Checks that a mask has `count` entries.
 pub(super) fn check_mask(name: &str, keep: Option<&[bool]>, count: usize) -> Result<()> {
     match keep {
         Some(keep) if keep.len() != count => {
@@ -47,8 +47,8 @@ pub(super) fn check_mask(name: &str, keep: Option<&[bool]>, count: usize) -> Res
     }
 }
 
-/// Changes fp16 values in fp32, a block at a time: half converts blocks much faster than single
-/// values.
+/// Applies a function to fp16 values in fp32, block by block, because `half` converts blocks much
+/// faster than single values.
 pub(super) fn change(values: &mut [f16], how: impl Fn(f32) -> f32) {
     let mut wide = [0.0_f32; 512];
     for block in values.chunks_mut(wide.len()) {

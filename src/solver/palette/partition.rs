@@ -3,9 +3,9 @@
 //! Cluster [a, b) costs its sum of squared distances to its mean, and these costs have the Monge
 //! property: for a <= b <= c <= d, cost(a, c) + cost(b, d) <= cost(a, d) + cost(b, c). So the least
 //! cost with k clusters, F(k), is convex in k, and the best k clusters can be found by giving each
-//! cluster a price: the cheapest cut at a price is one shortest path, and the price is moved until
-//! that path has k clusters (Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link path in
-//! graphs with the concave Monge property and applications", 1994).
+//! cluster a price: the cheapest cut at a price is one shortest path, and the price is adjusted
+//! until that path has k clusters (Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link
+//! path in graphs with the concave Monge property and applications", 1994).
 //!
 //! A path takes O(n log n) steps at worst, and about n in practice, for any k; a few prices are
 //! tried. The textbook dynamic program over the number of clusters (as in kmeans1d, with SMAWK)
@@ -23,7 +23,7 @@
 /// not cost the digits of all others.
 #[derive(Debug)]
 pub(super) struct Line {
-    /// [n]: value and weight.
+    /// The value and the weight of each point, `[n]`.
     points: Vec<(f64, f64)>,
     /// [n + 1]: the sums of weights and of weighted values from zero's place to each point;
     /// negative below.
@@ -32,22 +32,21 @@ pub(super) struct Line {
     below: f64,
 }
 
-/// Buffers of [`Line::cheapest`], kept between calls.
+/// Buffers of [`Line::cheapest`] that are reused by later calls.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// [n + 1]: the cost of the best path to each end, less the sum of weight * value^2 from zero's
-    /// place to there. What is taken off is the same for all paths there, and without it a cluster
-    /// [a, b) adds no more than
-    /// -(sum w v)^2 / (sum w).
+    /// `[n + 1]`: the cost of the best path to each end, less the sum of weight * value^2 from
+    /// zero's place to that end. All paths to an end have this term in common. Without it, a
+    /// cluster [a, b) adds the price and -(sum w v)^2 / (sum w).
     costs: Vec<f64>,
-    /// [n + 1]: where the last cluster of that path begins.
+    /// `[n + 1]`: the begin of the last cluster of the best path to each end.
     begins: Vec<usize>,
-    /// Beginnings that will be best for some end to come, each with the first end that it is best
-    /// for.
+    /// The begins of clusters that are best for some later end, each with the first end for which
+    /// it is best.
     candidates: Vec<(usize, usize)>,
 }
 
-/// Clusters: the ends between them, from 0 to n.
+/// A partition into clusters, given by the boundaries between them, from 0 to n.
 #[derive(Debug, Clone, PartialEq)]
 struct Cuts {
     ends: Vec<usize>,
@@ -66,11 +65,11 @@ impl Cuts {
     }
 }
 
-/// Prices are guessed this many times before they are searched for.
+/// The number of guesses of the price before a binary search.
 const GUESSES: usize = 6;
 
 impl Line {
-    /// Of points (value, weight), with strictly ascending values and positive weights.
+    /// The line of points (value, weight), with strictly ascending values and positive weights.
     pub fn new(points: Vec<(f64, f64)>) -> Line {
         let zero = points.partition_point(|&(value, _)| value < 0.0);
         let (left, right) = points.split_at(zero);
@@ -86,7 +85,7 @@ impl Line {
         Line { points, sums, below }
     }
 
-    /// Points on the line.
+    /// The number of points on the line.
     pub fn len(&self) -> usize {
         self.points.len()
     }
@@ -94,14 +93,15 @@ impl Line {
     /// (sum w v)^2 / (sum w) over [begin, end).
     fn saved(&self, begin: usize, end: usize) -> f64 {
         let [weight, value] = [self.sums[end][0] - self.sums[begin][0], self.sums[end][1] - self.sums[begin][1]];
-        // Points may weigh so little beside the others that they vanish from the sums.
+        // The weights of points may be so small that rounding removes them from the sums.
         if weight > 0.0 { value * value / weight } else { 0.0 }
     }
 
     /// The ends of the best `clusters` clusters: `clusters + 1` numbers from 0 to n.
     ///
-    /// `price` is a first guess at F(k) - F(k + 1); any positive number is right, a good one is
-    /// faster. There must be at least as many points as clusters, and at least one cluster.
+    /// `price` is a first guess at F(k) - F(k + 1). Any positive number gives the right result, a
+    /// good guess gives it faster. There must be at least as many points as clusters, and at least
+    /// one cluster.
     pub fn best(&self, clusters: usize, price: f64) -> Vec<usize> {
         let n = self.len();
         if clusters >= n {
@@ -111,14 +111,14 @@ impl Line {
             return vec![0, n];
         }
         let mut scratch = Scratch::default();
-        // Paths on both sides of the one sought, and prices that lead to them.
+        // Paths with fewer and with more clusters than the result.
         let (mut few, mut many) = (Cuts::new(self, vec![0, n]), Cuts::new(self, (0..=n).collect()));
         let (mut high, mut low) = (f64::INFINITY, 0.0);
         let mut guess = price;
         let mut round = 0;
         loop {
-            // The slope of F between the two paths: a price at which neither is cheaper. If nothing
-            // between them is cheaper still, F is straight there.
+            // The slope of F between the two paths: a price at which both cost the same. If no
+            // path between them is cheaper at this price, F is straight there.
             let chord = (few.cost - many.cost) / (many.clusters() - few.clusters()) as f64;
             let inside = low < guess && guess < high;
             let is_chord = if round < GUESSES { !inside } else { round % 2 == 0 || !inside };
@@ -128,7 +128,7 @@ impl Line {
             if count == clusters {
                 return ends;
             }
-            // Rounding may make one of the two themselves the cheapest: then too there is nothing
+            // By rounding, the cheapest path may be one of these two: then, too, there is no path
             // below the chord.
             if is_chord && !(few.clusters() < count && count < many.clusters()) {
                 return splice(&few, &many, clusters);
@@ -144,8 +144,8 @@ impl Line {
                     many = Cuts::new(self, ends);
                 }
             }
-            // F falls about as 1 / k^2, so prices as 1 / k^3. If that does not lead there soon,
-            // halve the range.
+            // F falls about as 1 / k^2, so prices fall as 1 / k^3. After some guesses, the range is
+            // halved instead.
             let next = price * (count as f64 / clusters as f64).powi(3);
             round += 1;
             guess = if round < GUESSES { next } else { (low * high).sqrt() };
@@ -154,8 +154,9 @@ impl Line {
 
     /// The path with the least sum of squares plus `price` a cluster, of any number of clusters.
     ///
-    /// Beginnings are kept in a queue by the ends that they are best for: by the Monge property,
-    /// once a later beginning is better than an earlier one it stays so.
+    /// Candidate begins are kept in a queue in the order of the ends for which they are best: by
+    /// the Monge property, once a later begin is better than an earlier one, it is better for all
+    /// later ends.
     fn cheapest(&self, price: f64, scratch: &mut Scratch) -> Vec<usize> {
         let n = self.len();
         let Scratch { costs, begins, candidates } = scratch;
@@ -177,8 +178,8 @@ impl Line {
             if end == n {
                 break;
             }
-            // From which end on is a cluster that begins here better than one that begins at the
-            // last candidate?
+            // Finds the first end for which a cluster that begins here is better than one that
+            // begins at the last candidate.
             loop {
                 let &(rival, first) = &candidates[candidates.len() - 1];
                 let better = |at: usize| costs[end] - self.saved(end, at) < costs[rival] - self.saved(rival, at);
@@ -190,7 +191,7 @@ impl Line {
                     break;
                 }
                 if first <= end {
-                    // The rival is in use: it stays the best for this end and no other.
+                    // The rival is the candidate in use: it is the best one for this end only.
                     candidates.push((end, from));
                     break;
                 }
@@ -215,8 +216,8 @@ fn cost(points: &[(f64, f64)]) -> f64 {
     points.iter().map(|(value, weight)| weight * (value - mean).powi(2)).sum()
 }
 
-/// The first place in (from, last] where `holds`, which holds from there on; looked for near `from`
-/// first.
+/// The first place in (from, last] where `holds` is true; it must then be true for all later
+/// places. The search begins near `from`.
 fn first_after(from: usize, last: usize, holds: impl Fn(usize) -> bool) -> Option<usize> {
     let (mut no, mut step) = (from, 1);
     let mut yes = loop {
@@ -243,12 +244,11 @@ fn first_after(from: usize, last: usize, holds: impl Fn(usize) -> bool) -> Optio
 /// With d the clusters that `few` lacks, there is an i where cluster i + d of `many` lies within
 /// cluster i of `few`. The path that goes along `many` to that place and along `few` after it has
 /// `clusters` clusters. The path that does the opposite has the remaining ones, and by the Monge
-/// property the two together are no dearer than `few` and `many`: so each is cheapest.
+/// property the two together cost no more than `few` and `many`: so each of them is cheapest.
 fn splice(few: &Cuts, many: &Cuts, clusters: usize) -> Vec<usize> {
     let lacking = clusters - few.clusters();
     let later = (1..few.ends.len()).find(|&at| many.ends[at + lacking] <= few.ends[at]);
-    // At the last end of both, n, it holds at the latest.
-    let later = later.unwrap_or(few.clusters());
+    let later = later.expect("the last end of both paths is n");
     let (head, tail) = (&many.ends[..later + lacking], &few.ends[later..]);
     [head, tail].concat()
 }

@@ -11,17 +11,17 @@ use crate::codebook::{Codebook, PaletteOptions};
 use crate::error::{Error, Result};
 
 /// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group,
-/// and the nearest of its entries for each weight (of two as near, the lower).
+/// and the nearest of its entries for each weight (the lower of two equally near entries).
 ///
-/// `keep` [o, i, ...] says which weights are kept; `None` keeps all. The others have no influence.
-/// A kept weight of zero is a value like others, and -0 is 0. A group with at most 2^bits distinct
-/// values is kept without loss.
+/// `keep` [o, i, ...] is true for kept weights; `None` keeps all. Pruned weights have no influence.
+/// A kept weight of zero is a value like any other, and -0 is 0. A group with at most 2^bits
+/// distinct values is kept without loss.
 ///
 /// With per-channel scales, s_o is the largest magnitude among the kept weights of output channel o
-/// (1 if that is 0), and weight / s_o, rounded to fp16, is what is palettized; as in coremltools,
-/// all channels of a group then count the same.
+/// (1 if that is 0), and the palettized values are weight / s_o, rounded to fp16. As in
+/// coremltools, all channels of a group then have equal importance.
 ///
-/// The result is the same for any number of rayon threads.
+/// The result does not depend on the number of rayon threads.
 ///
 /// # Errors
 /// All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the channels,
@@ -42,12 +42,12 @@ pub fn palettize(
 /// [`Palettized::squared_error`] is still the sum of errors^2.
 ///
 /// `importance` [o, i, ...] must be finite and not negative. Weights of importance 0 get the
-/// nearest entry of a palette that is made without them; in a group where all are 0, all count the
-/// same.
+/// nearest entry of a palette that is made without them. In a group where all importances are 0,
+/// all weights have equal importance.
 ///
 /// # Errors
 /// As [`palettize`], and [`Error::Argument`] for an importance that is negative, not finite or of
-/// another length, or if those of a group sum to more than 1e140.
+/// another length, or if the importances of a group sum to more than 1e140.
 pub fn palettize_weighted(
     name: &str,
     weight: &[f16],
@@ -135,7 +135,7 @@ fn scales(weight: &[f16], keep: Option<&[bool]>, row: usize) -> Vec<f16> {
 }
 
 /// Each row divided by its scale, in fp32, rounded to fp16. Pruned weights may be larger than the
-/// scale; they are not used.
+/// scale; their values are not used.
 fn divided(weight: &[f16], scales: &[f16], row: usize) -> Vec<f16> {
     let mut scaled = weight.to_owned();
     scaled.par_chunks_mut(row).zip(scales).for_each(|(row, scale)| {
@@ -185,7 +185,7 @@ impl Values<'_> {
     }
 }
 
-/// Buffers of a thread for one group, kept for its next one: some 0.6 MB.
+/// The buffers of a thread for one group, reused for its next group: about 0.6 MB.
 #[derive(Debug)]
 struct Workspace {
     histogram: Histogram,
@@ -212,7 +212,7 @@ impl Workspace {
         let mut palette = optimal_palette(&self.buckets, entries).map_err(named)?;
         self.nearest.set(&palette);
         let indices = values.look_up(layout, group, &self.nearest);
-        // A group that is pruned whole has no values, and a palette of zeros.
+        // A completely pruned group has no values, and a palette of zeros.
         let last = palette.last().copied().unwrap_or(f16::ZERO);
         palette.resize(entries, last);
         Ok((palette, indices))

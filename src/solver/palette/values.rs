@@ -5,17 +5,18 @@ use half::f16;
 use super::partition::Line;
 use crate::error::{Error, Result};
 
-/// A distinct value and how much it counts: how many weights have it, or the sum of their
-/// importances.
+/// A distinct value with its weight: the number of model weights that have the value, or the sum of
+/// their importances.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bucket {
     /// The value, finite.
     pub value: f16,
-    /// Its weight, positive.
+    /// The weight, positive.
     pub weight: f64,
 }
 
-/// The square of a sum of weighted fp16 values must not overflow.
+/// The largest sum of weights for which the square of a sum of weighted fp16 values cannot
+/// overflow.
 const LARGEST_SUM: f64 = 1e140;
 
 /// The best palette of at most `entries` values for `buckets`, which must be strictly ascending:
@@ -47,7 +48,7 @@ pub fn optimal_palette(buckets: &[Bucket], entries: usize) -> Result<Vec<f16>> {
     Ok(clusters.map(|cluster| rounded(mean(cluster))).collect())
 }
 
-/// To fp16; what is rounded to zero has no sign.
+/// The value rounded to fp16; a zero has no sign.
 fn rounded(value: f64) -> f16 {
     let value = f16::from_f64(value);
     if value == f16::ZERO { f16::ZERO } else { value }
@@ -77,9 +78,9 @@ fn mean(cluster: &[Bucket]) -> f64 {
     (sum / weight).max(first).min(last)
 }
 
-/// About what one more entry saves, from the error of a fine quantizer for the density p of the
-/// values, (integral of p^(1/3))^3 / (12 k^2) (Panter and Dite, "Quantization distortion in
-/// pulse-count modulation", 1951). Only the time depends on how good it is.
+/// The approximate decrease of the error by one more entry, from the error of a fine quantizer for
+/// the density p of the values, (integral of p^(1/3))^3 / (12 k^2) (Panter and Dite, "Quantization
+/// distortion in pulse-count modulation", 1951). Its accuracy affects the running time only.
 fn expected_price(buckets: &[Bucket], entries: usize) -> f64 {
     let step = (buckets.len() / (16 * entries)).clamp(1, 64);
     let begins = buckets.iter().step_by(step);

@@ -47,7 +47,7 @@ impl<'a> UnetLowering<'a> {
     }
 
     /// GroupNorm, SiLU, `conv_out`, and a cast to fp32.
-    pub fn tail(&mut self, config: &UnetConfig, hidden: &Var) -> Result<Var> {
+    pub fn output_block(&mut self, config: &UnetConfig, hidden: &Var) -> Result<Var> {
         let net = &mut self.network;
         let normed = net.group_norm("conv_norm_out", hidden, config.norm_num_groups, config.norm_eps)?;
         let active = net.unary("silu", "conv_act", &normed)?;

@@ -55,7 +55,7 @@ pub(in crate::coreml) fn lower(
     for stage in chain.stages() {
         hidden = lowering.stage(stage, hidden)?;
     }
-    let output = lowering.tail(config, &hidden)?;
+    let output = lowering.output_block(config, &hidden)?;
     let program = lowering.network.finish(&tensors)?;
     Ok(Lowered { program, inputs: inputs.into_vars(), output })
 }
