@@ -26,13 +26,13 @@ demo: all
 
 # INSTA_UPDATE=no: a text that differs from its snapshot fails, and no file is written.
 test: setup
-	INSTA_UPDATE=no $(CARGO) test --locked
+	INSTA_UPDATE=no $(CARGO) test --locked --workspace
 
 # Clippy and rustdoc share the metadata of the dependencies, which are not compiled to machine code for them.
 lint: setup
-	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
 
 deny:
 	$(CARGO) deny check

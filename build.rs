@@ -23,6 +23,7 @@ fn main() {
 fn build_id() -> String {
     let mut files = Vec::new();
     add_sources(Path::new("src"), &mut files);
+    add_sources(Path::new("crates"), &mut files);
     // A published crate may come without its lock file.
     let lock = PathBuf::from("Cargo.lock");
     if lock.exists() {
@@ -39,6 +40,7 @@ fn build_id() -> String {
     }
     println!("cargo:rerun-if-changed=Cargo.lock");
     println!("cargo:rerun-if-changed=src");
+    println!("cargo:rerun-if-changed=crates");
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 

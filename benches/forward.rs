@@ -2,13 +2,14 @@
 //!
 //! `benches/forward_vs_diffusers.sh` compares the full-size model with diffusers.
 
+use std::path::Path;
+
 use criterion::{Criterion, criterion_group, criterion_main};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
-use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 fn forwards(c: &mut Criterion) {

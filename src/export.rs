@@ -5,17 +5,15 @@ mod coremltools;
 use std::fs::File;
 use std::path::Path;
 
-use tch::{Device, Kind};
-
 pub use coremltools::{Moved, SmallWeights, coremltools};
-
-use crate::checkpoint::TensorSource;
-use crate::device::Placement;
-use crate::error::{Error, Result};
-use crate::input;
-use crate::output::NewFolder;
-use crate::pipeline::{PipelineFolder, UnetWeights};
-use crate::progress::{Progress, Task};
+use sdxl_model::checkpoint::TensorSource;
+use sdxl_pipeline::pipeline::{PipelineFolder, UnetWeights};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::input;
+use squeeze_base::output::NewFolder;
+use squeeze_base::progress::{Progress, Task};
+use squeeze_numerics::device::Placement;
+use tch::{Device, Kind};
 
 /// Writes the new diffusers folder `out`: the pipeline in `model`, with `weights` as its UNet,
 /// decoded, in fp16, bit for bit.

@@ -1,7 +1,7 @@
 //! What the solver needs to know of a model's layer.
 
-use crate::model::{ConvGeometry, Layer, Operation};
-use crate::solver::{InputGeometry, Windows};
+use sdxl_model::model::{ConvGeometry, Layer, Operation};
+use squeeze_solver::solver::{InputGeometry, Windows};
 
 /// How `layer`'s input becomes the vectors that its Hessian sums.
 pub(crate) fn input_geometry(layer: &Layer) -> InputGeometry {

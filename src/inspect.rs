@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sdxl_model::checkpoint::{Blueprint, TensorSpec, Weights};
+use sdxl_model::model::text::ClipText;
+use sdxl_model::model::unet::{UnetChain, UnetConfig};
+use sdxl_model::model::vae::VaeDecoder;
+use sdxl_model::model::{ConvGeometry, Layer, Operation};
+use sdxl_pipeline::pipeline::PipelineFolder;
 use serde::Serialize;
-
-use crate::checkpoint::{Blueprint, TensorSpec, Weights};
-use crate::error::{Error, Result};
-use crate::model::text::ClipText;
-use crate::model::unet::{UnetChain, UnetConfig};
-use crate::model::vae::VaeDecoder;
-use crate::model::{ConvGeometry, Layer, Operation};
-use crate::pipeline::PipelineFolder;
+use squeeze_base::error::{Error, Result};
 
 /// The bytes of an fp16 element, which are counted where there are no weights to measure.
 const FP16: u64 = 2;

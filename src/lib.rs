@@ -77,48 +77,27 @@
 //! The library writes nothing to the standard streams. It reports to a [`progress::Progress`] and
 //! logs with [`tracing`](https://docs.rs/tracing).
 
-mod allocator;
 pub mod calibration;
-pub mod checkpoint;
-pub mod codebook;
 pub mod compare;
 pub mod compress;
 pub mod config;
-pub mod container;
-pub mod coreml;
-pub mod device;
-mod digest;
-mod elementwise;
-mod error;
 pub mod export;
-mod finite;
 mod geometry;
-// The modules that are hidden from the documentation are public for the command line.
-#[doc(hidden)]
-pub mod input;
 pub mod inspect;
-#[doc(hidden)]
-pub mod memory;
-pub mod model;
-#[doc(hidden)]
-pub mod number;
-mod numerics;
-#[doc(hidden)]
-pub mod output;
-pub mod pattern;
-pub mod picture;
-pub mod pipeline;
 pub mod plan;
-mod product;
-pub mod progress;
-pub mod random;
 pub mod recipe;
 pub mod report;
-mod safetensors_file;
-mod shorten;
-pub mod solver;
-mod sum;
 pub mod synth;
 
-pub use error::{Bug, Error, Mistake, Place, Result};
-pub use numerics::{Numerics, init};
+pub use sdxl_model::{checkpoint, model};
+pub use sdxl_pipeline::{picture, pipeline};
+pub use squeeze_base::{Bug, Error, Mistake, Place, Result, pattern, progress};
+// The modules that are hidden from the documentation are public for the command line.
+#[doc(hidden)]
+pub use squeeze_base::{input, memory, number, output};
+pub use squeeze_codebook::codebook;
+pub use squeeze_container::container;
+pub use squeeze_coreml::coreml;
+pub use squeeze_numerics::numerics::{Numerics, init};
+pub use squeeze_numerics::{device, random};
+pub use squeeze_solver::solver;

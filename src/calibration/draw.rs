@@ -1,13 +1,14 @@
 //! The calibration samples that a config asks for.
 
+use sdxl_model::checkpoint::Weights;
+use sdxl_model::model::text::CLIP_LENGTH;
+use sdxl_model::model::unet::Unet;
+use sdxl_pipeline::pipeline::{PipelineFolder, PromptEncoder};
+use squeeze_base::error::Result;
+use squeeze_base::progress::Progress;
+
 use super::{Calls, PromptSet, Samples, encode, record};
-use crate::checkpoint::Weights;
 use crate::config::CalibrationSection;
-use crate::error::Result;
-use crate::model::text::CLIP_LENGTH;
-use crate::model::unet::Unet;
-use crate::pipeline::{PipelineFolder, PromptEncoder};
-use crate::progress::Progress;
 use crate::recipe::RunOptions;
 
 /// The calibration samples that `section` asks for: read from its file, or recorded from its

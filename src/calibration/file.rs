@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
+use sdxl_model::checkpoint::{SafetensorsFile, TensorBytes, read_tensor};
+use sdxl_model::model::unet::{Conditioning, UnetConfig};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::output::write_file;
+use squeeze_numerics::device::Placement;
 use tch::{Device, Kind, Tensor};
 
 use super::{Calls, Sample, Samples};
-use crate::checkpoint::{SafetensorsFile, TensorBytes, read_tensor};
-use crate::device::Placement;
-use crate::error::{Error, Result};
-use crate::model::unet::{Conditioning, UnetConfig};
-use crate::output::write_file;
 
 /// The file's tensors, n samples of batch b each, in any floating dtype.
 const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];

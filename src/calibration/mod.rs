@@ -7,17 +7,15 @@ mod hold_out;
 mod record;
 mod weighting;
 
-use tch::Tensor;
-
 pub use calls::Calls;
 pub use draw::{calibrate, expected_calls};
 pub(crate) use hold_out::is_held_out;
 pub use record::{PromptSet, encode, record};
+use sdxl_model::model::unet::Conditioning;
+use squeeze_base::error::Result;
+use squeeze_numerics::device::Placement;
+use tch::Tensor;
 pub use weighting::weights;
-
-use crate::device::Placement;
-use crate::error::Result;
-use crate::model::unet::Conditioning;
 
 /// One call of the UNet: all of its inputs.
 #[derive(Debug)]
@@ -86,8 +84,9 @@ pub fn spread(prompts: usize, steps: usize, wanted: usize) -> Vec<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     #[test]
     fn the_tutorials_numbers() {

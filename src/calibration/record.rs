@@ -2,14 +2,14 @@
 
 use std::cell::RefCell;
 
+use sdxl_model::model::unet::{Conditioning, Unet};
+use sdxl_pipeline::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Silent, Task};
+use squeeze_numerics::random::noise;
 use tch::Tensor;
 
 use super::{Sample, Samples, spread};
-use crate::error::{Error, Result};
-use crate::model::unet::{Conditioning, Unet};
-use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
-use crate::progress::{Progress, Silent, Task};
-use crate::random::noise;
 
 /// Prompts, and how they are run.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,9 +1,10 @@
 //! How much each sample counts, by its timestep.
 
+use sdxl_pipeline::pipeline::PipelineFolder;
+use squeeze_base::error::Result;
+
 use super::Samples;
 use crate::config::TimestepWeighting;
-use crate::error::Result;
-use crate::pipeline::PipelineFolder;
 
 /// A weight for each call, 1 in the mean, by sigma, the noise to signal ratio at its timestep.
 ///

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use sdxl_squeeze::checkpoint::TensorBytes;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
+use sdxl_squeeze::number;
 use sdxl_squeeze::output::{is_standard_output, write_file};
 use sdxl_squeeze::pipeline::{GenerateRequest, Generated, PipelineFolder, generate};
 use sdxl_squeeze::progress::{Event, Progress};
@@ -14,8 +16,6 @@ use tch::Kind;
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::stdout;
-use sdxl_squeeze::checkpoint::TensorBytes;
-use sdxl_squeeze::number;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

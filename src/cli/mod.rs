@@ -27,10 +27,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use progress::{Mode, Reporter};
 use sdxl_squeeze::Error;
 use tracing::Level;
-
-use progress::{Mode, Reporter};
 
 /// The version, and the build: a run goes on only with the build that began it.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (build ", env!("SDXL_SQUEEZE_BUILD"), ")");

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use sdxl_squeeze::Result;
 use sdxl_squeeze::device::parse_dtype;
+use sdxl_squeeze::number;
 use sdxl_squeeze::synth::{Preset, synthesize};
 
 use super::progress::Reporter;
 use super::stdout;
-use sdxl_squeeze::number;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {

@@ -3,19 +3,19 @@
 
 use std::cell::RefCell;
 
+use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::model::Unobserved;
+use sdxl_model::model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
+use sdxl_model::model::vae::VaeDecoder;
+use sdxl_pipeline::picture::Picture;
+use sdxl_pipeline::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Silent, Task};
+use squeeze_numerics::random::noise;
+use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
 
 use crate::calibration::{PromptSet, Sample, spread};
-use crate::checkpoint::TensorSource;
-use crate::error::{Error, Result};
-use crate::model::Unobserved;
-use crate::model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
-use crate::model::vae::VaeDecoder;
-use crate::picture::Picture;
-use crate::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
-use crate::progress::{Progress, Silent, Task};
-use crate::random::noise;
-use crate::sum;
 
 /// The dense model's runs on the judged prompts: the reference of every measurement.
 pub struct Judge {

@@ -7,24 +7,24 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use judge::{Judge, Measured};
+use sdxl_model::checkpoint::Blueprint;
+use sdxl_model::model::unet::{Unet, UnetChain};
+use sdxl_pipeline::pipeline::{PipelineFolder, PromptEncoder};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::memory;
+use squeeze_base::number;
+use squeeze_base::progress::{Progress, Task};
+use squeeze_base::shorten::shorten;
+use squeeze_codebook::codebook::LayerKind;
+use squeeze_container::container::Container;
 
 use crate::calibration::{PromptSet, Samples, calibrate};
-use crate::checkpoint::Blueprint;
-use crate::codebook::LayerKind;
 use crate::compress::{JobReport, Prepared, run};
 use crate::config::{CalibrationSection, RunConfig, read_prompts};
-use crate::container::Container;
-use crate::error::{Error, Result};
-use crate::memory;
-use crate::model::unet::{Unet, UnetChain};
-use crate::number;
-use crate::pipeline::{PipelineFolder, PromptEncoder};
 use crate::plan;
-use crate::progress::{Progress, Task};
 use crate::recipe::RunOptions;
 use crate::report::metrics::closeness;
 use crate::report::{Comparison, Dense, Judged, LayerRow, Row, StageError};
-use crate::shorten::shorten;
 
 /// A config and the name of its row.
 #[derive(Debug)]
@@ -86,7 +86,7 @@ pub fn compare(
         let cost = Cost { seconds: start.elapsed().as_secs_f64(), peak_bytes: memory::peak() };
         // Judged on the stored weights, read back.
         let container = Container::open(prepared.path())?;
-        let stored = crate::pipeline::UnetWeights::from(&container).source(placement);
+        let stored = sdxl_pipeline::pipeline::UnetWeights::from(&container).source(placement);
         let unet = Unet::resident(folder.unet.clone(), stored, progress)?;
         let measured = judge.measure(folder, &unet, progress)?;
         drop(unet);

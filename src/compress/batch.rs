@@ -1,18 +1,18 @@
 //! Layers of one shape pruned together, for devices that a single layer cannot keep busy.
 
+use sdxl_model::model::{Layer, LayerInput};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::Task;
+use squeeze_codebook::codebook::PruneOptions;
+use squeeze_solver::solver::{Factor, Hessian, prune_many};
 use tch::Tensor;
 
 use super::gather::Gatherer;
 use super::layer::{Evidence, compress_layer};
 use super::solve::Compressor;
 use super::walk::Walk;
-use crate::codebook::PruneOptions;
-use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
-use crate::model::{Layer, LayerInput};
 use crate::plan::{Stop, batched_layer_bytes};
-use crate::progress::Task;
-use crate::solver::{Factor, Hessian, prune_many};
 
 /// Layers of one shape, each with its Hessian, that are pruned with the same options.
 struct Batch<'a> {

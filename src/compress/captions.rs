@@ -1,16 +1,16 @@
 //! Calibration that needs no run of the UNet: text states, and embeddings of time and text.
 
+use sdxl_model::checkpoint::{Blueprint, Weights};
+use sdxl_model::model::unet::UnetChain;
+use sdxl_model::model::{Layer, LayerInput, Unobserved};
+use sdxl_pipeline::pipeline::{Guidance, PipelineFolder, PromptEncoder};
+use squeeze_base::error::Result;
+use squeeze_base::progress::{Progress, Task};
+use squeeze_numerics::elementwise::silu;
 use tch::{Device, Kind, Tensor};
 
 use super::gather::Gatherer;
-use crate::checkpoint::{Blueprint, Weights};
 use crate::config::CalibrationSection;
-use crate::elementwise::silu;
-use crate::error::Result;
-use crate::model::unet::UnetChain;
-use crate::model::{Layer, LayerInput, Unobserved};
-use crate::pipeline::{Guidance, PipelineFolder, PromptEncoder};
-use crate::progress::{Progress, Task};
 use crate::recipe::RunOptions;
 
 /// Timesteps for each caption.

@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use sdxl_model::checkpoint::SteadyFile;
+use sdxl_model::model::unet::Carry;
+use squeeze_base::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
-
-use crate::checkpoint::SteadyFile;
-use crate::error::{Error, Result};
-use crate::model::unet::Carry;
 
 /// The carries of all samples, in memory or in files. Text states and time embeddings are small and
 /// always in memory.

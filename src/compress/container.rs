@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sdxl_model::checkpoint::{TensorSource, Weights, halves};
+use sdxl_model::model::unet::UnetChain;
 use serde_json::{Map, Value, json};
+use squeeze_base::error::Result;
+use squeeze_base::input::SourceFile;
+use squeeze_base::progress::{Progress, Task};
+use squeeze_container::container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
+use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};
 
 use super::report::LayerReport;
 use super::workspace::Workspace;
-use crate::checkpoint::{TensorSource, Weights, halves};
-use crate::container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
-use crate::device::Placement;
-use crate::error::Result;
-use crate::input::SourceFile;
-use crate::model::unet::UnetChain;
-use crate::progress::{Progress, Task};
 
 /// A UNet whose compressed layers are finished.
 pub(super) struct FinishedUnet<'a> {

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::model::{Layer, Observer};
+use squeeze_base::error::{Error, Result};
 use tch::Tensor;
-
-use crate::error::{Error, Result};
-use crate::model::{Layer, Observer};
 
 /// An observer that keeps the outputs of some layers, each with the residual that the network adds
 /// to it.

@@ -1,9 +1,10 @@
 //! Forwards of single carries, counted, and ended early where an observer asks for it.
 
+use sdxl_model::model::Observer;
+use sdxl_model::model::unet::{Carry, Part, Scope};
+use squeeze_base::error::{Error, Result};
+
 use super::statistics::Counter;
-use crate::error::{Error, Result};
-use crate::model::Observer;
-use crate::model::unet::{Carry, Part, Scope};
 
 /// Sends `carry` through `scope` of `part`; returns multiply-adds too.
 pub(super) fn forward(part: &Part, scope: Scope, carry: Carry, observer: &mut dyn Observer) -> Result<(Carry, f64)> {

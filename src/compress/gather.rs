@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::model::{Layer, LayerInput, Observer};
+use squeeze_base::error::{Error, Result};
+use squeeze_solver::solver::{Hessian, OutputResidual};
 use tch::{Device, Tensor};
 
 use super::dense_outputs::{DenseOutputs, with_residual};
-use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
-use crate::model::{Layer, LayerInput, Observer};
-use crate::solver::{Hessian, OutputResidual};
 
 /// Vectors that are kept of each held-out batch.
 const HELD_OUT_VECTORS: i64 = 144;

@@ -1,15 +1,15 @@
 //! The identity of a run: the program, the config, and the content of every file that the run
 //! reads.
 
+use sdxl_model::checkpoint::{SafetensorsFile, SourceFile, Weights};
+use sdxl_pipeline::pipeline::PipelineFolder;
 use serde_json::{Map, Value, json};
+use squeeze_base::digest;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Task};
 
 use crate::calibration::Samples;
-use crate::checkpoint::{SafetensorsFile, SourceFile, Weights};
 use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
-use crate::digest;
-use crate::error::{Error, Result};
-use crate::pipeline::PipelineFolder;
-use crate::progress::{Progress, Task};
 use crate::recipe::RunOptions;
 
 /// A hash of the sources that this program was compiled from, 16 hex digits.
@@ -127,10 +127,10 @@ pub(super) fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &
 mod tests {
     use std::path::Path;
 
+    use squeeze_base::progress::Silent;
     use tch::Kind;
 
     use super::*;
-    use crate::progress::Silent;
     use crate::synth::{Preset, synthesize};
 
     #[test]

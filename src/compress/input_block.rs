@@ -6,6 +6,11 @@
 
 use std::collections::BTreeSet;
 
+use sdxl_model::model::unet::{Carry, Conditioning, InputBlock, InputBlockDependency};
+use sdxl_model::model::{Layer, LayerInput, Observer, Unobserved};
+use squeeze_base::error::Result;
+use squeeze_base::progress::{Progress, Task};
+use squeeze_numerics::elementwise::silu;
 use tch::{Device, Kind, Tensor};
 
 use super::dense_outputs::DenseOutputs;
@@ -16,11 +21,6 @@ use super::shard::{DeviceShard, OnDevice, install};
 use super::statistics::Counter;
 use super::workspace::Workspace;
 use crate::calibration::{Sample, is_held_out};
-use crate::elementwise::silu;
-use crate::error::Result;
-use crate::model::unet::{Carry, Conditioning, InputBlock, InputBlockDependency};
-use crate::model::{Layer, LayerInput, Observer, Unobserved};
-use crate::progress::{Progress, Task};
 
 /// The input block with its weights as stored so far, and the dense one where it is the target.
 pub(super) struct CalibratedInputBlock {

@@ -1,12 +1,12 @@
 //! What a compression job is made of: the dense model, its recipe, its plan, its calibration data.
 
+use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::model::unet::UnetChain;
+use squeeze_base::error::{Error, Result};
+use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};
 
 use crate::calibration::Samples;
-use crate::checkpoint::TensorSource;
-use crate::device::Placement;
-use crate::error::{Error, Result};
-use crate::model::unet::UnetChain;
 use crate::plan::Plan;
 use crate::recipe::{Devices, LayerRecipes};
 

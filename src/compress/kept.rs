@@ -6,10 +6,10 @@
 
 use std::path::Path;
 
-use crate::digest;
-use crate::error::Result;
-use crate::input::{self, Limit};
-use crate::output::write_file;
+use squeeze_base::digest;
+use squeeze_base::error::Result;
+use squeeze_base::input::{self, Limit};
+use squeeze_base::output::write_file;
 
 /// The state of a file in the run's folder.
 #[derive(Debug, PartialEq, Eq)]

@@ -2,17 +2,17 @@
 
 use half::f16;
 use rayon::prelude::*;
-use tch::{Device, Kind, Tensor};
-
-use crate::codebook::PruneMethod;
-use crate::container::CompressedWeight;
-use crate::error::{Error, Result};
-use crate::recipe::LayerRecipe;
-use crate::solver::palette::{Palettized, palettize};
-use crate::solver::{
+use squeeze_base::error::{Error, Result};
+use squeeze_codebook::codebook::PruneMethod;
+use squeeze_container::container::CompressedWeight;
+use squeeze_solver::solver::palette::{Palettized, palettize};
+use squeeze_solver::solver::{
     Factor, Hessian, Joint, JointFactors, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune,
     prune_with,
 };
+use tch::{Device, Kind, Tensor};
+
+use crate::recipe::LayerRecipe;
 
 /// A compressed layer: its new weight and its errors.
 #[derive(Debug)]

@@ -2,19 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
+use sdxl_model::checkpoint::Weights;
+use sdxl_model::model::unet::UnetChain;
+use sdxl_pipeline::pipeline::PipelineFolder;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
+use squeeze_base::output::parent;
+use squeeze_numerics::device::{parse_devices, parse_dtype};
 use tch::Device;
 
 use super::allocate;
 use super::workspace::workspace_folder;
 use crate::calibration::{Calls, expected_calls};
-use crate::checkpoint::Weights;
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
-use crate::device::{parse_devices, parse_dtype};
-use crate::error::{Error, Result};
-use crate::model::unet::UnetChain;
-use crate::number;
-use crate::output::parent;
-use crate::pipeline::PipelineFolder;
 use crate::plan::{self, Disk, Memory, Plan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
 

@@ -1,16 +1,17 @@
 //! Sending the carries of all devices through the loaded part.
 
+use sdxl_model::model::unet::Scope;
+use sdxl_model::model::{Layer, LayerInput, Unobserved};
+use squeeze_base::allocator;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Task};
+use squeeze_numerics::finite::is_finite;
+
 use super::forward::{forward, observe};
 use super::gather::Gatherer;
 use super::shard::DeviceShard;
 use super::teacher::Advances;
-use crate::allocator;
 use crate::calibration::is_held_out;
-use crate::error::{Error, Result};
-use crate::finite::is_finite;
-use crate::model::unet::Scope;
-use crate::model::{Layer, LayerInput, Unobserved};
-use crate::progress::{Progress, Task};
 
 /// A pass of all carries in which Hessians are gathered.
 #[derive(Debug, Clone, Copy)]

@@ -1,14 +1,14 @@
 //! What a run reports: its compressed layers, their sizes and errors.
 
+use sdxl_model::model::Layer;
+use sdxl_model::model::unet::PartName;
 use serde::{Deserialize, Serialize};
+use squeeze_base::progress::LayerDone;
+use squeeze_container::container::CompressedWeight;
 
 use super::layer::{CompressedLayer, LayerErrors};
 use crate::config::RunConfig;
-use crate::container::CompressedWeight;
-use crate::model::Layer;
-use crate::model::unet::PartName;
 use crate::plan::Plan;
-use crate::progress::LayerDone;
 
 /// A compressed layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]

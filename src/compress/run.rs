@@ -2,7 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::model::Layer;
 use serde_json::Value;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
+use squeeze_base::progress::{Progress, Task};
 
 use super::allocate::{self, Measurement};
 use super::captions;
@@ -18,13 +23,8 @@ use super::statistics::Statistics;
 use super::walk::{Walk, execute};
 use super::workspace::{Workspace, workspace_folder};
 use crate::calibration::{self, Samples};
-use crate::checkpoint::TensorSource;
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
-use crate::error::{Error, Result};
-use crate::model::Layer;
-use crate::number;
 use crate::plan::{Memory, Plan};
-use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
 
 /// Compresses the layers of `job` that `store` does not have yet, and adds them to it.

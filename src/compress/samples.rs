@@ -1,14 +1,15 @@
 //! The calibration samples of a run, kept in its workspace so that a continued run need not draw
 //! them again.
 
+use sdxl_model::checkpoint::{SafetensorsFile, Weights};
+use sdxl_pipeline::pipeline::PipelineFolder;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::Progress;
+
 use super::kept;
 use super::workspace::Workspace;
 use crate::calibration::{Samples, calibrate};
-use crate::checkpoint::{SafetensorsFile, Weights};
 use crate::config::CalibrationSection;
-use crate::error::{Error, Result};
-use crate::pipeline::PipelineFolder;
-use crate::progress::Progress;
 use crate::recipe::RunOptions;
 
 const SAMPLES: &str = "samples.safetensors";

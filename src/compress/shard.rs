@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::model::Layer;
+use sdxl_model::model::unet::{Carry, Part, PartName};
+use squeeze_base::allocator;
+use squeeze_base::error::Result;
 use tch::{Device, Tensor};
 
 use super::carries::Carries;
 use super::job::Model;
 use super::teacher::Teacher;
 use super::workspace::Workspace;
-use crate::allocator;
-use crate::checkpoint::TensorSource;
-use crate::error::Result;
-use crate::model::Layer;
-use crate::model::unet::{Carry, Part, PartName};
 use crate::plan::CarriesIn;
 
 /// A device with the part of the network that is loaded on it, and the carries of its samples.

@@ -1,17 +1,18 @@
 //! The visitor that compresses: it solves the layers of every stop and stores them.
 
+use sdxl_model::model::{Layer, LayerInput};
+use squeeze_base::allocator;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Task};
+use squeeze_solver::solver::{Factor, Hessian, JointFactors};
+
 use super::gather::Gatherer;
 use super::layer::{CompressedLayer, Evidence, compress_layer};
 use super::report::LayerReport;
 use super::walk::{Visitor, Walk};
 use super::workspace::Workspace;
-use crate::allocator;
-use crate::error::{Error, Result};
-use crate::model::{Layer, LayerInput};
 use crate::plan::{Gather, Stop, Then};
-use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes};
-use crate::solver::{Factor, Hessian, JointFactors};
 
 /// Compresses the layers of every stop and adds them to a workspace. Layers that the workspace has
 /// already are not compressed again.

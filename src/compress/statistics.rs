@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::model::unet::PartName;
+use sdxl_model::model::{Layer, Observer};
+use squeeze_base::error::Result;
 use tch::Tensor;
-
-use crate::error::Result;
-use crate::model::unet::PartName;
-use crate::model::{Layer, Observer};
 
 /// What a run computed, by part of the network.
 #[derive(Debug, Clone, Default)]

@@ -1,11 +1,12 @@
 //! The dense network that runs beside the compressed one, where layers are fitted to its outputs.
 
+use sdxl_model::model::Unobserved;
+use sdxl_model::model::unet::{Part, Scope};
+use squeeze_base::error::Result;
+
 use super::carries::Carries;
 use super::dense_outputs::DenseOutputs;
 use super::forward::{forward, observe};
-use crate::error::Result;
-use crate::model::Unobserved;
-use crate::model::unet::{Part, Scope};
 
 /// The dense network on one device, with its own carries of the device's samples.
 pub(super) struct Teacher {

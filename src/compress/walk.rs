@@ -6,6 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use sdxl_model::checkpoint::Blueprint;
+use sdxl_model::model::unet::{Carry, Part, PartName, Scope};
+use sdxl_model::model::{Layer, LayerInput};
+use squeeze_base::error::Result;
+use squeeze_base::progress::{Progress, Task};
 use tch::Tensor;
 
 use super::gather::Gatherer;
@@ -16,12 +21,7 @@ use super::shard::{CarryStore, DeviceShard};
 use super::statistics::Statistics;
 use super::teacher::Advances;
 use super::workspace::Workspace;
-use crate::checkpoint::Blueprint;
-use crate::error::Result;
-use crate::model::unet::{Carry, Part, PartName, Scope};
-use crate::model::{Layer, LayerInput};
 use crate::plan::{Gather, Schedule, Stop, Then};
-use crate::progress::{Progress, Task};
 
 /// What is done at the stops of a schedule.
 pub(super) trait Visitor {

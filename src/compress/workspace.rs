@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use half::f16;
 use serde_json::{Map, Value, json};
+use squeeze_base::digest;
+use squeeze_base::error::{Error, Result};
+use squeeze_container::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
 
 use super::kept::{self, Kept};
 use super::report::LayerReport;
-use crate::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
-use crate::digest;
-use crate::error::{Error, Result};
 
 /// The folder in which a run for the container `path` keeps finished layers until the container is
 /// written.

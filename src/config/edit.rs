@@ -4,6 +4,8 @@
 use std::ffi::{OsStr, OsString};
 
 use serde_json::Value as Json;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::shorten::shorten;
 
 use super::finding::Finding;
 use super::key::{Declared, Flag, RULES, Reach, Section};
@@ -11,8 +13,6 @@ use super::keys::root;
 use super::mistake::Mistakes;
 use super::run_config::RunConfig;
 use super::tree::{Node, Position, Value};
-use crate::error::{Error, Result};
-use crate::shorten::shorten;
 
 /// A flag that edits a key of a config.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,11 +1,11 @@
 //! The section `joint`: effort of the joint solver.
 
 use serde::{Serialize, Serializer};
+use squeeze_codebook::codebook::Effort;
 
 use super::fields::Fields;
 use super::keys::joint as keys;
 use super::mistake::Mistakes;
-use crate::codebook::Effort;
 
 pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Effort {
     Effort {

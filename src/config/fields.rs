@@ -1,11 +1,12 @@
 //! Reads a mapping of the config key by key.
 
+use squeeze_base::shorten::shorten;
+
 use super::finding::Finding;
 use super::key::{Key, Section};
 use super::limits;
 use super::mistake::{Mistakes, nearest};
 use super::tree::{Node, Position, Value};
-use crate::shorten::shorten;
 
 /// The entries of one mapping, of which the keys are known to the section.
 #[derive(Debug)]

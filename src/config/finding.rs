@@ -2,8 +2,8 @@
 
 use std::fmt::{self, Display};
 
-use crate::codebook::{LayerKind, Misfit, NmRatio};
-use crate::error::{Mistake, Place};
+use squeeze_base::error::{Mistake, Place};
+use squeeze_codebook::codebook::{LayerKind, Misfit, NmRatio};
 
 /// The sections that have rules for layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -7,11 +7,12 @@
 
 use std::path::PathBuf;
 
+use squeeze_codebook::codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
+
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
 use super::tree::{Node, Value};
 use super::words::{GranularityWord, Pace, SolverKind, Target, TimestepWeighting};
-use crate::codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 
 /// Declares the keys of a section, and the section.
 macro_rules! keys {

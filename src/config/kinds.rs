@@ -5,13 +5,13 @@
 use std::path::PathBuf;
 
 use serde_json::json;
+use squeeze_codebook::codebook::{BitWidth, NmRatio};
 
 use super::fields::{boolean, number, text, whole, word};
 use super::key::{Argument, Kind};
 use super::limits;
 use super::tree::{Node, Value};
 use super::words::Words;
-use crate::codebook::{BitWidth, NmRatio};
 
 macro_rules! kind {
     ($argument:ident, $values:expr, $schema:tt, $read:expr) => {

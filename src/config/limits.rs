@@ -1,7 +1,7 @@
 //! The bounds of each value. Messages continue the key's name: "must be …".
 
-use crate::codebook::{BitWidth, NmRatio};
-use crate::device::parse_dtype;
+use squeeze_codebook::codebook::{BitWidth, NmRatio};
+use squeeze_numerics::device::parse_dtype;
 
 type Checked<T> = Result<T, String>;
 
@@ -100,7 +100,7 @@ pub(super) fn dtype(name: &str) -> Checked<String> {
 
 /// A size such as `933MiB`.
 pub(super) fn bytes(text: &str) -> Checked<u64> {
-    crate::memory::parse_size(text).map_err(|_| "must be a size such as 933MiB or 1.2GiB".into())
+    squeeze_base::memory::parse_size(text).map_err(|_| "must be a size such as 933MiB or 1.2GiB".into())
 }
 
 /// Mean bits of a weight.

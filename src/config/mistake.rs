@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use serde::{Serialize, Serializer};
+use squeeze_base::error::{Error, Mistake, Place, Result};
+use squeeze_base::pattern::NamePattern;
 
 use super::finding::Finding;
 use super::tree::Position;
-use crate::error::{Error, Mistake, Place, Result};
-use crate::pattern::NamePattern;
 
 /// A value and the place where it was written. Two are equal if their values are, wherever they
 /// were written.

@@ -28,7 +28,6 @@ mod settings;
 mod tree;
 mod words;
 
-pub use crate::error::{Mistake, Place};
 pub use edit::{ConfigFlag, Edit, flags};
 pub use finding::{Finding, Section, Severity, Why};
 pub use layer_info::LayerInfo;
@@ -38,4 +37,5 @@ pub use resolve::{Choice, LayerResolution, Resolution, RuleUse};
 pub use rules::{RuleIndex, Rules};
 pub use run_config::{Remarks, RunConfig};
 pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
+pub use squeeze_base::error::{Mistake, Place};
 pub use words::{Pace, SolverKind, Target, TimestepWeighting};

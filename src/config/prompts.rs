@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::input::{self, Limit, prompt_of_length};
+use squeeze_base::number;
+use squeeze_base::shorten::path_as_text;
 
 use super::fields::{text, texts};
 use super::mistake::Mistakes;
 use super::tree::{Node, Value};
-use crate::error::{Error, Result};
-use crate::input::{self, Limit, prompt_of_length};
-use crate::number;
-use crate::shorten::path_as_text;
 
 /// Prompts, or a file of prompts.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -3,12 +3,13 @@
 use std::io::ErrorKind;
 use std::path::Path;
 
+use squeeze_base::error::{Error, Result};
+use squeeze_base::input::{self, Limit};
+
 use super::edit::{self, Edit};
 use super::mistake::Mistakes;
 use super::run_config::{Remarks, RunConfig};
 use super::tree::{self, Value};
-use crate::error::{Error, Result};
-use crate::input::{self, Limit};
 
 impl RunConfig {
     /// Reads a config.

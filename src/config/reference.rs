@@ -2,11 +2,11 @@
 //! `docs/config.md`.
 
 use serde_json::{Map, Value as Json, json};
+use squeeze_codebook::codebook::LayerKind;
 
 use super::key::{Declared, Preset, RULES, Section};
 use super::keys::root;
 use super::tree::Value;
-use crate::codebook::LayerKind;
 
 /// The JSON schema of a config, for editors: names, types, ranges, defaults and docs of all keys.
 /// Rules about several keys at once are not in it.

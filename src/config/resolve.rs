@@ -2,15 +2,16 @@
 
 use std::collections::BTreeSet;
 
+use squeeze_base::error::{Error, Result};
+use squeeze_base::pattern::NamePattern;
+use squeeze_codebook::codebook::{Grouping, Misfit, PaletteOptions, PruneOptions, Sparsity};
+
 use super::finding::{Finding, Section, Severity, Why};
 use super::layer_info::LayerInfo;
 use super::mistake::{Written, nearest};
 use super::rules::{Decided, RuleIndex, Rules};
 use super::run_config::RunConfig;
 use super::sections::{PalettizeSection, PruneSection};
-use crate::codebook::{Grouping, Misfit, PaletteOptions, PruneOptions, Sparsity};
-use crate::error::{Error, Result};
-use crate::pattern::NamePattern;
 
 /// The settings of each layer, the effect of each rule, and the findings.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,15 +1,15 @@
 //! Which settings hold for which layer, by coremltools' order of rules.
 
 use serde::{Serialize, Serializer};
+use squeeze_base::pattern::NamePattern;
+use squeeze_base::shorten::shorten;
+use squeeze_codebook::codebook::LayerKind;
 
 use super::fields::{Fields, entries};
 use super::layer_info::LayerInfo;
 use super::mistake::{Mistakes, Written, nearest};
 use super::settings::Settings;
 use super::tree::{Node, Value};
-use crate::codebook::LayerKind;
-use crate::pattern::NamePattern;
-use crate::shorten::shorten;
 
 /// The rules of a section, as coremltools' `OptimizationConfig.get_module_config` applies them: the
 /// first pattern of `module_name_configs` that matches the whole of a layer's name, else the

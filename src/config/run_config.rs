@@ -1,6 +1,7 @@
 //! A whole config, and the rules about several of its sections.
 
 use serde::Serialize;
+use squeeze_codebook::codebook::{Effort, PruneMethod};
 
 use super::effort;
 use super::fields::Fields;
@@ -9,7 +10,6 @@ use super::mistake::Mistakes;
 use super::sections::{BudgetSection, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
 use super::tree::Node;
 use super::words::{Pace, SolverKind, Target};
-use crate::codebook::{Effort, PruneMethod};
 
 /// Everything that decides the result of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]

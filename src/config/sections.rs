@@ -3,6 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Serialize, Serializer};
+use squeeze_base::error::Place;
+use squeeze_base::pattern::NamePattern;
+use squeeze_codebook::codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
 
 use super::fields::{Fields, text, texts};
 use super::keys;
@@ -11,9 +14,6 @@ use super::prompts::{self, Prompts};
 use super::rules::{self, Rules, pattern};
 use super::tree::Position;
 use super::words::TimestepWeighting;
-use crate::codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
-use crate::error::Place;
-use crate::pattern::NamePattern;
 
 /// The model, and where it is computed.
 #[derive(Debug, Clone, PartialEq, Serialize)]

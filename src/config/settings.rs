@@ -3,6 +3,7 @@
 
 use serde::Serialize;
 use serde_yaml::FlowSeq;
+use squeeze_codebook::codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 
 use super::fields::Fields;
 use super::key::Section;
@@ -10,7 +11,6 @@ use super::keys;
 use super::limits;
 use super::mistake::Mistakes;
 use super::words::GranularityWord;
-use crate::codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 
 /// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key
 /// that it leaves out has its default, not the value of `global_config`.

@@ -8,9 +8,8 @@ use std::fmt::{self, Display};
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{DuplicateKeyPolicy, MergeKeyPolicy, Spanned, options::NonFiniteFloatPolicy};
-
-use crate::input::Limit;
-use crate::shorten::shorten;
+use squeeze_base::input::Limit;
+use squeeze_base::shorten::shorten;
 
 /// The most bytes of a config.
 const MAX_BYTES: usize = Limit::RUN_CONFIG.bytes as usize;

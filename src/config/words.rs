@@ -1,8 +1,7 @@
 //! Enums whose values are words in a config.
 
 use serde::{Serialize, Serializer};
-
-use crate::codebook::{OnMisfit, PruneMethod};
+use squeeze_codebook::codebook::{OnMisfit, PruneMethod};
 
 /// The names of an enum's values in a config.
 pub(super) trait Words: Copy + 'static {
@@ -16,7 +15,7 @@ pub enum SolverKind {
     /// coremltools does.
     Sequential,
     /// `joint`: mask, weights and palettes together, for the least error of the layer's output; see
-    /// [`joint`](crate::solver::joint()). Palettes are calibrated too.
+    /// [`joint`](squeeze_solver::solver::joint()). Palettes are calibrated too.
     #[default]
     Joint,
 }

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
+use sdxl_model::model::unet::UnetConfig;
 use serde::Serialize;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
 
 use crate::calibration::Calls;
-use crate::error::{Error, Result};
-use crate::model::unet::UnetConfig;
-use crate::number;
 
 /// Bytes on the disk: those of a run under way, and those of its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -1,8 +1,7 @@
 //! The memory of a run: its limit, and the needs of its pieces.
 
+use squeeze_solver::solver::{Hessian, InputGeometry};
 use tch::{Device, Kind};
-
-use crate::solver::{Hessian, InputGeometry};
 
 /// The memory that a run may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

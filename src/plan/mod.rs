@@ -11,27 +11,26 @@ mod schedule;
 mod size;
 mod work;
 
-use serde::Serialize;
-
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
 pub(crate) use memory::batched_layer_bytes;
 pub use memory::{Memory, WAITING};
+use part::Outline;
 pub use part::StagePlan;
 pub use schedule::{Gather, Schedule, Stop, Then};
+use sdxl_model::checkpoint::Blueprint;
+use sdxl_model::model::unet::{CarryShape, Part, PartName, Scope, UnetChain};
+use sdxl_model::model::{Layer, LayerInput};
+use serde::Serialize;
 pub use size::{kept, stored_bytes};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
+use squeeze_solver::solver::Hessian;
 pub use work::{Work, measured_rate};
 
 use crate::calibration::Calls;
-use crate::checkpoint::Blueprint;
-use crate::error::{Error, Result};
 use crate::geometry::input_geometry;
-use crate::model::unet::{CarryShape, Part, PartName, Scope, UnetChain};
-use crate::model::{Layer, LayerInput};
-use crate::number;
 use crate::recipe::{LayerRecipes, Sequencing};
-use crate::solver::Hessian;
-use part::Outline;
 
 /// Where recorded carries wait between the stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

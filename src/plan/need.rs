@@ -1,11 +1,12 @@
 //! An input whose Hessian is needed.
 
+use sdxl_model::model::{Layer, LayerInput};
+use squeeze_solver::solver::{Hessian, OutputResidual};
+
 use super::memory::{Memory, working_set};
 use super::work::Work;
 use crate::geometry::input_geometry;
-use crate::model::{Layer, LayerInput};
 use crate::recipe::LayerRecipe;
-use crate::solver::{Hessian, OutputResidual};
 
 /// An input whose Hessian is needed, with the layers that share it.
 #[derive(Debug)]

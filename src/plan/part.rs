@@ -1,6 +1,10 @@
 //! One part of the network: its stops, and what they take and compute.
 
+use sdxl_model::model::unet::{CarryShape, Part, PartName, Scope};
+use sdxl_model::model::{Layer, LayerInput, Operation};
 use serde::Serialize;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
 
 use super::memory::{Memory, working_set};
 use super::need::{Need, Room};
@@ -8,10 +12,6 @@ use super::schedule::{Gather, Schedule, Stop, Then, by_block, by_stage};
 use super::size::stored_bytes;
 use super::work::Work;
 use crate::calibration::{Calls, is_held_out};
-use crate::error::{Error, Result};
-use crate::model::unet::{CarryShape, Part, PartName, Scope};
-use crate::model::{Layer, LayerInput, Operation};
-use crate::number;
 use crate::recipe::{LayerRecipe, LayerRecipes, Sequencing};
 
 /// A stage in a [`Plan`](super::Plan).

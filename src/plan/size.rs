@@ -1,12 +1,13 @@
 //! The size of a compressed weight in the container.
 
-use crate::codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
+use squeeze_codebook::codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
+
 use crate::recipe::LayerRecipe;
 
 /// Elements of a weight [o, d] that `recipe` keeps.
 ///
 /// SparseGPT prunes one element more than the share in each block of columns, as coremltools does:
-/// see [`crate::solver::prune`].
+/// see [`squeeze_solver::solver::prune`].
 pub fn kept(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
     let Some(options) = &recipe.prune else { return o * d };
     match options.sparsity {

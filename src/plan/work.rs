@@ -50,10 +50,10 @@ impl AddAssign for Work {
 ///
 /// # Errors
 /// If libtorch refuses.
-pub fn measured_rate(device: tch::Device) -> crate::Result<f64> {
+pub fn measured_rate(device: tch::Device) -> squeeze_base::Result<f64> {
     let size = if device == tch::Device::Cpu { 1024 } else { 8192 };
     let matrix = tch::Tensor::f_ones([size, size], (tch::Kind::Float, device))?;
-    let product = || -> crate::Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
+    let product = || -> squeeze_base::Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
     product()?;
     let (start, mut count) = (std::time::Instant::now(), 0);
     while start.elapsed().as_secs_f64() < 0.1 || count < 3 {

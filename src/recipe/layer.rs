@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
-use crate::solver::JointOptions;
+use squeeze_codebook::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
+use squeeze_solver::solver::JointOptions;
 
 /// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in
 /// fp16.
@@ -19,7 +19,7 @@ pub struct LayerRecipe {
     /// Bits and grouping of the palettes; `None` keeps the values in fp16.
     pub palettize: Option<PaletteOptions>,
     /// Effort of the joint solver, which finds mask, weights and palettes together
-    /// ([`joint`](crate::solver::joint())); `None` prunes first and palettizes the result.
+    /// ([`joint`](squeeze_solver::solver::joint())); `None` prunes first and palettizes the result.
     pub joint: Option<Effort>,
 }
 

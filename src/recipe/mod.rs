@@ -9,13 +9,13 @@ mod sequencing;
 
 pub use layer::{LayerRecipe, LayerRecipes};
 pub use options::{Devices, RunOptions};
+use sdxl_model::checkpoint::Blueprint;
+use sdxl_model::model::Layer;
+use sdxl_model::model::unet::UnetChain;
 pub use sequencing::Sequencing;
+use squeeze_base::error::Result;
 
-use crate::checkpoint::Blueprint;
 use crate::config::{LayerInfo, Pace, Resolution, RunConfig, SolverKind, Target};
-use crate::error::Result;
-use crate::model::Layer;
-use crate::model::unet::UnetChain;
 
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug, Clone)]
@@ -37,7 +37,7 @@ impl Recipe {
     /// Resolves `config` on the layers of `chain`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) with every mistake: a pattern that matches nothing,
+    /// [`Error::Config`](squeeze_base::Error::Config) with every mistake: a pattern that matches nothing,
     /// a group that does not divide.
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
         let infos = layers_of(chain)?;

@@ -1,10 +1,10 @@
 //! The machine that a run computes on: devices, dtype, memory.
 
+use squeeze_base::error::{Error, Result};
+use squeeze_numerics::device::{Placement, free_memory, parse_devices, parse_dtype};
 use tch::{Device, Kind};
 
 use crate::config::RunConfig;
-use crate::device::{Placement, free_memory, parse_devices, parse_dtype};
-use crate::error::{Error, Result};
 
 /// Where and how a run computes.
 #[derive(Debug, Clone)]

@@ -1,12 +1,12 @@
 //! The report's plots.
 
 use maud::{Markup, html};
+use squeeze_base::number;
 
 use super::axis::{Axis, Unit};
 use super::comparison::{Comparison, LayerRow, Row};
 use super::markup::{figure, isolated};
 use super::plot::{Plot, style, swatch};
-use crate::number;
 
 const WIDTH: u32 = 760;
 /// Upper bound for the width of a label's letter, in a plot's units.

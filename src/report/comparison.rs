@@ -1,8 +1,7 @@
 //! The result of a comparison: plain data, no models.
 
+use sdxl_pipeline::picture::Picture;
 use serde::{Deserialize, Deserializer, Serialize};
-
-use crate::picture::Picture;
 
 /// Compressed models beside the dense one.
 ///

@@ -11,8 +11,7 @@
 //! ```
 
 use ab_glyph::{Font as _, FontRef, GlyphId, PxScale, PxScaleFont, ScaleFont as _, point};
-
-use crate::picture::Picture;
+use sdxl_pipeline::picture::Picture;
 
 const REGULAR: &[u8] = include_bytes!("font/DejaVuSansCondensed.ttf");
 const BOLD: &[u8] = include_bytes!("font/DejaVuSansCondensed-Bold.ttf");

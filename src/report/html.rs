@@ -1,15 +1,14 @@
 //! The report as one page that needs no scripts and no other files.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-
-use crate::error::Result;
-use crate::picture::Picture;
+use sdxl_pipeline::picture::Picture;
+use squeeze_base::error::Result;
+use squeeze_base::number;
 
 use super::charts;
 use super::comparison::{Comparison, LayerRow, Row, Spread};
 use super::markup::{facts, image, isolated, list, visible};
 use super::plot::swatch;
-use crate::number;
 
 /// Even if text from a prompt escaped from its element, it could neither run nor load anything.
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
@@ -21,7 +20,7 @@ const PICTURE_WIDTHS: (u32, u32) = (128, 256);
 /// The page.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) if a picture's bytes do not match its size.
+/// [`Error::Argument`](squeeze_base::Error::Argument) if a picture's bytes do not match its size.
 pub fn page(comparison: &Comparison) -> Result<String> {
     let page = html! {
         (DOCTYPE)

@@ -3,9 +3,8 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use maud::{Markup, html};
-
-use crate::error::Result;
-use crate::picture::Picture;
+use sdxl_pipeline::picture::Picture;
+use squeeze_base::error::Result;
 
 /// Longest side of a picture in the page, in pixels; larger pictures are embedded smaller.
 const MOST_SIDE: u32 = 384;
@@ -28,7 +27,7 @@ pub(super) fn isolated(text: &str) -> Markup {
 /// A picture inside the page; `about` is its description.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) if the picture's bytes do not match its size.
+/// [`Error::Argument`](squeeze_base::Error::Argument) if the picture's bytes do not match its size.
 pub(super) fn image(picture: &Picture, about: &str) -> Result<Markup> {
     let shown = super::sheet::fit(picture, 1, MOST_SIDE)?;
     let source = format!("data:image/png;base64,{}", STANDARD.encode(shown.to_png_bytes()?));

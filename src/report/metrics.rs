@@ -1,7 +1,7 @@
 //! Measures of how close two pictures are.
 
-use crate::error::{Error, Result};
-use crate::picture::Picture;
+use sdxl_pipeline::picture::Picture;
+use squeeze_base::error::{Error, Result};
 
 use super::comparison::Spread;
 

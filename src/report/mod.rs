@@ -21,9 +21,8 @@ pub mod table;
 use std::path::{Path, PathBuf};
 
 pub use comparison::{Comparison, Dense, Judged, LayerRow, Row, Spread, StageError};
-
-use crate::error::{Error, Result};
-use crate::output::write_file;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::output::write_file;
 
 /// Paths of a report's files.
 #[derive(Debug, Clone, PartialEq, Eq)]

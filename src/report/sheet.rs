@@ -1,11 +1,11 @@
 //! The contact sheet: the pictures of all models in one picture.
 
-use crate::error::Result;
-use crate::picture::Picture;
+use sdxl_pipeline::picture::Picture;
+use squeeze_base::error::Result;
+use squeeze_base::number;
 
 use super::comparison::{Comparison, Row};
 use super::font::{Face, Font, LINE_HEIGHT};
-use crate::number;
 
 /// Least length of a picture's longer side, in pixels; smaller pictures are enlarged.
 const LEAST_CELL: u32 = 128;
@@ -54,7 +54,7 @@ struct Line<'a> {
 /// The label of a row has the model's name, size and PSNR.
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) if a picture's bytes do not match its size, or the
+/// [`Error::Argument`](squeeze_base::Error::Argument) if a picture's bytes do not match its size, or the
 /// sheet would have more than 2^31 bytes.
 pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
     let font = Font::load();
@@ -142,7 +142,7 @@ fn shown(pictures: &[Picture]) -> Result<Vec<Picture>> {
 /// below that fill no block are cut off).
 ///
 /// # Errors
-/// [`Error::Argument`](crate::Error::Argument) if the picture's bytes do not match its size.
+/// [`Error::Argument`](squeeze_base::Error::Argument) if the picture's bytes do not match its size.
 pub(super) fn fit(picture: &Picture, least: u32, most: u32) -> Result<Picture> {
     picture.check()?;
     let longer = picture.width.max(picture.height);
@@ -180,7 +180,7 @@ fn pixel(picture: &Picture, x: u32, y: u32) -> [u8; 3] {
 fn blank(width: u32, height: u32) -> Result<Picture> {
     let pixels = u64::from(width) * u64::from(height);
     if pixels * 3 > 1 << 31 {
-        return Err(crate::Error::Argument(format!(
+        return Err(squeeze_base::Error::Argument(format!(
             "a contact sheet of {width}x{height} pixels is too large; compare fewer pictures"
         )));
     }

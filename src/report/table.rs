@@ -2,9 +2,9 @@
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
+use squeeze_base::number;
 
 use super::comparison::{Comparison, Row};
-use crate::number;
 
 /// Titles of the columns; all but the first are of numbers.
 const HEADER: [&str; 12] =

@@ -8,21 +8,19 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
+pub use preset::Preset;
 use safetensors::tensor::View;
 use safetensors::{Dtype, serialize_to_file};
+use sdxl_model::checkpoint::{ConfigFile, TensorSpec};
+use sdxl_model::model::text::{ClipText, TextConfig};
+use sdxl_model::model::unet::{UnetChain, UnetConfig};
+use sdxl_model::model::vae::{VaeConfig, VaeDecoder, encoder_tensors};
 use serde_json::{Map, Value};
-use tch::Kind;
-
-pub use preset::Preset;
-
-use crate::checkpoint::{ConfigFile, TensorSpec};
-use crate::error::{Error, Result};
-use crate::model::text::{ClipText, TextConfig};
-use crate::model::unet::{UnetChain, UnetConfig};
-use crate::model::vae::{VaeConfig, VaeDecoder, encoder_tensors};
-use crate::output::NewFolder;
-use crate::progress::{Progress, Task};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::output::NewFolder;
+use squeeze_base::progress::{Progress, Task};
 use statistics::{Statistics, size_of_dtype};
+use tch::Kind;
 
 /// Writes the pipeline `preset` to the new folder `out`, in diffusers layout, with weights of
 /// `kind` drawn from `seed`. Tensors are drawn one at a time: peak memory is that of the largest.

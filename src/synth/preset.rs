@@ -2,11 +2,10 @@
 
 use std::str::FromStr;
 
+use sdxl_model::checkpoint::ConfigFile;
 use serde_json::{Value, json};
-
-use crate::checkpoint::ConfigFile;
-use crate::error::{Error, Result};
-use crate::shorten::shorten;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::shorten::shorten;
 
 /// An architecture that `synth` knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +59,7 @@ impl Preset {
     }
 
     /// The architecture of its UNet, as a config.json for
-    /// [`UnetConfig::parse`](crate::model::unet::UnetConfig::parse).
+    /// [`UnetConfig::parse`](sdxl_model::model::unet::UnetConfig::parse).
     pub fn unet_config(self) -> ConfigFile {
         let entries = match self.unet() {
             Value::Object(entries) => entries,

@@ -68,8 +68,9 @@ pub fn choose(layers: &[Vec<Choice>], budget: u64) -> Option<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     fn layers() -> impl Strategy<Value = Vec<Vec<Choice>>> {
         let choice = (1..200_u64, 0.0..1.0_f64).prop_map(|(bytes, cost)| Choice { bytes, cost });

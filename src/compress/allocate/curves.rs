@@ -2,19 +2,19 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::model::{Layer, LayerInput};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Task};
+use squeeze_codebook::codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
+use squeeze_solver::solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint};
 use tch::Tensor;
 
 use super::super::gather::Gatherer;
 use super::super::walk::{Visitor, Walk, execute};
 use super::super::workspace::Workspace;
 use super::measurement::{Limits, Measurement};
-use crate::codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
-use crate::error::{Error, Result};
-use crate::model::{Layer, LayerInput};
 use crate::plan::{Gather, Stop, stored_bytes};
-use crate::progress::{Progress, Task};
 use crate::recipe::{LayerRecipe, LayerRecipes};
-use crate::solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint};
 
 /// A setting of a layer with its size and error.
 #[derive(Debug, Clone)]

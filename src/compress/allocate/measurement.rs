@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use squeeze_base::progress::Progress;
+use squeeze_codebook::codebook::BitWidth;
+
 use super::super::gather::Gatherer;
 use super::super::job::Job;
-use crate::codebook::BitWidth;
-use crate::progress::Progress;
 
 /// A run of the dense network that measures errors.
 pub(in super::super) struct Measurement<'a> {

@@ -14,10 +14,10 @@ use std::collections::BTreeMap;
 pub use choose::{Choice, choose};
 use measurement::Limits;
 pub(super) use measurement::Measurement;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
 
 use crate::config::{self, BudgetSection, BudgetTarget, RunConfig};
-use crate::error::{Error, Result};
-use crate::number;
 use crate::plan::{Plan, stored_bytes};
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of};
 

@@ -2,6 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::model::unet::{Carry, Part, PartName, Scope};
+use sdxl_model::model::{Layer, Observer, Unobserved};
+use squeeze_base::error::Result;
+use squeeze_base::progress::Task;
+use squeeze_numerics::random::noise;
+use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
 
 use super::super::gather::Gatherer;
@@ -10,14 +16,8 @@ use super::super::propagate::Extent;
 use super::super::walk::Walk;
 use super::measurement::Measurement;
 use crate::calibration::Samples;
-use crate::error::Result;
-use crate::model::unet::{Carry, Part, PartName, Scope};
-use crate::model::{Layer, Observer, Unobserved};
 use crate::plan::{CarriesIn, Plan};
-use crate::progress::Task;
-use crate::random::noise;
 use crate::recipe::Devices;
-use crate::sum;
 
 /// The effect of an error in each layer's output.
 #[derive(Debug, Default)]

@@ -1,12 +1,11 @@
 //! The first rule that matches decides, as in coremltools.
 
+use LayerKind::{Conv2d, Linear};
 use proptest::prelude::*;
 use sdxl_squeeze::codebook::{LayerKind, Misfit, Sparsity};
 use sdxl_squeeze::config::{Choice, Finding, LayerInfo, Resolution, RunConfig, Severity, Why};
 
 use super::{layer, mistakes_of, parsed};
-
-use LayerKind::{Conv2d, Linear};
 
 /// A small UNet by names.
 fn layers() -> Vec<LayerInfo> {

@@ -1,0 +1,3 @@
+//! The vocabulary of compressed weights. See [`codebook`].
+
+pub mod codebook;

@@ -1,0 +1,104 @@
+//! Checks a package as far as that is possible without Core ML.
+//!
+//! The structure: manifest, blob records, names, the order of operations, their parameters, all
+//! types, the counts of masks. And the content, by the hashes that the writer stored: any flipped
+//! bit is found.
+//!
+//! Packages of other writers have no hashes, and only their structure is checked. So that no damage
+//! makes a package of this library look like another writer's, several marks in two files identify
+//! it, and one mark is enough: then all hashes are required, the manifest must be the program's,
+//! byte for byte, and the folder must hold no other file.
+
+mod blobs;
+mod files;
+mod manifest;
+mod model;
+mod network;
+mod program;
+mod values;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use squeeze_base::error::{Error, Result};
+
+/// A verified package, in numbers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PackageVerification {
+    /// The package.
+    #[serde(serialize_with = "squeeze_base::shorten::path_as_text")]
+    pub path: PathBuf,
+    /// The bytes of manifest, program and weights.
+    pub bytes: u64,
+    /// The bytes of `weight.bin`.
+    pub weight_bytes: u64,
+    /// The bytes of `model.mlmodel`.
+    pub program_bytes: u64,
+    /// The specification's version: 9 for iOS 18.
+    pub specification: i32,
+    /// Inputs: name, dtype and shape.
+    pub inputs: Vec<String>,
+    /// Outputs: name, dtype and shape.
+    pub outputs: Vec<String>,
+    /// Operations that compute something.
+    pub operations: usize,
+    /// Weights that are stored compressed.
+    pub compressed: usize,
+    /// Their elements.
+    pub compressed_elements: u64,
+    /// The pruned elements among them.
+    pub pruned: u64,
+    /// Records in `weight.bin`.
+    pub blobs: usize,
+    /// Whether the hashes of program and weights exist and are right. Packages of other writers
+    /// have none.
+    pub hashed: bool,
+    /// Whether the program's constants are exactly the tensors of the UNet in its metadata.
+    /// Packages of other writers name no UNet.
+    pub named: bool,
+}
+
+/// Checks the package `path`.
+///
+/// # Errors
+/// [`Error::Read`]; [`Error::BadFile`] naming the problem and its place.
+pub fn verify(path: &Path) -> Result<PackageVerification> {
+    let wrong = |problem: String| Error::bad_file(path, problem);
+    let manifest = manifest::read(path)?;
+    let model = model::read(&manifest.model)?;
+    let ours = model.names_maker() || manifest.has_our_identifiers;
+    // For a damaged program, the checks below name the damage more precisely.
+    let whole = if ours { model.check_own_hash() } else { Ok(()) };
+    if ours && whole.is_ok() {
+        model.check_manifest(&manifest.text).map_err(wrong)?;
+        files::check(path)?;
+    }
+    let blobs = blobs::Blobs::read(&manifest.weights)?;
+    let program = program::check(model.program(), &blobs).map_err(wrong)?;
+    model.check_description(&program).map_err(wrong)?;
+    let named = network::check(&model, &program).map_err(wrong)?;
+    if ours {
+        model.check_weights_hash(&blobs).map_err(wrong)?;
+        whole.map_err(wrong)?;
+    }
+    if let Some(unused) = blobs.records.keys().find(|offset| !program.blobs.contains(offset)) {
+        return Err(wrong(format!("weight.bin: nothing uses the record at {unused}")));
+    }
+    let describe = |(name, array): &(String, super::ArrayType)| format!("{name}: {array}");
+    Ok(PackageVerification {
+        path: path.to_owned(),
+        bytes: manifest.text.len() as u64 + model.bytes + blobs.bytes,
+        weight_bytes: blobs.bytes,
+        program_bytes: model.bytes,
+        specification: model.version(),
+        inputs: program.inputs.iter().map(describe).collect(),
+        outputs: program.outputs.iter().map(describe).collect(),
+        operations: program.operations,
+        compressed: program.compressed,
+        compressed_elements: program.compressed_elements,
+        pruned: program.pruned,
+        blobs: blobs.records.len(),
+        hashed: ours,
+        named,
+    })
+}

@@ -1,0 +1,298 @@
+//! The safetensors of one part of a pipeline: one file or shards with an index.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde::Deserialize;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::input::{self, Limit, SourceFile};
+use squeeze_base::safetensors_file::{Entry, SafetensorsFile};
+use squeeze_base::shorten::shorten;
+use squeeze_numerics::device::Placement;
+use tch::{Kind, Tensor};
+
+use super::source::{TensorSource, TensorSpec};
+use super::tensor::{float_kind, read_tensor};
+
+/// The weights of a part (`unet/`, `text_encoder/`, …), under the names of this library's networks.
+#[derive(Debug)]
+pub struct Weights {
+    folder: PathBuf,
+    files: Vec<SafetensorsFile>,
+    /// The place of each tensor, by its name in the network.
+    index: BTreeMap<String, Place>,
+}
+
+/// The place of a tensor.
+#[derive(Debug)]
+struct Place {
+    /// The file's index.
+    file: usize,
+    /// The tensor's name in the file.
+    stored: String,
+    /// The tensor's shape in the network.
+    shape: Vec<i64>,
+}
+
+/// `*.index.json` as diffusers and transformers write it.
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// Opens `folder/stem.safetensors`, its shards (`stem.safetensors.index.json`), or the `.fp16`
+    /// variant of either, the plain ones first. `rename` turns a name in the file into the
+    /// network's name for it.
+    ///
+    /// # Errors
+    /// If there are none, or one is damaged, or an index disagrees with its shards.
+    pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
+        let existing = |name: String| Some(folder.join(name)).filter(|path| path.exists());
+        for variant in ["", ".fp16"] {
+            if let Some(path) = existing(format!("{stem}{variant}.safetensors")) {
+                let file = SafetensorsFile::open(&path)?;
+                let owner = file.entries().keys().map(|name| (name.clone(), 0)).collect();
+                return Self::new(folder, vec![file], owner, rename);
+            }
+            let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
+            if let Some(path) = names.into_iter().find_map(existing) {
+                let (files, owner) = open_shards(folder, &path)?;
+                return Self::new(folder, files, owner, rename);
+            }
+        }
+        let pickled = std::fs::read_dir(folder)
+            .map_err(Error::read(folder))?
+            .flatten()
+            .any(|e| e.path().extension() == Some("bin".as_ref()));
+        let hint = if pickled { "; pickled .bin weights are not read" } else { "" };
+        Err(Error::bad_file(folder, format!("no {stem}.safetensors in this folder{hint}")))
+    }
+
+    fn new(
+        folder: &Path,
+        files: Vec<SafetensorsFile>,
+        owner: BTreeMap<String, usize>,
+        rename: impl Fn(&str) -> String,
+    ) -> Result<Self> {
+        let mut index = BTreeMap::new();
+        for (name, file) in owner {
+            let renamed = rename(&name);
+            // The names are keys of `entries`: the callers checked this for each file.
+            let shape = files[file].entries()[&name].shape.clone();
+            if let Some(earlier) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
+                return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", earlier.stored)));
+            }
+        }
+        Ok(Weights { folder: folder.to_owned(), files, index })
+    }
+
+    /// Gives the weights that `is_linear` names the shape [o, i] of matrices if they are stored as
+    /// 1x1 convolutions [o, i, 1, 1]; the order of the elements is equal.
+    pub fn with_linear(mut self, is_linear: impl Fn(&str) -> bool) -> Self {
+        for (_, place) in self.index.iter_mut().filter(|(name, _)| is_linear(name)) {
+            if let [output, input, 1, 1] = place.shape[..] {
+                place.shape = vec![output, input];
+            }
+        }
+        self
+    }
+
+    /// The part's folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The files of the tensors.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(SafetensorsFile::path)
+    }
+
+    /// The tensors' names and places.
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.index.iter().map(|(name, place)| (name.as_str(), self.entry(place)))
+    }
+
+    fn entry(&self, place: &Place) -> &Entry {
+        &self.files[place.file].entries()[&place.stored]
+    }
+
+    /// Reads all files once, before anything is computed: for their hashes, and to check that every
+    /// value is finite in fp16, which a container needs. The hashes are under the files' names
+    /// after `prefix`. `on_file` is called with each file's name.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming the tensors with a NaN, an infinity, or a value that fp16 does not
+    /// hold; [`Error::Changed`]; [`Error::Read`].
+    pub fn survey(&self, prefix: &str, mut on_file: impl FnMut(&str)) -> Result<Vec<SourceFile>> {
+        let (mut sources, mut problems) = (Vec::new(), Vec::new());
+        for (number, file) in self.files.iter().enumerate() {
+            let name = file.path().file_name().expect("a regular file has a name").to_string_lossy();
+            on_file(&name);
+            let (sha256, magnitudes) = file.survey()?;
+            sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), sha256 });
+            for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
+                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Dtype::F16)) {
+                    problems.push(format!("`{name}` {problem}"));
+                }
+            }
+        }
+        if problems.is_empty() {
+            return Ok(sources);
+        }
+        const SHOWN: usize = 4;
+        let more = if problems.len() > SHOWN { format!("; and {} tensors more", problems.len() - SHOWN) } else { String::new() };
+        problems.truncate(SHOWN);
+        Err(Error::Tensors { path: self.folder.clone(), problem: format!("{}{more}", problems.join("; ")) })
+    }
+
+    /// Checks that no file was changed since it was opened. Every read checks too.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] naming the file; [`Error::Read`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.files.iter().try_for_each(SafetensorsFile::check_unchanged)
+    }
+
+    /// The dtype of most elements; `None` if there are no tensors.
+    pub fn dtype(&self) -> Option<Dtype> {
+        let mut elements: Vec<(Dtype, i64)> = Vec::new();
+        for (_, entry) in self.entries() {
+            let numel = entry.shape.iter().product::<i64>();
+            match elements.iter_mut().find(|(dtype, _)| *dtype == entry.dtype) {
+                Some((_, sum)) => *sum += numel,
+                None => elements.push((entry.dtype, numel)),
+            }
+        }
+        elements.into_iter().max_by_key(|(_, sum)| *sum).map(|(dtype, _)| dtype)
+    }
+
+    /// Compares names, shapes and dtypes with an architecture's, before any data is read. `unused`
+    /// names surplus tensors that are known and not needed.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming the tensors that are missing, misshapen, of a wrong dtype, or
+    /// surplus.
+    pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
+        let stored = self.index.iter().map(|(name, place)| (name.as_str(), (place.shape.as_slice(), self.entry(place).dtype)));
+        check_tensors(&self.folder, expected, stored.collect(), unused)
+    }
+
+    /// A source that reads from here and places each tensor.
+    pub fn source(&self, placement: Placement) -> WeightsSource<'_> {
+        WeightsSource { weights: self, placement, narrow: false }
+    }
+
+    /// As [`source`](Self::source), but kernels and matrices that are stored in fewer bytes than
+    /// the dtype of `placement` keep their own dtype; layers convert them at each use. That halves
+    /// the memory of fp32 computation on an fp16 checkpoint, and results are equal.
+    pub fn narrow_source(&self, placement: Placement) -> WeightsSource<'_> {
+        WeightsSource { weights: self, placement, narrow: true }
+    }
+
+    /// Bytes of each element of the tensor `name` from [`narrow_source`](Self::narrow_source).
+    pub fn narrow_bytes(&self, name: &str, placement: Placement) -> Option<usize> {
+        let kind = float_kind(self.entry(self.index.get(name)?).dtype)?;
+        Some(kind.elt_size_in_bytes().min(placement.kind.elt_size_in_bytes()))
+    }
+}
+
+/// Compares tensors by name, shape and dtype with an architecture's. `path` names them in errors,
+/// `unused` names surplus tensors that are known and not needed.
+///
+/// # Errors
+/// [`Error::Tensors`] naming the tensors that are missing, misshapen, of a wrong dtype, or surplus.
+pub fn check_tensors(
+    path: &Path,
+    expected: &[TensorSpec],
+    stored: BTreeMap<&str, (&[i64], Dtype)>,
+    unused: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let (mut missing, mut misshapen, mut mistyped) = (Vec::new(), Vec::new(), Vec::new());
+    let mut surplus = stored;
+    for spec in expected {
+        match surplus.remove(spec.name.as_str()) {
+            None => missing.push(format!("{} {:?}", spec.name, spec.shape)),
+            Some((shape, _)) if shape != spec.shape => {
+                misshapen.push(format!("{} is {shape:?}, not {:?}", spec.name, spec.shape));
+            }
+            Some((_, dtype)) if float_kind(dtype).is_none() => {
+                mistyped.push(format!("{} is {dtype:?}, not F32, F16 or BF16", spec.name));
+            }
+            Some(_) => {}
+        }
+    }
+    let surplus: Vec<String> = surplus.into_keys().filter(|name| !unused(name)).map(str::to_owned).collect();
+    let lists = [
+        ("missing", missing),
+        ("of another shape", misshapen),
+        ("of another dtype", mistyped),
+        ("unknown to this architecture", surplus),
+    ];
+    let problems: Vec<String> =
+        lists.iter().filter(|(_, names)| !names.is_empty()).map(|(what, names)| some(what, names)).collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Tensors { path: path.to_owned(), problem: format!("tensors disagree with config.json: {}", problems.join("; ")) })
+}
+
+/// "3 missing (a, b, c)", with the first few names of a long list.
+fn some(what: &str, names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let more = if names.len() > SHOWN { format!(", and {} more", names.len() - SHOWN) } else { String::new() };
+    format!("{} {what} ({}{more})", names.len(), names[..names.len().min(SHOWN)].join(", "))
+}
+
+/// Opens the shards that an index names, each once.
+fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
+    let text = input::read(index_path, Limit::SHARD_INDEX)?;
+    let index: ShardIndex =
+        serde_json::from_slice(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
+    let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut files: Vec<SafetensorsFile> = Vec::new();
+    let mut owner = BTreeMap::new();
+    for (tensor, shard) in &index.weight_map {
+        let number = match numbers.get(shard.as_str()) {
+            Some(number) => *number,
+            None => {
+                // An index is untrusted data: it may name files of its own folder, no others.
+                if Path::new(shard).file_name() != Some(shard.as_ref()) {
+                    return Err(Error::bad_file(index_path, format!("`{}` is not a file name", shorten(shard))));
+                }
+                files.push(SafetensorsFile::open(&folder.join(shard))?);
+                numbers.insert(shard, files.len() - 1);
+                files.len() - 1
+            }
+        };
+        if !files[number].entries().contains_key(tensor) {
+            return Err(Error::bad_file(index_path, format!("`{tensor}` is said to be in {shard}, but is not")));
+        }
+        owner.insert(tensor.clone(), number);
+    }
+    Ok((files, owner))
+}
+
+/// [`Weights`] as a [`TensorSource`].
+#[derive(Debug, Clone, Copy)]
+pub struct WeightsSource<'a> {
+    weights: &'a Weights,
+    placement: Placement,
+    narrow: bool,
+}
+
+impl TensorSource for WeightsSource<'_> {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let wrong = |problem: String| Error::Tensors { path: self.weights.folder.clone(), problem };
+        let place = self.weights.index.get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
+        if place.shape != shape {
+            return Err(wrong(format!("tensor `{name}` is {:?}, not {shape:?}", place.shape)));
+        }
+        let stored = float_kind(self.weights.entry(place).dtype);
+        let is_narrower = |stored: &Kind| stored.elt_size_in_bytes() < self.placement.kind.elt_size_in_bytes();
+        let kind = stored.filter(|stored| self.narrow && shape.len() > 1 && is_narrower(stored)).unwrap_or(self.placement.kind);
+        let tensor = read_tensor(&self.weights.files[place.file], &place.stored, Placement { kind, ..self.placement })?;
+        Ok(tensor.f_view(shape)?)
+    }
+}

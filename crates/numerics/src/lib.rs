@@ -1,0 +1,9 @@
+//! Reproducible tensor arithmetic on libtorch: the same bits on any number of threads.
+
+pub mod device;
+pub mod elementwise;
+pub mod finite;
+pub mod numerics;
+pub mod product;
+pub mod random;
+pub mod sum;

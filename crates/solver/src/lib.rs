@@ -1,0 +1,3 @@
+//! SparseGPT, exact palettes and the joint solver, on matrices. See [`solver`].
+
+pub mod solver;
