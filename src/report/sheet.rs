@@ -54,8 +54,8 @@ struct Line<'a> {
 /// The label of a row has the model's name, size and PSNR.
 ///
 /// # Errors
-/// [`Error::Argument`](squeeze_base::Error::Argument) if a picture's bytes do not match its size, or the
-/// sheet would have more than 2^31 bytes.
+/// [`Error::Argument`](squeeze_base::Error::Argument) if a picture's bytes do not match its size,
+/// or the sheet would have more than 2^31 bytes.
 pub fn contact_sheet(comparison: &Comparison) -> Result<(Picture, Layout)> {
     let font = Font::load();
     let mut lines = vec![Line {

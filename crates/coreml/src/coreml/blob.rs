@@ -51,8 +51,8 @@ impl BlobWriter {
         Ok(BlobWriter { path: path.to_owned(), file, hash: Sha256::new(), count: 0, length: UNIT })
     }
 
-    /// Adds the elements of an array, packed as [`squeeze_container::container::Packed`] packs them, and
-    /// returns the record's offset.
+    /// Adds the elements of an array, packed as [`squeeze_container::container::Packed`] packs
+    /// them, and returns the record's offset.
     ///
     /// # Errors
     /// [`Error::Internal`] if the bytes are not the array's, or no blob has its dtype;

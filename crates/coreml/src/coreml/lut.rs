@@ -25,7 +25,8 @@ impl Lut {
     /// for the product makes the Neural Engine fail (coremltools pull request 2688).
     ///
     /// # Errors
-    /// [`Error::NotFinite`](squeeze_base::Error::NotFinite) if a product that is used is beyond fp16.
+    /// [`Error::NotFinite`](squeeze_base::Error::NotFinite) if a product that is used is beyond
+    /// fp16.
     pub fn of(weight: &CompressedWeight, codebook: &Codebook) -> Result<Self> {
         let Codebook { bits, axis, group_size, palettes, scales } = codebook;
         let groups = codebook.groups();

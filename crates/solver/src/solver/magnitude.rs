@@ -22,8 +22,8 @@ pub struct Masked {
 /// stays dense. Of equal magnitudes the first are pruned; zeros are all pruned.
 ///
 /// # Errors
-/// [`squeeze_base::Error::Argument`] for a sparsity out of range, [`squeeze_base::Error::NotFinite`] for NaN in
-/// the weight.
+/// [`squeeze_base::Error::Argument`] for a sparsity out of range,
+/// [`squeeze_base::Error::NotFinite`] for NaN in the weight.
 pub fn magnitude_prune(weight: &Tensor, sparsity: Sparsity) -> Result<Masked> {
     sparsity.check()?;
     let flat = flat(weight)?;

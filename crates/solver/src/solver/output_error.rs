@@ -17,8 +17,8 @@ use super::weight::flat_for;
 /// gives an output of zero.
 ///
 /// # Errors
-/// [`squeeze_base::Error::Argument`] if a shape does not fit, [`squeeze_base::Error::NotFinite`] for NaN in a
-/// weight.
+/// [`squeeze_base::Error::Argument`] if a shape does not fit, [`squeeze_base::Error::NotFinite`]
+/// for NaN in a weight.
 pub fn output_error(original: &Tensor, new: &Tensor, hessian: &Hessian) -> Result<f64> {
     let change = flat_for(new, hessian)?.f_sub(&flat_for(original, hessian)?)?;
     let [energy, error] = output_energies([original, &change], hessian)?;

@@ -12,7 +12,8 @@ use crate::coreml::options::Layout;
 use crate::coreml::program::Var;
 
 impl UnetLowering<'_> {
-    /// `Transformer2DModel`, as [`sdxl_model::model::unet`] computes it: [b, c, h, w] to [b, c, h, w].
+    /// `Transformer2DModel`, as [`sdxl_model::model::unet`] computes it: [b, c, h, w] to [b, c, h,
+    /// w].
     pub fn transformer(&mut self, name: &str, x: &Var, shape: TransformerShape) -> Result<Var> {
         let net = &mut self.network;
         let pixels = x.dims(name)?;
