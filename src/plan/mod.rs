@@ -274,8 +274,9 @@ impl CompressedSize {
 
 /// Every part with the carries that it takes and gives.
 fn outlines<'a>(chain: &UnetChain, parts: &'a [Sketch], sequencing: Sequencing, calls: Option<&Calls>) -> Vec<Outline<'a>> {
-    let none = CarryShape { hidden_states: [0; 3], down_block_res_samples: Vec::new() };
-    let first = calls.map_or(none, |calls| chain.first_carry(calls.height, calls.width));
+    // Without calls there are no carries; their shapes have no elements then.
+    let [height, width] = calls.map_or([0, 0], |calls| [calls.height, calls.width]);
+    let first = chain.first_carry(height, width);
     let joined = calls.map_or(1, |calls| calls.joined(first.numel()) as i64);
     let mut stages = chain.stages().iter();
     let mut before = first;
