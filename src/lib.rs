@@ -47,11 +47,13 @@
 //! | [`device`] | devices and dtypes |
 //! | [`checkpoint`] | config files and safetensors, read tensor by tensor |
 //! | [`model`] | UNet, text encoders, VAE decoder and samplers; nothing about compression |
+//! | [`codebook`] | bit widths, palettes, groups and sparsity: the terms of all that follows |
 //! | [`container`] | the compressed UNet in one file |
 //! | [`solver`] | Hessians, SparseGPT, palettes and the joint solver, on matrices |
 //! | [`pipeline`] | a diffusers folder, prompts, the denoising loop, pictures |
 //! | [`synth`] | whole pipelines with made-up weights |
 //! | [`config`] | a run as YAML |
+//! | [`recipe`] | a config, resolved on the layers of one UNet; devices and limits of a run |
 //! | [`calibration`] | the inputs of the UNet, recorded while the dense pipeline draws |
 //! | [`plan`] | sizes, memory, passes and work of a run, before it starts |
 //! | [`compress`] | the run: stage by stage, layer by layer, resumable |

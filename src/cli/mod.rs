@@ -80,8 +80,8 @@ enum Command {
 pub fn main() -> ExitCode {
     // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside
     // libtorch. The variable also reaches NVIDIA's libraries in a libtorch without the functions
-    // that `init` calls. SAFETY: this is the program's first statement; no other thread reads the
-    // environment yet.
+    // that `init` calls.
+    // SAFETY: this is the program's first statement; no other thread reads the environment yet.
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::init();
     match Args::try_parse() {

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 
 use sdxl_model::checkpoint::TensorSource;
 use sdxl_model::model::Layer;
-use serde_json::Value;
-use squeeze_base::error::{Error, Result};
+use squeeze_base::error::Result;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 
@@ -34,7 +33,8 @@ use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
 ///
 /// # Errors
 /// If a layer cannot be compressed, activations become NaN or infinite, or there are no samples
-/// where some are needed; [`Error::Stopped`] when progress says so, after the layer under way. In
+/// where some are needed; [`Error::Stopped`](squeeze_base::Error::Stopped) when progress says so,
+/// after the layer under way. In
 /// every case finished layers are kept.
 pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progress: &dyn Progress) -> Result<Statistics> {
     if job.layers.values().any(LayerRecipe::needs_hessian) {
@@ -61,8 +61,8 @@ pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progre
 /// # Errors
 /// If prompts, captions or samples cannot be read, the model has values that a container cannot
 /// hold, the memory is too little for the samples, calibration fails, a layer cannot be compressed,
-/// or the container cannot be written; [`Error::Changed`] if a file is written to while it is read;
-/// [`Error::Stopped`].
+/// or the container cannot be written; [`Error::Changed`](squeeze_base::Error::Changed) if a file
+/// is written to while it is read; [`Error::Stopped`](squeeze_base::Error::Stopped).
 pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
     let numerics = crate::init();
     let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
@@ -89,9 +89,8 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     };
     compress(&run.job(&source, &recipe.layers, &plan), captions, &mut workspace, progress)?;
 
-    let settings = serde_yaml::from_str::<Value>(&config.to_yaml()).map_err(|why| Error::Failed(why.to_string()))?;
     let (chain, unet_config) = (&folder.unet, folder.unet_config());
-    let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, settings, sources };
+    let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, settings: config.to_json(), sources };
     let (written, sums) = write_container(path, unet, progress)?;
     let is_calibrated = drawn.is_some() || plan.calls.is_some();
     let layers = in_execution_order(&recipe, &workspace);

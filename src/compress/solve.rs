@@ -11,7 +11,7 @@ use super::layer::{CompressedLayer, Evidence, compress_layer};
 use super::report::LayerReport;
 use super::walk::{Visitor, Walk};
 use super::workspace::Workspace;
-use crate::plan::{Gather, Stop, Then};
+use crate::plan::{Stop, Then};
 use crate::recipe::{LayerRecipe, LayerRecipes};
 
 /// Compresses the layers of every stop and adds them to a workspace. Layers that the workspace has
@@ -28,12 +28,7 @@ impl Visitor for Compressor<'_> {
     fn open_inputs(&self, stop: &Stop, walk: &Walk<'_>) -> Vec<LayerInput> {
         let layers = walk.layers_of(stop);
         let is_open = |input: &&LayerInput| layers.iter().any(|layer| layer.input() == *input && self.is_open(layer, true));
-        let inputs = match &stop.gather {
-            Gather::Nothing => &[],
-            Gather::Samples(inputs) => &inputs[..],
-            Gather::Shared(input) => std::slice::from_ref(input),
-        };
-        inputs.iter().filter(is_open).cloned().collect()
+        stop.gather.inputs().iter().filter(is_open).cloned().collect()
     }
 
     fn solve(&mut self, stop: &Stop, gathered: Option<Gatherer>, walk: &Walk<'_>) -> Result<()> {

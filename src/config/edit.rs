@@ -158,8 +158,7 @@ fn in_effect(root: &Node, edits: &[Edit]) -> Json {
         return Json::Null;
     }
     // Mistakes of the file are reported when the edited tree is read.
-    let config = RunConfig::from_tree(root, &mut Mistakes::new("".as_ref(), Vec::new()));
-    serde_json::to_value(config).expect("a config consists of text, numbers, lists and mappings with text as keys")
+    RunConfig::from_tree(root, &mut Mistakes::new("".as_ref(), Vec::new())).to_json()
 }
 
 /// Removes keys, under their former names too, so that they return to their defaults.

@@ -144,6 +144,11 @@ impl RunConfig {
         Ok(())
     }
 
+    /// The config as JSON with every default spelt out.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::to_value(self).expect("a config consists of text, numbers, lists and mappings with text as keys")
+    }
+
     /// The config as YAML with every default spelt out. It parses to an equal config.
     pub fn to_yaml(&self) -> String {
         let options = serde_yaml::ser_options! { compact_list_indent: false, prefer_block_scalars: false };

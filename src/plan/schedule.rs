@@ -62,6 +62,17 @@ pub enum Then {
     Advance,
 }
 
+impl Gather {
+    /// The inputs whose Hessians are needed.
+    pub fn inputs(&self) -> &[LayerInput] {
+        match self {
+            Gather::Nothing => &[],
+            Gather::Samples(inputs) => inputs,
+            Gather::Shared(input) => std::slice::from_ref(input),
+        }
+    }
+}
+
 impl Schedule {
     /// Whether the samples have to advance past the stop `index`, because a later stop needs them:
     /// one of those for which `gathers` says that a Hessian is still missing.

@@ -13,7 +13,7 @@ use super::super::gather::Gatherer;
 use super::super::walk::{Visitor, Walk, execute};
 use super::super::workspace::Workspace;
 use super::measurement::{Limits, Measurement};
-use crate::plan::{Gather, Stop, stored_bytes};
+use crate::plan::{Stop, stored_bytes};
 use crate::recipe::{LayerRecipe, LayerRecipes};
 
 /// A setting of a layer with its size and error.
@@ -57,12 +57,7 @@ impl Visitor for Trials<'_> {
         let layers = walk.layers_of(stop);
         let is_open =
             |input: &&LayerInput| layers.iter().any(|layer| layer.input() == *input && self.settings.contains_key(layer.name()));
-        let inputs = match &stop.gather {
-            Gather::Nothing => &[],
-            Gather::Samples(inputs) => &inputs[..],
-            Gather::Shared(input) => std::slice::from_ref(input),
-        };
-        inputs.iter().filter(is_open).cloned().collect()
+        stop.gather.inputs().iter().filter(is_open).cloned().collect()
     }
 
     fn solve(&mut self, stop: &Stop, mut gathered: Option<Gatherer>, walk: &Walk<'_>) -> Result<()> {

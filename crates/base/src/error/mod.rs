@@ -145,25 +145,11 @@ impl Error {
 
     /// The bug that this error reports, if it reports one.
     pub fn bug(&self) -> Option<&Bug> {
-        match self {
-            Error::Internal(bug) => Some(bug),
-            Error::Layer { source, .. } => source.bug(),
-            Error::Read { .. }
-            | Error::BadFile { .. }
-            | Error::Json { .. }
-            | Error::ConfigKey { .. }
-            | Error::Config { .. }
-            | Error::Tensors { .. }
-            | Error::Argument(_)
-            | Error::Write { .. }
-            | Error::Changed { .. }
-            | Error::Failed(_)
-            | Error::Torch(_)
-            | Error::NotFinite(_)
-            | Error::NotPositiveDefinite { .. }
-            | Error::Stopped
-            | Error::SeenEnough => None,
+        let mut error = self;
+        while let Error::Layer { source, .. } = error {
+            error = source;
         }
+        if let Error::Internal(bug) = error { Some(bug) } else { None }
     }
 
     /// An [`Error::Internal`] with the caller's backtrace. `problem` names the invariant that does

@@ -63,15 +63,6 @@ impl Scheduler for Ddim {
         &self.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
-    }
-
-    fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        Ok(sample.shallow_clone())
-    }
-
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         let (before, after) = self.signal[index];

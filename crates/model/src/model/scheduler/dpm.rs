@@ -111,19 +111,10 @@ impl Scheduler for DpmSolver {
         &self.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
-    }
-
-    fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        Ok(sample.shallow_clone())
-    }
-
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         if index != 0 && index != self.next {
-            return Err(Error::internal(format!("step {index} out of order: the next is {}", self.next)));
+            return Err(Error::Argument(format!("step {index} out of order: the next is {}", self.next)));
         }
         let picture = self.picture(index, model_output, sample)?;
         let sample = sample.f_to_kind(Kind::Float)?;

@@ -30,13 +30,18 @@ pub trait Scheduler {
     fn timesteps(&self) -> &[f64];
 
     /// The factor by which unit Gaussian noise is multiplied to give the first latents.
-    fn init_noise_sigma(&self) -> f64;
+    fn init_noise_sigma(&self) -> f64 {
+        1.0
+    }
 
     /// The input of the UNet at step `index`, from the latents.
     ///
     /// # Errors
     /// If there is no such step, or libtorch fails.
-    fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor>;
+    fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
+        check_index(index, self.timesteps())?;
+        Ok(sample.shallow_clone())
+    }
 
     /// The latents after step `index`, from the UNet's (guided) prediction and the unscaled latents
     /// before it.
@@ -102,5 +107,5 @@ fn check_index(index: usize, timesteps: &[f64]) -> Result<()> {
     if index < timesteps.len() {
         return Ok(());
     }
-    Err(Error::internal(format!("there is no step {index}: the sampler has {}", timesteps.len())))
+    Err(Error::Argument(format!("there is no step {index}: the sampler has {}", timesteps.len())))
 }
