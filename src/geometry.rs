@@ -1,4 +1,4 @@
-//! What the solver needs to know of a model's layer.
+//! The input geometry of a model's layer, in the solver's terms.
 
 use sdxl_model::model::{ConvGeometry, Layer, Operation};
 use squeeze_solver::solver::{InputGeometry, Windows};

@@ -1,6 +1,7 @@
 //! The program `sdxl-squeeze`.
 //!
-//! It ends with 0 when the command is done, 1 when it failed, and 2 when its input is at fault.
+//! The program ends with exit code 0 when the command is done, 1 when it failed, and 2 when its
+//! input is at fault.
 
 mod cli;
 

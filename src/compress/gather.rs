@@ -40,7 +40,7 @@ pub struct Gatherer {
 #[derive(Debug, Default)]
 struct UnderWay {
     input: Option<Tensor>,
-    /// What the network adds to the output.
+    /// The tensor that the network adds to the output.
     residual: Option<Tensor>,
 }
 

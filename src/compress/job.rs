@@ -1,4 +1,4 @@
-//! What a compression job is made of: the dense model, its recipe, its plan, its calibration data.
+//! The parts of a compression job: the dense model, its recipe, its plan, its calibration data.
 
 use sdxl_model::checkpoint::TensorSource;
 use sdxl_model::model::unet::UnetChain;

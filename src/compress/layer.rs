@@ -53,7 +53,7 @@ fn relative_distance(original: &[f32], new: &[f16]) -> f64 {
     distance / if scale > 0.0 { scale } else { 1.0 }
 }
 
-/// What calibration has gathered for a layer.
+/// The sums and vectors that calibration has gathered for a layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Evidence<'a> {
     /// The Hessian of the layer's input.

@@ -1,4 +1,4 @@
-//! What a run reports: its compressed layers, their sizes and errors.
+//! The report of a run: its compressed layers, their sizes and errors.
 
 use sdxl_model::model::Layer;
 use sdxl_model::model::unet::PartName;

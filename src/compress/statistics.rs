@@ -7,14 +7,14 @@ use sdxl_model::model::{Layer, Observer};
 use squeeze_base::error::Result;
 use tch::Tensor;
 
-/// What a run computed, by part of the network.
+/// Counts of the passes and multiply-adds of a run, by part of the network.
 #[derive(Debug, Clone, Default)]
 pub struct Statistics {
     /// The parts that samples have run through.
     pub parts: BTreeMap<PartName, PartStatistics>,
 }
 
-/// What a run computed in one part.
+/// Counts of the passes and multiply-adds in one part.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PartStatistics {
     /// The number of passes over the samples in which Hessians were gathered.

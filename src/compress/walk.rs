@@ -23,9 +23,9 @@ use super::teacher::Advances;
 use super::workspace::Workspace;
 use crate::plan::{Gather, Schedule, Stop, Then};
 
-/// What is done at the stops of a schedule.
+/// The work at the stops of a schedule.
 pub(super) trait Visitor {
-    /// Those of the stop's inputs whose Hessians the visitor needs.
+    /// The inputs of the stop whose Hessians the visitor needs.
     fn open_inputs(&self, stop: &Stop, walk: &Walk<'_>) -> Vec<LayerInput>;
 
     /// Solves the stop's layers. `gathered` has the Hessians of the open inputs if the samples had

@@ -1,4 +1,4 @@
-//! What the declaration of a config key consists of.
+//! The types of which the declaration of a config key consists.
 
 use serde_json::Value as Json;
 
@@ -59,7 +59,7 @@ pub(super) enum Preset {
 pub(super) struct Flag {
     /// Without the dashes.
     pub name: &'static str,
-    /// What help calls the argument.
+    /// The name of the argument in the help text.
     pub argument: &'static str,
     pub reach: Reach,
     /// Keys beside it that the flag removes, and whose flags exclude this one.

@@ -1,4 +1,4 @@
-//! What is wrong with a config, and where.
+//! Mistakes in a config, with their places.
 
 use std::path::Path;
 

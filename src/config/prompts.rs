@@ -71,7 +71,7 @@ impl Prompts {
     /// The prompts, read from their file if they are in one.
     ///
     /// # Errors
-    /// Those of [`read_prompts`].
+    /// Fails as [`read_prompts`] does.
     pub fn load(&self) -> Result<Vec<String>> {
         match self {
             Prompts::File(path) => read_prompts(path),

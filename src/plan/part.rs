@@ -37,7 +37,7 @@ pub struct StagePlan {
     pub passes: usize,
     /// The most bytes in use at once.
     pub peak_bytes: u64,
-    /// What it computes.
+    /// Its multiply-adds.
     pub work: Work,
 }
 

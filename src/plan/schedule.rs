@@ -32,7 +32,7 @@ pub struct Stop {
     pub gather: Gather,
     /// The names of the layers that are solved, in execution order.
     pub layers: Vec<String>,
-    /// What follows once the layers are stored.
+    /// The step that follows once the layers are stored.
     pub then: Then,
     /// The most bytes in use at once, by estimate.
     pub bytes: u64,
@@ -51,7 +51,7 @@ pub enum Gather {
     Shared(LayerInput),
 }
 
-/// What follows once the layers of a stop are stored.
+/// The step that follows once the layers of a stop are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Then {
     /// The part stays dense, because the next stop gathers behind its dense layers too.

@@ -251,7 +251,7 @@ mod tests {
         }
     }
 
-    /// What faer must not be given goes to libtorch, which knows what to do or to say.
+    /// Matrices that faer must not be given go to libtorch, which computes or refuses them.
     #[test]
     fn shared_memory_other_dtypes_gradients_and_wrong_shapes() {
         let a = numbers(&[8, 8], 7);

@@ -1,4 +1,4 @@
-//! What an allocation measures on, and within which bounds it chooses.
+//! The run on which an allocation measures errors, and the bounds within which it chooses.
 
 use std::path::Path;
 

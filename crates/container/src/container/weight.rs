@@ -232,7 +232,7 @@ pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
     shape.iter().map(|size| usize::try_from(*size).expect("`numel` refuses sizes below 1")).collect()
 }
 
-/// What `keep` keeps.
+/// The values at the elements that `keep` is true for.
 fn kept<T: Copy>(keep: &[bool], all: &[T]) -> Result<Vec<T>> {
     if keep.len() != all.len() {
         return Err(Error::Argument(format!("a mask of {} elements for {} values", keep.len(), all.len())));
@@ -356,7 +356,7 @@ mod tests {
                 _ => wrong.shape.push(2),
             }
             prop_assert!(wrong.build().is_err());
-            // The same through the public fields.
+            // Weights that are damaged through their public fields are refused too.
             let mut weight = parts.build().unwrap();
             if let Values::Palettized { codebook, .. } = &mut weight.values {
                 codebook.palettes.pop();

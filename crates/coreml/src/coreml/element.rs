@@ -7,7 +7,7 @@ use squeeze_codebook::codebook::BitWidth;
 use super::proto::mil_spec::dimension::ConstantDimension;
 use super::proto::mil_spec::{DataType, Dimension, TensorType, ValueType, dimension, value_type};
 
-/// What an array consists of; the types that a UNet's program needs.
+/// The type of an array's elements: those types that a UNet's program needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Element {
     /// True or false.
@@ -25,7 +25,7 @@ pub enum Element {
 }
 
 impl Element {
-    /// What masks consist of: numbers of one bit.
+    /// The element type of masks: numbers of one bit.
     pub const BIT: Element = Element::Unsigned(BitWidth::One);
 
     /// All elements.
@@ -104,7 +104,7 @@ pub(super) const MAX_RANK: usize = 8;
 /// An array's type. A scalar has no dimensions.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ArrayType {
-    /// What it consists of.
+    /// The type of its elements.
     pub element: Element,
     /// Its shape.
     pub shape: Vec<u64>,

@@ -321,7 +321,7 @@ mod tests {
         squeeze_numerics::random::noise(&size, seed, Kind::Float).unwrap()
     }
 
-    /// What runs on a GPU, here on the CPU: layers in a batch, against each alone.
+    /// The batched solver of GPUs, run on the CPU, equals the solver of single layers.
     #[test]
     fn the_device_sweep_equals_the_hosts() {
         let inputs: Vec<Tensor> = (0..3).map(|at| random([900, 300], at).matmul(&random([300, 300], at + 10))).collect();

@@ -227,7 +227,7 @@ fn swaps_pay_within_a_few_steps_where_inputs_are_alike() {
     let effort = Effort { refit_steps: 0, exchange_turns: 3, exchange_steps: 4, ..Effort::LEAST };
     super::refit(&problem, &mut weight, &mut keep, &effort, None).unwrap();
     problem.data.keep = Some(keep);
-    // What the masks are worth, not the steps.
+    // The comparison is about the masks and not about the number of steps.
     refit(&problem, &mut weight, 40);
     let after = problem.loss(|at| weight[at]).unwrap().damped;
     assert!(after < 0.9 * refitted, "{refitted}, with swaps {after}");
