@@ -7,7 +7,7 @@ use std::path::Path;
 
 pub use coremltools::{Moved, SmallWeights, coremltools};
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_pipeline::pipeline::{PipelineFolder, UnetWeights};
+use sdxl_pipeline::{PipelineFolder, UnetWeights};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input;
 use squeeze_base::output::NewFolder;

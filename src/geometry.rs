@@ -1,7 +1,7 @@
 //! The input geometry of a model's layer, in the solver's terms.
 
-use sdxl_model::model::{ConvGeometry, Layer, Operation};
-use squeeze_solver::solver::{InputGeometry, Windows};
+use sdxl_model::{ConvGeometry, Layer, Operation};
+use squeeze_solver::{InputGeometry, Windows};
 
 /// How `layer`'s input becomes the vectors that its Hessian sums.
 pub(crate) fn input_geometry(layer: &Layer) -> InputGeometry {

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use sdxl_model::checkpoint::{Blueprint, TensorSpec, Weights};
-use sdxl_model::model::text::ClipText;
-use sdxl_model::model::unet::{UnetChain, UnetConfig};
-use sdxl_model::model::vae::VaeDecoder;
-use sdxl_model::model::{ConvGeometry, Layer, Operation};
-use sdxl_pipeline::pipeline::PipelineFolder;
+use sdxl_model::text::ClipText;
+use sdxl_model::unet::{UnetChain, UnetConfig};
+use sdxl_model::vae::VaeDecoder;
+use sdxl_model::{ConvGeometry, Layer, Operation};
+use sdxl_pipeline::PipelineFolder;
 use serde::Serialize;
 use squeeze_base::error::{Error, Result};
 

@@ -91,15 +91,14 @@ pub mod recipe;
 pub mod report;
 pub mod synth;
 
-pub use sdxl_model::{checkpoint, model};
-pub use sdxl_pipeline::{picture, pipeline};
+pub use sdxl_model::{self as model, checkpoint};
+pub use sdxl_pipeline::{self as pipeline, picture};
 pub use squeeze_base::{Bug, Error, Mistake, Place, Result, pattern, progress};
 // The modules that are hidden from the documentation are public for the command line.
 #[doc(hidden)]
 pub use squeeze_base::{input, memory, number, output};
-pub use squeeze_codebook::codebook;
-pub use squeeze_container::container;
-pub use squeeze_coreml::coreml;
-pub use squeeze_numerics::numerics::{Numerics, init};
-pub use squeeze_numerics::{device, random};
-pub use squeeze_solver::solver;
+pub use squeeze_codebook as codebook;
+pub use squeeze_container as container;
+pub use squeeze_coreml as coreml;
+pub use squeeze_numerics::{Numerics, device, init, random};
+pub use squeeze_solver as solver;

@@ -21,6 +21,7 @@ impl Calls {
     /// The number of calls that go through the stages as one batch. Several small calls are joined,
     /// because starting an operation would cost more than computing it. `numel` is the size of the
     /// first carry for a batch of one.
+    #[must_use]
     pub fn joined(&self, numel: i64) -> usize {
         const ENOUGH: i64 = 1 << 19;
         const MOST: i64 = 16;

@@ -1,9 +1,9 @@
 //! The calibration samples that a config asks for.
 
 use sdxl_model::checkpoint::Weights;
-use sdxl_model::model::text::CLIP_LENGTH;
-use sdxl_model::model::unet::Unet;
-use sdxl_pipeline::pipeline::{PipelineFolder, PromptEncoder};
+use sdxl_model::text::CLIP_LENGTH;
+use sdxl_model::unet::Unet;
+use sdxl_pipeline::{PipelineFolder, PromptEncoder};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Progress;
 

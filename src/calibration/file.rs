@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use sdxl_model::checkpoint::{SafetensorsFile, TensorBytes, read_tensor};
-use sdxl_model::model::unet::{Conditioning, UnetConfig};
+use sdxl_model::unet::{Conditioning, UnetConfig};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::write_file;
 use squeeze_numerics::device::Placement;

@@ -2,7 +2,7 @@
 
 /// Whether the batch `index` of `count` is held out of the Hessians, to validate the joint solver
 /// on: every 16th batch, or the middle one of 8 to 15.
-pub fn is_held_out(index: usize, count: usize) -> bool {
+pub(crate) fn is_held_out(index: usize, count: usize) -> bool {
     if (8..16).contains(&count) { index == count / 2 } else { index % 16 == 15 }
 }
 

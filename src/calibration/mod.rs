@@ -11,7 +11,7 @@ pub use calls::Calls;
 pub use draw::{calibrate, expected_calls};
 pub(crate) use hold_out::is_held_out;
 pub use record::{PromptSet, encode, record};
-use sdxl_model::model::unet::Conditioning;
+use sdxl_model::unet::Conditioning;
 use squeeze_base::error::Result;
 use squeeze_numerics::device::Placement;
 use tch::Tensor;
@@ -58,6 +58,7 @@ pub struct Samples {
 
 impl Samples {
     /// Their number and shape; `None` if there are none.
+    #[must_use]
     pub fn shape(&self) -> Option<Calls> {
         let first = self.calls.first()?;
         let [batch, _, height, width] = first.sample.size()[..] else { return None };
@@ -71,6 +72,7 @@ impl Samples {
 ///
 /// Every prompt gets the same number of calls, give or take one. They are spread over all
 /// timesteps, and shifted from prompt to prompt so that no timestep is favoured.
+#[must_use]
 pub fn spread(prompts: usize, steps: usize, wanted: usize) -> Vec<Vec<usize>> {
     let wanted = wanted.min(prompts * steps);
     (0..prompts)

@@ -2,8 +2,8 @@
 
 use std::cell::RefCell;
 
-use sdxl_model::model::unet::{Conditioning, Unet};
-use sdxl_pipeline::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
+use sdxl_model::unet::{Conditioning, Unet};
+use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
 use squeeze_numerics::random::noise;

@@ -1,6 +1,6 @@
 //! How much each sample counts, by its timestep.
 
-use sdxl_pipeline::pipeline::PipelineFolder;
+use sdxl_pipeline::PipelineFolder;
 use squeeze_base::error::Result;
 
 use super::Samples;

@@ -17,7 +17,7 @@ use super::progress::Reporter;
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// The runs to compare
     #[arg(value_name = "CONFIG.yaml", required = true)]
     configs: Vec<PathBuf>,
@@ -39,7 +39,7 @@ pub struct Args {
     limits: LimitArgs,
 }
 
-pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut outputs = Paths::default().reads("--judge", Some(&args.judge)).puts_into("--out", &args.out);
     for path in &args.configs {

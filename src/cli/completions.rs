@@ -6,7 +6,7 @@ use sdxl_squeeze::Result;
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// The shell
     #[arg(value_name = "SHELL")]
     shell: Shell,
@@ -20,7 +20,7 @@ enum Shell {
 }
 
 /// `command` is the whole program.
-pub fn run(args: Args, mut command: Command) -> Result<()> {
+pub(super) fn run(args: Args, mut command: Command) -> Result<()> {
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     match args.shell {

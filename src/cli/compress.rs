@@ -17,7 +17,7 @@ use super::progress::Reporter;
 use super::{stdout, table};
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// The run, in YAML; see docs/config.md and configs/
     #[arg(long, value_name = "FILE.yaml")]
     config: PathBuf,
@@ -36,7 +36,7 @@ pub struct Args {
     limits: LimitArgs,
 }
 
-pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let (config, folder) = args.edits.resolve(&args.config)?;
     let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };

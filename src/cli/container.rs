@@ -7,6 +7,6 @@ use sdxl_squeeze::container::Container;
 
 /// Opens a container. Its hashes are checked, which reads the whole file, unless `no_verify` is
 /// set.
-pub fn open(path: &Path, no_verify: bool) -> Result<Container> {
+pub(super) fn open(path: &Path, no_verify: bool) -> Result<Container> {
     if no_verify { Container::open_unverified(path) } else { Container::open(path) }
 }

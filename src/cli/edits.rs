@@ -10,16 +10,16 @@ use sdxl_squeeze::{Error, Result};
 
 /// The edits that the command line makes to every config it names.
 #[derive(Debug, Clone)]
-pub struct Edits(Vec<Edit>);
+pub(super) struct Edits(Vec<Edit>);
 
 impl Edits {
     /// Reads a config and edits it.
-    pub fn config(&self, path: &Path) -> Result<RunConfig> {
+    pub(super) fn config(&self, path: &Path) -> Result<RunConfig> {
         RunConfig::read_edited(path, &self.0)
     }
 
     /// Reads a config, edits it and opens its model.
-    pub fn resolve(&self, path: &Path) -> Result<(RunConfig, PipelineFolder)> {
+    pub(super) fn resolve(&self, path: &Path) -> Result<(RunConfig, PipelineFolder)> {
         let config = self.config(path)?;
         let folder = model_of(&config)?;
         Ok((config, folder))
@@ -27,7 +27,7 @@ impl Edits {
 }
 
 /// The model that a config names.
-pub fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
+pub(super) fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
     let missing = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
     PipelineFolder::open(config.model.path.as_deref().ok_or_else(missing)?)
 }

@@ -10,7 +10,7 @@
 ///   the same bits on any number of threads, at no measurable cost. (Other matrix products are
 ///   computed by faer.)
 #[cfg(target_os = "linux")]
-pub fn settle() {
+pub(super) fn settle() {
     use std::os::unix::process::CommandExt;
 
     let unset = |names: &[&str]| names.iter().all(|name| std::env::var_os(name).is_none());

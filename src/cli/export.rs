@@ -15,7 +15,7 @@ use super::progress::Reporter;
 use super::{container, stdout};
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// A container, or a pipeline's folder for its dense UNet
     #[arg(value_name = "FILE|DIR")]
     path: PathBuf,
@@ -104,7 +104,7 @@ enum IoArg {
     Apple,
 }
 
-pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     if let Some(flag) = args.misplaced() {
         return Err(Error::Argument(format!("{flag} has no effect with this --to")));
     }

@@ -19,7 +19,7 @@ const MISTAKES: usize = 100;
 static LAST_PANIC: Mutex<Option<(String, Backtrace)>> = Mutex::new(None);
 
 /// Runs `command` and returns the program's exit code. Reports a failure on standard error.
-pub fn exit_code(command: impl FnOnce() -> Result<(), Error>) -> u8 {
+pub(super) fn exit_code(command: impl FnOnce() -> Result<(), Error>) -> u8 {
     // Rust's own hook would print at once, in the midst of a progress bar.
     panic::set_hook(Box::new(keep));
     match panic::catch_unwind(AssertUnwindSafe(command)) {
@@ -52,7 +52,7 @@ fn keep(panic: &PanicHookInfo<'_>) {
 }
 
 /// Prints an error with its causes, as one line; every mistake of a config on a line of its own.
-pub fn report(error: &Error) {
+pub(super) fn report(error: &Error) {
     match error {
         Error::Config { mistakes } => {
             mistakes.iter().take(MISTAKES).for_each(|mistake| complain(&mistake.to_string()));

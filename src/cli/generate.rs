@@ -18,7 +18,7 @@ use super::progress::Reporter;
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// The pipeline: a folder in diffusers layout
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
@@ -71,7 +71,7 @@ pub struct Args {
     output: PathBuf,
 }
 
-pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
     // Wrong paths are refused before minutes of work.

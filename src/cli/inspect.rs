@@ -12,7 +12,7 @@ use super::table::{new as table, right_aligned};
 use super::{container, stdout};
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// A pipeline in diffusers layout, the folder of a UNet alone, or a container
     #[arg(value_name = "DIR|FILE")]
     path: PathBuf,
@@ -27,7 +27,7 @@ pub struct Args {
     summary: bool,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: Args) -> Result<()> {
     if args.path.is_file() {
         return inspect_container(&container::open(&args.path, args.no_verify)?, args.json, args.summary);
     }

@@ -7,7 +7,7 @@ use sdxl_squeeze::recipe::RunOptions;
 
 /// The limits of a run.
 #[derive(Debug, Clone, clap::Args)]
-pub struct LimitArgs {
+pub(super) struct LimitArgs {
     /// Memory that the run may take, e.g. 8GiB [default: nine tenths of the device's free memory]
     #[arg(long, value_name = "SIZE")]
     memory_budget: Option<String>,
@@ -15,12 +15,12 @@ pub struct LimitArgs {
 
 impl LimitArgs {
     /// The budget in bytes, if one is given.
-    pub fn budget(&self) -> Result<Option<u64>> {
+    pub(super) fn budget(&self) -> Result<Option<u64>> {
         self.memory_budget.as_deref().map(parse_size).transpose()
     }
 
     /// The devices, dtype and limits that config and flags give.
-    pub fn options(&self, config: &RunConfig) -> Result<RunOptions> {
+    pub(super) fn options(&self, config: &RunConfig) -> Result<RunOptions> {
         Ok(RunOptions { budget: self.budget()?, ..RunOptions::of(config)? })
     }
 }

@@ -10,7 +10,7 @@ use sdxl_squeeze::{Error, Result};
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// Write the pages of all commands into this folder, instead of the first one to standard
     /// output
     #[arg(long, value_name = "DIR")]
@@ -18,7 +18,7 @@ pub struct Args {
 }
 
 /// `command` is the whole program.
-pub fn run(args: Args, mut command: Command) -> Result<()> {
+pub(super) fn run(args: Args, mut command: Command) -> Result<()> {
     // Gives the subcommands their full names.
     command.build();
     let Some(out) = args.out else { return stdout::print(&page(&command)) };

@@ -77,7 +77,7 @@ enum Command {
 }
 
 /// Runs the program and returns its exit code. A failure is one line on standard error.
-pub fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     // TF32 would cut fp32 to ten bits of mantissa on a GPU. `init` below turns it off inside
     // libtorch. The variable also reaches NVIDIA's libraries in a libtorch without the functions
     // that `init` calls.

@@ -12,7 +12,7 @@ const PARTS: [&str; 7] = ["unet", "vae", "text_encoder", "text_encoder_2", "toke
 /// The paths of a command, each with the flag that names it. The method that adds a path tells its
 /// use.
 #[derive(Debug, Default)]
-pub struct Paths {
+pub(super) struct Paths {
     inputs: Vec<Named>,
     models: Vec<Named>,
     files: Vec<Named>,
@@ -31,19 +31,19 @@ struct Named {
 
 impl Paths {
     /// A file or a folder that is read.
-    pub fn reads(mut self, flag: &str, path: Option<&Path>) -> Self {
+    pub(super) fn reads(mut self, flag: &str, path: Option<&Path>) -> Self {
         self.inputs.extend(path.map(|path| Named::of(flag, path)));
         self
     }
 
     /// A pipeline's folder that is read.
-    pub fn model(mut self, flag: &str, path: Option<&Path>) -> Self {
+    pub(super) fn model(mut self, flag: &str, path: Option<&Path>) -> Self {
         self.models.extend(path.map(|path| Named::of(flag, path)));
         self
     }
 
     /// The inputs of a run.
-    pub fn run(self, flag: &str, file: &Path, config: &RunConfig) -> Self {
+    pub(super) fn run(self, flag: &str, file: &Path, config: &RunConfig) -> Self {
         let calibration = &config.calibration;
         let prompts = match &calibration.prompts {
             Prompts::File(path) if config.is_calibrated() && calibration.samples.is_none() => Some(path.as_path()),
@@ -57,26 +57,26 @@ impl Paths {
     }
 
     /// A file that is written.
-    pub fn writes(mut self, flag: &str, path: Option<&Path>) -> Self {
+    pub(super) fn writes(mut self, flag: &str, path: Option<&Path>) -> Self {
         self.files.extend(path.map(|path| Named::of(flag, path)));
         self
     }
 
     /// A folder that is created, or emptied. No input may be in it, and it may be in no input.
-    pub fn fills(mut self, flag: &str, path: &Path) -> Self {
+    pub(super) fn fills(mut self, flag: &str, path: &Path) -> Self {
         self.folders.push(Named::of(flag, path));
         self
     }
 
     /// A folder that files are added to. It may be in no pipeline's folder.
-    pub fn puts_into(mut self, flag: &str, path: &Path) -> Self {
+    pub(super) fn puts_into(mut self, flag: &str, path: &Path) -> Self {
         self.places.push(Named::of(flag, path));
         self
     }
 
     /// # Errors
     /// [`Error::Argument`] naming the two paths that exclude each other.
-    pub fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let Paths { inputs, models, files, folders, places } = self;
         for place in places {
             check_folder(&place.written)?;
@@ -100,7 +100,7 @@ impl Paths {
 
     /// Checks the paths like [`check`](Self::check), and that the folder of each output file
     /// exists.
-    pub fn check_writable(&self) -> Result<()> {
+    pub(super) fn check_writable(&self) -> Result<()> {
         self.check()?;
         self.files.iter().try_for_each(|file| check_file(&file.written))
     }

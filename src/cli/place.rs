@@ -11,7 +11,7 @@ static GONE: AtomicBool = AtomicBool::new(false);
 ///
 /// # Errors
 /// [`Error::Argument`].
-pub fn check() -> Result<()> {
+pub(super) fn check() -> Result<()> {
     let gone = || Error::Argument("the working directory is not there any more; change to one that is".into());
     if GONE.load(Ordering::Relaxed) || std::env::current_dir().is_err() { Err(gone()) } else { Ok(()) }
 }

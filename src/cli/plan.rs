@@ -18,7 +18,7 @@ use super::limits::LimitArgs;
 use super::{stdout, table};
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// The runs to plan
     #[arg(value_name = "CONFIG.yaml", required = true)]
     configs: Vec<PathBuf>,
@@ -42,7 +42,7 @@ struct Target {
     bytes_of: Box<dyn Fn(&str) -> usize>,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: Args) -> Result<()> {
     let mut rows = Vec::new();
     let mut json = Vec::new();
     for path in &args.configs {

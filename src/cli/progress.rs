@@ -15,7 +15,7 @@ use super::terminal;
 
 /// The argument of `--progress`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
+pub(super) enum Mode {
     /// Bars on a terminal, a line now and then elsewhere.
     Auto,
     /// One JSON object per line.
@@ -38,7 +38,7 @@ impl FromStr for Mode {
 }
 
 /// Writes the library's progress to standard error.
-pub struct Reporter {
+pub(super) struct Reporter {
     display: Display,
     /// The bars; none for the other displays.
     bars: Option<MultiProgress>,
@@ -74,7 +74,7 @@ struct Running {
 const PAUSE: Duration = Duration::from_secs(5);
 
 impl Reporter {
-    pub fn new(mode: Mode) -> Self {
+    pub(super) fn new(mode: Mode) -> Self {
         let display = match mode {
             Mode::Auto if io::stderr().is_terminal() => Display::Bars,
             Mode::Auto => Display::Lines,
@@ -87,7 +87,7 @@ impl Reporter {
 
     /// Catches interrupts (Ctrl-C): from now on the first one ends the work at the next place where
     /// nothing is lost, and the second one at once.
-    pub fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
+    pub(super) fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
         let failed = |why: io::Error| sdxl_squeeze::Error::Failed(format!("interrupts cannot be caught: {why}"));
         for signal in signal_hook::consts::TERM_SIGNALS.iter().filter(|signal| **signal != signal_hook::consts::SIGQUIT) {
             // In this order the first interrupt finds the flag unset.
@@ -98,7 +98,7 @@ impl Reporter {
     }
 
     /// A writer of log lines above the bars.
-    pub fn log_writer(&self) -> LogWriter {
+    pub(super) fn log_writer(&self) -> LogWriter {
         LogWriter(self.bars.clone())
     }
 
@@ -294,7 +294,7 @@ fn describe(layer: &LayerDone<'_>) -> String {
 /// It never fails: the work goes on even if nobody can read the log. tracing-subscriber reports a
 /// writer's failure by printing to the same standard error, which panics.
 #[derive(Clone)]
-pub struct LogWriter(Option<MultiProgress>);
+pub(super) struct LogWriter(Option<MultiProgress>);
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -12,7 +12,7 @@ use super::progress::Reporter;
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// The architecture: sdxl-base, sdxl-refiner or tiny
     #[arg(long, value_name = "NAME")]
     preset: String,
@@ -27,7 +27,7 @@ pub struct Args {
     dtype: String,
 }
 
-pub fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let preset: Preset = args.preset.parse()?;
     synthesize(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;

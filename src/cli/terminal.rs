@@ -9,7 +9,7 @@ use indicatif::{ProgressDrawTarget, TermLike};
 ///
 /// indicatif passes errors on in most places, but panics on them where it makes room for a line
 /// between the bars. A closed terminal must not end the run.
-pub fn stderr() -> ProgressDrawTarget {
+pub(super) fn stderr() -> ProgressDrawTarget {
     ProgressDrawTarget::term_like_with_hz(Box::new(Forgiving(Term::buffered_stderr())), 20)
 }
 

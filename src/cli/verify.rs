@@ -8,7 +8,7 @@ use sdxl_squeeze::{Error, Result, coreml, number};
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// A container, or a Core ML package
     #[arg(value_name = "FILE.safetensors|X.mlpackage")]
     path: PathBuf,
@@ -17,7 +17,7 @@ pub struct Args {
     json: bool,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub(super) fn run(args: Args) -> Result<()> {
     if args.path.is_dir() && !args.path.join("Manifest.json").exists() {
         let problem =
             "is a folder, but no Core ML package, which has a Manifest.json; a container is a file; `inspect` shows models";

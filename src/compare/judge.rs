@@ -3,12 +3,12 @@
 
 use std::cell::RefCell;
 
+use sdxl_model::Unobserved;
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::model::Unobserved;
-use sdxl_model::model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
-use sdxl_model::model::vae::VaeDecoder;
+use sdxl_model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
+use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::picture::Picture;
-use sdxl_pipeline::pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
+use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
 use squeeze_numerics::random::noise;
@@ -111,11 +111,13 @@ impl Judge {
     }
 
     /// The judged prompts, with their steps, guidance and size.
+    #[must_use]
     pub fn set(&self) -> &PromptSet {
         &self.set
     }
 
     /// Number of calls for the UNet's error.
+    #[must_use]
     pub fn held_out(&self) -> usize {
         self.held_out.len()
     }

@@ -8,15 +8,15 @@ use std::time::Instant;
 
 pub use judge::{Judge, Measured};
 use sdxl_model::checkpoint::Blueprint;
-use sdxl_model::model::unet::{Unet, UnetChain};
-use sdxl_pipeline::pipeline::{PipelineFolder, PromptEncoder};
+use sdxl_model::unet::{Unet, UnetChain};
+use sdxl_pipeline::{PipelineFolder, PromptEncoder};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::memory;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_base::shorten::shorten;
-use squeeze_codebook::codebook::LayerKind;
-use squeeze_container::container::Container;
+use squeeze_codebook::LayerKind;
+use squeeze_container::Container;
 
 use crate::calibration::{PromptSet, Samples, calibrate};
 use crate::compress::{JobReport, Prepared, run};
@@ -80,13 +80,14 @@ pub fn compare(
         } else {
             None
         };
-        memory::reset_peak();
+        // A peak that cannot be reset would be that of the entries before this one.
+        let own_peak = memory::reset_peak();
         let start = Instant::now();
         let report = run(prepared, samples, progress)?;
-        let cost = Cost { seconds: start.elapsed().as_secs_f64(), peak_bytes: memory::peak() };
+        let cost = Cost { seconds: start.elapsed().as_secs_f64(), peak_bytes: memory::peak().filter(|_| own_peak) };
         // Judged on the stored weights, read back.
         let container = Container::open(prepared.path())?;
-        let stored = sdxl_pipeline::pipeline::UnetWeights::from(&container).source(placement);
+        let stored = sdxl_pipeline::UnetWeights::from(&container).source(placement);
         let unet = Unet::resident(folder.unet.clone(), stored, progress)?;
         let measured = judge.measure(folder, &unet, progress)?;
         drop(unet);
@@ -118,6 +119,7 @@ pub fn compare(
 }
 
 /// Path of the container of the entry `name`.
+#[must_use]
 pub fn container_path(out: &Path, name: &str) -> PathBuf {
     out.join(format!("{name}.squeezed.safetensors"))
 }

@@ -1,10 +1,10 @@
 //! Layers of one shape pruned together, for devices that a single layer cannot keep busy.
 
-use sdxl_model::model::{Layer, LayerInput};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Task;
-use squeeze_codebook::codebook::PruneOptions;
-use squeeze_solver::solver::{Factor, Hessian, prune_many};
+use squeeze_codebook::PruneOptions;
+use squeeze_solver::{Factor, Hessian, prune_many};
 use tch::Tensor;
 
 use super::gather::Gatherer;

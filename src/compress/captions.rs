@@ -1,9 +1,9 @@
 //! Calibration that needs no run of the UNet: text states, and embeddings of time and text.
 
 use sdxl_model::checkpoint::{Blueprint, Weights};
-use sdxl_model::model::unet::UnetChain;
-use sdxl_model::model::{Layer, LayerInput, Unobserved};
-use sdxl_pipeline::pipeline::{Guidance, PipelineFolder, PromptEncoder};
+use sdxl_model::unet::UnetChain;
+use sdxl_model::{Layer, LayerInput, Unobserved};
+use sdxl_pipeline::{Guidance, PipelineFolder, PromptEncoder};
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::elementwise::silu;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_model::checkpoint::SteadyFile;
-use sdxl_model::model::unet::Carry;
+use sdxl_model::unet::Carry;
 use squeeze_base::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -71,18 +71,18 @@ impl Stored {
 
 impl Carries {
     /// An empty list in memory.
-    pub fn in_memory() -> Self {
+    pub(super) fn in_memory() -> Self {
         Carries::Memory(Vec::new())
     }
 
     /// An empty list in files of `folder`, which is created; carries are read back to `device`.
-    pub fn in_files(folder: &Path, device: Device) -> Result<Self> {
+    pub(super) fn in_files(folder: &Path, device: Device) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
         Ok(Carries::Files(Files { folder: folder.to_owned(), rows: Vec::new(), device }))
     }
 
     /// The number of carries.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Carries::Memory(carries) => carries.len(),
             Carries::Files(files) => files.rows.len(),
@@ -90,7 +90,7 @@ impl Carries {
     }
 
     /// Adds the first carry of a batch of samples.
-    pub fn push(&mut self, carry: Carry) -> Result<()> {
+    pub(super) fn push(&mut self, carry: Carry) -> Result<()> {
         match self {
             Carries::Memory(carries) => carries.push(carry),
             Carries::Files(files) => {
@@ -102,7 +102,7 @@ impl Carries {
     }
 
     /// The carry of the batch `index`.
-    pub fn get(&self, index: usize) -> Result<Carry> {
+    pub(super) fn get(&self, index: usize) -> Result<Carry> {
         Ok(match self {
             Carries::Memory(carries) => carries[index].shallow_clone(),
             Carries::Files(files) => {
@@ -121,7 +121,7 @@ impl Carries {
 
     /// Replaces the carry `index` by the output of a stage or block. Stages push residuals or pop
     /// them; the other residuals are unchanged and not written again.
-    pub fn replace(&mut self, index: usize, carry: Carry) -> Result<()> {
+    pub(super) fn replace(&mut self, index: usize, carry: Carry) -> Result<()> {
         match self {
             Carries::Memory(carries) => carries[index] = carry,
             Carries::Files(files) => {

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use sdxl_model::checkpoint::{TensorSource, Weights, halves};
-use sdxl_model::model::unet::UnetChain;
+use sdxl_model::unet::UnetChain;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::Result;
 use squeeze_base::input::SourceFile;
 use squeeze_base::progress::{Progress, Task};
-use squeeze_container::container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
+use squeeze_container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};
 
@@ -47,12 +47,12 @@ impl Sums {
     }
 
     /// The pruned share of all compressed weights.
-    pub fn sparsity(&self) -> f64 {
+    pub(super) fn sparsity(&self) -> f64 {
         1.0 - self.kept as f64 / self.elements.max(1) as f64
     }
 
     /// Stored bits per weight.
-    pub fn bits_per_weight(&self) -> f64 {
+    pub(super) fn bits_per_weight(&self) -> f64 {
         8.0 * (self.bytes as f64 / self.elements.max(1) as f64)
     }
 }

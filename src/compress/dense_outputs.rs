@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sdxl_model::model::{Layer, Observer};
+use sdxl_model::{Layer, Observer};
 use squeeze_base::error::{Error, Result};
 use tch::Tensor;
 
@@ -18,22 +18,22 @@ pub(super) struct DenseOutputs {
 
 impl DenseOutputs {
     /// An observer of `layers`, by name.
-    pub fn of(layers: Vec<String>) -> Self {
+    pub(super) fn of(layers: Vec<String>) -> Self {
         DenseOutputs { layers, ..DenseOutputs::default() }
     }
 
     /// Ends the forward with [`Error::SeenEnough`] once all outputs are there.
-    pub fn ending_early(self) -> Self {
+    pub(super) fn ending_early(self) -> Self {
         DenseOutputs { ends_early: true, ..self }
     }
 
     /// Takes the output of a layer, if it is there.
-    pub fn take(&mut self, layer: &str) -> Option<Tensor> {
+    pub(super) fn take(&mut self, layer: &str) -> Option<Tensor> {
         self.outputs.remove(layer)
     }
 
     /// Whether every output has been taken.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.outputs.is_empty()
     }
 

@@ -1,7 +1,7 @@
 //! Forwards of single carries, counted, and ended early where an observer asks for it.
 
-use sdxl_model::model::Observer;
-use sdxl_model::model::unet::{Carry, Part, Scope};
+use sdxl_model::Observer;
+use sdxl_model::unet::{Carry, Part, Scope};
 use squeeze_base::error::{Error, Result};
 
 use super::statistics::Counter;

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use sdxl_model::model::{Layer, LayerInput, Observer};
+use sdxl_model::{Layer, LayerInput, Observer};
 use squeeze_base::error::{Error, Result};
-use squeeze_solver::solver::{Hessian, OutputResidual};
+use squeeze_solver::{Hessian, OutputResidual};
 use tch::{Device, Tensor};
 
 use super::dense_outputs::{DenseOutputs, with_residual};
@@ -148,6 +148,7 @@ impl Gatherer {
     }
 
     /// The Hessian of an input, if it was asked for.
+    #[must_use]
     pub fn hessian(&self, input: &LayerInput) -> Option<&Hessian> {
         self.hessians.get(input).map(|(_, hessian)| hessian)
     }

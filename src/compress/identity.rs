@@ -2,7 +2,7 @@
 //! reads.
 
 use sdxl_model::checkpoint::{SafetensorsFile, SourceFile, Weights};
-use sdxl_pipeline::pipeline::PipelineFolder;
+use sdxl_pipeline::PipelineFolder;
 use serde_json::{Map, Value, json};
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
@@ -36,7 +36,7 @@ impl Inputs {
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn read(folder: &PipelineFolder, config: &RunConfig, given: Option<&Samples>, needed: bool) -> Result<Self> {
+    pub(super) fn read(folder: &PipelineFolder, config: &RunConfig, given: Option<&Samples>, needed: bool) -> Result<Self> {
         let section = &config.calibration;
         let mut inputs = Inputs::default();
         let mut add = |key: &str, value: Value| inputs.entries.insert(key.to_owned(), value);
@@ -74,7 +74,7 @@ impl Inputs {
     /// # Errors
     /// [`Error::Changed`] naming the first file that is another, or not there any more;
     /// [`Error::Read`].
-    pub fn check_prompt_files(&self, folder: &PipelineFolder) -> Result<()> {
+    pub(super) fn check_prompt_files(&self, folder: &PipelineFolder) -> Result<()> {
         if self.prompt_files.is_empty() {
             return Ok(());
         }
@@ -86,14 +86,14 @@ impl Inputs {
     }
 
     /// The section with the prompts in the place of the file that they were read from.
-    pub fn section(&self, section: &CalibrationSection) -> CalibrationSection {
+    pub(super) fn section(&self, section: &CalibrationSection) -> CalibrationSection {
         let prompts = if self.prompts.is_empty() { section.prompts.clone() } else { Prompts::List(self.prompts.clone()) };
         CalibrationSection { prompts, ..section.clone() }
     }
 
     /// Everything that a result depends on, entry by entry, for
     /// [`Workspace`](super::workspace::Workspace).
-    pub fn identity(&self, config: &RunConfig, sources: &[SourceFile], options: &RunOptions) -> Map<String, Value> {
+    pub(super) fn identity(&self, config: &RunConfig, sources: &[SourceFile], options: &RunOptions) -> Map<String, Value> {
         let mut identity = Map::from_iter([
             ("version".to_owned(), json!(env!("CARGO_PKG_VERSION"))),
             ("build".to_owned(), json!(BUILD)),

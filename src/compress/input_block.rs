@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 
-use sdxl_model::model::unet::{Carry, Conditioning, InputBlock, InputBlockDependency};
-use sdxl_model::model::{Layer, LayerInput, Observer, Unobserved};
+use sdxl_model::unet::{Carry, Conditioning, InputBlock, InputBlockDependency};
+use sdxl_model::{Layer, LayerInput, Observer, Unobserved};
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::elementwise::silu;
@@ -31,7 +31,7 @@ pub(super) struct CalibratedInputBlock {
 
 impl CalibratedInputBlock {
     /// Loads the input block on `device`.
-    pub fn load(model: Model<'_>, device: Device, has_teacher: bool) -> Result<Self> {
+    pub(super) fn load(model: Model<'_>, device: Device, has_teacher: bool) -> Result<Self> {
         let source = OnDevice { source: model.source, device };
         let load = || model.chain.load_input_block(&source);
         let dense = if has_teacher { Some(load()?) } else { None };
@@ -39,12 +39,12 @@ impl CalibratedInputBlock {
     }
 
     /// Gives `layers` their stored weights, as far as `store` has them.
-    pub fn install(&mut self, layers: &BTreeSet<String>, store: &Workspace) -> Result<()> {
+    pub(super) fn install(&mut self, layers: &BTreeSet<String>, store: &Workspace) -> Result<()> {
         install(self.stored.layers_mut(), store, &mut |name| layers.contains(name))
     }
 
     /// Gathers the Hessian of the input of `layer`; returns multiply-adds too.
-    pub fn gather(
+    pub(super) fn gather(
         &self,
         layer: &Layer,
         calibration: Calibration<'_>,
@@ -116,7 +116,7 @@ impl CalibratedInputBlock {
     /// Makes the first carries of `shard`, whose batches are every `shards`th chunk of `joined`
     /// samples from the chunk `number` on, and adds text states and SiLU(temb) to `shared`. Returns
     /// multiply-adds.
-    pub fn begin(
+    pub(super) fn begin(
         &self,
         shard: &mut DeviceShard,
         share: Share,

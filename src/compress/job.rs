@@ -1,7 +1,7 @@
 //! The parts of a compression job: the dense model, its recipe, its plan, its calibration data.
 
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::model::unet::UnetChain;
+use sdxl_model::unet::UnetChain;
 use squeeze_base::error::{Error, Result};
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};

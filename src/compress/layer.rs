@@ -3,10 +3,10 @@
 use half::f16;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::codebook::PruneMethod;
-use squeeze_container::container::CompressedWeight;
-use squeeze_solver::solver::palette::{Palettized, palettize};
-use squeeze_solver::solver::{
+use squeeze_codebook::PruneMethod;
+use squeeze_container::CompressedWeight;
+use squeeze_solver::palette::{Palettized, palettize};
+use squeeze_solver::{
     Factor, Hessian, Joint, JointFactors, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune,
     prune_with,
 };
@@ -74,6 +74,7 @@ pub struct Evidence<'a> {
 
 impl<'a> Evidence<'a> {
     /// A Hessian alone.
+    #[must_use]
     pub fn of(hessian: &'a Hessian) -> Self {
         Evidence { hessian, pruned: None, factors: None, joint: None, correction: None, held_out: None }
     }

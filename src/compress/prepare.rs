@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_model::checkpoint::Weights;
-use sdxl_model::model::unet::UnetChain;
-use sdxl_pipeline::pipeline::PipelineFolder;
+use sdxl_model::unet::UnetChain;
+use sdxl_pipeline::PipelineFolder;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_base::output::parent;
@@ -67,26 +67,31 @@ impl<'a> Prepared<'a> {
     }
 
     /// The pipeline.
+    #[must_use]
     pub fn folder(&self) -> &PipelineFolder {
         self.folder
     }
 
     /// The config of the run.
+    #[must_use]
     pub fn config(&self) -> &RunConfig {
         &self.config
     }
 
     /// The dense UNet's weights.
+    #[must_use]
     pub fn weights(&self) -> &Weights {
         &self.weights
     }
 
     /// The path of the container.
+    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The plan of the run for as many samples as its config asks for.
+    #[must_use]
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
@@ -173,6 +178,7 @@ fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
 
 impl BudgetSection {
     /// Bytes of the tensors of a result that meets the budget, for the UNet of `plan`.
+    #[must_use]
     pub fn bytes(&self, plan: &Plan) -> u64 {
         match self.target {
             BudgetTarget::Size(bytes) => bytes,

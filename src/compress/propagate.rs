@@ -1,7 +1,7 @@
 //! Sending the carries of all devices through the loaded part.
 
-use sdxl_model::model::unet::Scope;
-use sdxl_model::model::{Layer, LayerInput, Unobserved};
+use sdxl_model::unet::Scope;
+use sdxl_model::{Layer, LayerInput, Unobserved};
 use squeeze_base::allocator;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};

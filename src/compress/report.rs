@@ -1,10 +1,10 @@
 //! The report of a run: its compressed layers, their sizes and errors.
 
-use sdxl_model::model::Layer;
-use sdxl_model::model::unet::PartName;
+use sdxl_model::Layer;
+use sdxl_model::unet::PartName;
 use serde::{Deserialize, Serialize};
 use squeeze_base::progress::LayerDone;
-use squeeze_container::container::CompressedWeight;
+use squeeze_container::CompressedWeight;
 
 use super::layer::{CompressedLayer, LayerErrors};
 use crate::config::RunConfig;

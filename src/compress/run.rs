@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::Layer;
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::model::Layer;
 use squeeze_base::error::Result;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};

@@ -2,7 +2,7 @@
 //! them again.
 
 use sdxl_model::checkpoint::{SafetensorsFile, Weights};
-use sdxl_pipeline::pipeline::PipelineFolder;
+use sdxl_pipeline::PipelineFolder;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Progress;
 

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use sdxl_model::Layer;
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::model::Layer;
-use sdxl_model::model::unet::{Carry, Part, PartName};
+use sdxl_model::unet::{Carry, Part, PartName};
 use squeeze_base::allocator;
 use squeeze_base::error::Result;
 use tch::{Device, Tensor};
@@ -40,7 +40,7 @@ pub(super) struct CarryStore<'a> {
 
 impl DeviceShard {
     /// The shard `number` on `device`, without carries.
-    pub fn new(number: usize, device: Device, store: CarryStore<'_>) -> Result<Self> {
+    pub(super) fn new(number: usize, device: Device, store: CarryStore<'_>) -> Result<Self> {
         let carries = |name: String| match store.carries {
             CarriesIn::Files => Carries::in_files(&store.folder.join(format!("carries-{name}")), device),
             CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
@@ -54,7 +54,7 @@ impl DeviceShard {
     }
 
     /// Adds the first carry of a batch of samples, and that of the dense network.
-    pub fn push(&mut self, carry: Carry, dense: Option<Carry>, weight: f64) -> Result<()> {
+    pub(super) fn push(&mut self, carry: Carry, dense: Option<Carry>, weight: f64) -> Result<()> {
         if let (Some(teacher), Some(carry)) = (&mut self.teacher, dense) {
             teacher.carries.push(carry)?;
         }
@@ -64,7 +64,7 @@ impl DeviceShard {
     }
 
     /// Drops the loaded part.
-    pub fn unload(&mut self) {
+    pub(super) fn unload(&mut self) {
         self.part = None;
         self.installed.clear();
         if let Some(teacher) = &mut self.teacher {
@@ -74,7 +74,7 @@ impl DeviceShard {
     }
 
     /// Loads a part with its dense weights in the place of the part before.
-    pub fn load(&mut self, model: Model<'_>, name: PartName) -> Result<()> {
+    pub(super) fn load(&mut self, model: Model<'_>, name: PartName) -> Result<()> {
         // The old part is dropped first: there may not be memory for both.
         self.unload();
         let source = OnDevice { source: model.source, device: self.device };
@@ -86,19 +86,19 @@ impl DeviceShard {
     }
 
     /// The loaded part.
-    pub fn part(&self) -> &Part {
+    pub(super) fn part(&self) -> &Part {
         self.part.as_ref().expect("samples are sent through a part after it was loaded")
     }
 
     /// Gives `layers` their stored weights, as far as `store` has them.
-    pub fn install(&mut self, layers: &BTreeSet<String>, store: &Workspace) -> Result<()> {
+    pub(super) fn install(&mut self, layers: &BTreeSet<String>, store: &Workspace) -> Result<()> {
         let part = self.part.as_mut().expect("weights are installed after the part was loaded");
         let installed = &mut self.installed;
         install(part.layers_mut(), store, &mut |name| layers.contains(name) && installed.insert(name.to_owned()))
     }
 
     /// The dense weight of a layer, if it is loaded.
-    pub fn dense_weight(&self, layer: &str) -> Option<Tensor> {
+    pub(super) fn dense_weight(&self, layer: &str) -> Option<Tensor> {
         let layers = self.part.as_ref().filter(|_| !self.installed.contains(layer))?.layers();
         layers.iter().find(|own| own.name() == layer).map(|own| own.weight().shallow_clone())
     }

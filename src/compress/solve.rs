@@ -1,10 +1,10 @@
 //! The visitor that compresses: it solves the layers of every stop and stores them.
 
-use sdxl_model::model::{Layer, LayerInput};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::allocator;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
-use squeeze_solver::solver::{Factor, Hessian, JointFactors};
+use squeeze_solver::{Factor, Hessian, JointFactors};
 
 use super::gather::Gatherer;
 use super::layer::{CompressedLayer, Evidence, compress_layer};

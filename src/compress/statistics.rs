@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use sdxl_model::model::unet::PartName;
-use sdxl_model::model::{Layer, Observer};
+use sdxl_model::unet::PartName;
+use sdxl_model::{Layer, Observer};
 use squeeze_base::error::Result;
 use tch::Tensor;
 
@@ -45,7 +45,7 @@ pub(super) struct Counter<'a> {
 }
 
 impl<'a> Counter<'a> {
-    pub fn of(observer: &'a mut dyn Observer) -> Self {
+    pub(super) fn of(observer: &'a mut dyn Observer) -> Self {
         Counter { observer, multiply_adds: 0.0, keys: 0 }
     }
 }

@@ -1,7 +1,7 @@
 //! The dense network that runs beside the compressed one, where layers are fitted to its outputs.
 
-use sdxl_model::model::Unobserved;
-use sdxl_model::model::unet::{Part, Scope};
+use sdxl_model::Unobserved;
+use sdxl_model::unet::{Part, Scope};
 use squeeze_base::error::Result;
 
 use super::carries::Carries;
@@ -17,7 +17,7 @@ pub(super) struct Teacher {
 }
 
 impl Teacher {
-    pub fn new(carries: Carries) -> Self {
+    pub(super) fn new(carries: Carries) -> Self {
         Teacher { carries, part: None, is_ahead: false }
     }
 
@@ -27,7 +27,13 @@ impl Teacher {
 
     /// The dense outputs of `layers` for the carry `index`, and multiply-adds. The carry passes
     /// `scope` if it `advances`; otherwise the forward ends with the last output.
-    pub fn outputs(&mut self, index: usize, scope: Scope, layers: &[String], advances: Advances) -> Result<(DenseOutputs, f64)> {
+    pub(super) fn outputs(
+        &mut self,
+        index: usize,
+        scope: Scope,
+        layers: &[String],
+        advances: Advances,
+    ) -> Result<(DenseOutputs, f64)> {
         let mut outputs = DenseOutputs::of(layers.to_vec());
         let carry = self.carries.get(index)?;
         let multiply_adds = match advances {
@@ -45,7 +51,7 @@ impl Teacher {
     }
 
     /// Records that a pass has taken all carries past the block.
-    pub fn set_ahead(&mut self, advances: Advances) {
+    pub(super) fn set_ahead(&mut self, advances: Advances) {
         self.is_ahead = match advances {
             Advances::Yes => true,
             Advances::No => false,
@@ -53,12 +59,12 @@ impl Teacher {
     }
 
     /// Whether the carries still have to pass the block. The next block begins anew.
-    pub fn lags(&mut self) -> bool {
+    pub(super) fn lags(&mut self) -> bool {
         !std::mem::take(&mut self.is_ahead)
     }
 
     /// Sends the carry `index` through `scope`; returns multiply-adds.
-    pub fn advance(&mut self, index: usize, scope: Scope) -> Result<f64> {
+    pub(super) fn advance(&mut self, index: usize, scope: Scope) -> Result<f64> {
         let (after, multiply_adds) = forward(self.part(), scope, self.carries.get(index)?, &mut Unobserved)?;
         self.carries.replace(index, after)?;
         Ok(multiply_adds)

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use sdxl_model::checkpoint::Blueprint;
-use sdxl_model::model::unet::{Carry, Part, PartName, Scope};
-use sdxl_model::model::{Layer, LayerInput};
+use sdxl_model::unet::{Carry, Part, PartName, Scope};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 use tch::Tensor;
@@ -107,7 +107,7 @@ pub(super) struct Walk<'a> {
 impl<'a> Walk<'a> {
     /// The samples of `job` before the input block. `captions` are Hessians of text and time, which
     /// are added to those of the samples; carries in files wait in `folder`.
-    pub fn new(job: &Job<'a>, captions: Gatherer, folder: &'a Path, progress: &'a dyn Progress) -> Result<Self> {
+    pub(super) fn new(job: &Job<'a>, captions: Gatherer, folder: &'a Path, progress: &'a dyn Progress) -> Result<Self> {
         let Job { model, plan, calibration, machine, .. } = *job;
         let blueprint = Blueprint::default();
         let outline = |name| Ok((name, model.chain.load_part(name, &blueprint)?));
@@ -130,22 +130,22 @@ impl<'a> Walk<'a> {
     }
 
     /// The layers of a part, without weights, in execution order.
-    pub fn layers(&self, part: PartName) -> &[Layer] {
+    pub(super) fn layers(&self, part: PartName) -> &[Layer] {
         self.outlines[&part].layers()
     }
 
     /// The layers that are solved at a stop, in execution order.
-    pub fn layers_of(&self, stop: &Stop) -> Vec<&Layer> {
+    pub(super) fn layers_of(&self, stop: &Stop) -> Vec<&Layer> {
         self.layers(stop.part).iter().filter(|layer| stop.layers.iter().any(|name| name == layer.name())).collect()
     }
 
     /// The Hessian of text or time.
-    pub fn shared(&self) -> &Gatherer {
+    pub(super) fn shared(&self) -> &Gatherer {
         &self.shared
     }
 
     /// The dense weight of a layer, on the first device.
-    pub fn dense_weight(&self, layer: &Layer) -> Result<Tensor> {
+    pub(super) fn dense_weight(&self, layer: &Layer) -> Result<Tensor> {
         match self.shards.first().and_then(|shard| shard.dense_weight(layer.name())) {
             Some(weight) => Ok(weight),
             None => self.model.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size()),
@@ -153,13 +153,13 @@ impl<'a> Walk<'a> {
     }
 
     /// The carries of the first device.
-    pub fn carries(&self) -> Result<Vec<Carry>> {
+    pub(super) fn carries(&self) -> Result<Vec<Carry>> {
         let carries = &self.shards.first().expect("the samples have passed the input block").carries;
         (0..carries.len()).map(|index| carries.get(index)).collect()
     }
 
     /// The counts of the run so far.
-    pub fn into_statistics(self) -> Statistics {
+    pub(super) fn into_statistics(self) -> Statistics {
         self.statistics
     }
 
@@ -231,7 +231,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Takes the samples past the input block, and sums text and time for the layers of `shared`.
-    pub fn begin(&mut self, shared: &[(PartName, String)], store: Option<&Workspace>) -> Result<()> {
+    pub(super) fn begin(&mut self, shared: &[(PartName, String)], store: Option<&Workspace>) -> Result<()> {
         let devices = self.machine.devices;
         let layers = shared.iter().map(|(part, name)| {
             let mut layers = self.layers(*part).iter();
@@ -258,7 +258,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Takes the samples past `scope` of a part.
-    pub fn advance(&mut self, part: PartName, scope: Scope, extent: Extent, store: Option<&Workspace>) -> Result<()> {
+    pub(super) fn advance(&mut self, part: PartName, scope: Scope, extent: Extent, store: Option<&Workspace>) -> Result<()> {
         self.enter(part, store)?;
         let multiply_adds = propagate::advance(&mut self.shards, &part.to_string(), scope, extent, self.progress)?;
         if extent == Extent::All {

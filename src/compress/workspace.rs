@@ -9,13 +9,14 @@ use half::f16;
 use serde_json::{Map, Value, json};
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
-use squeeze_container::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
+use squeeze_container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
 
 use super::kept::{self, Kept};
 use super::report::LayerReport;
 
 /// The folder in which a run for the container `path` keeps finished layers until the container is
 /// written.
+#[must_use]
 pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
 }
@@ -172,11 +173,13 @@ impl Workspace {
     }
 
     /// Warnings about damaged files of the folder.
+    #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
     /// The folder.
+    #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -202,6 +205,7 @@ impl Workspace {
     }
 
     /// Whether a layer is finished and on disk.
+    #[must_use]
     pub fn has(&self, layer: &str) -> bool {
         self.finished.contains_key(layer)
     }

@@ -1,7 +1,7 @@
 //! The section `joint`: effort of the joint solver.
 
 use serde::{Serialize, Serializer};
-use squeeze_codebook::codebook::Effort;
+use squeeze_codebook::Effort;
 
 use super::fields::Fields;
 use super::keys::joint as keys;

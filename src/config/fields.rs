@@ -50,7 +50,7 @@ pub(super) fn entries<'a>(name: &str, node: &'a Node, mistakes: &mut Mistakes<'_
 impl<'a> Fields<'a> {
     /// Takes a node apart. What is no mapping, and every key that the section does not have, is a
     /// mistake.
-    pub fn new(name: &str, section: &'static Section, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Self {
+    pub(super) fn new(name: &str, section: &'static Section, node: &'a Node, mistakes: &mut Mistakes<'_>) -> Self {
         let fields = Fields { name: name.to_owned(), section, position: node.position, entries: entries(name, node, mistakes) };
         for Entry { key, position, .. } in &fields.entries {
             if !section.known().any(|known| known == *key) && !section.was_known(key) {
@@ -60,33 +60,33 @@ impl<'a> Fields<'a> {
         fields
     }
 
-    pub fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.name
     }
 
     /// Where the mapping begins.
-    pub fn position(&self) -> Position {
+    pub(super) fn position(&self) -> Position {
         self.position
     }
 
     /// The entry of `key`, `null` or not.
-    pub fn entry(&self, key: &str) -> Option<Entry<'a>> {
+    pub(super) fn entry(&self, key: &str) -> Option<Entry<'a>> {
         self.entries.iter().find(|entry| entry.key == key).copied()
     }
 
     /// The value of `key`, unless that is absent or `null`.
-    pub fn given(&self, key: &str) -> Option<&'a Node> {
+    pub(super) fn given(&self, key: &str) -> Option<&'a Node> {
         self.entry(key).map(|entry| entry.value).filter(|node| !matches!(node.value, Value::Null))
     }
 
     /// A section in the mapping, unless that is absent or `null`.
-    pub fn section(&self, section: &'static Section, mistakes: &mut Mistakes<'_>) -> Option<Fields<'a>> {
+    pub(super) fn section(&self, section: &'static Section, mistakes: &mut Mistakes<'_>) -> Option<Fields<'a>> {
         self.given(section.name).map(|node| Fields::new(section.name, section, node, mistakes))
     }
 
     /// The value of `key`, if it is given and can be read. Under a former name it is read with a
     /// remark.
-    pub fn get<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> Option<T> {
+    pub(super) fn get<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> Option<T> {
         let former = key.formerly.and_then(|old| Some((old, self.given(old)?)));
         let (name, node) = match (former, self.given(key.name)) {
             (None, present) => (key.name, present?),
@@ -109,7 +109,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The value of `key`, or its default.
-    pub fn value<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> T {
+    pub(super) fn value<T>(&self, key: &Key<T>, mistakes: &mut Mistakes<'_>) -> T {
         self.get(key, mistakes).unwrap_or_else(|| key.default_value())
     }
 

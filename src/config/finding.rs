@@ -3,7 +3,7 @@
 use std::fmt::{self, Display};
 
 use squeeze_base::error::{Mistake, Place};
-use squeeze_codebook::codebook::{LayerKind, Misfit, NmRatio};
+use squeeze_codebook::{LayerKind, Misfit, NmRatio};
 
 /// The sections that have rules for layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -149,6 +149,7 @@ pub enum Finding {
 
 impl Finding {
     /// The severity.
+    #[must_use]
     pub fn severity(&self) -> Severity {
         match self {
             Finding::NoStage { .. } | Finding::NoLayer { .. } | Finding::RatioMisfit { .. } => Severity::Error,
@@ -164,6 +165,7 @@ impl Finding {
     }
 
     /// Its place in the config, if it has a single one.
+    #[must_use]
     pub fn place(&self) -> Place {
         match self {
             Finding::FormerName { place, .. }
@@ -180,6 +182,7 @@ impl Finding {
     }
 
     /// The finding as a mistake, which is shown with its place in front.
+    #[must_use]
     pub fn mistake(&self) -> Mistake {
         Mistake { place: self.place(), problem: self.to_string() }
     }

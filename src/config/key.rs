@@ -82,19 +82,19 @@ pub(super) enum Reach {
 }
 
 impl Flag {
-    pub const fn new(name: &'static str, argument: &'static str) -> Self {
+    pub(super) const fn new(name: &'static str, argument: &'static str) -> Self {
         Flag { name, argument, reach: Reach::Section, replaces: &[], resets: &[], implies: None }
     }
 
-    pub const fn of_rules(name: &'static str, argument: &'static str) -> Self {
+    pub(super) const fn of_rules(name: &'static str, argument: &'static str) -> Self {
         Flag { reach: Reach::Rules, ..Flag::new(name, argument) }
     }
 
-    pub const fn replaces(self, keys: &'static [&'static str]) -> Self {
+    pub(super) const fn replaces(self, keys: &'static [&'static str]) -> Self {
         Flag { replaces: keys, ..self }
     }
 
-    pub const fn resets(self, keys: &'static [&'static str]) -> Self {
+    pub(super) const fn resets(self, keys: &'static [&'static str]) -> Self {
         Flag { resets: keys, ..self }
     }
 }
@@ -113,14 +113,14 @@ pub(super) struct Section {
 
 impl Section {
     /// Every key that it may have, nested sections included.
-    pub fn known(&self) -> impl Iterator<Item = &'static str> {
+    pub(super) fn known(&self) -> impl Iterator<Item = &'static str> {
         let rules = self.settings.iter().flat_map(|_| RULES).map(|(name, _)| name);
         let sections = self.sections.iter().map(|section| section.name);
         self.keys.iter().map(|key| key.name()).chain(rules).chain(sections)
     }
 
     /// Whether `name` is a key that was renamed.
-    pub fn was_known(&self, name: &str) -> bool {
+    pub(super) fn was_known(&self, name: &str) -> bool {
         self.keys.iter().any(|key| key.formerly() == Some(name))
     }
 }
@@ -195,7 +195,7 @@ impl<T: std::fmt::Debug> Declared for Key<T> {
 
 impl<T> Key<T> {
     /// The value where a config does not give one.
-    pub fn default_value(&self) -> T {
+    pub(super) fn default_value(&self) -> T {
         let value = self.default.value().expect("keys without a default are read as options");
         let node = Node { value, position: Position::START };
         (self.kind.read)(&node).expect("a test reads the default of every key")
@@ -204,7 +204,7 @@ impl<T> Key<T> {
 
 impl Preset {
     /// The default as a config would give it; nothing where there is none.
-    pub fn value(&self) -> Option<Value> {
+    pub(super) fn value(&self) -> Option<Value> {
         let text = |text: &&str| Value::Text((*text).to_owned());
         let node = |value| Node { value, position: Position::START };
         match self {

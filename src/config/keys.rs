@@ -7,7 +7,7 @@
 
 use std::path::PathBuf;
 
-use squeeze_codebook::codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
+use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use serde_json::json;
-use squeeze_codebook::codebook::{BitWidth, NmRatio};
+use squeeze_codebook::{BitWidth, NmRatio};
 
 use super::fields::{boolean, number, text, whole, word};
 use super::key::{Argument, Kind};
@@ -21,7 +21,7 @@ macro_rules! kind {
 
 impl<T: Words> Kind<T> {
     /// One of an enum's words.
-    pub const WORD: Kind<T> = Kind {
+    pub(super) const WORD: Kind<T> = Kind {
         read: |node| word(node, &T::words()),
         values: || T::words().iter().map(|(word, _)| format!("`{word}`")).collect::<Vec<_>>().join(", "),
         schema: || json!({ "enum": T::words().iter().map(|(word, _)| *word).collect::<Vec<_>>() }),

@@ -1,6 +1,6 @@
 //! The layers to which a config gives settings.
 
-use squeeze_codebook::codebook::LayerKind;
+use squeeze_codebook::LayerKind;
 
 /// A layer of a model, as far as resolution needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]

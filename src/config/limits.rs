@@ -1,6 +1,6 @@
 //! The bounds of each value. Messages continue the key's name: "must be …".
 
-use squeeze_codebook::codebook::{BitWidth, NmRatio};
+use squeeze_codebook::{BitWidth, NmRatio};
 use squeeze_numerics::device::parse_dtype;
 
 type Checked<T> = Result<T, String>;

@@ -62,18 +62,18 @@ pub(super) struct Mistakes<'a> {
 }
 
 impl<'a> Mistakes<'a> {
-    pub fn new(path: &'a Path, flags: Vec<String>) -> Self {
+    pub(super) fn new(path: &'a Path, flags: Vec<String>) -> Self {
         Mistakes { path, flags, problems: Vec::new(), remarks: Vec::new() }
     }
 
-    pub fn place(&self, position: Position) -> Place {
+    pub(super) fn place(&self, position: Position) -> Place {
         match position {
             Position::File { line, column } => Place::File { path: self.path.to_owned(), line, column },
             Position::Flag(index) => Place::Flag(self.flags[index].clone()),
         }
     }
 
-    pub fn add(&mut self, position: Position, problem: impl Into<String>) {
+    pub(super) fn add(&mut self, position: Position, problem: impl Into<String>) {
         let problem = (position, problem.into());
         // A flag that edits several rules makes the same mistake in each.
         if matches!(position, Position::File { .. }) || !self.problems.contains(&problem) {
@@ -82,7 +82,7 @@ impl<'a> Mistakes<'a> {
     }
 
     /// Notes something that is accepted but that people should know.
-    pub fn remark(&mut self, finding: Finding) {
+    pub(super) fn remark(&mut self, finding: Finding) {
         self.remarks.push(finding);
     }
 
@@ -91,7 +91,7 @@ impl<'a> Mistakes<'a> {
     /// # Errors
     /// [`Error::Config`] with all mistakes: those of the file in its order, then those of the
     /// flags.
-    pub fn into_remarks(mut self) -> Result<Vec<Finding>> {
+    pub(super) fn into_remarks(mut self) -> Result<Vec<Finding>> {
         if self.problems.is_empty() {
             return Ok(self.remarks);
         }

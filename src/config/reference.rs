@@ -2,7 +2,7 @@
 //! `docs/config.md`.
 
 use serde_json::{Map, Value as Json, json};
-use squeeze_codebook::codebook::LayerKind;
+use squeeze_codebook::LayerKind;
 
 use super::key::{Declared, Preset, RULES, Section};
 use super::keys::root;
@@ -10,6 +10,7 @@ use super::tree::Value;
 
 /// The JSON schema of a config, for editors: names, types, ranges, defaults and docs of all keys.
 /// Rules about several keys at once are not in it.
+#[must_use]
 pub fn schema() -> Json {
     let mut schema = json!({
         "$schema": "http://json-schema.org/draft-07/schema#",

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use squeeze_base::error::{Error, Result};
 use squeeze_base::pattern::NamePattern;
-use squeeze_codebook::codebook::{Grouping, Misfit, PaletteOptions, PruneOptions, Sparsity};
+use squeeze_codebook::{Grouping, Misfit, PaletteOptions, PruneOptions, Sparsity};
 
 use super::finding::{Finding, Section, Severity, Why};
 use super::layer_info::LayerInfo;

@@ -3,7 +3,7 @@
 use serde::{Serialize, Serializer};
 use squeeze_base::pattern::NamePattern;
 use squeeze_base::shorten::shorten;
-use squeeze_codebook::codebook::LayerKind;
+use squeeze_codebook::LayerKind;
 
 use super::fields::{Fields, entries};
 use super::layer_info::LayerInfo;

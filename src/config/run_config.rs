@@ -1,7 +1,7 @@
 //! A whole config, and the rules about several of its sections.
 
 use serde::Serialize;
-use squeeze_codebook::codebook::{Effort, PruneMethod};
+use squeeze_codebook::{Effort, PruneMethod};
 
 use super::effort;
 use super::fields::Fields;
@@ -71,6 +71,7 @@ impl Default for RunConfig {
 
 impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
+    #[must_use]
     pub fn is_calibrated(&self) -> bool {
         self.solver == SolverKind::Joint || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::SparseGpt)
     }
@@ -145,11 +146,13 @@ impl RunConfig {
     }
 
     /// The config as JSON with every default spelt out.
+    #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
         serde_json::to_value(self).expect("a config consists of text, numbers, lists and mappings with text as keys")
     }
 
     /// The config as YAML with every default spelt out. It parses to an equal config.
+    #[must_use]
     pub fn to_yaml(&self) -> String {
         let options = serde_yaml::ser_options! { compact_list_indent: false, prefer_block_scalars: false };
         let yaml = serde_yaml::to_string_with_options(self, options)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Serialize, Serializer};
 use squeeze_base::error::Place;
 use squeeze_base::pattern::NamePattern;
-use squeeze_codebook::codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
+use squeeze_codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
 
 use super::fields::{Fields, text, texts};
 use super::keys;
@@ -244,6 +244,7 @@ impl PalettizeSection {
 
 impl BudgetSection {
     /// A target, with the defaults of all else.
+    #[must_use]
     pub fn of(target: BudgetTarget) -> Self {
         use keys::budget::*;
         BudgetSection {

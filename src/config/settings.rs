@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 use serde_yaml::FlowSeq;
-use squeeze_codebook::codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
+use squeeze_codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 
 use super::fields::Fields;
 use super::key::Section;

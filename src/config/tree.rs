@@ -32,7 +32,7 @@ pub(super) enum Position {
 }
 
 impl Position {
-    pub const START: Position = Position::File { line: 1, column: 1 };
+    pub(super) const START: Position = Position::File { line: 1, column: 1 };
 
     fn of(location: serde_yaml::Location) -> Self {
         // An unknown location is 0:0.
@@ -51,7 +51,7 @@ impl Display for Position {
 
 impl Node {
     /// A mapping without keys.
-    pub fn empty_mapping(position: Position) -> Self {
+    pub(super) fn empty_mapping(position: Position) -> Self {
         Node { value: Value::Mapping(Vec::new()), position }
     }
 
@@ -63,23 +63,23 @@ impl Node {
     }
 
     /// Keys and values of a mapping; nothing where the node is not one.
-    pub fn entries_mut(&mut self) -> impl Iterator<Item = (&Node, &mut Node)> {
+    pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = (&Node, &mut Node)> {
         self.pairs_mut().iter_mut().map(|(key, value)| (&*key, value))
     }
 
     /// The value of `key`, `null` or not, if the node is a mapping that has it.
-    pub fn entry_mut(&mut self, key: &str) -> Option<&mut Node> {
+    pub(super) fn entry_mut(&mut self, key: &str) -> Option<&mut Node> {
         self.entries_mut().find(|(name, _)| name.is_text(key)).map(|(_, value)| value)
     }
 
     /// The value of `key`, unless that is absent or `null`.
-    pub fn child_mut(&mut self, key: &str) -> Option<&mut Node> {
+    pub(super) fn child_mut(&mut self, key: &str) -> Option<&mut Node> {
         self.entry_mut(key).filter(|value| !matches!(value.value, Value::Null))
     }
 
     /// The value of `key`, which becomes an empty mapping where it is absent or `null`. `None` if
     /// the node is not a mapping.
-    pub fn child_or_empty(&mut self, key: &str, position: Position) -> Option<&mut Node> {
+    pub(super) fn child_or_empty(&mut self, key: &str, position: Position) -> Option<&mut Node> {
         if self.child_mut(key).is_none() {
             self.set(key, Node::empty_mapping(position));
         }
@@ -88,7 +88,7 @@ impl Node {
 
     /// Gives `key` a value in the place of any that it has. Does nothing where the node is not a
     /// mapping, which is a mistake that is reported when the node is read.
-    pub fn set(&mut self, key: &str, value: Node) {
+    pub(super) fn set(&mut self, key: &str, value: Node) {
         if let Some(present) = self.entry_mut(key) {
             *present = value;
         } else if let Value::Mapping(pairs) = &mut self.value {
@@ -97,7 +97,7 @@ impl Node {
     }
 
     /// Removes `key` from a mapping.
-    pub fn remove(&mut self, key: &str) {
+    pub(super) fn remove(&mut self, key: &str) {
         if let Value::Mapping(pairs) = &mut self.value {
             pairs.retain(|(name, _)| !name.is_text(key));
         }

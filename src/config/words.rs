@@ -1,7 +1,7 @@
 //! Enums whose values are words in a config.
 
 use serde::{Serialize, Serializer};
-use squeeze_codebook::codebook::{OnMisfit, PruneMethod};
+use squeeze_codebook::{OnMisfit, PruneMethod};
 
 /// The names of an enum's values in a config.
 pub(super) trait Words: Copy + 'static {
@@ -15,7 +15,7 @@ pub enum SolverKind {
     /// coremltools does.
     Sequential,
     /// `joint`: mask, weights and palettes together, for the least error of the layer's output; see
-    /// [`joint`](squeeze_solver::solver::joint()). Palettes are calibrated too.
+    /// [`joint`](squeeze_solver::joint()). Palettes are calibrated too.
     #[default]
     Joint,
 }
@@ -76,6 +76,7 @@ macro_rules! words {
 
         impl $kind {
             /// The name in a config.
+            #[allow(unreachable_pub, reason = "some of the enums are private, others public")]
             pub fn name(self) -> &'static str {
                 match self {
                     $($kind::$value => $word),+

@@ -13,14 +13,14 @@ use std::path::Path;
 use half::f16;
 use safetensors::Dtype;
 use sdxl_model::checkpoint::TensorSpec;
-use sdxl_pipeline::pipeline::{StoredTensor, UnetWeights};
+use sdxl_pipeline::{StoredTensor, UnetWeights};
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::write_file;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_base::safetensors_file::Header;
-use squeeze_container::container::{CompressedWeight, Values};
-use squeeze_coreml::coreml::Lut;
+use squeeze_container::{CompressedWeight, Values};
+use squeeze_coreml::Lut;
 
 /// The largest weight that coremltools drops: fp16's epsilon, 2^-10.
 const DROPPED: f32 = 0.000_976_562_5;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sdxl_model::model::unet::UnetConfig;
+use sdxl_model::unet::UnetConfig;
 use serde::Serialize;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
@@ -29,17 +29,20 @@ pub struct Disk {
 impl Disk {
     /// The most bytes at once. A container is assembled beside its place and then written to it, so
     /// for a moment it exists twice.
+    #[must_use]
     pub fn peak(&self) -> u64 {
         let Disk { samples, carries, carries_left, parts, result } = self;
         samples + parts + (*carries).max(carries_left + 2 * result)
     }
 
     /// The disk space if the run keeps no samples.
+    #[must_use]
     pub fn without_samples(self) -> Self {
         Disk { samples: 0, ..self }
     }
 
     /// A sentence of the sizes.
+    #[must_use]
     pub fn text(&self) -> String {
         let Disk { samples, carries, parts, result, .. } = self;
         let size = number::size;

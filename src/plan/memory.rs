@@ -1,6 +1,6 @@
 //! The memory of a run: its limit, and the needs of its pieces.
 
-use squeeze_solver::solver::{Hessian, InputGeometry};
+use squeeze_solver::{Hessian, InputGeometry};
 use tch::{Device, Kind};
 
 /// The memory that a run may use.
@@ -24,6 +24,7 @@ pub const WAITING: u64 = 64 << 20;
 
 impl Memory {
     /// For activations of this dtype on `device`.
+    #[must_use]
     pub fn new(budget: u64, kind: Kind, device: Device) -> Self {
         /// Larger batches are no faster.
         const BATCH: u64 = 2 << 30;

@@ -19,13 +19,13 @@ use part::Outline;
 pub use part::StagePlan;
 pub use schedule::{Gather, Schedule, Stop, Then};
 use sdxl_model::checkpoint::Blueprint;
-use sdxl_model::model::unet::{CarryShape, Part, PartName, Scope, UnetChain};
-use sdxl_model::model::{Layer, LayerInput};
+use sdxl_model::unet::{CarryShape, Part, PartName, Scope, UnetChain};
+use sdxl_model::{Layer, LayerInput};
 use serde::Serialize;
 pub use size::{kept, stored_bytes};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
-use squeeze_solver::solver::Hessian;
+use squeeze_solver::Hessian;
 pub use work::{Work, measured_rate};
 
 use crate::calibration::Calls;
@@ -203,6 +203,7 @@ impl Plan {
     }
 
     /// The number of passes over the samples in which the Hessians of stages are gathered.
+    #[must_use]
     pub fn passes(&self) -> usize {
         self.stages.iter().map(|stage| stage.passes).sum()
     }

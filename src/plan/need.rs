@@ -1,7 +1,7 @@
 //! An input whose Hessian is needed.
 
-use sdxl_model::model::{Layer, LayerInput};
-use squeeze_solver::solver::{Hessian, OutputResidual};
+use sdxl_model::{Layer, LayerInput};
+use squeeze_solver::{Hessian, OutputResidual};
 
 use super::memory::{Memory, working_set};
 use super::work::Work;
@@ -20,7 +20,7 @@ pub(super) struct Need<'a> {
 
 impl<'a> Need<'a> {
     /// The inputs of `layers` whose Hessians are needed, in the order of their first layers.
-    pub fn of(layers: impl Iterator<Item = (&'a Layer, &'a LayerRecipe)>, has_dense_target: bool) -> Vec<Self> {
+    pub(super) fn of(layers: impl Iterator<Item = (&'a Layer, &'a LayerRecipe)>, has_dense_target: bool) -> Vec<Self> {
         let mut needs: Vec<Need> = Vec::new();
         for (layer, recipe) in layers.filter(|(_, recipe)| recipe.needs_hessian()) {
             let size = layer.weight().size();
@@ -41,17 +41,17 @@ impl<'a> Need<'a> {
     }
 
     /// The layer that is first given the input.
-    pub fn first(&self) -> &'a Layer {
+    pub(super) fn first(&self) -> &'a Layer {
         self.layers[0].0
     }
 
     /// The names of the layers.
-    pub fn names(&self) -> impl Iterator<Item = String> {
+    pub(super) fn names(&self) -> impl Iterator<Item = String> {
         self.layers.iter().map(|(layer, _)| layer.name().to_owned())
     }
 
     /// Whether the samples have to run for this input alone.
-    pub fn is_gathered(&self) -> bool {
+    pub(super) fn is_gathered(&self) -> bool {
         match self.input {
             LayerInput::Features(_) => true,
             LayerInput::Text | LayerInput::Time => false,
@@ -60,7 +60,7 @@ impl<'a> Need<'a> {
 
     /// Bytes that solving the layers takes besides the Hessian, whose factor is made once for all
     /// of them.
-    pub fn solving_bytes(&self) -> u64 {
+    pub(super) fn solving_bytes(&self) -> u64 {
         let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some()));
         let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe)).max().unwrap_or(0);
         set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
@@ -68,7 +68,7 @@ impl<'a> Need<'a> {
 
     /// Work of summing the Hessian over `items` samples, each with a layer input of height and
     /// width `grid`, and of solving the layers.
-    pub fn work(&self, items: f64, grid: [i64; 2]) -> Work {
+    pub(super) fn work(&self, items: f64, grid: [i64; 2]) -> Work {
         let mut work = Work::default();
         let size = self.first().weight().size();
         let d = size.iter().skip(1).product::<i64>() as f64;
@@ -110,7 +110,7 @@ pub(super) struct Room {
 
 impl Room {
     /// Bytes in use at once for `needs` gathered in one pass.
-    pub fn gathered(&self, needs: &[&Need<'_>]) -> u64 {
+    pub(super) fn gathered(&self, needs: &[&Need<'_>]) -> u64 {
         let hessians = needs.iter().map(|need| need.bytes).sum::<u64>();
         let solving = needs.iter().map(|need| need.solving_bytes()).max().unwrap_or(0);
         self.at_once(hessians, solving)
@@ -118,12 +118,12 @@ impl Room {
 
     /// Bytes in use at once while samples run, and while layers are solved in `solving` bytes
     /// beside `hessians`.
-    pub fn at_once(&self, hessians: u64, solving: u64) -> u64 {
+    pub(super) fn at_once(&self, hessians: u64, solving: u64) -> u64 {
         self.fixed + hessians + self.running.max(self.resting + solving)
     }
 
     /// Whether `needs` can be gathered in one pass.
-    pub fn fits(&self, needs: &[&Need<'_>], memory: &Memory) -> bool {
+    pub(super) fn fits(&self, needs: &[&Need<'_>], memory: &Memory) -> bool {
         self.gathered(needs) <= memory.usable()
     }
 }

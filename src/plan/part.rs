@@ -1,7 +1,7 @@
 //! One part of the network: its stops, and what they take and compute.
 
-use sdxl_model::model::unet::{CarryShape, Part, PartName, Scope};
-use sdxl_model::model::{Layer, LayerInput, Operation};
+use sdxl_model::unet::{CarryShape, Part, PartName, Scope};
+use sdxl_model::{Layer, LayerInput, Operation};
 use serde::Serialize;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
@@ -150,7 +150,13 @@ impl Outline<'_> {
     ///
     /// # Errors
     /// [`Error::Argument`] if the memory is too little for a layer.
-    pub fn stops(&self, recipes: &LayerRecipes, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Result<Vec<Stop>> {
+    pub(super) fn stops(
+        &self,
+        recipes: &LayerRecipes,
+        calls: Option<&Calls>,
+        memory: &Memory,
+        carries: u64,
+    ) -> Result<Vec<Stop>> {
         let has_dense_target = self.sequencing.has_dense_target();
         let needs = Need::of(self.compressed(recipes), has_dense_target);
         let room = self.room(calls, memory, carries);
@@ -198,7 +204,7 @@ impl Outline<'_> {
 
     /// Multiply-adds of sending all samples to the stop `index` of `schedule`, and past it where a
     /// later stop needs them.
-    pub fn forward_work(&self, schedule: &Schedule, index: usize, calls: &Calls) -> f64 {
+    pub(super) fn forward_work(&self, schedule: &Schedule, index: usize, calls: &Calls) -> f64 {
         let stop = &schedule.stops[index];
         let networks = self.networks() as f64;
         let count = calls.count as f64;
@@ -250,7 +256,7 @@ impl Outline<'_> {
     }
 
     /// The plan of a stage, from its stops in `schedule`.
-    pub fn summary(&self, recipes: &LayerRecipes, stops: &[Stop]) -> StagePlan {
+    pub(super) fn summary(&self, recipes: &LayerRecipes, stops: &[Stop]) -> StagePlan {
         let needs = Need::of(self.compressed(recipes), self.sequencing.has_dense_target());
         let is_pass = |stop: &&Stop| matches!(stop.gather, Gather::Samples(_));
         let mut work = Work::default();

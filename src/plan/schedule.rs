@@ -3,8 +3,8 @@
 //! A stop gathers Hessians, solves layers, stores them, and lets the samples advance, each of the
 //! four only where it has something to do. Planning prices the stops and compression executes them.
 
-use sdxl_model::model::LayerInput;
-use sdxl_model::model::unet::{Part, PartName, Scope};
+use sdxl_model::LayerInput;
+use sdxl_model::unet::{Part, PartName, Scope};
 
 use super::need::Need;
 use super::work::Work;
@@ -64,6 +64,7 @@ pub enum Then {
 
 impl Gather {
     /// The inputs whose Hessians are needed.
+    #[must_use]
     pub fn inputs(&self) -> &[LayerInput] {
         match self {
             Gather::Nothing => &[],

@@ -1,13 +1,14 @@
 //! The size of a compressed weight in the container.
 
-use squeeze_codebook::codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
+use squeeze_codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
 
 use crate::recipe::LayerRecipe;
 
 /// Elements of a weight [o, d] that `recipe` keeps.
 ///
 /// SparseGPT prunes one element more than the share in each block of columns, as coremltools does:
-/// see [`squeeze_solver::solver::prune`].
+/// see [`squeeze_solver::prune`].
+#[must_use]
 pub fn kept(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
     let Some(options) = &recipe.prune else { return o * d };
     match options.sparsity {
@@ -26,6 +27,7 @@ pub fn kept(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
 /// values.
 ///
 /// `design`: one mask bit an element, n bits a kept element, 2^n fp16 entries a palette.
+#[must_use]
 pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
     let o = shape.first().copied().unwrap_or(0).unsigned_abs();
     let d = shape.iter().skip(1).product::<i64>().unsigned_abs();

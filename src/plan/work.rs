@@ -22,6 +22,7 @@ pub struct Work {
 
 impl Work {
     /// All multiply-adds.
+    #[must_use]
     pub fn multiply_adds(&self) -> f64 {
         self.forward + self.hessians + self.factors + self.sweeps
     }
@@ -29,6 +30,7 @@ impl Work {
     /// Seconds on a device that makes `rate` multiply-adds per second in large matrix products.
     /// Each kind of work reaches a share of it, and a palettized element takes 0.12 µs besides;
     /// both were measured on two CPU cores.
+    #[must_use]
     pub fn seconds(&self, rate: f64) -> f64 {
         (self.forward / 0.85 + self.hessians / 0.8 + self.factors / 0.75 + self.sweeps / 0.7) / rate + self.palettized / 8e6
     }

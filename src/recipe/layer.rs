@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use squeeze_codebook::codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
-use squeeze_solver::solver::JointOptions;
+use squeeze_codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
+use squeeze_solver::JointOptions;
 
 /// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in
 /// fp16.
@@ -19,18 +19,20 @@ pub struct LayerRecipe {
     /// Bits and grouping of the palettes; `None` keeps the values in fp16.
     pub palettize: Option<PaletteOptions>,
     /// Effort of the joint solver, which finds mask, weights and palettes together
-    /// ([`joint`](squeeze_solver::solver::joint())); `None` prunes first and palettizes the result.
+    /// ([`joint`](squeeze_solver::joint())); `None` prunes first and palettizes the result.
     pub joint: Option<Effort>,
 }
 
 impl LayerRecipe {
     /// The options of the joint solver, if the layer uses it.
+    #[must_use]
     pub fn joint_options(&self) -> Option<JointOptions> {
         self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
     }
 
     /// The pruning options if layers of one shape can be pruned in one batch, which only SparseGPT
     /// can do.
+    #[must_use]
     pub fn batch_options(&self) -> Option<&PruneOptions> {
         match self.method {
             PruneMethod::SparseGpt => self.prune.as_ref().filter(|_| self.joint.is_none()),
@@ -39,6 +41,7 @@ impl LayerRecipe {
     }
 
     /// Whether compression needs the Hessian of the layer's input.
+    #[must_use]
     pub fn needs_hessian(&self) -> bool {
         self.joint.is_some() || self.batch_options().is_some()
     }

@@ -9,9 +9,9 @@ mod sequencing;
 
 pub use layer::{LayerRecipe, LayerRecipes};
 pub use options::{Devices, RunOptions};
+use sdxl_model::Layer;
 use sdxl_model::checkpoint::Blueprint;
-use sdxl_model::model::Layer;
-use sdxl_model::model::unet::UnetChain;
+use sdxl_model::unet::UnetChain;
 pub use sequencing::Sequencing;
 use squeeze_base::error::Result;
 

@@ -30,11 +30,13 @@ impl RunOptions {
     }
 
     /// A run on one device, without a budget, from the start.
+    #[must_use]
     pub fn on(placement: Placement) -> Self {
         RunOptions { devices: placement.device.into(), kind: placement.kind, budget: None, resume: false }
     }
 
     /// The first device, with the dtype of activations.
+    #[must_use]
     pub fn placement(&self) -> Placement {
         Placement { device: self.devices.first(), kind: self.kind }
     }
@@ -68,17 +70,20 @@ impl Devices {
     }
 
     /// The device that solves.
+    #[must_use]
     pub fn first(&self) -> Device {
         self.0[0]
     }
 
     /// The number of devices, at least one.
     #[expect(clippy::len_without_is_empty, reason = "there is always a device")]
+    #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
     /// All devices, in order.
+    #[must_use]
     pub fn as_slice(&self) -> &[Device] {
         &self.0
     }

@@ -16,6 +16,7 @@ pub enum Sequencing {
 impl Sequencing {
     /// Whether layers are fitted to the outputs of the dense network, which then runs beside the
     /// compressed one.
+    #[must_use]
     pub fn has_dense_target(self) -> bool {
         match self {
             Sequencing::Stage => false,

@@ -120,6 +120,7 @@ pub struct Spread {
 
 impl Spread {
     /// Mean and lowest of `each`; NaN if `each` is empty or has a NaN.
+    #[must_use]
     pub fn of(each: Vec<f64>) -> Self {
         let mean = each.iter().sum::<f64>() / each.len() as f64;
         let worst = each.iter().copied().reduce(|a, b| if a.is_nan() || a < b { a } else { b }).unwrap_or(f64::NAN);
@@ -171,6 +172,7 @@ pub struct LayerRow {
 
 impl LayerRow {
     /// The output error, or the weight error if there is no output error.
+    #[must_use]
     pub fn error(&self) -> f64 {
         self.output_error.unwrap_or(self.weight_error)
     }
@@ -178,6 +180,7 @@ impl LayerRow {
 
 impl Comparison {
     /// The comparison as indented JSON. Equal comparisons give equal bytes.
+    #[must_use]
     pub fn to_json(&self) -> String {
         let mut text = serde_json::to_string_pretty(self).expect("JSON fails only for maps with odd keys, and there are no maps");
         text.push('\n');

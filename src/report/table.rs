@@ -11,6 +11,7 @@ const HEADER: [&str; 12] =
     ["config", "size", "bytes", "sparsity", "bits/weight", "UNet error", "PSNR", "worst", "SSIM", "worst", "time", "memory"];
 
 /// The table for a terminal: right-aligned numbers, the dense model first.
+#[must_use]
 pub fn plain(comparison: &Comparison) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(HEADER);

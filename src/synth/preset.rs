@@ -59,7 +59,8 @@ impl Preset {
     }
 
     /// The architecture of its UNet, as a config.json for
-    /// [`UnetConfig::parse`](sdxl_model::model::unet::UnetConfig::parse).
+    /// [`UnetConfig::parse`](sdxl_model::unet::UnetConfig::parse).
+    #[must_use]
     pub fn unet_config(self) -> ConfigFile {
         let entries = match self.unet() {
             Value::Object(entries) => entries,

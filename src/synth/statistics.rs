@@ -25,7 +25,7 @@ const CHUNK: usize = 1 << 16;
 
 impl Statistics {
     /// The bytes of tensor `name`, row by row.
-    pub fn bytes(self, name: &str, shape: &[usize], dtype: Dtype) -> Vec<u8> {
+    pub(super) fn bytes(self, name: &str, shape: &[usize], dtype: Dtype) -> Vec<u8> {
         let numel: usize = shape.iter().product();
         let width = size_of_dtype(dtype);
         let law = Law::of(name, shape);

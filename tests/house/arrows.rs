@@ -1,12 +1,14 @@
 //! Imports between the project's modules go one way.
 //!
-//! A *room* is a top-level module of a crate: a file or a folder. [`FLOORS`] lists the rooms of all
-//! crates from the ground up; a room may import rooms of lower floors only. Besides, no files
-//! import each other in a circle. Unit tests (`#[cfg(test)] mod`) are not read: a test may import
-//! anything.
+//! A *room* is a crate, or a top-level module of one of the crates that hold several ideas
+//! ([`CRATES_OF_ROOMS`](super::CRATES_OF_ROOMS)). [`FLOORS`] lists the rooms from the ground up; a
+//! room may import rooms of lower floors only. Besides, no files import each other in a circle.
+//! Unit tests (`#[cfg(test)] mod`) are not read: a test may import anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+
+use super::Crate;
 
 /// The rooms from the ground up.
 const FLOORS: &[&[&str]] = &[
@@ -16,9 +18,8 @@ const FLOORS: &[&[&str]] = &[
     &["output", "safetensors_file"],
     &["codebook"],
     &["container"],
-    &["product", "sum", "elementwise", "finite", "random", "device", "numerics"],
-    &["solver", "checkpoint"],
-    &["model", "picture"],
+    &["product", "sum", "elementwise", "finite", "random", "device", "settings"],
+    &["solver", "model"],
     &["geometry", "pipeline"],
     &["synth", "config"],
     &["recipe"],
@@ -33,7 +34,7 @@ const FLOORS: &[&[&str]] = &[
 /// One source file, its place among the modules, and the paths that it names.
 struct Source {
     file: PathBuf,
-    /// The module, e.g. `["solver", "joint", "row"]`; empty for the root of a crate.
+    /// The module, e.g. `["solver", "joint", "row"]`; empty for the root of a crate of rooms.
     module: Vec<String>,
     /// Each path from the root of the crate, e.g. `["solver", "Hessian"]`.
     uses: BTreeSet<Vec<String>>,
@@ -128,14 +129,15 @@ fn circles(arrows: &[BTreeSet<usize>]) -> Vec<BTreeSet<usize>> {
 
 /// The sources of all crates.
 fn read_all() -> Vec<Source> {
-    super::roots().iter().flat_map(|root| read_root(root)).collect()
+    let crates = super::crates();
+    crates.iter().flat_map(|this| read_crate(&crates, this)).collect()
 }
 
-fn read_root(root: &Path) -> Vec<Source> {
-    let mut files = super::rust_files(root);
+fn read_crate(crates: &[Crate], this: &Crate) -> Vec<Source> {
+    let mut files = super::rust_files(&this.root);
     let tests: Vec<PathBuf> = files.iter().flat_map(|file| files_of_tests(file)).collect();
     files.retain(|file| !tests.contains(file));
-    files.iter().map(|file| read(root, file)).collect()
+    files.iter().map(|file| read(crates, this, file)).collect()
 }
 
 /// The files that `#[cfg(test)] mod name;` names.
@@ -162,9 +164,10 @@ fn folder_of(file: &Path) -> PathBuf {
     if stem == "mod" || stem == "lib" || stem == "main" { file.parent().unwrap().to_owned() } else { file.with_extension("") }
 }
 
-fn read(root: &Path, file: &Path) -> Source {
-    let inside = file.strip_prefix(root).unwrap().with_extension("");
-    let mut module: Vec<String> = inside.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+fn read(crates: &[Crate], this: &Crate, file: &Path) -> Source {
+    let inside = file.strip_prefix(&this.root).unwrap().with_extension("");
+    let mut module = this.room.clone();
+    module.extend(inside.iter().map(|part| part.to_str().unwrap().to_owned()));
     if module.last().is_some_and(|last| matches!(last.as_str(), "mod" | "lib" | "main")) {
         module.pop();
     }
@@ -181,7 +184,7 @@ fn read(root: &Path, file: &Path) -> Source {
             let mut names = Vec::new();
             at = tree(&tokens, at + 1, &[], &mut names);
             for (path, name) in names {
-                if let Some(path) = from_root(&source.module, &children, &path) {
+                if let Some(path) = from_root(crates, this, &source.module, &children, &path) {
                     if public {
                         source.handed_on.insert(name, path);
                     } else {
@@ -195,7 +198,7 @@ fn read(root: &Path, file: &Path) -> Source {
                 path.push(tokens[at + 2].clone());
                 at += 2;
             }
-            source.uses.extend(from_root(&source.module, &children, &path));
+            source.uses.extend(from_root(crates, this, &source.module, &children, &path));
             at += 1;
         } else {
             at += 1;
@@ -238,13 +241,19 @@ fn tree(tokens: &[String], mut at: usize, before: &[String], names: &mut Vec<(Ve
     }
 }
 
-/// A path from the root of the crate; `None` if it names something of another crate or of this
-/// file.
-fn from_root(module: &[String], children: &BTreeSet<&str>, path: &[String]) -> Option<Vec<String>> {
+/// A path from the room; `None` if it names something of a foreign crate or of this file.
+fn from_root(
+    crates: &[Crate],
+    this: &Crate,
+    module: &[String],
+    children: &BTreeSet<&str>,
+    path: &[String],
+) -> Option<Vec<String>> {
     let (first, rest) = path.split_first()?;
+    let named = crates.iter().find(|other| other.name == *first);
     let (mut base, mut rest) = match first.as_str() {
-        "crate" => (Vec::new(), rest),
-        other if super::crates().iter().any(|name| name == other) => (Vec::new(), rest),
+        "crate" => (this.room.clone(), rest),
+        _ if named.is_some() => (named?.room.clone(), rest),
         "self" => (module.to_vec(), rest),
         "super" => (module[..module.len().checked_sub(1)?].to_vec(), rest),
         child if children.contains(child) => (module.to_vec(), path),
@@ -344,7 +353,7 @@ fn paths_are_read_as_the_compiler_reads_them() {
         use crate::solver::{Hessian, joint::{self, row::Row as R}};
         use super::super::plan::Plan;
         mod child;
-        fn f(x: &str) -> char { let _ = "crate::string"; crate::sum::all(x); child::g(); std::mem::take(y); '"' }
+        fn f(x: &str) -> char { let _ = "crate::string"; crate::sum::all(x); other::Chest::open(); child::g(); std::mem::take(y); '"' }
         #[cfg(test)]
         mod tests { use crate::pipeline::noise; }
     "##;
@@ -352,10 +361,23 @@ fn paths_are_read_as_the_compiler_reads_them() {
     std::fs::create_dir_all(folder.join("a/b")).unwrap();
     let file = folder.join("a/b/mod.rs");
     std::fs::write(&file, text).unwrap();
-    let source = read(&folder, &file);
+    let this = Crate { name: "this".to_owned(), root: folder.clone(), room: Vec::new() };
+    let other = Crate { name: "other".to_owned(), root: folder.join("other"), room: vec!["attic".to_owned()] };
+    let source = read(&[other], &this, &file);
     std::fs::remove_dir_all(&folder).unwrap();
     let uses: Vec<String> = source.uses.iter().map(|path| path.join("::")).collect();
-    assert_eq!(uses, ["a::b::child::g", "plan::Plan", "solver::Hessian", "solver::joint", "solver::joint::row::Row", "sum::all"]);
+    assert_eq!(
+        uses,
+        [
+            "a::b::child::g",
+            "attic::Chest::open",
+            "plan::Plan",
+            "solver::Hessian",
+            "solver::joint",
+            "solver::joint::row::Row",
+            "sum::all"
+        ]
+    );
     assert_eq!(source.handed_on["Given"].join("::"), "a::b::child::Given");
     assert_eq!(source.module.join("::"), "a::b");
 }

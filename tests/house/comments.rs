@@ -8,7 +8,8 @@ const COLUMNS: usize = 100;
 #[test]
 fn comments_are_at_most_100_columns_wide() {
     let mut wide = Vec::new();
-    let folders = super::roots().into_iter().chain(["tests", "benches", "examples", "fuzz"].map(Into::into));
+    let folders =
+        super::crates().into_iter().map(|this| this.root).chain(["tests", "benches", "examples", "fuzz"].map(Into::into));
     for file in folders.filter(|folder| Path::new(folder).is_dir()).flat_map(|folder| super::rust_files(&folder)) {
         if file.components().any(|part| part.as_os_str() == "target") {
             continue;

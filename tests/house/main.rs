@@ -5,22 +5,32 @@ mod comments;
 
 use std::path::{Path, PathBuf};
 
-/// The folders of the crates' sources.
-fn roots() -> Vec<PathBuf> {
-    let mut roots = vec![PathBuf::from("src")];
-    roots.extend(members().map(|member| member.join("src")));
-    roots
+/// A crate of this project.
+struct Crate {
+    /// Its name, as paths write it.
+    name: String,
+    /// The folder of its sources.
+    root: PathBuf,
+    /// Its place among the rooms: empty if each of its modules is a room of its own.
+    room: Vec<String>,
 }
 
-/// The names of the crates, as paths write them.
-fn crates() -> Vec<String> {
-    let mut names = vec!["sdxl_squeeze".to_owned()];
-    names.extend(members().map(|member| {
-        let manifest = std::fs::read_to_string(member.join("Cargo.toml")).unwrap();
-        let name = manifest.lines().find_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"')).unwrap();
-        name.replace('-', "_")
-    }));
-    names
+/// The crates each of whose modules is a room. Any other crate is one room.
+const CRATES_OF_ROOMS: [&str; 3] = ["sdxl_squeeze", "squeeze_base", "squeeze_numerics"];
+
+/// The program's crate and the members of the workspace.
+fn crates() -> Vec<Crate> {
+    let folders = std::iter::once(PathBuf::new()).chain(members());
+    folders
+        .map(|folder| {
+            let manifest = std::fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+            let name = manifest.lines().find_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"')).unwrap();
+            let name = name.replace('-', "_");
+            let room = folder.file_name().filter(|_| !CRATES_OF_ROOMS.contains(&name.as_str()));
+            let room = room.map(|room| room.to_str().unwrap().to_owned()).into_iter().collect();
+            Crate { name, root: folder.join("src"), room }
+        })
+        .collect()
 }
 
 fn members() -> impl Iterator<Item = PathBuf> {

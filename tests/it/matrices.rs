@@ -4,7 +4,7 @@ use sdxl_squeeze::solver::Hessian;
 use tch::{Device, Tensor};
 
 /// Random numbers, each the sum of four uniform ones, whose distribution has a bell's shape.
-pub fn numbers(shape: &[i64], seed: u64) -> Tensor {
+pub(crate) fn numbers(shape: &[i64], seed: u64) -> Tensor {
     use rand::{RngExt, SeedableRng};
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let values: Vec<f32> = (0..shape.iter().product()).map(|_| (0..4).map(|_| random.random_range(-1f32..1.0)).sum()).collect();
@@ -12,13 +12,13 @@ pub fn numbers(shape: &[i64], seed: u64) -> Tensor {
 }
 
 /// Inputs [n, d] that a few directions dominate, which are equal for one `family`.
-pub fn correlated(n: i64, d: i64, family: u64, seed: u64) -> Tensor {
+pub(crate) fn correlated(n: i64, d: i64, family: u64, seed: u64) -> Tensor {
     let few = numbers(&[n, d / 4 + 1], seed).matmul(&numbers(&[d / 4 + 1, d], family));
     few / (d as f64).sqrt() + 0.2 * numbers(&[n, d], seed + 1000)
 }
 
 /// The Hessian of inputs [n, d].
-pub fn hessian(inputs: &Tensor) -> Hessian {
+pub(crate) fn hessian(inputs: &Tensor) -> Hessian {
     let mut hessian = Hessian::new(*inputs.size().last().unwrap(), Device::Cpu).unwrap();
     hessian.add(inputs).unwrap();
     hessian

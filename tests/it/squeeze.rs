@@ -11,7 +11,7 @@ use crate::support::{repo, squeezing};
 
 /// A command of the program with its arguments.
 #[derive(Debug, Clone)]
-pub struct Squeeze {
+pub(crate) struct Squeeze {
     arguments: Vec<OsString>,
     variables: Vec<(&'static str, String)>,
     folder: PathBuf,
@@ -19,67 +19,67 @@ pub struct Squeeze {
 
 impl Squeeze {
     /// The subcommand `name`, run in the root of the repository.
-    pub fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         Squeeze { arguments: vec![name.into()], variables: Vec::new(), folder: repo("") }
     }
 
     /// Adds an argument.
-    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+    pub(crate) fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.arguments.push(argument.as_ref().to_owned());
         self
     }
 
     /// Adds arguments.
-    pub fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+    pub(crate) fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
         self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
         self
     }
 
     /// Adds a flag with its value.
-    pub fn with(self, flag: &str, value: impl AsRef<OsStr>) -> Self {
+    pub(crate) fn with(self, flag: &str, value: impl AsRef<OsStr>) -> Self {
         self.arg(flag).arg(value)
     }
 
     /// `--config configs/NAME.yaml`.
-    pub fn config(self, name: &str) -> Self {
+    pub(crate) fn config(self, name: &str) -> Self {
         self.config_file(repo(&format!("configs/{name}.yaml")))
     }
 
     /// Sets an environment variable.
-    pub fn env(mut self, name: &'static str, value: &str) -> Self {
+    pub(crate) fn env(mut self, name: &'static str, value: &str) -> Self {
         self.variables.push((name, value.to_owned()));
         self
     }
 
     /// `--config FILE`.
-    pub fn config_file(self, path: impl AsRef<Path>) -> Self {
+    pub(crate) fn config_file(self, path: impl AsRef<Path>) -> Self {
         self.with("--config", path.as_ref())
     }
 
     /// `--model FOLDER`.
-    pub fn model(self, folder: impl AsRef<Path>) -> Self {
+    pub(crate) fn model(self, folder: impl AsRef<Path>) -> Self {
         self.with("--model", folder.as_ref())
     }
 
     /// `--out PATH`.
-    pub fn out(self, path: impl AsRef<Path>) -> Self {
+    pub(crate) fn out(self, path: impl AsRef<Path>) -> Self {
         self.with("--out", path.as_ref())
     }
 
     /// `count` calibration samples, from pictures of `steps` steps of the bundled model's prompts.
-    pub fn samples(self, count: usize, steps: usize) -> Self {
+    pub(crate) fn samples(self, count: usize, steps: usize) -> Self {
         let [count, steps] = [count, steps].map(|number| number.to_string());
         self.with("--prompts", repo("calibration/emoji.txt")).with("--calibration-nsamples", count).with("--steps", steps)
     }
 
     /// The arguments, to be given to the program by a shell.
     #[cfg(unix)]
-    pub fn arguments(&self) -> &[OsString] {
+    pub(crate) fn arguments(&self) -> &[OsString] {
         &self.arguments
     }
 
     /// The command, to be started by the test.
-    pub fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = squeezing(&[]);
         command.args(&self.arguments).envs(self.variables.iter().cloned()).current_dir(&self.folder);
         command
@@ -87,7 +87,7 @@ impl Squeeze {
 
     /// Runs the command, which must end with the exit code `expected`.
     #[track_caller]
-    pub fn ends_with(&self, expected: i32) -> Ended {
+    pub(crate) fn ends_with(&self, expected: i32) -> Ended {
         let output = self.command().output().expect("the program can be started");
         let ended = Ended::new(self.clone(), &output);
         assert_eq!(output.status.code(), Some(expected), "{ended}");
@@ -95,19 +95,19 @@ impl Squeeze {
     }
 
     /// Starts the command, whose output nobody reads.
-    pub fn starts(&self) -> Child {
+    pub(crate) fn starts(&self) -> Child {
         self.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program can be started")
     }
 
     /// Runs the command, which must succeed.
     #[track_caller]
-    pub fn succeeds(&self) -> Ended {
+    pub(crate) fn succeeds(&self) -> Ended {
         self.ends_with(0)
     }
 
     /// Runs the command, which must refuse its input in one line that contains all `parts`.
     #[track_caller]
-    pub fn is_refused(&self, parts: &[&str]) -> Ended {
+    pub(crate) fn is_refused(&self, parts: &[&str]) -> Ended {
         let ended = self.ends_with(2);
         let errors: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("error")).collect();
         assert_eq!(errors.len(), 1, "there is not one line with an error\n{ended}");
@@ -120,7 +120,7 @@ impl Squeeze {
 
 /// A run that has ended.
 #[derive(Debug)]
-pub struct Ended {
+pub(crate) struct Ended {
     squeeze: Squeeze,
     status: String,
     /// The text on standard output.
@@ -137,7 +137,7 @@ impl Ended {
 
     /// Asserts that standard output or standard error contains each of `parts`.
     #[track_caller]
-    pub fn says(&self, parts: &[&str]) -> &Self {
+    pub(crate) fn says(&self, parts: &[&str]) -> &Self {
         for part in parts {
             assert!(self.stdout.contains(part) || self.stderr.contains(part), "`{part}` is missing\n{self}");
         }
@@ -145,13 +145,13 @@ impl Ended {
     }
 
     /// Standard output, then standard error.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         format!("{}{}", self.stdout, self.stderr)
     }
 
     /// Standard output as JSON.
     #[track_caller]
-    pub fn json<T: DeserializeOwned>(&self) -> T {
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> T {
         serde_json::from_str(&self.stdout).unwrap_or_else(|why| panic!("standard output: {why}\n{self}"))
     }
 }
@@ -176,7 +176,7 @@ const NARROWER: [(&str, &str); 3] =
 /// Asserts that a command writes equal bytes on each number of threads, both with the instructions
 /// of this processor and with those of a narrower one. `result` takes the bytes that a run wrote.
 #[track_caller]
-pub fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
+pub(crate) fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
     for narrower in [&[][..], &NARROWER] {
         let mut on = |threads: &str| {
             let run = squeeze.clone().env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads);

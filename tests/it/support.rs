@@ -9,22 +9,22 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 /// A path of the repository.
-pub fn repo(path: &str) -> PathBuf {
+pub(crate) fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 /// The bundled model.
-pub fn emoji() -> PathBuf {
+pub(crate) fn emoji() -> PathBuf {
     repo("models/emoji-sdxl")
 }
 
 /// All tensors of a file, as they are stored.
-pub fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
+pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
     Tensor::read_safetensors(path).unwrap().into_iter().collect()
 }
 
 /// ‖a - b‖ / ‖b‖ in fp64; ‖a‖ where b is zero.
-pub fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
+pub(crate) fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
     let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
     let norm = |x: &Tensor| x.square().sum(Kind::Double).sqrt().double_value(&[]);
@@ -34,7 +34,7 @@ pub fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
 
 /// Compares tensors with a reference file, remembers which were compared, and reports all
 /// differences at once.
-pub struct Checker {
+pub(crate) struct Checker {
     pub reference: BTreeMap<String, Tensor>,
     bound: f64,
     seen: BTreeSet<String>,
@@ -42,20 +42,20 @@ pub struct Checker {
 }
 
 impl Checker {
-    pub fn new(file: &Path, bound: f64) -> Self {
+    pub(crate) fn new(file: &Path, bound: f64) -> Self {
         Checker { reference: tensors(file), bound, seen: BTreeSet::new(), failures: Vec::new() }
     }
 
-    pub fn has(&self, key: &str) -> bool {
+    pub(crate) fn has(&self, key: &str) -> bool {
         self.reference.contains_key(key)
     }
 
-    pub fn get(&self, key: &str) -> &Tensor {
+    pub(crate) fn get(&self, key: &str) -> &Tensor {
         self.reference.get(key).unwrap_or_else(|| panic!("the reference has no {key}"))
     }
 
     /// Asserts that the relative error is within the bound, in the norm and at the worst element.
-    pub fn close(&mut self, key: &str, ours: &Tensor) {
+    pub(crate) fn close(&mut self, key: &str, ours: &Tensor) {
         let theirs = self.get(key).shallow_clone();
         self.seen.insert(key.to_owned());
         if ours.size() != theirs.size() {
@@ -71,7 +71,7 @@ impl Checker {
     }
 
     /// Asserts equality to the last bit.
-    pub fn equal(&mut self, key: &str, ours: &Tensor) {
+    pub(crate) fn equal(&mut self, key: &str, ours: &Tensor) {
         self.seen.insert(key.to_owned());
         if ours != self.get(key) {
             self.failures.push(format!("{key}: not equal"));
@@ -80,7 +80,7 @@ impl Checker {
 
     /// Fails with all differences and with all reference tensors that were not compared, except for
     /// those that `uncompared` names.
-    pub fn finish(mut self, name: &str, uncompared: impl Fn(&str) -> bool) {
+    pub(crate) fn finish(mut self, name: &str, uncompared: impl Fn(&str) -> bool) {
         let forgotten = self.reference.keys().filter(|key| !self.seen.contains(*key) && !uncompared(key));
         self.failures.extend(forgotten.map(|key| format!("{key}: not compared")));
         assert!(self.failures.is_empty(), "{name}:\n{}", self.failures.join("\n"));
@@ -89,21 +89,21 @@ impl Checker {
 
 /// The program with arguments. Its threads wait without spinning, because many tests share the
 /// cores.
-pub fn squeezing(args: &[&str]) -> Command {
+pub(crate) fn squeezing(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sdxl-squeeze"));
     command.args(args).env("OMP_WAIT_POLICY", "PASSIVE");
     command
 }
 
 /// Runs the program.
-pub fn squeeze(args: &[&str]) -> Output {
+pub(crate) fn squeeze(args: &[&str]) -> Output {
     squeezing(args).output().unwrap()
 }
 
 /// Starts a run with progress in JSON and interrupts it after some layers. It must end with 1 after
 /// the current layer; its output is returned.
 #[cfg(unix)]
-pub fn interrupted_among_the_layers(mut run: Command) -> Output {
+pub(crate) fn interrupted_among_the_layers(mut run: Command) -> Output {
     let mut child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
     let mut seen = 0;
@@ -122,14 +122,14 @@ pub fn interrupted_among_the_layers(mut run: Command) -> Output {
 }
 
 /// The output of a command, which must have ended with `code`.
-pub fn ended_with(code: i32, output: &Output) -> String {
+pub(crate) fn ended_with(code: i32, output: &Output) -> String {
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "{text}");
     text
 }
 
 /// The pixels of a PNG file, and their width and height.
-pub fn pixels(path: &Path) -> (Vec<u8>, [u32; 2]) {
+pub(crate) fn pixels(path: &Path) -> (Vec<u8>, [u32; 2]) {
     let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(path).unwrap()));
     let mut reader = decoder.read_info().unwrap();
     let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
@@ -138,17 +138,17 @@ pub fn pixels(path: &Path) -> (Vec<u8>, [u32; 2]) {
 }
 
 /// The report of a run that was written to the folder `out`.
-pub fn report(out: &Path) -> Value {
+pub(crate) fn report(out: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(out.join("report.json")).unwrap()).unwrap()
 }
 
 /// The container of a run that was written to the folder `out`.
-pub fn container(out: &Path) -> Vec<u8> {
+pub(crate) fn container(out: &Path) -> Vec<u8> {
     std::fs::read(out.join("unet.squeezed.safetensors")).unwrap()
 }
 
 /// A small pipeline of SDXL's architecture with random weights.
-pub fn tiny() -> &'static Path {
+pub(crate) fn tiny() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
@@ -161,7 +161,7 @@ pub fn tiny() -> &'static Path {
 }
 
 /// Copies a folder.
-pub fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();

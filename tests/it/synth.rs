@@ -14,7 +14,7 @@ use crate::squeeze::Squeeze;
 
 /// The UNet config that stabilityai/stable-diffusion-xl-base-1.0 publishes, as far as it says
 /// anything.
-pub const PUBLISHED_SDXL_BASE: &str = r#"{
+pub(crate) const PUBLISHED_SDXL_BASE: &str = r#"{
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
     "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
     "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "center_input_sample": false,

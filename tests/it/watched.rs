@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// How a child ended.
 #[derive(Debug)]
-pub struct Ended {
+pub(crate) struct Ended {
     /// Its exit code or signal.
     pub status: ExitStatus,
     /// What it wrote to standard output and then to standard error.
@@ -22,13 +22,13 @@ pub struct Ended {
 
 impl Ended {
     /// The exit code; `None` if a signal ended it.
-    pub fn code(&self) -> Option<i32> {
+    pub(crate) fn code(&self) -> Option<i32> {
         self.status.code()
     }
 
     /// What keeps this from being a refusal of bad input: exit code 2, one line, no panic, little
     /// time and little memory.
-    pub fn fault(&self) -> Option<String> {
+    pub(crate) fn fault(&self) -> Option<String> {
         const SECONDS: f64 = 5.0;
         const BYTES: u64 = 1 << 30;
         let errors = self.said.lines().filter(|line| line.contains("error")).count();
@@ -48,7 +48,7 @@ impl Ended {
 
 /// Runs `command` to its end, for at most `limit`.
 #[expect(clippy::zombie_processes, reason = "wait4 waits for the child, as the standard library does not tell what it used")]
-pub fn run(mut command: Command, limit: Duration) -> Ended {
+pub(crate) fn run(mut command: Command, limit: Duration) -> Ended {
     let folder = tempfile::tempdir().unwrap();
     let [out, err] = ["out", "err"].map(|name| folder.path().join(name));
     command.stdin(std::process::Stdio::null()).stdout(File::create(&out).unwrap()).stderr(File::create(&err).unwrap());

@@ -5,11 +5,13 @@ use std::io::Read;
 use sha2::{Digest, Sha256};
 
 /// A finished hash as hex digits.
+#[must_use]
 pub fn hex(hash: Sha256) -> String {
     hex::encode(hash.finalize())
 }
 
 /// The hash of `bytes`.
+#[must_use]
 pub fn of_bytes(bytes: &[u8]) -> String {
     hex(Sha256::new_with_prefix(bytes))
 }

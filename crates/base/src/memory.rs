@@ -5,6 +5,7 @@ use crate::shorten::shorten;
 
 /// Peak resident bytes since the start of the process or the last [`reset_peak`]; none if the
 /// system does not report them.
+#[must_use]
 pub fn peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -13,6 +14,7 @@ pub fn peak() -> Option<u64> {
 }
 
 /// Resets the peak to the bytes that are resident now; returns whether the system allowed it.
+#[must_use]
 pub fn reset_peak() -> bool {
     std::fs::write("/proc/self/clear_refs", "5").is_ok()
 }
@@ -20,6 +22,7 @@ pub fn reset_peak() -> bool {
 /// Bytes that this process can still allocate without swapping: the least of the system's available
 /// memory and the remainder of the process's control group. None if the system does not report
 /// them.
+#[must_use]
 pub fn available() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

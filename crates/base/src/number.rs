@@ -4,21 +4,25 @@
 pub const NONE: &str = "–";
 
 /// A number of bytes in MiB, with two decimals.
+#[must_use]
 pub fn mib(bytes: u64) -> String {
     format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// A number of bytes in GiB, with three decimals.
+#[must_use]
 pub fn gib(bytes: u64) -> String {
     format!("{:.3} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
 /// A number of bytes in MiB, or in GiB from 1000 MiB on.
+#[must_use]
 pub fn size(bytes: u64) -> String {
     if bytes < 1000 << 20 { mib(bytes) } else { gib(bytes) }
 }
 
 /// A number with commas between its thousands.
+#[must_use]
 pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut spaced = String::new();
@@ -32,11 +36,13 @@ pub fn count(number: u64) -> String {
 }
 
 /// A number with `decimals` decimals.
+#[must_use]
 pub fn fixed(number: f64, decimals: usize) -> String {
     if number.is_finite() { format!("{number:.decimals$}") } else { NONE.into() }
 }
 
 /// A share of 1 as percent, with two decimals.
+#[must_use]
 pub fn percent(share: f64) -> String {
     if share.is_finite() { format!("{:.2}%", 100.0 * share) } else { NONE.into() }
 }
@@ -47,6 +53,7 @@ pub fn maybe_percent(share: Option<f64>) -> String {
 }
 
 /// A duration given in seconds: in seconds below 100, then in minutes, then in hours.
+#[must_use]
 pub fn time(seconds: f64) -> String {
     match seconds {
         s if !s.is_finite() => NONE.into(),

@@ -59,6 +59,7 @@ impl NamePattern {
     }
 
     /// Whether it matches the whole of `name`.
+    #[must_use]
     pub fn matches(&self, name: &str) -> bool {
         match &self.whole {
             Whole::Name(only) => only == name,

@@ -2,6 +2,7 @@
 
 /// Text from a file or the command line for a message: one line, and at most enough to recognize
 /// the text.
+#[must_use]
 pub fn shorten(text: &str) -> String {
     const KEEP: usize = 60;
     let mut shown = String::new();
@@ -23,6 +24,7 @@ pub fn path_as_text<S: serde::Serializer>(path: &std::path::Path, serializer: S)
 }
 
 /// As [`shorten`], with both ends of a long text.
+#[must_use]
 pub fn both_ends(text: &str) -> String {
     const KEEP: usize = 30;
     match text.char_indices().rev().nth(KEEP - 1) {

@@ -1,3 +1,22 @@
-//! The vocabulary of compressed weights. See [`codebook`].
+//! The types that describe a compressed weight: index widths, palettes and their groups, sparsity.
+//!
+//! Every module that compresses, stores, reads or configures weights uses these types. They do not
+//! depend on a tensor library, a file format or a model.
 
-pub mod codebook;
+mod bit_width;
+mod book;
+mod effort;
+mod grouping;
+mod layer_kind;
+mod options;
+mod prune_method;
+mod sparsity;
+
+pub use bit_width::BitWidth;
+pub use book::{Codebook, Run};
+pub use effort::Effort;
+pub use grouping::{Grouping, Misfit, OnMisfit};
+pub use layer_kind::LayerKind;
+pub use options::{PaletteOptions, PruneOptions};
+pub use prune_method::PruneMethod;
+pub use sparsity::{NmRatio, Sparsity};

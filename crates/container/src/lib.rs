@@ -1,3 +1,27 @@
-//! The file format of compressed UNets, without a tensor library. See [`container`].
+//! The compressed UNet in one file, `unet.squeezed.safetensors`.
+//!
+//! [`Container`] reads one, [`ContainerWriter`] writes one, and [`CompressedWeight`] is a weight in
+//! memory. Nothing here knows of libtorch or of a network: `pipeline::UnetWeights` builds a UNet
+//! from a container.
+//!
+//! The format follows, as `docs/container.md` defines it. The parts of a weight are the parameters
+//! of Core ML's `constexpr_lut_to_dense`, `constexpr_lut_to_sparse` and
+//! `constexpr_sparse_to_dense`.
+//!
+#![doc = include_str!("../../../docs/container.md")]
 
-pub mod container;
+mod half_bytes;
+mod metadata;
+mod packed;
+mod reader;
+mod verify;
+mod weight;
+mod writer;
+
+pub use metadata::{ContainerInfo, FORMAT, VERSION};
+pub use packed::{Mask, Packed};
+pub use reader::{Container, StoredLayer};
+pub use squeeze_base::input::SourceFile;
+pub use verify::Verification;
+pub use weight::{CompressedWeight, Values};
+pub use writer::{ContainerWriter, Written};

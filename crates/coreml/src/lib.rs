@@ -1,3 +1,29 @@
-//! Core ML packages, written and checked without a Mac. See [`coreml`].
+//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights
+//! unchanged.
+//!
+//! A package consists of a manifest, the program (`model.mlmodel`, protobuf) and the weights
+//! (`weight.bin`). Writing one needs no part of Core ML. The operations, their parameters and their
+//! order follow coremltools 9.0 for the same network; `docs/coreml.md` describes how that is
+//! checked.
 
-pub mod coreml;
+mod blob;
+mod check;
+mod description;
+mod element;
+mod infer;
+mod literal;
+mod lower;
+mod lut;
+mod manifest;
+mod operand;
+mod options;
+mod package;
+mod program;
+pub mod proto;
+mod weights;
+
+pub use check::{PackageVerification, verify};
+pub use element::{ArrayType, Element};
+pub use lut::Lut;
+pub use options::{Io, Layout, Options};
+pub use package::{WrittenPackage, write};

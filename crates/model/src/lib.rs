@@ -1,5 +1,16 @@
-//! SDXL on libtorch: UNet, text encoders, VAE, schedulers, and the checkpoints that they come from.
-//! Nothing here knows of compression.
+//! SDXL on libtorch: UNet, text encoders, VAE, samplers, and the checkpoints that they come from.
+//! Nothing here depends on compression.
 
 pub mod checkpoint;
-pub mod model;
+mod layer;
+mod network;
+mod resnet;
+pub mod scheduler;
+pub mod text;
+#[cfg(test)]
+mod threads;
+pub mod unet;
+pub mod vae;
+
+pub use layer::{ConvGeometry, Layer, LayerInput, Observer, Operation, Unobserved};
+pub use resnet::ResnetShape;

@@ -79,6 +79,7 @@ pub fn parse_devices(names: &str) -> Result<Vec<Device>> {
 }
 
 /// Bytes of free memory of a device, if known.
+#[must_use]
 pub fn free_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => squeeze_base::memory::available(),

@@ -3,7 +3,9 @@
 pub mod device;
 pub mod elementwise;
 pub mod finite;
-pub mod numerics;
 pub mod product;
 pub mod random;
+mod settings;
 pub mod sum;
+
+pub use settings::{Numerics, init};

@@ -1,4 +1,14 @@
-//! A diffusers pipeline folder, prompts, the denoising loop, pictures.
+//! From a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` computes it.
 
+mod folder;
+mod generate;
 pub mod picture;
-pub mod pipeline;
+mod prompt;
+mod sampling;
+mod unet_weights;
+
+pub use folder::{PipelineFolder, TextPart};
+pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
+pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, time_ids};
+pub use sampling::{Predictor, sample};
+pub use unet_weights::{StoredTensor, UnetSource, UnetWeights, verify};

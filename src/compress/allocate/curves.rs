@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use sdxl_model::model::{Layer, LayerInput};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
-use squeeze_codebook::codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
-use squeeze_solver::solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint};
+use squeeze_codebook::{BitWidth, Effort, Grouping, PaletteOptions, PruneOptions, Sparsity};
+use squeeze_solver::{Hessian, JointFactors, JointOptions, LayerEvidence, Order, joint};
 use tch::Tensor;
 
 use super::super::gather::Gatherer;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use squeeze_base::progress::Progress;
-use squeeze_codebook::codebook::BitWidth;
+use squeeze_codebook::BitWidth;
 
 use super::super::gather::Gatherer;
 use super::super::job::Job;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use sdxl_model::model::unet::{Carry, Part, PartName, Scope};
-use sdxl_model::model::{Layer, Observer, Unobserved};
+use sdxl_model::unet::{Carry, Part, PartName, Scope};
+use sdxl_model::{Layer, Observer, Unobserved};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Task;
 use squeeze_numerics::random::noise;

@@ -9,22 +9,22 @@ use serde_json::Value;
 
 /// The three files of a package.
 #[derive(Clone)]
-pub struct Package {
+pub(super) struct Package {
     pub manifest: Value,
     pub model: Model,
     pub blobs: Vec<u8>,
 }
 
-pub fn model_path(package: &Path) -> PathBuf {
+pub(super) fn model_path(package: &Path) -> PathBuf {
     package.join("Data/com.apple.CoreML/model.mlmodel")
 }
 
-pub fn blob_path(package: &Path) -> PathBuf {
+pub(super) fn blob_path(package: &Path) -> PathBuf {
     package.join("Data/com.apple.CoreML/weights/weight.bin")
 }
 
 impl Package {
-    pub fn read(path: &Path) -> Self {
+    pub(super) fn read(path: &Path) -> Self {
         Package {
             manifest: serde_json::from_slice(&std::fs::read(path.join("Manifest.json")).unwrap()).unwrap(),
             model: Model::decode(&std::fs::read(model_path(path)).unwrap()[..]).unwrap(),
@@ -32,7 +32,7 @@ impl Package {
         }
     }
 
-    pub fn write(&self, path: &Path) {
+    pub(super) fn write(&self, path: &Path) {
         std::fs::create_dir_all(blob_path(path).parent().unwrap()).unwrap();
         std::fs::write(path.join("Manifest.json"), format!("{:#}\n", self.manifest)).unwrap();
         std::fs::write(model_path(path), self.model.encode_to_vec()).unwrap();
@@ -41,7 +41,7 @@ impl Package {
 
     /// Takes everything away that says who wrote it: metadata, and identifiers that are made from
     /// the program.
-    pub fn forget_maker(&mut self) {
+    pub(super) fn forget_maker(&mut self) {
         let metadata = self.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
         metadata.user_defined.clear();
         metadata.version_string.clear();
@@ -52,28 +52,28 @@ impl Package {
         self.manifest = serde_json::from_str(&renamed).unwrap();
     }
 
-    pub fn program(&mut self) -> &mut Program {
+    pub(super) fn program(&mut self) -> &mut Program {
         let Some(model::Type::MlProgram(program)) = &mut self.model.r#type else { panic!("not a program") };
         program
     }
 
-    pub fn block(&mut self) -> &mut Block {
+    pub(super) fn block(&mut self) -> &mut Block {
         self.program().functions.get_mut("main").unwrap().block_specializations.get_mut("CoreML8").unwrap()
     }
 
     /// The first operation of a type.
-    pub fn op(&mut self, kind: &str) -> &mut Operation {
+    pub(super) fn op(&mut self, kind: &str) -> &mut Operation {
         self.block().operations.iter_mut().find(|op| op.r#type == kind).unwrap()
     }
 
     /// The operation that makes `name`.
-    pub fn named(&mut self, name: &str) -> &mut Operation {
+    pub(super) fn named(&mut self, name: &str) -> &mut Operation {
         self.block().operations.iter_mut().find(|op| op.outputs[0].name == name).unwrap()
     }
 }
 
 /// A declared type: the number of its dtype, and its shape.
-pub fn declared(value: Option<&ValueType>) -> (i32, Vec<i64>) {
+pub(super) fn declared(value: Option<&ValueType>) -> (i32, Vec<i64>) {
     use sdxl_squeeze::coreml::proto::mil_spec::dimension::Dimension;
     let Some(value_type::Type::TensorType(tensor)) = value.and_then(|value| value.r#type.as_ref()) else { panic!("no array") };
     let size = |dimension: &Option<Dimension>| match dimension {

@@ -21,7 +21,7 @@ enum Held {
 type Values = BTreeMap<String, Held>;
 
 /// The program's outputs.
-pub fn evaluate(package: &mut Package, inputs: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+pub(super) fn evaluate(package: &mut Package, inputs: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     let mut values: Values = inputs.iter().map(|(name, x)| (name.clone(), Held::Numbers(x.to_kind(Dtype::Float)))).collect();
     let blobs = package.blobs.clone();
     let block = package.block().clone();

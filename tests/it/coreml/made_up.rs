@@ -20,7 +20,7 @@ fn scrambled(i: usize) -> u64 {
 /// Compresses the UNet of `model` in as many ways as it has layers: all widths of indices, both
 /// axes, masks of all densities, scales, weights that are only pruned, and some that stay as they
 /// are. Palettes are a layer's own values, so that the UNet still computes sensible numbers.
-pub fn container(model: &Path, path: &Path) {
+pub(crate) fn container(model: &Path, path: &Path) {
     let pipeline = PipelineFolder::open(model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });

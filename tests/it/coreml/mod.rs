@@ -7,5 +7,5 @@ mod faults;
 mod file;
 mod flips;
 mod interpreter;
-pub mod made_up;
+pub(crate) mod made_up;
 mod write;

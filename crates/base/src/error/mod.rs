@@ -121,6 +121,7 @@ pub enum Error {
 
 impl Error {
     /// Whether the input is at fault (the CLI ends with 2) rather than the run (it ends with 1).
+    #[must_use]
     pub fn is_bad_input(&self) -> bool {
         match self {
             Error::Read { .. }
@@ -144,6 +145,7 @@ impl Error {
     }
 
     /// The bug that this error reports, if it reports one.
+    #[must_use]
     pub fn bug(&self) -> Option<&Bug> {
         let mut error = self;
         while let Error::Layer { source, .. } = error {

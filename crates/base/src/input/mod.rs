@@ -95,6 +95,7 @@ pub fn read_text(path: &Path, limit: Limit) -> Result<String> {
 }
 
 /// The kind of a file, with its article.
+#[must_use]
 pub fn name_of(kind: std::fs::FileType) -> &'static str {
     #[cfg(unix)]
     {

@@ -30,7 +30,7 @@ pub(super) enum Stream {
 
 impl Destination {
     /// The destination of `path`, links followed.
-    pub fn of(path: &Path) -> Result<Self> {
+    pub(super) fn of(path: &Path) -> Result<Self> {
         let (end, kind) = follow(path).map_err(|why| unusable(path, why))?;
         match kind {
             End::Absent => Ok(Destination::File(end)),
@@ -44,6 +44,7 @@ impl Destination {
 }
 
 /// Whether `path` is the program's own standard output.
+#[must_use]
 pub fn is_standard_output(path: &Path) -> bool {
     matches!(Destination::of(path), Ok(Destination::Stream(Stream::StandardOutput)))
 }
@@ -69,7 +70,7 @@ pub(super) fn of_folder(path: &Path) -> Result<PathBuf> {
 }
 
 impl Stream {
-    pub fn write(&mut self, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    pub(super) fn write(&mut self, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
         let mut out: Box<dyn Write> = match self {
             Stream::StandardOutput => Box::new(io::stdout().lock()),
             // Where the descriptor is a file's, others write to it too: each after what is there.

@@ -64,6 +64,7 @@ impl NewFolder {
     }
 
     /// The temporary folder to fill.
+    #[must_use]
     pub fn path(&self) -> &Path {
         self.temporary.path()
     }

@@ -21,6 +21,7 @@ pub struct Header {
 
 impl Header {
     /// A header without tensors.
+    #[must_use]
     pub fn new(metadata: &BTreeMap<String, String>) -> Self {
         Header { entries: BTreeMap::from([("__metadata__".to_owned(), json!(metadata))]), end: 0 }
     }

@@ -27,6 +27,7 @@ pub struct Magnitudes {
 
 impl Magnitudes {
     /// No values yet; `None` if `dtype` is not a floating-point type of weights.
+    #[must_use]
     pub fn new(dtype: Dtype) -> Option<Self> {
         let float = match dtype {
             Dtype::F64 => Float::F64,
@@ -69,6 +70,7 @@ impl Magnitudes {
     }
 
     /// The largest magnitude, if all values are finite.
+    #[must_use]
     pub fn largest(&self) -> f64 {
         match self.float {
             Float::F64 => f64::from_bits(self.largest),

@@ -29,11 +29,13 @@ pub struct Entry {
 
 impl Entry {
     /// The bytes of its data.
+    #[must_use]
     pub fn bytes(&self) -> u64 {
         self.end - self.start
     }
 
     /// Where its data begins, in bytes from the file's beginning.
+    #[must_use]
     pub fn start(&self) -> u64 {
         self.start
     }

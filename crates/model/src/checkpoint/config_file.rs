@@ -48,16 +48,19 @@ impl ConfigFile {
     }
 
     /// A config that is already in memory; `path` names it in errors.
+    #[must_use]
     pub fn from_entries(path: &Path, entries: Map<String, Value>) -> Self {
         ConfigFile { path: path.to_owned(), entries }
     }
 
     /// The file's path.
+    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The entries that were not taken.
+    #[must_use]
     pub fn into_entries(self) -> Map<String, Value> {
         self.entries
     }

@@ -32,6 +32,7 @@ pub struct TensorSpec {
 
 impl TensorSpec {
     /// The number of elements.
+    #[must_use]
     pub fn numel(&self) -> u64 {
         self.shape.iter().map(|n| *n as u64).product()
     }

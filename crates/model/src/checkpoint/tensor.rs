@@ -95,6 +95,7 @@ impl TensorBytes {
     }
 
     /// The bytes.
+    #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

@@ -100,6 +100,7 @@ impl Weights {
     }
 
     /// The part's folder.
+    #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -156,6 +157,7 @@ impl Weights {
     }
 
     /// The dtype of most elements; `None` if there are no tensors.
+    #[must_use]
     pub fn dtype(&self) -> Option<Dtype> {
         let mut elements: Vec<(Dtype, i64)> = Vec::new();
         for (_, entry) in self.entries() {
@@ -180,6 +182,7 @@ impl Weights {
     }
 
     /// A source that reads from here and places each tensor.
+    #[must_use]
     pub fn source(&self, placement: Placement) -> WeightsSource<'_> {
         WeightsSource { weights: self, placement, narrow: false }
     }
@@ -187,11 +190,13 @@ impl Weights {
     /// As [`source`](Self::source), but kernels and matrices that are stored in fewer bytes than
     /// the dtype of `placement` keep their own dtype; layers convert them at each use. That halves
     /// the memory of fp32 computation on an fp16 checkpoint, and results are equal.
+    #[must_use]
     pub fn narrow_source(&self, placement: Placement) -> WeightsSource<'_> {
         WeightsSource { weights: self, placement, narrow: true }
     }
 
     /// Bytes of each element of the tensor `name` from [`narrow_source`](Self::narrow_source).
+    #[must_use]
     pub fn narrow_bytes(&self, name: &str, placement: Placement) -> Option<usize> {
         let kind = float_kind(self.entry(self.index.get(name)?).dtype)?;
         Some(kind.elt_size_in_bytes().min(placement.kind.elt_size_in_bytes()))

@@ -1,0 +1,166 @@
+//! The palettes of a weight, and the values of indices into them.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use super::BitWidth;
+
+/// The palettes of a weight [o, i, ...], which give the value for each element's index.
+///
+/// The channels of one axis are cut into groups of `group_size` neighbours. An element's index
+/// names an entry of the palette of its group; with scales, its value is the product of that entry
+/// and its output channel's scale, rounded once to fp16.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Codebook {
+    /// The width of an index. A palette has 2^bits entries.
+    pub bits: BitWidth,
+    /// The axis whose channels are grouped: 0 (output) or 1 (input).
+    pub axis: usize,
+    /// Channels in a group; it divides their number. One palette for the whole weight has all
+    /// channels in one group.
+    pub group_size: usize,
+    /// The palettes, [groups, 2^bits, [`VECTOR_LENGTH`](Self::VECTOR_LENGTH)].
+    pub palettes: Vec<f16>,
+    /// `[o]`: a factor for each output channel.
+    pub scales: Option<Vec<f16>>,
+}
+
+/// The palette and the scale of a run: neighbouring elements of a weight in one output channel and
+/// one group.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Run<'a> {
+    /// The palette, 2^bits entries.
+    pub palette: &'a [f16],
+    /// The scale, if there are scales.
+    pub scale: Option<f16>,
+}
+
+impl Codebook {
+    /// The number of values in a palette entry, which an index gives to as many neighbouring output
+    /// channels. Vector palettes would have more than one.
+    pub const VECTOR_LENGTH: usize = 1;
+
+    /// The number of palettes of a weight of this shape.
+    ///
+    /// # Errors
+    /// If `axis` is not 0 or 1, or `group_size` does not divide its channels.
+    pub fn groups_of(shape: &[usize], axis: usize, group_size: usize) -> Result<usize, String> {
+        let channels = shape.get(axis).filter(|_| axis < 2);
+        let channels = *channels.ok_or_else(|| format!("axis {axis} cannot be grouped in a weight of {shape:?}"))?;
+        if group_size == 0 || !channels.is_multiple_of(group_size) {
+            return Err(format!("groups of {group_size} do not divide the {channels} channels of axis {axis}"));
+        }
+        Ok(channels / group_size)
+    }
+
+    /// The number of palettes.
+    #[must_use]
+    pub fn groups(&self) -> usize {
+        self.palettes.len() / self.palette_length()
+    }
+
+    /// The palette of a group.
+    #[must_use]
+    pub fn palette(&self, group: usize) -> &[f16] {
+        let length = self.palette_length();
+        &self.palettes[group * length..(group + 1) * length]
+    }
+
+    /// The number of values in one palette.
+    fn palette_length(&self) -> usize {
+        self.bits.entries() * Self::VECTOR_LENGTH
+    }
+
+    /// Checks that the sizes are those for a weight of this shape. Allocates nothing.
+    ///
+    /// # Errors
+    /// The size that is wrong.
+    pub fn check(&self, shape: &[usize]) -> Result<(), String> {
+        let groups = Self::groups_of(shape, self.axis, self.group_size)?;
+        let entries = groups.checked_mul(self.palette_length()).ok_or("too many palettes")?;
+        agree("palette entries", self.palettes.len(), entries)?;
+        self.scales.as_ref().map_or(Ok(()), |scales| agree("scales", scales.len(), shape[0]))
+    }
+
+    /// Checks that palettes and scales are finite.
+    ///
+    /// # Errors
+    /// A message that says whether NaN or infinity is in the palettes or in the scales.
+    pub fn check_finite(&self) -> Result<(), String> {
+        let finite = |place: &str, values: &[f16]| match values.iter().all(|value| value.is_finite()) {
+            true => Ok(()),
+            false => Err(format!("NaN or infinite {place}")),
+        };
+        finite("palette entries", &self.palettes)?;
+        self.scales.as_ref().map_or(Ok(()), |scales| finite("scales", scales))
+    }
+
+    /// The length of a run: the number of neighbouring elements of a row-major weight of this shape
+    /// in one output channel and one group.
+    #[must_use]
+    pub fn run_length(&self, shape: &[usize]) -> usize {
+        let inner: usize = shape[self.axis + 1..].iter().product();
+        if self.axis == 0 { inner } else { self.group_size * inner }
+    }
+
+    /// The palette and the scale of a run, runs being counted in row-major order.
+    #[must_use]
+    pub fn run(&self, run: usize) -> Run<'_> {
+        let groups = self.groups();
+        let (row, group) = if self.axis == 0 { (run, run / self.group_size) } else { (run / groups, run % groups) };
+        Run { palette: self.palette(group), scale: self.scales.as_ref().map(|scales| scales[row]) }
+    }
+
+    /// The values of a weight of this shape, row-major, from an index for each element; zero where
+    /// `keep` is false.
+    ///
+    /// # Errors
+    /// If the sizes disagree, or an index is not in its palette.
+    pub fn decode(&self, shape: &[usize], indices: &[u8], keep: Option<&[bool]>) -> Result<Vec<f16>, String> {
+        self.check(shape)?;
+        let count = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size)).filter(|count| *count > 0);
+        agree("indices", indices.len(), count.ok_or_else(|| format!("{shape:?} is not the shape of a weight"))?)?;
+        keep.map_or(Ok(()), |keep| agree("mask entries", keep.len(), indices.len()))?;
+        if let Some(index) = indices.iter().find(|index| **index > self.bits.max_index()) {
+            return Err(format!("index {index} in a palette of {}", self.bits.entries()));
+        }
+        let row: usize = shape[1..].iter().product();
+        let length = self.run_length(shape);
+        let mut decoded = vec![f16::ZERO; indices.len()];
+        // One output channel at a time, because the scales are per output channel.
+        decoded.par_chunks_mut(row).zip(indices.par_chunks(row)).enumerate().for_each(|(channel, (values, indices))| {
+            let first = channel * row / length;
+            for (run, (values, indices)) in (first..).zip(values.chunks_mut(length).zip(indices.chunks(length))) {
+                let palette = self.run(run).palette;
+                values.iter_mut().zip(indices).for_each(|(value, index)| *value = palette[usize::from(*index)]);
+            }
+            if let Some(scales) = &self.scales {
+                multiply(values, scales[channel]);
+            }
+            if let Some(keep) = keep {
+                let keep = &keep[channel * row..(channel + 1) * row];
+                values.iter_mut().zip(keep).filter(|(_, keep)| !**keep).for_each(|(value, _)| *value = f16::ZERO);
+            }
+        });
+        Ok(decoded)
+    }
+}
+
+/// Multiplies in fp32 and rounds to fp16, a block at a time: half converts blocks much faster than
+/// single values.
+fn multiply(values: &mut [f16], scale: f16) {
+    let scale = scale.to_f32();
+    let mut block = [0.0_f32; 512];
+    for values in values.chunks_mut(block.len()) {
+        let wide = &mut block[..values.len()];
+        values.convert_to_f32_slice(wide);
+        wide.iter_mut().for_each(|value| *value *= scale);
+        values.convert_from_f32_slice(wide);
+    }
+}
+
+/// Checks a number of values: `want` of the kind `what` are expected, and there are `have`.
+fn agree(what: &str, have: usize, want: usize) -> Result<(), String> {
+    if have == want { Ok(()) } else { Err(format!("{have} {what} where there should be {want}")) }
+}

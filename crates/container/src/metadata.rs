@@ -1,0 +1,218 @@
+//! The `__metadata__` of the file's header.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use squeeze_base::digest;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::input::SourceFile;
+use squeeze_codebook::{BitWidth, Codebook};
+
+use super::{packed, weight};
+
+/// The value of `format`.
+pub const FORMAT: &str = "sdxl-squeeze";
+/// The version that is written, and the only one that is read.
+pub const VERSION: u32 = 1;
+
+/// The hash of all metadata but itself.
+pub(super) const METADATA_HASH: &str = "metadata_sha256";
+
+/// Facts about a container as a whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContainerInfo {
+    /// The UNet's `config.json`.
+    pub unet_config: Map<String, Value>,
+    /// The configuration that the weights were compressed with, as resolved.
+    pub recipe: Value,
+    /// The files that the uncompressed weights came from.
+    pub sources: Vec<SourceFile>,
+}
+
+/// A compressed weight's entry in `weights`. Unknown keys are refused: they could change the
+/// meaning of the parts. The fields are in alphabetical order, in which they are written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WeightRow {
+    /// The axis whose channels are grouped; `bits`, `axis` and `group_size` are there if the weight
+    /// is palettized.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub axis: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<usize>,
+    /// Kept elements.
+    pub kept: usize,
+    /// Whether there is a mask.
+    pub masked: bool,
+    /// The compressor's report; null if there is none.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub report: Value,
+    /// Whether there are scales.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub scaled: bool,
+    /// SHA-256 of the decoded weight's fp16 bytes.
+    pub sha256: String,
+    /// The dense weight's shape.
+    pub shape: Vec<i64>,
+}
+
+/// A part of a compressed weight: a tensor of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    Mask,
+    Indices,
+    Palettes,
+    Scales,
+    Values,
+}
+
+impl Part {
+    const ALL: [Part; 5] = [Part::Mask, Part::Indices, Part::Palettes, Part::Scales, Part::Values];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Part::Mask => "mask",
+            Part::Indices => "indices",
+            Part::Palettes => "palettes",
+            Part::Scales => "scales",
+            Part::Values => "values",
+        }
+    }
+
+    /// The name of the tensor that holds this part of `weight`.
+    pub(crate) fn of(self, weight: &str) -> String {
+        format!("{weight}.{}", self.suffix())
+    }
+
+    /// The weight that a tensor of this name would be a part of.
+    pub(crate) fn owner(name: &str) -> Option<&str> {
+        let (weight, suffix) = name.rsplit_once('.')?;
+        Part::ALL.iter().any(|part| part.suffix() == suffix).then_some(weight)
+    }
+}
+
+impl WeightRow {
+    /// The tensors that the weight consists of: which, dtype and shape.
+    ///
+    /// # Errors
+    /// If the row contradicts itself.
+    pub(crate) fn parts(&self) -> Result<Vec<(Part, Dtype, Vec<i64>)>, String> {
+        let numel = weight::numel(&self.shape)?;
+        if self.kept > numel || (!self.masked && self.kept != numel) {
+            return Err(format!("{} elements are said to be kept of {numel}", self.kept));
+        }
+        let mut parts = Vec::new();
+        if self.masked {
+            parts.push((Part::Mask, Dtype::U8, vec![length(numel.div_ceil(8))?]));
+        }
+        match (self.bits, self.axis, self.group_size) {
+            (Some(bits), Some(axis), Some(group_size)) => {
+                let bits = BitWidth::try_from(bits)?;
+                let groups = Codebook::groups_of(&weight::sizes(&self.shape), axis, group_size)?;
+                parts.push((Part::Indices, Dtype::U8, vec![length(packed::byte_count(self.kept, bits)?)?]));
+                parts.push((Part::Palettes, Dtype::F16, vec![length(groups)?, length(bits.entries())?]));
+            }
+            (None, None, None) if self.masked => parts.push((Part::Values, Dtype::F16, vec![length(self.kept)?])),
+            (None, None, None) => return Err("is neither pruned nor palettized".into()),
+            _ => return Err("must have all of bits, axis and group_size, or none".into()),
+        }
+        match (self.scaled, self.bits, self.shape.first()) {
+            (false, ..) => {}
+            (true, Some(_), Some(rows)) => parts.push((Part::Scales, Dtype::F16, vec![*rows])),
+            (true, ..) => return Err("has scales but no palettes".into()),
+        }
+        Ok(parts)
+    }
+}
+
+/// A length as a dimension.
+fn length(n: usize) -> Result<i64, String> {
+    i64::try_from(n).map_err(|_| format!("{n} is too long"))
+}
+
+/// The parsed `__metadata__`.
+#[derive(Debug)]
+pub(super) struct Metadata {
+    pub info: ContainerInfo,
+    /// The compressed weights by name.
+    pub weights: BTreeMap<String, WeightRow>,
+    /// The hash of all bytes after the header.
+    pub data_sha256: String,
+    /// The hash of the header's table of tensors, see [`table_hash`].
+    pub tensors_sha256: String,
+}
+
+impl Metadata {
+    /// The strings of the safetensors header's `__metadata__`.
+    pub(crate) fn to_entries(&self) -> BTreeMap<String, String> {
+        let mut entries = BTreeMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("version".to_owned(), VERSION.to_string()),
+            ("unet_config".to_owned(), to_json(&self.info.unet_config)),
+            ("recipe".to_owned(), to_json(&self.info.recipe)),
+            ("sources".to_owned(), to_json(&self.info.sources)),
+            ("weights".to_owned(), to_json(&self.weights)),
+            ("data_sha256".to_owned(), self.data_sha256.clone()),
+            ("tensors_sha256".to_owned(), self.tensors_sha256.clone()),
+        ]);
+        let hash = digest::of_entries(text_pairs(&entries));
+        entries.insert(METADATA_HASH.to_owned(), hash);
+        entries
+    }
+
+    /// Parses the metadata of the file `path`.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if it is not a container, of another version, damaged, or lacks
+    /// something.
+    pub(crate) fn from_entries(path: &Path, entries: &BTreeMap<String, String>) -> Result<Self> {
+        let wrong = |problem: String| Error::bad_file(path, problem);
+        let text = |key: &str| entries.get(key).ok_or_else(|| wrong(format!("the metadata lacks `{key}`")));
+        if entries.get("format").map(String::as_str) != Some(FORMAT) {
+            return Err(wrong(format!("not a compressed UNet: its metadata does not say format = {FORMAT}")));
+        }
+        let version = text("version")?;
+        if *version != VERSION.to_string() {
+            let version: String = version.chars().take(20).collect();
+            return Err(wrong(format!("a container of version `{version}`; version {VERSION} is read")));
+        }
+        if *text(METADATA_HASH)? != digest::of_entries(text_pairs(entries).filter(|(key, _)| *key != METADATA_HASH)) {
+            return Err(wrong(format!("the metadata is damaged: it does not have the hash that `{METADATA_HASH}` says")));
+        }
+        let info = ContainerInfo {
+            unet_config: json(path, "unet_config", text("unet_config")?)?,
+            recipe: json(path, "recipe", text("recipe")?)?,
+            sources: json(path, "sources", text("sources")?)?,
+        };
+        let weights = json(path, "weights", text("weights")?)?;
+        let (data_sha256, tensors_sha256) = (text("data_sha256")?.clone(), text("tensors_sha256")?.clone());
+        Ok(Metadata { info, weights, data_sha256, tensors_sha256 })
+    }
+}
+
+fn text_pairs(entries: &BTreeMap<String, String>) -> impl Iterator<Item = (&str, &str)> {
+    entries.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+}
+
+/// The hash of which tensors there are and where: a line `name=dtype shape` each, in the order of
+/// their data. `tensors` gives name, dtype, shape, and where the data begins and ends.
+pub(super) fn table_hash<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [i64], [u64; 2])>) -> String {
+    // Without data, begin and end cannot tell two tensors apart; their names do.
+    let mut tensors: Vec<_> = tensors.map(|(name, dtype, shape, place)| (place, name, format!("{dtype} {shape:?}"))).collect();
+    tensors.sort();
+    digest::of_entries(tensors.iter().map(|(_, name, value)| (*name, value.as_str())))
+}
+
+fn json<T: DeserializeOwned>(path: &Path, key: &str, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|why| Error::bad_file(path, format!("the metadata's `{key}`: {why}")))
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain structs, and maps whose keys are text, can be written as JSON")
+}

@@ -1,0 +1,420 @@
+//! One compressed weight in memory.
+
+use half::f16;
+use rayon::prelude::*;
+use squeeze_base::error::{Error, Result};
+use squeeze_codebook::{Codebook, Run};
+
+use super::packed::{Mask, Packed, count_ones};
+
+/// A Conv2d or Linear weight of `shape` [o, i, …]: which elements are kept, and their values.
+/// Everything is in row-major order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompressedWeight {
+    /// The dense weight's shape, output channels first.
+    pub shape: Vec<i64>,
+    /// Which elements are kept; all of them if absent. Pruned elements are +0.0.
+    pub mask: Option<Mask>,
+    /// The values of the kept elements.
+    pub values: Values,
+}
+
+/// The values of a weight's kept elements, in row-major order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    /// Each as it is.
+    Plain(Vec<f16>),
+    /// Each an index into the palette of its group.
+    Palettized {
+        /// The palettes.
+        codebook: Codebook,
+        /// An index for each kept element.
+        indices: Packed,
+    },
+}
+
+impl CompressedWeight {
+    /// A palettized weight. `indices` has an entry for each element; those of elements that `keep`
+    /// leaves out are not read.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if sizes disagree, the group size does not divide the channels, or an
+    /// index is too large. [`Error::NotFinite`] if a palette or scale has NaN or infinite
+    /// values.
+    pub fn palettized(shape: Vec<i64>, keep: Option<&[bool]>, codebook: Codebook, indices: &[u8]) -> Result<Self> {
+        let numel = numel(&shape).map_err(Error::Argument)?;
+        if indices.len() != numel {
+            return Err(Error::Argument(format!("{} indices for a weight of {shape:?}", indices.len())));
+        }
+        let indices = match keep {
+            None => Packed::pack(indices.iter().copied(), codebook.bits)?,
+            Some(keep) => Packed::pack(kept(keep, indices)?.into_iter(), codebook.bits)?,
+        };
+        let values = Values::Palettized { codebook, indices };
+        Self { shape, mask: keep.map(Mask::from_bools), values }.checked()
+    }
+
+    /// A weight that is only pruned. `weight` has a value for each element; those that `keep`
+    /// leaves out are not read.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if sizes disagree, [`Error::NotFinite`] if a kept value is NaN or
+    /// infinite.
+    pub fn sparse(shape: Vec<i64>, keep: &[bool], weight: &[f16]) -> Result<Self> {
+        let values = Values::Plain(kept(keep, weight)?);
+        Self { shape, mask: Some(Mask::from_bools(keep)), values }.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        self.check_structure().map_err(Error::Argument)?;
+        self.check_finite().map_err(Error::NotFinite)?;
+        Ok(self)
+    }
+
+    /// The dense weight, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the parts disagree; [`Error::NotFinite`] if a value is NaN or
+    /// infinite.
+    pub fn decode(&self) -> Result<Vec<f16>> {
+        self.check_structure().map_err(Error::Argument)?;
+        self.check_finite().map_err(Error::NotFinite)?;
+        let dense = self.decode_checked();
+        let scaled = match &self.values {
+            Values::Plain(_) => false,
+            Values::Palettized { codebook, .. } => codebook.scales.is_some(),
+        };
+        if scaled && !dense.par_iter().all(|value| value.is_finite()) {
+            return Err(Error::NotFinite("a palette entry times its scale is beyond fp16".into()));
+        }
+        Ok(dense)
+    }
+
+    /// Blocks of elements are decoded in parallel; a count of the mask's bits says where the values
+    /// of each begin.
+    fn decode_checked(&self) -> Vec<f16> {
+        const BLOCK: usize = 1 << 16;
+        let mut dense = vec![f16::ZERO; self.numel()];
+        let mut first_values = Vec::with_capacity(dense.len().div_ceil(BLOCK));
+        match &self.mask {
+            None => first_values.extend((0..dense.len()).step_by(BLOCK)),
+            Some(mask) => first_values.extend(mask.bytes().chunks(BLOCK / 8).scan(0, |before, bytes| {
+                let first = *before;
+                *before += count_ones(bytes);
+                Some(first)
+            })),
+        }
+        let run_length = self.run_length();
+        dense.par_chunks_mut(BLOCK).zip(first_values).enumerate().for_each(|(block, (elements, mut value))| {
+            let mut at = block * BLOCK;
+            let mut left = elements;
+            while !left.is_empty() {
+                let length = (run_length - at % run_length).min(left.len());
+                let (of_run, rest) = left.split_at_mut(length);
+                value = self.decode_run(at, at / run_length, of_run, value);
+                at += length;
+                left = rest;
+            }
+        });
+        dense
+    }
+
+    /// Decodes a part of run number `run`, which begins at element `at` and value number `value`;
+    /// returns the next value's number.
+    fn decode_run(&self, at: usize, run: usize, elements: &mut [f16], mut value: usize) -> usize {
+        let is_kept = |i: usize| self.mask.as_ref().is_none_or(|mask| mask.get(at + i));
+        let kept = elements.iter_mut().enumerate().filter(|(i, _)| is_kept(*i)).map(|(_, element)| element);
+        match &self.values {
+            Values::Plain(values) => {
+                for element in kept {
+                    *element = values[value];
+                    value += 1;
+                }
+            }
+            Values::Palettized { codebook, indices } => {
+                let Run { palette, scale } = codebook.run(run);
+                for element in kept {
+                    let entry = palette[usize::from(indices.get(value))];
+                    // The product of two fp16 numbers is exact in fp32, so that it is rounded once.
+                    *element = scale.map_or(entry, |scale| f16::from_f32(entry.to_f32() * scale.to_f32()));
+                    value += 1;
+                }
+            }
+        }
+        value
+    }
+
+    /// How many neighbouring elements share palette and scale.
+    fn run_length(&self) -> usize {
+        match &self.values {
+            Values::Palettized { codebook, .. } => codebook.run_length(&sizes(&self.shape)),
+            Values::Plain(_) => self.numel(),
+        }
+    }
+
+    /// The number of elements, kept and pruned.
+    ///
+    /// # Panics
+    /// If the shape is that of no weight, which the constructors refuse.
+    #[must_use]
+    pub fn numel(&self) -> usize {
+        numel(&self.shape).expect("a weight's shape was checked when it was made")
+    }
+
+    /// The number of kept elements.
+    pub fn kept(&self) -> usize {
+        self.mask.as_ref().map_or(self.numel(), Mask::kept)
+    }
+
+    /// The bytes of mask, indices, palettes, scales and values in a file, without names and
+    /// metadata.
+    pub fn stored_bytes(&self) -> u64 {
+        let mask = self.mask.as_ref().map_or(0, |mask| mask.bytes().len());
+        let values = match &self.values {
+            Values::Plain(values) => 2 * values.len(),
+            Values::Palettized { codebook: Codebook { palettes, scales, .. }, indices } => {
+                indices.bytes().len() + 2 * (palettes.len() + scales.as_ref().map_or(0, Vec::len))
+            }
+        };
+        (mask + values) as u64
+    }
+
+    /// Stored bits for each element, kept and pruned.
+    #[must_use]
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.stored_bytes() as f64 / self.numel().max(1) as f64
+    }
+
+    /// The pruned elements' share, 0 to 1.
+    #[must_use]
+    pub fn sparsity(&self) -> f64 {
+        1.0 - self.kept() as f64 / self.numel().max(1) as f64
+    }
+
+    /// Whether the sizes of all parts agree. Nothing is allocated.
+    pub(super) fn check_structure(&self) -> Result<(), String> {
+        let numel = numel(&self.shape)?;
+        if let Some(mask) = self.mask.as_ref().filter(|mask| mask.len() != numel) {
+            return Err(format!("a mask of {} elements for a weight of {:?}", mask.len(), self.shape));
+        }
+        let kept = self.kept();
+        let agree = |what: &str, have: usize, want: usize| {
+            if have == want { Ok(()) } else { Err(format!("{have} {what} where there should be {want}")) }
+        };
+        match &self.values {
+            Values::Plain(values) => agree("values", values.len(), kept),
+            Values::Palettized { codebook, indices } => {
+                codebook.check(&sizes(&self.shape))?;
+                agree("indices", indices.len(), kept)?;
+                agree("bits an index", usize::from(indices.bits().bits()), usize::from(codebook.bits.bits()))
+            }
+        }
+    }
+
+    /// Whether all values are numbers.
+    pub(super) fn check_finite(&self) -> Result<(), String> {
+        match &self.values {
+            Values::Plain(values) if values.iter().all(|value| value.is_finite()) => Ok(()),
+            Values::Plain(_) => Err("NaN or infinite values".into()),
+            Values::Palettized { codebook, .. } => codebook.check_finite(),
+        }
+    }
+}
+
+/// The number of elements of a weight.
+pub(super) fn numel(shape: &[i64]) -> Result<usize, String> {
+    let product = shape.iter().try_fold(1usize, |product, n| product.checked_mul(usize::try_from(*n).ok().filter(|n| *n > 0)?));
+    // Of two bytes each, in one allocation.
+    product
+        .filter(|numel| !shape.is_empty() && *numel <= isize::MAX as usize / 2)
+        .ok_or_else(|| format!("{shape:?} is not the shape of a weight"))
+}
+
+/// The dimensions of a shape that [`numel`] accepts.
+pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
+    shape.iter().map(|size| usize::try_from(*size).expect("`numel` refuses sizes below 1")).collect()
+}
+
+/// The values at the elements that `keep` is true for.
+fn kept<T: Copy>(keep: &[bool], all: &[T]) -> Result<Vec<T>> {
+    if keep.len() != all.len() {
+        return Err(Error::Argument(format!("a mask of {} elements for {} values", keep.len(), all.len())));
+    }
+    Ok(keep.iter().zip(all).filter(|(kept, _)| **kept).map(|(_, value)| *value).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use squeeze_codebook::BitWidth;
+
+    use super::*;
+
+    /// A weight's parts, as a caller has them.
+    #[derive(Debug, Clone)]
+    struct Parts {
+        shape: Vec<i64>,
+        keep: Option<Vec<bool>>,
+        bits: BitWidth,
+        axis: usize,
+        group_size: usize,
+        palettes: Vec<f16>,
+        indices: Vec<u8>,
+        scales: Option<Vec<f16>>,
+    }
+
+    impl Parts {
+        fn build(&self) -> Result<CompressedWeight> {
+            let Parts { shape, keep, bits, axis, group_size, palettes, indices, scales } = self.clone();
+            let codebook = Codebook { bits, axis, group_size, palettes, scales };
+            CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices)
+        }
+
+        /// The definition, an element at a time.
+        fn value(&self, element: usize) -> f16 {
+            if self.keep.as_ref().is_some_and(|keep| !keep[element]) {
+                return f16::ZERO;
+            }
+            let inner: usize = self.shape[2..].iter().map(|n| *n as usize).product();
+            let (row, column) = (element / inner / self.shape[1] as usize, element / inner % self.shape[1] as usize);
+            let group = if self.axis == 0 { row } else { column } / self.group_size;
+            let entry = self.palettes[group * self.bits.entries() + usize::from(self.indices[element])];
+            match &self.scales {
+                None => entry,
+                Some(scales) => f16::from_f64(entry.to_f64() * scales[row].to_f64()),
+            }
+        }
+    }
+
+    fn halves(count: usize) -> impl Strategy<Value = Vec<f16>> {
+        prop::collection::vec((-100f32..100.0).prop_map(f16::from_f32), count)
+    }
+
+    fn parts() -> impl Strategy<Value = Parts> {
+        let sizes = (1..4usize, 1..4usize, 1..4usize, 1..4usize, prop::option::of((1..4i64, 1..4i64)));
+        (sizes, prop::sample::select(&BitWidth::ALL[..]), 0..2usize, any::<[bool; 2]>())
+            .prop_flat_map(|((groups, group_size, others, more, kernel), bits, axis, [masked, scaled])| {
+                let (grouped, other) = (groups * group_size, others * more);
+                let mut shape = if axis == 0 { vec![grouped as i64, other as i64] } else { vec![other as i64, grouped as i64] };
+                shape.extend(kernel.into_iter().flat_map(|(height, width)| [height, width]));
+                let numel = shape.iter().product::<i64>() as usize;
+                let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & bits.max_index()), numel);
+                let keep = prop::collection::vec(any::<bool>(), numel).prop_map(move |keep| masked.then_some(keep));
+                let scales = halves(shape[0] as usize).prop_map(move |scales| scaled.then_some(scales));
+                (Just((shape, bits, axis, group_size)), halves(groups * bits.entries()), indices, keep, scales)
+            })
+            .prop_map(|((shape, bits, axis, group_size), palettes, indices, keep, scales)| Parts {
+                shape,
+                keep,
+                bits,
+                axis,
+                group_size,
+                palettes,
+                indices,
+                scales,
+            })
+    }
+
+    /// NaN-free bits, in which -0 and +0 differ.
+    fn bits(values: &[f16]) -> Vec<u16> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_follows_the_definition(parts in parts()) {
+            let weight = parts.build().unwrap();
+            let numel = parts.indices.len();
+            let expected: Vec<f16> = (0..numel).map(|element| parts.value(element)).collect();
+            prop_assert_eq!(bits(&weight.decode().unwrap()), bits(&expected));
+            let kept = parts.keep.as_ref().map_or(numel, |keep| keep.iter().filter(|kept| **kept).count());
+            let mask = if parts.keep.is_some() { numel.div_ceil(8) } else { 0 };
+            let scales = parts.scales.as_ref().map_or(0, Vec::len);
+            let bytes = mask + (kept * usize::from(parts.bits.bits())).div_ceil(8) + 2 * (parts.palettes.len() + scales);
+            prop_assert_eq!(weight.stored_bytes(), bytes as u64);
+            prop_assert_eq!(weight.kept(), kept);
+            prop_assert!((weight.sparsity() - (1.0 - kept as f64 / numel as f64)).abs() < 1e-12);
+            prop_assert!((weight.bits_per_weight() - 8.0 * bytes as f64 / numel as f64).abs() < 1e-12);
+        }
+
+        #[test]
+        fn a_pruned_weight_comes_back(values in halves(60), keep in prop::collection::vec(any::<bool>(), 60)) {
+            let weight = CompressedWeight::sparse(vec![5, 3, 2, 2], &keep, &values).unwrap();
+            let expected: Vec<f16> = values.iter().zip(&keep).map(|(value, kept)| if *kept { *value } else { f16::ZERO }).collect();
+            prop_assert_eq!(bits(&weight.decode().unwrap()), bits(&expected));
+            prop_assert_eq!(weight.stored_bytes(), 8 + 2 * weight.kept() as u64);
+        }
+
+        #[test]
+        fn parts_that_disagree_are_refused(parts in parts(), which in 0..8) {
+            let mut wrong = parts.clone();
+            match which {
+                0 => wrong.palettes.push(f16::ONE),
+                1 => wrong.indices.push(0),
+                2 => wrong.keep = Some(vec![true; parts.indices.len() + 1]),
+                3 => wrong.scales = Some(vec![f16::ONE; parts.shape[0] as usize + 1]),
+                4 => wrong.group_size = parts.shape[parts.axis] as usize + 1,
+                5 => wrong.axis = 2,
+                6 => wrong.palettes[0] = f16::NAN,
+                _ => wrong.shape.push(2),
+            }
+            prop_assert!(wrong.build().is_err());
+            // Weights that are damaged through their public fields are refused too.
+            let mut weight = parts.build().unwrap();
+            if let Values::Palettized { codebook, .. } = &mut weight.values {
+                codebook.palettes.pop();
+            }
+            prop_assert!(weight.decode().is_err());
+        }
+    }
+
+    /// More than one block, so that the mask's counts between blocks matter, on any number of
+    /// threads.
+    #[test]
+    fn blocks_decode_to_what_the_whole_weight_is() {
+        let (rows, columns) = (517, 389);
+        let random = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        for (axis, group_size) in [(0, 47), (1, 389)] {
+            let groups = if axis == 0 { rows / group_size } else { columns / group_size };
+            let parts = Parts {
+                shape: vec![rows as i64, columns as i64],
+                keep: Some((0..rows * columns).map(|i| random(i) % 5 > 1).collect()),
+                bits: BitWidth::Three,
+                axis,
+                group_size,
+                palettes: (0..groups << 3).map(|i| f16::from_f32(i as f32 / 7.0 - 3.0)).collect(),
+                indices: (0..rows * columns).map(|i| (random(i) >> 8) as u8 & 7).collect(),
+                scales: (axis == 1).then(|| (0..rows).map(|i| f16::from_f32(1.0 + i as f32 / 100.0)).collect()),
+            };
+            let expected: Vec<f16> = (0..rows * columns).map(|element| parts.value(element)).collect();
+            let weight = parts.build().unwrap();
+            for threads in [1, 2, 5] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert_eq!(bits(&pool.install(|| weight.decode()).unwrap()), bits(&expected));
+            }
+        }
+    }
+
+    #[test]
+    fn weights_at_the_limits_decode_or_are_refused() {
+        // Nothing kept; a product beyond fp16; shapes that are none.
+        let keep = [false; 4];
+        let codebook =
+            |group_size, value, scales| Codebook { bits: BitWidth::One, axis: 0, group_size, palettes: vec![value; 2], scales };
+        let none = CompressedWeight::palettized(vec![2, 2], Some(&keep), codebook(2, f16::ONE, None), &[1; 4]).unwrap();
+        assert_eq!((none.decode().unwrap(), none.sparsity(), none.stored_bytes()), (vec![f16::ZERO; 4], 1.0, 5));
+        let large = |scale| {
+            let scales = Some(vec![f16::from_f32(scale)]);
+            CompressedWeight::palettized(vec![1, 1], None, codebook(1, f16::MAX, scales), &[1]).unwrap().decode()
+        };
+        assert!(matches!(large(2.0), Err(Error::NotFinite(_))));
+        assert_eq!(large(-1.0).unwrap(), [f16::MIN]);
+        for shape in [vec![], vec![0, 4], vec![-2, -2], vec![1 << 40, 1 << 40], vec![i64::MAX], vec![1 << 62]] {
+            let weight = CompressedWeight { shape, mask: None, values: Values::Plain(Vec::new()) };
+            assert!(weight.decode().is_err(), "{weight:?}");
+        }
+        for bits in [0, 5, 7, 16] {
+            assert!(BitWidth::try_from(bits).is_err());
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The choices for a package.
+
+use std::fmt::{self, Display};
+
+use sdxl_model::unet::UnetConfig;
+use squeeze_base::error::{Error, Result};
+
+/// How the transformers compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Layout {
+    /// `linear` on [b, tokens, channels] and `scaled_dot_product_attention`, as coremltools
+    /// converts diffusers' own UNet.
+    #[default]
+    Linear,
+    /// 1x1 convolutions on [b, channels, 1, tokens] and attention head by head, as Apple lays UNets
+    /// out for the Neural Engine (apple/ml-stable-diffusion, `SPLIT_EINSUM`).
+    SplitEinsum,
+}
+
+/// How the program's inputs look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Io {
+    /// As diffusers' UNet takes them: `encoder_hidden_states` [b, tokens, channels]; `timestep` and
+    /// `time_ids` in fp32.
+    #[default]
+    Diffusers,
+    /// As Apple's Swift pipeline gives them: `encoder_hidden_states` [b, channels, 1, tokens]; all
+    /// in fp16.
+    Apple,
+}
+
+impl Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Layout::Linear => "linear",
+            Layout::SplitEinsum => "split-einsum",
+        })
+    }
+}
+
+impl Display for Io {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Io::Diffusers => "diffusers",
+            Io::Apple => "apple",
+        })
+    }
+}
+
+/// Everything that decides a package besides the weights. Shapes in a package are fixed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// How the transformers compute.
+    pub layout: Layout,
+    /// How the inputs look.
+    pub io: Io,
+    /// Samples in a call: 2 for classifier-free guidance in one call, 1 for two calls.
+    pub batch: i64,
+    /// Height and width of the latents: an eighth of the picture's for SDXL.
+    pub latents: [i64; 2],
+    /// Tokens of the text states.
+    pub tokens: i64,
+    /// Numbers of size, crop and score: 6 for base, 5 for the refiner.
+    pub time_ids: i64,
+    /// The author, for the package's own field.
+    pub author: String,
+    /// The licence, for the package's own field.
+    pub license: String,
+}
+
+impl Options {
+    /// The options for a UNet's own size: both samples of guidance in one call, 77 tokens.
+    #[must_use]
+    pub fn new(config: &UnetConfig) -> Self {
+        Options {
+            layout: Layout::default(),
+            io: Io::default(),
+            batch: 2,
+            latents: config.sample_size,
+            tokens: 77,
+            time_ids: default_time_ids(config),
+            author: String::new(),
+            license: String::new(),
+        }
+    }
+
+    /// Checks the options and returns the width of the pooled text:
+    /// `projection_class_embeddings_input_dim` without the embedded time ids.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if a size is out of range, or does not fit the architecture.
+    pub(super) fn check(&self, config: &UnetConfig) -> Result<i64> {
+        const LARGEST: i64 = 1 << 12;
+        for (what, value) in [("batch", self.batch), ("tokens", self.tokens), ("time ids", self.time_ids)] {
+            if !(1..=LARGEST).contains(&value) {
+                return Err(Error::Argument(format!("{what}: {value} is not between 1 and {LARGEST}")));
+            }
+        }
+        // Every level halves the size on the way down and doubles it on the way up.
+        let step = 1i64 << (config.block_out_channels.len() - 1);
+        for size in self.latents {
+            if size % step != 0 || !(step..=LARGEST).contains(&size) {
+                let message = format!("latents of {size}: a multiple of {step} between {step} and {LARGEST} is needed");
+                return Err(Error::Argument(message));
+            }
+        }
+        let pooled = config.projection_class_embeddings_input_dim - self.time_ids * config.addition_time_embed_dim;
+        if pooled < 1 {
+            let message = format!("{} time ids leave nothing of the added conditioning for pooled text", self.time_ids);
+            return Err(Error::Argument(message));
+        }
+        Ok(pooled)
+    }
+}
+
+/// The refiner takes 5 numbers: its one text encoder has states and pooled text of equal width.
+/// Other UNets take 6.
+fn default_time_ids(config: &UnetConfig) -> i64 {
+    let of_refiner = config.projection_class_embeddings_input_dim - 5 * config.addition_time_embed_dim;
+    if of_refiner == config.cross_attention_dim { 5 } else { 6 }
+}

@@ -1,0 +1,165 @@
+//! Writes a package.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use prost::Message;
+use sdxl_pipeline::UnetWeights;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use squeeze_base::digest;
+use squeeze_base::error::{Error, Result};
+use squeeze_base::output::NewFolder;
+use squeeze_base::progress::Progress;
+
+use super::blob::{BlobFile, BlobWriter};
+use super::description::feature;
+use super::lower::{Lowered, lower};
+use super::manifest::{self, manifest};
+use super::options::Options;
+use super::program::{ProgramBuilder, declared};
+use super::proto::mil_spec::{Block, Function, Operation, Program};
+use super::proto::specification::{Metadata, Model, ModelDescription, model};
+
+/// The specification of iOS 18 and macOS 15.
+pub(super) const SPECIFICATION: i32 = 9;
+/// The operator set that belongs to it.
+pub(super) const OPSET: &str = "CoreML8";
+/// The function that runs.
+pub(super) const MAIN: &str = "main";
+/// The metadata key of the weights' hash: SHA-256 of `weight.bin` after its header.
+pub(super) const WEIGHTS_HASH: &str = "sdxl-squeeze.weights_sha256";
+/// The metadata key of the program's hash: SHA-256 of `model.mlmodel` without this entry.
+pub(super) const MODEL_HASH: &str = "sdxl-squeeze.model_sha256";
+
+/// The beginning of every metadata key and version of this library.
+pub(super) const MAKER: &str = "sdxl-squeeze";
+/// The metadata key of the UNet's `config.json`.
+pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
+
+/// A package that was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WrittenPackage {
+    /// The bytes of all its files.
+    pub bytes: u64,
+    /// The bytes of `weight.bin`.
+    pub weight_bytes: u64,
+    /// The bytes of `model.mlmodel`.
+    pub program_bytes: u64,
+    /// The operations that compute something.
+    pub operations: usize,
+    /// The constants.
+    pub constants: usize,
+    /// The weights that stay compressed.
+    pub compressed: usize,
+}
+
+/// Writes the UNet of `weights` as the new package `out`, whose name ends in `.mlpackage`.
+///
+/// Weights are copied one at a time. Equal input gives equal bytes.
+///
+/// # Errors
+/// [`Error::Argument`] if `out` exists or an option does not fit the UNet; if a weight cannot be
+/// read; [`Error::Write`]. Then there is no package.
+pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
+    let chain = weights.chain()?;
+    if out.extension() != Some("mlpackage".as_ref()) {
+        return Err(Error::Argument(format!("{}: a Core ML package's name ends in .mlpackage", out.display())));
+    }
+    options.check(chain.config())?;
+    let folder = NewFolder::create(out)?;
+    let data = folder.path().join("Data");
+    let weights_folder = data.join(manifest::WEIGHTS);
+    std::fs::create_dir_all(&weights_folder).map_err(Error::write(out))?;
+    let blobs = BlobWriter::create(&weights_folder.join(manifest::BLOBS))?;
+
+    let Lowered { program, inputs, output } = lower(&chain, weights, options, ProgramBuilder::new(blobs), progress)?;
+    let (operations, blobs) = program.into_parts();
+    let blobs = blobs.finish()?;
+    let mut written = WrittenPackage {
+        bytes: 0,
+        weight_bytes: blobs.bytes,
+        program_bytes: 0,
+        operations: operations.iter().filter(|op| op.r#type != "const" && !op.r#type.starts_with("constexpr_")).count(),
+        constants: operations.iter().filter(|op| op.r#type == "const").count(),
+        compressed: operations.iter().filter(|op| is_dense_weight(op)).count(),
+    };
+    let description = ModelDescription {
+        metadata: Some(metadata(weights, options, &blobs)),
+        input: inputs.iter().map(feature).collect(),
+        output: vec![feature(&output)],
+    };
+    let block = Block { inputs: Vec::new(), outputs: vec![output.name.clone()], operations, attributes: BTreeMap::default() };
+    let function = Function {
+        inputs: inputs.iter().map(declared).collect(),
+        opset: OPSET.to_owned(),
+        block_specializations: BTreeMap::from([(OPSET.to_owned(), block)]),
+        attributes: BTreeMap::default(),
+    };
+    let program = Program {
+        version: 1,
+        functions: BTreeMap::from([(MAIN.to_owned(), function)]),
+        doc_string: String::new(),
+        attributes: BTreeMap::default(),
+    };
+    let mut model = Model {
+        specification_version: SPECIFICATION,
+        description: Some(description),
+        r#type: Some(model::Type::MlProgram(program)),
+    };
+    let hash = digest::of_bytes(&model.encode_to_vec());
+    let metadata = model.description.as_mut().and_then(|description| description.metadata.as_mut());
+    metadata.expect("both were set above").user_defined.insert(MODEL_HASH.to_owned(), hash);
+    let model = model.encode_to_vec();
+    let manifest = manifest(&model);
+    let put = |path: &Path, bytes: &[u8]| std::fs::write(path, bytes).map_err(Error::write(path));
+    put(&data.join(manifest::MODEL), &model)?;
+    put(&folder.path().join("Manifest.json"), manifest.as_bytes())?;
+    written.program_bytes = model.len() as u64;
+    written.bytes = written.weight_bytes + written.program_bytes + manifest.len() as u64;
+    folder.commit()?;
+    Ok(written)
+}
+
+/// Whether an operation decodes a compressed weight.
+fn is_dense_weight(operation: &Operation) -> bool {
+    matches!(operation.r#type.as_str(), "constexpr_lut_to_dense" | "constexpr_sparse_to_dense")
+}
+
+/// The package's own fields.
+fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Metadata {
+    let text = |value: &Value| value.to_string();
+    let mut user_defined = BTreeMap::from([
+        (WEIGHTS_HASH.to_owned(), blobs.sha256.clone()),
+        ("sdxl-squeeze.layout".to_owned(), options.layout.to_string()),
+        ("sdxl-squeeze.io".to_owned(), options.io.to_string()),
+    ]);
+    let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
+    let mut sizes = Map::from_iter([("weight_bin_bytes".to_owned(), json!(blobs.bytes))]);
+    user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(weights.config().clone())));
+    if let UnetWeights::Container(container) = weights {
+        let layers: Vec<_> = container.layers().collect();
+        let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();
+        let (kept, bytes) = layers.iter().fold((0, 0), |(kept, bytes), layer| (kept + layer.kept, bytes + layer.bytes));
+        let share = |part: f64| if elements == 0 { 0.0 } else { part / elements as f64 };
+        let (sparsity, bits) = (1.0 - share(kept as f64), share(8.0 * bytes as f64));
+        about = format!("{about}. {:.1} % of its weights are zero; {bits:.2} bits a weight", 100.0 * sparsity);
+        if elements > 0 {
+            sizes.insert("compressed_weights".into(), json!(layers.len()));
+            sizes.insert("compressed_elements".into(), json!(elements));
+            sizes.insert("sparsity".into(), json!(sparsity));
+            sizes.insert("bits_per_weight".into(), json!(bits));
+        }
+        let sources = json!(container.info().sources);
+        user_defined.insert("sdxl-squeeze.recipe".to_owned(), text(&container.info().recipe));
+        user_defined.insert("sdxl-squeeze.sources".to_owned(), text(&sources));
+    }
+    user_defined.insert("sdxl-squeeze.sizes".to_owned(), text(&Value::Object(sizes)));
+    Metadata {
+        short_description: about,
+        version_string: format!("{MAKER} {}", env!("CARGO_PKG_VERSION")),
+        author: options.author.clone(),
+        license: options.license.clone(),
+        user_defined,
+    }
+}

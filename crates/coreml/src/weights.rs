@@ -1,0 +1,68 @@
+//! A network's weights as constants of a program: dense ones as values, compressed ones as Core
+//! ML's constant expressions.
+
+use sdxl_pipeline::StoredTensor;
+use squeeze_base::error::{Error, Result};
+use squeeze_container::{CompressedWeight, Values};
+
+use super::element::{ArrayType, Element};
+use super::lut::Lut;
+use super::program::{Arg, ProgramBuilder, Var};
+
+/// Adds a tensor to the program as the constant `name` of `shape`, which may have additional
+/// dimensions of 1.
+pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: StoredTensor) -> Result<Var> {
+    let weight = match stored {
+        StoredTensor::Dense(values) => return program.halves(name, shape, &values),
+        StoredTensor::Compressed(weight) => weight,
+    };
+    let CompressedWeight { mask, values, .. } = &weight;
+    let flat = |element, length: usize| ArrayType::new(element, [length as u64]);
+    let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::BIT, shape), mask));
+    match (mask, values) {
+        // Core ML has no empty arrays: one element is kept, and it is zero.
+        (Some((array, mask)), _) if mask.kept() == 0 => {
+            let mut bytes = mask.bytes().to_vec();
+            bytes.iter_mut().take(1).for_each(|byte| *byte = 1);
+            let one = flat(Element::F16, 1);
+            let parameters = [("nonzero_data", inline(program, one, &[0, 0])?), ("mask", inline(program, array, &bytes)?)];
+            program.op("constexpr_sparse_to_dense", name, &parameters)
+        }
+        (Some((array, mask)), Values::Plain(values)) => {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let parameters = [
+                ("mask", inline(program, array, mask.bytes())?),
+                ("nonzero_data", inline(program, flat(Element::F16, values.len()), &bytes)?),
+            ];
+            program.op("constexpr_sparse_to_dense", name, &parameters)
+        }
+        (mask, Values::Palettized { codebook, indices }) => {
+            let lut = Lut::of(&weight, codebook)?;
+            let (lut_array, lut_bytes) = (lut.array(shape.len()), lut.bytes());
+            let element = Element::Unsigned(codebook.bits);
+            let Some((array, mask)) = mask else {
+                let parameters = [
+                    ("indices", inline(program, ArrayType::new(element, shape), indices.bytes())?),
+                    ("lut", inline(program, lut_array, &lut_bytes)?),
+                ];
+                return program.op("constexpr_lut_to_dense", name, &parameters);
+            };
+            let parameters = [
+                ("indices_mask", inline(program, array, mask.bytes())?),
+                ("indices_nonzero_data", inline(program, flat(element, indices.len()), indices.bytes())?),
+                ("lut", inline(program, lut_array, &lut_bytes)?),
+            ];
+            let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
+            let [mask, values] = &sparse[..] else {
+                return Err(Error::internal(format!("`{name}` did not become a mask and values")));
+            };
+            program.op("constexpr_sparse_to_dense", name, &[("mask", mask.into()), ("nonzero_data", values.into())])
+        }
+        (None, Values::Plain(values)) => program.halves(name, shape, values),
+    }
+}
+
+fn inline<'a>(program: &mut ProgramBuilder, array: ArrayType, bytes: &[u8]) -> Result<Arg<'a>> {
+    let value = program.data(&array, bytes)?;
+    Ok(Arg::Inline(array, value))
+}

@@ -1,0 +1,136 @@
+//! The noise level of each training timestep.
+
+use squeeze_base::error::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::checkpoint::ConfigFile;
+
+/// The betas of training: one fp32 for each timestep, the share of noise that it adds.
+#[derive(Debug)]
+pub(super) struct NoiseSchedule {
+    betas: Vec<f32>,
+    /// Whether the last timestep is pure noise (`rescale_betas_zero_snr`; algorithm 1 of Lin et al.
+    /// 2023, arXiv:2305.08891).
+    zero_snr: bool,
+    /// Whether `beta_schedule` is the cosine one. DPM-Solver uses this even where `trained_betas`
+    /// replace the schedule.
+    pub cosine: bool,
+}
+
+/// The largest number of training timesteps, far above any in use. It bounds the size of the
+/// tables.
+const MOST_TIMESTEPS: usize = 1_000_000;
+
+impl NoiseSchedule {
+    /// Takes the number of training timesteps alone.
+    pub(super) fn count(file: &mut ConfigFile) -> Result<usize> {
+        let count: usize = file.or("num_train_timesteps", 1000)?;
+        if !(2..=MOST_TIMESTEPS).contains(&count) {
+            return Err(file.error("num_train_timesteps", format!("= {count} is not between 2 and {MOST_TIMESTEPS}")));
+        }
+        Ok(count)
+    }
+
+    /// Takes the keys that describe training, whose defaults are equal for all classes.
+    pub(super) fn read(file: &mut ConfigFile) -> Result<Self> {
+        let count = NoiseSchedule::count(file)?;
+        let start = fraction(file, "beta_start", 0.0001)?;
+        let end = fraction(file, "beta_end", 0.02)?;
+        let schedule: String = file.or("beta_schedule", "linear".to_owned())?;
+        let trained: Option<Vec<f32>> = file.optional("trained_betas")?;
+        let betas = match (trained, schedule.as_str()) {
+            (Some(betas), _) => {
+                if betas.len() != count {
+                    let problem = format!("has {} values for {count} `num_train_timesteps`", betas.len());
+                    return Err(file.error("trained_betas", problem));
+                }
+                if let Some(beta) = betas.iter().find(|beta| !(**beta > 0.0 && **beta <= 1.0)) {
+                    return Err(file.error("trained_betas", format!("has {beta}, which is not above 0 and at most 1")));
+                }
+                betas
+            }
+            (None, "linear") => linspace(start, end, count)?,
+            (None, "scaled_linear") => linspace(start.sqrt(), end.sqrt(), count)?.iter().map(|root| root * root).collect(),
+            (None, "squaredcos_cap_v2") => cosine(count),
+            (None, other) => {
+                let problem = format!("= \"{other}\" is not supported (linear, scaled_linear and squaredcos_cap_v2 are)");
+                return Err(file.error("beta_schedule", problem));
+            }
+        };
+        let zero_snr = file.or("rescale_betas_zero_snr", false)?;
+        let betas = if zero_snr { without_terminal_signal(&betas)? } else { betas };
+        Ok(NoiseSchedule { betas, zero_snr, cosine: schedule == "squaredcos_cap_v2" })
+    }
+
+    /// The number of training timesteps.
+    pub(super) fn len(&self) -> usize {
+        self.betas.len()
+    }
+
+    /// ᾱ of every timestep: the share of the picture (as a variance) that is left.
+    pub(super) fn signal(&self) -> Result<Vec<f32>> {
+        cumulative(&self.betas)
+    }
+
+    /// [`signal`](Self::signal) for samplers that divide by it: a last value of zero is replaced by
+    /// 2⁻²⁴, as in diffusers.
+    pub(super) fn positive_signal(&self, file: &ConfigFile) -> Result<Vec<f32>> {
+        let mut signal = self.signal()?;
+        if let (Some(last), true) = (signal.last_mut(), self.zero_snr) {
+            *last = 0.5_f32.powi(24);
+        }
+        if let Some(index) = signal.iter().position(|alpha| *alpha <= 0.0) {
+            let problem = format!("leaves nothing of the picture at timestep {index}, where this sampler cannot start");
+            return Err(file.error("beta_schedule", problem));
+        }
+        Ok(signal)
+    }
+}
+
+/// σ of every timestep, √((1-ᾱ)/ᾱ): the noise relative to the picture.
+pub(super) fn sigmas(signal: &[f32]) -> Result<Vec<f32>> {
+    let ratios: Vec<f32> = signal.iter().map(|alpha| (1.0 - alpha) / alpha).collect();
+    roots(&ratios)
+}
+
+/// libtorch's fp32 square roots.
+fn roots(values: &[f32]) -> Result<Vec<f32>> {
+    Ok(Vec::try_from(&Tensor::f_from_slice(values)?.f_sqrt()?)?)
+}
+
+/// Takes a key whose value must be above 0 and below 1.
+fn fraction(file: &mut ConfigFile, key: &str, default: f64) -> Result<f64> {
+    let value = file.or(key, default)?;
+    if value > 0.0 && value < 1.0 {
+        return Ok(value);
+    }
+    Err(file.error(key, format!("= {value} is not between 0 and 1")))
+}
+
+/// libtorch's fp32 linspace, which, unlike numpy's, counts back from the end in its second half.
+fn linspace(start: f64, end: f64, count: usize) -> Result<Vec<f32>> {
+    Ok(Vec::try_from(&Tensor::f_linspace(start, end, count as i64, (Kind::Float, Device::Cpu))?)?)
+}
+
+/// The cosine schedule of Nichol & Dhariwal 2021 (arXiv:2102.09672), capped at 0.999.
+fn cosine(count: usize) -> Vec<f32> {
+    let signal = |time: f64| ((time + 0.008) / 1.008 * std::f64::consts::PI / 2.0).cos().powi(2);
+    let time = |i: usize| i as f64 / count as f64;
+    (0..count).map(|i| (1.0 - signal(time(i + 1)) / signal(time(i))).min(0.999) as f32).collect()
+}
+
+/// ᾱ: the cumulative product of 1 - β. libtorch computes it in double precision.
+fn cumulative(betas: &[f32]) -> Result<Vec<f32>> {
+    let alphas: Vec<f32> = betas.iter().map(|beta| 1.0 - beta).collect();
+    Ok(Vec::try_from(&Tensor::f_from_slice(&alphas)?.f_cumprod(0, None)?)?)
+}
+
+/// Betas whose √ᾱ is shifted and scaled to end at zero, with its first value unchanged.
+fn without_terminal_signal(betas: &[f32]) -> Result<Vec<f32>> {
+    let roots = roots(&cumulative(betas)?)?;
+    let (Some(&first), Some(&last)) = (roots.first(), roots.last()) else { return Ok(Vec::new()) };
+    let scale = first / (first - last);
+    let signal: Vec<f32> = roots.iter().map(|root| (root - last) * scale).map(|root| root * root).collect();
+    let alphas = signal.iter().take(1).copied().chain(signal.windows(2).map(|pair| pair[1] / pair[0]));
+    Ok(alphas.map(|alpha| 1.0 - alpha).collect())
+}

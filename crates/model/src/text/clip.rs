@@ -1,0 +1,196 @@
+//! CLIP's text encoder.
+
+use squeeze_base::error::{Error, Result};
+use squeeze_numerics::elementwise::sigmoid_in_place;
+use tch::{Kind, Tensor};
+
+use super::config::{Activation, EndOfText, TextConfig};
+use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
+use crate::layer::{Layer, Unobserved};
+use crate::network::{Builder, LayerId, LayerNorm, Run, attend, split_heads};
+
+/// The number of tokens of a prompt in every CLIP text encoder, padding included.
+pub const CLIP_LENGTH: i64 = 77;
+
+/// `transformers.CLIPTextModel` or `CLIPTextModelWithProjection` (Radford et al. 2021).
+#[derive(Debug)]
+pub struct ClipText {
+    config: TextConfig,
+    layers: Vec<Layer>,
+    token_embedding: Tensor,
+    position_embedding: Tensor,
+    blocks: Vec<Block>,
+    pooling: Option<Pooling>,
+}
+
+/// The outputs of a text encoder that SDXL uses.
+#[derive(Debug)]
+pub struct TextStates {
+    /// The states before the last layer, without the final norm: [b, s, hidden_size].
+    pub penultimate: Tensor,
+    /// The projected state at the end of the text: [b, projection_dim]; `None` for an encoder
+    /// without a projection.
+    pub pooled: Option<Tensor>,
+}
+
+#[derive(Debug)]
+struct Pooling {
+    final_layer_norm: LayerNorm,
+    text_projection: LayerId,
+}
+
+impl ClipText {
+    /// Builds the encoder, reading its weights from `source` by the names of published SDXL files
+    /// (with the prefix `text_model.`).
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn load(config: &TextConfig, source: &dyn TensorSource) -> Result<Self> {
+        let mut layers = Vec::new();
+        let mut top = Builder::new(source, "", &mut layers);
+        let width = config.hidden_size;
+        let mut model = top.at("text_model");
+        let mut embeddings = model.at("embeddings");
+        let token_embedding = embeddings.at("token_embedding").tensor("weight", &[config.vocab_size, width])?;
+        let position_embedding =
+            embeddings.at("position_embedding").tensor("weight", &[config.max_position_embeddings, width])?;
+        let blocks = (0..config.num_hidden_layers)
+            .map(|i| Block::build(&mut model.at("encoder").at("layers").at(i), config))
+            .collect::<Result<_>>()?;
+        let final_layer_norm = model.layer_norm("final_layer_norm", width, config.layer_norm_eps)?;
+        let text_projection =
+            config.projection_dim.map(|output| top.linear("text_projection", width, output, false)).transpose()?;
+        Ok(ClipText {
+            pooling: text_projection.map(|text_projection| Pooling { final_layer_norm, text_projection }),
+            config: config.clone(),
+            layers,
+            token_embedding,
+            position_embedding,
+            blocks,
+        })
+    }
+
+    /// Every tensor of an encoder.
+    ///
+    /// # Errors
+    /// If libtorch cannot make a tensor at all.
+    pub fn tensors(config: &TextConfig) -> Result<Vec<TensorSpec>> {
+        let blueprint = Blueprint::default();
+        Self::load(config, &blueprint)?;
+        Ok(blueprint.into_tensors())
+    }
+
+    /// The name of a stored tensor in published SDXL files. For encoders without a projection,
+    /// transformers 5 omits the prefix `text_model.`.
+    #[must_use]
+    pub fn rename(stored: &str) -> String {
+        let bare = stored.strip_prefix("text_model.").unwrap_or(stored);
+        if bare.starts_with("text_projection.") || bare == "logit_scale" { bare.to_owned() } else { format!("text_model.{bare}") }
+    }
+
+    /// Whether a tensor of published files is not needed: the table of position ids 0, 1, 2, …, or
+    /// CLIP's similarity scale.
+    #[must_use]
+    pub fn is_unused(name: &str) -> bool {
+        name == "text_model.embeddings.position_ids" || name == "logit_scale"
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn config(&self) -> &TextConfig {
+        &self.config
+    }
+
+    /// Encodes token ids [b, s].
+    ///
+    /// # Errors
+    /// If there are more positions than the encoder has, or an id is outside its vocabulary.
+    pub fn forward(&self, ids: &Tensor) -> Result<TextStates> {
+        let (_, length) = ids.size2()?;
+        if length > self.config.max_position_embeddings {
+            return Err(Error::Argument(format!("{length} tokens for {} positions", self.config.max_position_embeddings)));
+        }
+        let (lowest, highest) = (ids.f_min()?.f_int64_value(&[])?, ids.f_max()?.f_int64_value(&[])?);
+        if lowest < 0 || highest >= self.config.vocab_size {
+            return Err(Error::Argument(format!("token id {highest} for a vocabulary of {}", self.config.vocab_size)));
+        }
+        let mut observer = Unobserved;
+        let mut run = Run::new(&self.layers, &mut observer);
+        let ids = ids.f_to_device(self.token_embedding.device())?;
+        let tokens = Tensor::f_embedding(&self.token_embedding, &ids, -1, false, false)?;
+        let mut hidden = tokens.f_add(&self.position_embedding.f_narrow(0, 0, length)?)?;
+        let (last, before) = self.blocks.split_last().expect("the config has at least one layer");
+        for block in before {
+            hidden = block.forward(&hidden, &mut run)?;
+        }
+        let pooled = match &self.pooling {
+            None => None,
+            Some(pooling) => {
+                let states = pooling.final_layer_norm.forward(&last.forward(&hidden, &mut run)?)?;
+                Some(run.layer(pooling.text_projection, &self.at_end_of_text(&states, &ids)?)?)
+            }
+        };
+        Ok(TextStates { penultimate: hidden, pooled })
+    }
+
+    /// The state at the end of each text: [b, width] of states [b, s, width].
+    fn at_end_of_text(&self, states: &Tensor, ids: &Tensor) -> Result<Tensor> {
+        let ends = match self.config.end_of_text {
+            EndOfText::HighestId => ids.f_argmax(-1, false)?,
+            EndOfText::Token(id) => ids.f_eq(id)?.f_to_kind(Kind::Int64)?.f_argmax(-1, false)?,
+        };
+        let width = states.size3()?.2;
+        let index = ends.f_view([-1, 1, 1])?.f_expand([-1, 1, width], false)?;
+        Ok(states.f_gather(1, &index, false)?.f_squeeze_dim(1)?)
+    }
+}
+
+/// `transformers` CLIPEncoderLayer: causal self-attention and a feed-forward, each after a layer
+/// norm.
+#[derive(Debug)]
+struct Block {
+    layer_norm1: LayerNorm,
+    q_proj: LayerId,
+    k_proj: LayerId,
+    v_proj: LayerId,
+    out_proj: LayerId,
+    layer_norm2: LayerNorm,
+    fc1: LayerId,
+    fc2: LayerId,
+    heads: i64,
+    activation: Activation,
+}
+
+impl Block {
+    fn build(b: &mut Builder, config: &TextConfig) -> Result<Self> {
+        let width = config.hidden_size;
+        let layer_norm1 = b.layer_norm("layer_norm1", width, config.layer_norm_eps)?;
+        let mut attention = b.at("self_attn");
+        Ok(Block {
+            layer_norm1,
+            q_proj: attention.linear("q_proj", width, width, true)?,
+            k_proj: attention.linear("k_proj", width, width, true)?,
+            v_proj: attention.linear("v_proj", width, width, true)?,
+            out_proj: attention.linear("out_proj", width, width, true)?,
+            layer_norm2: b.layer_norm("layer_norm2", width, config.layer_norm_eps)?,
+            fc1: b.at("mlp").linear("fc1", width, config.intermediate_size, true)?,
+            fc2: b.at("mlp").linear("fc2", config.intermediate_size, width, true)?,
+            heads: config.num_attention_heads,
+            activation: config.hidden_act,
+        })
+    }
+
+    fn forward(&self, hidden: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let normed = self.layer_norm1.forward(hidden)?;
+        let query = split_heads(&run.layer(self.q_proj, &normed)?, self.heads)?;
+        let key = split_heads(&run.layer(self.k_proj, &normed)?, self.heads)?;
+        let value = split_heads(&run.layer(self.v_proj, &normed)?, self.heads)?;
+        let hidden = run.layer(self.out_proj, &attend(&query, &key, &value, true)?)?.f_add_(hidden)?;
+        let inner = run.layer(self.fc1, &self.layer_norm2.forward(&hidden)?)?;
+        let inner = match self.activation {
+            Activation::Gelu => inner.f_gelu("none")?,
+            Activation::QuickGelu => sigmoid_in_place(inner.f_mul_scalar(1.702)?)?.f_mul_(&inner)?,
+        };
+        Ok(run.layer(self.fc2, &inner)?.f_add_(&hidden)?)
+    }
+}

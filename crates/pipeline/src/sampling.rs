@@ -1,0 +1,68 @@
+//! The denoising loop.
+
+use sdxl_model::Unobserved;
+use sdxl_model::scheduler::Scheduler;
+use sdxl_model::unet::{Conditioning, Unet};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::progress::{Progress, Task};
+use squeeze_numerics::finite::is_finite;
+use tch::Tensor;
+
+use super::prompt::Guidance;
+
+/// A UNet, or a wrapper that observes one.
+pub trait Predictor {
+    /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`.
+    ///
+    /// # Errors
+    /// If it cannot be computed.
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor>;
+}
+
+impl Predictor for Unet<'_> {
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+        self.forward(sample, timestep, conditioning, &mut Unobserved)
+    }
+}
+
+/// Denoises `noise` [1, c, h, w] through every timestep of `scheduler` to the final latents [1, c,
+/// h, w].
+///
+/// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided
+/// prediction. `on_step` is called with the latents after each step.
+///
+/// # Errors
+/// If the UNet cannot run, `on_step` fails, or the latents become NaN or infinite.
+pub fn sample(
+    unet: &dyn Predictor,
+    scheduler: &mut dyn Scheduler,
+    guidance: &Guidance,
+    noise: &Tensor,
+    on_step: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    progress: &dyn Progress,
+) -> Result<Tensor> {
+    let kind = noise.f_kind()?;
+    let timesteps = scheduler.timesteps().to_vec();
+    let task = Task::begin(progress, "denoising", "steps", timesteps.len());
+    let mut latents = noise.f_mul_scalar(scheduler.init_noise_sigma())?;
+    for (index, timestep) in timesteps.into_iter().enumerate() {
+        task.advance(&format!("timestep {timestep:.0}"));
+        let rows = if guidance.scale.is_some() { 2 } else { 1 };
+        let input = scheduler.scale_model_input(&latents.f_repeat([rows, 1, 1, 1])?, index)?;
+        let prediction = unet.predict(&input, timestep, &guidance.conditioning)?;
+        let guided = match guidance.scale {
+            None => prediction,
+            Some(scale) => {
+                let (negative, positive) = (prediction.f_narrow(0, 0, 1)?, prediction.f_narrow(0, 1, 1)?);
+                negative.f_add(&positive.f_sub(&negative)?.f_mul_scalar(scale)?)?
+            }
+        };
+        latents = scheduler.step(index, &guided, &latents)?.f_to_kind(kind)?;
+        if !is_finite(&latents)? {
+            let hint = if kind == tch::Kind::Half { " (fp16 overflows in some models; try --dtype bf16 or f32)" } else { "" };
+            return Err(Error::NotFinite(format!("the latents became NaN or infinite at timestep {timestep:.0}{hint}")));
+        }
+        on_step(index, &latents)?;
+    }
+    Ok(latents)
+}

@@ -1,0 +1,196 @@
+//! A UNet's weights in a container or in a checkpoint, read one tensor at a time.
+
+use std::path::Path;
+
+use half::f16;
+use safetensors::Dtype;
+use sdxl_model::checkpoint::{ConfigFile, TensorSource, TensorSpec, Weights, check_tensors, halves};
+use sdxl_model::unet::{UnetChain, UnetConfig};
+use serde_json::{Map, Value};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::input::SourceFile;
+use squeeze_container::{CompressedWeight, Container, Verification};
+use squeeze_numerics::device::Placement;
+use tch::{Device, Kind, Tensor};
+
+use super::folder::PipelineFolder;
+
+/// The source of a UNet's weights: everything that an exporter reads.
+#[derive(Debug, Clone, Copy)]
+pub enum UnetWeights<'a> {
+    /// A container, whose compressed weights stay compressed, bit for bit.
+    Container(&'a Container),
+    /// A model's dense weights, in fp16.
+    Dense {
+        /// The weights.
+        weights: &'a Weights,
+        /// The UNet's `config.json`.
+        config: &'a Map<String, Value>,
+    },
+}
+
+impl<'a> From<&'a Container> for UnetWeights<'a> {
+    fn from(container: &'a Container) -> Self {
+        UnetWeights::Container(container)
+    }
+}
+
+/// A tensor as it is stored.
+#[derive(Debug)]
+pub enum StoredTensor {
+    /// Its values in row-major order.
+    Dense(Vec<f16>),
+    /// A pruned or palettized weight.
+    Compressed(CompressedWeight),
+}
+
+impl<'a> UnetWeights<'a> {
+    /// The container's file, or the checkpoint's folder.
+    #[must_use]
+    pub fn path(&self) -> &'a Path {
+        match self {
+            UnetWeights::Container(container) => container.path(),
+            UnetWeights::Dense { weights, .. } => weights.folder(),
+        }
+    }
+
+    /// The UNet's `config.json`.
+    #[must_use]
+    pub fn config(&self) -> &'a Map<String, Value> {
+        match self {
+            UnetWeights::Container(container) => &container.info().unet_config,
+            UnetWeights::Dense { config, .. } => config,
+        }
+    }
+
+    /// The files that the weights were compressed from; none for dense weights.
+    #[must_use]
+    pub fn sources(&self) -> &'a [SourceFile] {
+        match self {
+            UnetWeights::Container(container) => &container.info().sources,
+            UnetWeights::Dense { .. } => &[],
+        }
+    }
+
+    /// The UNet's chain of stages, after a check that exactly its tensors are there.
+    ///
+    /// # Errors
+    /// [`Error::ConfigKey`] if the architecture is not implemented; [`Error::Tensors`] naming the
+    /// tensors that are missing, misshapen or surplus.
+    pub fn chain(&self) -> Result<UnetChain> {
+        let config = ConfigFile::from_entries(self.path(), self.config().clone());
+        let chain = UnetChain::new(UnetConfig::parse(config)?);
+        self.check(&chain.tensors()?)?;
+        Ok(chain)
+    }
+
+    /// As [`chain`](Self::chain), after a check that the architecture is that of a pipeline.
+    ///
+    /// # Errors
+    /// As [`chain`](Self::chain); [`Error::BadFile`] if the architecture is another.
+    pub fn chain_of(&self, pipeline: &PipelineFolder) -> Result<UnetChain> {
+        let chain = self.chain()?;
+        if chain.config() == pipeline.unet.config() {
+            return Ok(chain);
+        }
+        let problem = format!("holds another architecture than {}", pipeline.root().display());
+        Err(Error::bad_file(self.path(), problem))
+    }
+
+    /// Compares names and shapes of the tensors with those of an architecture.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming the tensors that are missing, misshapen or surplus.
+    pub fn check(&self, expected: &[TensorSpec]) -> Result<()> {
+        match self {
+            UnetWeights::Container(container) => {
+                let tensors = container.shapes().map(|(name, shape)| (name, (shape, Dtype::F16)));
+                check_tensors(container.path(), expected, tensors.collect(), |_| false)
+            }
+            UnetWeights::Dense { weights, .. } => weights.check(expected, |_| false),
+        }
+    }
+
+    /// Whether the tensor `name` is stored pruned or palettized.
+    #[must_use]
+    pub fn is_compressed(&self, name: &str) -> bool {
+        match self {
+            UnetWeights::Container(container) => container.has_weight(name),
+            UnetWeights::Dense { .. } => false,
+        }
+    }
+
+    /// Reads the tensor `name` of `shape` as it is stored, or in fp16 from dense weights.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] or [`Error::Tensors`] if it is missing, damaged or of another shape, or
+    /// has a value that fp16 does not hold; [`Error::Read`]; [`Error::Changed`].
+    pub fn read(&self, name: &str, shape: &[i64]) -> Result<StoredTensor> {
+        match self {
+            UnetWeights::Container(container) => {
+                if let Some(stored) = container.shape(name).filter(|stored| *stored != shape) {
+                    let problem = format!("tensor `{name}` is {stored:?}, not {shape:?}");
+                    return Err(Error::Tensors { path: container.path().to_owned(), problem });
+                }
+                match container.has_weight(name) {
+                    true => Ok(StoredTensor::Compressed(container.weight(name)?)),
+                    false => Ok(StoredTensor::Dense(container.tensor(name)?)),
+                }
+            }
+            UnetWeights::Dense { weights, .. } => {
+                let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
+                Ok(StoredTensor::Dense(halves(&source.tensor(name, shape)?)?))
+            }
+        }
+    }
+
+    /// Reads the tensor `name` of `shape`, decoded, in row-major order.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn decode(&self, name: &str, shape: &[i64]) -> Result<Vec<f16>> {
+        match self.read(name, shape)? {
+            StoredTensor::Dense(values) => Ok(values),
+            StoredTensor::Compressed(weight) => {
+                weight.decode().map_err(|why| Error::bad_file(self.path(), format!("`{name}`: {why}")))
+            }
+        }
+    }
+
+    /// A source of decoded weights, each with the device and dtype of `placement`. A UNet built
+    /// from it computes with exactly the stored values.
+    #[must_use]
+    pub fn source(&self, placement: Placement) -> UnetSource<'a> {
+        UnetSource { weights: *self, placement }
+    }
+}
+
+/// [`UnetWeights`] as a [`TensorSource`].
+#[derive(Debug, Clone, Copy)]
+pub struct UnetSource<'a> {
+    weights: UnetWeights<'a>,
+    placement: Placement,
+}
+
+impl TensorSource for UnetSource<'_> {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let UnetSource { weights, placement } = *self;
+        if let UnetWeights::Dense { weights, .. } = weights {
+            // Straight from the stored dtype, which may be wider than fp16.
+            return weights.source(placement).tensor(name, shape);
+        }
+        let values = weights.decode(name, shape)?;
+        Ok(Tensor::f_from_slice(&values)?.f_view(shape)?.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
+    }
+}
+
+/// Checks the container `path`: that it has exactly the tensors of its architecture, and everything
+/// that [`Container::verify`] checks.
+///
+/// # Errors
+/// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming the problem and the weight.
+pub fn verify(path: &Path) -> Result<Verification> {
+    let container = Container::open_unverified(path)?;
+    UnetWeights::from(&container).chain()?;
+    container.verify()
+}

@@ -1,0 +1,276 @@
+//! The joint solver: it optimises mask, values and palettes of one weight together, to minimise the
+//! error of the layer's output.
+//!
+//! Its steps are the following. SparseGPT chooses the mask ([`prune_with`]). The kept weights are
+//! refitted by least squares. Pruned and kept weights are swapped where that lowers the error.
+//! Palettes are made for the kept weights. A sweep with error feedback rounds the weights to their
+//! palettes. Palettes and indices are improved in alternation while this changes enough of them.
+//! The stored form and its size are those of [`prune`](super::prune) followed by
+//! [`palettize`](super::palette::palettize).
+//!
+//! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
+//! products; all other work goes row by row.
+
+mod entries;
+mod exact;
+mod factors;
+mod least_squares;
+mod natural;
+mod options;
+mod polish;
+mod problem;
+mod row;
+mod shrinkage;
+mod solution;
+mod sorted_codebook;
+mod swap;
+mod sweep;
+#[cfg(test)]
+mod tests;
+
+pub use factors::{JointFactors, Order};
+use half::f16;
+use least_squares::MaskedLeastSquares;
+use natural::Natural;
+pub use options::JointOptions;
+use options::along_outputs;
+use problem::{Data, Loss, Problem};
+use rayon::prelude::*;
+use solution::Solution;
+use squeeze_base::error::{Error, Result};
+use squeeze_codebook::{Effort, NmRatio, PruneOptions, Sparsity};
+use squeeze_numerics::product::product;
+use squeeze_numerics::sum::squares;
+use swap::{Swaps, swap};
+use tch::{Device, Tensor};
+
+use super::matrix::to_vec;
+use super::palette::Palettized;
+use super::weight::flat_for;
+use super::{Hessian, Note, OutputResidual, prune_with};
+
+/// The least share by which a step of conjugate gradients must lower the objective for another step
+/// to follow.
+const LEAST_STEP_GAIN: f64 = 0.001;
+
+/// The evidence about a layer besides its Hessian.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LayerEvidence<'a> {
+    /// The residual D of the layer's outputs, for which the weight compensates: W0 is then W + D
+    /// H^-1.
+    pub residual: Option<&'a OutputResidual>,
+    /// Vectors of the layer's input that are not in the Hessian: [n, groups d], fp32.
+    pub held_out: Option<&'a Tensor>,
+}
+
+/// The result of [`joint`].
+#[derive(Debug)]
+pub struct Joint {
+    /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
+    pub weight: Vec<f16>,
+    /// The kept elements; `None` if the options have no pruning.
+    pub mask: Option<Vec<bool>>,
+    /// Palettes and indices, if the options have palettes.
+    pub palettized: Option<Palettized>,
+    /// tr((W - W0) H (W - W0)^T) of the pruned weight before it was palettized, if it was pruned.
+    pub pruned_loss: Option<f64>,
+    /// tr((W - W0) H (W - W0)^T) of the weight as stored.
+    pub loss: f64,
+    /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
+    pub sequential_loss: f64,
+    /// W0 = W + D H^-1, fp32, of the weight's shape; `None` if W0 is the weight itself.
+    pub target: Option<Tensor>,
+    /// Notes for the user.
+    pub notes: Vec<Note>,
+}
+
+/// Compresses the weight [o, ...] of layer `name`, flattened to [o, d], by the steps that the
+/// module lists.
+///
+/// Palettes along input channels, or with scales for each output channel, are not solved jointly:
+/// [`palettize`] makes them for the refitted weights, and a note says so. Where the joint solution
+/// has a larger error than the sequential one, on the Hessian or on held-out vectors, the
+/// sequential solution is returned, with a note. A weight that its palettes
+/// represent exactly is returned unchanged, unless another solution compensates for more of the
+/// output residual.
+///
+/// The result does not depend on the number of rayon threads.
+///
+/// # Errors
+/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this
+/// Hessian, dampening and order, or the output residual was made of other samples than the Hessian.
+///
+/// [`palettize`]: super::palette::palettize
+pub fn joint(
+    name: &str,
+    weight: &Tensor,
+    hessian: &Hessian,
+    factors: &JointFactors,
+    evidence: &LayerEvidence<'_>,
+    options: &JointOptions,
+) -> Result<Joint> {
+    let mut flat = flat_for(weight, hessian)?;
+    let (o, d) = flat.size2()?;
+    if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
+        return Err(Error::Argument(format!("`{name}`: factors of another Hessian, dampening or order")));
+    }
+    if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
+        return Err(Error::Argument(format!("`{name}`: the output residual and the Hessian were made of different samples")));
+    }
+    let (rows, columns) = (o as usize, d as usize);
+    let natural = Natural::new(factors, rows, columns);
+    let mut target = None;
+    let mut uncompressed = None;
+    if let Some(residual) = evidence.residual {
+        uncompressed = exact::palettes_can_hold(&flat, options)?;
+        flat = corrected(&flat, residual, factors, &natural)?;
+        target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
+    }
+    let mut notes = factors.notes().to_vec();
+    let pruned = match &options.prune {
+        Some(prune) if prune.sparsity != Sparsity::Unstructured(0.0) => {
+            let options = PruneOptions { dampening: factors.dampening(), ..*prune };
+            let pruned = prune_with(&flat, hessian, &factors.factors, &options)?;
+            notes.extend(pruned.notes.iter().copied());
+            Some(pruned)
+        }
+        Some(_) | None => {
+            if hessian.vectors() < d.unsigned_abs() {
+                notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
+            }
+            None
+        }
+    };
+    let bools = |mask: &Tensor| -> Result<Vec<bool>> { Ok(Vec::try_from(&mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?) };
+    let mask = match (&pruned, options.prune) {
+        (Some(pruned), _) => Some(bools(&pruned.mask)?),
+        (None, Some(_)) => Some(vec![true; (o * d) as usize]),
+        (None, None) => None,
+    };
+    let mut original = to_vec(&flat)?;
+    natural.sort(&mut original);
+    let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns } };
+
+    // The sequential solution, from whose pruned weights the joint solution starts.
+    let mut best = match &pruned {
+        Some(pruned) => to_vec(&pruned.weight)?,
+        None => problem.data.original.clone(),
+    };
+    drop(pruned);
+    let sequential = Solution::plain(name, &problem, &best, options)?;
+    let mut pruned_loss = None;
+    let mut first_mask = None;
+    if let Some(mut keep) = problem.data.keep.take() {
+        let group = match options.prune.map(|prune| prune.sparsity) {
+            Some(Sparsity::NOfM(NmRatio { m, .. })) => Some(m),
+            Some(Sparsity::Unstructured(_)) | None => None,
+        };
+        if options.effort.exchange_turns > 0 {
+            first_mask = Some(keep.clone());
+        }
+        pruned_loss = Some(refit(&problem, &mut best, &mut keep, &options.effort, group)?);
+        problem.data.keep = Some(keep);
+    }
+    let solution = match &options.palettize {
+        None => Solution::plain(name, &problem, &best, options)?,
+        Some(palette) if !palette.per_channel_scale && along_outputs(palette) => Solution::joint(name, &problem, &best, options)?,
+        Some(_) => {
+            notes.push(Note::NotJoint);
+            Solution::plain(name, &problem, &best, options)?
+        }
+    };
+    let sequential_loss = sequential.loss.bare;
+    let held_out = |solution: &Solution, reference: &Solution| {
+        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, reference))
+    };
+    let (worse, note) = if solution.loss.bare > sequential_loss {
+        // A weight that the sequential solution stores without any error needs no note.
+        let ratio = solution.loss.bare / sequential_loss;
+        (true, (sequential_loss > 0.0).then_some(Note::JointNoBetter { ratio }))
+    } else {
+        let ratio = held_out(&solution, &sequential)?;
+        (ratio > 1.0, (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio }))
+    };
+    notes.extend(note);
+    let mut solution = if worse { sequential } else { solution };
+    if let Some(mut uncompressed) = uncompressed {
+        natural.sort(&mut uncompressed);
+        let exact = Solution::plain(name, &problem, &uncompressed, options)?;
+        let is_exact = exact.weight.iter().zip(&uncompressed).all(|(stored, value)| stored.to_f32() == *value);
+        if is_exact && (exact.loss.bare <= solution.loss.bare || held_out(&solution, &exact)? > 1.0) {
+            solution = exact;
+        }
+    }
+    if worse {
+        problem.data.keep = first_mask.or(problem.data.keep);
+    }
+    let Solution { mut weight, mut palettized, loss } = solution;
+    natural.restore(&mut weight);
+    if let Some(palettized) = &mut palettized {
+        natural.restore(&mut palettized.indices);
+    }
+    Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
+}
+
+/// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its
+/// size. `group` is m of n:m. Returns the loss by the undamped Hessian.
+fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &Effort, group: Option<usize>) -> Result<f64> {
+    let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
+    let mut loss = Loss::default();
+    for (part, rows) in problem.chunks() {
+        let span = problem.data.span(&rows);
+        let original = &problem.data.original[span.clone()];
+        let mut solve = MaskedLeastSquares::new(problem.part(part), original, &weight[span.clone()], &keep[span.clone()])?;
+        solve.descend(refit_steps, LEAST_STEP_GAIN)?;
+        swap(&mut solve, Swaps { rounds: exchange_turns, steps: exchange_steps, least_gain: LEAST_STEP_GAIN, group })?;
+        if exchange_turns > 0 {
+            solve.descend(refit_steps, LEAST_STEP_GAIN)?;
+        }
+        loss.add(problem.part(part), &solve.change(), &solve.gradient);
+        weight[span.clone()].copy_from_slice(&solve.weight);
+        keep[span].iter_mut().zip(&solve.mask).for_each(|(keep, mask)| *keep = *mask > 0.0);
+    }
+    Ok(loss.bare)
+}
+
+/// The error of `solution` on vectors [n, groups d] as a multiple of the error of `reference`; 0 if
+/// it is not larger.
+fn held_out_ratio(
+    problem: &Problem<'_>,
+    natural: &Natural<'_>,
+    vectors: &Tensor,
+    solution: &Solution,
+    reference: &Solution,
+) -> Result<f64> {
+    let Data { original, rows, columns, .. } = &problem.data;
+    let parts = problem.factors.parts.len();
+    let error = |solution: &Solution| -> Result<f64> {
+        let mut change: Vec<f32> = solution.weight.par_iter().zip(original).map(|(new, old)| new.to_f32() - old).collect();
+        natural.restore(&mut change);
+        let change = Tensor::f_from_slice(&change)?.f_reshape([parts as i64, (rows / parts) as i64, *columns as i64])?;
+        let change = change.f_to_device(vectors.device())?;
+        let mut sum = 0.0;
+        for part in 0..parts as i64 {
+            let vectors = vectors.f_narrow(1, part * *columns as i64, *columns as i64)?;
+            sum += squares(&product(&vectors, &change.f_get(part)?.f_transpose(0, 1)?)?)?;
+        }
+        Ok(sum)
+    };
+    let (of_solution, of_reference) = (error(solution)?, error(reference)?);
+    Ok(if of_solution > of_reference { of_solution / of_reference } else { 0.0 })
+}
+
+/// W + D (H + damping)^-1: the weights with the least error of the target outputs.
+fn corrected(flat: &Tensor, residual: &OutputResidual, factors: &JointFactors, natural: &Natural<'_>) -> Result<Tensor> {
+    let (o, d) = flat.size2()?;
+    let mut residual = to_vec(&residual.matrix()?)?;
+    natural.sort(&mut residual);
+    let of_part = (o / factors.parts.len() as i64 * d) as usize;
+    let mut solved = Vec::with_capacity(residual.len());
+    for (residual, factor) in residual.chunks(of_part).zip(&factors.factors) {
+        let residual = Tensor::f_from_slice(residual)?.f_reshape([-1, d])?.f_to_device(flat.device())?;
+        solved.extend(to_vec(&factor.solve(&residual)?)?);
+    }
+    natural.restore(&mut solved);
+    Ok(Tensor::f_from_slice(&solved)?.f_reshape([o, d])?.f_to_device(flat.device())?.f_add_(flat)?)
+}

@@ -1,0 +1,50 @@
+//! Pruning by magnitude, without calibration inputs: the baseline for SparseGPT.
+
+use squeeze_base::error::Result;
+use squeeze_codebook::{NmRatio, Sparsity};
+use tch::Tensor;
+
+use super::matrix::to_vec;
+use super::sparsity::mark_smallest;
+use super::weight::flat;
+
+/// A pruned weight and its mask.
+#[derive(Debug)]
+pub struct Masked {
+    /// [o, d] fp32 on the weight's device, exactly zero where pruned.
+    pub weight: Tensor,
+    /// [o, d] bool, true where kept.
+    pub mask: Tensor,
+}
+
+/// Prunes the smallest magnitudes of `weight` [o, ...]: of the whole weight, as Core ML's
+/// `OpMagnitudePrunerConfig` does, or n of every m in a row. An incomplete last group of m columns
+/// stays dense. Of equal magnitudes the first are pruned; zeros are all pruned.
+///
+/// # Errors
+/// [`squeeze_base::Error::Argument`] for a sparsity out of range,
+/// [`squeeze_base::Error::NotFinite`] for NaN in the weight.
+pub fn magnitude_prune(weight: &Tensor, sparsity: Sparsity) -> Result<Masked> {
+    sparsity.check()?;
+    let flat = flat(weight)?;
+    let columns = flat.size2()?.1 as usize;
+    let magnitudes: Vec<f32> = to_vec(&flat.f_abs()?)?;
+    let mut pruned = vec![false; magnitudes.len()];
+    match sparsity {
+        Sparsity::Unstructured(share) => {
+            let count = (magnitudes.len() as f64 * share) as usize;
+            mark_smallest(&magnitudes, count, &mut pruned);
+        }
+        Sparsity::NOfM(NmRatio { n, m }) => {
+            for (magnitudes, pruned) in magnitudes.chunks(columns).zip(pruned.chunks_mut(columns)) {
+                for (magnitudes, pruned) in magnitudes.chunks_exact(m).zip(pruned.chunks_exact_mut(m)) {
+                    let mut order: Vec<usize> = (0..m).collect();
+                    order.sort_by(|a, b| magnitudes[*a].total_cmp(&magnitudes[*b]));
+                    order.iter().take(n).for_each(|column| pruned[*column] = true);
+                }
+            }
+        }
+    }
+    let pruned = Tensor::f_from_slice(&pruned)?.f_reshape(flat.size())?.f_to_device(flat.device())?;
+    Ok(Masked { weight: flat.f_masked_fill(&pruned, 0.0)?, mask: pruned.f_logical_not()? })
+}
