@@ -3,6 +3,7 @@
 
 pub mod checkpoint;
 mod layer;
+pub mod ldm;
 mod network;
 mod resnet;
 pub mod scheduler;

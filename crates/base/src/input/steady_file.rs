@@ -113,6 +113,12 @@ impl SteadyFile {
         Ok(self.learn(digest::hex(hash)))
     }
 
+    /// The hash of the whole file, if it has been computed.
+    #[must_use]
+    pub fn known_sha256(&self) -> Option<&str> {
+        self.sha256.get().map(String::as_str)
+    }
+
     /// Remembers the hash of the whole file, which the caller has computed while reading it.
     pub fn learn(&self, sha256: String) -> String {
         self.sha256.get_or_init(|| sha256).clone()

@@ -34,6 +34,21 @@ impl Entry {
         self.end - self.start
     }
 
+    /// The part `index` of `parts` equal parts along the first dimension, whose data is a stretch
+    /// of this entry's; `None` if the dimension cannot be divided so.
+    #[must_use]
+    pub fn part(&self, index: usize, parts: usize) -> Option<Entry> {
+        let (first, rest) = self.shape.split_first()?;
+        let rows = usize::try_from(*first).ok()?;
+        if index >= parts || !rows.is_multiple_of(parts) || !self.bytes().is_multiple_of(parts as u64) {
+            return None;
+        }
+        let bytes = self.bytes() / parts as u64;
+        let start = self.start + bytes * index as u64;
+        let shape = [&[(rows / parts) as i64], rest].concat();
+        Some(Entry { dtype: self.dtype, shape, start, end: start + bytes })
+    }
+
     /// Where its data begins, in bytes from the file's beginning.
     #[must_use]
     pub fn start(&self) -> u64 {
@@ -164,14 +179,20 @@ impl SafetensorsFile {
         Ok((digest::hex(hash), self.bytes() - start))
     }
 
-    /// Reads the whole file once, for its hash and for the magnitudes of its floating-point
-    /// tensors.
+    /// Reads the whole file once, for its hash, if that is not known yet, and for the magnitudes of
+    /// its floating-point tensors.
     ///
     /// # Errors
     /// As [`sha256`](Self::sha256).
     pub fn survey(&self) -> Result<(String, BTreeMap<&str, Magnitudes>)> {
+        let known = self.file.known_sha256();
         let mut hash = Sha256::new();
-        self.file.for_each_block(0..self.data_start(), |block| hash.update(block))?;
+        let mut update = |block: &[u8]| {
+            if known.is_none() {
+                hash.update(block);
+            }
+        };
+        self.file.for_each_block(0..self.data_start(), &mut update)?;
         let mut in_order: Vec<(&String, &Entry)> = self.entries.iter().collect();
         in_order.sort_by_key(|(_, entry)| (entry.start, entry.end));
         let mut all = BTreeMap::new();
@@ -179,12 +200,13 @@ impl SafetensorsFile {
         for (name, entry) in in_order {
             let mut magnitudes = Magnitudes::new(entry.dtype);
             self.file.for_each_block(entry.start..entry.end, |block| {
-                hash.update(block);
+                update(block);
                 magnitudes.iter_mut().for_each(|magnitudes| magnitudes.add(block));
             })?;
             all.extend(magnitudes.map(|magnitudes| (name.as_str(), magnitudes)));
         }
-        Ok((self.file.learn(digest::hex(hash)), all))
+        let sha256 = known.map_or_else(|| self.file.learn(digest::hex(hash)), str::to_owned);
+        Ok((sha256, all))
     }
 
     /// Checks that the file was not changed since it was opened. Every read checks too.

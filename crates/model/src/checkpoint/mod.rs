@@ -3,6 +3,7 @@
 mod config_file;
 mod source;
 mod tensor;
+mod view;
 mod weights;
 
 pub use config_file::ConfigFile;
@@ -11,5 +12,6 @@ pub use squeeze_base::input::SourceFile;
 pub use squeeze_base::input::SteadyFile;
 pub use squeeze_base::safetensors_file::{Entry, SafetensorsFile};
 pub use tensor::{TensorBytes, halves, read_tensor};
+pub use view::View;
 pub use weights::check_tensors;
 pub use weights::{Weights, WeightsSource};

@@ -16,8 +16,14 @@ use tch::{Device, Kind, Tensor};
 /// F16, BF16), or has a value that is NaN, infinite or beyond the dtype of `placement`;
 /// [`Error::Changed`]; [`Error::Read`].
 pub fn read_tensor(file: &SafetensorsFile, name: &str, placement: Placement) -> Result<Tensor> {
+    let problem = format!("tensor `{name}` is missing");
+    let missing = || Error::Tensors { path: file.path().to_owned(), problem };
+    read_entry(file, name, file.entries().get(name).ok_or_else(missing)?, placement)
+}
+
+/// As [`read_tensor`], for an entry of `file` or a part of one; `name` is for errors.
+pub(super) fn read_entry(file: &SafetensorsFile, name: &str, entry: &Entry, placement: Placement) -> Result<Tensor> {
     let wrong = |problem: String| Error::Tensors { path: file.path().to_owned(), problem };
-    let entry = file.entries().get(name).ok_or_else(|| wrong(format!("tensor `{name}` is missing")))?;
     let (Some(kind), Some(mut magnitudes)) = (float_kind(entry.dtype), Magnitudes::new(entry.dtype)) else {
         return Err(wrong(format!("tensor `{name}` is {:?}; weights are read as F32, F16 or BF16", entry.dtype)));
     };

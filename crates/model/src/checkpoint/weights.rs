@@ -1,7 +1,9 @@
-//! The safetensors of one part of a pipeline: one file or shards with an index.
+//! The tensors of one part of a pipeline: in one file, in shards with an index, or among others in
+//! a single-file checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use safetensors::Dtype;
 use serde::Deserialize;
@@ -13,13 +15,14 @@ use squeeze_numerics::device::Placement;
 use tch::{Kind, Tensor};
 
 use super::source::{TensorSource, TensorSpec};
-use super::tensor::{float_kind, read_tensor};
+use super::tensor::{float_kind, read_entry};
+use super::view::View;
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), under the names of this library's networks.
 #[derive(Debug)]
 pub struct Weights {
     folder: PathBuf,
-    files: Vec<SafetensorsFile>,
+    files: Vec<Arc<SafetensorsFile>>,
     /// The place of each tensor, by its name in the network.
     index: BTreeMap<String, Place>,
 }
@@ -31,6 +34,10 @@ struct Place {
     file: usize,
     /// The tensor's name in the file.
     stored: String,
+    /// The stored data: of the whole tensor or of some of its rows.
+    entry: Entry,
+    /// Whether the stored matrix is the transpose of the network's.
+    transposed: bool,
     /// The tensor's shape in the network.
     shape: Vec<i64>,
 }
@@ -54,35 +61,65 @@ impl Weights {
             if let Some(path) = existing(format!("{stem}{variant}.safetensors")) {
                 let file = SafetensorsFile::open(&path)?;
                 let owner = file.entries().keys().map(|name| (name.clone(), 0)).collect();
-                return Self::new(folder, vec![file], owner, rename);
+                return Self::new(folder, vec![Arc::new(file)], owner, |name| vec![View::whole(rename(name))]);
             }
             let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
             if let Some(path) = names.into_iter().find_map(existing) {
                 let (files, owner) = open_shards(folder, &path)?;
-                return Self::new(folder, files, owner, rename);
+                return Self::new(folder, files, owner, |name| vec![View::whole(rename(name))]);
             }
         }
         let pickled = std::fs::read_dir(folder)
             .map_err(Error::read(folder))?
             .flatten()
             .any(|e| e.path().extension() == Some("bin".as_ref()));
-        let hint = if pickled { "; pickled .bin weights are not read" } else { "" };
+        let hint = if pickled {
+            "; pickled .bin weights are not read: in Python, load the model with diffusers and save it with save_pretrained, \
+             which writes safetensors"
+        } else {
+            ""
+        };
         Err(Error::bad_file(folder, format!("no {stem}.safetensors in this folder{hint}")))
+    }
+
+    /// The tensors of `file` that `views` makes of its stored tensors: none, one or several of
+    /// each.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if two stored tensors have one name in the network, or a view does not
+    /// fit the shape of its tensor.
+    pub fn of_file(file: Arc<SafetensorsFile>, views: impl Fn(&str) -> Vec<View>) -> Result<Self> {
+        let path = file.path().to_owned();
+        let owner = file.entries().keys().map(|name| (name.clone(), 0)).collect();
+        Self::new(&path, vec![file], owner, views)
     }
 
     fn new(
         folder: &Path,
-        files: Vec<SafetensorsFile>,
+        files: Vec<Arc<SafetensorsFile>>,
         owner: BTreeMap<String, usize>,
-        rename: impl Fn(&str) -> String,
+        views: impl Fn(&str) -> Vec<View>,
     ) -> Result<Self> {
-        let mut index = BTreeMap::new();
-        for (name, file) in owner {
-            let renamed = rename(&name);
+        let mut index: BTreeMap<String, Place> = BTreeMap::new();
+        for (stored, file) in owner {
             // The names are keys of `entries`: the callers checked this for each file.
-            let shape = files[file].entries()[&name].shape.clone();
-            if let Some(earlier) = index.insert(renamed.clone(), Place { file, stored: name.clone(), shape }) {
-                return Err(Error::bad_file(folder, format!("`{name}` and `{}` are both read as `{renamed}`", earlier.stored)));
+            let whole = &files[file].entries()[&stored];
+            for View { name, part, transposed } in views(&stored) {
+                let misfit = || Error::bad_file(folder, format!("`{stored}` is {:?}, which cannot be `{name}`", whole.shape));
+                let entry = match part {
+                    None => whole.clone(),
+                    Some((part, parts)) => whole.part(part, parts).ok_or_else(misfit)?,
+                };
+                let shape = match (transposed, &entry.shape[..]) {
+                    (false, shape) => shape.to_vec(),
+                    (true, [rows, columns]) => vec![*columns, *rows],
+                    (true, _) => return Err(misfit()),
+                };
+                if let Some(earlier) = index.get(&name) {
+                    let problem = format!("`{stored}` and `{}` are both read as `{name}`", earlier.stored);
+                    return Err(Error::bad_file(folder, problem));
+                }
+                index.insert(name, Place { file, stored: stored.clone(), entry, transposed, shape });
             }
         }
         Ok(Weights { folder: folder.to_owned(), files, index })
@@ -99,7 +136,7 @@ impl Weights {
         self
     }
 
-    /// The part's folder.
+    /// The part's folder, or the single-file checkpoint.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -107,16 +144,17 @@ impl Weights {
 
     /// The files of the tensors.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(SafetensorsFile::path)
+        self.files.iter().map(|file| file.path())
     }
 
-    /// The tensors' names and places.
+    /// The tensors' names and places. The shape of an entry is that in the file.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
-        self.index.iter().map(|(name, place)| (name.as_str(), self.entry(place)))
+        self.index.iter().map(|(name, place)| (name.as_str(), &place.entry))
     }
 
-    fn entry(&self, place: &Place) -> &Entry {
-        &self.files[place.file].entries()[&place.stored]
+    /// The tensors with their shapes in the network.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorSpec> {
+        self.index.iter().map(|(name, place)| TensorSpec { name: name.clone(), shape: place.shape.clone() })
     }
 
     /// Reads all files once, before anything is computed: for their hashes, and to check that every
@@ -153,7 +191,7 @@ impl Weights {
     /// # Errors
     /// [`Error::Changed`] naming the file; [`Error::Read`].
     pub fn check_unchanged(&self) -> Result<()> {
-        self.files.iter().try_for_each(SafetensorsFile::check_unchanged)
+        self.files.iter().try_for_each(|file| file.check_unchanged())
     }
 
     /// The dtype of most elements; `None` if there are no tensors.
@@ -177,7 +215,7 @@ impl Weights {
     /// [`Error::Tensors`] naming the tensors that are missing, misshapen, of a wrong dtype, or
     /// surplus.
     pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
-        let stored = self.index.iter().map(|(name, place)| (name.as_str(), (place.shape.as_slice(), self.entry(place).dtype)));
+        let stored = self.index.iter().map(|(name, place)| (name.as_str(), (place.shape.as_slice(), place.entry.dtype)));
         check_tensors(&self.folder, expected, stored.collect(), unused)
     }
 
@@ -198,7 +236,7 @@ impl Weights {
     /// Bytes of each element of the tensor `name` from [`narrow_source`](Self::narrow_source).
     #[must_use]
     pub fn narrow_bytes(&self, name: &str, placement: Placement) -> Option<usize> {
-        let kind = float_kind(self.entry(self.index.get(name)?).dtype)?;
+        let kind = float_kind(self.index.get(name)?.entry.dtype)?;
         Some(kind.elt_size_in_bytes().min(placement.kind.elt_size_in_bytes()))
     }
 }
@@ -251,12 +289,12 @@ fn some(what: &str, names: &[String]) -> String {
 }
 
 /// Opens the shards that an index names, each once.
-fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
+fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<Arc<SafetensorsFile>>, BTreeMap<String, usize>)> {
     let text = input::read(index_path, Limit::SHARD_INDEX)?;
     let index: ShardIndex =
         serde_json::from_slice(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;
     let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut files: Vec<SafetensorsFile> = Vec::new();
+    let mut files: Vec<Arc<SafetensorsFile>> = Vec::new();
     let mut owner = BTreeMap::new();
     for (tensor, shard) in &index.weight_map {
         let number = match numbers.get(shard.as_str()) {
@@ -266,7 +304,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<SafetensorsFile>
                 if Path::new(shard).file_name() != Some(shard.as_ref()) {
                     return Err(Error::bad_file(index_path, format!("`{}` is not a file name", shorten(shard))));
                 }
-                files.push(SafetensorsFile::open(&folder.join(shard))?);
+                files.push(Arc::new(SafetensorsFile::open(&folder.join(shard))?));
                 numbers.insert(shard, files.len() - 1);
                 files.len() - 1
             }
@@ -294,10 +332,14 @@ impl TensorSource for WeightsSource<'_> {
         if place.shape != shape {
             return Err(wrong(format!("tensor `{name}` is {:?}, not {shape:?}", place.shape)));
         }
-        let stored = float_kind(self.weights.entry(place).dtype);
+        let stored = float_kind(place.entry.dtype);
         let is_narrower = |stored: &Kind| stored.elt_size_in_bytes() < self.placement.kind.elt_size_in_bytes();
         let kind = stored.filter(|stored| self.narrow && shape.len() > 1 && is_narrower(stored)).unwrap_or(self.placement.kind);
-        let tensor = read_tensor(&self.weights.files[place.file], &place.stored, Placement { kind, ..self.placement })?;
+        let file = &self.weights.files[place.file];
+        let tensor = read_entry(file, &place.stored, &place.entry, Placement { kind, ..self.placement })?;
+        if place.transposed {
+            return Ok(tensor.f_transpose(0, 1)?.f_contiguous()?);
+        }
         Ok(tensor.f_view(shape)?)
     }
 }
