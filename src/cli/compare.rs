@@ -83,6 +83,8 @@ fn check_alike((first, one): (&Path, &RunConfig), (second, other): (&Path, &RunC
     let (one, other) = (&one.model, &other.model);
     let differing = [
         ("model", real(&one.path) != real(&other.path), shown(&one.path), shown(&other.path)),
+        ("base", real(&one.base) != real(&other.base), shown(&one.base), shown(&other.base)),
+        ("vae", real(&one.vae) != real(&other.vae), shown(&one.vae), shown(&other.vae)),
         ("device", one.device != other.device, one.device.clone(), other.device.clone()),
         ("dtype", one.dtype != other.dtype, one.dtype.clone(), other.dtype.clone()),
     ];

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use clap::{Arg, ArgMatches, Command, FromArgMatches, value_parser};
 use sdxl_squeeze::config::{ConfigFlag, Edit, RunConfig, flags};
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
 use sdxl_squeeze::{Error, Result};
 
 /// The edits that the command line makes to every config it names.
@@ -29,7 +29,8 @@ impl Edits {
 /// The model that a config names.
 pub(super) fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
     let missing = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
-    PipelineFolder::open(config.model.path.as_deref().ok_or_else(missing)?)
+    let model = config.model.path.clone().ok_or_else(missing)?;
+    PipelineFolder::open_files(&ModelFiles { model, base: config.model.base.clone(), vae: config.model.vae.clone() })
 }
 
 impl clap::Args for Edits {

@@ -7,7 +7,7 @@ use sdxl_squeeze::checkpoint::TensorBytes;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{is_standard_output, write_file};
-use sdxl_squeeze::pipeline::{GenerateRequest, Generated, PipelineFolder, generate};
+use sdxl_squeeze::pipeline::{GenerateRequest, Generated, ModelFiles, PipelineFolder, generate};
 use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
@@ -19,9 +19,15 @@ use super::stdout;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The pipeline: a folder in diffusers layout
-    #[arg(long, value_name = "DIR")]
+    /// The pipeline: a folder in diffusers layout, or a single-file checkpoint
+    #[arg(long, value_name = "DIR|FILE")]
     model: PathBuf,
+    /// Another pipeline, for the configs, tokenizers and parts that a single-file checkpoint lacks
+    #[arg(long, value_name = "DIR|FILE")]
+    base: Option<PathBuf>,
+    /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file
+    #[arg(long, value_name = "DIR|FILE")]
+    vae: Option<PathBuf>,
     /// Description of the picture
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -77,11 +83,14 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     // Wrong paths are refused before minutes of work.
     Paths::default()
         .model("--model", Some(&args.model))
+        .model("--base", args.base.as_deref())
+        .model("--vae", args.vae.as_deref())
         .reads("--unet", args.unet.as_deref())
         .writes("-o", Some(&args.output))
         .writes("--latents-out", args.latents_out.as_deref())
         .check_writable()?;
-    let folder = PipelineFolder::open(&args.model)?;
+    let files = ModelFiles { model: args.model.clone(), base: args.base.clone(), vae: args.vae.clone() };
+    let folder = PipelineFolder::open_files(&files)?;
     let request = GenerateRequest {
         prompt: args.prompt,
         negative_prompt: args.negative_prompt,
@@ -95,7 +104,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         unverified: args.no_verify,
     };
     let generated = generate(&folder, &request, placement, reporter)?;
-    generated.picture.write_png(&args.output, &metadata(&request, &generated, &args.model, &args.dtype))?;
+    generated.picture.write_png(&args.output, &metadata(&request, &generated, &files, &args.dtype))?;
     if let Some(path) = &args.latents_out {
         write_latents(path, &generated)?;
     }
@@ -119,10 +128,12 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
 
 /// The PNG's texts: the prompt for viewers, and all settings, with which the picture can be drawn
 /// again.
-fn metadata(request: &GenerateRequest, generated: &Generated, model: &Path, dtype: &str) -> Vec<(&'static str, String)> {
+fn metadata(request: &GenerateRequest, generated: &Generated, files: &ModelFiles, dtype: &str) -> Vec<(&'static str, String)> {
     let (height, width) = generated.size;
+    let shown = |path: &Path| path.display().to_string();
+    let ModelFiles { model, base, vae } = files;
     let settings = json!({
-        "model": model.display().to_string(), "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+        "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown), "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "seed": request.seed, "steps": request.steps, "guidance": request.guidance, "height": height, "width": width,
         "scheduler": request.scheduler.as_ref().unwrap_or(&generated.scheduler), "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
     });

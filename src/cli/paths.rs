@@ -36,7 +36,7 @@ impl Paths {
         self
     }
 
-    /// A pipeline's folder that is read.
+    /// A pipeline that is read: a folder, or a single-file checkpoint.
     pub(super) fn model(mut self, flag: &str, path: Option<&Path>) -> Self {
         self.models.extend(path.map(|path| Named::of(flag, path)));
         self
@@ -51,6 +51,8 @@ impl Paths {
         };
         self.reads(flag, Some(file))
             .model("the model", config.model.path.as_deref())
+            .model("the base", config.model.base.as_deref())
+            .model("the VAE", config.model.vae.as_deref())
             .reads("the prompts", prompts)
             .reads("the samples", calibration.samples.as_deref())
             .reads("the captions", calibration.captions.as_deref())

@@ -119,8 +119,8 @@ fn of_lines(texts: &[String]) -> String {
 /// As [`Weights::survey`].
 pub(super) fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
     let task = Task::begin(progress, "checking the model", "files", weights.files().count());
-    let files = weights.survey("unet/", |name| task.advance(name))?;
-    Ok([vec![folder.unet_config_file().clone()], files].concat())
+    let files = weights.survey(folder.unet_folder(), |name| task.advance(name))?;
+    Ok(folder.unet_config_file().cloned().into_iter().chain(files).collect())
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sdxl_model::checkpoint::Weights;
 use sdxl_model::unet::UnetChain;
-use sdxl_pipeline::PipelineFolder;
+use sdxl_pipeline::{ModelFiles, PipelineFolder};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_base::output::parent;
@@ -154,12 +154,18 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
     if parse_dtype(&model.dtype)? != options.kind {
         return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));
     }
-    let Some(path) = &model.path else { return Ok(()) };
     let real = |path: &Path| path.canonicalize().map_err(Error::read(path));
-    if real(path)? == real(folder.root())? {
-        return Ok(());
+    let ModelFiles { model: path, base, vae } = folder.model_files();
+    for (key, named, given) in
+        [("path", &model.path, Some(path)), ("base", &model.base, base.as_ref()), ("vae", &model.vae, vae.as_ref())]
+    {
+        let Some(named) = named else { continue };
+        if given.map(|given| real(given)).transpose()? != Some(real(named)?) {
+            let given = given.map_or("none".to_owned(), |given| given.display().to_string());
+            return disagrees(key, &named.display().to_string(), given);
+        }
     }
-    disagrees("path", &path.display().to_string(), folder.root().display().to_string())
+    Ok(())
 }
 
 /// The calls that the config will calibrate on. Its prompts and captions are read, to see that they

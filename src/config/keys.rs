@@ -91,8 +91,13 @@ keys! {
 keys! {
     /// The model, and where it is computed.
     model "model" {
-        /// The pipeline: a folder in diffusers layout.
-        PATH: PathBuf = ("path", kinds::PATH, Preset::Absent("`--model` is needed"), flag Flag::new("model", "DIR"));
+        /// The pipeline: a folder in diffusers layout, or a single-file checkpoint.
+        PATH: PathBuf = ("path", kinds::PATH, Preset::Absent("`--model` is needed"), flag Flag::new("model", "DIR|FILE"));
+        /// Another pipeline, for the configs, tokenizers and parts that a single-file checkpoint
+        /// lacks.
+        BASE: PathBuf = ("base", kinds::PATH, Preset::Absent("none"), flag Flag::new("base", "DIR|FILE"));
+        /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file.
+        VAE: PathBuf = ("vae", kinds::PATH, Preset::Absent("none"), flag Flag::new("vae", "DIR|FILE"));
         /// Where to compute: cpu, cuda or cuda:N, or several with commas.
         DEVICE: String = ("device", kinds::DEVICES, Preset::Text("cpu"), flag Flag::new("device", "DEVICE"));
         /// Precision of activations. Hessians are fp32 in any case.

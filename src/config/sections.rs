@@ -18,9 +18,15 @@ use super::words::TimestepWeighting;
 /// The model, and where it is computed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelSection {
-    /// The pipeline's folder; absent where the command line names it.
+    /// The pipeline's folder, or a single-file checkpoint; absent where the command line names it.
     #[serde(serialize_with = "path_or_null")]
     pub path: Option<PathBuf>,
+    /// Another pipeline, for what a single-file checkpoint lacks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+    /// A VAE in the place of the pipeline's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<PathBuf>,
     /// cpu, cuda or cuda:N, or several with commas. Whether this machine has them is checked by the
     /// run.
     pub device: String,
@@ -111,7 +117,7 @@ pub enum BudgetTarget {
 impl Default for ModelSection {
     fn default() -> Self {
         let (device, dtype) = (keys::model::DEVICE.default_value(), keys::model::DTYPE.default_value());
-        ModelSection { path: None, device, dtype }
+        ModelSection { path: None, base: None, vae: None, device, dtype }
     }
 }
 
@@ -158,6 +164,8 @@ impl ModelSection {
         use keys::model::*;
         ModelSection {
             path: fields.get(&PATH, mistakes),
+            base: fields.get(&BASE, mistakes),
+            vae: fields.get(&VAE, mistakes),
             device: fields.value(&DEVICE, mistakes),
             dtype: fields.value(&DTYPE, mistakes),
         }

@@ -1,21 +1,24 @@
-//! A diffusers SDXL folder.
+//! An SDXL pipeline in files.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sdxl_model::checkpoint::{ConfigFile, SourceFile, Weights};
+use sdxl_model::ldm::SingleFile;
 use sdxl_model::scheduler::SchedulerConfig;
-use sdxl_model::text::{ClipText, ClipTokenizer, TextConfig};
+use sdxl_model::text::{ClipText, ClipTokenizer, TextConfig, vocabulary};
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::{VaeConfig, VaeDecoder};
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
-use squeeze_base::input::{self, Limit};
 
-/// A pipeline in diffusers layout: `model_index.json` and a folder for each part. Opening it reads
-/// configs only.
+use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
+
+/// A pipeline in diffusers layout (`model_index.json` and a folder for each part), or a single-file
+/// checkpoint. Opening it reads configs and headers only.
 #[derive(Debug)]
 pub struct PipelineFolder {
-    root: PathBuf,
+    files: ModelFiles,
+    parts: Parts,
     /// Whether an absent negative prompt means zeros; if not, it means the encoded empty text.
     pub force_zeros_for_empty_prompt: bool,
     /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
@@ -29,9 +32,6 @@ pub struct PipelineFolder {
     pub vae: VaeConfig,
     /// The pipeline's own sampler.
     pub scheduler: SchedulerConfig,
-    /// `unet/config.json` as it was read.
-    unet_config: Map<String, Value>,
-    unet_config_file: SourceFile,
 }
 
 /// A tokenizer and the encoder that its ids are for.
@@ -43,25 +43,32 @@ pub struct TextPart {
     pub encoder: &'static str,
     /// The encoder's architecture.
     pub config: TextConfig,
+    place: TextPlace,
 }
 
 impl PipelineFolder {
-    /// Reads the configs of the pipeline in `root`, and checks that its parts fit together.
+    /// Reads the configs of the pipeline in `root`, a folder in diffusers layout or a single-file
+    /// checkpoint with all parts, and checks that its parts fit together.
     ///
     /// # Errors
-    /// If `root` is not a folder, or a config cannot be read or asks for something that is not
-    /// implemented.
+    /// As [`open_files`](Self::open_files).
     pub fn open(root: &Path) -> Result<Self> {
-        if root.is_file() {
-            let problem = "is a file; --model takes a folder in diffusers layout (single-file checkpoints are not read yet)";
-            return Err(Error::bad_file(root, problem));
-        }
-        let mut index = ConfigFile::read(&root.join("model_index.json"))?;
+        Self::open_files(&ModelFiles::of(root))
+    }
+
+    /// Reads the configs of a pipeline, and checks that its parts fit together.
+    ///
+    /// # Errors
+    /// If a part is missing, or a config cannot be read or asks for something that is not
+    /// implemented.
+    pub fn open_files(files: &ModelFiles) -> Result<Self> {
+        let mut parts = Parts::open(files)?;
+        let mut index = parts.index.file();
         index.only("_class_name", &[json!("StableDiffusionXLPipeline"), json!("StableDiffusionXLImg2ImgPipeline")])?;
         component(&mut index, "unet", &["UNet2DConditionModel"])?;
         component(&mut index, "vae", &["AutoencoderKL"])?;
         index.ignore(&["feature_extractor", "image_encoder", "add_watermarker"]);
-        let mut scheduler = SchedulerConfig::read(&root.join("scheduler/scheduler_config.json"))?;
+        let mut scheduler = parts.scheduler.clone();
         // If the two disagree, diffusers builds the class that the index names.
         if let Some((_library, class)) = index.optional::<(String, String)>("scheduler")?
             && class != scheduler.class()
@@ -69,32 +76,27 @@ impl PipelineFolder {
             scheduler = scheduler.with_override(&class)?;
         }
         let mut text_encoders = Vec::new();
-        for (tokenizer, encoder) in [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")] {
+        for (tokenizer, encoder) in TEXT_PARTS {
             let has_tokenizer = component(&mut index, tokenizer, &["CLIPTokenizer", "CLIPTokenizerFast"])?;
             let has_encoder = component(&mut index, encoder, &["CLIPTextModel", "CLIPTextModelWithProjection"])?;
-            match (has_tokenizer, has_encoder) {
-                (false, false) => {}
-                (true, true) => {
-                    let config = TextConfig::read(&root.join(encoder).join("config.json"))?;
-                    text_encoders.push(TextPart { tokenizer, encoder, config });
-                }
-                _ => return Err(index.error(encoder, format!("and `{tokenizer}` must both be there or both be absent"))),
+            if has_tokenizer != has_encoder {
+                return Err(index.error(encoder, format!("and `{tokenizer}` must both be there or both be absent")));
             }
         }
-        // Read once, so that the recorded hash is that of the config in use.
-        let unet_path = root.join(UNET_CONFIG);
-        let unet_content = input::read(&unet_path, Limit::MODEL_CONFIG)?;
-        let unet_config = ConfigFile::from_bytes(&unet_path, &unet_content)?.into_entries();
+        for place in std::mem::take(&mut parts.text) {
+            let TextPlace { tokenizer, encoder, ref config, .. } = place;
+            let config = TextConfig::parse(config.file())?;
+            text_encoders.push(TextPart { tokenizer, encoder, config, place });
+        }
         let folder = PipelineFolder {
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
             requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
             text_encoders,
-            unet: UnetChain::new(UnetConfig::parse(ConfigFile::from_entries(&unet_path, unet_config.clone()))?),
-            unet_config,
-            unet_config_file: SourceFile::of_bytes(&unet_content, UNET_CONFIG),
-            vae: VaeConfig::read(&root.join("vae/config.json"))?,
+            unet: UnetChain::new(UnetConfig::parse(parts.unet.file())?),
+            vae: VaeConfig::parse(parts.vae.file())?,
             scheduler,
-            root: root.to_owned(),
+            files: files.clone(),
+            parts,
         };
         folder.check(&index)?;
         index.finish();
@@ -121,7 +123,7 @@ impl PipelineFolder {
         ];
         for (what, have, key, want) in fits {
             if have != want {
-                let path = self.root.join(UNET_CONFIG);
+                let path = self.parts.unet.path.clone();
                 return Err(Error::ConfigKey { path, key: key.into(), problem: format!("= {want}, but {what} make {have}") });
             }
         }
@@ -152,22 +154,38 @@ impl PipelineFolder {
         Ok((height, width))
     }
 
-    /// The folder.
+    /// The folder, or the single-file checkpoint.
     #[must_use]
     pub fn root(&self) -> &Path {
-        &self.root
+        &self.files.model
+    }
+
+    /// The files that the pipeline was opened from.
+    #[must_use]
+    pub fn model_files(&self) -> &ModelFiles {
+        &self.files
+    }
+
+    /// The checkpoint that the UNet is in; `None` for a folder.
+    #[must_use]
+    pub fn single_file(&self) -> Option<&SingleFile> {
+        match &self.parts.unet_weights {
+            WeightsAt::Folder(_) => None,
+            WeightsAt::Checkpoint(file) => Some(file),
+        }
     }
 
     /// The UNet's `config.json`, every entry as it was when the pipeline was opened.
     #[must_use]
     pub fn unet_config(&self) -> &Map<String, Value> {
-        &self.unet_config
+        &self.parts.unet.entries
     }
 
-    /// The length and hash of the UNet's `config.json`, as it was when the pipeline was opened.
+    /// The length and hash of the UNet's `config.json`, as it was when the pipeline was opened;
+    /// `None` if the tensors of a checkpoint told the architecture.
     #[must_use]
-    pub fn unet_config_file(&self) -> &SourceFile {
-        &self.unet_config_file
+    pub fn unet_config_file(&self) -> Option<&SourceFile> {
+        self.parts.unet_file.as_ref()
     }
 
     /// The UNet's weights, checked against its config.
@@ -175,9 +193,21 @@ impl PipelineFolder {
     /// # Errors
     /// If they are not there, damaged, or tensors disagree with the config.
     pub fn unet_weights(&self) -> Result<Weights> {
-        let weights = Weights::open(&self.root.join("unet"), "diffusion_pytorch_model", str::to_owned)?;
+        let weights = match &self.parts.unet_weights {
+            WeightsAt::Folder(folder) => Weights::open(folder, "diffusion_pytorch_model", str::to_owned)?,
+            WeightsAt::Checkpoint(file) => file.unet_weights(&self.unet)?,
+        };
         weights.check(&self.unet.tensors()?, |_| false)?;
         Ok(weights)
+    }
+
+    /// What stands before the names of the UNet's files in the list of a container's sources.
+    #[must_use]
+    pub fn unet_folder(&self) -> &'static str {
+        match &self.parts.unet_weights {
+            WeightsAt::Folder(_) => "unet/",
+            WeightsAt::Checkpoint(_) => "",
+        }
     }
 
     /// The VAE's weights, checked against its config.
@@ -185,7 +215,10 @@ impl PipelineFolder {
     /// # Errors
     /// As [`unet_weights`](Self::unet_weights).
     pub fn vae_weights(&self) -> Result<Weights> {
-        let weights = Weights::open(&self.root.join("vae"), "diffusion_pytorch_model", VaeDecoder::rename)?;
+        let weights = match &self.parts.vae_weights {
+            VaeAt::Folder(folder) => Weights::open(folder, "diffusion_pytorch_model", VaeDecoder::rename)?,
+            VaeAt::File(file) => file.weights(&self.vae)?,
+        };
         let weights = weights.with_linear(VaeDecoder::is_linear);
         weights.check(&VaeDecoder::tensors(&self.vae)?, VaeDecoder::is_unused)?;
         Ok(weights)
@@ -196,7 +229,10 @@ impl PipelineFolder {
     /// # Errors
     /// As [`unet_weights`](Self::unet_weights).
     pub fn text_weights(&self, part: &TextPart) -> Result<Weights> {
-        let weights = Weights::open(&self.root.join(part.encoder), "model", ClipText::rename)?;
+        let weights = match &part.place.weights {
+            WeightsAt::Folder(folder) => Weights::open(folder, "model", ClipText::rename)?,
+            WeightsAt::Checkpoint(file) => file.text_weights(part.encoder, &part.config)?,
+        };
         let pools = part.config.projection_dim.is_some();
         // The file of an encoder without a projection may have a final norm or a projection that is
         // unused.
@@ -207,25 +243,46 @@ impl PipelineFolder {
     }
 
     /// The files that the encoding of a prompt depends on: text encoders, tokenizers, their configs
-    /// and the scheduler's, each with its hash, by name.
+    /// and the scheduler's, each with its hash, by name. A single-file checkpoint is hashed once.
     ///
     /// # Errors
-    /// If one cannot be read.
+    /// If one cannot be read, or a checkpoint was changed.
     pub fn prompt_files(&self) -> Result<Vec<SourceFile>> {
-        let mut paths = vec![self.root.join("model_index.json"), self.root.join("scheduler/scheduler_config.json")];
+        let mut paths = self.parts.files.clone();
+        let mut checkpoints: Vec<&SingleFile> = Vec::new();
         for part in &self.text_encoders {
-            paths.push(self.root.join(part.encoder).join("config.json"));
-            paths.extend(self.text_weights(part)?.files().map(Path::to_owned));
-            let folder = self.root.join(part.tokenizer);
-            for entry in std::fs::read_dir(&folder).map_err(Error::read(&folder))? {
-                paths.extend(Some(entry.map_err(Error::read(&folder))?.path()).filter(|path| path.is_file()));
+            let place = &part.place;
+            // A config that the tensors told is in the checkpoint itself.
+            paths.extend(Some(place.config.path.clone()).filter(|path| path.extension() == Some("json".as_ref())));
+            match &place.weights {
+                WeightsAt::Folder(_) => paths.extend(self.text_weights(part)?.files().map(Path::to_owned)),
+                WeightsAt::Checkpoint(file) if checkpoints.iter().any(|other| other.path() == file.path()) => {}
+                WeightsAt::Checkpoint(file) => checkpoints.push(file),
+            }
+            if let VocabularyAt::Folder(folder) = &place.vocabulary {
+                for entry in std::fs::read_dir(folder).map_err(Error::read(folder))? {
+                    paths.extend(Some(entry.map_err(Error::read(folder))?.path()).filter(|path| path.is_file()));
+                }
             }
         }
         paths.sort();
-        let name = |path: &Path| {
-            path.strip_prefix(&self.root).expect("every path was joined to the root").to_string_lossy().into_owned()
-        };
-        paths.iter().map(|path| SourceFile::read(path, name(path))).collect()
+        let of_checkpoints = checkpoints.into_iter().map(|checkpoint| {
+            let file = checkpoint.file();
+            file.check_unchanged()?;
+            Ok(SourceFile { bytes: file.bytes(), file: self.name_of(file.path()), sha256: file.sha256()? })
+        });
+        let files = paths.iter().map(|path| SourceFile::read(path, self.name_of(path)));
+        files.chain(of_checkpoints).collect()
+    }
+
+    /// A file's name below the model's folder, else its path.
+    fn name_of(&self, path: &Path) -> String {
+        path.strip_prefix(self.root())
+            .ok()
+            .filter(|rest| rest.components().next().is_some())
+            .unwrap_or(path)
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// A part's tokenizer.
@@ -234,24 +291,23 @@ impl PipelineFolder {
     /// If it cannot be read, or makes more ids than the encoder has positions, or ids that it has
     /// no embedding for.
     pub fn tokenizer(&self, part: &TextPart) -> Result<ClipTokenizer> {
-        let folder = self.root.join(part.tokenizer);
-        let tokenizer = ClipTokenizer::open(&folder)?;
+        let (tokenizer, path) = match &part.place.vocabulary {
+            VocabularyAt::Folder(folder) => (ClipTokenizer::open(folder)?, folder.as_path()),
+            VocabularyAt::Shipped => (ClipTokenizer::shipped(vocabulary::padding(part.tokenizer))?, Path::new(vocabulary::NAME)),
+        };
         let (positions, vocabulary) = (part.config.max_position_embeddings, part.config.vocab_size);
         if tokenizer.length() as i64 > positions {
             let problem = format!("makes {} tokens, but {} has {positions} positions", tokenizer.length(), part.encoder);
-            return Err(Error::bad_file(&folder, problem));
+            return Err(Error::bad_file(path, problem));
         }
         if tokenizer.vocabulary() > vocabulary {
             let problem =
                 format!("has ids up to {}, but {} has {vocabulary} embeddings", tokenizer.vocabulary() - 1, part.encoder);
-            return Err(Error::bad_file(&folder, problem));
+            return Err(Error::bad_file(path, problem));
         }
         Ok(tokenizer)
     }
 }
-
-/// The path of the UNet's config in a pipeline.
-const UNET_CONFIG: &str = "unet/config.json";
 
 /// Takes a component's entry, `[library, class]`. `[null, null]`, `null` and an absent entry all
 /// mean that the pipeline lacks the component.

@@ -165,6 +165,21 @@ impl SchedulerConfig {
         Ok(SchedulerConfig { path: path.to_owned(), class: file.required("_class_name")?, entries })
     }
 
+    /// A config that is in memory; `path` names it in errors.
+    ///
+    /// # Errors
+    /// If it does not name its class.
+    pub fn from_entries(path: &Path, entries: Map<String, Value>) -> Result<Self> {
+        let class = ConfigFile::from_entries(path, entries.clone()).required("_class_name")?;
+        Ok(SchedulerConfig { path: path.to_owned(), class, entries })
+    }
+
+    /// The entries, as they are in the file.
+    #[must_use]
+    pub fn entries(&self) -> &Map<String, Value> {
+        &self.entries
+    }
+
     /// Sigma of every training timestep: the noise relative to the picture.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 mod clip;
 mod config;
 mod tokenizer;
+pub mod vocabulary;
 
 pub use clip::{CLIP_LENGTH, ClipText, TextStates};
 pub use config::{Activation, EndOfText, TextConfig};

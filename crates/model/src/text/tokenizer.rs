@@ -14,6 +14,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
+use super::vocabulary;
 use crate::checkpoint::ConfigFile;
 
 /// A byte-pair tokenizer that puts a begin and an end token around a text, truncates it to a fixed
@@ -76,13 +77,28 @@ impl ClipTokenizer {
     pub fn open(folder: &Path) -> Result<Self> {
         let bad = |name: &str, why: tokenizers::Error| Error::bad_file(&folder.join(name), why.to_string());
         let whole = folder.join("tokenizer.json");
-        let mut tokenizer = if whole.exists() {
+        let tokenizer = if whole.exists() {
             Tokenizer::from_bytes(input::read(&whole, Limit::TOKENIZER)?).map_err(|why| bad("tokenizer.json", why))?
         } else {
             from_vocab_and_merges(folder)?
         };
+        Self::with_specials(tokenizer, folder, Specials::read(folder)?)
+    }
 
-        let mut specials = Specials::read(folder)?;
+    /// CLIP's own tokenizer, whose vocabulary this library has. `pad` is the padding token, which
+    /// differs between SDXL's two tokenizers.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the library's own files are damaged.
+    pub fn shipped(pad: &str) -> Result<Self> {
+        let folder = Path::new(vocabulary::NAME);
+        let (vocab, merges) = (vocabulary::vocab()?, vocabulary::merges()?);
+        let tokenizer = bpe(vocab, merges).map_err(|why| Error::internal(format!("CLIP's vocabulary: {why}")))?;
+        let specials = vocabulary::special_tokens(pad).as_object().cloned().unwrap_or_default();
+        Self::with_specials(tokenizer, folder, Specials(vec![ConfigFile::from_entries(folder, specials)]))
+    }
+
+    fn with_specials(mut tokenizer: Tokenizer, folder: &Path, mut specials: Specials) -> Result<Self> {
         let mut added: Vec<AddedToken> = Vec::new();
         let mut special = |name: &str, default: &str| -> Result<i64> {
             let token = specials.take(name)?.unwrap_or(SpecialToken::Text(default.to_owned())).added();
@@ -150,26 +166,28 @@ fn from_vocab_and_merges(folder: &Path) -> Result<Tokenizer> {
         }
     }
     let (vocab, merges) = (read_vocab(&vocab)?, read_merges(&merges)?);
-    let build = || -> tokenizers::Result<Tokenizer> {
-        let model = BPE::builder()
-            .vocab_and_merges(vocab, merges)
-            .unk_token("<|endoftext|>".into())
-            .continuing_subword_prefix(String::new())
-            .end_of_word_suffix("</w>".into())
-            .build()?;
-        let words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
-        let split = Split::new(SplitPattern::Regex(words.into()), SplitDelimiterBehavior::Removed, true)?;
-        let spaces = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")?;
-        let mut tokenizer = Tokenizer::new(model);
-        tokenizer.with_normalizer(Some(NormalizerSequence::new(vec![NFC.into(), spaces.into(), Lowercase.into()])));
-        tokenizer.with_pre_tokenizer(Some(PreTokenizerSequence::new(vec![
-            split.into(),
-            ByteLevel::default().add_prefix_space(false).into(),
-        ])));
-        tokenizer.with_decoder(Some(ByteLevel::default()));
-        Ok(tokenizer)
-    };
-    build().map_err(|why| Error::bad_file(folder, format!("vocab.json and merges.txt: {why}")))
+    bpe(vocab, merges).map_err(|why| Error::bad_file(folder, format!("vocab.json and merges.txt: {why}")))
+}
+
+/// CLIP's byte-pair encoding of lower-case words.
+fn bpe(vocab: Vocab, merges: Merges) -> tokenizers::Result<Tokenizer> {
+    let model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .unk_token("<|endoftext|>".into())
+        .continuing_subword_prefix(String::new())
+        .end_of_word_suffix("</w>".into())
+        .build()?;
+    let words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+    let split = Split::new(SplitPattern::Regex(words.into()), SplitDelimiterBehavior::Removed, true)?;
+    let spaces = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")?;
+    let mut tokenizer = Tokenizer::new(model);
+    tokenizer.with_normalizer(Some(NormalizerSequence::new(vec![NFC.into(), spaces.into(), Lowercase.into()])));
+    tokenizer.with_pre_tokenizer(Some(PreTokenizerSequence::new(vec![
+        split.into(),
+        ByteLevel::default().add_prefix_space(false).into(),
+    ])));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    Ok(tokenizer)
 }
 
 /// `vocab.json`: each token's id.
