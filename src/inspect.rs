@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use sdxl_model::checkpoint::{Blueprint, TensorSpec, Weights};
+use sdxl_model::checkpoint::{Blueprint, ConfigFile, TensorSpec, Weights};
+use sdxl_model::ldm::{SingleFile, Skipped};
 use sdxl_model::text::ClipText;
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::VaeDecoder;
 use sdxl_model::{ConvGeometry, Layer, Operation};
 use sdxl_pipeline::PipelineFolder;
 use serde::Serialize;
+use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 
 /// The bytes of an fp16 element, which are counted where there are no weights to measure.
@@ -28,6 +30,24 @@ pub struct Inspection {
     pub stages: Vec<StageRow>,
     /// The other parts of the pipeline; none if a UNet's own folder was inspected.
     pub parts: Vec<PartRow>,
+    /// What a single-file checkpoint is; absent for folders.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointRow>,
+}
+
+/// What a single-file checkpoint is.
+#[derive(Debug, Serialize)]
+pub struct CheckpointRow {
+    /// The model, in words: "SDXL base, for inpainting (9 input channels)".
+    pub family: String,
+    /// The parts of a pipeline that are not in the file, by their folders in the diffusers layout.
+    pub missing: Vec<&'static str>,
+    /// Whether the tensors tell the UNet's architecture; if not, no stages are listed.
+    pub is_told_by_shapes: bool,
+    /// The tensors that are not read, by kind.
+    pub skipped: Vec<Skipped>,
+    /// The sampler's config that the file implies.
+    pub scheduler: Map<String, Value>,
 }
 
 /// A stage, or one of the ends.
@@ -71,12 +91,15 @@ pub struct PartRow {
     pub dtype: Option<String>,
 }
 
-/// Inspects a pipeline folder, or the folder of a UNet alone. Only configs and headers are read;
-/// weights may be absent.
+/// Inspects a pipeline folder, the folder of a UNet alone, or a single-file checkpoint. Only configs
+/// and headers are read; weights may be absent from folders.
 ///
 /// # Errors
 /// If a config cannot be read, or weights that are there disagree with it.
 pub fn inspect(path: &Path) -> Result<Inspection> {
+    if path.is_file() {
+        return inspect_single_file(&SingleFile::open(path)?);
+    }
     if path.join("model_index.json").is_file() {
         let folder = PipelineFolder::open(path)?;
         let mut parts = Vec::new();
@@ -101,6 +124,37 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         Ok(weights)
     };
     inspect_unet(&chain, if_there(open(), path)?.as_ref(), Vec::new())
+}
+
+/// The stages are those that the shapes of the tensors tell.
+fn inspect_single_file(file: &SingleFile) -> Result<Inspection> {
+    let parts = ["text_encoder", "text_encoder_2", "vae"].into_iter().filter_map(|part| {
+        let (parameters, bytes, dtype) = file.size_of(part);
+        (parameters > 0).then(|| PartRow {
+            name: part.to_owned(),
+            parameters,
+            bytes,
+            dtype: dtype.map(|dtype| format!("{dtype:?}")),
+        })
+    });
+    let parts = parts.collect();
+    let config = file.unet_config(None);
+    let row = CheckpointRow {
+        family: file.family().to_string(),
+        missing: file.missing(),
+        is_told_by_shapes: config.is_some(),
+        skipped: file.skipped().to_vec(),
+        scheduler: file.family().scheduler(),
+    };
+    let Some(config) = config else {
+        let (parameters, bytes, dtype) = file.size_of("unet");
+        let dtype = dtype.map(|dtype| format!("{dtype:?}"));
+        return Ok(Inspection { parameters, bytes, dtype, stages: Vec::new(), parts, checkpoint: Some(row) });
+    };
+    let chain = UnetChain::new(UnetConfig::parse(ConfigFile::from_entries(file.path(), config))?);
+    let weights = file.unet_weights(&chain)?;
+    weights.check(&chain.tensors()?, |_| false)?;
+    Ok(Inspection { checkpoint: Some(row), ..inspect_unet(&chain, Some(&weights), parts)? })
 }
 
 /// Absent weights are no error here; damaged ones are.
@@ -170,6 +224,7 @@ fn inspect_unet(chain: &UnetChain, weights: Option<&Weights>, parts: Vec<PartRow
         dtype: dtype(weights),
         stages,
         parts,
+        checkpoint: None,
     })
 }
 

@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use sdxl_squeeze::checkpoint::Weights;
+use sdxl_squeeze::container::Container;
 use sdxl_squeeze::coreml::{self, Io, Layout, Options, WrittenPackage};
 use sdxl_squeeze::export::SmallWeights;
-use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
-use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
+use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder, UnetWeights};
 use sdxl_squeeze::{Error, Result, export};
 
 use super::paths::Paths;
@@ -16,7 +18,7 @@ use super::{container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A container, or a pipeline's folder for its dense UNet
+    /// A container; or a pipeline, as a folder or a single-file checkpoint, for its dense UNet
     #[arg(value_name = "FILE|DIR")]
     path: PathBuf,
     /// Use the container without checking its hashes
@@ -25,9 +27,16 @@ pub(super) struct Args {
     /// Format of the output
     #[arg(long, value_name = "FORMAT")]
     to: Format,
-    /// The pipeline that the UNet belongs to: `--to diffusers` copies its other parts
-    #[arg(long, value_name = "DIR")]
+    /// The pipeline that a container belongs to, as a folder or a single-file checkpoint: `--to
+    /// diffusers` and `--to single-file` take its other parts
+    #[arg(long, value_name = "DIR|FILE")]
     model: Option<PathBuf>,
+    /// Another pipeline, for the configs, tokenizers and parts that a single-file checkpoint lacks
+    #[arg(long, value_name = "DIR|FILE")]
+    base: Option<PathBuf>,
+    /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file
+    #[arg(long, value_name = "DIR|FILE")]
+    vae: Option<PathBuf>,
     /// The new folder, package or file
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
@@ -46,6 +55,8 @@ pub(super) struct Args {
 enum Format {
     /// A folder that diffusers loads
     Diffusers,
+    /// A checkpoint in one file, for A1111, ComfyUI and Forge
+    SingleFile,
     /// A Core ML package
     Coreml,
     /// Dense weights with coremltools' buffers, for converting in Python
@@ -111,8 +122,15 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     args.paths().check()?;
     match args.to {
         Format::Diffusers => {
-            let model = args.model.ok_or_else(|| Error::Argument("--to diffusers needs --model".into()))?;
-            export::diffusers((&container::open(&args.path, args.no_verify)?).into(), &model, &args.out, reporter)?;
+            let unet = OpenedUnet::open(&args)?;
+            let needed = || Error::Argument("--to diffusers needs --model".into());
+            let model = unet.pipeline.as_ref().ok_or_else(needed)?;
+            export::diffusers(unet.weights()?, model, &args.out, reporter)?;
+            stdout::print(&format!("{}\n", args.out.display()))
+        }
+        Format::SingleFile => {
+            let unet = OpenedUnet::open(&args)?;
+            export::single_file(unet.weights()?, unet.pipeline.as_ref(), &args.out, reporter)?;
             stdout::print(&format!("{}\n", args.out.display()))
         }
         Format::Coremltools => to_coremltools(&args, reporter),
@@ -139,11 +157,12 @@ impl Args {
     /// folder.
     fn paths(&self) -> Paths {
         let (file, folder) = if self.path.is_dir() { (None, Some(&*self.path)) } else { (Some(&*self.path), None) };
-        let paths =
-            Paths::default().reads("the argument", file).model("the argument", folder).model("--model", self.model.as_deref());
+        let paths = Paths::default().reads("the argument", file).model("the argument", folder);
+        let paths = paths.model("--model", self.model.as_deref()).model("--base", self.base.as_deref());
+        let paths = paths.model("--vae", self.vae.as_deref());
         match self.to {
             Format::Diffusers | Format::Coreml => paths.fills("--out", &self.out),
-            Format::Coremltools => paths.writes("--out", Some(&self.out)),
+            Format::Coremltools | Format::SingleFile => paths.writes("--out", Some(&self.out)),
         }
     }
 
@@ -180,29 +199,61 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
 }
 
 fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
-    if args.path.is_dir() {
-        let pipeline = PipelineFolder::open(&args.path)?;
-        let weights = pipeline.unet_weights()?;
-        let options = options(&args.coreml, pipeline.unet.config(), Some(&pipeline))?;
-        let dense = UnetWeights::Dense { weights: &weights, config: pipeline.unet_config() };
-        return coreml::write(dense, &options, &args.out, reporter);
-    }
-    let container = container::open(&args.path, args.no_verify)?;
-    let weights = UnetWeights::from(&container);
+    let unet = OpenedUnet::open(args)?;
+    let weights = unet.weights()?;
     let chain = weights.chain()?;
-    let pipeline = args.model.as_deref().map(|model| pipeline_of(&chain, &args.path, model)).transpose()?;
-    let options = options(&args.coreml, chain.config(), pipeline.as_ref())?;
+    let options = options(&args.coreml, chain.config(), unet.pipeline.as_ref())?;
     coreml::write(weights, &options, &args.out, reporter)
 }
 
-/// Opens the pipeline in `model`, which must have the container's architecture.
-fn pipeline_of(chain: &UnetChain, container: &Path, model: &Path) -> Result<PipelineFolder> {
-    let pipeline = PipelineFolder::open(model)?;
-    if pipeline.unet.config() != chain.config() {
-        let (container, model) = (container.display(), model.display());
-        return Err(Error::Argument(format!("{container} holds another architecture than {model}")));
+/// The UNet that the argument names, and its pipeline.
+struct OpenedUnet {
+    unet: Unet,
+    pipeline: Option<PipelineFolder>,
+}
+
+enum Unet {
+    Container(Container),
+    /// The pipeline's own weights.
+    Dense(Weights),
+}
+
+impl OpenedUnet {
+    /// Opens a container, or else a pipeline for its dense UNet. The pipeline of a container must
+    /// have its architecture.
+    fn open(args: &Args) -> Result<Self> {
+        let open = |model: &Path| {
+            let files = ModelFiles { model: model.to_owned(), base: args.base.clone(), vae: args.vae.clone() };
+            PipelineFolder::open_files(&files)
+        };
+        let is_model = args.path.is_dir() || (args.path.is_file() && !container::is_container(&args.path));
+        if is_model && let Some(model) = &args.model {
+            let (path, model) = (args.path.display(), model.display());
+            return Err(Error::Argument(format!("{path} is a model, not a container, so that --model {model} has no effect")));
+        }
+        if is_model {
+            let pipeline = open(&args.path)?;
+            return Ok(OpenedUnet { unet: Unet::Dense(pipeline.unet_weights()?), pipeline: Some(pipeline) });
+        }
+        let container = container::open(&args.path, args.no_verify)?;
+        let chain = UnetWeights::from(&container).chain()?;
+        let pipeline = args.model.as_deref().map(open).transpose()?;
+        if let (Some(pipeline), Some(model)) = (&pipeline, &args.model)
+            && pipeline.unet.config() != chain.config()
+        {
+            let (container, model) = (args.path.display(), model.display());
+            return Err(Error::Argument(format!("{container} holds another architecture than {model}")));
+        }
+        Ok(OpenedUnet { unet: Unet::Container(container), pipeline })
     }
-    Ok(pipeline)
+
+    fn weights(&self) -> Result<UnetWeights<'_>> {
+        match (&self.unet, &self.pipeline) {
+            (Unet::Container(container), _) => Ok(container.into()),
+            (Unet::Dense(weights), Some(pipeline)) => Ok(UnetWeights::Dense { weights, config: pipeline.unet_config() }),
+            (Unet::Dense(_), None) => Err(Error::internal("dense weights without their pipeline")),
+        }
+    }
 }
 
 /// The options of the command line, with the rest from the pipeline if there is one, else from the

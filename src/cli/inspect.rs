@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use sdxl_squeeze::Result;
 use sdxl_squeeze::container::Container;
-use sdxl_squeeze::inspect::{Inspection, inspect};
+use sdxl_squeeze::inspect::{CheckpointRow, Inspection, inspect};
+use sdxl_squeeze::model::ldm::Skipped;
 use sdxl_squeeze::number::{count, size as bytes};
 use sdxl_squeeze::pipeline::UnetWeights;
 
@@ -13,7 +14,8 @@ use super::{container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A pipeline in diffusers layout, the folder of a UNet alone, or a container
+    /// A pipeline in diffusers layout, a single-file checkpoint, the folder of a UNet alone, or a
+    /// container
     #[arg(value_name = "DIR|FILE")]
     path: PathBuf,
     /// Print JSON
@@ -28,7 +30,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
-    if args.path.is_file() {
+    if args.path.is_file() && container::is_container(&args.path) {
         return inspect_container(&container::open(&args.path, args.no_verify)?, args.json, args.summary);
     }
     let mut inspection = inspect(&args.path)?;
@@ -72,11 +74,31 @@ fn tables(inspection: &Inspection, summary: bool) -> String {
     for part in &inspection.parts {
         stages.add_row([part.name.clone(), String::new(), count(part.parameters), count(part.bytes), bytes(part.bytes)]);
     }
+    let about = inspection.checkpoint.as_ref().map(about).unwrap_or_default();
     let stored = match &inspection.dtype {
         Some(dtype) => format!("stored as {dtype}"),
         None => "no weights here; bytes are those of fp16".to_owned(),
     };
-    format!("{text}{}\n\nUNet: {} parameters, {stored}\n", right_aligned(stages, 1), count(inspection.parameters))
+    format!("{text}{}\n\nUNet: {} parameters, {stored}\n{about}", right_aligned(stages, 1), count(inspection.parameters))
+}
+
+/// What a single-file checkpoint is, what it lacks, and what of it is not read.
+fn about(checkpoint: &CheckpointRow) -> String {
+    let CheckpointRow { family, missing, is_told_by_shapes, skipped, scheduler } = checkpoint;
+    let mut text = format!("{family}; sampler {}\n", scheduler["_class_name"].as_str().unwrap_or_default());
+    if !missing.is_empty() {
+        text.push_str(&format!("missing: {}; --base DIR|FILE completes it\n", missing.join(", ")));
+    }
+    if !is_told_by_shapes {
+        text.push_str("the shapes do not tell the architecture; --base DIR|FILE tells it to the other commands\n");
+    }
+    for Skipped { what, tensors } in skipped {
+        const SHOWN: usize = 4;
+        let names = tensors.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = if tensors.len() > SHOWN { ", …" } else { "" };
+        text.push_str(&format!("not read: {} {what} ({names}{more})\n", tensors.len()));
+    }
+    text
 }
 
 fn shape(sizes: &[i64]) -> String {

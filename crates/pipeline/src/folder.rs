@@ -10,6 +10,7 @@ use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::{VaeConfig, VaeDecoder};
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
+use squeeze_base::input::{self, Limit};
 
 use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
@@ -44,6 +45,14 @@ pub struct TextPart {
     /// The encoder's architecture.
     pub config: TextConfig,
     place: TextPlace,
+}
+
+impl TextPart {
+    /// The encoder's `config.json`.
+    #[must_use]
+    pub fn config_entries(&self) -> &Map<String, Value> {
+        &self.place.config.entries
+    }
 }
 
 impl PipelineFolder {
@@ -181,6 +190,18 @@ impl PipelineFolder {
         &self.parts.unet.entries
     }
 
+    /// `model_index.json`.
+    #[must_use]
+    pub fn index(&self) -> &Map<String, Value> {
+        &self.parts.index.entries
+    }
+
+    /// The VAE's `config.json`.
+    #[must_use]
+    pub fn vae_config(&self) -> &Map<String, Value> {
+        &self.parts.vae.entries
+    }
+
     /// The length and hash of the UNet's `config.json`, as it was when the pipeline was opened;
     /// `None` if the tensors of a checkpoint told the architecture.
     #[must_use]
@@ -283,6 +304,26 @@ impl PipelineFolder {
             .unwrap_or(path)
             .to_string_lossy()
             .into_owned()
+    }
+
+    /// Writes a part's tokenizer into the existing folder `to`: a copy of its files, or CLIP's.
+    ///
+    /// # Errors
+    /// [`Error::Read`]; [`Error::Write`].
+    pub fn write_tokenizer(&self, part: &TextPart, to: &Path) -> Result<()> {
+        let folder = match &part.place.vocabulary {
+            VocabularyAt::Folder(folder) => folder,
+            VocabularyAt::Shipped => return vocabulary::write(part.tokenizer, to),
+        };
+        for entry in std::fs::read_dir(folder).map_err(Error::read(folder))? {
+            let entry = entry.map_err(Error::read(folder))?;
+            if entry.path().is_file() {
+                let content = input::read(&entry.path(), Limit::TOKENIZER)?;
+                let target = to.join(entry.file_name());
+                std::fs::write(&target, content).map_err(Error::write(&target))?;
+            }
+        }
+        Ok(())
     }
 
     /// A part's tokenizer.

@@ -152,6 +152,18 @@ impl Weights {
         self.index.iter().map(|(name, place)| (name.as_str(), &place.entry))
     }
 
+    /// The shape of the tensor `name` in the network, if it is there.
+    #[must_use]
+    pub fn shape(&self, name: &str) -> Option<&[i64]> {
+        self.index.get(name).map(|place| place.shape.as_slice())
+    }
+
+    /// The dtype in which the tensor `name` is stored, if it is there.
+    #[must_use]
+    pub fn dtype_of(&self, name: &str) -> Option<Dtype> {
+        self.index.get(name).map(|place| place.entry.dtype)
+    }
+
     /// The tensors with their shapes in the network.
     pub fn tensors(&self) -> impl Iterator<Item = TensorSpec> {
         self.index.iter().map(|(name, place)| TensorSpec { name: name.clone(), shape: place.shape.clone() })

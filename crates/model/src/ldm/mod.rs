@@ -14,5 +14,5 @@ mod vae_file;
 
 pub use family::{Family, Prediction};
 pub use names::Names;
-pub use single_file::{SingleFile, Skipped};
+pub use single_file::{MARKERS, SingleFile, Skipped};
 pub use vae_file::VaeFile;

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use safetensors::Dtype;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
-use squeeze_base::safetensors_file::SafetensorsFile;
+use squeeze_base::safetensors_file::{Entry, SafetensorsFile};
 
 use super::family::{Family, Prediction};
 use super::names::Names;
@@ -66,7 +67,7 @@ const ENCODERS: [Encoder; 4] = [
 ];
 
 /// Tensors that say what a model is, without being weights.
-const MARKERS: [&str; 6] = ["v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"];
+pub const MARKERS: [&str; 6] = ["v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"];
 
 /// Names of tables and counters that training leaves in a checkpoint. Source: the list of tensors
 /// that stable-diffusion.cpp does not read (`src/model_loader.cpp`).
@@ -221,6 +222,26 @@ impl SingleFile {
 
     fn encoder(&self, part: &str) -> Option<&Encoder> {
         self.encoders.iter().find(|encoder| encoder.part == part)
+    }
+
+    /// Elements and bytes of the tensors that are read of a part of a pipeline, as they are stored,
+    /// and the dtype of the first; of the VAE, the decoder's.
+    #[must_use]
+    pub fn size_of(&self, part: &str) -> (u64, u64, Option<Dtype>) {
+        let prefix = match part {
+            "unet" => self.unet,
+            "vae" => VAE,
+            encoder => self.encoder(encoder).map_or(encoder, |encoder| encoder.prefix),
+        };
+        let is_read = |name: &str| match name.strip_prefix(prefix) {
+            None => false,
+            Some(rest) if part == "vae" => rest.starts_with("decoder.") || rest.starts_with("post_quant_conv."),
+            Some(rest) if part == "unet" => !self.is_aside(rest),
+            Some(rest) => !rest.ends_with("position_ids") && rest != "attn_mask" && rest != "logit_scale",
+        };
+        let entries = || self.file.entries().iter().filter(|(name, _)| is_read(name)).map(|(_, entry)| entry);
+        let elements = entries().map(|entry| entry.shape.iter().product::<i64>() as u64).sum();
+        (elements, entries().map(Entry::bytes).sum(), entries().next().map(|entry| entry.dtype))
     }
 
     fn shapes(&self, prefix: &str) -> Shapes<'_> {
