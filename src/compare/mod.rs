@@ -134,7 +134,9 @@ fn prepare<'a>(folder: &'a PipelineFolder, entries: &[Entry], options: &RunOptio
             return Err(Error::Argument(format!("two of the configs to compare are called `{name}`; rename one")));
         }
         let named = |why: Error| match why {
-            Error::Argument(why) => Error::Argument(format!("{name}: {why}")),
+            Error::Argument(_) | Error::Shape { .. } | Error::Range { .. } | Error::State(_) => {
+                Error::Argument(format!("{name}: {why}"))
+            }
             why => why,
         };
         let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named)?;

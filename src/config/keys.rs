@@ -12,7 +12,7 @@ use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
 use super::tree::{Node, Value};
-use super::words::{GranularityWord, Pace, SolverKind, Target, TimestepWeighting};
+use super::words::{GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting};
 
 /// Declares the keys of a section, and the section.
 macro_rules! keys {
@@ -69,7 +69,7 @@ keys! {
         /// Which inputs a layer is compressed for. `sublayer`: those that the already compressed
         /// layers before it produce. `stage`: those that the dense layers of its stage produce,
         /// which takes fewer passes over the samples.
-        SEQUENCING: Pace = (
+        SEQUENCING: SequencingWord = (
             "sequencing",
             Kind::WORD,
             Preset::Absent("`sublayer`; `stage` with `solver: sequential`"),

@@ -9,7 +9,7 @@ use super::finding::Finding;
 use super::mistake::Mistakes;
 use super::sections::{BudgetSection, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
 use super::tree::Node;
-use super::words::{Pace, SolverKind, Target};
+use super::words::{SequencingWord, SolverKind, Target};
 
 /// Everything that decides the result of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,7 +21,7 @@ pub struct RunConfig {
     /// How masks, weights and palettes are found.
     pub solver: SolverKind,
     /// Which inputs a layer is compressed for.
-    pub sequencing: Pace,
+    pub sequencing: SequencingWord,
     /// Which outputs a compressed layer is fitted to.
     pub target: Target,
     /// Effort of the joint solver: the section `joint`.
@@ -53,7 +53,7 @@ impl Default for RunConfig {
     /// `palettize: {}`: palettes of 4 bits for every weight, found by the joint solver, and no
     /// pruning.
     fn default() -> Self {
-        let (solver, sequencing) = (SolverKind::Joint, Pace::of(SolverKind::Joint));
+        let (solver, sequencing) = (SolverKind::Joint, SequencingWord::of(SolverKind::Joint));
         RunConfig {
             model: ModelSection::default(),
             calibration: CalibrationSection::default(),
@@ -85,7 +85,7 @@ impl RunConfig {
         let solver = fields
             .get(&SOLVER, mistakes)
             .unwrap_or_else(|| SolverKind::that_can(prune.as_ref().map(|section| section.algorithm)));
-        let sequencing = fields.get(&SEQUENCING, mistakes).unwrap_or_else(|| Pace::of(solver));
+        let sequencing = fields.get(&SEQUENCING, mistakes).unwrap_or_else(|| SequencingWord::of(solver));
         let target = fields.get(&TARGET, mistakes).unwrap_or_else(|| Target::of(solver, sequencing));
         let model = fields.section(&model::SECTION, mistakes).map(|fields| ModelSection::read(&fields, mistakes));
         let calibration =
@@ -139,7 +139,7 @@ impl RunConfig {
 
     /// Checks that layers can be fitted to the outputs that `target` names.
     fn check_target(&self) -> Result<(), String> {
-        if self.target == Target::Dense && (self.solver != SolverKind::Joint || self.sequencing != Pace::Sublayer) {
+        if self.target == Target::Dense && (self.solver != SolverKind::Joint || self.sequencing != SequencingWord::Sublayer) {
             return Err("`target: dense` needs `solver: joint` and `sequencing: sublayer`".into());
         }
         Ok(())

@@ -22,7 +22,7 @@ pub enum SolverKind {
 
 /// Which inputs a layer is compressed for (the key `sequencing`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Pace {
+pub enum SequencingWord {
     /// `stage`: the inputs that the dense layers of its stage produce. The default of the
     /// sequential solver.
     Stage,
@@ -93,7 +93,7 @@ macro_rules! words {
 }
 
 words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
-words!(Pace, "stage" => Stage, "sublayer" => Sublayer);
+words!(SequencingWord, "stage" => Stage, "sublayer" => Sublayer);
 words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
 words!(GranularityWord, "per_tensor" => PerTensor, "per_grouped_channel" => PerGroupedChannel);
@@ -120,22 +120,23 @@ impl SolverKind {
     }
 }
 
-impl Pace {
+impl SequencingWord {
     /// The default of a solver.
     pub(super) fn of(solver: SolverKind) -> Self {
         match solver {
-            SolverKind::Sequential => Pace::Stage,
-            SolverKind::Joint => Pace::Sublayer,
+            SolverKind::Sequential => SequencingWord::Stage,
+            SolverKind::Joint => SequencingWord::Sublayer,
         }
     }
 }
 
 impl Target {
     /// The default of a solver and its sequencing.
-    pub(super) fn of(solver: SolverKind, pace: Pace) -> Self {
-        match (solver, pace) {
-            (SolverKind::Joint, Pace::Sublayer) => Target::Dense,
-            (SolverKind::Joint, Pace::Stage) | (SolverKind::Sequential, Pace::Stage | Pace::Sublayer) => Target::Current,
+    pub(super) fn of(solver: SolverKind, sequencing: SequencingWord) -> Self {
+        match (solver, sequencing) {
+            (SolverKind::Joint, SequencingWord::Sublayer) => Target::Dense,
+            (SolverKind::Joint, SequencingWord::Stage)
+            | (SolverKind::Sequential, SequencingWord::Stage | SequencingWord::Sublayer) => Target::Current,
         }
     }
 }

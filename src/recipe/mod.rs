@@ -15,7 +15,7 @@ use sdxl_model::unet::UnetChain;
 pub use sequencing::Sequencing;
 use squeeze_base::error::Result;
 
-use crate::config::{LayerInfo, Pace, Resolution, RunConfig, SolverKind, Target};
+use crate::config::{LayerInfo, Resolution, RunConfig, SequencingWord, SolverKind, Target};
 
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug, Clone)]
@@ -56,8 +56,8 @@ impl Recipe {
             }
         }
         let sequencing = match config.sequencing {
-            Pace::Stage => Sequencing::Stage,
-            Pace::Sublayer => Sequencing::Sublayer { dense_target: config.target == Target::Dense },
+            SequencingWord::Stage => Sequencing::Stage,
+            SequencingWord::Sublayer => Sequencing::Sublayer { dense_target: config.target == Target::Dense },
         };
         Ok(Recipe { layers, sequencing, resolution })
     }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::squeeze::Squeeze;
-use crate::support::{copy, emoji, ended_with, repo, tiny};
+use crate::support::{copy, emoji, repo, tiny};
 
 fn base() -> PathBuf {
     repo("tests/golden/base-like")
@@ -59,11 +59,8 @@ fn a_picture_goes_into_whatever_takes_bytes() {
 
     let through = draw_into(&base, "/dev/stdout").command().output().unwrap();
     assert!(through.status.success() && through.stdout == expected);
-    let script = r#"exec 3>"$1"; shift; "$0" "$@" -o /dev/fd/3"#;
     let path = folder.path().join("by-descriptor.png");
-    let mut shell = Command::new("bash");
-    shell.args(["-c", script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).arg(&path).args(draw(&base).arguments());
-    ended_with(0, &shell.output().unwrap());
+    draw(&base).in_shell(&format!(r#"exec 3>'{}'; "$0" "$@" -o /dev/fd/3"#, path.display()), 0);
     assert!(std::fs::read(&path).unwrap() == expected);
 
     let pipe = folder.path().join("pipe");

@@ -4,6 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+#[cfg(unix)]
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 
@@ -72,10 +74,11 @@ impl Squeeze {
         self.with("--prompts", repo("calibration/emoji.txt")).with("--calibration-nsamples", count).with("--steps", steps)
     }
 
-    /// The arguments, to be given to the program by a shell.
+    /// Runs in `folder` instead of the root of the repository.
     #[cfg(unix)]
-    pub(crate) fn arguments(&self) -> &[OsString] {
-        &self.arguments
+    pub(crate) fn folder(mut self, folder: &Path) -> Self {
+        self.folder = folder.to_owned();
+        self
     }
 
     /// The command, to be started by the test.
@@ -108,12 +111,38 @@ impl Squeeze {
     /// Runs the command, which must refuse its input in one line that contains all `parts`.
     #[track_caller]
     pub(crate) fn is_refused(&self, parts: &[&str]) -> Ended {
-        let ended = self.ends_with(2);
-        let errors: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("error")).collect();
-        assert_eq!(errors.len(), 1, "there is not one line with an error\n{ended}");
-        for part in parts {
-            assert!(errors[0].contains(part), "`{part}` is not in the error\n{ended}");
+        self.ends_with(2).refuses(parts)
+    }
+
+    /// [`is_refused`](Self::is_refused) in less than `limit`; a run that goes on is killed.
+    #[cfg(unix)]
+    #[track_caller]
+    pub(crate) fn is_refused_within(&self, limit: Duration, parts: &[&str]) -> Ended {
+        let mut child = self.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program can be started");
+        let begin = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            if begin.elapsed() > limit {
+                child.kill().unwrap();
+                panic!("{self:?} does not end");
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
+        let output = child.wait_with_output().unwrap();
+        let ended = Ended::new(self.clone(), &output);
+        assert_eq!(output.status.code(), Some(2), "{ended}");
+        ended.refuses(parts)
+    }
+
+    /// Runs the shell script `script`, in which `"$0" "$@"` is this command, in this folder. The
+    /// script must end with the exit code `expected`.
+    #[cfg(unix)]
+    #[track_caller]
+    pub(crate) fn in_shell(&self, script: &str, expected: i32) -> Ended {
+        let mut shell = Command::new("bash");
+        shell.args(["-c", script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).args(&self.arguments);
+        let output = shell.env("OMP_WAIT_POLICY", "PASSIVE").current_dir(&self.folder).output().expect("bash is there");
+        let ended = Ended::new(self.clone(), &output);
+        assert_eq!(output.status.code(), Some(expected), "{script}\n{ended}");
         ended
     }
 }
@@ -142,6 +171,23 @@ impl Ended {
             assert!(self.stdout.contains(part) || self.stderr.contains(part), "`{part}` is missing\n{self}");
         }
         self
+    }
+
+    /// Asserts that there is one line with an error, which contains all `parts`.
+    #[track_caller]
+    fn refuses(self, parts: &[&str]) -> Self {
+        let errors = self.stderr.lines().filter(|line| line.contains("error")).count();
+        assert_eq!(errors, 1, "there is not one line with an error\n{self}");
+        for part in parts {
+            assert!(self.error_line().contains(part), "`{part}` is not in the error\n{self}");
+        }
+        self
+    }
+
+    /// The first line of standard error that tells of an error.
+    #[track_caller]
+    pub(crate) fn error_line(&self) -> &str {
+        self.stderr.lines().find(|line| line.contains("error")).unwrap_or_else(|| panic!("there is no error\n{self}"))
     }
 
     /// Standard output, then standard error.

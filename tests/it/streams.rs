@@ -3,16 +3,9 @@
 #![cfg(unix)]
 
 use std::path::Path;
-use std::process::{Command, Output};
 
-use crate::support::{copy, emoji, ended_with, repo, squeezing};
-
-/// The binary with the arguments `args` in the shell's words around it: `$0` is the program.
-fn shell(script: &str, args: &[&str]) -> Output {
-    let mut command = Command::new("bash");
-    command.args(["-c", script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).args(args).env("OMP_WAIT_POLICY", "PASSIVE");
-    command.output().unwrap()
-}
+use crate::squeeze::Squeeze;
+use crate::support::{copy, emoji, repo};
 
 /// A small pipeline of which there is something to warn.
 fn warned_of() -> tempfile::TempDir {
@@ -24,18 +17,16 @@ fn warned_of() -> tempfile::TempDir {
     folder
 }
 
-fn picture_of<'a>(model: &'a Path, picture: &'a Path) -> Vec<&'a str> {
-    let (model, picture) = (model.to_str().unwrap(), picture.to_str().unwrap());
-    vec!["generate", "--model", model, "--prompt", "a cat", "--steps", "2", "-o", picture]
+fn picture_of(model: &Path, picture: &Path) -> Squeeze {
+    Squeeze::new("generate").model(model).with("--prompt", "a cat").with("--steps", "2").with("-o", picture)
 }
 
 #[test]
 fn a_log_that_cannot_be_written_ends_nothing() {
     let model = warned_of();
     let picture = model.path().join("x.png");
-    let args = picture_of(model.path(), &picture);
-    let said = ended_with(0, &squeezing(&args).output().unwrap());
-    assert!(said.contains("nobody_knows"), "{said}");
+    let draw = picture_of(model.path(), &picture);
+    draw.succeeds().says(&["nobody_knows"]);
     let expected = std::fs::read(&picture).unwrap();
     for progress in ["auto", "json"] {
         // A full device, a reader that has gone away, a descriptor that is closed, and all three
@@ -48,7 +39,7 @@ fn a_log_that_cannot_be_written_ends_nothing() {
             r#""$0" "$@" 0<&- 1>&- 2>&-"#,
         ] {
             std::fs::remove_file(&picture).unwrap();
-            ended_with(0, &shell(script, &[&args[..], &["--progress", progress]].concat()));
+            draw.clone().with("--progress", progress).in_shell(script, 0);
             assert!(std::fs::read(&picture).unwrap() == expected, "{script}: another picture");
         }
     }
@@ -56,51 +47,48 @@ fn a_log_that_cannot_be_written_ends_nothing() {
 
 #[test]
 fn a_result_that_cannot_be_written_is_a_failure() {
-    let emoji = emoji();
-    let model = emoji.to_str().unwrap();
-    for args in
-        [&["--help"][..], &["--version"], &["help"], &["compress", "--help"], &["inspect", model], &["inspect", model, "--json"]]
-    {
-        let said = ended_with(1, &shell(r#""$0" "$@" >/dev/full"#, args));
-        assert!(said.starts_with("sdxl-squeeze: error: cannot write standard output: No space left"), "{args:?}: {said}");
+    let inspect = Squeeze::new("inspect").arg(emoji());
+    for command in [
+        Squeeze::new("--help"),
+        Squeeze::new("--version"),
+        Squeeze::new("help"),
+        Squeeze::new("compress").arg("--help"),
+        inspect.clone(),
+        inspect.arg("--json"),
+    ] {
+        let said = command.in_shell(r#""$0" "$@" >/dev/full"#, 1).stderr;
+        assert!(said.starts_with("sdxl-squeeze: error: cannot write standard output: No space left"), "{command:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{said}");
-        ended_with(0, &shell(r#""$0" "$@" | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}"#, args));
+        command.in_shell(r#""$0" "$@" | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}"#, 0);
     }
     // Mistakes of the command line keep their code, whether anybody reads of them or not.
-    ended_with(2, &shell(r#""$0" "$@" 2>/dev/full"#, &["generate"]));
-    ended_with(2, &shell(r#""$0" "$@" 2>/dev/full"#, &["inspect", "/nowhere"]));
+    Squeeze::new("generate").in_shell(r#""$0" "$@" 2>/dev/full"#, 2);
+    Squeeze::new("inspect").arg("/nowhere").in_shell(r#""$0" "$@" 2>/dev/full"#, 2);
 }
 
 #[test]
 fn the_file_size_limit_is_a_failure_that_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let here = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let (base, emoji) = (repo("tests/golden/base-like"), emoji());
+    let here = |name: &str| folder.path().join(name);
     let config = here("config.yaml");
     std::fs::write(&config, "solver: sequential\npalettize: {}\n").unwrap();
-    let (synth, latents, out) = (here("model"), here("x.safetensors"), here("out"));
-    let runs = [
-        vec!["synth", "--preset", "tiny", "--out", &synth],
-        vec!["export", emoji.to_str().unwrap(), "--to", "coreml", "--out", "x.mlpackage"],
-        [picture_of(&base, Path::new("x.png")), vec!["--latents-out", &latents]].concat(),
-        vec!["compress", "--config", &config, "--model", emoji.to_str().unwrap(), "--out", &out],
-    ];
-    for args in runs {
-        // In blocks of 1 KiB; what the latents take is less than that.
-        let limit = if args[0] == "generate" { 0 } else { 8 };
-        let mut command = Command::new("bash");
-        let script = format!("ulimit -f {limit}; exec \"$0\" \"$@\"");
-        command.args(["-c", &script, env!("CARGO_BIN_EXE_sdxl-squeeze")]).args(&args).current_dir(folder.path());
-        let said = ended_with(1, &command.output().unwrap());
+    let drawn = picture_of(&repo("tests/golden/base-like"), Path::new("x.png")).with("--latents-out", here("x.safetensors"));
+    // The limits are in blocks of 1 KiB; what the latents take is less than that. A compression
+    // keeps what it has finished.
+    for (command, limit, kept) in [
+        (Squeeze::new("synth").with("--preset", "tiny").out(here("model")), 8, 1),
+        (Squeeze::new("export").arg(emoji()).with("--to", "coreml").out("x.mlpackage"), 8, 1),
+        (drawn, 0, 1),
+        (Squeeze::new("compress").config_file(&config).model(emoji()).out(here("out")), 8, 2),
+    ] {
+        let said = command.folder(folder.path()).in_shell(&format!("ulimit -f {limit}; exec \"$0\" \"$@\""), 1).stderr;
         assert!(
             said.lines().any(|line| line.contains("error: ") && line.contains("cannot write") && line.contains("File too large")),
             "{said}"
         );
         let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        // A compression keeps what it has finished.
-        let wanted = if args[0] == "compress" { 2 } else { 1 };
-        assert_eq!(left.len(), wanted, "{args:?} left {left:?}");
-        if args[0] == "compress" {
+        assert_eq!(left.len(), kept, "{left:?}");
+        if kept > 1 {
             let work: Vec<_> = std::fs::read_dir(here("out")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             assert_eq!(work, ["unet.squeezed.work"]);
         }
@@ -109,13 +97,12 @@ fn the_file_size_limit_is_a_failure_that_leaves_nothing() {
 
 #[test]
 fn a_working_directory_that_is_gone_is_said_in_one_line() {
-    let emoji = emoji();
-    let model = emoji.to_str().unwrap();
+    let (model, nowhere) = (emoji(), Path::new("/dev/null"));
     let script = r#"folder=$(mktemp -d); cd "$folder"; rmdir "$folder"; exec "$0" "$@""#;
-    for args in [&["inspect", model][..], &["plan", model], &["generate", "--model", model, "--prompt", "x", "-o", "/dev/null"]] {
-        let said = ended_with(2, &shell(script, args));
+    for command in [Squeeze::new("inspect").arg(&model), Squeeze::new("plan").arg(&model), picture_of(&model, nowhere)] {
+        let said = command.in_shell(script, 2).stderr;
         assert!(said.contains("the working directory is not there any more"), "{said}");
         assert_eq!(said.lines().count(), 1, "{said}");
     }
-    ended_with(0, &shell(script, &["--version"]));
+    Squeeze::new("--version").in_shell(script, 0);
 }

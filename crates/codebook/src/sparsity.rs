@@ -45,18 +45,17 @@ impl Sparsity {
     /// Checks that the numbers are in range.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a share outside [0, 1), or for n outside [1, m).
+    /// [`Error::Range`] for a share outside [0, 1), or for n outside [1, m).
     pub fn check(self) -> Result<()> {
-        let problem = match self {
+        match self {
             Sparsity::Unstructured(share) if !(0.0..1.0).contains(&share) => {
-                format!("a sparsity of {share}: it must be at least 0 and below 1")
+                Err(Error::range("the sparsity", share, "at least 0 and below 1"))
             }
             Sparsity::NOfM(NmRatio { n, m }) if n == 0 || n >= m => {
-                format!("a sparsity of {n}:{m}: it must be at least 1 and fewer than all of m")
+                Err(Error::range("the sparsity", format!("{n}:{m}"), "at least 1 and fewer than all of m"))
             }
-            Sparsity::Unstructured(_) | Sparsity::NOfM(_) => return Ok(()),
-        };
-        Err(Error::Argument(problem))
+            Sparsity::Unstructured(_) | Sparsity::NOfM(_) => Ok(()),
+        }
     }
 }
 

@@ -19,14 +19,14 @@ impl Packed {
     /// Packs `values`.
     ///
     /// # Errors
-    /// [`Error::Argument`] if a value needs more bits.
+    /// [`Error::Range`] if a value needs more bits.
     pub fn pack(values: impl ExactSizeIterator<Item = u8>, bits: BitWidth) -> Result<Self> {
         let len = values.len();
         let mut bytes = Vec::with_capacity(byte_count(len, bits).map_err(Error::Argument)?);
         let (mut window, mut filled) = (0u32, 0);
         for value in values {
             if value > bits.max_index() {
-                return Err(Error::Argument(format!("index {value} does not fit in {bits} bits")));
+                return Err(Error::range("an index", value, format!("at most {} in {bits} bits", bits.max_index())));
             }
             window |= u32::from(value) << filled;
             filled += bits.bits();

@@ -44,7 +44,7 @@ impl CompressedWeight {
     pub fn palettized(shape: Vec<i64>, keep: Option<&[bool]>, codebook: Codebook, indices: &[u8]) -> Result<Self> {
         let numel = numel(&shape).map_err(Error::Argument)?;
         if indices.len() != numel {
-            return Err(Error::Argument(format!("{} indices for a weight of {shape:?}", indices.len())));
+            return Err(Error::shape("the list of indices", [indices.len() as i64], format!("the {numel} of {shape:?}")));
         }
         let indices = match keep {
             None => Packed::pack(indices.iter().copied(), codebook.bits)?,
@@ -238,7 +238,7 @@ pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
 /// The values at the elements that `keep` is true for.
 fn kept<T: Copy>(keep: &[bool], all: &[T]) -> Result<Vec<T>> {
     if keep.len() != all.len() {
-        return Err(Error::Argument(format!("a mask of {} elements for {} values", keep.len(), all.len())));
+        return Err(Error::shape("the mask", [keep.len() as i64], format!("[{}]", all.len())));
     }
     Ok(keep.iter().zip(all).filter(|(kept, _)| **kept).map(|(_, value)| *value).collect())
 }

@@ -101,11 +101,7 @@ impl ContainerWriter {
         if weight.mask.is_none() && matches!(weight.values, Values::Plain(_)) {
             return Err(Error::Argument(format!("`{name}` is neither pruned nor palettized: add it as a tensor")));
         }
-        let dense = weight.decode().map_err(|why| match why {
-            Error::Argument(problem) => Error::Argument(format!("`{name}`: {problem}")),
-            Error::NotFinite(problem) => Error::NotFinite(format!("`{name}`: {problem}")),
-            why => why,
-        })?;
+        let dense = weight.decode().map_err(Error::layer(name))?;
         let mut row = WeightRow {
             axis: None,
             bits: None,
@@ -152,7 +148,11 @@ impl ContainerWriter {
     pub fn add_tensor(&mut self, name: &str, shape: &[i64], values: &[f16]) -> Result<()> {
         let numel = shape.iter().try_fold(1usize, |product, n| product.checked_mul(usize::try_from(*n).ok().filter(|n| *n > 0)?));
         if numel != Some(values.len()) {
-            return Err(Error::Argument(format!("`{name}`: {} values for a tensor of {shape:?}", values.len())));
+            return Err(Error::shape(
+                format!("`{name}`: the list of values"),
+                [values.len() as i64],
+                format!("that of a tensor of {shape:?}"),
+            ));
         }
         if !values.iter().all(|value| value.is_finite()) {
             return Err(Error::NotFinite(format!("`{name}` has values that are not finite in fp16")));
@@ -168,7 +168,7 @@ impl ContainerWriter {
             return Err(Error::Argument(format!("`{name}` cannot be a tensor's name")));
         }
         if !self.names.insert(name.to_owned()) {
-            return Err(Error::Argument(format!("`{name}` was added to the container twice")));
+            return Err(Error::State(format!("`{name}` was added to the container twice")));
         }
         Ok(())
     }

@@ -34,11 +34,9 @@ impl Literal {
     /// Sizes as integers.
     ///
     /// # Errors
-    /// [`Error::Argument`] if one is beyond 32 bits.
+    /// [`Error::Range`] if one is beyond 32 bits.
     pub(crate) fn sizes(sizes: &[u64]) -> Result<Self> {
-        let int = |n: &u64| {
-            i32::try_from(*n).map_err(|_| Error::Argument(format!("a dimension of {n} is more than Core ML's 32 bits hold")))
-        };
+        let int = |n: &u64| i32::try_from(*n).map_err(|_| Error::range("a dimension", n, "within Core ML's 32 bits"));
         sizes.iter().map(int).collect::<Result<_>>().map(Literal::Ints)
     }
 

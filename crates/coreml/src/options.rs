@@ -88,20 +88,20 @@ impl Options {
     /// `projection_class_embeddings_input_dim` without the embedded time ids.
     ///
     /// # Errors
-    /// [`Error::Argument`] if a size is out of range, or does not fit the architecture.
+    /// [`Error::Range`] if a size is out of range; [`Error::Argument`] if it does not fit the architecture.
     pub(super) fn check(&self, config: &UnetConfig) -> Result<i64> {
         const LARGEST: i64 = 1 << 12;
-        for (what, value) in [("batch", self.batch), ("tokens", self.tokens), ("time ids", self.time_ids)] {
+        for (what, value) in [("pictures in a batch", self.batch), ("tokens", self.tokens), ("time ids", self.time_ids)] {
             if !(1..=LARGEST).contains(&value) {
-                return Err(Error::Argument(format!("{what}: {value} is not between 1 and {LARGEST}")));
+                return Err(Error::range(format!("the number of {what}"), value, format!("between 1 and {LARGEST}")));
             }
         }
         // Every level halves the size on the way down and doubles it on the way up.
         let step = 1i64 << (config.block_out_channels.len() - 1);
         for size in self.latents {
             if size % step != 0 || !(step..=LARGEST).contains(&size) {
-                let message = format!("latents of {size}: a multiple of {step} between {step} and {LARGEST} is needed");
-                return Err(Error::Argument(message));
+                let expected = format!("a multiple of {step} between {step} and {LARGEST}");
+                return Err(Error::range("the size of the latents", size, expected));
             }
         }
         let pooled = config.projection_class_embeddings_input_dim - self.time_ids * config.addition_time_embed_dim;

@@ -147,11 +147,11 @@ impl Layer {
     /// kept; a forward pass converts it.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shapes differ.
+    /// [`Error::Shape`] if the shapes differ.
     pub fn replace_weight(&mut self, weight: &Tensor) -> Result<()> {
         if weight.size() != self.weight.size() {
-            let (new, old) = (weight.size(), self.weight.size());
-            return Err(Error::Argument(format!("`{}`: a weight {new:?} cannot replace one of {old:?}", self.name)));
+            let expected = format!("{:?}", self.weight.size());
+            return Err(Error::shape(format!("`{}`: the new weight", self.name), weight.size(), expected));
         }
         self.weight = weight.f_to_device(self.weight.device())?;
         Ok(())

@@ -124,10 +124,10 @@ impl Factor {
     /// Checks that the dampening is in range and the Hessian has inputs.
     pub(super) fn check(hessian: &Hessian, dampening: f64) -> Result<()> {
         if !(dampening.is_finite() && dampening >= 0.0) {
-            return Err(Error::Argument(format!("a dampening of {dampening}: it must be zero or above")));
+            return Err(Error::range("the dampening", dampening, "zero or above"));
         }
         if hessian.vectors() == 0 {
-            return Err(Error::Argument("no input was added to the Hessian".into()));
+            return Err(Error::State("no input was added to the Hessian".into()));
         }
         Ok(())
     }

@@ -52,7 +52,7 @@ impl InputGeometry {
     /// The sizes of a weight of this shape.
     ///
     /// # Errors
-    /// [`Error::Argument`] if no weight of this geometry has the shape.
+    /// [`Error::Shape`] if no weight of this geometry has the shape.
     pub(super) fn inputs(self, shape: &[i64]) -> Result<Inputs> {
         let inputs = match (self, shape) {
             (InputGeometry::Linear, &[outputs, dimension]) => Inputs::Vectors { outputs, dimension },
@@ -60,7 +60,11 @@ impl InputGeometry {
                 Inputs::Windows { outputs, channels, kernel: [height, width], windows }
             }
             (InputGeometry::Linear | InputGeometry::Windows(_), _) => {
-                return Err(Error::Argument(format!("a weight of shape {shape:?} does not belong to a layer of {self:?}")));
+                let expected = match self {
+                    InputGeometry::Linear => "[o, d]",
+                    InputGeometry::Windows(_) => "[o, c / groups, kh, kw]",
+                };
+                return Err(Error::shape("the weight", shape, expected));
             }
         };
         Ok(inputs)

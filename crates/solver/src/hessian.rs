@@ -64,7 +64,7 @@ impl Hessian {
     /// kw]: H is [d, d], or [groups, d, d] with d = c / groups * kh * kw.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape does not belong to the geometry; [`Error::Torch`] if the
+    /// [`Error::Shape`] if the shape does not belong to the geometry; [`Error::Torch`] if the
     /// memory is not there.
     pub fn for_weight(geometry: InputGeometry, shape: &[i64], device: Device) -> Result<Self> {
         match geometry.inputs(shape)? {
@@ -73,8 +73,7 @@ impl Hessian {
                 let groups = windows.groups;
                 let sizes = [groups, channels, kernel[0], kernel[1], windows.stride[0], windows.stride[1]];
                 if sizes.iter().any(|size| *size < 1) || outputs % groups != 0 {
-                    let problem = format!("a weight of shape {shape:?} does not belong to a convolution with {windows:?}");
-                    return Err(Error::Argument(problem));
+                    return Err(Error::shape("the weight", shape, format!("that of a convolution with {windows:?}")));
                 }
                 let unfolding = Unfolding { channels: channels * groups, kernel, windows };
                 Self::zeros(groups, channels * kernel[0] * kernel[1], Some(unfolding), device)
@@ -84,7 +83,7 @@ impl Hessian {
 
     fn zeros(groups: i64, dimension: i64, unfolding: Option<Unfolding>, device: Device) -> Result<Self> {
         if dimension < 1 {
-            return Err(Error::Argument(format!("a Hessian of {dimension} inputs")));
+            return Err(Error::range("the number of inputs of a Hessian", dimension, "at least 1"));
         }
         let sum = match unfolding {
             Some(Unfolding { channels, kernel, windows }) if windows.correlate() => {
@@ -153,7 +152,7 @@ impl Hessian {
     /// float dtype, any device.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the shape is not the layer's, [`Error::NotFinite`] if there is NaN or
+    /// [`Error::Shape`] if the shape is not the layer's, [`Error::NotFinite`] if there is NaN or
     /// infinity in it. The Hessian is unchanged then.
     pub fn add(&mut self, input: &Tensor) -> Result<()> {
         let size = input.size();
@@ -166,7 +165,7 @@ impl Hessian {
                 None => format!("[.., {}]", self.dimension()),
                 Some(unfolding) => format!("[b, {}, h, w]", unfolding.channels),
             };
-            return Err(Error::Argument(format!("an input {size:?} where {expected} is expected")));
+            return Err(Error::shape("the input", size, expected));
         }
         if input.numel() == 0 {
             return Ok(());
@@ -208,7 +207,7 @@ impl Hessian {
                 let places = |size, axis: usize| size + 2 * padding[axis] - kernel[axis] + 1;
                 let (down, across) = (places(height, 0), places(width, 1));
                 if down < 1 || across < 1 {
-                    return Err(Error::Argument(format!("an input {:?} is smaller than the kernel", input.size())));
+                    return Err(Error::shape("the input", input.size(), format!("at least the kernel's {kernel:?}")));
                 }
                 correlations.add(input)?;
                 return Ok(batch * down * across);
@@ -266,12 +265,11 @@ impl Hessian {
     /// Adds the vectors of another Hessian of the same layer.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `other` belongs to a layer of another kind or shape.
+    /// [`Error::Shape`] if `other` belongs to a layer of another kind or shape.
     pub fn merge(&mut self, other: Hessian) -> Result<()> {
         let shape = |hessian: &Hessian| [hessian.groups(), hessian.dimension(), hessian.dimension()];
         if shape(self) != shape(&other) || self.unfolding != other.unfolding {
-            let (new, old) = (shape(&other), shape(self));
-            return Err(Error::Argument(format!("a Hessian {new:?} cannot be added to one {old:?} of another layer")));
+            return Err(Error::shape("the Hessian to add", shape(&other), format!("{:?} of the same layer", shape(self))));
         }
         match (&self.sum, &other.sum) {
             (Sum::Triangles(groups), Sum::Triangles(others)) => {

@@ -64,11 +64,11 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
 /// [`prune`] with factors already computed by [`Factor::all`], for layers that share a Hessian.
 ///
 /// # Errors
-/// As [`prune`]; [`Error::Argument`] if the number of factors is not that of the groups.
+/// As [`prune`]; [`Error::Shape`] if the number of factors is not that of the groups.
 pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], options: &PruneOptions) -> Result<Pruned> {
     options.sparsity.check()?;
     if options.block == 0 {
-        return Err(Error::Argument("a processing group of no columns".into()));
+        return Err(Error::range("the number of columns in a processing group", 0, "at least 1"));
     }
     let original = flat_for(weight, hessian)?;
     let (o, d) = original.size2()?;
@@ -79,7 +79,11 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
     let mut loss = 0.0;
     if options.sparsity != Sparsity::Unstructured(0.0) {
         if factors.len() as i64 != hessian.groups() {
-            return Err(Error::Argument(format!("{} factors for a layer of {} groups", factors.len(), hessian.groups())));
+            return Err(Error::shape(
+                "the list of factors",
+                [factors.len() as i64],
+                format!("[{}], one for each group,", hessian.groups()),
+            ));
         }
         let rows = o / hessian.groups();
         let share = options.sparsity.share(d as usize);
@@ -100,7 +104,7 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
 /// work. On the CPU the layers are pruned one after the other, each with all threads.
 ///
 /// # Errors
-/// As [`prune_with`]; [`Error::Argument`] if shapes differ.
+/// As [`prune_with`]; [`Error::State`] if shapes differ.
 pub fn prune_many(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) -> Result<Vec<Pruned>> {
     let on_device = layers.iter().all(|(_, hessian, _)| hessian.device() != Device::Cpu);
     if !on_device || options.sparsity == Sparsity::Unstructured(0.0) {
@@ -120,7 +124,7 @@ fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) 
         return Err(Error::Argument("a batch takes layers of one group, and blocks of at least one column".into()));
     }
     if originals.windows(2).any(|pair| pair[0].size() != pair[1].size()) {
-        return Err(Error::Argument("a batch takes layers of one shape".into()));
+        return Err(Error::State("a batch takes layers of one shape".into()));
     }
     if originals.is_empty() {
         return Ok(Vec::new());

@@ -9,11 +9,11 @@ use super::hessian::Hessian;
 /// `weight` [o, ...] as fp32 [o, d] on its own device.
 pub(super) fn flat(weight: &Tensor) -> Result<Tensor> {
     let [o, rest @ ..] = &weight.size()[..] else {
-        return Err(Error::Argument("a single number is no weight".into()));
+        return Err(Error::shape("the weight", [], "[o, d] or [o, c, kh, kw]"));
     };
     let d = rest.iter().product::<i64>();
     if rest.is_empty() || *o == 0 || d == 0 {
-        return Err(Error::Argument(format!("a weight {:?} is no matrix", weight.size())));
+        return Err(Error::shape("the weight", weight.size(), "[o, d] or [o, c, kh, kw], none of them 0,"));
     }
     let flat = weight.f_detach()?.f_reshape([*o, d])?.f_to_kind(Kind::Float)?;
     if !is_finite(&flat)? {
@@ -29,7 +29,7 @@ pub(super) fn flat_for(weight: &Tensor, hessian: &Hessian) -> Result<Tensor> {
     let (dimension, groups) = (hessian.dimension(), hessian.groups());
     if d != dimension || o % groups != 0 {
         let of = if groups == 1 { String::new() } else { format!(" for each of {groups} groups") };
-        return Err(Error::Argument(format!("a weight {:?} does not fit a Hessian of {dimension} inputs{of}", weight.size())));
+        return Err(Error::shape("the weight", weight.size(), format!("one for a Hessian of {dimension} inputs{of}")));
     }
     Ok(flat.f_to_device(hessian.device())?)
 }

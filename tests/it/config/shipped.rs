@@ -5,7 +5,7 @@ use std::path::Path;
 
 use sdxl_squeeze::codebook::{LayerKind, PruneMethod, Sparsity};
 use sdxl_squeeze::config::{
-    BudgetTarget, Choice, Finding, LayerInfo, Pace, Prompts, Resolution, RunConfig, Severity, SolverKind, Target,
+    BudgetTarget, Choice, Finding, LayerInfo, Prompts, Resolution, RunConfig, SequencingWord, Severity, SolverKind, Target,
     TimestepWeighting, Why, read_prompts,
 };
 use sdxl_squeeze::inspect::{Inspection, inspect};
@@ -164,7 +164,7 @@ fn our_own_configs_ask_for_everything_that_pays() {
     for (name, config) in ours {
         assert_eq!(
             (config.solver, config.sequencing, config.target),
-            (SolverKind::Joint, Pace::Sublayer, Target::Dense),
+            (SolverKind::Joint, SequencingWord::Sublayer, Target::Dense),
             "{name}"
         );
         assert!(config.calibration.calibration_nsamples == 384, "{name}");

@@ -297,11 +297,11 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     let try_write =
         |options: &Options, out: &Path| write(dense(&pipeline, &weights), options, out, &Silent).unwrap_err().to_string();
     for (expected, options) in [
-        ("latents of 18: a multiple of 4", Options { latents: [16, 18], ..options.clone() }),
-        ("latents of 0", Options { latents: [0, 16], ..options.clone() }),
-        ("batch: 0", Options { batch: 0, ..options.clone() }),
-        ("batch: 1000000", Options { batch: 1_000_000, ..options.clone() }),
-        ("tokens: -1", Options { tokens: -1, ..options.clone() }),
+        ("the size of the latents is 18; it must be a multiple of 4", Options { latents: [16, 18], ..options.clone() }),
+        ("the size of the latents is 0", Options { latents: [0, 16], ..options.clone() }),
+        ("pictures in a batch is 0", Options { batch: 0, ..options.clone() }),
+        ("pictures in a batch is 1000000", Options { batch: 1_000_000, ..options.clone() }),
+        ("number of tokens is -1", Options { tokens: -1, ..options.clone() }),
         ("9 time ids leave nothing", Options { time_ids: 9, ..options.clone() }),
     ] {
         let said = try_write(&options, &out);

@@ -5,6 +5,7 @@ mod mistake;
 mod torch;
 
 use std::backtrace::Backtrace;
+use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -83,6 +84,29 @@ pub enum Error {
     /// An argument that cannot be honoured: the caller's mistake.
     #[error("{0}")]
     Argument(String),
+    /// A tensor, weight, mask or list of another shape than its use needs.
+    #[error("{what} has the shape {found:?}; {expected} is expected")]
+    Shape {
+        /// The thing, as "the input".
+        what: String,
+        /// Its shape; of a list, its length.
+        found: Vec<i64>,
+        /// The shape that is needed, as "[.., 640]".
+        expected: String,
+    },
+    /// A number outside its range.
+    #[error("{what} is {found}; it must be {expected}")]
+    Range {
+        /// The number's meaning, as "the dampening".
+        what: String,
+        /// The number.
+        found: String,
+        /// The range, as "at least 0 and below 1".
+        expected: String,
+    },
+    /// A call out of order, or one with objects that do not belong together.
+    #[error("{0}")]
+    State(String),
     /// A failure that no input is to blame for: the system refused a request that every program may
     /// make.
     #[error("{0}")]
@@ -130,7 +154,10 @@ impl Error {
             | Error::ConfigKey { .. }
             | Error::Config { .. }
             | Error::Tensors { .. }
-            | Error::Argument(_) => true,
+            | Error::Argument(_)
+            | Error::Shape { .. }
+            | Error::Range { .. }
+            | Error::State(_) => true,
             Error::Write { .. }
             | Error::Changed { .. }
             | Error::Failed(_)
@@ -176,6 +203,16 @@ impl Error {
     pub fn layer(layer: &str) -> impl FnOnce(Error) -> Error {
         let layer = layer.to_owned();
         |source| Error::Layer { layer, source: Box::new(source) }
+    }
+
+    /// An [`Error::Shape`] of a tensor or list.
+    pub fn shape(what: impl Into<String>, found: impl Into<Vec<i64>>, expected: impl Into<String>) -> Error {
+        Error::Shape { what: what.into(), found: found.into(), expected: expected.into() }
+    }
+
+    /// An [`Error::Range`].
+    pub fn range(what: impl Into<String>, found: impl Display, expected: impl Into<String>) -> Error {
+        Error::Range { what: what.into(), found: found.to_string(), expected: expected.into() }
     }
 
     /// An [`Error::BadFile`].

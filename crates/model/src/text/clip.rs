@@ -108,11 +108,12 @@ impl ClipText {
     pub fn forward(&self, ids: &Tensor) -> Result<TextStates> {
         let (_, length) = ids.size2()?;
         if length > self.config.max_position_embeddings {
-            return Err(Error::Argument(format!("{length} tokens for {} positions", self.config.max_position_embeddings)));
+            return Err(Error::range("the number of tokens", length, format!("at most {}", self.config.max_position_embeddings)));
         }
         let (lowest, highest) = (ids.f_min()?.f_int64_value(&[])?, ids.f_max()?.f_int64_value(&[])?);
         if lowest < 0 || highest >= self.config.vocab_size {
-            return Err(Error::Argument(format!("token id {highest} for a vocabulary of {}", self.config.vocab_size)));
+            let wrong = if lowest < 0 { lowest } else { highest };
+            return Err(Error::range("a token id", wrong, format!("below {} and not negative", self.config.vocab_size)));
         }
         let mut observer = Unobserved;
         let mut run = Run::new(&self.layers, &mut observer);

@@ -112,10 +112,10 @@ pub fn joint(
     let mut flat = flat_for(weight, hessian)?;
     let (o, d) = flat.size2()?;
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
-        return Err(Error::Argument(format!("`{name}`: factors of another Hessian, dampening or order")));
+        return Err(Error::State(format!("`{name}`: factors of another Hessian, dampening or order")));
     }
     if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
-        return Err(Error::Argument(format!("`{name}`: the output residual and the Hessian were made of different samples")));
+        return Err(Error::State(format!("`{name}`: the output residual and the Hessian were made of different samples")));
     }
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);

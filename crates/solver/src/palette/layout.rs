@@ -21,7 +21,10 @@ pub(super) struct Layout {
 
 /// The number of weights of shape [o, i, ...], and the number per output channel.
 pub(super) fn sizes(name: &str, shape: &[usize]) -> Result<(usize, usize)> {
-    let refuse = || Error::Argument(format!("`{name}`: a weight of shape {shape:?} cannot be palettized"));
+    let refuse = || {
+        let found: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
+        Error::shape(format!("`{name}`"), found, "a weight of two or more dimensions, none of them 0,")
+    };
     let &outputs = shape.first().ok_or_else(refuse)?;
     let count = shape.iter().try_fold(1_usize, |product, &size| product.checked_mul(size)).ok_or_else(refuse)?;
     if shape.len() < 2 || count == 0 { Err(refuse()) } else { Ok((count, count / outputs)) }
@@ -31,27 +34,30 @@ impl Layout {
     /// The groups that `options` specify.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a shape of fewer than two dimensions or without weights, for a group
-    /// size that is 0 or does not divide the channels, and for an axis above 1. The message has
-    /// `name`.
+    /// [`Error::Shape`] for a shape of fewer than two dimensions or without weights,
+    /// [`Error::Range`] for a group size of 0 and an axis above 1, [`Error::Argument`] for a group
+    /// size that does not divide the channels. The message has `name`.
     pub(super) fn new(name: &str, shape: &[usize], options: &PaletteOptions) -> Result<Layout> {
         let (count, row) = sizes(name, shape)?;
-        let refuse = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));
         let (axis, group_size) = match options.grouping {
             Grouping::PerTensor => (0, shape[0]),
             Grouping::PerGroupedChannel { group_size } => (options.axis, group_size),
         };
         if group_size == 0 {
-            return refuse("group_size is 0; it must be at least 1".into());
+            return Err(Error::range(format!("`{name}`: group_size"), group_size, "at least 1"));
         }
         let side = match axis {
             0 => "output",
             1 => "input",
-            _ => return refuse(format!("channel_axis is {axis}; it can be 0 (output channels) or 1 (input channels)")),
+            _ => {
+                let expected = "0 (output channels) or 1 (input channels)";
+                return Err(Error::range(format!("`{name}`: channel_axis"), axis, expected));
+            }
         };
         let channels = shape[axis];
         if !channels.is_multiple_of(group_size) {
-            return refuse(format!("group_size {group_size} does not divide the {channels} {side} channels"));
+            let problem = format!("`{name}`: group_size {group_size} does not divide the {channels} {side} channels");
+            return Err(Error::Argument(problem));
         }
         let groups = channels / group_size;
         let (rows, run) = if axis == 0 { (1, count / groups) } else { (count / row, row / groups) };

@@ -40,7 +40,7 @@ impl Palettized {
 pub(super) fn check_mask(name: &str, keep: Option<&[bool]>, count: usize) -> Result<()> {
     match keep {
         Some(keep) if keep.len() != count => {
-            Err(Error::Argument(format!("`{name}`: a mask of {} entries for {count} weights", keep.len())))
+            Err(Error::shape(format!("`{name}`: the mask"), [keep.len() as i64], format!("[{count}]")))
         }
         Some(_) | None => Ok(()),
     }

@@ -56,12 +56,12 @@ pub fn palettize_weighted(
     importance: &[f64],
     options: &PaletteOptions,
 ) -> Result<Palettized> {
-    let bad = |problem: String| Err(Error::Argument(format!("`{name}`: {problem}")));
     if importance.len() != weight.len() {
-        return bad(format!("{} importances for {} weights", importance.len(), weight.len()));
+        let expected = format!("[{}]", weight.len());
+        return Err(Error::shape(format!("`{name}`: the list of importances"), [importance.len() as i64], expected));
     }
     if let Some(number) = importance.iter().find(|number| !(number.is_finite() && **number >= 0.0)) {
-        return bad(format!("an importance of {number}"));
+        return Err(Error::range(format!("`{name}`: an importance"), number, "finite and at least 0"));
     }
     solve(name, weight, shape, keep, Some(importance), options)
 }
@@ -77,7 +77,11 @@ fn solve(
     let entries = options.bits.entries();
     let (count, row) = sizes(name, shape)?;
     if weight.len() != count {
-        return Err(Error::Argument(format!("`{name}`: {} weights do not fit the shape {shape:?}", weight.len())));
+        return Err(Error::shape(
+            format!("`{name}`: the list of weights"),
+            [weight.len() as i64],
+            format!("the {count} of {shape:?}"),
+        ));
     }
     check_mask(name, keep, count)?;
     if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
