@@ -7,6 +7,7 @@ use sdxl_squeeze::compare::{Entry, compare, container_path};
 use sdxl_squeeze::compress::workspace_folder;
 use sdxl_squeeze::config::{RunConfig, read_prompts};
 use sdxl_squeeze::output::write_file;
+use sdxl_squeeze::pipeline::LoraFile;
 use sdxl_squeeze::report;
 use sdxl_squeeze::{Error, Result};
 
@@ -80,11 +81,18 @@ fn check_alike((first, one): (&Path, &RunConfig), (second, other): (&Path, &RunC
     let shown = |path: &Option<PathBuf>| path.as_ref().map_or("none".to_owned(), |path| path.display().to_string());
     // Two names of one folder are one model.
     let real = |path: &Option<PathBuf>| path.as_ref().map(|path| path.canonicalize().unwrap_or_else(|_| path.clone()));
+    let listed = |loras: &[LoraFile]| match loras {
+        [] => "none".to_owned(),
+        loras => loras.iter().map(LoraFile::to_string).collect::<Vec<_>>().join(", "),
+    };
+    let text = |pattern: &Option<String>| pattern.clone().unwrap_or_else(|| "none".to_owned());
     let (one, other) = (&one.model, &other.model);
     let differing = [
         ("model", real(&one.path) != real(&other.path), shown(&one.path), shown(&other.path)),
         ("base", real(&one.base) != real(&other.base), shown(&one.base), shown(&other.base)),
         ("vae", real(&one.vae) != real(&other.vae), shown(&one.vae), shown(&other.vae)),
+        ("lora", one.loras != other.loras, listed(&one.loras), listed(&other.loras)),
+        ("lora-ignore", one.lora_ignore != other.lora_ignore, text(&one.lora_ignore), text(&other.lora_ignore)),
         ("device", one.device != other.device, one.device.clone(), other.device.clone()),
         ("dtype", one.dtype != other.dtype, one.dtype.clone(), other.dtype.clone()),
     ];

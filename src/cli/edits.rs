@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use clap::{Arg, ArgMatches, Command, FromArgMatches, value_parser};
+use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, value_parser};
 use sdxl_squeeze::config::{ConfigFlag, Edit, RunConfig, flags};
-use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
+use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::{Error, Result};
 
 /// The edits that the command line makes to every config it names.
@@ -30,7 +30,7 @@ impl Edits {
 pub(super) fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
     let missing = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
     let model = config.model.path.clone().ok_or_else(missing)?;
-    PipelineFolder::open_files(&ModelFiles { model, base: config.model.base.clone(), vae: config.model.vae.clone() })
+    PipelineFolder::open_files(&config.model.files(model))
 }
 
 impl clap::Args for Edits {
@@ -44,20 +44,23 @@ impl clap::Args for Edits {
 }
 
 fn arg(flag: ConfigFlag) -> Arg {
-    let ConfigFlag { name, argument, help, former } = flag;
+    let ConfigFlag { name, argument, help, former, repeated } = flag;
     Arg::new(name)
         .long(name)
         .value_name(argument)
         .help(help)
         .help_heading("In the place of the config's values")
         .hide(former)
+        .action(if repeated { ArgAction::Append } else { ArgAction::Set })
         .allow_negative_numbers(true)
         .value_parser(value_parser!(OsString))
 }
 
 impl FromArgMatches for Edits {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let given = flags().filter_map(|flag| Some((flag.name, matches.get_one::<OsString>(flag.name)?)));
+        let values =
+            |flag: ConfigFlag| matches.get_many::<OsString>(flag.name).into_iter().flatten().map(move |value| (flag.name, value));
+        let given = flags().flat_map(values);
         let edits = given.map(|(name, argument)| Edit::new(name, argument).expect("the library declares its flags"));
         Ok(Edits(edits.collect()))
     }

@@ -9,7 +9,7 @@ use sdxl_squeeze::coreml::{self, Io, Layout, Options, WrittenPackage};
 use sdxl_squeeze::export::SmallWeights;
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
-use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder, UnetWeights};
+use sdxl_squeeze::pipeline::{LoraFile, ModelFiles, PipelineFolder, UnetWeights};
 use sdxl_squeeze::{Error, Result, export};
 
 use super::paths::Paths;
@@ -37,6 +37,12 @@ pub(super) struct Args {
     /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file
     #[arg(long, value_name = "DIR|FILE")]
     vae: Option<PathBuf>,
+    /// A LoRA to merge into UNet and text encoders, with the factor of its changes; repeatable
+    #[arg(long = "lora", value_name = "FILE[:SCALE]")]
+    loras: Vec<LoraFile>,
+    /// Tensors of the LoRAs to leave out: an expression for whole names
+    #[arg(long, value_name = "REGEX", requires = "loras")]
+    lora_ignore: Option<String>,
     /// The new folder, package or file
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
@@ -160,6 +166,7 @@ impl Args {
         let paths = Paths::default().reads("the argument", file).model("the argument", folder);
         let paths = paths.model("--model", self.model.as_deref()).model("--base", self.base.as_deref());
         let paths = paths.model("--vae", self.vae.as_deref());
+        let paths = paths.read_by("--lora", self.loras.iter().map(|lora| lora.path.as_path()));
         match self.to {
             Format::Diffusers | Format::Coreml => paths.fills("--out", &self.out),
             Format::Coremltools | Format::SingleFile => paths.writes("--out", Some(&self.out)),
@@ -223,7 +230,13 @@ impl OpenedUnet {
     /// have its architecture.
     fn open(args: &Args) -> Result<Self> {
         let open = |model: &Path| {
-            let files = ModelFiles { model: model.to_owned(), base: args.base.clone(), vae: args.vae.clone() };
+            let files = ModelFiles {
+                model: model.to_owned(),
+                base: args.base.clone(),
+                vae: args.vae.clone(),
+                loras: args.loras.clone(),
+                lora_ignore: args.lora_ignore.clone(),
+            };
             PipelineFolder::open_files(&files)
         };
         let is_model = args.path.is_dir() || (args.path.is_file() && !container::is_container(&args.path));

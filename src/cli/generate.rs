@@ -7,7 +7,7 @@ use sdxl_squeeze::checkpoint::TensorBytes;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{is_standard_output, write_file};
-use sdxl_squeeze::pipeline::{GenerateRequest, Generated, ModelFiles, PipelineFolder, generate};
+use sdxl_squeeze::pipeline::{GenerateRequest, Generated, LoraFile, ModelFiles, PipelineFolder, generate};
 use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
@@ -28,6 +28,12 @@ pub(super) struct Args {
     /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file
     #[arg(long, value_name = "DIR|FILE")]
     vae: Option<PathBuf>,
+    /// A LoRA to merge into UNet and text encoders, with the factor of its changes; repeatable
+    #[arg(long = "lora", value_name = "FILE[:SCALE]")]
+    loras: Vec<LoraFile>,
+    /// Tensors of the LoRAs to leave out: an expression for whole names
+    #[arg(long, value_name = "REGEX", requires = "loras")]
+    lora_ignore: Option<String>,
     /// Description of the picture
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -85,11 +91,18 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         .model("--model", Some(&args.model))
         .model("--base", args.base.as_deref())
         .model("--vae", args.vae.as_deref())
+        .read_by("--lora", args.loras.iter().map(|lora| lora.path.as_path()))
         .reads("--unet", args.unet.as_deref())
         .writes("-o", Some(&args.output))
         .writes("--latents-out", args.latents_out.as_deref())
         .check_writable()?;
-    let files = ModelFiles { model: args.model.clone(), base: args.base.clone(), vae: args.vae.clone() };
+    let files = ModelFiles {
+        model: args.model.clone(),
+        base: args.base.clone(),
+        vae: args.vae.clone(),
+        loras: args.loras.clone(),
+        lora_ignore: args.lora_ignore.clone(),
+    };
     let folder = PipelineFolder::open_files(&files)?;
     let request = GenerateRequest {
         prompt: args.prompt,
@@ -131,9 +144,9 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
 fn metadata(request: &GenerateRequest, generated: &Generated, files: &ModelFiles, dtype: &str) -> Vec<(&'static str, String)> {
     let (height, width) = generated.size;
     let shown = |path: &Path| path.display().to_string();
-    let ModelFiles { model, base, vae } = files;
+    let ModelFiles { model, base, vae, loras, lora_ignore } = files;
     let settings = json!({
-        "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown), "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+        "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown), "loras": loras.iter().map(LoraFile::to_string).collect::<Vec<_>>(), "lora_ignore": lora_ignore, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "seed": request.seed, "steps": request.steps, "guidance": request.guidance, "height": height, "width": width,
         "scheduler": request.scheduler.as_ref().unwrap_or(&generated.scheduler), "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
     });

@@ -36,6 +36,11 @@ impl Paths {
         self
     }
 
+    /// Files that are read by one flag.
+    pub(super) fn read_by<'p>(self, flag: &str, paths: impl IntoIterator<Item = &'p Path>) -> Self {
+        paths.into_iter().fold(self, |named, path| named.reads(flag, Some(path)))
+    }
+
     /// A pipeline that is read: a folder, or a single-file checkpoint.
     pub(super) fn model(mut self, flag: &str, path: Option<&Path>) -> Self {
         self.models.extend(path.map(|path| Named::of(flag, path)));
@@ -53,6 +58,7 @@ impl Paths {
             .model("the model", config.model.path.as_deref())
             .model("the base", config.model.base.as_deref())
             .model("the VAE", config.model.vae.as_deref())
+            .read_by("a LoRA", config.model.loras.iter().map(|lora| lora.path.as_path()))
             .reads("the prompts", prompts)
             .reads("the samples", calibration.samples.as_deref())
             .reads("the captions", calibration.captions.as_deref())

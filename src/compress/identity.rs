@@ -120,7 +120,7 @@ fn of_lines(texts: &[String]) -> String {
 pub(super) fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
     let task = Task::begin(progress, "checking the model", "files", weights.files().count());
     let files = weights.survey(folder.unet_folder(), |name| task.advance(name))?;
-    Ok(folder.unet_config_file().cloned().into_iter().chain(files).collect())
+    Ok(folder.unet_config_file().cloned().into_iter().chain(files).chain(folder.lora_files()?).collect())
 }
 
 #[cfg(test)]

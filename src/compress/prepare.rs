@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sdxl_model::checkpoint::Weights;
 use sdxl_model::unet::UnetChain;
-use sdxl_pipeline::{ModelFiles, PipelineFolder};
+use sdxl_pipeline::{LoraFile, ModelFiles, PipelineFolder};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_base::output::parent;
@@ -155,7 +155,14 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
         return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));
     }
     let real = |path: &Path| path.canonicalize().map_err(Error::read(path));
-    let ModelFiles { model: path, base, vae } = folder.model_files();
+    let ModelFiles { model: path, base, vae, loras, lora_ignore } = folder.model_files();
+    if model.loras != *loras || model.lora_ignore != *lora_ignore {
+        let shown = |loras: &[LoraFile], ignored: &Option<String>| {
+            let loras: Vec<String> = loras.iter().map(LoraFile::to_string).collect();
+            format!("[{}] without `{}`", loras.join(", "), ignored.as_deref().unwrap_or_default())
+        };
+        return disagrees("loras", &shown(&model.loras, &model.lora_ignore), shown(loras, lora_ignore));
+    }
     for (key, named, given) in
         [("path", &model.path, Some(path)), ("base", &model.base, base.as_ref()), ("vae", &model.vae, vae.as_ref())]
     {

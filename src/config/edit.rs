@@ -25,6 +25,8 @@ pub struct ConfigFlag {
     pub help: String,
     /// Whether it is a former name, which is accepted with a warning and not shown in help.
     pub former: bool,
+    /// Whether it can be given several times: its arguments are the items of a list.
+    pub repeated: bool,
 }
 
 /// A flag with its argument: an edit of a config.
@@ -48,7 +50,8 @@ struct Target {
 /// Every flag that edits a config, in the order of help.
 pub fn flags() -> impl Iterator<Item = ConfigFlag> {
     targets().into_iter().flat_map(|Target { key, flag, .. }| {
-        let named = |name, former| ConfigFlag { name, argument: flag.argument, help: help(key), former };
+        let (argument, repeated) = (flag.argument, key.is_list());
+        let named = |name, former| ConfigFlag { name, argument, help: help(key), former, repeated };
         [Some(named(flag.name, false)), former_flag(key).map(|name| named(name, true))].into_iter().flatten()
     })
 }
@@ -113,7 +116,7 @@ impl Edit {
     /// replaces the key of the other.
     fn excludes(&self, other: &Edit) -> bool {
         let (one, two) = (self.target, other.target);
-        let same_key = one.key.name() == two.key.name();
+        let same_key = one.key.name() == two.key.name() && !one.key.is_list();
         other.is_in(one.section) && (same_key || one.flag.replaces.contains(&two.key.name()))
     }
 }
@@ -145,10 +148,21 @@ pub(super) fn apply(root: &mut Node, edits: &[Edit], mistakes: &mut Mistakes<'_>
             let has_flag = |name: &str| edits.iter().any(|edit| edit.is_in(section) && edit.target.key.name() == name);
             reset(root, section, flag.resets.iter().copied().filter(|name| !has_flag(name)));
         }
-        if let Err(problem) = apply_one(root, edit.target, Node { value: key.argument(argument), position }) {
+        let value = match key.is_list() {
+            false => key.argument(argument),
+            true => Value::List(items(edits, index, position)),
+        };
+        if let Err(problem) = apply_one(root, edit.target, Node { value, position }) {
             mistakes.add(position, problem);
         }
     }
+}
+
+/// The list that the flag of edit `last` and its earlier repetitions make.
+fn items(edits: &[Edit], last: usize, position: Position) -> Vec<Node> {
+    let same = |edit: &&Edit| edit.name == edits[last].name;
+    let texts = edits[..=last].iter().filter(same).map(|edit| edit.argument.to_string_lossy());
+    texts.map(|text| Node { value: edits[last].target.key.argument(&text), position }).collect()
 }
 
 /// The keys at the top of the config as the file alone has them, defaults included. Nothing where

@@ -38,6 +38,8 @@ pub(super) enum Argument {
     Text,
     /// As a number; as text where it is none, which reading then refuses.
     Number,
+    /// As an item of a list. The flag can be repeated: together its arguments are the list.
+    Item,
 }
 
 /// The value of a key that a config does not give.
@@ -148,8 +150,10 @@ pub(super) trait Declared: std::fmt::Debug + Sync {
     fn schema(&self) -> Json;
     fn flag(&self) -> Option<&Flag>;
     fn formerly(&self) -> Option<&'static str>;
-    /// The value that a flag's argument stands for.
+    /// The value that a flag's argument stands for; an item of the value if that is a list.
     fn argument(&self, text: &str) -> Value;
+    /// Whether each argument of the flag is an item of a list.
+    fn is_list(&self) -> bool;
 }
 
 impl<T: std::fmt::Debug> Declared for Key<T> {
@@ -183,12 +187,19 @@ impl<T: std::fmt::Debug> Declared for Key<T> {
 
     fn argument(&self, text: &str) -> Value {
         match self.kind.argument {
-            Argument::Text => Value::Text(text.to_owned()),
+            Argument::Text | Argument::Item => Value::Text(text.to_owned()),
             Argument::Number => match (text.parse(), text.parse()) {
                 (Ok(integer), _) => Value::Integer(integer),
                 (Err(_), Ok(number)) => Value::Number(number),
                 (Err(_), Err(_)) => Value::Text(text.to_owned()),
             },
+        }
+    }
+
+    fn is_list(&self) -> bool {
+        match self.kind.argument {
+            Argument::Item => true,
+            Argument::Text | Argument::Number => false,
         }
     }
 }

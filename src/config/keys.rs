@@ -7,6 +7,7 @@
 
 use std::path::PathBuf;
 
+use sdxl_pipeline::LoraFile;
 use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
@@ -98,6 +99,13 @@ keys! {
         BASE: PathBuf = ("base", kinds::PATH, Preset::Absent("none"), flag Flag::new("base", "DIR|FILE"));
         /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file.
         VAE: PathBuf = ("vae", kinds::PATH, Preset::Absent("none"), flag Flag::new("vae", "DIR|FILE"));
+        /// LoRAs to merge into UNet and text encoders, each with the factor of its changes: LoRA,
+        /// LoCon, DoRA, LoHa and LoKr, in the names of diffusers, kohya's scripts or the original
+        /// checkpoints.
+        LORAS: Vec<LoraFile> = ("loras", kinds::LORAS, Preset::Absent("none"), flag Flag::new("lora", "FILE[:SCALE]"));
+        /// Tensors of the LoRAs to leave out: an expression for whole names. Without it a tensor that
+        /// matches no module is an error.
+        LORA_IGNORE: String = ("lora_ignore", kinds::PATTERN, Preset::Absent("none"), flag Flag::new("lora-ignore", "REGEX"));
         /// Where to compute: cpu, cuda or cuda:N, or several with commas.
         DEVICE: String = ("device", kinds::DEVICES, Preset::Text("cpu"), flag Flag::new("device", "DEVICE"));
         /// Precision of activations. Hessians are fp32 in any case.

@@ -2,9 +2,12 @@
 //!
 //! The bounds are checked in [`limits`](super::limits).
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 
+use sdxl_pipeline::LoraFile;
 use serde_json::json;
+use squeeze_base::pattern::NamePattern;
 use squeeze_codebook::{BitWidth, NmRatio};
 
 use super::fields::{boolean, number, text, whole, word};
@@ -69,6 +72,28 @@ pub(super) const AXIS: Kind<usize> = kind!(Number, "0, 1", { "enum": [0, 1] }, |
 
 pub(super) const PATH: Kind<PathBuf> = kind!(Text, "a path", { "type": "string", "pattern": "\\S" }, |node| {
     text(node).map(PathBuf::from)
+});
+
+/// One LoRA, or a list of LoRAs.
+pub(super) const LORAS: Kind<Vec<LoraFile>> = kind!(
+    Item,
+    "a list of files, each as `FILE` or `FILE:SCALE`",
+    { "type": "array", "items": { "type": "string", "pattern": "\\S" } },
+    |node| match &node.value {
+        Value::List(list) => list
+            .iter()
+            .map(|entry| Ok(text(entry)?.parse().unwrap_or_else(|never: Infallible| match never {})))
+            .collect(),
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Text(_) | Value::Mapping(_) => {
+            Err("must be a list of files".into())
+        }
+    }
+);
+
+/// A regular expression for whole names.
+pub(super) const PATTERN: Kind<String> = kind!(Text, "a regular expression", { "type": "string", "pattern": "\\S" }, |node| {
+    let written = text(node)?;
+    NamePattern::parse(written).map(|_| written.to_owned()).map_err(|why| format!("must be a regular expression: {why}"))
 });
 
 pub(super) const DEVICES: Kind<String> = kind!(

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sdxl_pipeline::{LoraFile, ModelFiles};
 use serde::{Serialize, Serializer};
 use squeeze_base::error::Place;
 use squeeze_base::pattern::NamePattern;
@@ -27,6 +28,12 @@ pub struct ModelSection {
     /// A VAE in the place of the pipeline's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<PathBuf>,
+    /// LoRAs that are merged into UNet and text encoders.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "as_texts")]
+    pub loras: Vec<LoraFile>,
+    /// A regular expression for whole names of tensors in the LoRAs that are left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_ignore: Option<String>,
     /// cpu, cuda or cuda:N, or several with commas. Whether this machine has them is checked by the
     /// run.
     pub device: String,
@@ -117,7 +124,7 @@ pub enum BudgetTarget {
 impl Default for ModelSection {
     fn default() -> Self {
         let (device, dtype) = (keys::model::DEVICE.default_value(), keys::model::DTYPE.default_value());
-        ModelSection { path: None, base: None, vae: None, device, dtype }
+        ModelSection { path: None, base: None, vae: None, loras: Vec::new(), lora_ignore: None, device, dtype }
     }
 }
 
@@ -159,13 +166,27 @@ impl Default for PalettizeSection {
     }
 }
 
+/// Writes LoRAs as they are read.
+fn as_texts<S: Serializer>(loras: &[LoraFile], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(loras.iter().map(LoraFile::to_string))
+}
+
 impl ModelSection {
+    /// The files of the section's model, which is `model`.
+    #[must_use]
+    pub fn files(&self, model: PathBuf) -> ModelFiles {
+        let ModelSection { path: _, base, vae, loras, lora_ignore, device: _, dtype: _ } = self.clone();
+        ModelFiles { model, base, vae, loras, lora_ignore }
+    }
+
     pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
         use keys::model::*;
         ModelSection {
             path: fields.get(&PATH, mistakes),
             base: fields.get(&BASE, mistakes),
             vae: fields.get(&VAE, mistakes),
+            loras: fields.get(&LORAS, mistakes).unwrap_or_default(),
+            lora_ignore: fields.get(&LORA_IGNORE, mistakes),
             device: fields.value(&DEVICE, mistakes),
             dtype: fields.value(&DTYPE, mistakes),
         }

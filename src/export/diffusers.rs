@@ -24,7 +24,9 @@ pub fn diffusers(weights: UnetWeights, model: &PipelineFolder, out: &Path, progr
     let chain = weights.chain_of(model)?;
     let folder = NewFolder::create(out)?;
     match model.model_files() {
-        ModelFiles { model, base: None, vae: None } if model.is_dir() => copy_all_but_unet_weights(model, folder.path(), 8)?,
+        ModelFiles { model, base: None, vae: None, loras, .. } if model.is_dir() && loras.is_empty() => {
+            copy_all_but_unet_weights(model, folder.path(), 8)?;
+        }
         ModelFiles { .. } => write_all_but_unet_weights(model, folder.path())?,
     }
     let tensors = chain.tensors()?;

@@ -17,6 +17,7 @@ mod gpu;
 mod inputs;
 mod integrity;
 mod joint;
+mod lora;
 mod matrices;
 mod outputs;
 mod palettes;

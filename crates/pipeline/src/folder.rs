@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use std::sync::Arc;
+
+use sdxl_model::checkpoint::lora::{LoraPart, Loras, PartLoras};
 use sdxl_model::checkpoint::{ConfigFile, SourceFile, Weights};
 use sdxl_model::ldm::SingleFile;
 use sdxl_model::scheduler::SchedulerConfig;
@@ -12,6 +15,7 @@ use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
 
+use super::lora;
 use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
 /// A pipeline in diffusers layout (`model_index.json` and a folder for each part), or a single-file
@@ -20,6 +24,7 @@ use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt
 pub struct PipelineFolder {
     files: ModelFiles,
     parts: Parts,
+    loras: Option<Arc<Loras>>,
     /// Whether an absent negative prompt means zeros; if not, it means the encoded empty text.
     pub force_zeros_for_empty_prompt: bool,
     /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
@@ -106,10 +111,25 @@ impl PipelineFolder {
             scheduler,
             files: files.clone(),
             parts,
+            loras: None,
         };
         folder.check(&index)?;
         index.finish();
-        Ok(folder)
+        let loras = lora::open(files, &folder.unet, &folder.text_encoders)?;
+        Ok(PipelineFolder { loras, ..folder })
+    }
+
+    /// The LoRAs that are merged into the pipeline's weights.
+    fn loras_of(&self, part: LoraPart) -> Option<PartLoras> {
+        self.loras.as_ref().and_then(|loras| loras.of(part))
+    }
+
+    /// The files of the LoRAs, each with its scale and hash.
+    ///
+    /// # Errors
+    /// [`Error::Changed`]; [`Error::Read`].
+    pub fn lora_files(&self) -> Result<Vec<SourceFile>> {
+        self.loras.as_ref().map_or_else(|| Ok(Vec::new()), |loras| lora::sources(loras))
     }
 
     /// Checks that the parts' sizes fit together.
@@ -219,7 +239,7 @@ impl PipelineFolder {
             WeightsAt::Checkpoint(file) => file.unet_weights(&self.unet)?,
         };
         weights.check(&self.unet.tensors()?, |_| false)?;
-        Ok(weights)
+        Ok(weights.with_loras(self.loras_of(LoraPart::Unet)))
     }
 
     /// What stands before the names of the UNet's files in the list of a container's sources.
@@ -260,7 +280,7 @@ impl PipelineFolder {
         weights.check(&ClipText::tensors(&part.config)?, |name| {
             ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
         })?;
-        Ok(weights)
+        Ok(weights.with_loras(self.loras_of(lora::part_of(part))))
     }
 
     /// The files that the encoding of a prompt depends on: text encoders, tokenizers, their configs
@@ -290,10 +310,10 @@ impl PipelineFolder {
         let of_checkpoints = checkpoints.into_iter().map(|checkpoint| {
             let file = checkpoint.file();
             file.check_unchanged()?;
-            Ok(SourceFile { bytes: file.bytes(), file: self.name_of(file.path()), sha256: file.sha256()? })
+            Ok(SourceFile { bytes: file.bytes(), file: self.name_of(file.path()), scale: None, sha256: file.sha256()? })
         });
         let files = paths.iter().map(|path| SourceFile::read(path, self.name_of(path)));
-        files.chain(of_checkpoints).collect()
+        files.chain(of_checkpoints).chain(self.lora_files()?.into_iter().map(Ok)).collect()
     }
 
     /// A file's name below the model's folder, else its path.

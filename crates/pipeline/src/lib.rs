@@ -2,6 +2,7 @@
 
 mod folder;
 mod generate;
+mod lora;
 mod parts;
 pub mod picture;
 mod prompt;
@@ -11,6 +12,7 @@ mod unet_weights;
 
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
+pub use lora::LoraFile;
 pub use parts::ModelFiles;
 pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, time_ids};
 pub use sampling::{Predictor, sample};

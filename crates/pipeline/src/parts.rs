@@ -11,8 +11,10 @@ use serde_json::{Map, Value};
 use squeeze_base::error::Result;
 use squeeze_base::input::{self, Limit};
 
+use super::lora::LoraFile;
+
 /// The files of a pipeline, as a command or a config names them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelFiles {
     /// A folder in diffusers layout, or a single-file checkpoint.
     pub model: PathBuf,
@@ -20,12 +22,16 @@ pub struct ModelFiles {
     pub base: Option<PathBuf>,
     /// A VAE in the place of the pipeline's own: a folder in diffusers layout, or a file.
     pub vae: Option<PathBuf>,
+    /// LoRAs that are merged into UNet and text encoders, in this order.
+    pub loras: Vec<LoraFile>,
+    /// A regular expression for whole names of tensors in the LoRAs that are left out.
+    pub lora_ignore: Option<String>,
 }
 
 impl ModelFiles {
     /// A pipeline that is complete.
     pub fn of(model: impl Into<PathBuf>) -> Self {
-        ModelFiles { model: model.into(), base: None, vae: None }
+        ModelFiles { model: model.into(), ..ModelFiles::default() }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The files of a diffusers folder: configs and safetensors.
 
 mod config_file;
+pub mod lora;
 mod source;
 mod tensor;
 mod view;

@@ -14,6 +14,7 @@ use squeeze_base::shorten::shorten;
 use squeeze_numerics::device::Placement;
 use tch::{Kind, Tensor};
 
+use super::lora::PartLoras;
 use super::source::{TensorSource, TensorSpec};
 use super::tensor::{float_kind, read_entry};
 use super::view::View;
@@ -25,6 +26,8 @@ pub struct Weights {
     files: Vec<Arc<SafetensorsFile>>,
     /// The place of each tensor, by its name in the network.
     index: BTreeMap<String, Place>,
+    /// What is merged into tensors when they are read.
+    loras: Option<PartLoras>,
 }
 
 /// The place of a tensor.
@@ -122,7 +125,7 @@ impl Weights {
                 index.insert(name, Place { file, stored: stored.clone(), entry, transposed, shape });
             }
         }
-        Ok(Weights { folder: folder.to_owned(), files, index })
+        Ok(Weights { folder: folder.to_owned(), files, index, loras: None })
     }
 
     /// Gives the weights that `is_linear` names the shape [o, i] of matrices if they are stored as
@@ -134,6 +137,13 @@ impl Weights {
             }
         }
         self
+    }
+
+    /// These weights with the changes of LoRAs, which are merged into each tensor when a source
+    /// reads it. [`survey`](Self::survey) looks at the values before the change.
+    #[must_use]
+    pub fn with_loras(self, loras: Option<PartLoras>) -> Self {
+        Weights { loras, ..self }
     }
 
     /// The part's folder, or the single-file checkpoint.
@@ -182,7 +192,7 @@ impl Weights {
             let name = file.path().file_name().expect("a regular file has a name").to_string_lossy();
             on_file(&name);
             let (sha256, magnitudes) = file.survey()?;
-            sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), sha256 });
+            sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), scale: None, sha256 });
             for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
                 if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Dtype::F16)) {
                     problems.push(format!("`{name}` {problem}"));
@@ -348,10 +358,16 @@ impl TensorSource for WeightsSource<'_> {
         let is_narrower = |stored: &Kind| stored.elt_size_in_bytes() < self.placement.kind.elt_size_in_bytes();
         let kind = stored.filter(|stored| self.narrow && shape.len() > 1 && is_narrower(stored)).unwrap_or(self.placement.kind);
         let file = &self.weights.files[place.file];
-        let tensor = read_entry(file, &place.stored, &place.entry, Placement { kind, ..self.placement })?;
-        if place.transposed {
-            return Ok(tensor.f_transpose(0, 1)?.f_contiguous()?);
+        let read = |placement: Placement| -> Result<Tensor> {
+            let tensor = read_entry(file, &place.stored, &place.entry, placement)?;
+            Ok(if place.transposed { tensor.f_transpose(0, 1)?.f_contiguous()? } else { tensor.f_view(shape)? })
+        };
+        match &self.weights.loras {
+            Some(loras) if loras.change(name) => {
+                let merged = loras.merged(name, &read(Placement::CPU)?, stored.unwrap_or(Kind::Float))?;
+                Ok(merged.f_to_device(self.placement.device)?.f_to_kind(kind)?)
+            }
+            _ => read(Placement { kind, ..self.placement }),
         }
-        Ok(tensor.f_view(shape)?)
     }
 }
