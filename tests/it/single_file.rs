@@ -58,7 +58,7 @@ fn as_single_file(folder: &Path) -> Tensors {
     }
     let find = |name: &str| {
         let (part, name) = name.split_once('/').unwrap();
-        // Some of the files have the prefix of transformers' wrapper, which Python's names may lack.
+        // Some files have the prefix of transformers' wrapper, which Python's names may lack.
         let names = [name.to_owned(), format!("text_model.{name}"), name.replacen("text_model.", "", 1)];
         names.iter().find_map(|name| parts[part].get(name)).unwrap_or_else(|| panic!("{part} has no {name}")).clone()
     };
