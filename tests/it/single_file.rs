@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 
 use crate::pipelines::computes_the_reference_of;
 use crate::squeeze::Squeeze;
-use crate::support::{copy, emoji, repo, tensors};
+use crate::support::{copy, emoji, relative_error, repo, tensors};
 
 /// A file's tensors: dtype, shape, bytes.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
@@ -471,6 +471,57 @@ fn the_shapes_of_published_models_tell_their_configs() {
         let told = Value::Object(file.text_config(part).unwrap());
         assert_eq!(&TextConfig::parse(config(&told)).unwrap(), published, "{part}");
     }
+}
+
+/// `values` of `tests/golden/make_family.py`.
+fn values(name: &str, shape: &[usize]) -> Vec<u8> {
+    let offset = u64::from(crc32fast::hash(name.as_bytes()));
+    let count: usize = shape.iter().product();
+    let unit = |place: usize| {
+        let mut x = (place as u64 + offset) & 0xFFFF_FFFF;
+        for factor in [2_654_435_761, 73_244_475] {
+            x = (x * factor) & 0xFFFF_FFFF;
+            x ^= x >> 16;
+        }
+        x as f64 / 4_294_967_296.0 - 0.5
+    };
+    let value = |place: usize| match shape {
+        [_] => 0.1 * unit(place) + if name.ends_with("weight") { 1.0 } else { 0.0 },
+        _ => 3.0 * unit(place) / ((count / shape[0]) as f64).sqrt(),
+    };
+    (0..count).flat_map(|place| half::f16::from_f64(value(place)).to_le_bytes()).collect()
+}
+
+/// No base: configs by the shapes, tokenizers by CLIP, the sampler by the family.
+#[test]
+fn a_file_of_the_family_needs_nothing_else() {
+    let golden = repo("tests/golden/single-file/family");
+    let notes: Value = serde_json::from_str(&std::fs::read_to_string(golden.with_extension("json")).unwrap()).unwrap();
+    let here = tempfile::tempdir().unwrap();
+    let path = here.path().join("family.safetensors");
+    let tensor = |(name, shape): (&String, &Value)| {
+        let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
+        (name.clone(), (Dtype::F16, shape.clone(), values(name, &shape)))
+    };
+    write(&notes["tensors"].as_object().unwrap().iter().map(tensor).collect(), &path);
+    let text = |key: &str| notes[key].as_str().map_or_else(|| notes[key].to_string(), str::to_owned);
+    let draw = |model: &Path| {
+        let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));
+        let run = run.with("--negative-prompt", text("negative_prompt")).with("--steps", text("steps"));
+        let run = run.with("--guidance", text("guidance")).with("--seed", text("seed"));
+        let run = run.with("--height", text("size")).with("--width", text("size"));
+        let out = here.path().join("latents.safetensors");
+        run.with("--latents-out", &out).with("-o", here.path().join("x.png")).succeeds();
+        tensors(&out)["latents"].shallow_clone()
+    };
+    let drawn = draw(&path);
+    let error = relative_error(&drawn, &tensors(&golden.with_extension("safetensors"))["latents"]);
+    assert!(error < 1e-4, "relative error {error:.2e}");
+
+    // The folder that is made of it has all configs and tokenizers.
+    let folder = here.path().join("folder");
+    Squeeze::new("export").arg(&path).with("--to", "diffusers").out(&folder).succeeds();
+    assert!(draw(&folder) == drawn);
 }
 
 /// 4-D attention of the VAE, its old names, and other dtypes in one folder.
