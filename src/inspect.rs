@@ -91,8 +91,8 @@ pub struct PartRow {
     pub dtype: Option<String>,
 }
 
-/// Inspects a pipeline folder, the folder of a UNet alone, or a single-file checkpoint. Only configs
-/// and headers are read; weights may be absent from folders.
+/// Inspects a pipeline folder, the folder of a UNet alone, or a single-file checkpoint. Only
+/// configs and headers are read; weights may be absent from folders.
 ///
 /// # Errors
 /// If a config cannot be read, or weights that are there disagree with it.

@@ -220,7 +220,7 @@ struct OpenedUnet {
 }
 
 enum Unet {
-    Container(Container),
+    Container(Box<Container>),
     /// The pipeline's own weights.
     Dense(Weights),
 }
@@ -257,12 +257,12 @@ impl OpenedUnet {
             let (container, model) = (args.path.display(), model.display());
             return Err(Error::Argument(format!("{container} holds another architecture than {model}")));
         }
-        Ok(OpenedUnet { unet: Unet::Container(container), pipeline })
+        Ok(OpenedUnet { unet: Unet::Container(Box::new(container)), pipeline })
     }
 
     fn weights(&self) -> Result<UnetWeights<'_>> {
         match (&self.unet, &self.pipeline) {
-            (Unet::Container(container), _) => Ok(container.into()),
+            (Unet::Container(container), _) => Ok(container.as_ref().into()),
             (Unet::Dense(weights), Some(pipeline)) => Ok(UnetWeights::Dense { weights, config: pipeline.unet_config() }),
             (Unet::Dense(_), None) => Err(Error::internal("dense weights without their pipeline")),
         }

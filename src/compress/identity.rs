@@ -80,7 +80,7 @@ impl Inputs {
         }
         let now = folder.prompt_files()?;
         match self.prompt_files.iter().find(|file| !now.contains(file)) {
-            Some(file) => Err(Error::Changed { path: folder.root().join(&file.file) }),
+            Some(file) => Err(Error::Changed { path: folder.path_of(file) }),
             None => Ok(()),
         }
     }

@@ -14,9 +14,9 @@ use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind, Tensor};
 
-/// Writes the new diffusers folder `out`: the pipeline `model`, with `weights` as its UNet, decoded,
-/// in fp16, bit for bit. The other parts of a folder are copied; those of a single-file checkpoint
-/// are written in fp16 under diffusers' names.
+/// Writes the new diffusers folder `out`: the pipeline `model`, with `weights` as its UNet,
+/// decoded, in fp16, bit for bit. The other parts of a folder are copied; those of a single-file
+/// checkpoint are written in fp16 under diffusers' names.
 ///
 /// # Errors
 /// If the weights are not of this pipeline's architecture, or a file cannot be read or written.

@@ -161,4 +161,5 @@ def main(folder, out):
     print(f"{out}: {len(stored)} tensors; from_single_file gives the folder's own tensors of {', '.join(checked)}")
 
 
-main(Path(sys.argv[1]), Path(sys.argv[2]))
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

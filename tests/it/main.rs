@@ -29,6 +29,7 @@ mod reliability;
 mod report;
 mod resume;
 mod schedulers;
+mod single_file;
 mod snapshots;
 mod sparsegpt;
 mod squeeze;

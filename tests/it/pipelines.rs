@@ -41,20 +41,24 @@ fn a_small_v_prediction_model_equals_diffusers() {
 }
 
 fn equals_diffusers(root: &Path) {
+    computes_the_reference_of(root, &PipelineFolder::open(root).unwrap());
+}
+
+/// Asserts that a pipeline computes what diffusers computed with the folder `root`.
+pub(crate) fn computes_the_reference_of(root: &Path, folder: &PipelineFolder) {
     let mut check = Checker::new(&root.join("reference.safetensors"), 1e-4);
     let notes: Value = serde_json::from_str(&std::fs::read_to_string(root.join("reference.json")).unwrap()).unwrap();
-    let folder = PipelineFolder::open(root).unwrap();
-    let encoder = PromptEncoder::load(&folder, Placement::CPU).unwrap();
-    texts(&mut check, &folder, &encoder, &notes);
+    let encoder = PromptEncoder::load(folder, Placement::CPU).unwrap();
+    texts(&mut check, folder, &encoder, &notes);
 
     let weights = folder.unet_weights().unwrap();
     let unet = Unet::resident(folder.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
     for at in ["", "odd/"] {
         if check.has(&format!("{at}noise")) {
-            predictions(&mut check, &folder, &unet, &notes, at);
+            predictions(&mut check, folder, &unet, &notes, at);
         }
     }
-    runs(&mut check, &folder, &unet, &encoder, &notes);
+    runs(&mut check, folder, &unet, &encoder, &notes);
     // Sigmas are compared in the schedulers' own tests; these are notes.
     check.finish(&root.display().to_string(), |key| key.ends_with("sigmas"));
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sdxl_squeeze::model::text::ClipTokenizer;
+use sdxl_squeeze::model::text::{ClipTokenizer, vocabulary};
 use serde_json::Value;
 
 use crate::support::{copy, emoji, repo};
@@ -13,8 +13,12 @@ fn ids(value: &Value) -> Vec<i64> {
 
 /// Every prompt of a golden file, with the tokenizer in `folder`.
 fn equal(golden: &str, name: &str, folder: &Path) {
+    tokenizes_as(golden, name, &ClipTokenizer::open(folder).unwrap());
+}
+
+/// Every prompt of a golden file, with `tokenizer`.
+fn tokenizes_as(golden: &str, name: &str, tokenizer: &ClipTokenizer) {
     let golden: Value = serde_json::from_str(&std::fs::read_to_string(repo(golden)).unwrap()).unwrap();
-    let tokenizer = ClipTokenizer::open(folder).unwrap();
     let prompts = golden["prompts"].as_array().unwrap();
     assert!(prompts.len() > 30);
     for (i, prompt) in prompts.iter().enumerate() {
@@ -41,6 +45,16 @@ fn vocab_and_merges_equal_transformers() {
         std::fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
         equal("tests/golden/tokens.json", name, folder.path());
         equal("tests/golden/tokens-base-like.json", name, &repo("tests/golden/base-like").join(name));
+    }
+}
+
+/// The golden values are by CLIP's vocabulary, as the package open_clip_torch 3.3.0 has it.
+#[test]
+fn the_shipped_vocabulary_is_that_of_clip() {
+    for name in ["tokenizer", "tokenizer_2"] {
+        let tokenizer = ClipTokenizer::shipped(vocabulary::padding(name)).unwrap();
+        assert_eq!(tokenizer.vocabulary(), 49_408);
+        tokenizes_as("tests/golden/tokens-clip.json", name, &tokenizer);
     }
 }
 

@@ -1,6 +1,6 @@
 //! An SDXL pipeline in files.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use std::sync::Arc;
 
@@ -314,6 +314,13 @@ impl PipelineFolder {
         });
         let files = paths.iter().map(|path| SourceFile::read(path, self.name_of(path)));
         files.chain(of_checkpoints).chain(self.lora_files()?.into_iter().map(Ok)).collect()
+    }
+
+    /// The path of one of the files that [`prompt_files`](Self::prompt_files) names.
+    #[must_use]
+    pub fn path_of(&self, file: &SourceFile) -> PathBuf {
+        let below = self.root().join(&file.file);
+        if self.root().is_dir() { below } else { PathBuf::from(&file.file) }
     }
 
     /// A file's name below the model's folder, else its path.

@@ -310,8 +310,11 @@ fn some(what: &str, names: &[String]) -> String {
     format!("{} {what} ({}{more})", names.len(), names[..names.len().min(SHOWN)].join(", "))
 }
 
+/// Files, and the number of the file of each tensor.
+type Shards = (Vec<Arc<SafetensorsFile>>, BTreeMap<String, usize>);
+
 /// Opens the shards that an index names, each once.
-fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<Arc<SafetensorsFile>>, BTreeMap<String, usize>)> {
+fn open_shards(folder: &Path, index_path: &Path) -> Result<Shards> {
     let text = input::read(index_path, Limit::SHARD_INDEX)?;
     let index: ShardIndex =
         serde_json::from_slice(&text).map_err(|source| Error::Json { path: index_path.to_owned(), source })?;

@@ -1,5 +1,5 @@
-//! Single-file checkpoints, as the LDM and sgm repositories and most fine-tunes are published: UNet,
-//! VAE and text encoders in one safetensors file, under names of their own.
+//! Single-file checkpoints, as the LDM and sgm repositories and most fine-tunes are published:
+//! UNet, VAE and text encoders in one safetensors file, under names of their own.
 //!
 //! A checkpoint is told apart by its tensors ([`SingleFile`]). Its tensors are read through views
 //! ([`Names`]): no converted copy is written.

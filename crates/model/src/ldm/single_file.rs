@@ -156,7 +156,8 @@ impl SingleFile {
 
     /// Whether a name in the file of a UNet alone is that of a marker or of training.
     fn is_aside(&self, name: &str) -> bool {
-        self.unet.is_empty() && (MARKERS.contains(&name) || name.starts_with("model_ema."))
+        let is_known = MARKERS.contains(&name) || name.starts_with("model_ema.");
+        self.unet.is_empty() && (is_known || TRAINING.iter().any(|known| name.starts_with(known)))
     }
 
     fn log_skipped(&self) {
