@@ -159,8 +159,8 @@ fn an_observer_can_stop_a_forward() {
     assert_eq!(stopped.to_string(), "stopped at time_embedding.linear_1");
 }
 
-/// The first tensor that was observed for each declared input, and the number of times that a layer
-/// shared it.
+/// The first tensor that was observed for each declared input, and the number of later layers that
+/// had the same input.
 #[derive(Default)]
 struct Inputs {
     seen: BTreeMap<LayerInput, Tensor>,

@@ -71,8 +71,8 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             let found = solve(&weight, &seen, &options);
             consistent(&found, &weight, &seen);
             ours += cost(&found.weight, &weight, &unseen);
-            // With the least effort the joint solver is the sequential one, except that the
-            // palettes weight elements differently.
+            // With the least effort the joint solver is the sequential one, except for the weights
+            // that elements have in the palettes.
             let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
             theirs +=
@@ -387,8 +387,8 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
 
 #[test]
 fn what_is_worse_on_held_out_samples_is_not_taken() {
-    // A few directions dominate the calibration inputs. The held-out vectors `across` have all
-    // directions equally.
+    // A few directions dominate the calibration inputs. The held-out vectors `across` vary equally
+    // in all directions.
     let weight = numbers(&[32, 96], 40);
     let seen = hessian(&correlated(3000, 96, 41, 42));
     let alike = correlated(300, 96, 41, 43);

@@ -162,7 +162,8 @@ fn what_is_computed_is_what_was_planned() {
         }
         forwards.push((plan.passes(), plan.work.forward));
     }
-    // The order of the cases is that of increasing cost.
+    // Sequencing by sublayer takes more passes and more forwards than by stage. Dense targets take
+    // more forwards, in as many passes.
     assert!(forwards[0].0 < forwards[1].0 && forwards[1].0 == forwards[2].0, "{forwards:?}");
     assert!(forwards[0].1 < forwards[1].1 && forwards[1].1 < forwards[2].1, "{forwards:?}");
 }

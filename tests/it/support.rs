@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-/// A path of the repository.
+/// Completes a path that is relative to the root of the repository.
 pub(crate) fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
