@@ -1,5 +1,5 @@
-//! Results on a GPU against results on the CPU. Without a GPU these tests skip themselves and say
-//! so.
+//! Results on a GPU, compared with results on the CPU. Without a GPU these tests skip themselves
+//! and say so.
 
 use std::io::Write;
 
@@ -15,8 +15,8 @@ use tch::{Device, Kind, Tensor};
 use crate::squeeze::Squeeze;
 use crate::support::{emoji, relative_error, tensors};
 
-/// Whether there is a GPU. If not, standard error says so, also where the output of passing tests
-/// is captured.
+/// Returns whether there is a GPU. If there is none, the function says so on standard error, where
+/// it is visible even if the output of passing tests is captured.
 fn has_gpu(test: &str) -> bool {
     match cuda_devices() {
         Ok(_) => true,
@@ -46,7 +46,7 @@ fn a_gpu_draws_what_the_cpu_draws() {
     }
     let folder = tempfile::tempdir().unwrap();
     let latents = folder.path().join("cat.safetensors");
-    // In a process of its own, where TF32 is off from the start.
+    // The program runs in its own process, in which TF32 is off from the start.
     Squeeze::new("generate")
         .model(emoji())
         .args(["--prompt", "a picture of a cat face!", "--seed", "231", "--guidance", "4", "--device", "cuda"])

@@ -22,7 +22,7 @@ mod outputs;
 mod palettes;
 mod pipelines;
 mod plan;
-// Its long runs, which have to be asked for, print tables.
+// The ignored tests of this module print tables.
 #[allow(clippy::print_stdout)]
 mod reliability;
 mod report;

@@ -1,7 +1,7 @@
-//! Whole pipelines against diffusers: token ids, text states, every stage, predictions, latents,
-//! pictures.
+//! Whole pipelines, compared with diffusers: token ids, text states, every stage, predictions,
+//! latents, pictures.
 //!
-//! `tests/golden/README.md` says how the reference files were made.
+//! `tests/golden/README.md` describes how the reference files were made.
 
 use std::path::Path;
 
@@ -33,8 +33,8 @@ fn a_small_refiner_equals_diffusers() {
     equals_diffusers(&repo("tests/golden/refiner-like"));
 }
 
-/// Also: shards and bf16 (UNet), the `.fp16` variant (text encoder), convolutional projections,
-/// normalized latents.
+/// The model also covers shards and bf16 (UNet), the `.fp16` variant (text encoder), convolutional
+/// projections, and normalized latents.
 #[test]
 fn a_small_v_prediction_model_equals_diffusers() {
     equals_diffusers(&repo("tests/golden/v-prediction"));
@@ -55,7 +55,7 @@ fn equals_diffusers(root: &Path) {
         }
     }
     runs(&mut check, &folder, &unet, &encoder, &notes);
-    // Sigmas are compared in the schedulers' own tests; these are notes.
+    // The tests of the schedulers compare sigmas, so they are not compared here.
     check.finish(&root.display().to_string(), |key| key.ends_with("sigmas"));
 }
 
@@ -118,7 +118,7 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
         check.close(&format!("{at}unet@{timestep}/output"), &output);
     }
 
-    // The same in single steps.
+    // Running the stages one by one gives the same states and output.
     let weights = folder.unet_weights().unwrap();
     let source = weights.source(Placement::CPU);
     let stages = format!("{at}unet@500");
@@ -140,7 +140,7 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
     check.close(&format!("{stages}/output"), &output);
 }
 
-/// A run of the pipeline that the reference has.
+/// A run of the pipeline whose results are in the reference.
 struct Run<'a> {
     at: &'a str,
     negative_prompt: Option<&'a str>,
@@ -191,7 +191,8 @@ fn run(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, encoder: &Prom
     };
     if check.has(&timesteps) {
         let ours = Tensor::from_slice(scheduler.timesteps()).to_kind(check.get(&timesteps).kind());
-        // Fractions come out of fp32 logarithms.
+        // Timesteps with fractions are computed from fp32 logarithms, so they are not exactly
+        // equal.
         let whole = scheduler.timesteps().iter().all(|timestep| timestep.fract() == 0.0);
         if whole { check.equal(&timesteps, &ours) } else { check.close(&timesteps, &ours) }
     }

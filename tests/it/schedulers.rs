@@ -1,5 +1,5 @@
-//! The samplers against diffusers' (tests/golden/make_schedulers.py), and what their configs may
-//! not ask for.
+//! Samplers, compared with those of diffusers (tests/golden/make_schedulers.py), and configs that
+//! they must refuse.
 
 use proptest::prelude::*;
 use sdxl_squeeze::model::scheduler::{Scheduler, SchedulerChoice, SchedulerConfig, SchedulerKind};
@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::support::{repo, tensors};
 
-/// A config file's text, read as one.
+/// Reads `text` as a config file.
 fn read(text: &str) -> Result<SchedulerConfig> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("scheduler_config.json");
@@ -19,7 +19,7 @@ fn read(text: &str) -> Result<SchedulerConfig> {
     SchedulerConfig::read(&path)
 }
 
-/// A config of a class, with some keys.
+/// A config of the class `class` with further keys.
 fn config(class: &str, keys: Value) -> SchedulerConfig {
     let mut keys = keys;
     keys["_class_name"] = json!(class);
@@ -30,18 +30,18 @@ const EULER: &str = "EulerDiscreteScheduler";
 const DDIM: &str = "DDIMScheduler";
 const DPM: &str = "DPMSolverMultistepScheduler";
 
-/// What a sampler that cannot be made says of it.
+/// The error of a config from which no sampler can be made.
 fn refusal(config: &SchedulerConfig, steps: usize) -> Error {
     config.scheduler(steps).err().unwrap_or_else(|| panic!("{config:?} makes a sampler of {steps} steps"))
 }
 
-/// The two functions that stand for a UNet, in fp64.
+/// A function that takes the place of a UNet, computed in fp64.
 fn predict(x: &Tensor, timestep: f64) -> Tensor {
     let wide = x.to_kind(Kind::Double);
     ((&wide * 3.0 + timestep / 100.0).sin() * 0.5 + &wide * 0.3).to_kind(x.kind())
 }
 
-/// The samples after every step.
+/// Runs all steps and returns the sample after each step.
 fn run(scheduler: &mut dyn Scheduler, noise: &Tensor) -> Vec<Tensor> {
     let mut sample = noise * scheduler.init_noise_sigma();
     let mut trace = Vec::new();
@@ -54,7 +54,7 @@ fn run(scheduler: &mut dyn Scheduler, noise: &Tensor) -> Vec<Tensor> {
     trace
 }
 
-/// The largest difference, as a share of the largest value.
+/// The largest difference, relative to the largest value of `theirs`.
 fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
     let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
@@ -70,7 +70,7 @@ struct Case {
     steps: Vec<usize>,
 }
 
-/// How far results may be off.
+/// Bounds of the differences between results and golden values.
 struct Bounds {
     timesteps: f64,
     init: f64,
@@ -80,13 +80,14 @@ struct Bounds {
     bfloat16: f64,
 }
 
-/// With the libtorch and the kind of processor that made the golden file.
+/// The bounds for the libtorch and the kind of processor that made the golden file.
 const ALIKE: Bounds = Bounds { timesteps: 0.0, init: 0.0, float32: 1e-6, float64: 1e-6, float16: 0.0, bfloat16: 0.0 };
 
-/// Where square roots may be rounded otherwise: timesteps found from sigmas then differ in their
-/// last place, which DPM-Solver turns into a whole timestep where it does not round, and in 16 bits
-/// twenty steps make much of one rounding. Without a signal in the first step (`zero-snr`) Euler's
-/// first sigma is one over what rounding left of a product of a thousand numbers.
+/// The bounds for other processors, on which square roots may be rounded differently. Timesteps
+/// that are computed from sigmas then differ in the last digit, and where DPM-Solver does not round
+/// timesteps, it truncates them to other whole numbers. In 16 bits, one rounding error grows over
+/// twenty steps. Without a signal in the first step (`zero-snr`), Euler's first sigma is the
+/// reciprocal of the rounding error of a product of a thousand numbers.
 fn bounds_elsewhere(name: &str) -> Bounds {
     let curved = name.contains("karras") || name.contains("exponential");
     let cut = name.starts_with("dpmpp-2m") && (name.contains("exponential") || name.contains("karras-cosine"));
@@ -99,7 +100,7 @@ fn bounds_elsewhere(name: &str) -> Bounds {
     Bounds {
         timesteps: match (curved, name.contains("continuous")) {
             (true, _) => timesteps,
-            // 0.25 log(sigma).
+            // These timesteps are 0.25 log(sigma).
             (_, true) => 1e-6,
             _ => 0.0,
         },
@@ -280,7 +281,8 @@ fn numbers_of_steps_that_cannot_be_are_refused() {
             assert!(matches!(error, Error::Argument(_)) && error.to_string().contains(&steps.to_string()), "{error}");
         }
     }
-    // Where diffusers reads beyond its tables, from their wrong end, or divides zero by zero.
+    // With these configs diffusers reads beyond its tables, reads them from the wrong end, or
+    // divides zero by zero.
     let offset = json!({"timestep_spacing": "leading", "steps_offset": 1});
     assert!(refusal(&config(DDIM, offset.clone()), 1000).to_string().contains("timestep 1000"));
     assert!(refusal(&config(DDIM, json!({"timestep_spacing": "trailing"})), 61).to_string().contains("timestep -1"));
@@ -385,7 +387,7 @@ fn any_value() -> impl Strategy<Value = Value> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever a config says, it makes a sampler with finite timesteps or an error, but no panic.
+    /// Every config gives a sampler with finite timesteps or an error, and never a panic.
     #[test]
     fn no_config_panics(
         class in prop::sample::select(vec![EULER, DDIM, DPM]),
