@@ -221,7 +221,7 @@ fn layers_in_batches_are_those_one_by_one() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
-    (config.calibration.calibration_nsamples, config.calibration.steps) = (4, 2);
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (4, Some(2));
     config.palettize = None;
     let options = RunOptions::on(Placement::CPU);
     let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();

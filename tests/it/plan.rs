@@ -132,7 +132,7 @@ fn what_is_computed_is_what_was_planned() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
-    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, 2);
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, Some(2));
     let options = RunOptions::on(Placement::CPU);
     let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();
     let recipe = Recipe::new(&config, &folder.unet).unwrap();

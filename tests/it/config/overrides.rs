@@ -70,7 +70,7 @@ fn the_other_flags() {
         (&Prompts::File("p.txt".into()), &None),
         "prompts are run, samples are not read"
     );
-    assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, 9, 4.0));
+    assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, Some(9), Some(4.0)));
     assert_eq!((calibration.seed, calibration.size), (u64::MAX, Some((512, 1024))));
     assert_eq!(config.solver, SolverKind::Joint);
     let prune = config.prune.as_ref().unwrap();
