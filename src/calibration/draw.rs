@@ -1,6 +1,7 @@
 //! The calibration samples that a config asks for.
 
 use sdxl_model::checkpoint::Weights;
+use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::CLIP_LENGTH;
 use sdxl_model::unet::Unet;
 use sdxl_pipeline::{PipelineFolder, PromptEncoder, SamplingDefaults};
@@ -53,27 +54,33 @@ pub fn calibrate(
     record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
 }
 
+/// The sampler that `section` asks for.
+///
+/// # Errors
+/// [`Error::Argument`](squeeze_base::error::Error::Argument) if there is no such sampler, or it has
+/// no spacing or no η to choose.
+pub fn scheduler(folder: &PipelineFolder, section: &CalibrationSection) -> Result<SchedulerConfig> {
+    folder.scheduler.with_choices(section.scheduler.as_deref(), section.timestep_spacing, section.eta)
+}
+
 /// How `section` runs prompts, with no prompts yet.
 ///
 /// # Errors
 /// [`Error::Argument`](squeeze_base::error::Error::Argument) if the model cannot draw pictures of
-/// the size, or the sampler cannot be made as the section says.
+/// the size, or there is no such sampler.
 pub fn settings(folder: &PipelineFolder, section: &CalibrationSection) -> Result<PromptSet> {
     let CalibrationSection { steps, guidance, .. } = section;
     let defaults = defaults(folder);
-    let scheduler = section.scheduler.as_deref();
-    let set = PromptSet {
+    Ok(PromptSet {
         prompts: Vec::new(),
         negative_prompt: section.negative_prompt.clone(),
-        scheduler: folder.scheduler.with_choices(scheduler, section.timestep_spacing, section.eta)?,
+        scheduler: scheduler(folder, section)?,
         seed: section.seed,
         steps: steps.unwrap_or(defaults.steps),
         guidance: guidance.unwrap_or(defaults.guidance),
         guidance_rescale: section.guidance_rescale,
         size: folder.picture_size(section.size)?,
-    };
-    set.calls()?;
-    Ok(set)
+    })
 }
 
 /// Steps and guidance of the calibration runs of a model, where the config gives none.

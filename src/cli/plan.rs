@@ -40,7 +40,7 @@ struct Target {
     chain: UnetChain,
     calls: Calls,
     /// How the samples are drawn, in a sentence; `None` if they are not drawn.
-    drawn: Option<String>,
+    drawn: Option<Result<String>>,
     /// Bytes of an element in memory, by tensor.
     bytes_of: Box<dyn Fn(&str) -> usize>,
 }
@@ -56,6 +56,7 @@ pub(super) fn run(args: Args) -> Result<()> {
             None => of_model(&config, options.placement())?,
         };
         let recipe = Recipe::new(&config, &target.chain)?;
+        let drawn = target.drawn.filter(|_| recipe.needs_samples()).transpose()?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
@@ -63,7 +64,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         if args.json {
             json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
         } else {
-            stdout::print(&detail(&name, &recipe, &plan, seconds, target.drawn.as_deref()))?;
+            stdout::print(&detail(&name, &recipe, &plan, seconds, drawn.as_deref()))?;
             if let Some(budget) = &config.budget {
                 stdout::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
             }
@@ -108,11 +109,16 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
 fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
     let folder = model_of(config)?;
     let weights = folder.unet_weights()?;
-    let calls = expected_calls(&folder, &config.calibration)?;
-    let drawn = match config.calibration.samples {
-        Some(_) => None,
-        None => Some(of_drawing(&settings(&folder, &config.calibration)?, &folder, config)?),
-    };
+    let mut calls = expected_calls(&folder, &config.calibration)?;
+    let mut drawn = None;
+    if config.calibration.samples.is_none() {
+        let set = settings(&folder, &config.calibration)?;
+        // A plan can be made before the prompts are there.
+        if let (Ok(prompts), Ok(each)) = (config.calibration.prompts.load(), set.calls()) {
+            calls.count = calls.count.min(prompts.len().saturating_mul(each));
+        }
+        drawn = Some(of_drawing(&set, &folder, config));
+    }
     let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("`unet_weights` has checked every tensor");
     Ok(Target { chain: folder.unet, calls, drawn, bytes_of: Box::new(bytes_of) })
 }

@@ -52,8 +52,8 @@ pub(super) fn gather(
     let encoder = PromptEncoder::load(folder, placement)?;
     let input_block = folder.unet.load_input_block(&weights.narrow_source(placement))?;
     let set = settings(folder, section)?;
-    let timesteps = folder.scheduler.train_timesteps()?;
-    let stride = stride(timesteps);
+    let timesteps = set.scheduler.training_timesteps()?;
+    let stride = stride(timesteps.len());
     let task = Task::begin(progress, "captions", "captions", used.len());
     for (number, caption) in used.iter().enumerate() {
         task.go_on()?;
@@ -64,8 +64,8 @@ pub(super) fn gather(
         // The input block embeds latents too; the smallest do.
         let sample = Tensor::f_zeros([batch, folder.unet.config().in_channels, 1, 1], (placement.kind, placement.device))?;
         for time in 0..TIMESTEPS {
-            let timestep = (TIMESTEPS * number + time) * stride % timesteps;
-            let carry = input_block.forward(&sample, timestep as f64, &conditioning, &mut Unobserved)?;
+            let timestep = timesteps[(TIMESTEPS * number + time) * stride % timesteps.len()];
+            let carry = input_block.forward(&sample, timestep, &conditioning, &mut Unobserved)?;
             gatherer.add(&LayerInput::Time, &silu(&carry.temb)?.f_to_kind(Kind::Float)?)?;
         }
     }

@@ -14,6 +14,10 @@ all noise of the steps. For each case NAME the tensors are, with the runs in the
     NAME.init       fp64 [runs]             init_noise_sigma
     NAME.float32    fp32 [runs, 60]         each run's final sample
     NAME.float16    fp16 [60]               the final sample of the 4-step run in fp16
+
+    python tests/golden/make_samplers.py tests/golden/samplers-pipelines.safetensors tests/golden/base-like
+
+writes the final latents of whole pipelines instead: the cases of PIPELINES by name, whose settings are in the JSON file.
 """
 
 import json
@@ -213,7 +217,6 @@ def cases():
 
 
 def main(out):
-    logging.disable(logging.WARNING)
     out = pathlib.Path(out)
     tensors, index = {}, []
     for name, config, override, eta in cases():
@@ -229,5 +232,38 @@ def main(out):
     out.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
 
 
+PROMPT = "a picture of a cat's face, 2 red apples & a dog!"
+PIPELINES = {
+    "turbo": {"scheduler": "euler-ancestral", "timestep_spacing": "trailing", "steps": 4, "guidance": 0.0},
+    "lcm": {"scheduler": "lcm", "steps": 4, "guidance": 1.0},
+    "tcd": {"scheduler": "tcd", "steps": 4, "guidance": 0.0, "eta": 0.3},
+    "dpmpp-2m-sde": {"scheduler": "dpmpp-2m-sde-karras", "steps": 8, "guidance": 4.0, "negative_prompt": "Blurry, LOW quality!!"},
+    "ddim-eta": {"scheduler": "ddim", "steps": 5, "guidance": 3.0, "eta": 1.0},
+    "heun": {"scheduler": "heun", "steps": 4, "guidance": 4.0},
+    "rescaled": {"scheduler": "euler", "steps": 8, "guidance": 7.0, "guidance_rescale": 0.7},
+    "rescaled-wholly": {"scheduler": "unipc", "steps": 5, "guidance": 7.0, "guidance_rescale": 1.0},
+}
+
+
+def pipelines(out, folder):
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    given, tensors = pipe.scheduler.config, {}
+    for name, case in PIPELINES.items():
+        bare = case["scheduler"].removesuffix("-karras")
+        extra = {**SETS.get(bare, {}), **(KARRAS if bare != case["scheduler"] else {})}
+        if "timestep_spacing" in case:
+            extra["timestep_spacing"] = case["timestep_spacing"]
+        pipe.scheduler = getattr(diffusers, CLASSES[bare]).from_config(given, **extra)
+        tensors[name] = pipe(
+            PROMPT, negative_prompt=case.get("negative_prompt"), num_inference_steps=case["steps"], guidance_scale=case["guidance"],
+            guidance_rescale=case.get("guidance_rescale", 0.0), eta=case.get("eta", 0.0), height=64, width=64, output_type="latent",
+            generator=torch.Generator().manual_seed(SEED)).images
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+    pathlib.Path(out).with_suffix(".json").write_text(json.dumps({"prompt": PROMPT, "seed": SEED, "cases": PIPELINES}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    logging.disable(logging.WARNING)
+    pipelines(*sys.argv[1:]) if len(sys.argv) > 2 else main(sys.argv[1])

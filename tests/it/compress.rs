@@ -238,7 +238,11 @@ fn layers_in_batches_are_those_one_by_one() {
             model: Model { chain: &folder.unet, source: &source },
             layers: recipes,
             plan: &plan,
-            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            calibration: Calibration {
+                samples: &samples,
+                weights: &[],
+                timesteps: &(0..1000).map(f64::from).collect::<Vec<_>>(),
+            },
             machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut finished = Workspace::open(&out.path().join(batch_bytes.to_string()), &Default::default(), false).unwrap();

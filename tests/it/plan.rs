@@ -147,7 +147,11 @@ fn what_is_computed_is_what_was_planned() {
             model: Model { chain: &folder.unet, source: &source },
             layers: &recipe.layers,
             plan: &plan,
-            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            calibration: Calibration {
+                samples: &samples,
+                weights: &[],
+                timesteps: &(0..1000).map(f64::from).collect::<Vec<_>>(),
+            },
             machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut store = Workspace::open(&out.path().join(number.to_string()), &Default::default(), false).unwrap();

@@ -160,6 +160,25 @@ impl SchedulerConfig {
         NoiseSchedule::count(&mut self.file())
     }
 
+    /// Every timestep that the model was trained on, in the units of [`Scheduler::timesteps`]. EDM
+    /// models were trained on all noise levels between two; as many as `num_train_timesteps` are
+    /// taken of them.
+    ///
+    /// # Errors
+    /// [`Error::ConfigKey`] if the keys that describe training are out of range.
+    pub fn training_timesteps(&self) -> Result<Vec<f64>> {
+        let count = self.train_timesteps()?;
+        let mut file = self.file();
+        if !self.times_are_logarithms(&mut file)? {
+            return Ok((0..count).map(|timestep| timestep as f64).collect());
+        }
+        if SchedulerKind::of_class(&self.class).is_some_and(SchedulerKind::is_edm) {
+            return Ok(self.scheduler(count)?.timesteps().to_vec());
+        }
+        let signal = self.noise(&mut file)?.positive_signal(&file)?;
+        Ok(super::noise::sigmas(&signal)?.into_iter().map(|sigma| 0.25 * f64::from(sigma).ln()).collect())
+    }
+
     /// The sampler's class name in diffusers.
     #[must_use]
     pub fn class(&self) -> &str {

@@ -21,7 +21,12 @@ pub(super) struct Tcd {
 impl Tcd {
     pub(super) fn new(file: &mut ConfigFile, noise: &NoiseSchedule, steps: usize, eta: f64) -> Result<Self> {
         // The class has these keys, but in diffusers they change nothing.
-        file.ignore(&["timestep_scaling", "clip_sample", "clip_sample_range", "thresholding"]);
+        for key in ["clip_sample", "thresholding"] {
+            if file.or(key, false)? {
+                tracing::warn!("{}: `{key}` = true has no effect on TCD, in diffusers neither", file.path().display());
+            }
+        }
+        file.ignore(&["timestep_scaling", "clip_sample_range"]);
         Ok(Tcd { steps: Distilled::read(file, noise, steps, false)?, eta })
     }
 }
