@@ -24,17 +24,18 @@ pub struct SamplingDefaults {
 /// A kind of distilled model.
 #[derive(Debug, Clone, Copy)]
 struct Family {
+    /// With its article.
     name: &'static str,
     /// Its steps where the name of the model gives no number.
     steps: usize,
     guidance: f64,
 }
 
-const TURBO: Family = Family { name: "Turbo", steps: 4, guidance: 0.0 };
-const LIGHTNING: Family = Family { name: "Lightning", steps: 4, guidance: 0.0 };
-const HYPER: Family = Family { name: "Hyper-SD", steps: 4, guidance: 0.0 };
-const TCD: Family = Family { name: "TCD", steps: 4, guidance: 0.0 };
-const LCM: Family = Family { name: "LCM", steps: 4, guidance: 1.0 };
+const TURBO: Family = Family { name: "a Turbo", steps: 4, guidance: 0.0 };
+const LIGHTNING: Family = Family { name: "a Lightning", steps: 4, guidance: 0.0 };
+const HYPER: Family = Family { name: "a Hyper-SD", steps: 4, guidance: 0.0 };
+const TCD: Family = Family { name: "a TCD", steps: 4, guidance: 0.0 };
+const LCM: Family = Family { name: "an LCM", steps: 4, guidance: 1.0 };
 
 impl SamplingDefaults {
     /// The defaults of a model; those of a model that is not distilled are `steps` and `guidance`.
@@ -74,7 +75,7 @@ fn by_name(names: &[&str]) -> Option<(Family, String)> {
             "tcd" => TCD,
             _ => HYPER,
         };
-        Some((family, format!("the name `{name}` is that of a {} model", family.name)))
+        Some((family, format!("the name `{name}` is that of {} model", family.name)))
     })
 }
 
@@ -92,7 +93,7 @@ fn by_scheduler(scheduler: &SchedulerConfig) -> Option<(Family, String)> {
         }
         _ => return None,
     };
-    Some((family, format!("its sampler is {class}{what}, as that of a {} model", family.name)))
+    Some((family, format!("its sampler is {class}{what}, as that of {} model", family.name)))
 }
 
 /// The steps that a name gives, such as `4step` or `8-steps`.
