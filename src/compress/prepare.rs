@@ -163,8 +163,8 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
     disagrees("path", &path.display().to_string(), folder.root().display().to_string())
 }
 
-/// The config with the steps and the guidance of its calibration spelt out, so that they are part of
-/// the run's identity: their defaults depend on the model's name.
+/// The config with the steps and the guidance of its calibration spelt out, so that they are part
+/// of the run's identity: their defaults depend on the model's name.
 fn settled(folder: &PipelineFolder, config: &RunConfig) -> RunConfig {
     let mut config = config.clone();
     let defaults = defaults(folder);

@@ -57,8 +57,8 @@ pub struct CalibrationSection {
     pub steps: Option<usize>,
     /// Guidance scale, at least 0; 1 is none. `None` is what the model was made for.
     pub guidance: Option<f64>,
-    /// The share of the guided prediction whose deviation is brought to that of the prompt's own. In
-    /// [0, 1].
+    /// The share of the guided prediction whose deviation is brought to that of the prompt's own.
+    /// In [0, 1].
     pub guidance_rescale: f64,
     /// The negative prompt; `None` is the pipeline's default.
     pub negative_prompt: Option<String>,

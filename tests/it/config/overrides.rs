@@ -252,8 +252,8 @@ fn every_flag_edits_a_key() {
     for flag in flags() {
         assert!(flag.help.len() > 10 && !flag.help.ends_with('.'), "{flag:?}");
         assert_eq!(flag.former, flag.name == "granularity");
-        // An empty argument is wrong for every kind of value but a negative prompt, which then is the
-        // empty text.
+        // An empty argument is wrong for every kind of value but a negative prompt, which then is
+        // the empty text.
         let config = "palettize: {}\nprune: {}\n";
         if flag.name == "negative-prompt" {
             let config = edited(config, &[(flag.name, "")]).unwrap();

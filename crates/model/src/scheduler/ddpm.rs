@@ -16,11 +16,16 @@ use crate::checkpoint::ConfigFile;
 /// `variance_type`. The learned ones need a UNet with twice the channels, and diffusers'
 /// `fixed_large_log` is the root of a negative number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
 enum Variance {
-    FixedSmall,
-    FixedSmallLog,
-    FixedLarge,
+    /// The least that is possible.
+    #[serde(rename = "fixed_small")]
+    Small,
+    /// The same by way of its logarithm.
+    #[serde(rename = "fixed_small_log")]
+    SmallLog,
+    /// The most.
+    #[serde(rename = "fixed_large")]
+    Large,
 }
 
 /// diffusers' `DDPMScheduler`.
@@ -39,7 +44,7 @@ impl Ddpm {
         let prediction = file.or("prediction_type", Prediction::Epsilon)?;
         let spacing = Spacing::read(file, SpacingKind::Leading)?;
         let clip = Clip::read(file, true)?;
-        let variance = file.or("variance_type", Variance::FixedSmall)?;
+        let variance = file.or("variance_type", Variance::Small)?;
         let table = noise.signal()?;
         let timesteps = spacing.whole_timesteps(table.len(), steps)?;
         let mut signal: Vec<f32> = timesteps.iter().map(|timestep| table[*timestep]).collect();
@@ -73,9 +78,9 @@ impl Scheduler for Ddpm {
         }
         let small = ((1.0 - after) / (1.0 - before) * added).max(1e-20);
         let deviation = match self.variance {
-            Variance::FixedSmall => sqrt(small)?,
-            Variance::FixedSmallLog => exp(0.5 * log(small)?)?,
-            Variance::FixedLarge => sqrt(added)?,
+            Variance::Small => sqrt(small)?,
+            Variance::SmallLog => exp(0.5 * log(small)?)?,
+            Variance::Large => sqrt(added)?,
         };
         let noise = noise_like(model_output, model_output.f_kind()?, generator)?;
         Ok(mean.f_add(&times(deviation, &noise)?)?)

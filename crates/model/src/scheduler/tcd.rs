@@ -14,7 +14,8 @@ use crate::checkpoint::ConfigFile;
 #[derive(Debug)]
 pub(super) struct Tcd {
     steps: Distilled,
-    /// The share of the way to the clean end that is jumped and then made noisy again: γ in the paper.
+    /// The share of the way to the clean end that is jumped and then made noisy again: γ in the
+    /// paper.
     eta: f64,
 }
 

@@ -146,8 +146,8 @@ impl UniPc {
 
     /// The sample after the step from `index`, of the given order, from the sample before it.
     ///
-    /// Without `new` this is the predictor. With `new`, the prediction at the end of the step, it is
-    /// the corrector.
+    /// Without `new` this is the predictor. With `new`, the prediction at the end of the step, it
+    /// is the corrector.
     fn advance(&self, index: usize, order: usize, sample: &Tensor, new: Option<&Tensor>) -> Result<Tensor> {
         let (from, to) = (self.level(index)?, self.level(index + 1)?);
         let latest = self.outputs.back().ok_or_else(|| Error::internal("a step without an output"))?;
@@ -248,10 +248,11 @@ fn solve(ratios: &[f32], targets: &[f32]) -> Vec<f32> {
     for column in 0..n {
         let pivot = (column..n).max_by(|a, b| rows[*a][column].abs().total_cmp(&rows[*b][column].abs())).unwrap_or(column);
         rows.swap(column, pivot);
-        for row in column + 1..n {
-            let factor = rows[row][column] / rows[column][column];
-            for k in column..=n {
-                rows[row][k] -= factor * rows[column][k];
+        let pivot = rows[column].clone();
+        for row in &mut rows[column + 1..] {
+            let factor = row[column] / pivot[column];
+            for (value, above) in row.iter_mut().zip(&pivot).skip(column) {
+                *value -= factor * above;
             }
         }
     }
