@@ -130,7 +130,7 @@ fn configs_that_ask_for_what_is_not_implemented() {
             json!(["UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]),
             "AttnUpDecoderBlock2D",
         ),
-        ("model_index.json", "scheduler", json!(["diffusers", "LCMScheduler"]), "LCMScheduler"),
+        ("model_index.json", "scheduler", json!(["diffusers", "LMSDiscreteScheduler"]), "LMSDiscreteScheduler"),
         ("model_index.json", "_class_name", json!("StableDiffusionPipeline"), "StableDiffusionPipeline"),
         ("model_index.json", "text_encoder_2", json!([null, null]), "text_encoder_2"),
     ];

@@ -150,13 +150,13 @@ fn timesteps_count_as_they_are_noisy_and_one_in_the_mean() {
     let pipeline = PipelineFolder::open(tiny()).unwrap();
     let samples = Samples::read(&samples, pipeline.unet.config(), 10).unwrap();
     for by in [TimestepWeighting::Early, TimestepWeighting::Log] {
-        let found = weights(&samples, &pipeline, by).unwrap();
+        let found = weights(&samples, &pipeline.scheduler, by).unwrap();
         assert!((found.iter().sum::<f64>() / found.len() as f64 - 1.0).abs() < 1e-12, "{found:?}");
         let mut order: Vec<_> = samples.calls.iter().map(|call| call.timestep).zip(&found).collect();
         order.sort_by(|a, b| a.0.total_cmp(&b.0));
         assert!(order.windows(2).all(|pair| pair[0].0 == pair[1].0 || pair[0].1 < pair[1].1), "{order:?}");
     }
-    assert_eq!(weights(&samples, &pipeline, TimestepWeighting::Uniform).unwrap(), vec![1.0; 10]);
+    assert_eq!(weights(&samples, &pipeline.scheduler, TimestepWeighting::Uniform).unwrap(), vec![1.0; 10]);
 
     let config = folder.path().join("early.yaml");
     let yaml = std::fs::read_to_string(s50()).unwrap().replace("calibration:\n", "calibration:\n  timestep_weighting: early\n");

@@ -8,7 +8,7 @@ use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample};
 use sdxl_squeeze::progress::Silent;
-use sdxl_squeeze::random::noise;
+use sdxl_squeeze::random::{Generator, noise};
 use sdxl_squeeze::solver::{Factor, Hessian, Pruned, prune_many};
 use tch::{Device, Kind, Tensor};
 
@@ -36,7 +36,9 @@ fn final_latents(device: Device) -> Tensor {
     let unet = Unet::resident(folder.unet.clone(), weights.source(placement), &Silent).unwrap();
     let noise = noise(&[1, 4, 16, 16], 231, Kind::Float).unwrap().to_device(device);
     let mut scheduler = folder.scheduler.scheduler(30).unwrap();
-    sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent).unwrap().to_device(Device::Cpu)
+    sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut Generator::new(231), &mut |_, _| Ok(()), &Silent)
+        .unwrap()
+        .to_device(Device::Cpu)
 }
 
 #[test]

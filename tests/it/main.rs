@@ -27,6 +27,7 @@ mod plan;
 mod reliability;
 mod report;
 mod resume;
+mod samplers;
 mod schedulers;
 mod snapshots;
 mod sparsegpt;

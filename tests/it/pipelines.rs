@@ -12,7 +12,7 @@ use sdxl_squeeze::model::vae::VaeDecoder;
 use sdxl_squeeze::picture::Picture;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample, time_ids};
 use sdxl_squeeze::progress::Silent;
-use sdxl_squeeze::random::noise;
+use sdxl_squeeze::random::{Generator, noise};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -199,7 +199,8 @@ fn run(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, encoder: &Prom
     let scale = folder.vae.scale();
     let shape = [1, 4, run.size.0 / scale, run.size.1 / scale];
     let noise = noise(&shape, notes["seed"].as_u64().unwrap(), Kind::Float).unwrap();
-    let latents = sample(unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent).unwrap();
+    let latents =
+        sample(unet, scheduler.as_mut(), &guidance, &noise, &mut Generator::new(231), &mut |_, _| Ok(()), &Silent).unwrap();
     check.close(&format!("{}final_latents", run.at), &latents);
 
     let image = format!("{}image", run.at);

@@ -134,7 +134,7 @@ fn what_is_computed_is_what_was_planned() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
-    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, 2);
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, Some(2));
     let options = RunOptions::on(Placement::CPU);
     let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();
     let recipe = Recipe::new(&config, &folder.unet).unwrap();
@@ -149,7 +149,11 @@ fn what_is_computed_is_what_was_planned() {
             model: Model { chain: &folder.unet, source: &source },
             layers: &recipe.layers,
             plan: &plan,
-            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            calibration: Calibration {
+                samples: &samples,
+                weights: &[],
+                timesteps: &(0..1000).map(f64::from).collect::<Vec<_>>(),
+            },
             machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut store = Workspace::open(&out.path().join(number.to_string()), &Default::default(), false).unwrap();

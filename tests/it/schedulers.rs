@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use sdxl_squeeze::model::scheduler::{Scheduler, SchedulerChoice, SchedulerConfig, SchedulerKind};
-use sdxl_squeeze::random::noise;
+use sdxl_squeeze::random::{Generator, noise};
 use sdxl_squeeze::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 use crate::support::{repo, tensors};
 
 /// Reads `text` as a config file.
-fn read(text: &str) -> Result<SchedulerConfig> {
+pub(crate) fn read(text: &str) -> Result<SchedulerConfig> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("scheduler_config.json");
     std::fs::write(&path, text).unwrap();
@@ -20,7 +20,7 @@ fn read(text: &str) -> Result<SchedulerConfig> {
 }
 
 /// A config of the class `class` with further keys.
-fn config(class: &str, keys: Value) -> SchedulerConfig {
+pub(crate) fn config(class: &str, keys: Value) -> SchedulerConfig {
     let mut keys = keys;
     keys["_class_name"] = json!(class);
     read(&keys.to_string()).unwrap()
@@ -31,12 +31,12 @@ const DDIM: &str = "DDIMScheduler";
 const DPM: &str = "DPMSolverMultistepScheduler";
 
 /// The error of a config from which no sampler can be made.
-fn refusal(config: &SchedulerConfig, steps: usize) -> Error {
+pub(crate) fn refusal(config: &SchedulerConfig, steps: usize) -> Error {
     config.scheduler(steps).err().unwrap_or_else(|| panic!("{config:?} makes a sampler of {steps} steps"))
 }
 
 /// A function that takes the place of a UNet, computed in fp64.
-fn predict(x: &Tensor, timestep: f64) -> Tensor {
+pub(crate) fn predict(x: &Tensor, timestep: f64) -> Tensor {
     let wide = x.to_kind(Kind::Double);
     ((&wide * 3.0 + timestep / 100.0).sin() * 0.5 + &wide * 0.3).to_kind(x.kind())
 }
@@ -47,7 +47,7 @@ fn run(scheduler: &mut dyn Scheduler, noise: &Tensor) -> Vec<Tensor> {
     let mut trace = Vec::new();
     for (index, timestep) in scheduler.timesteps().to_vec().into_iter().enumerate() {
         let scaled = scheduler.scale_model_input(&sample, index).unwrap();
-        sample = scheduler.step(index, &predict(&scaled, timestep), &sample).unwrap();
+        sample = scheduler.step(index, &predict(&scaled, timestep), &sample, &mut Generator::new(0)).unwrap();
         assert_eq!(sample.kind(), noise.kind());
         trace.push(sample.view(-1));
     }
@@ -55,7 +55,7 @@ fn run(scheduler: &mut dyn Scheduler, noise: &Tensor) -> Vec<Tensor> {
 }
 
 /// The largest difference, relative to the largest value of `theirs`.
-fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
+pub(crate) fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
     let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
     (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[])
@@ -177,7 +177,7 @@ fn a_model_that_always_predicts_one_picture_ends_there() {
                 let mut scheduler = config(class, keys).scheduler(steps).unwrap();
                 let mut sample = noise(&picture.size(), 9, Kind::Float).unwrap() * scheduler.init_noise_sigma();
                 for index in 0..scheduler.timesteps().len() {
-                    sample = scheduler.step(index, &picture, &sample).unwrap();
+                    sample = scheduler.step(index, &picture, &sample, &mut Generator::new(0)).unwrap();
                 }
                 assert!(error(&sample, &picture) < 1e-6, "{class} in {steps} steps");
             }
@@ -223,7 +223,7 @@ fn keys_that_are_not_implemented_are_refused_by_name() {
         ("solver_order", json!({"solver_order": 3})),
         ("solver_type", json!({"solver_type": "bh3"})),
         ("algorithm_type", json!({"algorithm_type": "dpmsolver"})),
-        ("algorithm_type", json!({"algorithm_type": "sde-dpmsolver++"})),
+        ("algorithm_type", json!({"algorithm_type": "sde-dpmsolver"})),
         ("algorithm_type", json!({"algorithm_type": "deis", "final_sigmas_type": "zero"})),
         ("variance_type", json!({"variance_type": "learned_range"})),
         ("lambda_min_clipped", json!({"lambda_min_clipped": 100})),
@@ -294,21 +294,24 @@ fn steps_are_taken_in_order() {
     let sample = noise(&[1, 4, 3, 5], 3, Kind::Float).unwrap();
     for class in [EULER, DDIM, DPM] {
         let mut scheduler = config(class, json!({})).scheduler(3).unwrap();
-        assert!(scheduler.step(3, &sample, &sample).is_err());
+        assert!(scheduler.step(3, &sample, &sample, &mut Generator::new(0)).is_err());
         assert!(scheduler.scale_model_input(&sample, 3).is_err());
     }
     let mut scheduler = config(DPM, json!({})).scheduler(3).unwrap();
-    assert!(scheduler.step(1, &sample, &sample).is_err());
-    assert!(scheduler.step(0, &sample, &sample).is_ok());
-    assert!(scheduler.step(2, &sample, &sample).unwrap_err().to_string().contains("the next is 1"));
+    assert!(scheduler.step(1, &sample, &sample, &mut Generator::new(0)).is_err());
+    assert!(scheduler.step(0, &sample, &sample, &mut Generator::new(0)).is_ok());
+    assert!(scheduler.step(2, &sample, &sample, &mut Generator::new(0)).unwrap_err().to_string().contains("the next is 1"));
 }
 
 #[test]
 fn samplers_are_picked_by_name() {
     let picked = |name: &str| name.parse::<SchedulerChoice>().unwrap();
-    assert_eq!(picked("euler"), SchedulerChoice { kind: SchedulerKind::Euler, karras: false });
-    assert_eq!(picked("DPMPP-2M-Karras"), SchedulerChoice { kind: SchedulerKind::DpmSolverMultistep, karras: true });
-    assert_eq!(picked("DDIMScheduler"), SchedulerChoice { kind: SchedulerKind::Ddim, karras: false });
+    assert_eq!(picked("euler"), SchedulerChoice { kind: SchedulerKind::Euler, karras: false, variant: false });
+    assert_eq!(
+        picked("DPMPP-2M-Karras"),
+        SchedulerChoice { kind: SchedulerKind::DpmSolverMultistep, karras: true, variant: false }
+    );
+    assert_eq!(picked("DDIMScheduler"), SchedulerChoice { kind: SchedulerKind::Ddim, karras: false, variant: false });
     for name in SchedulerChoice::NAMES {
         let config = config(EULER, json!({}));
         assert_eq!(config.with_override(name).unwrap().class(), picked(name).kind.class());
@@ -325,10 +328,10 @@ fn samplers_are_picked_by_name() {
 
 #[test]
 fn a_class_that_is_not_implemented_can_be_replaced() {
-    let config = config("PNDMScheduler", json!({"skip_prk_steps": true}));
-    assert_eq!(config.class(), "PNDMScheduler");
+    let config = config("LMSDiscreteScheduler", json!({"skip_prk_steps": true}));
+    assert_eq!(config.class(), "LMSDiscreteScheduler");
     let error = refusal(&config, 20).to_string();
-    assert!(error.contains("`_class_name`") && error.contains("PNDMScheduler") && error.contains(EULER), "{error}");
+    assert!(error.contains("`_class_name`") && error.contains("LMSDiscreteScheduler") && error.contains(EULER), "{error}");
     config.with_override("euler").unwrap().scheduler(20).unwrap();
 }
 
@@ -390,11 +393,11 @@ proptest! {
     /// Every config gives a sampler with finite timesteps or an error, and never a panic.
     #[test]
     fn no_config_panics(
-        class in prop::sample::select(vec![EULER, DDIM, DPM]),
+        class in prop::sample::select(SchedulerKind::ALL.map(SchedulerKind::class).to_vec()),
         keys in prop::collection::btree_map(prop::sample::select(vec![
             "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "steps_offset", "prediction_type",
             "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas", "sigma_min", "sigma_max", "final_sigmas_type",
-            "interpolation_type", "timestep_type", "lambda_min_clipped", "solver_order", "solver_type", "set_alpha_to_one",
+            "interpolation_type", "timestep_type", "clip_sample", "rho", "original_inference_steps", "skip_prk_steps", "variance_type", "predict_x0", "algorithm_type", "lambda_min_clipped", "solver_order", "solver_type", "set_alpha_to_one",
         ]), any_value(), 0..4),
         steps in 0..1100_usize,
     ) {
@@ -403,7 +406,7 @@ proptest! {
             prop_assert!(scheduler.timesteps().iter().all(|timestep| timestep.is_finite()));
             prop_assert!(scheduler.init_noise_sigma().is_finite() && scheduler.init_noise_sigma() > 0.0);
             let sample = Tensor::ones([1, 1, 2, 2], (Kind::Float, tch::Device::Cpu));
-            prop_assert!(scheduler.step(0, &sample, &sample).is_ok());
+            prop_assert!(scheduler.step(0, &sample, &sample, &mut Generator::new(0)).is_ok());
         }
     }
 }

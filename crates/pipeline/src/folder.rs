@@ -16,6 +16,8 @@ use squeeze_base::input::{self, Limit};
 #[derive(Debug)]
 pub struct PipelineFolder {
     root: PathBuf,
+    /// The name under which the pipeline was published, if `model_index.json` gives one.
+    pub name: Option<String>,
     /// Whether an absent negative prompt means zeros; if not, it means the encoded empty text.
     pub force_zeros_for_empty_prompt: bool,
     /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
@@ -86,6 +88,7 @@ impl PipelineFolder {
         let unet_content = input::read(&unet_path, Limit::MODEL_CONFIG)?;
         let unet_config = ConfigFile::from_bytes(&unet_path, &unet_content)?.into_entries();
         let folder = PipelineFolder {
+            name: index.optional::<Value>("_name_or_path")?.as_ref().and_then(Value::as_str).map(str::to_owned),
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
             requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
             text_encoders,

@@ -1,5 +1,6 @@
 //! From a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` computes it.
 
+mod few_step;
 mod folder;
 mod generate;
 pub mod picture;
@@ -7,6 +8,7 @@ mod prompt;
 mod sampling;
 mod unet_weights;
 
+pub use few_step::SamplingDefaults;
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
 pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, time_ids};

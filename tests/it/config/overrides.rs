@@ -70,7 +70,7 @@ fn the_other_flags() {
         (&Prompts::File("p.txt".into()), &None),
         "prompts are run, samples are not read"
     );
-    assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, 9, 4.0));
+    assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, Some(9), Some(4.0)));
     assert_eq!((calibration.seed, calibration.size), (u64::MAX, Some((512, 1024))));
     assert_eq!(config.solver, SolverKind::Joint);
     let prune = config.prune.as_ref().unwrap();
@@ -249,12 +249,18 @@ fn former_names_are_accepted_with_a_warning() {
 #[test]
 fn every_flag_edits_a_key() {
     let names: Vec<&str> = flags().map(|flag| flag.name).collect();
-    assert_eq!(names.len(), 23, "{names:?}");
+    assert_eq!(names.len(), 28, "{names:?}");
     for flag in flags() {
         assert!(flag.help.len() > 10 && !flag.help.ends_with('.'), "{flag:?}");
         assert_eq!(flag.former, flag.name == "granularity");
-        // An empty argument is wrong for every kind of value.
+        // An empty argument is wrong for every kind of value but a negative prompt, which then is
+        // the empty text.
         let config = "palettize: {}\nprune: {}\n";
+        if flag.name == "negative-prompt" {
+            let config = edited(config, &[(flag.name, "")]).unwrap();
+            assert_eq!(config.calibration.negative_prompt.as_deref(), Some(""));
+            continue;
+        }
         let mistakes = mistakes_of(edited(config, &[(flag.name, "")]).unwrap_err());
         assert_eq!(mistakes[0].place, Place::Flag(format!("--{} ''", flag.name)));
     }

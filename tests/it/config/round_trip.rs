@@ -207,8 +207,13 @@ calibration:
   captions_nsamples: 512
   timestep_weighting: uniform
   calibration_nsamples: 384
-  steps: 20
-  guidance: 5.0
+  scheduler: null
+  timestep_spacing: null
+  eta: 0.0
+  steps: null
+  guidance: null
+  guidance_rescale: 0.0
+  negative_prompt: null
   seed: 0
   height: null
   width: null
