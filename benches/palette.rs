@@ -1,4 +1,4 @@
-//! Times of the palettes of one large weight.
+//! Times of palettizing one large weight with several settings.
 
 use std::hint::black_box;
 

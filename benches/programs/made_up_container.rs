@@ -1,11 +1,11 @@
 //! Writes a container with random weights of a model's architecture.
 //!
-//! It serves to measure the steps after compression at full size: the container has as many bytes
-//! as a compressed model with these settings.
+//! The container has as many bytes as a compressed model with these settings. The steps after
+//! compression can thus be measured at full size.
 //!
 //! ```sh
-//! cargo run --release --example made_up_container -- MODEL_DIR BITS GROUP_SIZE SPARSITY
-//! OUT.safetensors
+//! cargo run --release --example made_up_container -- \
+//!     MODEL_DIR BITS GROUP_SIZE SPARSITY OUT.safetensors
 //! ```
 //!
 //! A GROUP_SIZE of 0 makes one palette for each weight. As in the shipped configs, weights outside
@@ -47,19 +47,20 @@ fn main() -> Result<()> {
         let group = if group_size == 0 { channels } else { group_size };
         let fan_in = (numel / channels) as f32;
         if tensor.shape.len() < 2 || !channels.is_multiple_of(group) {
-            // Values of norms and biases that keep activations in range.
+            // Norms and biases get values that keep activations in range.
             let value = if tensor.shape.len() < 2 && tensor.name.ends_with(".weight") { 1.0 } else { 0.01 };
             writer.add_tensor(&tensor.name, &tensor.shape, &vec![f16::from_f32(value); numel])?;
             continue;
         }
         let in_stage = ["down_blocks.", "mid_block.", "up_blocks."].iter().any(|stage| tensor.name.starts_with(stage));
-        // The low bits of a random byte for each element are its index.
+        // The index of an element is the low bits of a random byte.
         let mut noise = vec![0u8; numel];
         random.fill(&mut noise[..]);
         let indices: Vec<u8> = noise.iter().map(|byte| byte & bits.max_index()).collect();
         let keep: Option<Vec<bool>> = (in_stage && sparsity > 0.0).then(|| {
             let pruned = (numel as f64 * sparsity) as usize;
-            // Pruned elements are spread evenly: element i is pruned if it increases the count.
+            // Pruned elements are spread evenly: element i is pruned if `before(i + 1)` exceeds
+            // `before(i)`.
             let before = |i: usize| i * pruned / numel;
             (0..numel).map(|i| before(i) == before(i + 1)).collect()
         });

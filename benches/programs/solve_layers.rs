@@ -1,8 +1,8 @@
 //! Times SparseGPT and palettes on the layers of a safetensors file, for
 //! `benches/coremltools/layers.py`, which compares the times with those of coremltools.
 //!
-//! For each layer the file has `NAME.weight` [o, ...] and `NAME.inputs` [vectors, d] or
-//! [samples, c, h, w]. The program prints one JSON object a line. With `--joint` after the file, it
+//! The file has tensors `NAME.weight` [o, ...] and `NAME.inputs` [vectors, d] or [samples, c, h, w]
+//! for each layer. The program prints one JSON object per line. With `--joint` after the file, it
 //! also times the joint solver with several efforts.
 #![allow(clippy::print_stdout)]
 
@@ -58,7 +58,8 @@ fn sparsegpt(weight: &Tensor, inputs: &Tensor) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Times the joint solver, and SparseGPT followed by palettes, given the Hessian.
+/// Times the joint solver with several efforts, and SparseGPT followed by palettes. The time to
+/// compute the Hessian is not included.
 fn joint_solver(name: &str, weight: &Tensor, inputs: &Tensor) -> Result<()> {
     let hessian = hessian(weight, inputs)?;
     let prune_options = PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() };

@@ -5,8 +5,8 @@
 //! unet_forward MODEL_DIR INPUTS.safetensors [--low-memory] [--repeat N] [--device D]
 //! ```
 //!
-//! Prints one JSON line: seconds to load, seconds of each forward, peak resident bytes, relative
-//! error.
+//! Prints one line of JSON: seconds to load, seconds of each forward, peak resident bytes, and the
+//! relative error.
 #![allow(clippy::print_stdout)]
 
 use std::collections::BTreeMap;

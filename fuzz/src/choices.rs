@@ -1,12 +1,12 @@
-//! Takes decisions from an input's bytes, one after the other. When they are used up, everything is
-//! zero.
+//! Decisions that a fuzz target takes from the bytes of its input, in order. Once all bytes are
+//! used up, every further byte is zero.
 
-/// The bytes that are left.
+/// The bytes of the input that are not used yet.
 #[derive(Debug, Clone)]
 pub struct Choices<'a>(pub &'a [u8]);
 
 impl<'a> Choices<'a> {
-    /// The next byte.
+    /// Takes a byte.
     pub fn byte(&mut self) -> u8 {
         match self.0.split_first() {
             Some((byte, rest)) => {
@@ -17,27 +17,29 @@ impl<'a> Choices<'a> {
         }
     }
 
-    /// The next two bytes as a number.
+    /// Takes two bytes as a little-endian number.
     pub fn short(&mut self) -> u16 {
         u16::from_le_bytes([self.byte(), self.byte()])
     }
 
-    /// A number below `end`, which is at most 256.
+    /// Takes a number below `end`, which is at most 256.
     pub fn below(&mut self, end: usize) -> usize {
         usize::from(self.byte()) % end
     }
 
-    /// One of a list.
+    /// Picks an element of `list`, which has at most 256 elements.
     pub fn of<T: Copy>(&mut self, list: &[T]) -> T {
         list[self.below(list.len())]
     }
 
-    /// True once in `times`, and never once the bytes are used up.
+    /// Returns true in one of `times` cases. For `times` above 1 it returns false once all bytes
+    /// are used up.
     pub fn rarely(&mut self, times: usize) -> bool {
         self.below(times) == times - 1
     }
 
-    /// A number that somebody may have forgotten: mostly small, else near a power of two.
+    /// Takes a number that a reader may not expect: in half of the cases below 256, otherwise of 16
+    /// bits or next to a power of two.
     pub fn number(&mut self) -> u64 {
         match self.below(4) {
             0 | 1 => u64::from(self.byte()),
@@ -49,7 +51,7 @@ impl<'a> Choices<'a> {
         }
     }
 
-    /// `count` bytes; the last ones are zero if there are too few.
+    /// Takes `count` bytes. Bytes that are missing are zero.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         let (taken, rest) = self.0.split_at(count.min(self.0.len()));
         self.0 = rest;
@@ -58,7 +60,7 @@ impl<'a> Choices<'a> {
         bytes
     }
 
-    /// All that is left.
+    /// Takes all bytes that are left.
     pub fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }

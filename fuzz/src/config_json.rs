@@ -1,5 +1,5 @@
-//! Reads the config of a UNet, a VAE, a text encoder or a sampler, and asks what it would be made
-//! of.
+//! Reads the config of a UNet, a VAE, a text encoder or a sampler, and computes what follows from
+//! it: the tensors, the scale of latents, or the timesteps.
 
 use sdxl_squeeze::checkpoint::ConfigFile;
 use sdxl_squeeze::model::scheduler::SchedulerConfig;
@@ -10,7 +10,7 @@ use sdxl_squeeze::model::vae::VaeConfig;
 use crate::choices::Choices;
 use crate::scratch;
 
-/// The first byte says whose config the rest is.
+/// Runs one input. Its first byte chooses the kind of config, and the other bytes are the file.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     let whose = choices.below(4);
@@ -18,7 +18,7 @@ pub fn run(data: &[u8]) {
     match whose {
         0 => {
             if let Ok(config) = UnetConfig::read(&path) {
-                // What the program does with every config: list its tensors.
+                // The program lists the tensors of every UNet whose config it has read.
                 if let Ok(tensors) = UnetChain::new(config).tensors() {
                     assert!(tensors.iter().all(|tensor| tensor.shape.iter().all(|n| *n > 0)));
                 }

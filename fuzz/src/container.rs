@@ -1,7 +1,8 @@
-//! Reads a container: opens it, decodes every weight, verifies it.
+//! Reads a container: opens it, decodes every weight and verifies it.
 //!
-//! What the target puts together without a lie is also decoded here, from the definition in
-//! `docs/container.md`: the library must accept it and find the same weight.
+//! A container that the target builds without faults is also decoded here, by the definition in
+//! `docs/container.md`. The library must accept it if its values are finite, and must decode the
+//! same weights.
 
 use half::f16;
 use sdxl_squeeze::container::Container;
@@ -13,8 +14,8 @@ use crate::choices::Choices;
 use crate::layout::{self, Tensor};
 use crate::scratch;
 
-/// The input is a file, a file whose hashes are made right, or decisions by which a container is
-/// put together, with lies or without.
+/// Runs one input. Its first byte chooses the kind of the other bytes: a file, a file whose hashes
+/// are to be corrected, or decisions for building a container with or without faults.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     match choices.below(4) {
@@ -31,12 +32,12 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Reads everything there is, and returns the decoded weights if the container is verified to be
-/// whole.
+/// Reads all parts of a container, and returns the decoded weights if `Container::verify` accepts
+/// it.
 fn read(file: &[u8]) -> Option<Vec<(String, Vec<f16>)>> {
     let path = scratch::file("unet.squeezed.safetensors", file);
     let _ = Container::open(&path);
-    // Without the hashes, which stop most of what is damaged.
+    // Hashes reveal most damage, so the container is also read without checking them.
     let container = Container::open_unverified(&path).ok()?;
     let _ = container.info();
     let _ = container.tensors().count();
@@ -48,7 +49,8 @@ fn read(file: &[u8]) -> Option<Vec<(String, Vec<f16>)>> {
         })
         .collect();
     let whole = container.verify().is_ok();
-    // A container for a UNet is also compared with its architecture.
+    // `verify` also compares the weights with the architecture of the UNet, so it may refuse a
+    // container that is undamaged.
     assert!(verify(&path).is_err() || whole);
     whole.then(|| decoded.into_iter().map(|(name, dense)| (name, dense.expect("what is whole can be decoded"))).collect())
 }
@@ -57,8 +59,8 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The file with the hashes of its data, table and metadata, if it is a safetensors file with a
-/// header that is JSON.
+/// Corrects the hashes of the data, the table and the metadata. A file that is not a safetensors
+/// file with a header in JSON is returned as it is.
 fn sealed(file: &[u8]) -> Vec<u8> {
     let Some((Value::Object(mut header), data)) = layout::taken_apart(file) else { return file.to_vec() };
     let Some(Value::Object(mut metadata)) = header.remove("__metadata__") else { return file.to_vec() };
@@ -75,13 +77,13 @@ fn sealed(file: &[u8]) -> Vec<u8> {
     layout::with_header(Value::Object(header).to_string().as_bytes(), data)
 }
 
-/// A tensor's dtype and shape in the table of tensors.
+/// The dtype and the shape of a tensor, as the table of tensors contains them.
 fn line(dtype: &Value, shape: &Value) -> String {
     let shape: Vec<String> = shape.as_array().into_iter().flatten().map(Value::to_string).collect();
     format!("{} [{}]", dtype.as_str().unwrap_or_default(), shape.join(", "))
 }
 
-/// Makes the hashes right.
+/// Sets the hashes of the data, the table and the metadata.
 fn seal(metadata: &mut Map<String, Value>, table: &str, data: &[u8]) {
     metadata.insert("data_sha256".into(), sha256(data).into());
     metadata.insert("tensors_sha256".into(), sha256(table.as_bytes()).into());
@@ -90,8 +92,9 @@ fn seal(metadata: &mut Map<String, Value>, table: &str, data: &[u8]) {
     metadata.insert("metadata_sha256".into(), sha256(lines.as_bytes()).into());
 }
 
-/// A container of one to three weights and a tensor, with right hashes; and the weights as they are
-/// defined to decode.
+/// Builds a container of one to three weights and at least one tensor, with correct hashes and, if
+/// `lies` is true, with faults. Returns its bytes, and the weights as `docs/container.md` defines
+/// their values.
 fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>) {
     let (mut rows, mut halves, mut bytes, mut weights) = (Map::new(), Vec::new(), Vec::new(), Vec::new());
     for number in 0..1 + choices.below(3) {
@@ -137,7 +140,8 @@ fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>)
         metadata.insert(key.into(), value.into());
     }
     metadata.insert("weights".into(), Value::Object(rows).to_string().into());
-    // Tensors without data share their place with the next one, and are sorted by name.
+    // The table sorts tensors by place and then by name. A tensor without data has the place at
+    // which the next tensor begins.
     let mut places = Vec::new();
     let mut begin = 0;
     for tensor in &tensors {
@@ -155,15 +159,15 @@ fn to_bytes(values: &[f16]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-/// A compressed weight's parts.
+/// The parts of a compressed weight.
 struct Weight {
     shape: Vec<u64>,
     keep: Option<Vec<bool>>,
-    /// Bits, axis and group size, if there are palettes.
+    /// The bits, the axis and the group size, if the weight has palettes.
     palette: Option<(u32, usize, usize)>,
-    /// The palettes, or the kept values.
+    /// The palettes, or the kept values of a weight without palettes.
     values: Vec<f16>,
-    /// An index for each kept element.
+    /// The index of each kept element; empty without palettes.
     indices: Vec<u8>,
     scales: Option<Vec<f16>>,
 }
@@ -180,7 +184,7 @@ impl Weight {
         }
         let numel = shape.iter().product::<u64>() as usize;
         let palettized = choices.below(4) != 3;
-        // One of them must be there.
+        // A compressed weight has a mask, palettes, or both.
         let masked = !palettized || choices.below(2) == 1;
         let bits = choices.of(&[1, 2, 3, 4, 6, 8]);
         let keep = masked.then(|| {
@@ -210,7 +214,9 @@ impl Weight {
         weight
     }
 
-    /// The dense weight. Where a lie leaves something missing, a zero.
+    /// Decodes the weight. An element whose value or index is missing because of a fault becomes
+    /// zero. Infinite and NaN entries and scales are appended, because the library refuses them
+    /// even if no element uses them.
     fn decode(&self) -> Vec<f16> {
         let numel = self.shape.iter().try_fold(1u64, |product, n| product.checked_mul(*n)).filter(|numel| *numel < 1 << 16);
         let numel = numel.unwrap_or(0) as usize;
@@ -235,7 +241,6 @@ impl Weight {
                     None => value,
                     Some(scales) => {
                         let scale = scales.get(row as usize).copied().unwrap_or(f16::ZERO);
-                        // An infinite scale or entry is refused, also where it makes no element.
                         f16::from_f32(value.to_f32() * scale.to_f32())
                     }
                 }
@@ -285,7 +290,7 @@ impl Weight {
     }
 }
 
-/// Numbers of `bits` bits as a stream of bits, lowest bit first.
+/// Packs numbers of `bits` bits each into bytes, lowest bit first.
 fn pack(numbers: impl ExactSizeIterator<Item = u8>, bits: u32) -> Vec<u8> {
     let mut bytes = vec![0; (numbers.len() * bits as usize).div_ceil(8)];
     for (number, value) in numbers.enumerate() {

@@ -1,4 +1,4 @@
-//! Changes a protobuf message somewhere inside, so that all lengths around the change stay right.
+//! Changes one place inside of a protobuf message and corrects all lengths around it.
 
 use crate::choices::Choices;
 
@@ -8,18 +8,18 @@ enum Field {
     Number(u64, u64),
     Eight(u64, [u8; 8]),
     Four(u64, [u8; 4]),
-    /// Text, bytes, or a message: whichever it is, it has a length.
+    /// A text, some bytes, or an embedded message. Each of them is stored with its length.
     Bytes(u64, Vec<u8>),
 }
 
-/// Changes `message` once, at a place and in a way that the choices say.
+/// Changes `message` once. The choices decide on the place and the kind of the change.
 pub fn edit(message: &[u8], choices: &mut Choices) -> Vec<u8> {
     let Some(mut fields) = parse(message) else { return bytes(message, choices) };
     if fields.is_empty() {
         return bytes(message, choices);
     }
     let at = usize::from(choices.short()) % fields.len();
-    // Mostly deeper: the outer fields are few.
+    // Most changes go to a deeper level, because the outer levels have few fields.
     if let Field::Bytes(_, content) = &mut fields[at]
         && !choices.rarely(6)
     {
@@ -42,7 +42,7 @@ pub fn edit(message: &[u8], choices: &mut Choices) -> Vec<u8> {
             }
         },
         4 => {
-            // Deeper than any reader wants to go.
+            // The field is wrapped in up to 255 messages, which is deeper than readers accept.
             if let Field::Bytes(tag, content) = &mut fields[at] {
                 let tag = *tag;
                 for _ in 0..choices.byte() {
@@ -60,7 +60,7 @@ pub fn edit(message: &[u8], choices: &mut Choices) -> Vec<u8> {
     write(&fields)
 }
 
-/// Changes a byte, the length, or all of it.
+/// Flips a bit, changes the length, or replaces all bytes.
 fn bytes(content: &[u8], choices: &mut Choices) -> Vec<u8> {
     let mut content = content.to_vec();
     match choices.below(4) {

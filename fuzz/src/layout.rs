@@ -1,4 +1,4 @@
-//! A safetensors file that is put together from tensors, right or with lies in its header.
+//! Safetensors files that are built from tensors, with or without wrong entries in their headers.
 
 use std::fmt::Write;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::choices::Choices;
 
-/// Every dtype that has a name in a safetensors file, its bits, and some that have none.
+/// All dtypes of safetensors files with their bits, and some names that are not dtypes.
 pub const DTYPES: [(&str, u64); 14] = [
     ("F16", 16),
     ("U8", 8),
@@ -24,28 +24,30 @@ pub const DTYPES: [(&str, u64); 14] = [
     ("", 0),
 ];
 
-/// A tensor of a file that is to be written.
+/// A tensor that is to be written to a file.
 #[derive(Debug, Clone)]
 pub struct Tensor {
-    /// Its name.
+    /// The tensor's name.
     pub name: String,
-    /// Its dtype's name.
+    /// The name of the tensor's dtype.
     pub dtype: String,
-    /// Its shape.
+    /// The tensor's shape.
     pub shape: Vec<u64>,
-    /// Its data.
+    /// The tensor's data.
     pub data: Vec<u8>,
-    /// What is added to the offsets where it says that its data begins and ends.
+    /// Numbers that are added to the begin and the end of the data in the header; zero if the
+    /// header is to be correct.
     pub lie: [i64; 2],
 }
 
 impl Tensor {
-    /// A tensor without a lie.
+    /// Creates a tensor whose offsets in the header are correct.
     pub fn new(name: impl Into<String>, dtype: &str, shape: &[u64], data: Vec<u8>) -> Self {
         Tensor { name: name.into(), dtype: dtype.into(), shape: shape.to_vec(), data, lie: [0, 0] }
     }
 
-    /// A tensor of the UNet's or nobody's name, whose data mostly is as long as its shape says.
+    /// Creates a tensor, mostly with one of `names` and with as many bytes as its dtype and shape
+    /// require.
     pub fn any(choices: &mut Choices, names: &[&str]) -> Self {
         let name = match choices.rarely(8) {
             true => String::from_utf8_lossy(&choices.bytes(3)).into_owned(),
@@ -64,7 +66,7 @@ impl Tensor {
     }
 }
 
-/// The bytes of a file of `tensors`, in their order.
+/// Builds a safetensors file that contains `tensors` in this order.
 pub fn file(metadata: Option<&Value>, tensors: &[Tensor]) -> Vec<u8> {
     let mut header = String::from("{");
     if let Some(metadata) = metadata {
@@ -75,7 +77,7 @@ pub fn file(metadata: Option<&Value>, tensors: &[Tensor]) -> Vec<u8> {
         let begin = data.len() as i64;
         data.extend(content);
         let offsets = [begin.wrapping_add(lie[0]) as u64, (data.len() as i64).wrapping_add(lie[1]) as u64];
-        // Written by hand: a name may come twice.
+        // The header is written by hand, because names may occur twice in it.
         let _ = write!(header, "{}:{},", json!(name), json!({ "dtype": dtype, "shape": shape, "data_offsets": offsets }));
     }
     if header.ends_with(',') {
@@ -85,12 +87,13 @@ pub fn file(metadata: Option<&Value>, tensors: &[Tensor]) -> Vec<u8> {
     with_header(header.as_bytes(), &data)
 }
 
-/// The bytes of a file with this header and this data.
+/// Builds a safetensors file from a header and data. The length of the header is correct.
 pub fn with_header(header: &[u8], data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header, data].concat()
 }
 
-/// Header and data of a file whose header's length is right and whose header is JSON.
+/// Splits a file into header and data. Returns `None` if the length of the header is wrong or the
+/// header is not JSON.
 pub fn taken_apart(file: &[u8]) -> Option<(Value, &[u8])> {
     let (length, rest) = file.split_first_chunk()?;
     let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;

@@ -1,11 +1,13 @@
-//! Fuzz targets for everything that sdxl-squeeze reads from a file.
+//! Fuzz targets for all kinds of files that sdxl-squeeze reads.
 //!
-//! A target turns bytes into a file, reads it through the library's public interface, and checks
-//! what must hold of whatever was accepted. A panic, an abort, more than ten seconds or more than 2
-//! GiB for one input is a fault of the library. Errors are what is expected.
+//! A target turns its input into a file, reads the file through the public interface of the
+//! library, and checks properties of the result if the library accepts the file. A panic, an abort,
+//! more than ten seconds or more than 2 GiB for one input is a fault of the library. An error is
+//! not a fault.
 //!
-//! Hashes would stop nearly every mutated file at the door. So the targets for containers and
-//! packages also compute the hashes of what they mutate, and the code behind the hashes is reached.
+//! A check of hashes refuses nearly every mutated file. The targets for containers and packages
+//! therefore also compute correct hashes of mutated content, so that the code behind this check is
+//! reached.
 
 pub mod choices;
 pub mod config_json;

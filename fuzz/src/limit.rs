@@ -1,5 +1,5 @@
-//! Refuses allocations beyond 2 GiB. The fuzzer looks at its own limit of memory once a second, and
-//! counts only pages that were touched.
+//! An allocator that refuses allocations beyond 2 GiB. The fuzzer checks its own limit of memory
+//! only once a second, and counts only pages that were touched.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -10,14 +10,14 @@ struct Limited;
 #[global_allocator]
 static ALLOCATOR: Limited = Limited;
 
-// SAFETY: every call goes to the system's allocator as it came, or returns null, which says that
-// there is no memory.
+// SAFETY: every call is passed to the system's allocator unchanged, or returns null, by which an
+// allocator reports that there is no memory.
 unsafe impl GlobalAlloc for Limited {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if layout.size() > MOST {
             return std::ptr::null_mut();
         }
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller makes the guarantees that the system's allocator requires.
         unsafe { System.alloc(layout) }
     }
 
@@ -25,7 +25,7 @@ unsafe impl GlobalAlloc for Limited {
         if layout.size() > MOST {
             return std::ptr::null_mut();
         }
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller makes the guarantees that the system's allocator requires.
         unsafe { System.alloc_zeroed(layout) }
     }
 
@@ -33,12 +33,12 @@ unsafe impl GlobalAlloc for Limited {
         if size > MOST {
             return std::ptr::null_mut();
         }
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller makes the guarantees that the system's allocator requires.
         unsafe { System.realloc(pointer, layout, size) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller makes the guarantees that the system's allocator requires.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

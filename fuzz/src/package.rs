@@ -11,14 +11,14 @@ use crate::choices::Choices;
 use crate::edit::edit;
 use crate::scratch;
 
-/// A package that coremltools wrote, of a few operations of every kind.
+/// The three files of a small package that coremltools wrote.
 const MANIFEST: &[u8] = include_bytes!("../../tests/golden/coreml/by-coremltools.mlpackage/Manifest.json");
 const MODEL: &[u8] = include_bytes!("../../tests/golden/coreml/by-coremltools.mlpackage/Data/com.apple.CoreML/model.mlmodel");
 const BLOBS: &[u8] =
     include_bytes!("../../tests/golden/coreml/by-coremltools.mlpackage/Data/com.apple.CoreML/weights/weight.bin");
 
-/// The input is three files with their lengths in front, or changes of a good package, to which
-/// right hashes may be added.
+/// Runs one input: three files, preceded by the lengths of the first two, or changes to the package
+/// of coremltools, with or without corrected hashes.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     let package = scratch::folder().join("x.mlpackage");
@@ -33,7 +33,8 @@ pub fn run(data: &[u8]) {
     }
     let (mut manifest, mut model, mut blobs) = (MANIFEST.to_vec(), MODEL.to_vec(), BLOBS.to_vec());
     let hashed = choices.below(2) == 1;
-    // Most of the time one file is changed, so that the others do not stop the reader.
+    // At most three changes are made, most of them to the model: a fault in one file would keep the
+    // reader from the other files.
     for _ in 0..choices.below(4) {
         match choices.below(8) {
             0 => flip(&mut manifest, &mut choices),
@@ -69,8 +70,8 @@ fn flip(bytes: &mut [u8], choices: &mut Choices) {
     bytes[at] ^= 1 << choices.below(8);
 }
 
-/// Sets a number of the header or of a record of `weight.bin`: these begin at multiples of 64
-/// bytes.
+/// Sets a number in the header or in a record of `weight.bin`. Header and records begin at
+/// multiples of 64 bytes.
 fn set_number(blobs: &mut [u8], choices: &mut Choices) {
     let unit = 64 * (usize::from(choices.byte()) % (blobs.len() / 64));
     let at = unit + 8 * choices.below(4);
@@ -78,7 +79,8 @@ fn set_number(blobs: &mut [u8], choices: &mut Choices) {
     blobs[at..at + 8].copy_from_slice(&number);
 }
 
-/// The model with the hashes that this project's writer leaves, if it can be decoded.
+/// Adds the hashes that this project's writer stores. A model that cannot be decoded is returned as
+/// it is.
 fn with_hashes(model: &[u8], blobs: &[u8]) -> Vec<u8> {
     let hex = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let Ok(mut decoded) = Model::decode(model) else { return model.to_vec() };

@@ -1,4 +1,4 @@
-//! Reads a file of prompts, and turns each into the ids of both tokenizers.
+//! Reads a file of prompts, and encodes every prompt with two tokenizers.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -8,8 +8,8 @@ use sdxl_squeeze::model::text::ClipTokenizer;
 
 use crate::scratch;
 
-/// The bundled model's tokenizer, and a small one whose padding is cut out of the text; and how
-/// many ids each has, which takes long to count.
+/// The tokenizer of the bundled model, and a small one that encodes every `!` as padding. Each has
+/// the size of its vocabulary beside it, because counting takes long.
 fn tokenizers() -> &'static [(ClipTokenizer, i64)] {
     static TOKENIZERS: OnceLock<Vec<(ClipTokenizer, i64)>> = OnceLock::new();
     TOKENIZERS.get_or_init(|| {
@@ -24,7 +24,7 @@ fn tokenizers() -> &'static [(ClipTokenizer, i64)] {
     })
 }
 
-/// The input is the file.
+/// Runs one input, which is a file of prompts.
 pub fn run(data: &[u8]) {
     let Ok(prompts) = read_prompts(&scratch::file("prompts.txt", data)) else { return };
     assert!(!prompts.is_empty());

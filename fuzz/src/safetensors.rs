@@ -1,4 +1,4 @@
-//! Reads a safetensors file, all tensors of it, and a checkpoint that consists of it.
+//! Reads a safetensors file with all its tensors, and a checkpoint that consists of this file.
 
 use sdxl_squeeze::checkpoint::{SafetensorsFile, Weights, read_tensor};
 use sdxl_squeeze::device::Placement;
@@ -9,7 +9,7 @@ use crate::{layout, scratch};
 
 const NAMES: [&str; 5] = ["conv_in.weight", "conv_in.bias", "a", "__metadata__", ""];
 
-/// The input is a file, a header and data, or decisions by which a file is put together.
+/// Runs one input: a file, a header and data, or decisions for building a file.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     let file = match choices.below(3) {

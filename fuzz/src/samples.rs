@@ -11,8 +11,8 @@ use crate::choices::Choices;
 use crate::layout::{self, DTYPES, Tensor};
 use crate::scratch;
 
-/// A UNet of 4 latent channels, text states of 40, and 80 numbers of pooled text and time ids, 8
-/// for each id.
+/// The config of a small UNet with 4 latent channels and text states of 40 numbers. Its added
+/// embedding has 80 numbers: 32 of pooled text and 8 for each of 6 time ids.
 fn config() -> &'static UnetConfig {
     static CONFIG: OnceLock<UnetConfig> = OnceLock::new();
     CONFIG.get_or_init(|| {
@@ -22,7 +22,7 @@ fn config() -> &'static UnetConfig {
     })
 }
 
-/// The input is a file, or decisions by which samples are made that are right or nearly so.
+/// Runs one input: a file, or decisions for building samples with few faults.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
     let file = match choices.below(4) {
@@ -64,7 +64,8 @@ fn made(choices: &mut Choices) -> Vec<u8> {
         }
         let (dtype, bits) = if choices.rarely(8) { choices.of(&DTYPES) } else { ("F16", 16) };
         let bytes = shape.iter().try_fold(bits, |product, n| product.checked_mul(*n)).map_or(0, |bits| bits / 8);
-        // A byte of data is read from the input now and then; most of it does not matter.
+        // Only some bytes of the data come from the input, because most values do not matter to the
+        // reader.
         let mut data = vec![0x3c; bytes.min(1 << 14) as usize];
         let some = choices.bytes(usize::from(choices.clone().byte() % 16));
         data.iter_mut().zip(some).for_each(|(byte, new)| *byte = new);

@@ -1,11 +1,11 @@
-//! Where a target puts its files: in memory, if the system has a folder there.
+//! The folder for the files of a target. It is in memory if the system has `/dev/shm`.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-/// The process's own folder. It is used again for each input.
+/// The folder of this process, which all inputs use.
 pub fn folder() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     FOLDER
@@ -17,9 +17,9 @@ pub fn folder() -> &'static Path {
         .path()
 }
 
-/// Writes the file `name` and returns where it is.
+/// Writes the file `name` and returns its path.
 ///
-/// The old file is removed first, so that a reader's map of it stays whole.
+/// The previous file is removed instead of overwritten, so that a memory map of it stays valid.
 pub fn file(name: &str, content: &[u8]) -> PathBuf {
     let path = folder().join(name);
     let _ = std::fs::remove_file(&path);

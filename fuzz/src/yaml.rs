@@ -1,10 +1,11 @@
-//! Reads a run config and gives a small model's layers their settings by it.
+//! Reads a run config and resolves its rules for the layers of a small model.
 
 use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::LayerKind;
 use sdxl_squeeze::config::{LayerInfo, RunConfig};
 
-/// Layers of each kind: of the two ends, of a stage, with shapes that groups divide or do not.
+/// Layers of both kinds, inside and outside of stages, with channels that common group sizes do or
+/// do not divide.
 fn layers() -> Vec<LayerInfo> {
     let rows: [(&str, Option<&str>, LayerKind, &[i64]); 6] = [
         ("conv_in", None, LayerKind::Conv2d, &[8, 4, 3, 3]),
@@ -24,18 +25,18 @@ fn layers() -> Vec<LayerInfo> {
         .collect()
 }
 
-/// The input is the file.
+/// Runs one input, which is the config file.
 pub fn run(data: &[u8]) {
     let path = "config.yaml".as_ref();
     match RunConfig::parse(path, data) {
         Err(why) => {
-            // Each mistake is one line.
+            // Every mistake is reported in one line.
             let Error::Config { mistakes } = why else { panic!("another error than mistakes: {why}") };
             assert!(!mistakes.is_empty());
             assert!(mistakes.iter().all(|mistake| !mistake.to_string().contains('\n')), "{mistakes:?}");
         }
         Ok(config) => {
-            // A config that is written down means the same.
+            // A config that is written and read again stays equal.
             let text = config.to_yaml();
             match RunConfig::parse(path, text.as_bytes()) {
                 Ok(again) => assert_eq!(again, config, "{text}"),

@@ -1,9 +1,10 @@
 //! The calibration samples that a config asks for.
 
 use sdxl_model::checkpoint::Weights;
+use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::CLIP_LENGTH;
 use sdxl_model::unet::Unet;
-use sdxl_pipeline::{PipelineFolder, PromptEncoder};
+use sdxl_pipeline::{PipelineFolder, PromptEncoder, SamplingDefaults};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Progress;
 
@@ -30,13 +31,7 @@ pub fn calibrate(
         return Samples::read(path, folder.unet.config(), section.calibration_nsamples);
     }
     let placement = options.placement();
-    let set = PromptSet {
-        prompts: section.prompts.load()?,
-        seed: section.seed,
-        steps: section.steps,
-        guidance: section.guidance,
-        size: folder.picture_size(section.size)?,
-    };
+    let set = PromptSet { prompts: section.prompts.load()?, ..settings(folder, section)? };
     // The encoders are dropped before the UNet is loaded.
     let guidances = encode(folder, &PromptEncoder::load(folder, placement)?, &set, progress)?;
     let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
@@ -59,6 +54,41 @@ pub fn calibrate(
     record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
 }
 
+/// The sampler that `section` asks for.
+///
+/// # Errors
+/// [`Error::Argument`](squeeze_base::error::Error::Argument) if there is no such sampler, or it has
+/// no spacing or no η to choose.
+pub fn scheduler(folder: &PipelineFolder, section: &CalibrationSection) -> Result<SchedulerConfig> {
+    folder.scheduler.with_choices(section.scheduler.as_deref(), section.timestep_spacing, section.eta)
+}
+
+/// How `section` runs prompts, with no prompts yet.
+///
+/// # Errors
+/// [`Error::Argument`](squeeze_base::error::Error::Argument) if the model cannot draw pictures of
+/// the size, or there is no such sampler.
+pub fn settings(folder: &PipelineFolder, section: &CalibrationSection) -> Result<PromptSet> {
+    let CalibrationSection { steps, guidance, .. } = section;
+    let defaults = defaults(folder);
+    Ok(PromptSet {
+        prompts: Vec::new(),
+        negative_prompt: section.negative_prompt.clone(),
+        scheduler: scheduler(folder, section)?,
+        seed: section.seed,
+        steps: steps.unwrap_or(defaults.steps),
+        guidance: guidance.unwrap_or(defaults.guidance),
+        guidance_rescale: section.guidance_rescale,
+        size: folder.picture_size(section.size)?,
+    })
+}
+
+/// Steps and guidance of the calibration runs of a model, where the config gives none.
+#[must_use]
+pub fn defaults(folder: &PipelineFolder) -> SamplingDefaults {
+    SamplingDefaults::of(folder, CalibrationSection::STEPS, CalibrationSection::GUIDANCE)
+}
+
 /// The number and shape of the samples that `section` asks for, before any of them is drawn.
 ///
 /// # Errors
@@ -67,11 +97,12 @@ pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> 
     if let Some(path) = &section.samples {
         return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
     }
-    let (height, width) = folder.picture_size(section.size)?;
+    let set = settings(folder, section)?;
+    let (height, width) = set.size;
     let scale = folder.vae.scale();
     Ok(Calls {
         count: section.calibration_nsamples,
-        batch: if section.guidance > 1.0 { 2 } else { 1 },
+        batch: if set.guidance > 1.0 { 2 } else { 1 },
         height: height / scale,
         width: width / scale,
         text: CLIP_LENGTH,

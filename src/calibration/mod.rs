@@ -8,7 +8,7 @@ mod record;
 mod weighting;
 
 pub use calls::Calls;
-pub use draw::{calibrate, expected_calls};
+pub use draw::{calibrate, defaults, expected_calls, scheduler, settings};
 pub(crate) use hold_out::is_held_out;
 pub use record::{PromptSet, encode, record};
 use sdxl_model::unet::Conditioning;

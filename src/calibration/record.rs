@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 
+use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::unet::{Conditioning, Unet};
 use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
-use squeeze_numerics::random::noise;
+use squeeze_numerics::random::Generator;
 use tch::Tensor;
 
 use super::{Sample, Samples, spread};
@@ -16,14 +17,41 @@ use super::{Sample, Samples, spread};
 pub struct PromptSet {
     /// The prompts.
     pub prompts: Vec<String>,
+    /// The negative prompt of all of them; `None` is the pipeline's default.
+    pub negative_prompt: Option<String>,
+    /// The sampler.
+    pub scheduler: SchedulerConfig,
     /// Seed of the first prompt's noise; each further prompt has the next.
     pub seed: u64,
     /// Denoising steps.
     pub steps: usize,
     /// Guidance scale; 1 is none.
     pub guidance: f64,
+    /// The share of the guided prediction whose deviation is brought to that of the prompt's own.
+    pub guidance_rescale: f64,
     /// Height and width in pixels.
     pub size: (i64, i64),
+}
+
+impl PromptSet {
+    /// The number of the UNet's calls for each prompt. A sampler may take more steps or fewer than
+    /// it was asked for, or call the UNet twice in a step.
+    ///
+    /// # Errors
+    /// If the sampler cannot be made.
+    pub fn calls(&self) -> Result<usize> {
+        Ok(self.scheduler.scheduler(self.steps)?.timesteps().len())
+    }
+
+    /// The guidance of a prompt.
+    ///
+    /// # Errors
+    /// If it cannot be encoded.
+    pub fn guidance_of(&self, prompt: &str, folder: &PipelineFolder, encoder: &PromptEncoder) -> Result<Guidance> {
+        let negative = self.negative_prompt.as_deref();
+        let guidance = Guidance::encode(encoder, folder, prompt, negative, self.guidance, self.size)?;
+        Ok(Guidance { rescale: self.guidance_rescale, ..guidance })
+    }
 }
 
 /// The guidance of every prompt, after which the encoders are not needed any more.
@@ -39,12 +67,12 @@ pub fn encode(
     let task = Task::begin(progress, "encoding", "prompts", set.prompts.len());
     let one = |prompt: &String| {
         task.advance(prompt);
-        Guidance::encode(encoder, folder, prompt, None, set.guidance, set.size)
+        set.guidance_of(prompt, folder, encoder)
     };
     set.prompts.iter().map(one).collect()
 }
 
-/// Runs every prompt through the dense pipeline with its own sampler and keeps `wanted` calls of
+/// Runs every prompt through the dense pipeline and keeps `wanted` calls of
 /// the UNet, spread evenly over prompts and timesteps. `guidances` are the prompts as [`encode`]
 /// gives them.
 ///
@@ -64,13 +92,12 @@ pub fn record(
     let scale = folder.vae.scale();
     let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
     let mut samples = Samples::default();
-    // A sampler may take one step more or less than it was asked for.
-    let steps = folder.scheduler.scheduler(set.steps)?.timesteps().len();
+    let steps = set.calls()?;
     let available = set.prompts.len() * steps;
     if available < wanted {
         samples
             .notes
-            .push(format!("{wanted} samples were asked for; {} prompts of {steps} steps have {available}", set.prompts.len()));
+            .push(format!("{wanted} samples were asked for; {} prompts of {steps} calls have {available}", set.prompts.len()));
     }
     let kept = spread(set.prompts.len(), steps, wanted);
     let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
@@ -81,10 +108,11 @@ pub fn record(
             continue;
         }
         let like = &guidance.conditioning.encoder_hidden_states;
-        let mut scheduler = folder.scheduler.scheduler(set.steps)?;
-        let noise = noise(&shape, set.seed.wrapping_add(index as u64), like.f_kind()?)?.f_to_device(like.device())?;
+        let mut scheduler = set.scheduler.scheduler(set.steps)?;
+        let mut generator = Generator::new(set.seed.wrapping_add(index as u64));
+        let noise = generator.draw(&shape, like.f_kind()?)?.f_to_device(like.device())?;
         let recorder = Recorder { unet, steps: &steps, calls: RefCell::new((0, Vec::new())) };
-        let _latents = sample(&recorder, scheduler.as_mut(), guidance, &noise, &mut |_, _| Ok(()), &Silent)?;
+        let _latents = sample(&recorder, scheduler.as_mut(), guidance, &noise, &mut generator, &mut |_, _| Ok(()), &Silent)?;
         samples.calls.extend(recorder.calls.into_inner().1);
     }
     Ok(samples)

@@ -1,6 +1,6 @@
 //! How much each sample counts, by its timestep.
 
-use sdxl_pipeline::PipelineFolder;
+use sdxl_model::scheduler::SchedulerConfig;
 use squeeze_base::error::Result;
 
 use super::Samples;
@@ -10,18 +10,14 @@ use crate::config::TimestepWeighting;
 ///
 /// # Errors
 /// If the scheduler's config has no noise schedule.
-pub fn weights(samples: &Samples, folder: &PipelineFolder, by: TimestepWeighting) -> Result<Vec<f64>> {
-    let sigma_of = folder.scheduler.sigmas()?;
-    let weight = |timestep: f64| {
-        let last = sigma_of.len().saturating_sub(1);
-        let sigma = sigma_of.get((timestep.max(0.0) as usize).min(last)).copied().unwrap_or(1.0);
-        match by {
-            TimestepWeighting::Uniform => 1.0,
-            TimestepWeighting::Early => sigma,
-            TimestepWeighting::Log => sigma.ln_1p(),
-        }
+pub fn weights(samples: &Samples, scheduler: &SchedulerConfig, by: TimestepWeighting) -> Result<Vec<f64>> {
+    let timesteps: Vec<f64> = samples.calls.iter().map(|call| call.timestep).collect();
+    let weight = |sigma: f64| match by {
+        TimestepWeighting::Uniform => 1.0,
+        TimestepWeighting::Early => sigma,
+        TimestepWeighting::Log => sigma.ln_1p(),
     };
-    let weights: Vec<f64> = samples.calls.iter().map(|call| weight(call.timestep)).collect();
+    let weights: Vec<f64> = scheduler.sigmas(&timesteps)?.into_iter().map(weight).collect();
     let mean = weights.iter().sum::<f64>() / weights.len().max(1) as f64;
     Ok(weights.iter().map(|weight| if mean > 0.0 { weight / mean } else { 1.0 }).collect())
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sdxl_squeeze::calibration::PromptSet;
+use sdxl_squeeze::calibration::{PromptSet, settings};
 use sdxl_squeeze::compare::{Entry, compare, container_path};
 use sdxl_squeeze::compress::workspace_folder;
 use sdxl_squeeze::config::{RunConfig, read_prompts};
@@ -61,14 +61,8 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     outputs.check()?;
     let folder = model_of(&first.config)?;
     let options = args.limits.options(&first.config)?;
-    let calibration = &first.config.calibration;
-    let judged = PromptSet {
-        prompts: read_prompts(&args.judge)?,
-        seed: args.judge_seed,
-        steps: calibration.steps,
-        guidance: calibration.guidance,
-        size: folder.picture_size(calibration.size)?,
-    };
+    let judged =
+        PromptSet { prompts: read_prompts(&args.judge)?, seed: args.judge_seed, ..settings(&folder, &first.config.calibration)? };
     let comparison = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
     let written = report::write(&comparison, &args.out)?;
     write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&comparison).as_bytes()))?;

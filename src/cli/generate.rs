@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use sdxl_squeeze::checkpoint::TensorBytes;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
+use sdxl_squeeze::model::scheduler::SpacingKind;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{is_standard_output, write_file};
-use sdxl_squeeze::pipeline::{GenerateRequest, Generated, LoraFile, ModelFiles, PipelineFolder, generate};
+use sdxl_squeeze::pipeline::{GenerateRequest, Generated, LoraFile, ModelFiles, PipelineFolder, SamplingDefaults, generate};
 use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
@@ -44,22 +45,33 @@ pub(super) struct Args {
     /// Seed of the noise, which equals that of `torch.Generator().manual_seed(N)` on a CPU
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Denoising steps
-    #[arg(long, value_name = "N", default_value_t = 30)]
-    steps: usize,
-    /// Guidance scale; 1 turns guidance off
-    #[arg(long, value_name = "G", default_value_t = 5.0, allow_negative_numbers = true)]
-    guidance: f64,
+    /// Denoising steps [default: 30, or the few of a distilled model]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Guidance scale; 1 turns guidance off [default: 5, or none for a distilled model]
+    #[arg(long, value_name = "G", allow_negative_numbers = true)]
+    guidance: Option<f64>,
+    /// Share of the guided prediction that is brought to the deviation of the prompt's own, against
+    /// overexposure
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    guidance_rescale: f64,
     /// Height in pixels [default: the model's own]
     #[arg(long, value_name = "H", requires = "width", allow_negative_numbers = true)]
     height: Option<i64>,
     /// Width in pixels
     #[arg(long, value_name = "W", requires = "height", allow_negative_numbers = true)]
     width: Option<i64>,
-    /// Sampler in the place of the pipeline's: euler, ddim, dpmpp-2m, with -karras for Karras
-    /// sigmas
+    /// Sampler in the place of the pipeline's: euler, euler-ancestral, heun, ddim, ddpm, dpmpp-2m,
+    /// dpmpp-2m-sde, unipc, plms, lcm, tcd, edm-euler, edm-dpmpp-2m; some also with -karras for
+    /// Karras sigmas
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
+    /// Spacing of the sampler's timesteps: leading, trailing or linspace [default: the sampler's]
+    #[arg(long, value_name = "SPACING")]
+    timestep_spacing: Option<SpacingKind>,
+    /// Share of noise that each step of DDIM or TCD adds
+    #[arg(long, value_name = "ETA", default_value_t = 0.0, allow_negative_numbers = true)]
+    eta: f64,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
@@ -104,14 +116,21 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         lora_ignore: args.lora_ignore.clone(),
     };
     let folder = PipelineFolder::open_files(&files)?;
+    let defaults = SamplingDefaults::of(&folder, 30, 5.0);
+    if let (Some(why), true) = (&defaults.why, args.steps.is_none() || args.guidance.is_none()) {
+        reporter.report(Event::Note(&chosen(&args, &defaults, why)));
+    }
     let request = GenerateRequest {
         prompt: args.prompt,
         negative_prompt: args.negative_prompt,
         seed: args.seed,
-        steps: args.steps,
-        guidance: args.guidance,
+        steps: args.steps.unwrap_or(defaults.steps),
+        guidance: args.guidance.unwrap_or(defaults.guidance),
+        guidance_rescale: args.guidance_rescale,
         size: args.height.zip(args.width),
         scheduler: args.scheduler,
+        timestep_spacing: args.timestep_spacing,
+        eta: args.eta,
         low_memory: args.low_memory,
         unet: args.unet,
         unverified: args.no_verify,
@@ -139,6 +158,13 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     stdout::print(&format!("{line}\n"))
 }
 
+/// What is chosen for a distilled model, and why.
+fn chosen(args: &Args, defaults: &SamplingDefaults, why: &str) -> String {
+    let steps = args.steps.is_none().then(|| format!("{} steps", defaults.steps));
+    let guidance = args.guidance.is_none().then(|| format!("guidance {}", defaults.guidance));
+    format!("{}: {why}", [steps, guidance].into_iter().flatten().collect::<Vec<_>>().join(" and "))
+}
+
 /// The PNG's texts: the prompt for viewers, and all settings, with which the picture can be drawn
 /// again.
 fn metadata(request: &GenerateRequest, generated: &Generated, files: &ModelFiles, dtype: &str) -> Vec<(&'static str, String)> {
@@ -146,8 +172,11 @@ fn metadata(request: &GenerateRequest, generated: &Generated, files: &ModelFiles
     let shown = |path: &Path| path.display().to_string();
     let ModelFiles { model, base, vae, loras, lora_ignore } = files;
     let settings = json!({
-        "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown), "loras": loras.iter().map(LoraFile::to_string).collect::<Vec<_>>(), "lora_ignore": lora_ignore, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
-        "seed": request.seed, "steps": request.steps, "guidance": request.guidance, "height": height, "width": width,
+        "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown),
+        "loras": loras.iter().map(LoraFile::to_string).collect::<Vec<_>>(), "lora_ignore": lora_ignore,
+        "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+        "seed": request.seed, "steps": request.steps, "guidance": request.guidance,
+        "guidance_rescale": request.guidance_rescale, "timestep_spacing": request.timestep_spacing, "eta": request.eta, "height": height, "width": width,
         "scheduler": request.scheduler.as_ref().unwrap_or(&generated.scheduler), "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
     });
     vec![

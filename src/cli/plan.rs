@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::calibration::{Calls, expected_calls};
+use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, settings};
 use sdxl_squeeze::compress::plan_of_run;
-use sdxl_squeeze::config::{BudgetSection, RunConfig};
+use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::plan::{CarriesIn, Memory, Plan, measured_rate};
 use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
@@ -38,6 +39,8 @@ pub(super) struct Args {
 struct Target {
     chain: UnetChain,
     calls: Calls,
+    /// How the samples are drawn, in a sentence; `None` if they are not drawn.
+    drawn: Option<Result<String>>,
     /// Bytes of an element in memory, by tensor.
     bytes_of: Box<dyn Fn(&str) -> usize>,
 }
@@ -53,6 +56,7 @@ pub(super) fn run(args: Args) -> Result<()> {
             None => of_model(&config, options.placement())?,
         };
         let recipe = Recipe::new(&config, &target.chain)?;
+        let drawn = target.drawn.filter(|_| recipe.needs_samples()).transpose()?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
@@ -60,7 +64,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         if args.json {
             json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
         } else {
-            stdout::print(&detail(&name, &recipe, &plan, seconds))?;
+            stdout::print(&detail(&name, &recipe, &plan, seconds, drawn.as_deref()))?;
             if let Some(budget) = &config.budget {
                 stdout::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
             }
@@ -93,24 +97,49 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
     let [height, width] = config.calibration.size.map_or(unet.sample_size, |(height, width)| [height / 8, width / 8]);
     let calls = Calls {
         count: config.calibration.calibration_nsamples,
-        batch: if config.calibration.guidance > 1.0 { 2 } else { 1 },
+        batch: if config.calibration.guidance.unwrap_or(CalibrationSection::GUIDANCE) > 1.0 { 2 } else { 1 },
         height,
         width,
         text: CLIP_LENGTH,
     };
     // SDXL is published in fp16.
-    Ok(Target { chain: UnetChain::new(unet), calls, bytes_of: Box::new(|_| 2) })
+    Ok(Target { chain: UnetChain::new(unet), calls, drawn: None, bytes_of: Box::new(|_| 2) })
 }
 
 fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
     let folder = model_of(config)?;
     let weights = folder.unet_weights()?;
-    let calls = expected_calls(&folder, &config.calibration)?;
+    let mut calls = expected_calls(&folder, &config.calibration)?;
+    let mut drawn = None;
+    if config.calibration.samples.is_none() {
+        let set = settings(&folder, &config.calibration)?;
+        // A plan can be made before the prompts are there.
+        if let (Ok(prompts), Ok(each)) = (config.calibration.prompts.load(), set.calls()) {
+            calls.count = calls.count.min(prompts.len().saturating_mul(each));
+        }
+        drawn = Some(of_drawing(&set, &folder, config));
+    }
     let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("`unet_weights` has checked every tensor");
-    Ok(Target { chain: folder.unet, calls, bytes_of: Box::new(bytes_of) })
+    Ok(Target { chain: folder.unet, calls, drawn, bytes_of: Box::new(bytes_of) })
 }
 
-fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64) -> String {
+/// A sentence on how calibration draws its samples: the sampler, its steps and the guidance, and
+/// what a distilled model's own are chosen by.
+fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> Result<String> {
+    let calls = set.calls()?;
+    let calls = if calls == set.steps { String::new() } else { format!(" ({calls} calls of the UNet)") };
+    let rescale = if set.guidance_rescale > 0.0 { format!(" rescaled by {}", set.guidance_rescale) } else { String::new() };
+    let section = &config.calibration;
+    let why = match (defaults(folder).why, section.steps, section.guidance) {
+        (None, _, _) | (_, Some(_), Some(_)) => String::new(),
+        (Some(why), None, None) => format!("; steps and guidance are the model's own: {why}"),
+        (Some(why), None, Some(_)) => format!("; the steps are the model's own: {why}"),
+        (Some(why), Some(_), None) => format!("; the guidance is the model's own: {why}"),
+    };
+    Ok(format!("drawn by {} in {} steps{calls} at guidance {}{rescale}{why}", set.scheduler.class(), set.steps, set.guidance))
+}
+
+fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<&str>) -> String {
     let mut text = format!("# {name}\n\n");
     let mut rules = table::new(&["rule", "matches", "decides"]);
     for rule in &recipe.resolution.rules {
@@ -154,7 +183,8 @@ fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64) -> String {
                 CarriesIn::Memory | CarriesIn::Nowhere => "memory",
             };
             format!(
-                "\n\n{count} samples of {batch} x {height}x{width} latents; {} of carries between stages, in {carries}\n{} TFLOP: {} forwards, {} Hessians, {} factors, {} sweeps and errors",
+                "\n\n{count} samples of {batch} x {height}x{width} latents{}; {} of carries between stages, in {carries}\n{} TFLOP: {} forwards, {} Hessians, {} factors, {} sweeps and errors",
+                drawn.map_or(String::new(), |drawn| format!(", {drawn}")),
                 number::size(plan.carry_bytes),
                 tera(work.multiply_adds()),
                 tera(work.forward),

@@ -11,7 +11,7 @@ use sdxl_pipeline::picture::Picture;
 use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
-use squeeze_numerics::random::noise;
+use squeeze_numerics::random::Generator;
 use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
 
@@ -27,7 +27,7 @@ pub struct Judge {
 
 struct Run {
     guidance: Guidance,
-    noise: Tensor,
+    seed: u64,
     latents: Vec<Tensor>,
     picture: Picture,
 }
@@ -67,36 +67,38 @@ impl Judge {
             return Err(Error::Argument("there are no prompts to judge on".into()));
         }
         let placement = encoder.placement();
-        let scale = folder.vae.scale();
-        let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
-        let steps = folder.scheduler.scheduler(set.steps)?.timesteps().len();
+        let steps = set.calls()?;
         let kept = spread(set.prompts.len(), steps, held_out);
         let vae = load_vae(folder, placement)?;
         let mut judge = Judge { runs: Vec::new(), held_out: Vec::new(), set, vae };
         let task = Task::begin(progress, "dense pictures", "prompts", judge.set.prompts.len());
         for (index, (prompt, steps)) in judge.set.prompts.iter().zip(kept).enumerate() {
             task.advance(prompt);
-            let guidance = Guidance::encode(encoder, folder, prompt, None, judge.set.guidance, judge.set.size)?;
-            let noise =
-                noise(&shape, judge.set.seed.wrapping_add(index as u64), placement.kind)?.f_to_device(placement.device)?;
+            let guidance = judge.set.guidance_of(prompt, folder, encoder)?;
+            let seed = judge.set.seed.wrapping_add(index as u64);
             let watcher = Watcher { unet, steps, calls: RefCell::new((0, Vec::new())) };
-            let latents = judge.latents(folder, &watcher, &guidance, &noise)?;
+            let latents = judge.latents(folder, &watcher, &guidance, seed)?;
             judge.held_out.extend(watcher.calls.into_inner().1);
             let picture = judge.picture(latents.last())?;
-            judge.runs.push(Run { guidance, noise, latents, picture });
+            judge.runs.push(Run { guidance, seed, latents, picture });
         }
         Ok(judge)
     }
 
     /// The latents after each step.
-    fn latents(&self, folder: &PipelineFolder, unet: &dyn Predictor, guidance: &Guidance, noise: &Tensor) -> Result<Vec<Tensor>> {
-        let mut scheduler = folder.scheduler.scheduler(self.set.steps)?;
+    fn latents(&self, folder: &PipelineFolder, unet: &dyn Predictor, guidance: &Guidance, seed: u64) -> Result<Vec<Tensor>> {
+        let mut scheduler = self.set.scheduler.scheduler(self.set.steps)?;
+        let scale = folder.vae.scale();
+        let shape = [1, folder.vae.latent_channels, self.set.size.0 / scale, self.set.size.1 / scale];
+        let like = &guidance.conditioning.encoder_hidden_states;
+        let mut generator = Generator::new(seed);
+        let noise = generator.draw(&shape, like.f_kind()?)?.f_to_device(like.device())?;
         let mut latents = Vec::new();
         let mut keep = |_: usize, after: &Tensor| {
             latents.push(after.shallow_clone());
             Ok(())
         };
-        let _last = sample(unet, scheduler.as_mut(), guidance, noise, &mut keep, &Silent)?;
+        let _last = sample(unet, scheduler.as_mut(), guidance, &noise, &mut generator, &mut keep, &Silent)?;
         Ok(latents)
     }
 
@@ -177,7 +179,7 @@ impl Judge {
         let mut pictures = Vec::new();
         for (run, prompt) in self.runs.iter().zip(&self.set.prompts) {
             task.advance(prompt);
-            let latents = self.latents(folder, unet, &run.guidance, &run.noise)?;
+            let latents = self.latents(folder, unet, &run.guidance, run.seed)?;
             by_step.resize(latents.len(), 0.0);
             for (sum, (new, dense)) in by_step.iter_mut().zip(latents.iter().zip(&run.latents)) {
                 *sum += squares(&new.f_sub(dense)?)? / squares(dense)?;

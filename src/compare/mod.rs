@@ -273,10 +273,11 @@ fn layer_rows(report: &JobReport, kinds: &BTreeMap<String, LayerKind>) -> Vec<La
 fn how(set: &PromptSet, held_out: usize) -> Vec<String> {
     vec![
         format!(
-            "Every row is the container as written, read back. It draws {} prompts that calibration has not seen, {} steps at \
-             guidance {}, from the same noise as the dense model.",
+            "Every row is the container as written, read back. It draws {} prompts that calibration has not seen, {} steps of \
+             {} at guidance {}, from the same noise as the dense model.",
             set.prompts.len(),
             set.steps,
+            set.scheduler.class(),
             set.guidance
         ),
         format!(

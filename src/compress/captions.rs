@@ -3,13 +3,14 @@
 use sdxl_model::checkpoint::{Blueprint, Weights};
 use sdxl_model::unet::UnetChain;
 use sdxl_model::{Layer, LayerInput, Unobserved};
-use sdxl_pipeline::{Guidance, PipelineFolder, PromptEncoder};
+use sdxl_pipeline::{PipelineFolder, PromptEncoder};
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::elementwise::silu;
 use tch::{Device, Kind, Tensor};
 
 use super::gather::Gatherer;
+use crate::calibration::settings;
 use crate::config::CalibrationSection;
 use crate::recipe::RunOptions;
 
@@ -50,21 +51,21 @@ pub(super) fn gather(
     let mut gatherer = shared_inputs(&folder.unet, is_wanted, placement.device)?;
     let encoder = PromptEncoder::load(folder, placement)?;
     let input_block = folder.unet.load_input_block(&weights.narrow_source(placement))?;
-    let size = folder.picture_size(section.size)?;
-    let timesteps = folder.scheduler.train_timesteps()?;
-    let stride = stride(timesteps);
+    let set = settings(folder, section)?;
+    let timesteps = set.scheduler.training_timesteps()?;
+    let stride = stride(timesteps.len());
     let task = Task::begin(progress, "captions", "captions", used.len());
     for (number, caption) in used.iter().enumerate() {
         task.go_on()?;
         task.advance(caption);
-        let conditioning = Guidance::encode(&encoder, folder, caption, None, section.guidance, size)?.conditioning;
+        let conditioning = set.guidance_of(caption, folder, &encoder)?.conditioning;
         gatherer.add(&LayerInput::Text, &conditioning.encoder_hidden_states)?;
         let batch = conditioning.encoder_hidden_states.size3()?.0;
         // The input block embeds latents too; the smallest do.
         let sample = Tensor::f_zeros([batch, folder.unet.config().in_channels, 1, 1], (placement.kind, placement.device))?;
         for time in 0..TIMESTEPS {
-            let timestep = (TIMESTEPS * number + time) * stride % timesteps;
-            let carry = input_block.forward(&sample, timestep as f64, &conditioning, &mut Unobserved)?;
+            let timestep = timesteps[(TIMESTEPS * number + time) * stride % timesteps.len()];
+            let carry = input_block.forward(&sample, timestep, &conditioning, &mut Unobserved)?;
             gatherer.add(&LayerInput::Time, &silu(&carry.temb)?.f_to_kind(Kind::Float)?)?;
         }
     }

@@ -64,9 +64,8 @@ impl CalibratedInputBlock {
             // All timesteps of SDXL at once; a model trained on many more would take too much
             // memory.
             const AT_ONCE: usize = 1000;
-            for first in (0..calibration.timesteps).step_by(AT_ONCE) {
-                let end = (first + AT_ONCE).min(calibration.timesteps);
-                let times = Tensor::f_arange_start(first as i64, end as i64, (Kind::Float, self.device))?;
+            for times in calibration.timesteps.chunks(AT_ONCE) {
+                let times = Tensor::f_from_slice(times)?.f_to_kind(Kind::Float)?.f_to_device(self.device)?;
                 multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {
                     input_block.embed_times(&times, machine.kind, observer)
                 })?;

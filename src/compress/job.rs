@@ -26,9 +26,9 @@ pub struct Calibration<'a> {
     pub samples: &'a Samples,
     /// The weight of each sample; empty if all weigh the same.
     pub weights: &'a [f64],
-    /// The number of training timesteps; layers that depend on the timestep alone are calibrated on
-    /// each of them.
-    pub timesteps: usize,
+    /// The training timesteps; layers that depend on the timestep alone are calibrated on each of
+    /// them.
+    pub timesteps: &'a [f64],
 }
 
 /// Where samples run.

@@ -13,7 +13,7 @@ use tch::Device;
 
 use super::allocate;
 use super::workspace::workspace_folder;
-use crate::calibration::{Calls, expected_calls};
+use crate::calibration::{Calls, defaults, expected_calls, settings};
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
 use crate::plan::{self, Disk, Memory, Plan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
@@ -41,6 +41,7 @@ impl<'a> Prepared<'a> {
     /// prompts or samples cannot be read.
     pub fn new(folder: &'a PipelineFolder, config: &RunConfig, shares: bool, options: &RunOptions, path: &Path) -> Result<Self> {
         check_place(folder, config, options)?;
+        let config = &settled(folder, config);
         let recipe = Recipe::new(config, &folder.unet)?;
         let weights = folder.unet_weights()?;
         folder.scheduler.train_timesteps()?;
@@ -175,6 +176,16 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
     Ok(())
 }
 
+/// The config with the steps and the guidance of its calibration spelt out, so that they are part
+/// of the run's identity: their defaults depend on the model's name.
+fn settled(folder: &PipelineFolder, config: &RunConfig) -> RunConfig {
+    let mut config = config.clone();
+    let defaults = defaults(folder);
+    config.calibration.steps.get_or_insert(defaults.steps);
+    config.calibration.guidance.get_or_insert(defaults.guidance);
+    config
+}
+
 /// The calls that the config will calibrate on. Its prompts and captions are read, to see that they
 /// can be.
 fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
@@ -184,7 +195,7 @@ fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
     }
     let mut calls = expected_calls(folder, section)?;
     if section.samples.is_none() {
-        calls.count = calls.count.min(section.prompts.load()?.len().saturating_mul(section.steps));
+        calls.count = calls.count.min(section.prompts.load()?.len().saturating_mul(settings(folder, section)?.calls()?));
     }
     Ok(calls)
 }

@@ -116,7 +116,7 @@ struct Run<'a> {
     samples: &'a Samples,
     /// The weight of each sample; empty if all weigh the same.
     sample_weights: Vec<f64>,
-    timesteps: usize,
+    timesteps: Vec<f64>,
     /// The calibration section, with its prompts.
     section: CalibrationSection,
     memory: Memory,
@@ -127,15 +127,16 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(prepared: &'a Prepared<'a>, inputs: &'a Inputs, samples: &'a Samples, progress: &'a dyn Progress) -> Result<Self> {
         let Prepared { folder, config, options, .. } = prepared;
+        let scheduler = calibration::scheduler(folder, &config.calibration)?;
         Ok(Run {
             prepared,
             inputs,
             samples,
             sample_weights: match config.calibration.timestep_weighting {
                 TimestepWeighting::Uniform => Vec::new(),
-                by @ (TimestepWeighting::Early | TimestepWeighting::Log) => calibration::weights(samples, folder, by)?,
+                by @ (TimestepWeighting::Early | TimestepWeighting::Log) => calibration::weights(samples, &scheduler, by)?,
             },
-            timesteps: folder.scheduler.train_timesteps()?,
+            timesteps: scheduler.training_timesteps()?,
             section: inputs.section(&config.calibration),
             // Samples take memory too, and there may be fewer than were planned with.
             memory: Memory::new(options.memory_budget()?, options.kind, options.placement().device),
@@ -154,7 +155,7 @@ impl<'a> Run<'a> {
             model: Model { chain: &folder.unet, source },
             layers,
             plan,
-            calibration: Calibration { samples: self.samples, weights: &self.sample_weights, timesteps: self.timesteps },
+            calibration: Calibration { samples: self.samples, weights: &self.sample_weights, timesteps: &self.timesteps },
             machine: Machine { devices: &options.devices, kind: options.kind },
         }
     }

@@ -7,6 +7,7 @@
 
 use std::path::PathBuf;
 
+use sdxl_model::scheduler::SpacingKind;
 use sdxl_pipeline::LoraFile;
 use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 
@@ -143,10 +144,43 @@ keys! {
             Preset::Integer(384),
             flag Flag::new("calibration-nsamples", "N")
         );
+        /// Sampler of the calibration runs. `euler`, `euler-ancestral`, `heun`, `ddim`, `ddpm`,
+        /// `dpmpp-2m`, `dpmpp-2m-sde`, `unipc`, `plms`, `lcm`, `tcd`, `edm-euler`, `edm-dpmpp-2m`,
+        /// some also with `-karras`, or a class of diffusers.
+        SCHEDULER: String = ("scheduler", kinds::SCHEDULER, Preset::Absent("the model's"), flag Flag::new("scheduler", "NAME"));
+        /// Spacing of the sampler's timesteps.
+        TIMESTEP_SPACING: SpacingKind = (
+            "timestep_spacing",
+            Kind::WORD,
+            Preset::Absent("the sampler's"),
+            flag Flag::new("timestep-spacing", "SPACING")
+        );
+        /// Share of noise that each step of DDIM or TCD adds.
+        ETA: f64 = ("eta", kinds::SHARE, Preset::Number(0.0), flag Flag::new("eta", "ETA"));
         /// Denoising steps of the calibration runs.
-        STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(20), flag Flag::new("steps", "N"));
+        STEPS: usize = (
+            "steps",
+            kinds::COUNT,
+            Preset::Absent("the model's: 20, or the few of a distilled model"),
+            flag Flag::new("steps", "N")
+        );
         /// Guidance scale of the calibration runs.
-        GUIDANCE: f64 = ("guidance", kinds::NOT_NEGATIVE, Preset::Number(5.0), flag Flag::new("guidance", "G"));
+        GUIDANCE: f64 = (
+            "guidance",
+            kinds::NOT_NEGATIVE,
+            Preset::Absent("the model's: 5, or none for a distilled model"),
+            flag Flag::new("guidance", "G")
+        );
+        /// Share of the guided prediction that is brought to the deviation of the prompt's own
+        /// prediction, against overexposure.
+        GUIDANCE_RESCALE: f64 = ("guidance_rescale", kinds::SHARE, Preset::Number(0.0), flag Flag::new("guidance-rescale", "SHARE"));
+        /// Negative prompt of the calibration runs.
+        NEGATIVE_PROMPT: String = (
+            "negative_prompt",
+            kinds::PROMPT,
+            Preset::Absent("the pipeline's, zeros for SDXL base"),
+            flag Flag::new("negative-prompt", "TEXT")
+        );
         /// Seed of the calibration runs.
         SEED: u64 = ("seed", kinds::ELEMENTS, Preset::Integer(0), flag Flag::new("seed", "N"));
         /// Height of the calibration runs in pixels.

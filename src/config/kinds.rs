@@ -52,6 +52,26 @@ pub(super) const PIXELS: Kind<i64> =
 pub(super) const NOT_NEGATIVE: Kind<f64> =
     kind!(Number, "a number from 0", { "type": "number", "minimum": 0 }, |node| limits::not_negative(number(node)?));
 
+/// A share, both ends included.
+pub(super) const SHARE: Kind<f64> =
+    kind!(Number, "from 0 to 1", { "type": "number", "minimum": 0, "maximum": 1 }, |node| limits::share(number(node)?));
+
+pub(super) const SCHEDULER: Kind<String> = kind!(Text, "a sampler's name", { "type": "string", "pattern": "\\S" }, |node| {
+    limits::scheduler(text(node)?)
+});
+
+/// A prompt, which may be empty.
+pub(super) const PROMPT: Kind<String> = kind!(Text, "a text", { "type": "string" }, |node| match &node.value {
+    Value::Text(prompt) if prompt.is_empty() => Ok(String::new()),
+    Value::Null
+    | Value::Boolean(_)
+    | Value::Integer(_)
+    | Value::Number(_)
+    | Value::Text(_)
+    | Value::List(_)
+    | Value::Mapping(_) => limits::prompt(text(node)?),
+});
+
 /// A share of the weights.
 pub(super) const SPARSITY: Kind<f64> = kind!(Number, "from 0 to below 1", { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }, |node| {
     limits::target_sparsity(number(node)?)

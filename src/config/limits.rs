@@ -1,5 +1,7 @@
 //! The bounds of each value. Messages continue the key's name: "must be …".
 
+use sdxl_model::scheduler::SchedulerChoice;
+use squeeze_base::input::prompt_of_length;
 use squeeze_codebook::{BitWidth, NmRatio};
 use squeeze_numerics::device::parse_dtype;
 
@@ -52,6 +54,21 @@ pub(super) fn pixels(value: i128) -> Checked<i64> {
 pub(super) fn not_negative(value: f64) -> Checked<f64> {
     // Adding 0 makes -0 a plain 0.
     if value >= 0.0 && value.is_finite() { Ok(value + 0.0) } else { Err("must be at least 0 and finite".into()) }
+}
+
+/// A share from 0 to 1.
+pub(super) fn share(value: f64) -> Checked<f64> {
+    if (0.0..=1.0).contains(&value) { Ok(value + 0.0) } else { Err("must be between 0 and 1".into()) }
+}
+
+/// A sampler's name.
+pub(super) fn scheduler(name: &str) -> Checked<String> {
+    name.parse::<SchedulerChoice>().map(|_| name.to_owned()).map_err(|why| format!("cannot be taken: {why}"))
+}
+
+/// A prompt of a length that is read.
+pub(super) fn prompt(text: &str) -> Checked<String> {
+    prompt_of_length("it", text).map(|()| text.to_owned()).map_err(|problem| format!("is too long: {problem}"))
 }
 
 /// The message about a ratio that is none.

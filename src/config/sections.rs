@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sdxl_model::scheduler::SpacingKind;
 use sdxl_pipeline::{LoraFile, ModelFiles};
 use serde::{Serialize, Serializer};
 use squeeze_base::error::Place;
@@ -59,10 +60,21 @@ pub struct CalibrationSection {
     pub timestep_weighting: TimestepWeighting,
     /// How many UNet calls are taken, evenly over prompts and timesteps. At least 1.
     pub calibration_nsamples: usize,
-    /// Denoising steps for each prompt. At least 1.
-    pub steps: usize,
-    /// Guidance scale; 1 is none. At least 0.
-    pub guidance: f64,
+    /// The sampler in the place of the model's own.
+    pub scheduler: Option<String>,
+    /// The spacing of the timesteps in the place of the sampler's own.
+    pub timestep_spacing: Option<SpacingKind>,
+    /// The share of noise that each step of DDIM or TCD adds. In [0, 1].
+    pub eta: f64,
+    /// Denoising steps for each prompt, at least 1; `None` is what the model was made for.
+    pub steps: Option<usize>,
+    /// Guidance scale, at least 0; 1 is none. `None` is what the model was made for.
+    pub guidance: Option<f64>,
+    /// The share of the guided prediction whose deviation is brought to that of the prompt's own.
+    /// In [0, 1].
+    pub guidance_rescale: f64,
+    /// The negative prompt; `None` is the pipeline's default.
+    pub negative_prompt: Option<String>,
     /// Seed of the noise.
     pub seed: u64,
     /// Height and width of the pictures in pixels; absent: what the model was made for.
@@ -128,6 +140,13 @@ impl Default for ModelSection {
     }
 }
 
+impl CalibrationSection {
+    /// Steps of a model that is not distilled, where the config gives none.
+    pub const STEPS: usize = 20;
+    /// Guidance scale of a model that is not distilled, where the config gives none.
+    pub const GUIDANCE: f64 = 5.0;
+}
+
 impl Default for CalibrationSection {
     fn default() -> Self {
         use keys::calibration::*;
@@ -138,8 +157,13 @@ impl Default for CalibrationSection {
             captions_nsamples: CAPTIONS_NSAMPLES.default_value(),
             timestep_weighting: TIMESTEP_WEIGHTING.default_value(),
             calibration_nsamples: CALIBRATION_NSAMPLES.default_value(),
-            steps: STEPS.default_value(),
-            guidance: GUIDANCE.default_value(),
+            scheduler: None,
+            timestep_spacing: None,
+            eta: ETA.default_value(),
+            steps: None,
+            guidance: None,
+            guidance_rescale: GUIDANCE_RESCALE.default_value(),
+            negative_prompt: None,
             seed: SEED.default_value(),
             size: None,
         }
@@ -215,8 +239,13 @@ impl CalibrationSection {
             captions_nsamples: fields.value(&CAPTIONS_NSAMPLES, mistakes),
             timestep_weighting: fields.value(&TIMESTEP_WEIGHTING, mistakes),
             calibration_nsamples: fields.value(&CALIBRATION_NSAMPLES, mistakes),
-            steps: fields.value(&STEPS, mistakes),
-            guidance: fields.value(&GUIDANCE, mistakes),
+            scheduler: fields.get(&SCHEDULER, mistakes),
+            timestep_spacing: fields.get(&TIMESTEP_SPACING, mistakes),
+            eta: fields.value(&ETA, mistakes),
+            steps: fields.get(&STEPS, mistakes),
+            guidance: fields.get(&GUIDANCE, mistakes),
+            guidance_rescale: fields.value(&GUIDANCE_RESCALE, mistakes),
+            negative_prompt: fields.get(&NEGATIVE_PROMPT, mistakes),
             seed: fields.value(&SEED, mistakes),
             size: height.zip(width),
         }

@@ -1,5 +1,6 @@
 //! Enums whose values are words in a config.
 
+use sdxl_model::scheduler::SpacingKind;
 use serde::{Serialize, Serializer};
 use squeeze_codebook::{OnMisfit, PruneMethod};
 
@@ -101,6 +102,12 @@ words!(GranularityWord, "per_tensor" => PerTensor, "per_grouped_channel" => PerG
 impl Words for PruneMethod {
     fn words() -> Vec<(&'static str, Self)> {
         PruneMethod::ALL.map(|method| (method.name(), method)).into()
+    }
+}
+
+impl Words for SpacingKind {
+    fn words() -> Vec<(&'static str, Self)> {
+        [SpacingKind::Leading, SpacingKind::Trailing, SpacingKind::Linspace].map(|kind| (kind.name(), kind)).into()
     }
 }
 

@@ -196,9 +196,9 @@ mod tests {
 
         #[test]
         fn ssim_is_its_definition_and_symmetric((a, b) in pair()) {
-            let found = ssim(&a, &b).unwrap();
-            prop_assert!((found - ssim_by_definition(&a, &b)).abs() < 1e-9);
-            prop_assert!((found - ssim(&b, &a).unwrap()).abs() < 1e-12);
+            let similarity = ssim(&a, &b).unwrap();
+            prop_assert!((similarity - ssim_by_definition(&a, &b)).abs() < 1e-9);
+            prop_assert!((similarity - ssim(&b, &a).unwrap()).abs() < 1e-12);
             prop_assert!((ssim(&a, &a).unwrap() - 1.0).abs() < 1e-12);
         }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes the files of tests/attacks/ that README.md lists: small files that lie, one lie each.
+"""Writes the files of tests/attacks/ that README.md lists. Each is a small file with one fault.
 
-Needs nothing but Python. The same files come out every time; run it after a change: python3 tests/attacks/make.py
+The script needs only Python, and writes the same files every time: python3 tests/attacks/make.py
 """
 
 import hashlib
@@ -73,9 +73,9 @@ def half(*values):
 
 
 def a_container(change=None, seal_again=True, cut=0, header=None):
-    """A container of one weight [4, 2] with a mask, a palette of 2 bits for each 2 rows, and one bias. `change` may spoil it.
+    """A container of one weight [4, 2] with a mask, a palette of 2 bits for each 2 rows, and one bias. `change` may put in a fault.
 
-    The hashes are made right after the change, so that the lie itself must be found.
+    The hashes are corrected after the change, so that other checks must find the fault.
     """
     # Row-major elements 0, 1, 2, 3 and 6 are kept.
     indices, palettes = [0, 1, 2, 3, 1], [1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]
@@ -279,7 +279,7 @@ def a_manifest(change=None):
 
 def packages():
     def package(name, manifest=None, model=None, weights=None):
-        """Only what is not as in the good package is written; the test copies the rest."""
+        """Writes only the files that differ from those of the good package. The test copies the others."""
         for file, content in [("Manifest.json", manifest), (f"Data/{MODEL}", model), (f"Data/{WEIGHTS}/weight.bin", weights)]:
             if content is not None:
                 write(f"package/{name}.mlpackage/{file}", content)
@@ -369,7 +369,7 @@ def configs():
 
 
 def samples():
-    """For a UNet of 4 latent channels, text states of 80, and 48 + 6 * 8 numbers of pooled text and time ids."""
+    """Samples for a UNet with 4 latent channels, text states of 80, and an added embedding of 48 + 6 * 8 numbers."""
 
     def file(change=None):
         shapes = {

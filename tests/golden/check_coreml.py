@@ -1,12 +1,14 @@
-"""Checks Core ML packages from outside, with coremltools 9.0 and torch. Nothing of the Rust code is used.
+"""Checks Core ML packages with coremltools 9.0 and torch, without any of the Rust code.
 
     python check_coreml.py PACKAGE --weights CONTAINER|MODELDIR [--skip loader,values,forward] [--json FILE]
-    python check_coreml.py PACKAGE --operations REFERENCE.mlpackage     # every operation as coremltools itself serializes it
+    python check_coreml.py PACKAGE --operations REFERENCE.mlpackage     # compares how operations are serialized
 
-1. loader: Apple's package validator accepts it; it opens with skip_model_load; coremltools' loader rebuilds the program, and the type that
-   it infers for each output is the one declared.
-2. values: each constant of the program that is a tensor of the UNet, materialized by coremltools, equals the stored tensor bit for bit.
-3. forward: the program, evaluated by mil_torch.py in fp32, is within 1e-4 of diffusers' UNet with the same weights; and in fp16.
+1. loader: Apple's package validator accepts the package, and it opens with skip_model_load. The
+   loader of coremltools rebuilds the program and infers the declared type for each output.
+2. values: each constant of the program that is a tensor of the UNet is materialized by coremltools,
+   and equals the stored tensor bit for bit.
+3. forward: mil_torch.py evaluates the program in fp32, and the output is within 1e-4 of that of
+   diffusers' UNet with the same weights. The program is also evaluated in fp16.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from mil_torch import Package, evaluate
 
 
 class Stored:
-    """The UNet's tensors by name, read one at a time: from a container as docs/container.md says, or from a diffusers folder."""
+    """The UNet's tensors by name, read one at a time from a container (docs/container.md) or a diffusers folder."""
 
     def __init__(self, path):
         path = pathlib.Path(path)
@@ -97,11 +99,11 @@ def loader(path):
             inferred = var.sym_type
             shape = tuple(inferred.get_shape()) if types.is_tensor(inferred) else ()
             element = inferred.get_primitive() if types.is_tensor(inferred) else inferred
-            # What constexpr operations are given inline has no name of its own in the file, and becomes a constant here.
+            # Inline arguments of constexpr operations have no names in the file. coremltools makes constants of them.
             if op.op_type == "const" and var.name not in declared:
                 continue
             if op.op_type == "const":
-                # pymil widens sub-byte and small types of constants; their shape and value are what counts.
+                # pymil widens constants of small types, so only their shapes are compared here.
                 assert declared[var.name][1] == shape, (var.name, declared[var.name], shape)
             else:
                 assert declared[var.name] == (names[element], shape), (op.op_type, var.name, declared[var.name], names[element], shape)
@@ -112,7 +114,7 @@ def loader(path):
 
 
 def values(program, stored):
-    """Every tensor of the UNet, as coremltools materializes it."""
+    """Compares every tensor of the UNet with the one that coremltools materializes."""
     by_name = {re.sub(r"[^A-Za-z0-9]", "_", name): name for name in stored.names}
     assert len(by_name) == len(stored.names)
     left, compressed = dict(by_name), 0
@@ -138,7 +140,8 @@ def forward(package, stored, seed=0):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(stored.config).eval()
     unet.load_state_dict({name: torch.from_numpy(stored.tensor(name)) for name in stored.names}, assign=True)
-    # fp16 in memory, fp32 while a layer computes: the same numbers in half the space.
+    # Weights are fp16 in memory and become fp32 while a layer computes. This halves the memory and does not
+    # change the results.
     for module in unet.modules():
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(lambda module, given: module.float() and None)
@@ -165,7 +168,7 @@ def forward(package, stored, seed=0):
 
 
 def patterns(path):
-    """Which operations there are, and for each parameter: how it is bound, its dtype, its rank, and strings' values."""
+    """The kinds of operations, and for each parameter its binding, its dtype, its rank, and the text of a string."""
     package = Package(path)
     known = {name: ("var", *shape_of(kind)) for name, kind in package.inputs.items()}
     found = {}
@@ -183,7 +186,7 @@ def patterns(path):
             for binding in argument.arguments:
                 if binding.WhichOneof("binding") == "name":
                     what = known[binding.name]
-                    # Compressed weights are bound like constants.
+                    # Compressed weights are variables and dense ones are constants. Both count as one kind.
                     what = ("var/const", *what[1:3]) if parameter == "weight" else what
                 else:
                     what = ("inline", *shape_of(package.type(binding.value.type)))

@@ -2,7 +2,7 @@
 
     python check_coreml_all.py ../../target/release/sdxl-squeeze coreml/checked.json
 
-Calibration is cut short: what is checked is the package, not the compression. Takes seven minutes.
+Calibration takes few samples, because the packages are checked and not the quality. A run takes seven minutes.
 """
 
 import json
@@ -49,7 +49,7 @@ def main(squeeze, out):
             command = [squeeze, "compress", "--config", config, "--model", ROOT / "models/emoji-sdxl", "--out", target]
             if not config.stem.startswith("dense"):
                 command += ["--prompts", ROOT / "calibration/emoji.txt", "--calibration-nsamples", "8", "--steps", "4"]
-            # The configs name the captions as seen from the top of the project.
+            # The configs give the path of the captions relative to the root of the repository.
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found[name] = check(squeeze, target / "unet.squeezed.safetensors", KINDS, folder)
         dense = {"linear, diffusers": KINDS["linear, diffusers"], "split-einsum, apple": KINDS["split-einsum, apple"]}

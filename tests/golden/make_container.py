@@ -1,10 +1,10 @@
-"""A container written and read with numpy and the standard library, as docs/container.md says.
+"""Writes and reads containers by docs/container.md, with numpy and the standard library.
 
     python make_container.py make container                 # write the golden files into the folder `container`
     python make_container.py packing container/packing.json # packed bits from coremltools 9.0 (needs coremltools)
     python make_container.py compare FILE DECODED           # decode FILE, compare with a plain safetensors file, check all hashes
 
-`cargo test container` leaves a container and its decoded weights for `compare` in target/tmp.
+`cargo test container` writes a container and its decoded weights to target/tmp, for `compare`.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def compact(value):
 
 
 def pack(values, bits):
-    """A bit at a time, so that nothing but the definition is in it."""
+    """Packs numbers bit by bit, exactly as the definition says."""
     out = bytearray(math.ceil(len(values) * bits / 8))
     for i, value in enumerate(values):
         assert 0 <= value < 2**bits
@@ -57,7 +57,7 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, metadata, tensors):
-    """`tensors`: (name, dtype, shape, bytes) in the order of their data."""
+    """Writes a safetensors file of `tensors`: (name, dtype, shape, bytes), in the order of their data."""
     header, data = {}, b""
     if metadata:
         header["__metadata__"] = metadata
@@ -82,7 +82,7 @@ def table_hash(table):
 
 
 def read_container(path):
-    """Decoded weights and uncompressed tensors by name, as fp16 arrays. Every hash is checked."""
+    """Returns decoded weights and uncompressed tensors by name, as fp16 arrays, and checks every hash."""
     metadata, table, data = read_safetensors(path)
     assert metadata["format"] == "sdxl-squeeze" and metadata["version"] == "1"
     assert metadata["metadata_sha256"] == lines_hash((k, metadata[k]) for k in sorted(metadata) if k != "metadata_sha256")
@@ -143,7 +143,7 @@ class Writer:
         self.dense.append((name, "F16", values.shape, values.astype("<f2").tobytes()))
 
     def weight(self, name, shape, keep=None, values=None, bits=None, axis=0, group_size=1, palettes=None, indices=None, scales=None, report=None):
-        """`values` or `palettes` and `indices`, which have an entry for each element."""
+        """Adds a weight with `values`, or with `palettes` and `indices`, which have an entry for each element."""
         numel = math.prod(shape)
         kept = np.ones(numel, bool) if keep is None else keep
         row = {"kept": int(kept.sum()), "masked": keep is not None, "shape": list(shape)}
@@ -163,7 +163,7 @@ class Writer:
             for e in np.nonzero(kept)[0]:
                 r, c = e // (shape[1] * inner), e // inner % shape[1]
                 entry = palettes[(r if axis == 0 else c) // group_size, indices[e]]
-                # In double: exact, then rounded once.
+                # The product is exact in double precision, and is rounded once.
                 dense[e] = np.float16(np.float64(entry) * np.float64(1 if scales is None else scales[r]))
             if scales is not None:
                 row["scaled"] = True
@@ -225,10 +225,10 @@ def make(folder):
     values = halves(60)
     keep = random.random(60) >= 0.4
     writer.weight("sparse.weight", [4, 5, 1, 3], keep, values=values)
-    # Nothing kept; everything kept and a mask that says so.
+    # One mask keeps no element, and one keeps all elements.
     palettized("empty.weight", [2, 4], 4, 0, 2, sparsity=1.0)
     palettized("full.weight", [2, 4], 4, 0, 2, sparsity=0.0)
-    # A kept value may be zero, of either sign.
+    # Kept values may be +0 or -0.
     writer.weight("zeros.weight", [1, 3], np.array([True, True, False]), values=np.array([0.0, -0.0, 1.0], np.float16))
     writer.tensor("norm.weight", halves(2, 3))
     writer.finish(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")

@@ -1,4 +1,4 @@
-"""What coremltools 9.0 itself writes, for the tests of src/coreml.
+"""Writes golden files with coremltools 9.0, for the tests of Core ML packages.
 
     python make_coreml.py operations base-like/unet coreml/operations.json   # every operation's parameters, in converted networks
     python make_coreml.py blobs coreml/blobs.bin                             # a weight.bin by Apple's own writer
@@ -45,7 +45,7 @@ class Unet(torch.nn.Module):
 def unet(path):
     module = Unet(path)
     config = module.unet.config
-    # Plain norms would be left out of the program.
+    # The converter would leave out norms whose weights are 1 and whose biases are 0.
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -61,7 +61,7 @@ def unet(path):
 
 
 def single(op):
-    """Whether an operation of the UNet is computed in fp16: all but those from timestep and time ids to their sinusoids."""
+    """Whether an operation of the UNet is computed in fp16. Those from timestep and time ids to their sinusoids are not."""
     seen, waiting = set(), [op]
     while waiting:
         here = waiting.pop()
@@ -87,7 +87,7 @@ class Sinusoids(torch.nn.Module):
 
 
 class Split(torch.nn.Module):
-    """A transformer block's parts on [b, c, 1, s], head by head, as apple/ml-stable-diffusion's SPLIT_EINSUM computes them."""
+    """The parts of a transformer block on [b, c, 1, s], head by head, like SPLIT_EINSUM of apple/ml-stable-diffusion."""
 
     def __init__(self, channels=64, heads=2):
         super().__init__()
@@ -114,7 +114,7 @@ class Split(torch.nn.Module):
 
 
 class Compressed(torch.nn.Module):
-    """Weights of every kind: palettized; pruned and palettized; pruned."""
+    """A network with weights of every kind: palettized, pruned and palettized, and pruned."""
 
     def __init__(self, channels=16):
         super().__init__()

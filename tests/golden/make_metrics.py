@@ -1,4 +1,4 @@
-"""PSNR and SSIM that scikit-image gives for pairs of small pictures.
+"""Computes PSNR and SSIM of pairs of small pictures with scikit-image.
 
     python make_metrics.py SAMPLES.png metrics.safetensors metrics.json
 

@@ -1,12 +1,12 @@
-"""What coremltools' PostTrainingPalettizer makes of small random fp16 weights.
+"""Palettizes small random fp16 weights with coremltools' PostTrainingPalettizer.
 
     python make_palettes.py --out palettes.safetensors
 
-The palettizer clusters fp16 weights as they are (`enable_fast_kmeans_mode=False`: no rounding to 4 decimals). FILE gets:
+The palettizer clusters the fp16 weights without rounding them to 4 decimals (`enable_fast_kmeans_mode=False`). FILE gets:
 
-    linear, conv, linear.sparse, conv.sparse      the weights; of the sparse ones the smallest 40 % are zero
+    linear, conv, linear.sparse, conv.sparse      the weights; in the sparse ones the smallest 40 % are zero
     LAYER/bBITS/tensor/lut                        [groups, 2^bits] palettes, padded with zeros at the end
-    LAYER/bBITS/gsSIZE.axisAXIS/lut               the same by groups of channels
+    LAYER/bBITS/gsSIZE.axisAXIS/lut               palettes of groups of channels
     .../weight                                    the weights after palettizing
     .../scale                                     [o] where the name has `.scaled`
 """
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 
 def palettize(weight, bits, group, scaled):
-    """(palettes [groups, 2^bits], weights, scales) in fp16."""
+    """Returns palettes [groups, 2^bits], weights and scales in fp16."""
     if weight.dim() == 2:
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     else:
@@ -45,7 +45,7 @@ def main():
     options = options.parse_args()
 
     generator = torch.Generator().manual_seed(0)
-    # Rows of different sizes, so that scales and groups matter.
+    # Rows have different norms, so that scales and groups make a difference.
     row_sizes = 0.02 * (0.5 + torch.rand(32, 1, generator=generator))
     linear = (torch.randn(32, 64, generator=generator) * row_sizes).half()
     conv = (torch.randn(32, 32, 3, 2, generator=generator) * row_sizes[..., None, None]).half()

@@ -1,10 +1,10 @@
-"""Makes the small random SDXL pipelines of the tests and what diffusers computes with them.
+"""Makes the small random SDXL pipelines of the tests, and computes references with diffusers.
 
     python make_pipelines.py make  TOKENIZER OUT [NAME...]   # OUT/NAME/: diffusers folder, reference.safetensors, reference.json
-    python make_pipelines.py check OUT [NAME...]             # how far small changes of noise and of single weights carry
+    python make_pipelines.py check OUT [NAME...]             # the effect of small changes of noise and of single weights
 
 TOKENIZER is a folder with a CLIP vocab.json and merges.txt; only its first merges are kept.
-Everything in reference.safetensors is float32 arithmetic on the weights as stored.
+All values in reference.safetensors are computed in float32 from the stored weights.
 """
 import json
 import shutil
@@ -29,7 +29,7 @@ SCHEDULERS = {
     "dpmpp-2m": (DPMSolverMultistepScheduler, {}),
     "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
 }
-# What the published SDXL folders have, with keys that Euler ignores and that other schedulers read.
+# The config in the published SDXL folders. Euler ignores some of its keys, which other schedulers read.
 PUBLISHED_SCHEDULER = dict(
     beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, clip_sample=False, interpolation_type="linear",
     num_train_timesteps=1000, prediction_type="epsilon", sample_max_value=1.0, set_alpha_to_one=False, skip_prk_steps=True,
@@ -75,14 +75,14 @@ RECIPES = {
 
 
 def write_tokenizer(source, folder, pad, only_json=False):
-    """Cuts a CLIP tokenizer to its first merges; `only_json` leaves what transformers 5 saves."""
+    """Cuts a CLIP tokenizer to its first merges. With `only_json`, the folder has only the files that transformers 5 saves."""
     merges = (source / "merges.txt").read_text().split("\n")[:1 + MERGES]
     symbols = sorted(json.loads((source / "vocab.json").read_text()).items(), key=lambda entry: entry[1])[:512]
     tokens = [s for s, _ in symbols] + [m.replace(" ", "") for m in merges[1:]] + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(merges) + "\n")
-    # as in the published folders: the special tokens are objects, with "normalized": true
+    # Special tokens are objects with "normalized": true in the published folders.
     special = {k: dict(content=t, lstrip=False, normalized=True, rstrip=False, single_word=False)
                for k, t in (("bos_token", "<|startoftext|>"), ("eos_token", "<|endoftext|>"), ("unk_token", "<|endoftext|>"))}
     special["pad_token"] = pad
@@ -102,7 +102,7 @@ def write_tokenizer(source, folder, pad, only_json=False):
 
 @torch.no_grad()
 def randomise(model):
-    """Weights of order 1 everywhere, so that no bias, norm or projection can go missing unseen."""
+    """Sets all weights to values of order 1, so that a missing bias, norm or projection changes results visibly."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.copy_(0.7 * torch.randn_like(module.weight))
@@ -117,7 +117,7 @@ def randomise(model):
 
 
 def teach(unet, scheduler, states, pooled, ids, rounds=250):
-    """A short training of the outer layers to remove noise: sampling then ends at order 1 and does not blow up rounding errors."""
+    """Trains the outer layers to remove noise for a moment. Sampling then ends at order 1 and does not amplify rounding errors."""
     outer = [w for k, w in unet.named_parameters() if k.startswith(("conv_", f"up_blocks.{len(unet.up_blocks) - 1}."))]
     colours, best = torch.randn(len(states), 4, 1, 1), torch.optim.Adam(outer, 3e-3)
     for _ in range(rounds):
@@ -181,7 +181,7 @@ def build(name, source, folder):
             parts[part].half()
     kept = {t: {f.name: f.read_bytes() for f in (folder / t).iterdir()} for t in ("tokenizer", "tokenizer_2") if parts[t]}
     pipe.save_pretrained(folder)
-    for t, files in kept.items():  # transformers 5 would leave tokenizer.json alone there
+    for t, files in kept.items():  # transformers 5 would save tokenizer.json only
         shutil.rmtree(folder / t)
         (folder / t).mkdir()
         for file, content in files.items():
@@ -192,7 +192,7 @@ def build(name, source, folder):
 
 
 def prefix(file, extra=None):
-    """Names as in the published folders: transformers 5 drops this prefix when it saves a CLIPTextModel."""
+    """Gives tensors the names of the published folders. transformers 5 drops this prefix when it saves a CLIPTextModel."""
     weights = {"text_model." + k.removeprefix("text_model."): w for k, w in load_file(file).items()}
     save_file(weights | (extra or {}), file, metadata={"format": "pt"})
 
@@ -223,7 +223,7 @@ def make(source, out, *names):
 
 
 def load(folder):
-    """The pipeline in float32, part by part because the v-prediction folder mixes file variants."""
+    """Loads the pipeline in float32, part by part because the v-prediction folder mixes file variants."""
     pipe_class = StableDiffusionXLImg2ImgPipeline if folder.name == "refiner-like" else StableDiffusionXLPipeline
     given = {}
     if folder.name == "v-prediction":
@@ -253,7 +253,7 @@ def start_noise(pipe, height, width):
 def sample(pipe, noise, output="latent", negative=None, guidance=GUIDANCE, steps=STEPS):
     run = dict(negative_prompt=negative, guidance_scale=guidance, num_inference_steps=steps, output_type=output)
     if isinstance(pipe, StableDiffusionXLImg2ImgPipeline):
-        # A start of 1e-6 keeps every timestep and adds no noise: the given latents are the starting point.
+        # A start of 1e-6 keeps every timestep and adds no noise, so sampling starts from the given latents.
         pipe.scheduler.set_timesteps(steps)
         return pipe(PROMPT, image=noise * pipe.scheduler.init_noise_sigma, denoising_start=1e-6,
                     aesthetic_score=6.0, negative_aesthetic_score=2.5, **run).images
@@ -262,7 +262,7 @@ def sample(pipe, noise, output="latent", negative=None, guidance=GUIDANCE, steps
 
 
 def watched(unet, noise, t, states, pooled, ids, front, residuals=True):
-    """One call of the UNet, and what each stage returned."""
+    """Calls the UNet once, and returns its output and the outputs of all stages."""
     keep, hooks = {}, []
     blocks = {f"down_blocks.{i}": b for i, b in enumerate(unet.down_blocks)} | {"mid_block": unet.mid_block}
     blocks |= {f"up_blocks.{i}": b for i, b in enumerate(unet.up_blocks)}
@@ -367,7 +367,7 @@ def reference(name, folder):
     }, indent=1, allow_nan=False) + "\n")
 
 
-# ---------------------------------------------------------------- are the bounds fair
+# ---------------------------------------------------------------- checks of the bounds
 
 
 @torch.no_grad()

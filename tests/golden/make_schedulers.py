@@ -1,20 +1,22 @@
-"""Writes what diffusers' samplers compute, for tests/it/schedulers.rs to compare with.
+"""Writes results of diffusers' samplers, with which tests/it/schedulers.rs compares its own.
 
     python tests/golden/make_schedulers.py tests/golden/schedulers.safetensors
 
-needs diffusers 0.42.1, torch and safetensors. LayerEvidence the tensors it writes schedulers.json: a list of cases, each with the text of
-a scheduler_config.json, the name under which it is overridden (or null), and its numbers of steps.
+The script needs diffusers 0.42.1, torch and safetensors. It also writes schedulers.json, a list of
+cases. Each case has the text of a scheduler_config.json, the name of the sampler that overrides it
+(or null), and its numbers of steps.
 
-libtorch's square roots depend on the processor, and the samplers' tables on them: "roots", those of linspace(0.01, 200, 1000), tell
-whether a machine is like the one that made the file, so that everything must be equal to the last bit or nearly.
+The square roots of libtorch depend on the processor, and the tables of the samplers depend on the
+roots. The tensor "roots" has those of linspace(0.01, 200, 1000). The Rust tests compute them too: if
+they are equal, the results must be equal or nearly equal; otherwise wider bounds apply.
 
-In place of a UNet stands `predict` below. Every run starts from the same noise [1, 4, 3, 5] times `init_noise_sigma`. For each case
-NAME the tensors are, with the runs in the order of `steps`:
+`predict` below takes the place of a UNet. Every run starts from the same noise [1, 4, 3, 5] times
+`init_noise_sigma`. Each case NAME has these tensors, with its runs in the order of `steps`:
 
-    NAME.timesteps  fp64 [sum of lengths]   all runs' timesteps, one run after another
-    NAME.lengths    int64 [runs]            how many each run has
+    NAME.timesteps  fp64 [sum of lengths]   the timesteps of all runs, one run after another
+    NAME.lengths    int64 [runs]            the number of timesteps of each run
     NAME.init       fp64 [runs]             init_noise_sigma
-    NAME.float32    fp32 [runs, 60]         each run's final sample
+    NAME.float32    fp32 [runs, 60]         the final sample of each run
     NAME.float64, NAME.float16, NAME.bfloat16  [60]  the final sample of the 20-step run in that kind
     NAME.trace      fp32 [steps, 60]        the sample after every step of the 5-step run (of some cases)
 """
@@ -38,13 +40,13 @@ NAMES = {
 
 
 def predict(x, timestep):
-    """A model made of two functions, computed in fp64 so that every implementation gets the same prediction."""
+    """A function in place of a model, computed in fp64 so that every implementation gets the same prediction."""
     wide = x.double()
     return (torch.sin(3 * wide + float(timestep) / 100) * 0.5 + 0.3 * wide).to(x.dtype)
 
 
 def load(config, override):
-    """The sampler as a pipeline loads it, and as its user then replaces it."""
+    """Loads a sampler like a pipeline, and replaces it by another one if the case overrides it."""
     scheduler = getattr(diffusers, config["_class_name"]).from_config(dict(config))
     if override is None:
         return scheduler
@@ -69,7 +71,7 @@ def run(config, override, steps, noise):
 
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-# SDXL base 1.0's own, with the leftovers of other classes in it.
+# The config of SDXL base 1.0, which contains keys of other classes.
 SDXL = {
     **SCALED,
     "clip_sample": False,
@@ -154,7 +156,7 @@ DPM = {
     "other-solvers-names": {**SDXL, "algorithm_type": "deis", "solver_type": "logrho", "final_sigmas_type": "sigma_min"},
     "trained": {**TRAINED, "beta_schedule": "squaredcos_cap_v2", **KARRAS},
 }
-# Class of the file, its keys, the name it is overridden with.
+# Each case has the class of the config, its keys, and the name of the sampler that overrides it.
 OVERRIDDEN = {
     "euler-to-euler-karras": ("euler", SDXL, "euler-karras"),
     "euler-to-ddim": ("euler", SDXL, "ddim"),
@@ -167,7 +169,7 @@ OVERRIDDEN = {
     "dpm-karras-to-euler": ("dpmpp-2m", {**SDXL, **KARRAS, "solver_order": 3}, "euler"),
     "dpm-to-ddim": ("dpmpp-2m", {**SCALED, "thresholding": False, "final_sigmas_type": "sigma_min"}, "ddim"),
 }
-# Steps other than STEPS: where trailing spacing rounds to one more than asked for, and as many as there are.
+# Further numbers of steps: some for which trailing spacing gives one step more, and the largest ones.
 OTHER_STEPS = {
     "euler/trailing": STEPS + [61, 999],
     "euler/linspace": STEPS + [1000],

@@ -1,8 +1,8 @@
-"""Prunes small random layers with coremltools' own SparseGPT and saves what went in and what came out.
+"""Prunes small random layers with coremltools' SparseGPT, and saves the inputs and the results.
 
     python make_sparsegpt.py sparsegpt.safetensors
 
-Needs torch 2.11.0, coremltools 9.0 and safetensors. The Hessians are the ones that coremltools accumulated.
+The script needs torch 2.11.0, coremltools 9.0 and safetensors. coremltools accumulates the Hessians.
 Weights and inputs are fp16 numbers; results are fp32.
 """
 

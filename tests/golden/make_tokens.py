@@ -1,9 +1,9 @@
-"""Token ids that transformers makes of many odd prompts.
+"""Computes token ids of many odd prompts with transformers.
 
     python make_tokens.py MODEL_DIR OUT.json
 
-For MODEL_DIR/tokenizer and MODEL_DIR/tokenizer_2, loaded as diffusers loads them: "ids" are padded and cut to 77,
-"raw" are neither padded nor cut.
+MODEL_DIR/tokenizer and MODEL_DIR/tokenizer_2 are loaded as diffusers loads them. "ids" are padded and
+cut to 77, and "raw" are neither padded nor cut.
 """
 import json
 import sys
@@ -50,7 +50,7 @@ def main(model, out):
     for name in ("tokenizer", "tokenizer_2"):
         result[name] = read(Path(model) / name)
     lines = []
-    for key, value in result.items():  # one prompt's ids a line
+    for key, value in result.items():  # The ids of each prompt are on one line.
         if isinstance(value, dict):
             inner = [f'  {json.dumps(k)}: ' + ("[\n   " + ",\n   ".join(map(json.dumps, v)) + "\n  ]" if k in ("raw", "ids") else json.dumps(v))
                      for k, v in value.items()]

@@ -1,8 +1,8 @@
-"""One UNet forward pass with seeded inputs, to compare values, time and memory with.
+"""Runs a UNet on seeded inputs, so that values, time and memory can be compared.
 
     python make_unet_forward.py MODEL_DIR --latent 64 --seed 0 --out FILE.safetensors [--repeat N] [--threads N]
 
-FILE gets the inputs and the output. One JSON line tells load seconds, seconds of each forward and peak memory.
+FILE gets the inputs and the output. The script prints one line of JSON: seconds to load, seconds of each forward, and peak memory.
 """
 import argparse
 import json

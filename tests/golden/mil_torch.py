@@ -1,7 +1,8 @@
-"""Evaluates a Core ML package's program in torch. It shares nothing with the Rust code: the protobuf classes are coremltools', weight.bin is
-read with struct and numpy, and every operation is written from coremltools' documentation of it.
+"""Evaluates the program of a Core ML package in torch.
 
-Each declared output type is compared with what the operation really made.
+This module shares nothing with the Rust code: the protobuf classes are those of coremltools,
+weight.bin is read with struct and numpy, and the operations follow the documentation of coremltools.
+The declared type of each output is compared with the type of the result.
 """
 
 import json
@@ -76,7 +77,7 @@ class Package:
 
 
 def palette(indices, lut, mask):
-    """Each index's palette entry; `indices` of the kept elements, in the order of `mask`."""
+    """The palette entry of each kept element. `indices` has the indices of these elements in the order of `mask`."""
     groups = lut.shape[: mask.ndim]
     place = np.zeros(mask.shape, np.int64)
     for axis, (size, parts) in enumerate(zip(mask.shape, groups)):
@@ -167,8 +168,8 @@ OPS = {
 
 
 def evaluate(package, inputs, half=False):
-    """The outputs for `inputs`, torch tensors by name. In fp32 throughout, whatever the program declares; with `half`, every value is
-    rounded to fp16 where fp16 is declared."""
+    """The outputs for `inputs`, torch tensors by name. All operations are computed in fp32. With `half`,
+    each value that is declared as fp16 is rounded to fp16."""
 
     def held(value, kind):
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -187,7 +188,7 @@ def evaluate(package, inputs, half=False):
     for name, (kind, shape) in package.inputs.items():
         assert tuple(inputs[name].shape) == shape, (name, inputs[name].shape, shape)
         values[name] = held(inputs[name].float(), kind)
-    raw = {}  # constants for constexpr operations, as stored
+    raw = {}  # stored constants that constexpr operations read
     for at, op in enumerate(package.block.operations):
         kinds = [package.type(output.type) for output in op.outputs]
         if op.type == "const":
@@ -212,7 +213,7 @@ def evaluate(package, inputs, half=False):
         assert len(results) == len(op.outputs)
         for output, (kind, shape), result in zip(op.outputs, kinds, results):
             assert isinstance(result, str) or tuple(result.shape) == shape, (op.type, output.name, result.shape, shape)
-            # A mask and packed values are only read by other constant expressions.
+            # Only other constant expressions read a mask and packed values.
             if not (op.type == "constexpr_lut_to_sparse"):
                 values[output.name] = held(result, kind)
         if op.type.startswith("constexpr_") and op.type != "constexpr_lut_to_sparse":

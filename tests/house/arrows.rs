@@ -1,9 +1,9 @@
-//! Imports between the project's modules go one way.
+//! Imports between the project's modules go in one direction.
 //!
 //! A *room* is a crate, or a top-level module of one of the crates that hold several ideas
-//! ([`CRATES_OF_ROOMS`](super::CRATES_OF_ROOMS)). [`FLOORS`] lists the rooms from the ground up; a
-//! room may import rooms of lower floors only. Besides, no files import each other in a circle.
-//! Unit tests (`#[cfg(test)] mod`) are not read: a test may import anything.
+//! ([`CRATES_OF_ROOMS`](super::CRATES_OF_ROOMS)). [`FLOORS`] lists the rooms from the ground up. A
+//! room may import only rooms of lower floors, and no files may import each other in a circle. Unit
+//! tests (`#[cfg(test)] mod`) are not read, because a test may import anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -36,9 +36,10 @@ struct Source {
     file: PathBuf,
     /// The module, e.g. `["solver", "joint", "row"]`; empty for the root of a crate of rooms.
     module: Vec<String>,
-    /// Each path from the root of the crate, e.g. `["solver", "Hessian"]`.
+    /// Paths that the file names, from the root of the rooms, e.g. `["solver", "Hessian"]`.
     uses: BTreeSet<Vec<String>>,
-    /// What `pub use` hands on, by its name here: a facade imports nothing by that.
+    /// Targets of `pub use`, by the name that they have in this file. Re-exports do not count as
+    /// imports.
     handed_on: BTreeMap<String, Vec<String>>,
 }
 
@@ -87,14 +88,15 @@ fn no_files_import_each_other_in_a_circle() {
     assert!(circles.is_empty(), "circles of imports:\n{}", circles.join("\n\n"));
 }
 
-/// The file that defines what a path names: re-exports are followed.
+/// The index of the file that defines the item at `path`. Re-exports are followed.
 fn target(sources: &[Source], path: &[String]) -> Option<usize> {
     let mut path = path.to_vec();
     for _ in 0..8 {
         let depth = (0..=path.len()).rev().find(|depth| sources.iter().any(|source| source.module == path[..*depth]))?;
         let same = |source: &&Source| source.module == path[..depth];
         let at = sources.iter().position(|source| same(&source))?;
-        // The roots of several crates have the same, empty path.
+        // Several crates have the same, empty path as their root, so all of their roots are
+        // searched.
         let handed_on = |name: &String| sources.iter().filter(same).find_map(|source| source.handed_on.get(name));
         match path.get(depth).and_then(handed_on) {
             Some(further) => path = further.iter().chain(&path[depth + 1..]).cloned().collect(),
@@ -104,7 +106,7 @@ fn target(sources: &[Source], path: &[String]) -> Option<usize> {
     None
 }
 
-/// Sets of more than one file that all reach each other.
+/// Sets of two or more files in which every file reaches every other through imports.
 fn circles(arrows: &[BTreeSet<usize>]) -> Vec<BTreeSet<usize>> {
     let reached: Vec<BTreeSet<usize>> = (0..arrows.len())
         .map(|from| {
@@ -127,7 +129,7 @@ fn circles(arrows: &[BTreeSet<usize>]) -> Vec<BTreeSet<usize>> {
     circles.into_iter().collect()
 }
 
-/// The sources of all crates.
+/// Reads the sources of all crates.
 fn read_all() -> Vec<Source> {
     let crates = super::crates();
     crates.iter().flat_map(|this| read_crate(&crates, this)).collect()
@@ -140,7 +142,7 @@ fn read_crate(crates: &[Crate], this: &Crate) -> Vec<Source> {
     files.iter().map(|file| read(crates, this, file)).collect()
 }
 
-/// The files that `#[cfg(test)] mod name;` names.
+/// The files of modules that a file declares with `#[cfg(test)] mod name;`.
 fn files_of_tests(file: &Path) -> Vec<PathBuf> {
     let text = std::fs::read_to_string(file).unwrap();
     let mut files = Vec::new();
@@ -173,7 +175,7 @@ fn read(crates: &[Crate], this: &Crate, file: &Path) -> Source {
     }
     let tokens = without_tests(tokens(&std::fs::read_to_string(file).unwrap()));
     let mut source = Source { file: file.to_owned(), module, uses: BTreeSet::new(), handed_on: BTreeMap::new() };
-    // Modules that this file declares: paths may begin with them.
+    // A path may begin with the name of a module that this file declares.
     let children: BTreeSet<&str> =
         tokens.windows(3).filter(|three| three[0] == "mod" && three[2] == ";").map(|three| three[1].as_str()).collect();
     let mut at = 0;
@@ -207,7 +209,8 @@ fn read(crates: &[Crate], this: &Crate, file: &Path) -> Source {
     source
 }
 
-/// The paths of one `use`, each with the name that it gets here; returns the place behind it.
+/// Collects the paths of the `use` at index `at`, each with the name that it gets in this file.
+/// Returns the index after the `use`.
 fn tree(tokens: &[String], mut at: usize, before: &[String], names: &mut Vec<(Vec<String>, String)>) -> usize {
     let mut path = before.to_vec();
     loop {
@@ -241,7 +244,8 @@ fn tree(tokens: &[String], mut at: usize, before: &[String], names: &mut Vec<(Ve
     }
 }
 
-/// A path from the room; `None` if it names something of a foreign crate or of this file.
+/// Converts a path to one from the root of the rooms. Returns `None` if the path names an item of a
+/// foreign crate or of this file.
 fn from_root(
     crates: &[Crate],
     this: &Crate,
@@ -294,7 +298,8 @@ fn without_tests(tokens: Vec<String>) -> Vec<String> {
     kept
 }
 
-/// Names, `::` and single signs; comments, strings and characters are left out.
+/// Splits code into names, `::` and single characters. Comments, strings and character literals are
+/// left out.
 fn tokens(text: &str) -> Vec<String> {
     let letters: Vec<char> = text.chars().collect();
     let mut tokens = Vec::new();

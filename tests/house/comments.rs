@@ -1,8 +1,8 @@
-//! Comments are wrapped, which rustfmt leaves to people.
+//! Comments have a limited width, which rustfmt does not enforce.
 
 use std::path::Path;
 
-/// Columns of a line that is a comment.
+/// The largest width of a comment's line.
 const COLUMNS: usize = 100;
 
 #[test]

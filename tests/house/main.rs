@@ -1,4 +1,4 @@
-//! The order of this house, checked: `cargo test --test house`.
+//! Checks of imports and of comments: `cargo test --test house`.
 
 mod arrows;
 mod comments;
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 /// A crate of this project.
 struct Crate {
-    /// Its name, as paths write it.
+    /// The crate's name, as paths write it.
     name: String,
-    /// The folder of its sources.
+    /// The folder of the crate's sources.
     root: PathBuf,
-    /// Its place among the rooms: empty if each of its modules is a room of its own.
+    /// The path of the crate among the rooms; empty if each module of the crate is a room.
     room: Vec<String>,
 }
 
-/// The crates each of whose modules is a room. Any other crate is one room.
+/// The crates in which each top-level module is a room. Every other crate is one room.
 const CRATES_OF_ROOMS: [&str; 3] = ["sdxl_squeeze", "squeeze_base", "squeeze_numerics"];
 
 /// The program's crate and the members of the workspace.

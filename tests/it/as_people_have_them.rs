@@ -1,4 +1,5 @@
-//! Models, configs and prompts as people have them: from other tools, other systems, other caches.
+//! Models, configs and prompts as users have them: from other programs, other systems and the cache
+//! of a hub.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,10 +13,10 @@ use sdxl_squeeze::pipeline::verify;
 use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, repo, tiny};
 
-/// A file's tensors: dtype, shape, bytes.
+/// The tensors of a file by name: dtype, shape, bytes.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-/// Rewrites a safetensors file.
+/// Changes the tensors of a safetensors file.
 fn edit(path: &Path, change: impl FnOnce(&mut Tensors)) {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -26,12 +27,11 @@ fn edit(path: &Path, change: impl FnOnce(&mut Tensors)) {
         .collect();
     change(&mut tensors);
     let views = tensors.iter().map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
-    // Before the file is written: the old bytes are mapped by nobody.
     let whole = safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap();
     std::fs::write(path, whole).unwrap();
 }
 
-/// The picture that a model draws in one step.
+/// The latents of the picture that `model` draws in one step.
 fn picture(model: &Path, out: &Path) -> Vec<u8> {
     let latents = out.join("latents.safetensors");
     let png = out.join("x.png");
@@ -56,7 +56,8 @@ fn text_encoders_with_their_positions_stored() {
     assert!(picture(&model, folder.path()) == picture(tiny(), folder.path()));
 }
 
-/// The hub's cache: `snapshots/REVISION/…` are relative links to `blobs/HASH`.
+/// In the cache of the Hugging Face hub, the files in `snapshots/REVISION/` are relative links to
+/// `blobs/HASH`.
 #[cfg(unix)]
 #[test]
 fn a_snapshot_of_links_into_a_folder_of_blobs() {
@@ -80,7 +81,7 @@ fn a_snapshot_of_links_into_a_folder_of_blobs() {
     link(tiny(), &snapshot, &blobs, 2);
     assert!(picture(&snapshot, folder.path()) == picture(tiny(), folder.path()));
 
-    // What is exported from it stands alone.
+    // The exported pipeline does not depend on the snapshot that it was exported from.
     let out = folder.path().join("out");
     Squeeze::new("compress").config("dense-4bit").model(&snapshot).out(&out).succeeds();
     let (container, dense) = (out.join("unet.squeezed.safetensors"), folder.path().join("dense"));
@@ -115,7 +116,7 @@ fn configs_and_prompts_from_windows() {
     }
 }
 
-/// Sizes that are multiples of 8 and not of the UNet's own two halvings: its stages then have odd
+/// Latents of 72 pixels are 18 wide. The UNet halves them to 9 and then to 5, so stages have odd
 /// sizes.
 #[test]
 fn pictures_of_72_and_96_pixels() {
@@ -130,7 +131,8 @@ fn pictures_of_72_and_96_pixels() {
     }
 }
 
-/// Sets whole elements of a tensor to bytes that end in `last`; only those that `which` picks.
+/// Sets the elements that `which` picks to bytes that are zero except for the last one, which is
+/// `last`.
 fn fill(tensors: &mut Tensors, name: &str, last: u8, which: impl Fn(usize) -> bool) {
     let (_, shape, data) = tensors.get_mut(name).unwrap_or_else(|| panic!("there is no {name}"));
     let size = data.len() / shape.iter().product::<usize>();
@@ -150,8 +152,8 @@ fn layers_of_zeros_dead_inputs_and_negative_zeros() {
     edit(&model.join("unet/diffusion_pytorch_model.safetensors"), |tensors| {
         fill(tensors, &zeros, 0, |_| true);
         fill(tensors, &negative, 0x80, |at| at % 2 == 0);
-        // The first rows make what the gates are multiplied with: of `ff.net.2`, half of the inputs
-        // are always zero.
+        // The first half of the rows makes the states that the gates are multiplied with. As half
+        // of these rows are zero, half of the inputs of `ff.net.2` are always zero.
         let rows = tensors[&format!("{block}.ff.net.0.proj.weight")].1.clone();
         fill(tensors, &format!("{block}.ff.net.0.proj.weight"), 0, |at| at / rows[1] < rows[0] / 4);
         fill(tensors, &format!("{block}.ff.net.0.proj.bias"), 0, |at| at < rows[0] / 4);
@@ -163,7 +165,7 @@ fn layers_of_zeros_dead_inputs_and_negative_zeros() {
         verify(&path).unwrap();
         let container = Container::open(&path).unwrap();
         assert!(container.decode(&zeros).unwrap().iter().all(|value| value.to_f32() == 0.0), "{config}");
-        // What is pruned is +0, whatever it was.
+        // Pruned elements are stored as +0, even if they were -0.
         let weight = container.weight(&negative).unwrap();
         let (mask, dense) = (weight.mask.as_ref().unwrap(), weight.decode().unwrap());
         assert!(dense.iter().enumerate().all(|(at, value)| mask.get(at) || value.to_bits() == 0));

@@ -1,7 +1,7 @@
-//! The hostile files of `tests/attacks/`: each is refused with one line and exit code 2, soon and
-//! in little memory.
+//! The hostile files of `tests/attacks/`. The program refuses each of them with one line and exit
+//! code 2, in little time and with little memory.
 //!
-//! `tests/attacks/README.md` is the list of them; this test reads it.
+//! `tests/attacks/README.md` lists the files, and this test reads the list.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use sdxl_squeeze::pipeline::verify;
 use crate::support::{copy, ended_with, repo, squeeze, squeezing, tiny};
 use crate::watched::{Ended, run};
 
-/// Beyond what any refusal takes, also where many tests share the processor.
+/// A time that no refusal needs, even if many tests share the processor.
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn attacks() -> PathBuf {
     repo("tests/attacks")
 }
 
-/// The attacks that README.md lists: file, and words of the refusal.
+/// The attacks that README.md lists: each file with words that its refusal contains.
 fn listed() -> BTreeMap<String, String> {
     let text = std::fs::read_to_string(attacks().join("README.md")).unwrap();
     let rows = text.lines().filter_map(|line| {
@@ -32,15 +32,14 @@ fn listed() -> BTreeMap<String, String> {
     rows.collect()
 }
 
-/// The attacks of one kind.
+/// The listed attacks of one kind.
 fn of(kind: &str) -> Vec<(String, String)> {
     let rows: Vec<_> = listed().into_iter().filter(|(name, _)| name.starts_with(&format!("{kind}/"))).collect();
     assert!(rows.len() > 5, "the list of {kind} is lost");
     rows
 }
 
-/// Runs what `command` makes of each attack of a kind, and says all that was not refused as it must
-/// be.
+/// Runs `command` for each attack of a kind, and reports all attacks that are not refused properly.
 fn all_refused(kind: &str, command: impl Fn(&Path, &Path) -> Command) {
     let folder = tempfile::tempdir().unwrap();
     let mut faults = Vec::new();
@@ -55,7 +54,8 @@ fn fault(ended: &Ended, words: &str) -> Option<String> {
     ended.fault().or_else(|| (!ended.said.contains(words)).then(|| format!("the words `{words}` are not said")))
 }
 
-/// A pipeline whose UNet has `file` under `name`; the rest are links to a good one.
+/// Makes a pipeline whose UNet has `file` under `name`. All other files are links to a good
+/// pipeline.
 fn model_with(folder: &Path, name: &str, file: &Path) -> PathBuf {
     let (good, model) = (repo("tests/golden/base-like"), folder.join("model"));
     let _ = std::fs::remove_dir_all(&model);
@@ -74,7 +74,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A run of the tiny model by a small config, with a flag more.
+/// A compression of the tiny model with a small config and one more flag.
 fn compress(folder: &Path, flag: &str, file: &Path) -> Command {
     let (config, out) = (repo("configs/emoji/tutorial-s50-4bit-gs16.yaml"), folder.join("out"));
     let args = ["compress", "--config", text(&config), "--model", text(tiny()), "--out", text(&out), flag, text(file)];
@@ -97,7 +97,7 @@ fn every_attack_is_listed_and_every_listed_attack_is_there() {
 fn what_the_attacks_were_made_from_is_good() {
     let good = attacks().join("good");
     ended_with(0, &squeeze(&["verify", text(&good.join("package.mlpackage"))]));
-    // The container is whole, but is not a UNet.
+    // The container is undamaged, but its config is not that of a UNet.
     assert!(ended_with(2, &squeeze(&["verify", text(&good.join("container.safetensors"))])).contains("addition_embed_type"));
     Container::open(&good.join("container.safetensors")).unwrap().verify().unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -120,8 +120,8 @@ fn hostile_model_configs_are_refused() {
 
 #[test]
 fn hostile_containers_are_refused() {
-    // None of them is a UNet, which `verify` may say first; so the library is asked what is wrong
-    // with the content.
+    // No attack has the tensors of a UNet, and `verify` may report that first. The content is
+    // therefore checked through the library.
     for (name, words) in of("container") {
         let path = attacks().join(&name);
         let content = Container::open_unverified(&path).and_then(|container| container.verify());
@@ -133,8 +133,8 @@ fn hostile_containers_are_refused() {
     let out = folder.path().join("x.mlpackage");
     for (number, (name, _)) in of("container").iter().enumerate() {
         let file = attacks().join(name);
-        // Starting a process takes longer than refusing does, so half of them are enough for each
-        // command.
+        // Starting a process takes longer than refusing a file, so each command gets only half of
+        // the attacks.
         let command = match number % 2 {
             0 => squeezing(&["verify", text(&file)]),
             _ => squeezing(&["export", text(&file), "--to", "coreml", "--out", text(&out)]),

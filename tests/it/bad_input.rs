@@ -1,4 +1,4 @@
-//! Bad input ends in one clear line and exit code 2, through the binary.
+//! The program ends with one clear line and exit code 2 on bad input.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, ended_with, repo, squeeze};
 
-/// A copy of a small pipeline to spoil. Its weights are 1 MB.
+/// A copy of a small pipeline for a test to damage. Its weights take 1 MB.
 fn model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy(&repo("tests/golden/base-like"), folder.path());
@@ -28,7 +28,8 @@ fn refused(model: &Path, more: &[&str], words: &[&str]) {
     let run = Squeeze::new("generate").model(model).args(["--steps", "2", "-o"]).arg(&picture).args(more);
     let run = if more.contains(&"--prompt") { run } else { run.args(["--prompt", "a cat"]) };
     let ended = run.is_refused(words);
-    // Random names of folders may contain "0x", as addresses do.
+    // The paths are removed from the text first, because random names of folders may contain "0x",
+    // which the test takes for an address.
     let text = ended.text().replace(model.to_str().unwrap(), "").replace(out.path().to_str().unwrap(), "");
     assert!(!text.contains("panicked") && !text.contains("0x"), "{ended}");
     assert!(!picture.exists());
@@ -56,14 +57,14 @@ fn damaged_safetensors_are_refused() {
         std::fs::write(&path, &whole[..length]).unwrap();
         refused(folder.path(), &[], &["diffusion_pytorch_model.safetensors", "not a whole safetensors file"]);
     }
-    // A header that claims more than there is must not be believed.
+    // The header claims a length that is far beyond the end of the file.
     let mut lying = whole.clone();
     lying[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     std::fs::write(&path, &lying).unwrap();
     refused(folder.path(), &[], &["not a whole safetensors file"]);
 }
 
-/// Rewrites the header of a file and leaves its data.
+/// Changes the header of a safetensors file and keeps its data.
 fn edit_header(path: &Path, change: impl FnOnce(&mut Value)) {
     let bytes = std::fs::read(path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -129,7 +130,7 @@ fn configs_that_ask_for_what_is_not_implemented() {
             json!(["UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]),
             "AttnUpDecoderBlock2D",
         ),
-        ("model_index.json", "scheduler", json!(["diffusers", "LCMScheduler"]), "LCMScheduler"),
+        ("model_index.json", "scheduler", json!(["diffusers", "LMSDiscreteScheduler"]), "LMSDiscreteScheduler"),
         ("model_index.json", "_class_name", json!("StableDiffusionPipeline"), "StableDiffusionPipeline"),
         ("model_index.json", "text_encoder_2", json!([null, null]), "text_encoder_2"),
     ];

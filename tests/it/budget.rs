@@ -1,5 +1,5 @@
-//! Runs with a byte budget, and the ways of calibration that go beyond the tutorial's, through the
-//! binary.
+//! Runs of the program with a byte budget, and with kinds of calibration that the tutorial does not
+//! have.
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,10 @@ use sdxl_squeeze::pipeline::PipelineFolder;
 use crate::squeeze::Squeeze;
 use crate::support::{container, repo, report, tiny};
 
-/// Everything on: what our own configs ask for, on a small run.
+/// The settings of this project's own configs, `configs/squeeze-*.yaml`.
 const ALL: [&str; 6] = ["--solver", "joint", "--sequencing", "sublayer", "--target", "dense"];
 
-/// A small run of the config in `config`.
+/// Compresses the tiny model by `config`, with few samples.
 fn compress(config: impl AsRef<Path>, out: &Path) -> Squeeze {
     Squeeze::new("compress").config_file(config).model(tiny()).out(out).samples(10, 4)
 }
@@ -44,8 +44,8 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
     let bits = report["bits_per_weight"].as_f64().unwrap();
     assert!((3.9..=4.0).contains(&bits), "{bits} bits a weight");
 
-    // The recipe has a rule for each layer and keeps to the limits; the layer that was left alone
-    // is.
+    // The recipe has a rule for each layer and keeps to the limits. The layer that the config
+    // leaves dense is not in the report.
     let recipe = RunConfig::read(&out.join("config.yaml")).unwrap();
     assert_eq!(recipe.budget, None);
     let (prune, palettize) = (recipe.prune.unwrap(), recipe.palettize.unwrap());
@@ -60,7 +60,7 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
     let layers = report["layers"].as_array().unwrap();
     assert!(layers.iter().all(|layer| layer["name"] != "mid_block.resnets.0.conv1"));
 
-    // Run again as a plain config: the same bytes.
+    // The recipe gives the same bytes when it is run as a plain config.
     let again = folder.path().join("again");
     compress(out.join("config.yaml"), &again).succeeds();
     assert!(container(&again) == container(&out));
@@ -80,7 +80,8 @@ fn too_few_bytes_are_refused_with_how_many_would_do() {
     let digits: String = least.split(['(', ')']).nth(1).unwrap().chars().filter(char::is_ascii_digit).collect();
     let least = digits.parse().unwrap();
     let (_, out) = with(0, least);
-    // Where several weights are equally small, a mask takes one more or less.
+    // Where several weights are equally small, the number of pruned weights can differ slightly
+    // from the plan.
     let found = report(&out)["payload_bytes"].as_u64().unwrap();
     assert!(found <= least + least / 1000, "{found} of {least}");
 }
@@ -133,7 +134,8 @@ fn captions_make_more_vectors_for_text_and_time() {
     let plain = vectors("plain", &[]);
     let with = vectors("with", &["--captions", captions.to_str().unwrap()]);
     let [to_k, time, to_q] = ["attn2.to_k", "time_emb_proj", "attn2.to_q"];
-    // A caption with guidance: two texts of 77 states, and at four timesteps an embedding of each.
+    // A caption adds two texts of 77 states, because of guidance, and at each of four timesteps an
+    // embedding for each of the two texts.
     assert_eq!(with(to_k) - plain(to_k), 3 * 2 * 77);
     assert_eq!(with(time) - plain(time), 3 * 4 * 2);
     assert_eq!(with(to_q), plain(to_q));
@@ -148,13 +150,13 @@ fn timesteps_count_as_they_are_noisy_and_one_in_the_mean() {
     let pipeline = PipelineFolder::open(tiny()).unwrap();
     let samples = Samples::read(&samples, pipeline.unet.config(), 10).unwrap();
     for by in [TimestepWeighting::Early, TimestepWeighting::Log] {
-        let found = weights(&samples, &pipeline, by).unwrap();
+        let found = weights(&samples, &pipeline.scheduler, by).unwrap();
         assert!((found.iter().sum::<f64>() / found.len() as f64 - 1.0).abs() < 1e-12, "{found:?}");
         let mut order: Vec<_> = samples.calls.iter().map(|call| call.timestep).zip(&found).collect();
         order.sort_by(|a, b| a.0.total_cmp(&b.0));
         assert!(order.windows(2).all(|pair| pair[0].0 == pair[1].0 || pair[0].1 < pair[1].1), "{order:?}");
     }
-    assert_eq!(weights(&samples, &pipeline, TimestepWeighting::Uniform).unwrap(), vec![1.0; 10]);
+    assert_eq!(weights(&samples, &pipeline.scheduler, TimestepWeighting::Uniform).unwrap(), vec![1.0; 10]);
 
     let config = folder.path().join("early.yaml");
     let yaml = std::fs::read_to_string(s50()).unwrap().replace("calibration:\n", "calibration:\n  timestep_weighting: early\n");

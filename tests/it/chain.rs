@@ -1,4 +1,4 @@
-//! The UNet as a chain: one stage at a time, observed, listed, replaced.
+//! The UNet as a chain of stages, which are run one at a time, observed, listed and replaced.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ fn inputs(chain: &UnetChain, batch: i64, kind: Kind) -> (Tensor, Conditioning) {
     (random(&[batch, 4, 16, 16]), conditioning)
 }
 
-/// Counts the layers that it sees, and keeps the sums of their inputs.
+/// Counts the calls of each layer and sums the inputs.
 #[derive(Default)]
 struct Seen(BTreeMap<String, (usize, f64)>);
 
@@ -68,7 +68,7 @@ fn stage_by_stage_equals_the_whole_bit_for_bit_and_watching_changes_nothing() {
             folder.unet.load_input_block(&source).unwrap().forward(&sample, 321.0, &conditioning, &mut Unobserved).unwrap();
         for spec in folder.unet.stages() {
             let stage = spec.load(&source).unwrap();
-            // A carry can be used again: a stage leaves its tensors as they were.
+            // A carry can be used again, because a stage does not change its tensors.
             let first = stage.forward(carry.shallow_clone(), &mut Unobserved).unwrap();
             let second = stage.forward(carry, &mut Unobserved).unwrap();
             assert_eq!(first.hidden_states, second.hidden_states, "{}", spec.name());
@@ -85,8 +85,8 @@ fn the_order_is_the_chains_and_patterns_match_whole_names() {
     let names: Vec<String> = chain.stages().iter().map(|stage| stage.name().to_string()).collect();
     let expected = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2"];
     assert_eq!(names, expected);
-    // Neither the order of patterns nor that of names in a file (up before mid) is the order of
-    // execution.
+    // The order of execution differs from the order of the patterns, and from the order of names in
+    // a file, where `up_blocks` precede `mid_block`.
     let patterns = ["up_blocks.*", "mid_block", "down_blocks\\.2"].map(|p| NamePattern::parse(p).unwrap());
     let matched: Vec<StageName> = chain.matching(&patterns).map(|stage| stage.name()).collect();
     assert_eq!(matched, [StageName::Down(2), StageName::Mid, StageName::Up(0), StageName::Up(1), StageName::Up(2)]);
@@ -159,7 +159,8 @@ fn an_observer_can_stop_a_forward() {
     assert_eq!(stopped.to_string(), "stopped at time_embedding.linear_1");
 }
 
-/// What each layer says of its input, against the tensors that come.
+/// The first tensor that was observed for each declared input, and the number of later layers that
+/// had the same input.
 #[derive(Default)]
 struct Inputs {
     seen: BTreeMap<LayerInput, Tensor>,
@@ -173,7 +174,8 @@ impl Observer for Inputs {
                 self.seen.insert(layer.input().clone(), input.shallow_clone());
             }
             Some(first) => {
-                // SiLU of the time embedding is made anew in each resnet.
+                // Each resnet computes the SiLU of the time embedding again, so these inputs are
+                // equal but not identical.
                 let same = first.data_ptr() == input.data_ptr() || (*layer.input() == LayerInput::Time && first == input);
                 assert!(same, "{} says that it has {:?}", layer.name(), layer.input());
                 self.shared += 1;
@@ -196,21 +198,21 @@ fn layers_that_say_so_are_given_the_same_tensor() {
         let mut seen = Inputs::default();
         carry = spec.load(&source).unwrap().forward(carry, &mut seen).unwrap();
         found += seen.shared;
-        // Text and time are what the carry has.
+        // The inputs that layers declare as text and time come from the carry.
         if let Some(text) = seen.seen.get(&LayerInput::Text) {
             assert_eq!(*text, carry.encoder_hidden_states);
         }
         assert_eq!(seen.seen[&LayerInput::Time], carry.temb.silu());
 
-        // The outline says what sizes come out.
+        // The shapes are those that the chain computes without running the stage.
         shape = spec.after(&shape);
         assert_eq!(carry.hidden_states.size()[1..], shape.hidden_states, "{}", spec.name());
         let residuals: Vec<_> = carry.down_block_res_samples.iter().map(|residual| residual.size()[1..].to_vec()).collect();
         assert_eq!(residuals, shape.down_block_res_samples, "{}", spec.name());
     }
     let blocks = weights.entries().filter(|(name, _)| name.ends_with("attn1.to_q.weight")).count();
-    // Keys and values of both attentions of each block, and what the stages share beyond: less
-    // their first text and time.
+    // In each block four layers share an input with an earlier one: the keys and values of both
+    // attentions. The first layers of each stage that get text and time do not count.
     assert!(found > 3 * blocks, "{found} for {blocks} blocks");
 }
 

@@ -1,4 +1,4 @@
-//! The commands as people use them.
+//! The commands of the program, as users run them.
 
 use std::process::Command;
 
@@ -106,7 +106,8 @@ fn inspect_counts_the_bundled_model() {
     inspect.succeeds().says(&["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "8,371,780 parameters"]);
 }
 
-/// The same process with its arguments, but for what OpenMP and MKL read.
+/// The process starts itself again with the same arguments, and sets variables that OpenMP and MKL
+/// read.
 #[test]
 #[cfg(target_os = "linux")]
 fn compress_starts_again_with_its_environment() {

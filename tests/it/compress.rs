@@ -1,4 +1,5 @@
-//! The main job through the binary: compress, verify, inspect, export, draw from the container.
+//! The main steps through the program: compress, verify, inspect, export, and draw with the
+//! container.
 
 use std::path::Path;
 
@@ -18,7 +19,7 @@ use tch::{Device, Kind};
 use crate::squeeze::Squeeze;
 use crate::support::{emoji, pixels, repo, report, tensors, tiny};
 
-/// A small run of `configs/CONFIG.yaml`: the bundled model, few samples.
+/// Compresses the bundled model by `configs/CONFIG.yaml`, with few samples.
 fn compress(config: &str, out: &Path) -> Squeeze {
     Squeeze::new("compress").config(config).model(emoji()).out(out).samples(6, 4)
 }
@@ -36,18 +37,18 @@ fn pruned_and_palettized_end_to_end() {
         let sparsity = layer["sparsity"].as_f64().unwrap();
         assert!((0.4..0.4025).contains(&sparsity), "{}: {sparsity}", layer["name"]);
         let errors = &layer["errors"];
-        // Where there are few values a group, palettes cost nothing; the two errors are summed
-        // differently.
+        // Where a group has few distinct values, palettes add no error. The two errors are summed
+        // in different orders, so they may differ slightly.
         assert!(errors["pruned_output"].as_f64().unwrap() <= 1.001 * errors["output"].as_f64().unwrap(), "{layer}");
     }
 
-    // The container is whole, and says of itself what was written.
+    // The container is undamaged, and `inspect` lists its layers.
     let file = out.join("unet.squeezed.safetensors");
     Squeeze::new("verify").arg(&file).succeeds().says(&["every hash holds"]);
     assert_eq!(report["bytes"].as_u64().unwrap(), std::fs::metadata(&file).unwrap().len());
     Squeeze::new("inspect").arg(&file).succeeds().says(&["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"]);
 
-    // The config as resolved is a config, and gives the same bytes again.
+    // The resolved config is a valid config and gives the same bytes.
     let again = folder.path().join("again");
     Squeeze::new("compress").config_file(out.join("config.yaml")).model(emoji()).out(&again).succeeds();
     assert!(
@@ -55,7 +56,7 @@ fn pruned_and_palettized_end_to_end() {
         "another run, other bytes"
     );
 
-    // A picture straight from the container is that of the exported folder.
+    // A picture drawn with the container equals one drawn with the exported folder.
     let exported = folder.path().join("exported");
     Squeeze::new("export").arg(&file).with("--to", "diffusers").model(emoji()).out(&exported).succeeds();
     let draw = |name: &str, model: Squeeze| {
@@ -69,7 +70,7 @@ fn pruned_and_palettized_end_to_end() {
     assert_ne!(straight, draw("c.png", generate(&emoji())));
 }
 
-/// ‖X W - X W'‖² / ‖X W‖², the mean over the layers that were calibrated.
+/// The mean of ‖X W - X W'‖² / ‖X W‖² over the calibrated layers.
 fn mean_error(report: &Value) -> f64 {
     let layers = report["layers"].as_array().unwrap().iter();
     let errors: Vec<f64> = layers.filter_map(|layer| layer["errors"]["output"].as_f64()).collect();
@@ -90,11 +91,13 @@ fn the_joint_solver_stores_the_same_bytes_and_loses_less() {
     let bytes = |report: &Value| report["payload_bytes"].as_f64().unwrap();
     assert!((bytes(&joint) - bytes(&sequential)).abs() < 8.0);
     let share = |report: &Value| report["sparsity"].as_f64().unwrap();
-    // The same to a weight or two: blocks round as they come.
+    // The number of pruned weights is rounded block by block, so the solvers may differ by one or
+    // two weights.
     assert!((share(&joint) - share(&sequential)).abs() < 1e-5);
     assert!(mean_error(&joint) < 0.8 * mean_error(&sequential), "{} and {}", mean_error(&joint), mean_error(&sequential));
 
-    // Dense palettes are calibrated too, at the UNet's two ends as well.
+    // The joint solver also calibrates palettes without pruning, and the layers outside of the
+    // stages.
     let dense = run("dense", "dense-4bit-gs16", &["--solver", "joint"]);
     assert_eq!(dense["samples"], 6);
     for layer in dense["layers"].as_array().unwrap() {
@@ -114,7 +117,7 @@ fn dense_palettes_need_no_calibration_and_keep_their_order() {
         compress(name, &out).succeeds();
         let report = report(&out);
         assert_eq!(report["samples"], 0);
-        // Squared weight errors, each layer by its size.
+        // The squared error of each weight is relative to the weight's squared norm.
         let layers = report["layers"].as_array().unwrap();
         let error: f64 = layers.iter().map(|layer| layer["errors"]["weight"].as_f64().unwrap()).sum();
         errors.push(error);
@@ -144,7 +147,7 @@ fn the_container_decodes_to_the_exported_weights_bit_for_bit() {
             assert_eq!(layer.sparsity, 0.5, "{}: 2 of every 4", layer.name);
         }
     }
-    // And the folder is a pipeline.
+    // The exported folder is a pipeline whose UNet can be loaded.
     let pipeline = PipelineFolder::open(&exported).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
@@ -166,7 +169,7 @@ fn samples_can_be_kept_and_used_again() {
     };
     assert_eq!(weight("a"), weight("b"));
 
-    // Damaged samples are named.
+    // Damaged samples are refused.
     let bytes = std::fs::read(&samples).unwrap();
     std::fs::write(&samples, &bytes[..bytes.len() / 2]).unwrap();
     again.ends_with(2).says(&["not a whole safetensors file"]);
@@ -184,7 +187,7 @@ fn what_cannot_be_done_is_said() {
     run.clone().with("--n-bits", "5").ends_with(2).says(&["--n-bits"]);
     run.with("--prompts", "/nowhere/prompts.txt").ends_with(2).says(&["/nowhere/prompts.txt"]);
 
-    // Two mistakes, two lines, each with its place.
+    // Two mistakes in a config are reported in two lines, each with its place.
     let bad = folder.path().join("bad.yaml");
     std::fs::write(&bad, "palettize:\n  global_config:\n    n_bits: 5\n    granularty: per_tensor\n").unwrap();
     let ended = Squeeze::new("compress").config_file(&bad).model(emoji()).out(&out).ends_with(2);
@@ -215,13 +218,13 @@ fn compare_judges_on_prompts_that_calibration_has_not_seen() {
     assert!(out.join("sheet.png").is_file());
 }
 
-/// As on a GPU, here on the CPU: layers of one shape in batches of several sizes.
+/// The CPU solves layers of one shape in batches of several sizes, as a GPU does.
 #[test]
 fn layers_in_batches_are_those_one_by_one() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
-    (config.calibration.calibration_nsamples, config.calibration.steps) = (4, 2);
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (4, Some(2));
     config.palettize = None;
     let options = RunOptions::on(Placement::CPU);
     let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();
@@ -238,7 +241,11 @@ fn layers_in_batches_are_those_one_by_one() {
             model: Model { chain: &folder.unet, source: &source },
             layers: recipes,
             plan: &plan,
-            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            calibration: Calibration {
+                samples: &samples,
+                weights: &[],
+                timesteps: &(0..1000).map(f64::from).collect::<Vec<_>>(),
+            },
             machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut finished = Workspace::open(&out.path().join(batch_bytes.to_string()), &Default::default(), false).unwrap();

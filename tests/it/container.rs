@@ -1,4 +1,5 @@
-//! The container against a reader and writer in Python, on a whole UNet, and against hostile files.
+//! The container, compared with a reader and writer in Python, and tested with a whole UNet and
+//! with hostile files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ fn bits(values: &[f16]) -> Vec<u16> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// The bits of an fp16 tensor, in which the zeros differ.
+/// The bits of an fp16 tensor, which distinguish +0 from -0.
 fn tensor_bits(tensor: &Tensor) -> Vec<u16> {
     bits(&Vec::<f16>::try_from(&tensor.f_view([-1]).unwrap()).unwrap())
 }
@@ -77,8 +78,8 @@ fn bits_are_packed_as_by_coremltools() {
     assert_eq!(cases.as_array().unwrap().len(), 48);
 }
 
-/// Reads all of `from` and writes it again, weights and tensors in the order that they have in the
-/// file.
+/// Copies the container `from` to `to`. Weights and tensors are written in the order that they have
+/// in the file `order`.
 fn rewrite(from: &Path, order: &Path, to: &Path) {
     let container = Container::open(from).unwrap();
     let order = SafetensorsFile::open(order).unwrap();
@@ -107,8 +108,8 @@ fn the_same_container_is_the_same_bytes_as_from_python() {
     assert!(std::fs::read(&path).unwrap() == std::fs::read(golden()).unwrap());
 }
 
-/// A weight on 2^bits levels, its smallest elements pruned: cheap, and good enough to try the
-/// format on.
+/// Rounds a weight to 2^bits evenly spaced levels and prunes its smallest elements. This is fast,
+/// and sufficient for tests of the format.
 fn crush(weight: &Tensor, bits: BitWidth, group_size: usize, sparsity: Option<f64>) -> CompressedWeight {
     let shape = weight.size();
     let values = Vec::<f16>::try_from(&weight.to_kind(Kind::Half).view([-1])).unwrap();
@@ -133,7 +134,8 @@ fn crush(weight: &Tensor, bits: BitWidth, group_size: usize, sparsity: Option<f6
     CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices).unwrap()
 }
 
-/// The bundled UNet, compressed; what it must decode to is left beside it.
+/// Compresses the bundled UNet. Returns its architecture and the weights that the container must
+/// decode to.
 fn squeeze_emoji(path: &Path) -> (UnetChain, BTreeMap<String, Vec<f16>>) {
     let folder = emoji().join("unet");
     let chain = UnetChain::new(UnetConfig::read(&folder.join("config.json")).unwrap());
@@ -162,7 +164,7 @@ fn squeeze_emoji(path: &Path) -> (UnetChain, BTreeMap<String, Vec<f16>>) {
         dense.insert(name, values);
     }
     let written = writer.finish().unwrap();
-    // Names, shapes and hashes cost little even here, where layers are small.
+    // Names, shapes and hashes take little space even in this model, whose layers are small.
     assert!(written.bytes - written.payload_bytes < 320 * dense.len() as u64);
     (chain, dense)
 }
@@ -196,14 +198,15 @@ fn a_unet_comes_back_from_its_container() {
     let weights = UnetWeights::from(&container);
     Unet::resident(weights.chain().unwrap(), weights.source(Placement::CPU), &Silent).unwrap();
 
-    // The same bytes again, whatever the number of threads; and nothing is left beside the file.
+    // A run on one thread gives the same bytes, and no temporary file is left beside the
+    // containers.
     let again = folder.path().join("again.safetensors");
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     pool.install(|| squeeze_emoji(&again));
     assert!(std::fs::read(&again).unwrap() == std::fs::read(&path).unwrap());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
 
-    // For make_container.py compare.
+    // `make_container.py compare` reads these two files.
     let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
     std::fs::copy(&path, kept.join("unet.squeezed.safetensors")).unwrap();
     let decoded: Vec<_> = chain
@@ -254,7 +257,7 @@ fn what_cannot_be_written_is_refused() {
     assert!(ContainerWriter::create(&folder.path().join("no/such/x.safetensors"), emoji_info()).is_err());
 }
 
-/// A container taken apart, to be put together wrong.
+/// The parts of a container, from which a container with faults can be built.
 #[derive(Clone)]
 struct Raw {
     metadata: BTreeMap<String, String>,
@@ -294,13 +297,13 @@ impl Raw {
         self.metadata.insert("weights".into(), rows.to_string());
     }
 
-    /// Makes the hashes over data, table and metadata right, so that other checks have to find what
-    /// is wrong.
+    /// Corrects the hashes of the data, the table and the metadata, so that faults must be found by
+    /// other checks.
     fn seal(mut self) -> Self {
         let hash = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let data: Vec<u8> = self.tensors.iter().flat_map(|tensor| tensor.3.clone()).collect();
-        // Tensors without data stand in the order of their names; there is one at most between two
-        // others here.
+        // Tensors at the same place are sorted by name. At most one tensor without data lies
+        // between two others here, so the table has the order of the file.
         let table: String = self.tensors.iter().map(|(name, dtype, shape, _)| format!("{name}={dtype} {shape:?}\n")).collect();
         self.metadata.insert("data_sha256".into(), hash(&data));
         self.metadata.insert("tensors_sha256".into(), hash(table.as_bytes()));
@@ -397,12 +400,12 @@ fn lies_are_named() {
         if matches!(kind, "mask" | "indices") {
             lies.push((word, resize(name.clone(), 1)));
             lies.push((word, resize(name.clone(), -1)));
-            // 66 elements: 6 bits of the mask's last byte are unused.
+            // The mask has 66 bits, so 6 bits of its last byte are unused.
             if kind == "mask" {
                 lies.push(("bits set after its last number", Box::new(move |raw| *raw.bytes(&name).last_mut().unwrap() |= 0x80)));
             }
         } else {
-            // fp16 NaN.
+            // The two bytes are an fp16 NaN.
             lies.push(("NaN or infinite", Box::new(move |raw| raw.bytes(&name)[..2].copy_from_slice(&[0x01, 0x7e]))));
         }
     }
@@ -429,13 +432,13 @@ fn lies_are_named() {
         let message = error.to_string();
         assert!(message.contains(expected) && message.contains("lies.safetensors"), "{expected}: {message}");
         assert!(error.is_bad_input(), "{message}");
-        // Reading it without verifying may succeed, but does not panic.
+        // Decoding without verification may succeed, but must not panic.
         if let Ok(container) = Container::open_unverified(&path) {
             container.layers().for_each(|layer| drop(container.decode(&layer.name)));
         }
     }
 
-    // Hashes that do not fit, where nothing else is wrong.
+    // In these files only a hash is wrong.
     for (expected, key) in [("metadata is damaged", "metadata_sha256"), ("lacks `metadata_sha256`", "")] {
         let mut raw = good.clone();
         raw.metadata.remove("metadata_sha256");
@@ -449,7 +452,7 @@ fn lies_are_named() {
     raw.tensor("norm.weight").0 = "worm.weight".into();
     raw.write(&path);
     assert!(Container::open(&path).unwrap_err().to_string().contains("table of tensors is damaged"));
-    // A palette entry that no index names.
+    // The changed entry of the palette is one that no index uses.
     let mut raw = good.clone();
     raw.bytes("empty.weight.palettes")[0] ^= 1;
     raw.write(&path);
@@ -457,7 +460,7 @@ fn lies_are_named() {
     assert!(container.decode("empty.weight").is_ok());
     assert!(container.verify().unwrap_err().to_string().contains("the data is damaged"));
     assert!(Container::open(&path).unwrap_err().to_string().contains("the data is damaged"));
-    // A damaged weight is named by whoever opens the file, as by `verify`.
+    // Opening the file names a damaged weight, as `verify` does.
     let mut raw = good.clone();
     raw.bytes("linear_4.weight.indices")[0] ^= 1;
     raw.write(&path);
@@ -473,7 +476,7 @@ fn damage_anywhere_is_found() {
     let refused = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
         let verified = Container::open_unverified(&path).and_then(|container| container.verify());
-        // Opening finds what verifying finds.
+        // Opening finds the same damage as verifying.
         assert_eq!(Container::open(&path).is_err(), verified.is_err());
         verified.is_err()
     };

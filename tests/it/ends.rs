@@ -1,5 +1,5 @@
-//! The layers before the first stage and after the last: calibrated like the others by the joint
-//! solver.
+//! The layers before the first stage and after the last one. The joint solver calibrates them like
+//! all other layers.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 use crate::squeeze::Squeeze;
 use crate::support::emoji;
 
-/// 3-bit palettes for the ends alone.
+/// A config with 3-bit palettes for the layers outside of the stages only.
 const CONFIG: &str = "
 sequencing: sublayer
 target: dense
@@ -40,7 +40,7 @@ fn the_joint_solver_sees_what_their_errors_do() {
     let pipeline = PipelineFolder::open(&emoji()).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let dense = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
-    // Nothing that was calibrated on: another prompt, other timesteps.
+    // The prompt and the timesteps are not those of the calibration.
     let encoder = PromptEncoder::load(&pipeline, Placement::CPU).unwrap();
     let told = Guidance::encode(&encoder, &pipeline, "a picture of an owl", None, 4.0, (64, 64)).unwrap().conditioning;
     let noisy = |seed| noise(&[2, 4, 16, 16], seed, Kind::Float).unwrap();
@@ -61,7 +61,8 @@ fn the_joint_solver_sees_what_their_errors_do() {
     let joint = error("joint", &[]);
     let sequential = error("sequential", &["--solver", "sequential"]);
     assert!(joint < 0.7 * sequential, "{joint} and {sequential}");
-    // Stage by stage, without aiming at the dense outputs, is better than without calibration too.
+    // Calibration stage by stage, without the dense outputs as targets, is also better than no
+    // calibration.
     let staged = error("staged", &["--sequencing", "stage", "--target", "current"]);
     assert!(staged < 0.9 * sequential, "{staged} and {sequential}");
 }

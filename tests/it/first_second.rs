@@ -1,4 +1,5 @@
-//! What a run cannot do is found before it computes anything; and it does what its config says.
+//! A run that cannot succeed is refused before it computes anything, and a run that is accepted
+//! follows its config.
 
 use std::path::Path;
 use std::time::Instant;
@@ -14,7 +15,8 @@ use tch::Kind;
 use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, ended_with, repo, squeeze, tiny};
 
-/// Runs `compress` with progress in JSON, which must end with `code`; returns its output.
+/// Runs `compress` with progress in JSON. The run must end with the exit code `code`; its output is
+/// returned.
 fn compress(code: i32, model: &Path, out: &Path, more: &[&str]) -> String {
     let run = Squeeze::new("compress").args(["--progress", "json"]).model(model).out(out).args(more);
     let run = if more.contains(&"--config") { run } else { run.config("tutorial-s40-4bit-gs16") };
@@ -72,8 +74,8 @@ fn the_plan_says_what_a_run_takes_on_the_disk() {
         ("samples", ratio(&disk["samples"], size(&samples))),
         ("result", ratio(&disk["result"], size(&out.join("unet.squeezed.safetensors")))),
     ] {
-        // The header, of which plans know nothing, is a large part of a container of so small a
-        // model.
+        // Plans do not count the header of the container, which is a large part of the file for a
+        // model this small.
         assert!((0.6..1.2).contains(&ratio), "{name}: {ratio}, {disk}");
     }
     assert_eq!(report["plan"]["disk"]["samples"], 0, "the run was given its samples");
@@ -108,7 +110,7 @@ fn all_entries_of_a_comparison_are_checked_before_anything_is_drawn() {
     compare(&[&good, &device], &[], &["device.yaml", "the device cpu"]);
     let twin = write("twin/good.yaml", palettize);
     compare(&[&good, &twin], &["--model", emoji], &["good"]);
-    // A config of which only the model's layers tell that it cannot be.
+    // Only the layers of the model show that this config is wrong.
     let misfit =
         write("misfit.yaml", "palettize: {on_misfit: error, global_config: {granularity: per_grouped_channel, group_size: 7}}\n");
     let prompts = repo("calibration/emoji.txt");
@@ -144,7 +146,7 @@ fn progress_reaches_its_total_on_several_devices() {
     assert!(samples.iter().any(|line| line["done"] == line["total"] && line["total"].as_u64() > Some(1)));
 }
 
-/// The layers that see only the time see every timestep that the model was trained on.
+/// Layers that depend only on time are calibrated with all timesteps that the model was trained on.
 #[test]
 fn as_many_timesteps_as_the_scheduler_says() {
     let folder = tempfile::tempdir().unwrap();
@@ -165,7 +167,7 @@ fn as_many_timesteps_as_the_scheduler_says() {
     assert_eq!(report["layers"][0]["vectors"], 1500);
 }
 
-/// Through the library a run is the one that its config describes, or none.
+/// The library refuses to prepare a run whose options contradict its config.
 #[test]
 fn a_run_obeys_its_config() {
     let folder = PipelineFolder::open(&emoji()).unwrap();

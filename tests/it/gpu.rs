@@ -1,5 +1,5 @@
-//! Results on a GPU against results on the CPU. Without a GPU these tests skip themselves and say
-//! so.
+//! Results on a GPU, compared with results on the CPU. Without a GPU these tests skip themselves
+//! and say so.
 
 use std::io::Write;
 
@@ -8,15 +8,15 @@ use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample};
 use sdxl_squeeze::progress::Silent;
-use sdxl_squeeze::random::noise;
+use sdxl_squeeze::random::{Generator, noise};
 use sdxl_squeeze::solver::{Factor, Hessian, Pruned, prune_many};
 use tch::{Device, Kind, Tensor};
 
 use crate::squeeze::Squeeze;
 use crate::support::{emoji, relative_error, tensors};
 
-/// Whether there is a GPU. If not, standard error says so, also where the output of passing tests
-/// is captured.
+/// Returns whether there is a GPU. If there is none, the function says so on standard error, where
+/// it is visible even if the output of passing tests is captured.
 fn has_gpu(test: &str) -> bool {
     match cuda_devices() {
         Ok(_) => true,
@@ -36,7 +36,9 @@ fn final_latents(device: Device) -> Tensor {
     let unet = Unet::resident(folder.unet.clone(), weights.source(placement), &Silent).unwrap();
     let noise = noise(&[1, 4, 16, 16], 231, Kind::Float).unwrap().to_device(device);
     let mut scheduler = folder.scheduler.scheduler(30).unwrap();
-    sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent).unwrap().to_device(Device::Cpu)
+    sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut Generator::new(231), &mut |_, _| Ok(()), &Silent)
+        .unwrap()
+        .to_device(Device::Cpu)
 }
 
 #[test]
@@ -46,7 +48,7 @@ fn a_gpu_draws_what_the_cpu_draws() {
     }
     let folder = tempfile::tempdir().unwrap();
     let latents = folder.path().join("cat.safetensors");
-    // In a process of its own, where TF32 is off from the start.
+    // The program runs in its own process, in which TF32 is off from the start.
     Squeeze::new("generate")
         .model(emoji())
         .args(["--prompt", "a picture of a cat face!", "--seed", "231", "--guidance", "4", "--device", "cuda"])

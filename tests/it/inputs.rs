@@ -1,4 +1,5 @@
-//! Inputs that are no files, have no end, or are far too large: refused at once, by name.
+//! Inputs that are not regular files, have no end, or are far too large. The program refuses them
+//! at once and names them.
 #![cfg(unix)]
 
 use std::fmt::Write;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, repo};
 
-/// Must end with 2 and one short line, soon.
+/// Asserts that the command soon ends with exit code 2 and one short line.
 #[track_caller]
 fn refused_soon(command: &Squeeze, parts: &[&str]) {
     let ended = command.is_refused_within(Duration::from_secs(30), parts);
@@ -17,13 +18,13 @@ fn refused_soon(command: &Squeeze, parts: &[&str]) {
     assert!(line.len() < 1000, "{} bytes: {}…", line.len(), line.chars().take(200).collect::<String>());
 }
 
-/// `generate` of a picture that is thrown away.
+/// `generate` with a picture that is thrown away.
 fn draw(model: &Path) -> Squeeze {
     Squeeze::new("generate").model(model).with("-o", "/dev/null")
 }
 
-/// A device without end, a pipe without a writer, a folder, and a file that is larger than any of
-/// its kind.
+/// Paths that are not valid inputs: a device without end, a pipe without a writer, a folder, and a
+/// file that is larger than any valid one.
 fn impostors(folder: &Path) -> [PathBuf; 4] {
     let [pipe, below, large] = ["pipe", "below", "large"].map(|name| folder.join(name));
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -78,7 +79,7 @@ fn every_small_file_of_a_model_is_bounded() {
     ];
     let files = files.map(|file| (model.clone(), model.join(file)));
     for (model, file) in files.into_iter().chain([(shards, index)]) {
-        // Outside of the package, which holds nothing but its own files.
+        // The file is moved out of the model and back afterwards.
         let kept = folder.path().join("kept");
         std::fs::rename(&file, &kept).unwrap();
         for impostor in &impostors {
@@ -101,12 +102,12 @@ fn every_file_of_a_package_is_bounded() {
     let data = "Data/com.apple.CoreML";
     for file in ["Manifest.json".to_owned(), format!("{data}/model.mlmodel"), format!("{data}/weights/weight.bin")] {
         let file = package.join(file);
-        // Outside of the package, which holds nothing but its own files.
+        // The file is moved out of the package, because a package must not contain other files.
         let kept = folder.path().join("kept");
         std::fs::rename(&file, &kept).unwrap();
         for impostor in &impostors {
-            // A file of weights may be of any size: this one is sparse, and wrong from its first
-            // byte.
+            // A file of weights may have any size. The sparse file is refused because its first
+            // byte is wrong.
             std::os::unix::fs::symlink(impostor, &file).unwrap();
             refused_soon(&verify, &[file.file_name().unwrap().to_str().unwrap()]);
             std::fs::remove_file(&file).unwrap();
@@ -136,10 +137,10 @@ fn long_prompts_are_refused_by_name_wherever_they_are_written() {
     refused_soon(&draw(&model).with("--prompt", &long), &["the prompt has 100,000 bytes"]);
     let negative = draw(&model).with("--prompt", "x").with("--negative-prompt", &long);
     refused_soon(&negative, &["the negative prompt has 100,000 bytes"]);
-    // What is allowed and does not fit is cut, and no more of it is quoted than says which it is.
+    // A long prompt below the limit is cut with a warning, which quotes only a part of the prompt.
     let said = draw(&model).with("--steps", "1").with("--prompt", &long[..60_000]).succeeds().stderr;
     assert!(said.contains("the prompt is cut to 77 tokens") && said.len() < 2000, "{} bytes", said.len());
-    // Nor of other arguments.
+    // Errors in other arguments do not quote long values in full either.
     for flag in ["--scheduler", "--device", "--dtype"] {
         refused_soon(&draw(&model).with("--prompt", "x").with(flag, &long), &["unknown"]);
     }

@@ -1,5 +1,5 @@
-//! Nothing damaged is passed on as good: containers, work folders, and models that change while
-//! they are read.
+//! Damage is found before results are made from it: in containers, in work folders, and in models
+//! that change while they are read.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -15,7 +15,7 @@ use crate::coreml::made_up;
 use crate::squeeze::Squeeze;
 use crate::support::{copy, ended_with, repo, tiny};
 
-/// Numbers without order that are the same on every run.
+/// A pseudorandom number that depends only on `i`.
 fn scrambled(i: usize) -> usize {
     let mixed = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     ((mixed ^ (mixed >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20) as usize
@@ -28,7 +28,7 @@ fn flip(path: &Path, bit: usize) {
     std::fs::write(path, bytes).unwrap();
 }
 
-/// One step of a picture.
+/// `generate` with one step.
 fn generate(model: &Path, picture: &Path) -> Squeeze {
     Squeeze::new("generate").model(model).args(["--prompt", "a", "--steps", "1"]).with("-o", picture)
 }
@@ -40,7 +40,7 @@ fn synth_in_fp32(out: &Path) {
 
 // --- containers
 
-/// A container of the small model's UNet.
+/// Writes a container of the small model's UNet.
 fn container(folder: &Path) -> PathBuf {
     let path = folder.join("unet.squeezed.safetensors");
     made_up::container(&repo("tests/golden/base-like"), &path);
@@ -75,8 +75,8 @@ fn every_command_that_reads_a_container_refuses_a_damaged_one_as_verify_does() {
         Squeeze::new("export").arg(&path).with("--to", "coremltools").with("--small-weights", "move").out(&buffers),
         generate(&model, &picture).with("--unet", &path),
     ];
-    // The lowest bit of a tensor that is stored as it is, and of the last palette: every reader
-    // that does not look at hashes takes both.
+    // The changed bits are the lowest one of a tensor that is stored without compression, and the
+    // lowest one of the last palette. Only a check of hashes finds these changes.
     let whole = std::fs::read(&path).unwrap();
     let parsed = SafeTensors::deserialize(&whole).unwrap();
     let at = |name: &str| {
@@ -102,7 +102,7 @@ fn every_command_that_reads_a_container_refuses_a_damaged_one_as_verify_does() {
 
 // --- runs
 
-/// A model and prompts of one's own, and a run of them.
+/// A model and prompts in a folder of their own, and the config of a run.
 struct Run {
     folder: tempfile::TempDir,
     config: PathBuf,
@@ -151,7 +151,7 @@ impl Run {
         self.squeeze().command().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// Starts a run and waits until it has written `name` to its work folder.
+    /// Starts a run and waits until it has written the file `name` to its work folder.
     fn started_until(&self, name: &str) -> Child {
         let mut child = self.start();
         let begin = Instant::now();
@@ -162,7 +162,7 @@ impl Run {
         child
     }
 
-    /// Kills a run when it has written `name`.
+    /// Starts a run and kills it when it has written the file `name`.
     fn killed_at(&self, name: &str) {
         let mut child = self.started_until(name);
         child.kill().unwrap();
@@ -174,7 +174,7 @@ impl Run {
     }
 }
 
-/// What the run comes to when nothing happens.
+/// The container of a run that is not disturbed.
 fn undisturbed() -> &'static [u8] {
     static RESULT: OnceLock<Vec<u8>> = OnceLock::new();
     RESULT.get_or_init(|| {
@@ -184,13 +184,13 @@ fn undisturbed() -> &'static [u8] {
     })
 }
 
-/// What a child said, which ended with `code`.
+/// Waits for a child, which must end with the exit code `code`, and returns its output.
 fn waited(child: Child, code: i32) -> String {
     ended_with(code, &child.wait_with_output().unwrap())
 }
 
-/// The result says by which paths it was made, so results of two folders are compared without what
-/// they say of themselves.
+/// Returns whether the result of `run` equals that of an undisturbed run. Only data and sources are
+/// compared, because other metadata has the paths of the run.
 fn is_undisturbed(run: &Run) -> bool {
     let data = |bytes: &[u8]| bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec();
     let sources = |bytes: &[u8]| SafeTensors::read_metadata(bytes).unwrap().1.metadata().as_ref().unwrap()["sources"].clone();
@@ -234,7 +234,8 @@ fn settings_that_were_found_are_found_again_if_they_are_damaged() {
     let whole = run.result();
     std::fs::remove_dir_all(run.out()).unwrap();
     run.killed_at("recipe.yaml.sha256");
-    // In the middle of the settings: a width or a rule's name becomes another.
+    // The flipped bit is in the middle of the settings, where it changes a width or the name of a
+    // rule.
     let recipe = run.work().join("recipe.yaml");
     flip(&recipe, 4 * std::fs::metadata(&recipe).unwrap().len() as usize);
     let said = run.ends(0, &["--resume"]);
@@ -256,7 +257,7 @@ fn a_resumed_run_reads_what_it_read_before() {
         let path = run.path(name);
         let before = std::fs::read(&path).unwrap();
         match name.rsplit('.').next() {
-            // A small number's lowest bit.
+            // The flipped bit is the lowest bit of a small number.
             Some("safetensors") => flip(&path, 8 * (before.len() - 4)),
             Some("json") => std::fs::write(&path, [&before[..], b"\n"].concat()).unwrap(),
             _ => std::fs::write(&path, [&before[..], b"another line\n"].concat()).unwrap(),
@@ -269,7 +270,7 @@ fn a_resumed_run_reads_what_it_read_before() {
     assert!(is_undisturbed(&run));
 }
 
-/// Waits as long as times of files may be too coarse to tell two writes apart.
+/// Waits longer than the resolution of file times, so that the next write gets a later time.
 fn tick() {
     std::thread::sleep(Duration::from_millis(20));
 }
@@ -313,8 +314,8 @@ fn a_model_that_is_replaced_under_way_is_used_as_it_was() {
     assert!(is_undisturbed(&run));
 }
 
-/// Reading a container while it is overwritten: `generate` and `export` are quick, so through the
-/// library.
+/// `generate` and `export` read a container too quickly for a test to overwrite it meanwhile, so
+/// the test uses the library.
 #[test]
 fn a_container_that_changes_after_it_was_opened_is_not_read() {
     let folder = tempfile::tempdir().unwrap();
@@ -330,7 +331,7 @@ fn a_container_that_changes_after_it_was_opened_is_not_read() {
 
 // --- values
 
-/// Puts `value` in the place of the middle number of a tensor of fp32.
+/// Replaces the middle element of an fp32 tensor by `value`.
 fn put(path: &Path, name: &str, value: f32) {
     let mut bytes = std::fs::read(path).unwrap();
     let parsed = SafeTensors::deserialize(&bytes).unwrap();
@@ -377,7 +378,7 @@ fn what_a_container_cannot_hold_is_said_before_anything_is_computed() {
         let said = Squeeze::new("export").arg(run.path("model")).with("--to", "coreml").out(&package).ends_with(2).text();
         assert!(said.contains(&format!("`{tensor}` {words}")) && !package.exists(), "{said}");
     }
-    // In fp32 the large value is computed with; in fp16 it is named.
+    // In fp32 the large value is used; in fp16 the error names its tensor.
     put(&run.unet(), tensor, 1e6);
     let (model, picture) = (run.path("model"), run.path("x.png"));
     generate(&model, &picture).with("--dtype", "f32").succeeds();

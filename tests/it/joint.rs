@@ -1,5 +1,5 @@
-//! The joint solver: against exhaustive search, against one step after the other, and against what
-//! could break it.
+//! The joint solver, compared with exhaustive search and with the sequential solver, and tested
+//! with difficult inputs.
 
 use half::f16;
 use sdxl_squeeze::Error;
@@ -35,7 +35,8 @@ fn cost(values: &[f16], weight: &Tensor, hessian: &Hessian) -> f64 {
     output_energy(&(tensor(values, weight) - weight), hessian).unwrap()
 }
 
-/// What is stored decodes to the weight, zeros are where the mask says, and the loss is the loss.
+/// Asserts that the stored weight decodes to the solved one, that pruned elements are +0, and that
+/// the reported loss is the actual one.
 fn consistent(found: &Joint, weight: &Tensor, hessian: &Hessian) {
     let Some(palettized) = &found.palettized else { panic!("no palettes") };
     let codebook = palettized.codebook.clone();
@@ -70,8 +71,8 @@ fn far_better_than_one_after_the_other_also_on_inputs_it_has_not_seen() {
             let found = solve(&weight, &seen, &options);
             consistent(&found, &weight, &seen);
             ours += cost(&found.weight, &weight, &unseen);
-            // Without any of its parts it is one after the other, but for how weights count in the
-            // palette.
+            // With the least effort the joint solver is the sequential one, except for the weights
+            // that elements have in the palettes.
             let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
             let plain = JointOptions { effort: Effort::LEAST, ..options };
             theirs +=
@@ -88,7 +89,8 @@ fn near_the_best_of_all_on_layers_small_enough_to_try_everything() {
     for seed in 0..trials {
         let weight = numbers(&[2, d], seed);
         let seen = hessian(&correlated(60, d, seed + 7, seed + 500));
-        // All the effort there is: what is asked is how good the best is that it finds.
+        // The effort is higher than the default, because the test asks how close the solver gets to
+        // the optimum.
         let options = JointOptions::new(None, Some(palette(1, None)));
         let effort = Effort { palette_steps: 4, turns: 4, ..options.effort };
         let found = solve(&weight, &seen, &JointOptions { effort, ..options });
@@ -96,7 +98,8 @@ fn near_the_best_of_all_on_layers_small_enough_to_try_everything() {
         let h = seen.matrix().unwrap().squeeze_dim(0).to_kind(Kind::Double);
         let w = weight.to_kind(Kind::Double);
         let energy = |change: &Tensor| change.matmul(&h).dot_all(change);
-        // Every way to give two values to twelve weights, each with its best two values.
+        // The loop tries all assignments of two values to the twelve elements, with the best two
+        // values for each assignment.
         let mut least = f64::INFINITY;
         for way in 0_u32..1 << (2 * d) {
             let ones: Vec<f64> = (0..2 * d).map(|at| f64::from(way >> at & 1)).collect();
@@ -173,8 +176,8 @@ fn only_pruned_it_is_refitted() {
     let before = prune(&weight, &seen, &options.prune.unwrap()).unwrap();
     assert!(found.palettized.is_none());
     assert!(found.loss < 0.8 * before.loss, "{} and {}", found.loss, before.loss);
-    // Without exchanges the mask is SparseGPT's; with them it has as many in each row, and loses
-    // less.
+    // Without exchanges the mask is SparseGPT's. With exchanges the mask keeps as many elements in
+    // each row, and the loss is lower.
     let same = JointOptions { effort: Effort { exchange_turns: 0, ..options.effort }, ..options };
     let same = solve(&weight, &seen, &same);
     let mask = Vec::<bool>::try_from(before.mask.flatten(0, -1)).unwrap();
@@ -322,7 +325,7 @@ fn corrections_are_gradients_of_the_weight() {
 
 #[test]
 fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
-    // What reaches it is A x, not x: the best that it can do is W A^-1.
+    // The layer gets A x instead of x, so its best weight is W A^-1.
     let (weight, x) = (numbers(&[16, 24], 30), numbers(&[4000, 24], 31));
     let a: Tensor = Tensor::eye(24, (Kind::Float, Device::Cpu)) + 0.05 * numbers(&[24, 24], 32);
     let reaches = x.matmul(&a.tr());
@@ -342,7 +345,8 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
         let best = weight.matmul(&a.inverse());
         let distance = |other: &Tensor| ((other - &best).norm() / best.norm()).double_value(&[]);
         assert!(distance(&target) < 0.1 * distance(&weight), "{} and {}", distance(&target), distance(&weight));
-        // And what is stored is nearer to the dense outputs than without.
+        // The stored weight is closer to the dense outputs than the weight that is solved without
+        // the residual.
         let without = joint("a", &weight, &seen, &factors, &LayerEvidence::default(), &options).unwrap();
         let error = |stored: &[f16]| {
             let outputs = reaches.matmul(&tensor(stored, &weight).tr()) - x.matmul(&weight.tr());
@@ -361,12 +365,12 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
         let weight = Tensor::from_slice(&elements).reshape([16, 24]).to_kind(Kind::Half).to_kind(Kind::Float);
         let options = JointOptions::new(None, Some(palette(4, Some(4))));
         let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
-        // Without anything to make up for, exact is the best there is.
+        // Without a residual to make up for, the exact weight is the best one.
         let found = solve(&weight, &hessian, &options);
         assert_eq!(tensor(&found.weight, &weight), weight);
         assert!(found.loss == 0.0 && found.notes.is_empty(), "{:?}", found.notes);
-        // With errors before it to make up for, another may be better; none may be worse. Tiny
-        // errors are below what 16 values can tell.
+        // With the residual of earlier errors another weight may be better, but none may be worse.
+        // 16 values cannot make up for the smallest residuals.
         for size in [1e-9, 1e-6, 1e-3, 0.3] {
             let lack = numbers(&[300, 16], 9) * size;
             let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
@@ -383,7 +387,8 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
 
 #[test]
 fn what_is_worse_on_held_out_samples_is_not_taken() {
-    // Evidence on a few directions; what is held out lies across them.
+    // A few directions dominate the calibration inputs. The held-out vectors `across` vary equally
+    // in all directions.
     let weight = numbers(&[32, 96], 40);
     let seen = hessian(&correlated(3000, 96, 41, 42));
     let alike = correlated(300, 96, 41, 43);
@@ -414,7 +419,8 @@ fn some_vectors_are_vectors() {
     let image = numbers(&[2, 6, 20, 20], 2);
     let some = conv.some_vectors(&image, 16).unwrap();
     assert_eq!(some.size(), [16, 54]);
-    // The first window's first channel: rows 5 to 7, every other column from 6 on.
+    // The first channel of the first window has rows 5 to 7, and every other column from column 6
+    // on.
     let first = image.get(0).get(0).narrow(0, 5, 3).slice(1, 6, 11, 2).reshape([9]);
     assert_eq!(some.get(0).narrow(0, 0, 9), first);
     assert_eq!(conv.some_vectors(&numbers(&[1, 6, 3, 3], 3), 16).unwrap().size()[1], 54);

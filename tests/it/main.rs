@@ -23,11 +23,12 @@ mod outputs;
 mod palettes;
 mod pipelines;
 mod plan;
-// Its long runs, which have to be asked for, print tables.
+// The ignored tests of this module print tables.
 #[allow(clippy::print_stdout)]
 mod reliability;
 mod report;
 mod resume;
+mod samplers;
 mod schedulers;
 mod single_file;
 mod snapshots;

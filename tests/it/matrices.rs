@@ -3,7 +3,7 @@
 use sdxl_squeeze::solver::Hessian;
 use tch::{Device, Tensor};
 
-/// Random numbers, each the sum of four uniform ones, whose distribution has a bell's shape.
+/// Random numbers with a bell-shaped distribution: each is the sum of four uniform numbers.
 pub(crate) fn numbers(shape: &[i64], seed: u64) -> Tensor {
     use rand::{RngExt, SeedableRng};
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -11,7 +11,7 @@ pub(crate) fn numbers(shape: &[i64], seed: u64) -> Tensor {
     Tensor::from_slice(&values).reshape(shape)
 }
 
-/// Inputs [n, d] that a few directions dominate, which are equal for one `family`.
+/// Inputs [n, d] that a few directions dominate. The directions depend only on `family`.
 pub(crate) fn correlated(n: i64, d: i64, family: u64, seed: u64) -> Tensor {
     let few = numbers(&[n, d / 4 + 1], seed).matmul(&numbers(&[d / 4 + 1, d], family));
     few / (d as f64).sqrt() + 0.2 * numbers(&[n, d], seed + 1000)

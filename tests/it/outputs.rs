@@ -1,4 +1,5 @@
-//! Where outputs may go, what becomes of what is there, and what killed runs leave.
+//! The paths that outputs may have, what happens to existing files at these paths, and what killed
+//! runs leave there.
 #![cfg(unix)]
 
 use std::ffi::OsStr;
@@ -15,7 +16,7 @@ fn base() -> PathBuf {
     repo("tests/golden/base-like")
 }
 
-/// `generate` without its outputs.
+/// `generate` without a path for the picture.
 fn draw(model: impl AsRef<Path>) -> Squeeze {
     Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "2"])
 }
@@ -40,7 +41,7 @@ fn compress(config: impl AsRef<Path>, model: impl AsRef<Path>, out: impl AsRef<P
     Squeeze::new("compress").arg("--config").arg(config.as_ref()).model(model).out(out)
 }
 
-/// A container of the bundled model, and the config that it was made by.
+/// Compresses the bundled model. Returns the paths of the container and of the config.
 fn container(folder: &Path) -> (PathBuf, PathBuf) {
     let config = folder.join("run.yaml");
     std::fs::write(&config, "solver: sequential\npalettize: {on_misfit: dense, global_config: {n_bits: 8}}\n").unwrap();
@@ -127,7 +128,7 @@ fn no_output_destroys_an_input_or_another_output() {
     assert!(std::fs::read(&container).unwrap() == before && prompts.exists());
 }
 
-/// Names of everything that was left beside an output.
+/// The names of all temporary files and folders beside an output.
 fn leftovers(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
     entries.filter(|name| name.contains(".partial-")).collect()
@@ -152,7 +153,7 @@ fn the_next_run_removes_what_killed_runs_left() {
         for moment in 1..=8 {
             remove();
             let mut child = run.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            // Until there is something to leave, and for one of eight moments after that.
+            // The kill comes after the first temporary file exists, at one of eight moments.
             let begin = Instant::now();
             while leftovers(folder.path()).is_empty() && begin.elapsed() < 2 * time && child.try_wait().unwrap().is_none() {
                 std::thread::sleep(Duration::from_millis(1));
@@ -178,7 +179,7 @@ fn paths_that_are_not_text_work_or_are_refused_by_name() {
     let here = |name: &[u8]| folder.path().join(OsStr::from_bytes(name));
     let (model, out) = (here(b"m\xff"), here(b"o\xff"));
     if std::fs::create_dir(&model).is_err() {
-        // Some file systems have no such names.
+        // Some file systems do not allow such names.
         return;
     }
     copy(&emoji(), &model);

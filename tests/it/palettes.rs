@@ -1,4 +1,5 @@
-//! Palettes against coremltools' and against what must hold for all weights.
+//! Palettes, compared with those of coremltools, and tested for properties that hold for every
+//! weight.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +29,7 @@ fn squared_error(a: &[f16], b: &[f16], keep: &[bool]) -> f64 {
     a.iter().zip(b).zip(keep).filter(|(_, keep)| **keep).map(|((a, b), _)| (a.to_f64() - b.to_f64()).powi(2)).sum()
 }
 
-/// Seeded values that look like weights.
+/// Seeded values with the distribution of typical weights.
 fn random(count: usize, seed: u64) -> Vec<f16> {
     use rand::{RngExt, SeedableRng};
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -54,7 +55,7 @@ impl Golden {
         self.0[key].size().into_iter().map(|size| usize::try_from(size).unwrap()).collect()
     }
 
-    /// The names that have palettes, each with its layer and options.
+    /// The names of all golden palettes, each with its layer and options.
     fn cases(&self) -> Vec<(String, String, PaletteOptions)> {
         let cases = self.0.keys().filter_map(|key| key.strip_suffix("/lut"));
         let cases: Vec<_> = cases
@@ -85,7 +86,7 @@ fn palettes_equal_those_of_coremltools_where_nothing_is_pruned() {
         assert_eq!(ours.codebook.palettes.len(), theirs.len(), "{case}");
         assert_eq!(ours.codebook.scales, options.per_channel_scale.then(|| golden.values(&format!("{case}/scale"))), "{case}");
         for (ours, theirs) in ours.codebook.palettes.iter().zip(&theirs) {
-            // The last bit may differ where a mean lies between two fp16 values.
+            // The last bit may differ where a mean is halfway between two fp16 values.
             let bits = i32::from(ours.to_bits()) - i32::from(theirs.to_bits());
             assert!(bits.abs() <= 1, "{case}: {ours}, not {theirs}");
             entries += 1;
@@ -116,14 +117,15 @@ fn pruned_weights_cost_no_entry_and_stay_zero() {
 }
 
 // ----------------------------------------------------------------------------------------------
-// order
+// more bits and smaller groups
 
 #[test]
 fn more_bits_and_smaller_groups_are_never_worse() {
     let shape = [64, 32, 3, 2];
     let weight = random(shape.iter().product(), 1);
     let error = |bits, group| done(palettize("a", &weight, &shape, None, &options(bits, group))).squared_error;
-    // The optimum cannot get worse; rounding the entries to fp16 can add this much.
+    // More bits or smaller groups cannot increase the error of the optimum. Rounding the entries to
+    // fp16 can add at most this much.
     let largest = weight.iter().map(|value| value.to_f64().abs()).fold(0.0, f64::max);
     let slack = weight.len() as f64 * (largest * 2_f64.powi(-11)).powi(2);
     for bits in [1, 2, 3, 4, 6, 8] {
@@ -158,9 +160,10 @@ fn the_number_of_threads_changes_nothing() {
 }
 
 // ----------------------------------------------------------------------------------------------
-// every weight
+// properties for every weight
 
-/// A weight of 4 x 6 (x 2), with few or many values, a mask and settings that fit.
+/// A weight of shape [4, 6] or [4, 6, 1, 2] with few or many distinct values, a mask, and options
+/// that fit the shape.
 fn anything() -> impl Strategy<Value = (Vec<f16>, Vec<usize>, Vec<bool>, PaletteOptions)> {
     let shape = prop::sample::select(vec![vec![4, 6], vec![4, 6, 1, 2]]);
     let group = prop::sample::select(vec![None, Some((1, 0)), Some((2, 0)), Some((3, 1)), Some((2, 1)), Some((1, 1))]);
@@ -174,7 +177,7 @@ fn anything() -> impl Strategy<Value = (Vec<f16>, Vec<usize>, Vec<bool>, Palette
     })
 }
 
-/// The group of each weight.
+/// The group of each element.
 fn groups_of(shape: &[usize], axis: usize, group_size: usize) -> Vec<usize> {
     let inner: usize = shape[axis + 1..].iter().product();
     (0..shape.iter().product()).map(|at| at / inner % shape[axis] / group_size).collect()
@@ -196,8 +199,8 @@ proptest! {
                 prop_assert!(palette.iter().all(|value| value.to_bits() == 0));
             }
             if !options.per_channel_scale {
-                // Each weight has the nearest entry, the lower of two as near, and the first of
-                // equal ones.
+                // Each element has the index of the nearest entry. Of two entries that are equally
+                // near, it is the lower one, and of equal entries the first.
                 for &at in &kept {
                     let distance = |entry: &f16| (entry.to_f64() - weight[at].to_f64()).abs();
                     let best = palette.iter().enumerate().min_by(|a, b| distance(a.1).total_cmp(&distance(b.1))).unwrap().0;
@@ -243,7 +246,8 @@ proptest! {
             let all = vec![number; weight.len()];
             prop_assert_eq!(&plain, &done(palettize_weighted("a", &weight, &shape, Some(&keep), &all, &options)));
         }
-        // Importance 0 or 1 is a mask, but what is unimportant is still stored.
+        // Weights of 0 and 1 give the same palettes as a mask, but elements of weight 0 are stored
+        // too.
         let some: Vec<f64> = (0..weight.len()).map(|at| f64::from(u8::from(at % 3 > 0))).collect();
         let both: Vec<bool> = keep.iter().zip(&some).map(|(keep, some)| *keep && *some > 0.0).collect();
         let group_of = groups_of(&shape, plain.codebook.axis, plain.codebook.group_size);
@@ -256,7 +260,7 @@ proptest! {
 }
 
 // ----------------------------------------------------------------------------------------------
-// what is refused
+// refusals
 
 fn refusal(weight: &[f16], shape: &[usize], keep: Option<&[bool]>, options: &PaletteOptions) -> String {
     let error = palettize("mid.to_q", weight, shape, keep, options).unwrap_err();

@@ -1,7 +1,7 @@
-//! Whole pipelines against diffusers: token ids, text states, every stage, predictions, latents,
-//! pictures.
+//! Whole pipelines, compared with diffusers: token ids, text states, every stage, predictions,
+//! latents, pictures.
 //!
-//! `tests/golden/README.md` says how the reference files were made.
+//! `tests/golden/README.md` describes how the reference files were made.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use sdxl_squeeze::model::vae::VaeDecoder;
 use sdxl_squeeze::picture::Picture;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample, time_ids};
 use sdxl_squeeze::progress::Silent;
-use sdxl_squeeze::random::noise;
+use sdxl_squeeze::random::{Generator, noise};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -33,8 +33,8 @@ fn a_small_refiner_equals_diffusers() {
     equals_diffusers(&repo("tests/golden/refiner-like"));
 }
 
-/// Also: shards and bf16 (UNet), the `.fp16` variant (text encoder), convolutional projections,
-/// normalized latents.
+/// The model also covers shards and bf16 (UNet), the `.fp16` variant (text encoder), convolutional
+/// projections, and normalized latents.
 #[test]
 fn a_small_v_prediction_model_equals_diffusers() {
     equals_diffusers(&repo("tests/golden/v-prediction"));
@@ -59,7 +59,7 @@ pub(crate) fn computes_the_reference_of(root: &Path, folder: &PipelineFolder) {
         }
     }
     runs(&mut check, folder, &unet, &encoder, &notes);
-    // Sigmas are compared in the schedulers' own tests; these are notes.
+    // The tests of the schedulers compare sigmas, so they are not compared here.
     check.finish(&root.display().to_string(), |key| key.ends_with("sigmas"));
 }
 
@@ -122,7 +122,7 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
         check.close(&format!("{at}unet@{timestep}/output"), &output);
     }
 
-    // The same in single steps.
+    // Running the stages one by one gives the same states and output.
     let weights = folder.unet_weights().unwrap();
     let source = weights.source(Placement::CPU);
     let stages = format!("{at}unet@500");
@@ -144,7 +144,7 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
     check.close(&format!("{stages}/output"), &output);
 }
 
-/// A run of the pipeline that the reference has.
+/// A run of the pipeline whose results are in the reference.
 struct Run<'a> {
     at: &'a str,
     negative_prompt: Option<&'a str>,
@@ -195,14 +195,16 @@ fn run(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, encoder: &Prom
     };
     if check.has(&timesteps) {
         let ours = Tensor::from_slice(scheduler.timesteps()).to_kind(check.get(&timesteps).kind());
-        // Fractions come out of fp32 logarithms.
+        // Timesteps with fractions are computed from fp32 logarithms, so they are not exactly
+        // equal.
         let whole = scheduler.timesteps().iter().all(|timestep| timestep.fract() == 0.0);
         if whole { check.equal(&timesteps, &ours) } else { check.close(&timesteps, &ours) }
     }
     let scale = folder.vae.scale();
     let shape = [1, 4, run.size.0 / scale, run.size.1 / scale];
     let noise = noise(&shape, notes["seed"].as_u64().unwrap(), Kind::Float).unwrap();
-    let latents = sample(unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), &Silent).unwrap();
+    let latents =
+        sample(unet, scheduler.as_mut(), &guidance, &noise, &mut Generator::new(231), &mut |_, _| Ok(()), &Silent).unwrap();
     check.close(&format!("{}final_latents", run.at), &latents);
 
     let image = format!("{}image", run.at);

@@ -1,4 +1,4 @@
-//! What `plan` says, against what runs come to and against published figures.
+//! The figures of `plan`, compared with those of runs and with published ones.
 
 use std::path::Path;
 
@@ -24,8 +24,8 @@ fn plan_of_sdxl() -> Squeeze {
 
 #[test]
 fn sdxls_sizes_are_the_tutorials_to_one_percent() {
-    // GiB of the tutorial's table (its GB and MB are GiB and MiB), which has the Core ML program in
-    // it, 8.6 MiB.
+    // The sizes in the tutorial's table in GiB (its GB and MB are GiB and MiB). They include the
+    // Core ML program, 8.6 MiB.
     let table = [
         ("dense-8bit", 2.40),
         ("dense-6bit", 1.80),
@@ -52,7 +52,7 @@ fn sdxls_sizes_are_the_tutorials_to_one_percent() {
     }
 }
 
-/// The report of `model` compressed on few samples, with more arguments.
+/// Compresses `model` with few samples and more arguments, and returns the report.
 fn compress(model: &Path, out: &Path, more: &[&str]) -> Value {
     Squeeze::new("compress").config("tutorial-s40-4bit-gs16").model(model).out(out).samples(2, 2).args(more).succeeds();
     report(out)
@@ -73,7 +73,8 @@ fn the_budget_changes_the_passes_and_not_one_byte() {
     };
     assert_eq!(passes(&ample), 7);
 
-    // Too little is refused with what would do; that does, in more passes.
+    // A budget that is too small is refused with the smallest one that suffices. With that one the
+    // run takes more passes.
     let config = repo("configs/tutorial-s40-4bit-gs16.yaml");
     let plan = Squeeze::new("plan").arg(config).model(emoji()).with("--prompts", repo("calibration/emoji.txt"));
     let ended = plan.args(["--calibration-nsamples", "2", "--memory-budget", "100MiB"]).ends_with(2);
@@ -88,7 +89,8 @@ fn the_budget_changes_the_passes_and_not_one_byte() {
     assert!(!folder.path().join("tight/unet.squeezed.work").exists(), "the workspace is gone when the result is there");
 }
 
-/// Samples go through stages in which nothing is calibrated, too: those have to fit as well.
+/// Samples also pass through stages in which no layer is calibrated, so these stages must fit the
+/// budget too.
 #[test]
 fn a_stage_that_is_only_run_must_fit_the_budget() {
     let folder = tempfile::tempdir().unwrap();
@@ -115,8 +117,8 @@ fn several_devices_share_the_samples() {
         assert_eq!((&one["name"], &one["vectors"]), (&two["name"], &two["vectors"]));
         let error = |layer: &Value| layer["errors"]["output"].as_f64();
         if let (Some(one_error), Some(two_error)) = (error(one), error(two)) {
-            // Sums in another order choose other masks, which in layers as small as these is much
-            // for one layer, but not for all.
+            // Other orders of summation choose other masks. This can change the error of one layer
+            // much, as layers are small here, but not the sum over all layers.
             assert!((0.2..5.0).contains(&(one_error / two_error)), "{}: {one_error} {two_error}", one["name"]);
             sums = [sums[0] + one_error, sums[1] + two_error];
         }
@@ -125,14 +127,14 @@ fn several_devices_share_the_samples() {
     assert_eq!(again["samples"], 2);
 }
 
-/// The passes over the samples and the multiply-adds of all forwards, counted while a run computes,
-/// are those of its plan: stage by stage, block by block, and beside the dense network.
+/// A run counts its passes over the samples and the multiply-adds of all forwards. For each way of
+/// sequencing, with and without dense targets, they are those of the plan.
 #[test]
 fn what_is_computed_is_what_was_planned() {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
-    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, 2);
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, Some(2));
     let options = RunOptions::on(Placement::CPU);
     let samples = calibrate(&folder, &weights, &config.calibration, &options, &Silent).unwrap();
     let recipe = Recipe::new(&config, &folder.unet).unwrap();
@@ -147,7 +149,11 @@ fn what_is_computed_is_what_was_planned() {
             model: Model { chain: &folder.unet, source: &source },
             layers: &recipe.layers,
             plan: &plan,
-            calibration: Calibration { samples: &samples, weights: &[], timesteps: 1000 },
+            calibration: Calibration {
+                samples: &samples,
+                weights: &[],
+                timesteps: &(0..1000).map(f64::from).collect::<Vec<_>>(),
+            },
             machine: Machine { devices: &Device::Cpu.into(), kind: Kind::Float },
         };
         let mut store = Workspace::open(&out.path().join(number.to_string()), &Default::default(), false).unwrap();
@@ -160,7 +166,8 @@ fn what_is_computed_is_what_was_planned() {
         }
         forwards.push((plan.passes(), plan.work.forward));
     }
-    // Each order takes more than the one before.
+    // Sequencing by sublayer takes more passes and more forwards than by stage. Dense targets take
+    // more forwards, in as many passes.
     assert!(forwards[0].0 < forwards[1].0 && forwards[1].0 == forwards[2].0, "{forwards:?}");
     assert!(forwards[0].1 < forwards[1].1 && forwards[1].1 < forwards[2].1, "{forwards:?}");
 }

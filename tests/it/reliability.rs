@@ -1,8 +1,8 @@
 //! Runs that are killed, and files with one bit changed.
 //!
-//! Two long tests are ignored by default and print a table: `killed_runs` and `flipped_bits`. These
-//! variables set them up: `RELIABILITY_KILLS` (100), `RELIABILITY_FLIPS` (300) and
-//! `RELIABILITY_SEED` (1). A few kills and flips are tried every time.
+//! Two long tests are ignored by default and print a table: `killed_runs` and `flipped_bits`. The
+//! variables `RELIABILITY_KILLS` (100), `RELIABILITY_FLIPS` (300) and `RELIABILITY_SEED` (1) change
+//! their length and their random numbers. Every run of the tests tries a few kills and flips.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -23,17 +23,17 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A command and what it writes.
+/// A command and its outputs.
 struct Action {
     name: &'static str,
     args: Vec<String>,
-    /// A flag that lets a run go on where it was killed.
+    /// The flag with which a killed run continues, if there is one.
     resume: Option<&'static str>,
     /// The path that must not exist when the command begins, if there is one.
     new: Option<PathBuf>,
 }
 
-/// Everything that a killed or damaged command may be about, in one folder.
+/// A folder with everything that the commands read and write.
 struct Scene {
     root: tempfile::TempDir,
     container: PathBuf,
@@ -50,12 +50,12 @@ impl Scene {
         Scene { root, container }
     }
 
-    /// Where the commands write.
+    /// The folder to which the commands write.
     fn out(&self) -> PathBuf {
         self.root.path().join("out")
     }
 
-    /// An empty folder for what a command writes.
+    /// Empties the folder to which the commands write.
     fn clear(&self) {
         let _ = std::fs::remove_dir_all(self.out());
         std::fs::create_dir(self.out()).unwrap();
@@ -134,7 +134,7 @@ impl Scene {
     }
 }
 
-/// A short run of the tiny model.
+/// The arguments of a short compression of the tiny model.
 fn compress(config: &str, out: &Path) -> Vec<String> {
     let (config, prompts) = (repo("configs/emoji").join(config), repo("calibration/emoji.txt"));
     let args = [
@@ -159,7 +159,7 @@ fn args(args: &[String]) -> Vec<&str> {
     args.iter().map(String::as_str).collect()
 }
 
-/// Every file of a folder by its path in there, and every empty folder.
+/// All files below a folder with their relative paths, and all empty folders.
 fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     fn walk(root: &Path, folder: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
         let mut empty = true;
@@ -181,8 +181,8 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// What an undisturbed run leaves: the names of its files, and the content of those that are the
-/// same every time.
+/// The files that an undisturbed run leaves. A file has its content here if two runs give it the
+/// same content.
 struct Expected {
     files: BTreeMap<PathBuf, Option<Vec<u8>>>,
     time: Duration,
@@ -200,7 +200,7 @@ impl Expected {
         let second = once();
         let time = begin.elapsed();
         assert!(first.keys().eq(second.keys()), "{}: two runs leave different files", action.name);
-        // Reports have times in them.
+        // Reports contain times, so they differ from run to run.
         let files = first.into_iter().map(|(path, content)| {
             let same = second[&path] == content;
             (path, same.then_some(content))
@@ -210,7 +210,8 @@ impl Expected {
         Expected { files, time }
     }
 
-    /// What is missing or has other bytes, and what is there that should not be.
+    /// Returns descriptions of files that are missing or have other bytes, and the names of files
+    /// that should not exist.
     fn compare(&self, found: &BTreeMap<PathBuf, Vec<u8>>) -> (Vec<String>, Vec<String>) {
         let wrong = self.files.iter().filter_map(|(path, content)| match (content, found.get(path)) {
             (_, None) => Some(format!("{} is missing", path.display())),
@@ -222,20 +223,22 @@ impl Expected {
     }
 }
 
-/// What came of one command's kills.
+/// The results of killing one command.
 #[derive(Debug, Default, Clone)]
 struct Kills {
-    /// Kills of a process that was still at work.
+    /// The number of kills of a running process.
     kills: usize,
-    /// Processes that had ended when they were to be killed.
+    /// The number of processes that had ended before they were to be killed.
     too_late: usize,
-    /// Times that the next undisturbed run left the same bytes, and nothing else.
+    /// The number of rounds in which the next undisturbed run left the expected files and nothing
+    /// else.
     same: usize,
-    /// What was wrong, one line each.
+    /// Descriptions of faults, one line each.
     faults: Vec<String>,
 }
 
-/// Kills commands `count` times in all, at random moments, and runs each to its end afterwards.
+/// Kills commands `count` times in total, at random moments, and afterwards runs each command to
+/// its end.
 fn kill(scene: &Scene, actions: &[Action], count: usize, random: &mut ChaCha8Rng) -> Vec<(&'static str, Kills)> {
     let mut table: Vec<(&'static str, Kills)> = actions.iter().map(|action| (action.name, Kills::default())).collect();
     let expected: Vec<Expected> = actions.iter().map(|action| Expected::of(scene, action)).collect();
@@ -245,7 +248,7 @@ fn kill(scene: &Scene, actions: &[Action], count: usize, random: &mut ChaCha8Rng
         number += 1;
         let (action, expected, found) = (&actions[at], &expected[at], &mut table[at].1);
         scene.clear();
-        // A run that goes on can be killed again on its way.
+        // A run that can be resumed is killed once or twice.
         let times = if action.resume.is_some() { random.random_range(1..3) } else { 1 };
         for _ in 0..times {
             let mut child = start(action);
@@ -259,7 +262,8 @@ fn kill(scene: &Scene, actions: &[Action], count: usize, random: &mut ChaCha8Rng
             }
             child.wait().unwrap();
         }
-        // A new folder that came into being whole is not written again.
+        // If the killed run completed a new folder, the command is not run again, because it would
+        // refuse the existing folder.
         if !action.new.as_ref().is_some_and(|new| new.exists()) {
             let ended = squeeze(&args(&with_resume(action)));
             if !ended.status.success() {
@@ -286,7 +290,7 @@ fn start(action: &Action) -> Child {
     squeezing(&args(&with_resume(action))).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
-/// Prints the table and fails with all that was wrong.
+/// Prints the table and fails if there was any fault.
 fn judge_kills(table: &[(&'static str, Kills)]) {
     let mut lines = String::from(
         "| command | kills | ended before | rounds with the same bytes and nothing left | faults |\n|---|---|---|---|---|\n",
@@ -298,7 +302,7 @@ fn judge_kills(table: &[(&'static str, Kills)]) {
     let mut faults: BTreeMap<String, usize> = BTreeMap::new();
     for (name, kills) in table {
         for fault in &kills.faults {
-            // Temporary names are random.
+            // Temporary names are random, so they are cut off before equal faults are counted.
             let fault = fault.split("partial-").next().unwrap_or(fault);
             *faults.entry(format!("{name}: {fault}")).or_default() += 1;
         }
@@ -322,15 +326,15 @@ fn a_few_killed_runs() {
     judge_kills(&kill(&scene, &actions, 3, &mut ChaCha8Rng::seed_from_u64(2)));
 }
 
-/// What came of the flips that one command was given.
+/// The results of one command on files with a flipped bit.
 #[derive(Debug, Default, Clone)]
 struct Flips {
     flips: usize,
-    /// The command failed and said why.
+    /// The number of flips after which the command failed with a message.
     refused: usize,
-    /// The command succeeded, and what it made is what it makes of the whole file.
+    /// The number of flips after which the command gave the result of the undamaged file.
     same: usize,
-    /// Neither: what was flipped.
+    /// Descriptions of all other flips.
     missed: Vec<String>,
 }
 
@@ -348,7 +352,7 @@ impl FlipTable {
         }
     }
 
-    /// Prints the table and fails with all that was missed.
+    /// Prints the table and fails if any flip was missed.
     fn judge(self) {
         let mut lines = String::from("| read by | flips | refused | the same result | missed |\n|---|---|---|---|---|\n");
         for (name, Flips { flips, refused, same, missed }) in &self.0 {
@@ -367,7 +371,7 @@ enum Outcome {
     Missed(String),
 }
 
-/// Flips one bit of a file and says which.
+/// Flips a random bit of a file and returns a description of it.
 fn flip(path: &Path, random: &mut ChaCha8Rng) -> String {
     let mut bytes = std::fs::read(path).unwrap();
     let (at, bit) = (random.random_range(0..bytes.len()), random.random_range(0..8));
@@ -376,7 +380,7 @@ fn flip(path: &Path, random: &mut ChaCha8Rng) -> String {
     format!("byte {at} of {}, bit {bit}, of {}", bytes.len(), path.file_name().unwrap().to_string_lossy())
 }
 
-/// Runs a command that must find damage: one that fails, says why, and leaves nothing.
+/// Runs a command on a damaged file. It must fail with a message and leave no files.
 fn must_refuse(scene: &Scene, command: &[&str]) -> Outcome {
     let ended = squeeze(command);
     let left = tree(&scene.out());
@@ -389,7 +393,7 @@ fn must_refuse(scene: &Scene, command: &[&str]) -> Outcome {
     }
 }
 
-/// Flips of a container, each read by every command that reads containers.
+/// Flips bits of a container, which every command that reads containers then reads.
 fn flip_containers(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: &mut FlipTable) {
     let damaged = scene.root.path().join("damaged.safetensors");
     let (model, out) = (text(tiny()), scene.out());
@@ -409,7 +413,8 @@ fn flip_containers(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: 
             vec!["generate", "--model", model, "--unet", file, "--prompt", "a cat", "--steps", "1", "-o", text(&picture)],
         ),
     ];
-    // A refusal says something only where the whole file is accepted.
+    // The commands must accept the undamaged file. Otherwise their refusals would not show that
+    // they find damage.
     std::fs::copy(&scene.container, &damaged).unwrap();
     for (_, command) in &commands {
         scene.clear();
@@ -425,7 +430,7 @@ fn flip_containers(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: 
     }
 }
 
-/// Flips of a package's three files, in turn.
+/// Flips bits in the three files of a package in turn.
 fn flip_packages(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: &mut FlipTable) {
     let (whole, damaged) = (scene.root.path().join("whole.mlpackage"), scene.root.path().join("damaged.mlpackage"));
     ended_with(0, &squeeze(&["export", text(&scene.container), "--to", "coreml", "--out", text(&whole)]));
@@ -441,7 +446,7 @@ fn flip_packages(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: &m
     }
 }
 
-/// Flips of any file in the work folder of a run that was interrupted; the run then goes on.
+/// Flips bits in the files of an interrupted run's work folder, and then resumes the run.
 #[cfg(unix)]
 fn flip_work_folders(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: &mut FlipTable) {
     let action = Action {
@@ -451,14 +456,14 @@ fn flip_work_folders(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table
         new: None,
     };
     let mut expected = Expected::of(scene, &action);
-    // The report says what was damaged and made again.
+    // The report lists damaged files, so its content may differ.
     let report = expected.files.keys().find(|path| path.ends_with("report.json")).cloned().unwrap();
     expected.files.insert(report, None);
     scene.clear();
     interrupted_among_the_layers(squeezing(&[&args(&action.args)[..], &["--progress", "json"]].concat()));
     let kept = scene.root.path().join("kept");
     copy(&scene.out(), &kept);
-    // The lock has no content.
+    // The lock file is empty and has no bits to flip.
     let files: Vec<_> = tree(&kept).into_iter().filter(|(_, content)| !content.is_empty()).map(|(path, _)| path).collect();
     assert!(files.iter().any(|path| text(path).contains("part-")), "{files:?}");
     for number in 0..count {

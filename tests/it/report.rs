@@ -1,5 +1,5 @@
-//! The report: metrics against scikit-image, the page as a parser and a hostile user see it, and
-//! its files.
+//! The report: metrics compared with scikit-image, the page tested with a strict parser and with
+//! hostile texts, and the files.
 
 use sdxl_squeeze::picture::Picture;
 use sdxl_squeeze::report::metrics::{HIGHEST_PSNR, psnr, ssim};
@@ -31,14 +31,14 @@ fn metrics_equal_scikit_image() {
     }
 }
 
-/// A number that looks random, 0 to 1, the same in every run.
+/// A pseudorandom number from 0 to 1 that depends only on `seed`.
 fn noise(seed: usize) -> f64 {
     let mixed = (seed as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mixed = (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     ((mixed ^ (mixed >> 32)) % 10_000) as f64 / 10_000.0
 }
 
-/// One of the emoji of the model's sample sheet, with noise.
+/// One of the emoji of the model's sample sheet, with noise that grows with `error`.
 fn emoji(sheet: &Picture, index: u32, error: f64) -> Picture {
     let (left, top) = (index % 8 * 128, index / 8 * 128);
     let mut rgb = Vec::new();
@@ -61,7 +61,8 @@ fn samples() -> Picture {
     Picture { width: info.width, height: info.height, rgb }
 }
 
-/// Made-up but plausible: the tutorial's rows on a small model.
+/// A comparison with invented but plausible figures, which has the rows of the tutorial for a small
+/// model.
 fn plausible() -> Comparison {
     let sheet = samples();
     let rows: [(&str, f64, f64, f64); 11] = [
@@ -89,7 +90,7 @@ fn plausible() -> Comparison {
     let dense: Vec<_> = shown.iter().map(|i| emoji(&sheet, *i, 0.0)).collect();
     let row = |index: usize, (name, sparsity, bits, error): (&str, f64, f64, f64)| {
         let pictures: Vec<_> = shown.iter().map(|i| emoji(&sheet, *i, error)).collect();
-        let found = report::metrics::closeness(&dense, &pictures).unwrap();
+        let closeness = report::metrics::closeness(&dense, &pictures).unwrap();
         let bytes = (8_371_780.0 * bits / 8.0) as u64;
         Row {
             name: name.into(),
@@ -103,8 +104,8 @@ fn plausible() -> Comparison {
             compressed_weight_bytes: bytes,
             unet_error: error,
             latent_error_by_step: (0..30).map(|step| error * (0.1 + f64::from(step) / 25.0).powf(0.7)).collect(),
-            psnr: found.psnr,
-            ssim: found.ssim,
+            psnr: closeness.psnr,
+            ssim: closeness.ssim,
             seconds: 1.5 + 8.0 * sparsity,
             peak_bytes: Some(410_000_000),
             stages: stages().map(|(i, stage)| StageError { name: stage.into(), error: error * (0.3 + 0.2 * i as f64) }).collect(),
@@ -143,7 +144,7 @@ fn stages() -> impl Iterator<Item = (usize, &'static str)> {
 fn layers(row: usize, sparsity: f64, bits: f64, error: f64) -> Vec<LayerRow> {
     let layer = |stage: usize, name: &str, i: usize| {
         let conv = i.is_multiple_of(3);
-        let found = error * (0.2 + 2.0 * noise(1000 * row + 50 * stage + i));
+        let layer_error = error * (0.2 + 2.0 * noise(1000 * row + 50 * stage + i));
         LayerRow {
             name: format!("{name}.{}.{i}", if conv { "resnets" } else { "attentions" }),
             stage: name.into(),
@@ -153,27 +154,27 @@ fn layers(row: usize, sparsity: f64, bits: f64, error: f64) -> Vec<LayerRow> {
             sparsity,
             bytes: 8_192,
             vectors: (sparsity > 0.0).then_some(32_768),
-            weight_error: 2.0 * found,
-            pruned_error: (sparsity > 0.0).then_some(0.8 * found),
-            output_error: (sparsity > 0.0).then_some(found),
+            weight_error: 2.0 * layer_error,
+            pruned_error: (sparsity > 0.0).then_some(0.8 * layer_error),
+            output_error: (sparsity > 0.0).then_some(layer_error),
         }
     };
     stages().flat_map(|(stage, name)| (0..[6, 18, 22, 16, 30, 24, 9][stage]).map(move |i| layer(stage, name, i))).collect()
 }
 
-/// The page as XML, in which HTML's void elements are closed too.
+/// The page as XML, in which HTML's void elements are closed.
 fn xml(page: &str) -> String {
     regex::Regex::new("<((?:meta|img|br)[^>]*)>").unwrap().replace_all(page, "<$1/>").into_owned()
 }
 
-/// The page as a strict parser sees it.
+/// Parses the page with a strict parser.
 fn parse(xml: &str) -> roxmltree::Document<'_> {
     let options = roxmltree::ParsingOptions { allow_dtd: true, ..roxmltree::ParsingOptions::default() };
     roxmltree::Document::parse_with_options(xml, options).unwrap()
 }
 
-/// Whether no number of text or plots is NaN or infinite. Letters of stored pictures can spell
-/// anything.
+/// Returns whether no text and no attribute has NaN or infinite numbers. The letters of embedded
+/// pictures are skipped, because they can spell anything.
 fn finite(document: &roxmltree::Document) -> bool {
     let attributes = document.descendants().flat_map(|node| node.attributes()).filter(|attribute| attribute.name() != "src");
     let texts = document.descendants().filter_map(|node| node.text());
@@ -188,7 +189,7 @@ fn the_page_is_well_formed_and_needs_nothing_else() {
     let document = parse(&xml);
     let named = |name: &'static str| document.descendants().filter(move |node| node.has_tag_name(name));
     assert_eq!(named("script").count() + named("link").count() + named("iframe").count(), 0);
-    // One in the table and one for each prompt, for each model.
+    // Each model has one picture in the table and one for each prompt.
     assert_eq!(named("img").count(), 12 * (1 + comparison.judged.len()));
     assert!(named("img").all(|node| node.attribute("src").unwrap().starts_with("data:image/png;base64,iVBOR")));
     for attribute in document.descendants().flat_map(|node| node.attributes()) {
@@ -196,11 +197,11 @@ fn the_page_is_well_formed_and_needs_nothing_else() {
         assert!(attribute.name() != "href" || attribute.value().starts_with('#'));
     }
     assert!(!page.contains("url(") && !page.contains("@import"));
-    // Every link has its target.
+    // Every link has a target in the page.
     let ids: Vec<_> = document.descendants().filter_map(|node| node.attribute("id")).collect();
     let links: Vec<_> = named("a").filter_map(|node| node.attribute("href")).collect();
     assert!(!links.is_empty() && links.iter().all(|link| ids.contains(&&link[1..])));
-    // Every layer has a dot with its name.
+    // Every layer has a dot with a title.
     let layers = comparison.rows.iter().map(|row| row.layers.len()).sum::<usize>();
     let dots = named("circle").filter(|node| node.attribute("class").is_some_and(|class| class.starts_with("dot k")));
     assert_eq!(dots.filter(|node| node.children().any(|child| child.has_tag_name("title"))).count(), layers);
@@ -243,7 +244,7 @@ fn hostile_text_stays_text() {
     assert_eq!(document.descendants().filter(|node| node.has_tag_name("script")).count(), 0);
     assert_eq!(document.descendants().filter(|node| node.has_tag_name("img")).count(), 12 * 7);
     assert!(!page.contains("<script") && !page.contains("<img src=x"));
-    // Said once in the head, once in the table, …: nothing was dropped instead of escaped.
+    // The text is shown in many places, so it was escaped and not dropped.
     let shown = document.descendants().filter(|node| node.text().is_some_and(|text| text.contains("<script>alert(1)</script>")));
     assert!(shown.count() > 20);
     assert_eq!(Comparison::from_json(&comparison.to_json()).unwrap().rows[7].name, evil);
@@ -284,7 +285,7 @@ fn json_gives_the_comparison_back() {
     assert_eq!(back.to_json(), comparison.to_json());
 }
 
-/// With REPORT_SAMPLE=DIR the files are left there to be looked at.
+/// With REPORT_SAMPLE=DIR the files are left in DIR for inspection.
 #[test]
 fn all_files_are_written_and_written_again_the_same() {
     let comparison = plausible();

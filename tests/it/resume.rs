@@ -1,4 +1,4 @@
-//! Runs that are killed, interrupted, or changed under way.
+//! Runs that are killed, interrupted, or resumed with another config.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::squeeze::{Squeeze, same_on_all_threads};
 use crate::support::{container, interrupted_among_the_layers, tiny};
 
-/// A small run.
+/// Compresses the tiny model with few samples.
 fn compress(out: &Path) -> Squeeze {
     Squeeze::new("compress").config("tutorial-s50-4bit-gs16").model(tiny()).out(out).samples(6, 4)
 }
@@ -19,8 +19,8 @@ fn killed_at_ten_moments_and_resumed_gives_the_same_bytes() {
     compress(&whole).succeeds();
     let time = begin.elapsed();
     let out = folder.path().join("killed");
-    // Moments spread over a run, each a little off the even ones; each run goes on where the last
-    // was killed.
+    // The kills are spread over the time of a run, with a random offset each. Each run resumes the
+    // one that was killed before.
     let resume = compress(&out).arg("--resume");
     let (mut kills, mut seed) = (0, 12345u32);
     for moment in 1..=10 {
@@ -33,7 +33,7 @@ fn killed_at_ten_moments_and_resumed_gives_the_same_bytes() {
             kills += 1;
         }
         child.wait().unwrap();
-        // Whatever is there is whole.
+        // A container that exists after a kill is complete.
         if out.join("unet.squeezed.safetensors").exists() {
             assert!(container(&out) == container(&whole), "killed at {wait:?}: another container");
             std::fs::remove_dir_all(&out).unwrap();
@@ -58,14 +58,15 @@ fn an_interrupt_ends_after_the_layer_at_hand_and_says_how_to_go_on() {
     assert!(parts.filter(|entry| entry.file_name().to_string_lossy().starts_with("part-")).count() > 0);
     assert!(!out.join("unet.squeezed.safetensors").exists());
 
-    // A run of something else is refused and leaves it alone; the same goes on.
+    // A run with another config is refused and does not change the work folder. A run with the same
+    // config continues.
     let resume = compress(&out).arg("--resume");
     resume.clone().with("--target-sparsity", "0.3").ends_with(2).says(&["changed since it began: config"]);
     resume.succeeds();
     assert!(container(&out) == container(&whole));
 }
 
-/// Takes the container of a run that was written to `out`, so that `out` is free for the next run.
+/// Returns the container in `out` and removes the folder, so that the next run can write to it.
 fn taken(out: &Path) -> Vec<u8> {
     let bytes = container(out);
     std::fs::remove_dir_all(out).unwrap();
@@ -79,7 +80,7 @@ fn the_same_bytes_on_any_number_of_threads() {
     same_on_all_threads(&["1", "2", "3", "7"], &compress(&out), || taken(&out));
 }
 
-/// The joint solver with every refinement, as our own configs ask for.
+/// The joint solver has all refinements here that this project's own configs ask for.
 #[test]
 fn the_same_bytes_by_the_joint_solver_on_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();

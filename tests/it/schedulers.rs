@@ -1,9 +1,9 @@
-//! The samplers against diffusers' (tests/golden/make_schedulers.py), and what their configs may
-//! not ask for.
+//! Samplers, compared with those of diffusers (tests/golden/make_schedulers.py), and configs that
+//! they must refuse.
 
 use proptest::prelude::*;
 use sdxl_squeeze::model::scheduler::{Scheduler, SchedulerChoice, SchedulerConfig, SchedulerKind};
-use sdxl_squeeze::random::noise;
+use sdxl_squeeze::random::{Generator, noise};
 use sdxl_squeeze::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -11,16 +11,16 @@ use tch::{Kind, Tensor};
 
 use crate::support::{repo, tensors};
 
-/// A config file's text, read as one.
-fn read(text: &str) -> Result<SchedulerConfig> {
+/// Reads `text` as a config file.
+pub(crate) fn read(text: &str) -> Result<SchedulerConfig> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("scheduler_config.json");
     std::fs::write(&path, text).unwrap();
     SchedulerConfig::read(&path)
 }
 
-/// A config of a class, with some keys.
-fn config(class: &str, keys: Value) -> SchedulerConfig {
+/// A config of the class `class` with further keys.
+pub(crate) fn config(class: &str, keys: Value) -> SchedulerConfig {
     let mut keys = keys;
     keys["_class_name"] = json!(class);
     read(&keys.to_string()).unwrap()
@@ -30,32 +30,32 @@ const EULER: &str = "EulerDiscreteScheduler";
 const DDIM: &str = "DDIMScheduler";
 const DPM: &str = "DPMSolverMultistepScheduler";
 
-/// What a sampler that cannot be made says of it.
-fn refusal(config: &SchedulerConfig, steps: usize) -> Error {
+/// The error of a config from which no sampler can be made.
+pub(crate) fn refusal(config: &SchedulerConfig, steps: usize) -> Error {
     config.scheduler(steps).err().unwrap_or_else(|| panic!("{config:?} makes a sampler of {steps} steps"))
 }
 
-/// The two functions that stand for a UNet, in fp64.
-fn predict(x: &Tensor, timestep: f64) -> Tensor {
+/// A function that takes the place of a UNet, computed in fp64.
+pub(crate) fn predict(x: &Tensor, timestep: f64) -> Tensor {
     let wide = x.to_kind(Kind::Double);
     ((&wide * 3.0 + timestep / 100.0).sin() * 0.5 + &wide * 0.3).to_kind(x.kind())
 }
 
-/// The samples after every step.
+/// Runs all steps and returns the sample after each step.
 fn run(scheduler: &mut dyn Scheduler, noise: &Tensor) -> Vec<Tensor> {
     let mut sample = noise * scheduler.init_noise_sigma();
     let mut trace = Vec::new();
     for (index, timestep) in scheduler.timesteps().to_vec().into_iter().enumerate() {
         let scaled = scheduler.scale_model_input(&sample, index).unwrap();
-        sample = scheduler.step(index, &predict(&scaled, timestep), &sample).unwrap();
+        sample = scheduler.step(index, &predict(&scaled, timestep), &sample, &mut Generator::new(0)).unwrap();
         assert_eq!(sample.kind(), noise.kind());
         trace.push(sample.view(-1));
     }
     trace
 }
 
-/// The largest difference, as a share of the largest value.
-fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
+/// The largest difference, relative to the largest value of `theirs`.
+pub(crate) fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
     let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
     (ours - &theirs).abs().max().double_value(&[]) / theirs.abs().max().double_value(&[])
@@ -70,7 +70,7 @@ struct Case {
     steps: Vec<usize>,
 }
 
-/// How far results may be off.
+/// Bounds of the differences between results and golden values.
 struct Bounds {
     timesteps: f64,
     init: f64,
@@ -80,13 +80,14 @@ struct Bounds {
     bfloat16: f64,
 }
 
-/// With the libtorch and the kind of processor that made the golden file.
+/// The bounds for the libtorch and the kind of processor that made the golden file.
 const ALIKE: Bounds = Bounds { timesteps: 0.0, init: 0.0, float32: 1e-6, float64: 1e-6, float16: 0.0, bfloat16: 0.0 };
 
-/// Where square roots may be rounded otherwise: timesteps found from sigmas then differ in their
-/// last place, which DPM-Solver turns into a whole timestep where it does not round, and in 16 bits
-/// twenty steps make much of one rounding. Without a signal in the first step (`zero-snr`) Euler's
-/// first sigma is one over what rounding left of a product of a thousand numbers.
+/// The bounds for other processors, on which square roots may be rounded differently. Timesteps
+/// that are computed from sigmas then differ in the last digit, and where DPM-Solver does not round
+/// timesteps, it truncates them to other whole numbers. In 16 bits, one rounding error grows over
+/// twenty steps. Without a signal in the first step (`zero-snr`), Euler's first sigma is the
+/// reciprocal of the rounding error of a product of a thousand numbers.
 fn bounds_elsewhere(name: &str) -> Bounds {
     let curved = name.contains("karras") || name.contains("exponential");
     let cut = name.starts_with("dpmpp-2m") && (name.contains("exponential") || name.contains("karras-cosine"));
@@ -99,7 +100,7 @@ fn bounds_elsewhere(name: &str) -> Bounds {
     Bounds {
         timesteps: match (curved, name.contains("continuous")) {
             (true, _) => timesteps,
-            // 0.25 log(sigma).
+            // These timesteps are 0.25 log(sigma).
             (_, true) => 1e-6,
             _ => 0.0,
         },
@@ -176,7 +177,7 @@ fn a_model_that_always_predicts_one_picture_ends_there() {
                 let mut scheduler = config(class, keys).scheduler(steps).unwrap();
                 let mut sample = noise(&picture.size(), 9, Kind::Float).unwrap() * scheduler.init_noise_sigma();
                 for index in 0..scheduler.timesteps().len() {
-                    sample = scheduler.step(index, &picture, &sample).unwrap();
+                    sample = scheduler.step(index, &picture, &sample, &mut Generator::new(0)).unwrap();
                 }
                 assert!(error(&sample, &picture) < 1e-6, "{class} in {steps} steps");
             }
@@ -222,7 +223,7 @@ fn keys_that_are_not_implemented_are_refused_by_name() {
         ("solver_order", json!({"solver_order": 3})),
         ("solver_type", json!({"solver_type": "bh3"})),
         ("algorithm_type", json!({"algorithm_type": "dpmsolver"})),
-        ("algorithm_type", json!({"algorithm_type": "sde-dpmsolver++"})),
+        ("algorithm_type", json!({"algorithm_type": "sde-dpmsolver"})),
         ("algorithm_type", json!({"algorithm_type": "deis", "final_sigmas_type": "zero"})),
         ("variance_type", json!({"variance_type": "learned_range"})),
         ("lambda_min_clipped", json!({"lambda_min_clipped": 100})),
@@ -280,7 +281,8 @@ fn numbers_of_steps_that_cannot_be_are_refused() {
             assert!(matches!(error, Error::Argument(_)) && error.to_string().contains(&steps.to_string()), "{error}");
         }
     }
-    // Where diffusers reads beyond its tables, from their wrong end, or divides zero by zero.
+    // With these configs diffusers reads beyond its tables, reads them from the wrong end, or
+    // divides zero by zero.
     let offset = json!({"timestep_spacing": "leading", "steps_offset": 1});
     assert!(refusal(&config(DDIM, offset.clone()), 1000).to_string().contains("timestep 1000"));
     assert!(refusal(&config(DDIM, json!({"timestep_spacing": "trailing"})), 61).to_string().contains("timestep -1"));
@@ -292,21 +294,24 @@ fn steps_are_taken_in_order() {
     let sample = noise(&[1, 4, 3, 5], 3, Kind::Float).unwrap();
     for class in [EULER, DDIM, DPM] {
         let mut scheduler = config(class, json!({})).scheduler(3).unwrap();
-        assert!(scheduler.step(3, &sample, &sample).is_err());
+        assert!(scheduler.step(3, &sample, &sample, &mut Generator::new(0)).is_err());
         assert!(scheduler.scale_model_input(&sample, 3).is_err());
     }
     let mut scheduler = config(DPM, json!({})).scheduler(3).unwrap();
-    assert!(scheduler.step(1, &sample, &sample).is_err());
-    assert!(scheduler.step(0, &sample, &sample).is_ok());
-    assert!(scheduler.step(2, &sample, &sample).unwrap_err().to_string().contains("the next is 1"));
+    assert!(scheduler.step(1, &sample, &sample, &mut Generator::new(0)).is_err());
+    assert!(scheduler.step(0, &sample, &sample, &mut Generator::new(0)).is_ok());
+    assert!(scheduler.step(2, &sample, &sample, &mut Generator::new(0)).unwrap_err().to_string().contains("the next is 1"));
 }
 
 #[test]
 fn samplers_are_picked_by_name() {
     let picked = |name: &str| name.parse::<SchedulerChoice>().unwrap();
-    assert_eq!(picked("euler"), SchedulerChoice { kind: SchedulerKind::Euler, karras: false });
-    assert_eq!(picked("DPMPP-2M-Karras"), SchedulerChoice { kind: SchedulerKind::DpmSolverMultistep, karras: true });
-    assert_eq!(picked("DDIMScheduler"), SchedulerChoice { kind: SchedulerKind::Ddim, karras: false });
+    assert_eq!(picked("euler"), SchedulerChoice { kind: SchedulerKind::Euler, karras: false, variant: false });
+    assert_eq!(
+        picked("DPMPP-2M-Karras"),
+        SchedulerChoice { kind: SchedulerKind::DpmSolverMultistep, karras: true, variant: false }
+    );
+    assert_eq!(picked("DDIMScheduler"), SchedulerChoice { kind: SchedulerKind::Ddim, karras: false, variant: false });
     for name in SchedulerChoice::NAMES {
         let config = config(EULER, json!({}));
         assert_eq!(config.with_override(name).unwrap().class(), picked(name).kind.class());
@@ -323,10 +328,10 @@ fn samplers_are_picked_by_name() {
 
 #[test]
 fn a_class_that_is_not_implemented_can_be_replaced() {
-    let config = config("PNDMScheduler", json!({"skip_prk_steps": true}));
-    assert_eq!(config.class(), "PNDMScheduler");
+    let config = config("LMSDiscreteScheduler", json!({"skip_prk_steps": true}));
+    assert_eq!(config.class(), "LMSDiscreteScheduler");
     let error = refusal(&config, 20).to_string();
-    assert!(error.contains("`_class_name`") && error.contains("PNDMScheduler") && error.contains(EULER), "{error}");
+    assert!(error.contains("`_class_name`") && error.contains("LMSDiscreteScheduler") && error.contains(EULER), "{error}");
     config.with_override("euler").unwrap().scheduler(20).unwrap();
 }
 
@@ -385,14 +390,14 @@ fn any_value() -> impl Strategy<Value = Value> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever a config says, it makes a sampler with finite timesteps or an error, but no panic.
+    /// Every config gives a sampler with finite timesteps or an error, and never a panic.
     #[test]
     fn no_config_panics(
-        class in prop::sample::select(vec![EULER, DDIM, DPM]),
+        class in prop::sample::select(SchedulerKind::ALL.map(SchedulerKind::class).to_vec()),
         keys in prop::collection::btree_map(prop::sample::select(vec![
             "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "steps_offset", "prediction_type",
             "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas", "sigma_min", "sigma_max", "final_sigmas_type",
-            "interpolation_type", "timestep_type", "lambda_min_clipped", "solver_order", "solver_type", "set_alpha_to_one",
+            "interpolation_type", "timestep_type", "clip_sample", "rho", "original_inference_steps", "skip_prk_steps", "variance_type", "predict_x0", "algorithm_type", "lambda_min_clipped", "solver_order", "solver_type", "set_alpha_to_one",
         ]), any_value(), 0..4),
         steps in 0..1100_usize,
     ) {
@@ -401,7 +406,7 @@ proptest! {
             prop_assert!(scheduler.timesteps().iter().all(|timestep| timestep.is_finite()));
             prop_assert!(scheduler.init_noise_sigma().is_finite() && scheduler.init_noise_sigma() > 0.0);
             let sample = Tensor::ones([1, 1, 2, 2], (Kind::Float, tch::Device::Cpu));
-            prop_assert!(scheduler.step(0, &sample, &sample).is_ok());
+            prop_assert!(scheduler.step(0, &sample, &sample, &mut Generator::new(0)).is_ok());
         }
     }
 }

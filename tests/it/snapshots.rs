@@ -1,4 +1,4 @@
-//! The whole text of help, plans, tables and errors, in `tests/it/snapshots/`.
+//! Snapshots of help, plans, tables and errors, in `tests/it/snapshots/`.
 //!
 //! After a deliberate change, `INSTA_UPDATE=always cargo test --test it -- snapshots` writes the
 //! new texts, and `git diff` shows them.
@@ -15,7 +15,7 @@ fn assert_snapshot(name: &str, text: &str) {
     let variable = [
         (r"\d+(\.\d+)? (s|min \d\d s|h \d\d min)\b", "[TIME]"),
         (r"(?m)peak memory \d+(\.\d+)? [KMG]iB$", "peak memory [MEMORY]"),
-        // A container records the paths of its run, which differ in length.
+        // A container records the paths of its run, whose lengths differ.
         (r"MiB \([0-9,]+\)", "MiB ([BYTES])"),
         (r"\(build [0-9a-f]{16}\)", "(build [BUILD])"),
         // The width of a column depends on the replaced text.

@@ -1,5 +1,5 @@
-//! Hessians against brute force, SparseGPT against coremltools, and both against what could break
-//! them.
+//! Hessians, compared with brute force, and SparseGPT, compared with coremltools. Both are also
+//! tested with difficult inputs.
 
 use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};
@@ -25,19 +25,20 @@ fn bytes(tensor: &Tensor) -> Vec<u32> {
     Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
 }
 
-/// The relative squared error of the outputs, as the sweep summed it.
+/// The squared error of the outputs that the sweep reports, relative to the squared norm of the
+/// outputs.
 fn lost(pruned: &Pruned, weight: &Tensor, hessian: &Hessian) -> f64 {
     pruned.loss / output_energy(weight, hessian).unwrap()
 }
 
-/// Zeros are exactly where the mask says, and nowhere else.
+/// Asserts that exactly the elements that the mask prunes are zero.
 fn consistent(pruned: &Pruned) {
     assert_eq!(pruned.weight.not_equal(0.0), pruned.mask);
     let share = 1.0 - pruned.mask.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
     assert!((share - pruned.sparsity).abs() < 1e-9);
 }
 
-/// [groups, d, d] in fp64, one pixel after the other.
+/// The Hessians [groups, d, d] in fp64, computed one pixel at a time.
 fn brute_force(input: &Tensor, weight: [i64; 4], geometry: Windows) -> Tensor {
     let ([_, per_group, kh, kw], [b, c, h, w]) = (weight, <[i64; 4]>::try_from(input.size()).unwrap());
     let Windows { stride, padding, dilation, groups } = geometry;
@@ -97,7 +98,7 @@ fn hessians_of_every_convolution_equal_brute_force() {
 
 #[test]
 fn a_linears_hessian_counts_as_coremltools() {
-    // Wider than a panel of columns.
+    // The inputs are wider than a panel of columns.
     let inputs = numbers(&[2, 3, 5, 300], 2);
     let mut hessian = hessian(&inputs);
     assert_eq!((hessian.vectors(), hessian.samples()), (30, 2));
@@ -271,13 +272,15 @@ fn each_group_has_its_own_hessian() {
         let weight = weight.narrow(0, group * 3, 3);
         let mut alone = Hessian::for_weight(kind, &weight.size(), Device::Cpu).unwrap();
         alone.add(&input.narrow(1, group * 4, 4)).unwrap();
-        // Its Hessian is made of correlations, the other's is unfolded: other rounding.
+        // The Hessian of one group is computed from correlations, and that of two groups from
+        // unfolded inputs, so they are rounded differently.
         let (alone, both) = (prune(&weight, &alone, &options).unwrap(), pruned.weight.narrow(0, group * 3, 3));
         assert_eq!(alone.mask, both.not_equal(0.0));
         assert!(relative_error(&alone.weight, &both) < 1e-5);
     }
 
-    // Depthwise: one row of nine columns a group; the sparsity is right over all.
+    // In a depthwise convolution each group has one row of nine columns. The sparsity holds over
+    // all groups together.
     let (input, weight) = (numbers(&[2, 64, 9, 9], 18), numbers(&[64, 1, 3, 3], 19));
     let geometry = Windows { groups: 64, ..Windows::new(2, 1) };
     let mut hessian = Hessian::for_weight(InputGeometry::Windows(geometry), &weight.size(), Device::Cpu).unwrap();

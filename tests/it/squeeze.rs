@@ -1,4 +1,4 @@
-//! Runs of the program, and a full report of a run that does not end as a test expects.
+//! Runs of the program, with a full report if a run does not end as a test expects.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
@@ -42,7 +42,7 @@ impl Squeeze {
         self.arg(flag).arg(value)
     }
 
-    /// `--config configs/NAME.yaml`.
+    /// Adds `--config configs/NAME.yaml`.
     pub(crate) fn config(self, name: &str) -> Self {
         self.config_file(repo(&format!("configs/{name}.yaml")))
     }
@@ -53,22 +53,23 @@ impl Squeeze {
         self
     }
 
-    /// `--config FILE`.
+    /// Adds `--config FILE`.
     pub(crate) fn config_file(self, path: impl AsRef<Path>) -> Self {
         self.with("--config", path.as_ref())
     }
 
-    /// `--model FOLDER`.
+    /// Adds `--model FOLDER`.
     pub(crate) fn model(self, folder: impl AsRef<Path>) -> Self {
         self.with("--model", folder.as_ref())
     }
 
-    /// `--out PATH`.
+    /// Adds `--out PATH`.
     pub(crate) fn out(self, path: impl AsRef<Path>) -> Self {
         self.with("--out", path.as_ref())
     }
 
-    /// `count` calibration samples, from pictures of `steps` steps of the bundled model's prompts.
+    /// Adds flags for `count` calibration samples. They are from pictures of the bundled model's
+    /// prompts, drawn in `steps` steps.
     pub(crate) fn samples(self, count: usize, steps: usize) -> Self {
         let [count, steps] = [count, steps].map(|number| number.to_string());
         self.with("--prompts", repo("calibration/emoji.txt")).with("--calibration-nsamples", count).with("--steps", steps)
@@ -81,7 +82,7 @@ impl Squeeze {
         self
     }
 
-    /// The command, to be started by the test.
+    /// The command, which the test starts itself.
     pub(crate) fn command(&self) -> Command {
         let mut command = squeezing(&[]);
         command.args(&self.arguments).envs(self.variables.iter().cloned()).current_dir(&self.folder);
@@ -97,7 +98,7 @@ impl Squeeze {
         ended
     }
 
-    /// Starts the command, whose output nobody reads.
+    /// Starts the command and discards its output.
     pub(crate) fn starts(&self) -> Child {
         self.command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program can be started")
     }
@@ -114,7 +115,8 @@ impl Squeeze {
         self.ends_with(2).refuses(parts)
     }
 
-    /// [`is_refused`](Self::is_refused) in less than `limit`; a run that goes on is killed.
+    /// Like [`is_refused`](Self::is_refused), but the command is killed if it takes longer than
+    /// `limit`.
     #[cfg(unix)]
     #[track_caller]
     pub(crate) fn is_refused_within(&self, limit: Duration, parts: &[&str]) -> Ended {
@@ -133,8 +135,8 @@ impl Squeeze {
         ended.refuses(parts)
     }
 
-    /// Runs the shell script `script`, in which `"$0" "$@"` is this command, in this folder. The
-    /// script must end with the exit code `expected`.
+    /// Runs the shell script `script` in the command's folder. In the script, `"$0" "$@"` is the
+    /// command. The script must end with the exit code `expected`.
     #[cfg(unix)]
     #[track_caller]
     pub(crate) fn in_shell(&self, script: &str, expected: i32) -> Ended {
@@ -184,7 +186,7 @@ impl Ended {
         self
     }
 
-    /// The first line of standard error that tells of an error.
+    /// The first line of standard error that contains an error.
     #[track_caller]
     pub(crate) fn error_line(&self) -> &str {
         self.stderr.lines().find(|line| line.contains("error")).unwrap_or_else(|| panic!("there is no error\n{self}"))

@@ -1,5 +1,5 @@
-//! Standard streams that cannot be used, limits of the system, and a working directory that is
-//! gone.
+//! Standard streams that cannot be used, limits of the system, and a working directory that was
+//! removed.
 #![cfg(unix)]
 
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, repo};
 
-/// A small pipeline of which there is something to warn.
+/// A small pipeline with an unknown key in its config, which causes a warning.
 fn warned_of() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy(&repo("tests/golden/base-like"), folder.path());
@@ -29,8 +29,8 @@ fn a_log_that_cannot_be_written_ends_nothing() {
     draw.succeeds().says(&["nobody_knows"]);
     let expected = std::fs::read(&picture).unwrap();
     for progress in ["auto", "json"] {
-        // A full device, a reader that has gone away, a descriptor that is closed, and all three
-        // closed.
+        // Standard error is a full device, a pipe whose reader has ended, or closed. In the last
+        // case all three streams are closed.
         for script in [
             r#""$0" "$@" 2>/dev/full"#,
             r#""$0" "$@" 2> >(exit 0)"#,
@@ -61,7 +61,7 @@ fn a_result_that_cannot_be_written_is_a_failure() {
         assert_eq!(said.lines().count(), 1, "{said}");
         command.in_shell(r#""$0" "$@" | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}"#, 0);
     }
-    // Mistakes of the command line keep their code, whether anybody reads of them or not.
+    // A mistake of the command line gives the exit code 2, even if the message cannot be written.
     Squeeze::new("generate").in_shell(r#""$0" "$@" 2>/dev/full"#, 2);
     Squeeze::new("inspect").arg("/nowhere").in_shell(r#""$0" "$@" 2>/dev/full"#, 2);
 }
@@ -73,8 +73,8 @@ fn the_file_size_limit_is_a_failure_that_leaves_nothing() {
     let config = here("config.yaml");
     std::fs::write(&config, "solver: sequential\npalettize: {}\n").unwrap();
     let drawn = picture_of(&repo("tests/golden/base-like"), Path::new("x.png")).with("--latents-out", here("x.safetensors"));
-    // The limits are in blocks of 1 KiB; what the latents take is less than that. A compression
-    // keeps what it has finished.
+    // The limits are in blocks of 1 KiB. The latents take less than one block, so their limit is 0.
+    // A compression that fails keeps the layers that it has finished.
     for (command, limit, kept) in [
         (Squeeze::new("synth").with("--preset", "tiny").out(here("model")), 8, 1),
         (Squeeze::new("export").arg(emoji()).with("--to", "coreml").out("x.mlpackage"), 8, 1),

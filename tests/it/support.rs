@@ -1,4 +1,4 @@
-//! Paths, tensors and runs that several tests need.
+//! Paths, tensors and runs that several tests use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-/// A path of the repository.
+/// Completes a path that is relative to the root of the repository.
 pub(crate) fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
@@ -23,7 +23,7 @@ pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
     Tensor::read_safetensors(path).unwrap().into_iter().collect()
 }
 
-/// ‖a - b‖ / ‖b‖ in fp64; ‖a‖ where b is zero.
+/// ‖ours - theirs‖ / ‖theirs‖ in fp64, or ‖ours‖ if `theirs` is zero.
 pub(crate) fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
     let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
@@ -32,7 +32,7 @@ pub(crate) fn relative_error(ours: &Tensor, theirs: &Tensor) -> f64 {
     norm(&(&ours - &theirs)) / if scale > 0.0 { scale } else { 1.0 }
 }
 
-/// Compares tensors with a reference file, remembers which were compared, and reports all
+/// Compares tensors with a reference file, remembers which tensors were compared, and reports all
 /// differences at once.
 pub(crate) struct Checker {
     pub reference: BTreeMap<String, Tensor>,
@@ -54,7 +54,8 @@ impl Checker {
         self.reference.get(key).unwrap_or_else(|| panic!("the reference has no {key}"))
     }
 
-    /// Asserts that the relative error is within the bound, in the norm and at the worst element.
+    /// Records a failure if the relative error exceeds the bound, in the norm or at the worst
+    /// element.
     pub(crate) fn close(&mut self, key: &str, ours: &Tensor) {
         let theirs = self.get(key).shallow_clone();
         self.seen.insert(key.to_owned());
@@ -70,7 +71,7 @@ impl Checker {
         }
     }
 
-    /// Asserts equality to the last bit.
+    /// Records a failure if the tensors are not equal.
     pub(crate) fn equal(&mut self, key: &str, ours: &Tensor) {
         self.seen.insert(key.to_owned());
         if ours != self.get(key) {
@@ -78,8 +79,8 @@ impl Checker {
         }
     }
 
-    /// Fails with all differences and with all reference tensors that were not compared, except for
-    /// those that `uncompared` names.
+    /// Fails with all differences, and with all reference tensors that were not compared.
+    /// `uncompared` selects tensors that need not be compared.
     pub(crate) fn finish(mut self, name: &str, uncompared: impl Fn(&str) -> bool) {
         let forgotten = self.reference.keys().filter(|key| !self.seen.contains(*key) && !uncompared(key));
         self.failures.extend(forgotten.map(|key| format!("{key}: not compared")));
@@ -95,13 +96,13 @@ pub(crate) fn squeezing(args: &[&str]) -> Command {
     command
 }
 
-/// Runs the program.
+/// Runs the program with arguments.
 pub(crate) fn squeeze(args: &[&str]) -> Output {
     squeezing(args).output().unwrap()
 }
 
-/// Starts a run with progress in JSON and interrupts it after some layers. It must end with 1 after
-/// the current layer; its output is returned.
+/// Starts a run with progress in JSON and interrupts it after some layers. The run must end with
+/// the exit code 1 after the current layer. Its output is returned.
 #[cfg(unix)]
 pub(crate) fn interrupted_among_the_layers(mut run: Command) -> Output {
     let mut child = run.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -1,4 +1,4 @@
-//! Made-up pipelines: the right sizes, and weights that behave.
+//! Synthesized pipelines have the right sizes, and weights with which they compute sensible values.
 
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::inspect::inspect;
@@ -12,8 +12,7 @@ use tch::{Kind, Tensor};
 
 use crate::squeeze::Squeeze;
 
-/// The UNet config that stabilityai/stable-diffusion-xl-base-1.0 publishes, as far as it says
-/// anything.
+/// Keys and values of the UNet config that stabilityai/stable-diffusion-xl-base-1.0 publishes.
 pub(crate) const PUBLISHED_SDXL_BASE: &str = r#"{
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
     "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,

@@ -1,4 +1,4 @@
-//! Tokenizers against transformers, prompt by prompt.
+//! Tokenizers, compared with transformers prompt by prompt.
 
 use std::path::Path;
 
@@ -11,7 +11,8 @@ fn ids(value: &Value) -> Vec<i64> {
     value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
 }
 
-/// Every prompt of a golden file, with the tokenizer in `folder`.
+/// Asserts that the tokenizer in `folder` gives the golden ids for every prompt of the file
+/// `golden`.
 fn equal(golden: &str, name: &str, folder: &Path) {
     tokenizes_as(golden, name, &ClipTokenizer::open(folder).unwrap());
 }
@@ -25,7 +26,7 @@ fn tokenizes_as(golden: &str, name: &str, tokenizer: &ClipTokenizer) {
         let prompt = prompt.as_str().unwrap();
         let tokens = tokenizer.encode(prompt).unwrap();
         assert_eq!(tokens.ids, ids(&golden[name]["ids"][i]), "{name}: {prompt:?}");
-        // `raw` has the begin and the end, and no cut.
+        // The ids in `raw` include the begin and end tokens and are not cut.
         let fits = ids(&golden[name]["raw"][i]).len() <= 77;
         assert_eq!(tokens.dropped.is_none(), fits, "{name}: {prompt:?}");
     }

@@ -1,4 +1,4 @@
-//! Runs the program and measures what it took.
+//! Runs of the program with their time and memory.
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -8,26 +8,26 @@ use std::time::{Duration, Instant};
 /// How a child ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Its exit code or signal.
+    /// The exit code or the signal.
     pub status: ExitStatus,
-    /// What it wrote to standard output and then to standard error.
+    /// The text on standard output, followed by that on standard error.
     pub said: String,
-    /// Seconds of processor time, of all its threads.
+    /// The processor time of all threads in seconds.
     pub seconds: f64,
-    /// The most memory that it had at once, in bytes.
+    /// The peak resident memory in bytes.
     pub peak: u64,
-    /// Whether it did not end within the limit and was killed.
+    /// Whether the child exceeded the limit and was killed.
     pub hung: bool,
 }
 
 impl Ended {
-    /// The exit code; `None` if a signal ended it.
+    /// The exit code; `None` if a signal ended the child.
     pub(crate) fn code(&self) -> Option<i32> {
         self.status.code()
     }
 
-    /// What keeps this from being a refusal of bad input: exit code 2, one line, no panic, little
-    /// time and little memory.
+    /// The reason why this is not a proper refusal of bad input. A refusal has exit code 2, one
+    /// line, no panic, and takes little time and memory.
     pub(crate) fn fault(&self) -> Option<String> {
         const SECONDS: f64 = 5.0;
         const BYTES: u64 = 1 << 30;
@@ -46,7 +46,7 @@ impl Ended {
     }
 }
 
-/// Runs `command` to its end, for at most `limit`.
+/// Runs `command` to its end, or kills it after `limit`.
 #[expect(clippy::zombie_processes, reason = "wait4 waits for the child, as the standard library does not tell what it used")]
 pub(crate) fn run(mut command: Command, limit: Duration) -> Ended {
     let folder = tempfile::tempdir().unwrap();
@@ -61,30 +61,32 @@ pub(crate) fn run(mut command: Command, limit: Duration) -> Ended {
         }
         if !hung && begin.elapsed() > limit {
             hung = true;
-            // SAFETY: a signal to a child that has not been waited for.
+            // SAFETY: the child has not been waited for, so its id is not in use by another
+            // process.
             unsafe { libc::kill(child.id() as i32, libc::SIGKILL) };
         }
         std::thread::sleep(Duration::from_millis(2));
     };
     let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
-    // Names and quotations in messages may be anything; the messages are text.
+    // Messages may quote names that are not UTF-8.
     let text = |path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
     Ended {
         status,
         said: text(&out) + &text(&err),
         seconds: seconds(usage.ru_utime) + seconds(usage.ru_stime),
-        // In KiB on Linux, in bytes elsewhere.
+        // `ru_maxrss` is in KiB on Linux and in bytes on other systems.
         peak: usage.ru_maxrss as u64 * if cfg!(target_os = "linux") { 1024 } else { 1 },
         hung,
     }
 }
 
-/// Status and use of a child, if it has ended. The standard library tells only the status.
+/// The status and the resources of a child, if it has ended. The standard library returns only the
+/// status.
 fn wait(child: u32) -> Option<(ExitStatus, libc::rusage)> {
     let mut status = 0;
-    // SAFETY: a rusage is numbers only, for all of which zero is a value.
+    // SAFETY: all fields of a rusage are numbers, for which zero is a valid value.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are to values that live for the call.
+    // SAFETY: both pointers point to values that live until the call returns.
     let ended = unsafe { libc::wait4(child as i32, &mut status, libc::WNOHANG, &mut usage) };
     assert!(ended >= 0, "{}", std::io::Error::last_os_error());
     (ended > 0).then(|| (ExitStatus::from_raw(status), usage))

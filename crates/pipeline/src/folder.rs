@@ -25,6 +25,8 @@ pub struct PipelineFolder {
     files: ModelFiles,
     parts: Parts,
     loras: Option<Arc<Loras>>,
+    /// The name under which the pipeline was published, if `model_index.json` gives one.
+    pub name: Option<String>,
     /// Whether an absent negative prompt means zeros; if not, it means the encoded empty text.
     pub force_zeros_for_empty_prompt: bool,
     /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
@@ -103,6 +105,7 @@ impl PipelineFolder {
             text_encoders.push(TextPart { tokenizer, encoder, config, place });
         }
         let folder = PipelineFolder {
+            name: index.optional::<Value>("_name_or_path")?.as_ref().and_then(Value::as_str).map(str::to_owned),
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
             requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
             text_encoders,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::scheduler::SchedulerConfig;
+use sdxl_model::scheduler::{SchedulerConfig, SpacingKind};
 use sdxl_model::unet::Unet;
 use sdxl_model::vae::VaeDecoder;
 use squeeze_base::error::{Error, Result};
@@ -11,7 +11,7 @@ use squeeze_base::input::check_prompt;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::Container;
 use squeeze_numerics::device::Placement;
-use squeeze_numerics::random::noise;
+use squeeze_numerics::random::Generator;
 use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
@@ -35,8 +35,15 @@ pub struct GenerateRequest {
     pub guidance: f64,
     /// Height and width in pixels; `None` is the model's own size.
     pub size: Option<(i64, i64)>,
+    /// The share of the guided prediction whose deviation is brought to that of the prompt's own,
+    /// in [0, 1].
+    pub guidance_rescale: f64,
     /// A sampler other than the pipeline's own.
     pub scheduler: Option<String>,
+    /// A spacing of the timesteps other than the sampler's own.
+    pub timestep_spacing: Option<SpacingKind>,
+    /// The share of noise that each step of DDIM or TCD adds, in [0, 1].
+    pub eta: f64,
     /// Whether the UNet's stages are loaded one at a time and dropped after use.
     pub low_memory: bool,
     /// A container to take the UNet from, in place of the pipeline's own.
@@ -72,10 +79,10 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
         return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
     }
     let size = folder.picture_size(request.size)?;
-    let config = match &request.scheduler {
-        Some(name) => folder.scheduler.with_override(name)?,
-        None => folder.scheduler.clone(),
-    };
+    if !(0.0..=1.0).contains(&request.guidance_rescale) {
+        return Err(Error::Argument(format!("a guidance rescale of {} is not between 0 and 1", request.guidance_rescale)));
+    }
+    let config = folder.scheduler.with_choices(request.scheduler.as_deref(), request.timestep_spacing, request.eta)?;
     Ok((size, config))
 }
 
@@ -99,7 +106,9 @@ pub fn generate(
         let task = Task::begin(progress, "reading the prompt", "encoders", folder.text_encoders.len());
         let encoder = PromptEncoder::load(folder, placement)?;
         task.advance("encoding");
-        Guidance::encode(&encoder, folder, &request.prompt, request.negative_prompt.as_deref(), request.guidance, size)?
+        let negative = request.negative_prompt.as_deref();
+        let guidance = Guidance::encode(&encoder, folder, &request.prompt, negative, request.guidance, size)?;
+        Guidance { rescale: request.guidance_rescale, ..guidance }
     };
 
     let latents = {
@@ -124,8 +133,9 @@ pub fn generate(
         };
         let scale = folder.vae.scale();
         let shape = [1, folder.vae.latent_channels, size.0 / scale, size.1 / scale];
-        let noise = noise(&shape, request.seed, placement.kind)?.f_to_device(placement.device)?;
-        sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut |_, _| Ok(()), progress)?
+        let mut generator = Generator::new(request.seed);
+        let noise = generator.draw(&shape, placement.kind)?.f_to_device(placement.device)?;
+        sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut generator, &mut |_, _| Ok(()), progress)?
     };
 
     let picture = {

@@ -1,5 +1,6 @@
 //! From a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` computes it.
 
+mod few_step;
 mod folder;
 mod generate;
 mod lora;
@@ -10,6 +11,7 @@ mod sampling;
 mod single;
 mod unet_weights;
 
+pub use few_step::SamplingDefaults;
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
 pub use lora::LoraFile;

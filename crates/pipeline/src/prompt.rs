@@ -113,11 +113,13 @@ pub struct Guidance {
     /// The factor of the step from the negative prediction to the prompt's; `None` without
     /// guidance.
     pub scale: Option<f64>,
+    /// The share of the guided prediction whose deviation is that of the prompt's own, in [0, 1].
+    pub rescale: f64,
 }
 
 impl Guidance {
     /// Encodes a prompt for pictures of `height` x `width` pixels. A scale of 1 or less means no
-    /// guidance, as in diffusers.
+    /// guidance, as in diffusers. Nothing is rescaled.
     ///
     /// # Errors
     /// If a text cannot be encoded.
@@ -135,7 +137,7 @@ impl Guidance {
         if scale <= 1.0 {
             let conditioning =
                 Conditioning { encoder_hidden_states: positive.states, text_embeds: positive.pooled, time_ids: ids };
-            return Ok(Guidance { conditioning, scale: None });
+            return Ok(Guidance { conditioning, scale: None, rescale: 0.0 });
         }
         let negative = encoder.negative(folder, negative_prompt, &positive)?;
         let negative_ids = time_ids(folder, height, width, true, placement)?;
@@ -144,6 +146,6 @@ impl Guidance {
             text_embeds: Tensor::f_cat(&[negative.pooled, positive.pooled], 0)?,
             time_ids: Tensor::f_cat(&[negative_ids, ids], 0)?,
         };
-        Ok(Guidance { conditioning, scale: Some(scale) })
+        Ok(Guidance { conditioning, scale: Some(scale), rescale: 0.0 })
     }
 }

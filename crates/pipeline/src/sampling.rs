@@ -6,6 +6,7 @@ use sdxl_model::unet::{Conditioning, Unet};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::finite::is_finite;
+use squeeze_numerics::random::Generator;
 use tch::Tensor;
 
 use super::prompt::Guidance;
@@ -29,7 +30,8 @@ impl Predictor for Unet<'_> {
 /// h, w].
 ///
 /// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided
-/// prediction. `on_step` is called with the latents after each step.
+/// prediction. Stochastic samplers draw from `generator`, which should have drawn `noise`. `on_step`
+/// is called with the latents after each step of the scheduler.
 ///
 /// # Errors
 /// If the UNet cannot run, `on_step` fails, or the latents become NaN or infinite.
@@ -38,6 +40,7 @@ pub fn sample(
     scheduler: &mut dyn Scheduler,
     guidance: &Guidance,
     noise: &Tensor,
+    generator: &mut Generator,
     on_step: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<Tensor> {
@@ -54,10 +57,11 @@ pub fn sample(
             None => prediction,
             Some(scale) => {
                 let (negative, positive) = (prediction.f_narrow(0, 0, 1)?, prediction.f_narrow(0, 1, 1)?);
-                negative.f_add(&positive.f_sub(&negative)?.f_mul_scalar(scale)?)?
+                let guided = negative.f_add(&positive.f_sub(&negative)?.f_mul_scalar(scale)?)?;
+                rescaled(guided, &positive, guidance.rescale)?
             }
         };
-        latents = scheduler.step(index, &guided, &latents)?.f_to_kind(kind)?;
+        latents = scheduler.step(index, &guided, &latents, generator)?.f_to_kind(kind)?;
         if !is_finite(&latents)? {
             let hint = if kind == tch::Kind::Half { " (fp16 overflows in some models; try --dtype bf16 or f32)" } else { "" };
             return Err(Error::NotFinite(format!("the latents became NaN or infinite at timestep {timestep:.0}{hint}")));
@@ -65,4 +69,15 @@ pub fn sample(
         on_step(index, &latents)?;
     }
     Ok(latents)
+}
+
+/// The guided prediction with a share of it brought to the deviation of the prompt's own, against
+/// overexposure (section 3.4 of Lin et al. 2023, arXiv:2305.08891; diffusers' `rescale_noise_cfg`).
+fn rescaled(guided: Tensor, positive: &Tensor, share: f64) -> Result<Tensor> {
+    if share == 0.0 {
+        return Ok(guided);
+    }
+    let deviation = |tensor: &Tensor| tensor.f_std_dim(&[1_i64, 2, 3][..], true, true);
+    let alike = guided.f_mul(&deviation(positive)?.f_div(&deviation(&guided)?)?)?;
+    Ok(alike.f_mul_scalar(share)?.f_add(&guided.f_mul_scalar(1.0 - share)?)?)
 }

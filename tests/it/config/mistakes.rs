@@ -1,8 +1,9 @@
-//! Every mistake is found, with its place.
+//! Every mistake in a config is found and reported with its place.
 
 use super::{parsed, refused};
 
-/// The config has one mistake: here, and its message has these words.
+/// Asserts that the config has one mistake, which is at this place and whose message contains
+/// `words`.
 #[track_caller]
 fn wrong(yaml: &str, line: u64, column: u64, words: &[&str]) {
     let found = refused(yaml);
@@ -13,8 +14,8 @@ fn wrong(yaml: &str, line: u64, column: u64, words: &[&str]) {
     }
 }
 
-/// A mistake in the value of `key` in a `global_config`; the value stands in column 5 + the key's
-/// length + 2.
+/// Asserts that the value of `key` in a `global_config` is a mistake. The value begins in column 5
+/// + the length of the key + 2.
 #[track_caller]
 fn wrong_value(section: &str, key: &str, value: &str, words: &[&str]) {
     let column = 5 + key.len() as u64 + 2;
@@ -171,7 +172,8 @@ fn a_group_size_goes_with_its_granularity() {
             &["`group_size` must be"],
         );
     }
-    // One mistake, not two: what goes with a wrong granularity is not known.
+    // A wrong granularity is one mistake. Settings that depend on the granularity are not judged
+    // then.
     wrong(
         &in_global("    granularity: per_channel\n    group_size: 16\n"),
         3,

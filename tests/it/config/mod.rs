@@ -1,4 +1,4 @@
-//! Run configs: what is refused and where, which rule decides, what is shipped.
+//! Run configs: mistakes and their places, the precedence of rules, and the shipped configs.
 
 mod mistakes;
 mod overrides;
@@ -13,7 +13,7 @@ use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::LayerKind;
 use sdxl_squeeze::config::{LayerInfo, Mistake, Place, RunConfig};
 
-/// A config that is right.
+/// Parses a config that has no mistakes.
 fn parsed(yaml: &str) -> RunConfig {
     RunConfig::parse(Path::new("x.yaml"), yaml.as_bytes()).unwrap_or_else(|why| panic!("{why}\n{yaml}"))
 }
@@ -26,7 +26,7 @@ fn mistakes_of(error: Error) -> Vec<Mistake> {
     mistakes
 }
 
-/// The places and problems of a config that is wrong.
+/// The places and the problems of a config that has mistakes.
 fn refused(yaml: impl AsRef<[u8]>) -> Vec<(u64, u64, String)> {
     let yaml = yaml.as_ref();
     let Err(error) = RunConfig::parse(Path::new("x.yaml"), yaml) else {

@@ -1,4 +1,4 @@
-//! Flags override the file, by the same rules.
+//! Flags override the config file and follow the same rules.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use sdxl_squeeze::config::{Edit, Finding, Place, Prompts, PruneSection, RunConfi
 
 use super::{mistakes_of, parsed};
 
-/// The config with flags, each given as its name and its argument.
+/// Parses a config with flags, each given as its name and its argument.
 fn edited(yaml: &str, flags: &[(&str, &str)]) -> Result<RunConfig> {
     let edits: Vec<Edit> = flags.iter().map(|(name, argument)| Edit::new(name, *argument).unwrap()).collect();
     RunConfig::parse_edited(Path::new("x.yaml"), yaml.as_bytes(), &edits)
@@ -70,7 +70,7 @@ fn the_other_flags() {
         (&Prompts::File("p.txt".into()), &None),
         "prompts are run, samples are not read"
     );
-    assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, 9, 4.0));
+    assert_eq!((calibration.calibration_nsamples, calibration.steps, calibration.guidance), (7, Some(9), Some(4.0)));
     assert_eq!((calibration.seed, calibration.size), (u64::MAX, Some((512, 1024))));
     assert_eq!(config.solver, SolverKind::Joint);
     let prune = config.prune.as_ref().unwrap();
@@ -100,7 +100,8 @@ fn a_solver_brings_what_goes_with_it() {
     assert_eq!(of(joint, Some("sequential"), None, None), ("sequential", "stage", "current"));
     assert_eq!(of(joint, None, Some("stage"), None), ("joint", "stage", "current"));
     assert_eq!(of(joint, None, None, Some("current")), ("joint", "sublayer", "current"));
-    // What is named already is not changed by naming it again.
+    // A target that the config names explicitly stays, although the flags change the default
+    // target.
     assert_eq!(of("target: current\npalettize: {}", Some("joint"), Some("sublayer"), None), ("joint", "sublayer", "current"));
     refused(
         joint,
@@ -189,7 +190,7 @@ fn mistakes_of_the_file_come_before_those_of_the_flags() {
     assert_eq!(mistakes.len(), 3, "{shown:?}");
     assert!(shown[0].starts_with("x.yaml:2:27: ") && shown[1].starts_with("x.yaml:3:14: "), "{shown:?}");
     assert!(shown[2].starts_with("--steps 0: `steps` must be between 1"), "{shown:?}");
-    // A flag takes the place of a wrong value.
+    // A flag replaces a wrong value in the file, which is then not a mistake.
     assert!(edited(yaml, &[("n-bits", "4"), ("on-misfit", "dense")]).is_ok());
 }
 
@@ -215,7 +216,7 @@ fn a_flag_replaces_what_excludes_it_in_the_file() {
     assert_eq!(config, parsed(expected));
 }
 
-/// The key `sequencing` and its flag were called `granularity`.
+/// `granularity` is the former name of the key `sequencing` and of its flag.
 #[test]
 fn former_names_are_accepted_with_a_warning() {
     let remarks = |config: RunConfig| -> Vec<String> {
@@ -234,7 +235,7 @@ fn former_names_are_accepted_with_a_warning() {
     assert_eq!(by_flag, new);
     let warning = "--granularity stage: `--granularity` is called `--sequencing` now; the old name still works";
     assert_eq!(remarks(by_flag), [warning]);
-    // The flag replaces the key under either name.
+    // A flag replaces the key under either of the key's names.
     assert_eq!(edited("palettize: {}\ngranularity: sublayer\n", &[("sequencing", "stage")]).unwrap(), new);
 
     let both = super::refused("palettize: {}\ngranularity: stage\nsequencing: stage\n");
@@ -248,12 +249,18 @@ fn former_names_are_accepted_with_a_warning() {
 #[test]
 fn every_flag_edits_a_key() {
     let names: Vec<&str> = flags().map(|flag| flag.name).collect();
-    assert_eq!(names.len(), 23, "{names:?}");
+    assert_eq!(names.len(), 28, "{names:?}");
     for flag in flags() {
         assert!(flag.help.len() > 10 && !flag.help.ends_with('.'), "{flag:?}");
         assert_eq!(flag.former, flag.name == "granularity");
-        // An empty argument is wrong for every kind of value.
+        // An empty argument is wrong for every kind of value but a negative prompt, which then is
+        // the empty text.
         let config = "palettize: {}\nprune: {}\n";
+        if flag.name == "negative-prompt" {
+            let config = edited(config, &[(flag.name, "")]).unwrap();
+            assert_eq!(config.calibration.negative_prompt.as_deref(), Some(""));
+            continue;
+        }
         let mistakes = mistakes_of(edited(config, &[(flag.name, "")]).unwrap_err());
         assert_eq!(mistakes[0].place, Place::Flag(format!("--{} ''", flag.name)));
     }

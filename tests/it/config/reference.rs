@@ -1,5 +1,5 @@
-//! The docs and the schema made from the declarations of config keys, and the shipped configs by
-//! that schema.
+//! The documentation and the schema that are made from the declarations of config keys, and the
+//! shipped configs checked with that schema.
 
 use std::path::{Path, PathBuf};
 
@@ -9,8 +9,8 @@ use serde_json::Value;
 use super::{parsed, refused};
 use crate::support::repo;
 
-/// Compares a file with the text that it must have, or writes it where the environment has
-/// `UPDATE`.
+/// Compares a file with the text that it must have. If the environment has `UPDATE`, the text is
+/// written to the file first.
 #[track_caller]
 fn up_to_date(file: &str, text: &str) {
     let path = repo(file);
@@ -34,8 +34,8 @@ fn docs_and_schema_are_up_to_date() {
     }
 }
 
-/// The complaints of a JSON schema about a value, as far as our schema goes: every keyword in it
-/// that this does not know is a complaint too.
+/// The ways in which `value` breaks a JSON schema. The function knows only the keywords of our own
+/// schema; any other keyword counts as broken.
 fn complaints(schema: &Value, value: &Value, at: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut check = |holds: bool, keyword: &str| {
@@ -164,7 +164,7 @@ fn the_schema_refuses_what_the_program_refuses() {
     }
 }
 
-/// A key that is declared but never read would be accepted in silence.
+/// A key that is declared but never read would be accepted and have no effect.
 #[test]
 fn every_declared_key_is_read() {
     fn walk(schema: &Value, inside: &[&str], count: &mut usize) {
@@ -179,7 +179,7 @@ fn every_declared_key_is_read() {
             if property["type"].is_array() {
                 continue;
             }
-            // A mapping is a wrong value of every key.
+            // A mapping is a wrong value for every key.
             let yaml = path.iter().rev().fold("{}".to_owned(), |value, key| format!("{{{key}: {value}}}"));
             let mistakes = refused(&yaml);
             assert!(mistakes.iter().any(|(.., problem)| problem.contains(&format!("`{key}` must be"))), "{yaml}: {mistakes:?}");

@@ -1,4 +1,4 @@
-//! The first rule that matches decides, as in coremltools.
+//! The first rule that matches a layer decides, as in coremltools.
 
 use LayerKind::{Conv2d, Linear};
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use sdxl_squeeze::config::{Choice, Finding, LayerInfo, Resolution, RunConfig, Se
 
 use super::{layer, mistakes_of, parsed};
 
-/// A small UNet by names.
+/// The layers of a small UNet.
 fn layers() -> Vec<LayerInfo> {
     vec![
         layer("conv_in", Conv2d, &[64, 4, 3, 3]),
@@ -27,7 +27,7 @@ fn resolved(yaml: &str) -> Resolution {
     parsed(yaml).resolve(&layers())
 }
 
-/// n_bits of each layer; 0 where it is left alone.
+/// The `n_bits` of each layer; 0 for a layer without palettes.
 fn bits(resolution: &Resolution) -> Vec<u8> {
     resolution.layers.iter().map(|layer| layer.palettize.settings().map_or(0, |settings| settings.bits.bits())).collect()
 }
@@ -76,7 +76,8 @@ palettize:
     assert!(resolution.checked().is_ok());
 }
 
-/// A byte budget's recipe is like this: what it leaves alone is one note and not one a layer.
+/// The recipe of a byte budget has a rule for each layer. The layers that it leaves dense give one
+/// note together, not one note each.
 #[test]
 fn a_null_for_each_layer_is_one_note() {
     let all = resolved("palettize: {global_config: {n_bits: 4}}");
@@ -256,11 +257,12 @@ fn a_model_without_a_type_or_without_layers() {
     }
 }
 
-/// n_bits or null, by glob in order, by type, and for the rest.
+/// Rules with `n_bits` or null: an ordered list by glob, a list by layer type, and one for all
+/// other layers.
 type GlobRules = (Vec<(String, Option<u8>)>, Vec<(LayerKind, Option<u8>)>, Option<u8>);
 
-/// Names of a small alphabet, patterns that are literals or wildcards over it, so that Python's
-/// rule is easily spelt out again.
+/// Rules whose patterns are literals and wildcards over a small alphabet, so that the test can
+/// state the rule of coremltools again in a few lines.
 fn rules() -> impl Strategy<Value = GlobRules> {
     let settings = prop::option::of(prop::sample::select(&[1u8, 2, 3, 4, 6, 8][..]));
     let patterns = prop::collection::vec(("[ab.*]{1,3}", settings.clone()), 0..6).prop_map(|rules| {
@@ -277,7 +279,7 @@ fn rules() -> impl Strategy<Value = GlobRules> {
     (patterns, types, settings)
 }
 
-/// A glob: `*` is any text, `.` any one character, the rest itself.
+/// Whether `name` matches a glob in which `*` is any text and `.` is any one character.
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
     match (pattern.split_first(), name.split_first()) {
         (None, rest) => rest.is_none(),
@@ -299,8 +301,8 @@ proptest! {
         let layers: Vec<LayerInfo> = layers.iter().map(|(name, conv)| layer(name, if *conv { Conv2d } else { Linear }, &[8, 8, 1, 1])).collect();
         let resolution = config.resolve(&layers);
 
-        // `for regex in configs: if re.fullmatch(…): return …`, then the type, then the global
-        // config.
+        // coremltools decides by `for regex in configs: if re.fullmatch(…): return …`, then by the
+        // type, then by the global config.
         let expected = |layer: &LayerInfo| {
             let by_name = names.iter().find(|(glob, _)| matches(glob.as_bytes(), layer.name.as_bytes())).map(|(_, settings)| *settings);
             let by_type = types.iter().find(|(listed, _)| *listed == layer.module_type).map(|(_, settings)| *settings);
@@ -308,7 +310,7 @@ proptest! {
         };
         prop_assert_eq!(bits(&resolution), layers.iter().map(expected).collect::<Vec<_>>(), "{}", yaml);
 
-        // An error for each pattern that matches no name, and for no other.
+        // Each pattern that matches no name is an error, and there are no other errors.
         let idle = names.iter().filter(|(glob, _)| !layers.iter().any(|layer| matches(glob.as_bytes(), layer.name.as_bytes()))).count();
         prop_assert_eq!(of(&resolution, Severity::Error).len(), idle, "{}", yaml);
         let total: usize = resolution.rules.iter().map(|rule| rule.decided).sum();

@@ -1,4 +1,4 @@
-//! What is written beside the results is the config.
+//! The config that is written beside the results equals the config of the run.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ use sdxl_squeeze::config::RunConfig;
 
 use super::parsed;
 
-/// Text in any YAML style, with what makes quoting hard.
+/// Text with characters and words that are hard to quote in YAML.
 fn text() -> impl Strategy<Value = String> {
     const ODD: &[&str] = &[
         "null", "~", "true", "0x10", "1e3", ".nan", "- a", "a: b", "#", " a ", "it's", "\"", "\\", "a\nb", "\r", "\t", "\u{0}",
@@ -17,8 +17,8 @@ fn text() -> impl Strategy<Value = String> {
         .prop_filter("blank text is refused", |text| !text.trim().is_empty())
 }
 
-/// As a YAML double-quoted scalar, by an encoder of its own: JSON's, with what YAML does not take
-/// raw escaped too.
+/// Writes text as a double-quoted scalar of YAML. This encoder shares no code with the library: it
+/// escapes every character that is not an ASCII letter or digit.
 fn quoted(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
@@ -98,7 +98,7 @@ fn rules<S: Strategy<Value = String> + Clone + 'static>(settings: S) -> impl Str
     })
 }
 
-/// Any text as a pattern that compiles.
+/// A pattern that compiles and matches `text`.
 fn regex_escape(text: &str) -> String {
     text.chars().map(|c| if c.is_ascii_punctuation() { format!("\\{c}") } else { c.to_string() }).collect()
 }
@@ -176,7 +176,7 @@ fn config() -> impl Strategy<Value = String> {
         prop::option::of(budget),
     );
     (solver, sections).prop_map(|(solver, (a, b, c, d, e, budget))| {
-        // A budget is the joint solver's.
+        // Only the joint solver accepts a budget.
         let spends = solver.as_ref().is_none_or(|solver| !solver.contains("sequential"));
         let budget = budget.filter(|_| spends).map(|budget| format!("budget: {budget}"));
         mapping(vec![a, b, solver, c, d, e, budget])
@@ -207,8 +207,13 @@ calibration:
   captions_nsamples: 512
   timestep_weighting: uniform
   calibration_nsamples: 384
-  steps: 20
-  guidance: 5.0
+  scheduler: null
+  timestep_spacing: null
+  eta: 0.0
+  steps: null
+  guidance: null
+  guidance_rescale: 0.0
+  negative_prompt: null
   seed: 0
   height: null
   width: null

@@ -1,4 +1,4 @@
-//! The files in configs/ and calibration/.
+//! The shipped files in configs/ and calibration/.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -39,8 +39,8 @@ fn sdxl() -> Inspection {
     inspect(folder.path()).unwrap()
 }
 
-/// Bytes of the weights: a mask bit for every pruned layer's element, n bits a non-zero, fp16
-/// palettes, fp16 for all else.
+/// The bytes of the weights: a mask bit for each element of a pruned layer, n bits for each kept
+/// element, fp16 palettes, and fp16 for all other parameters.
 fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) -> f64 {
     let mut bytes = 0.0;
     let mut counted = 0.0;
@@ -63,8 +63,8 @@ fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) ->
 
 #[test]
 fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
-    // GiB, computed apart from this program (design notes) and equal to the tutorial's table but
-    // for Core ML's program.
+    // Sizes in GiB that were computed independently of this program. They equal those of the
+    // tutorial's table without the Core ML program.
     let table = [
         ("dense-8bit", 2.393),
         ("dense-6bit", 1.795),
@@ -78,7 +78,7 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
         ("tutorial-s50-4bit-gs16", 0.902),
         ("tutorial-2of4-4bit-gs16", 0.902),
         ("magnitude-s40-4bit-gs16", 1.021),
-        // Ours.
+        // The tutorial has no such rows; these are configs of this project.
         ("squeeze-s40-4bit-gs16", 1.021),
         ("squeeze-s50-4bit-gs16", 0.902),
         ("squeeze-4bit-gs16", 1.201),
@@ -94,8 +94,9 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
         let resolution = config.resolve(&layers).checked().unwrap_or_else(|why| panic!("{name}: {why}"));
         let found = match config.budget.as_ref().map(|budget| budget.target) {
             None => payload(&model, &layers, &resolution),
-            // All weights of a stage, the two ends' and the small ones apart, which are compressed
-            // or counted as they are.
+            // The target is taken for all parameters here. It actually holds for the weights of the
+            // stages, beside which layers outside of the stages and small tensors count as they
+            // are; the bound below allows for the difference.
             Some(BudgetTarget::Bits(bits)) => model.parameters as f64 * bits / 8.0,
             Some(BudgetTarget::Size(bytes)) => bytes as f64,
         } / (1u64 << 30) as f64;
@@ -178,14 +179,15 @@ fn our_own_configs_ask_for_everything_that_pays() {
         config.resolve(&layers).checked().unwrap_or_else(|why| panic!("{name}: {why}"));
         if let Some(tutorial) = name.strip_prefix("tutorial-") {
             assert_eq!((config.solver, config.calibration.calibration_nsamples), (SolverKind::Sequential, 128), "{name}");
-            // What it is compared with differs in how, not in what.
+            // The two configs that are compared differ in the method, but not in sparsity and
+            // palettes.
             let ours = RunConfig::read(&repo(&format!("configs/emoji/squeeze-{tutorial}.yaml"))).unwrap();
             assert_eq!((&ours.prune, &ours.palettize), (&config.prune, &config.palettize), "{name}");
         }
     }
 }
 
-/// The bundled model's name in a prompt.
+/// The name of the emoji in a prompt.
 fn subject(prompt: &str) -> String {
     let prefixes = ["an emoji of an ", "an emoji of a ", "a picture of an ", "a picture of a "];
     prefixes.iter().find_map(|prefix| prompt.strip_prefix(prefix)).unwrap_or(prompt).to_owned()

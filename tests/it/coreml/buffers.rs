@@ -1,4 +1,4 @@
-//! Dense weights with coremltools' buffers.
+//! Exports of dense weights with the buffers that coremltools reads.
 
 use half::f16;
 use sdxl_squeeze::checkpoint::SafetensorsFile;
@@ -14,7 +14,7 @@ fn halves(file: &SafetensorsFile, name: &str) -> Vec<f16> {
     file.read(name).unwrap().chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect()
 }
 
-/// What coremltools takes for pruned.
+/// Whether coremltools takes a value for pruned.
 fn dropped(value: f16) -> bool {
     value.to_f32().abs() <= 2f32.powi(-10)
 }
@@ -50,7 +50,7 @@ fn coremltools_would_find_mask_and_palettes_again() {
         let mut changed = 0;
         for (i, (was, is)) in was.iter().zip(&is).enumerate() {
             let kept = weight.mask.as_ref().is_none_or(|mask| mask.get(i));
-            // Kept zeros are lost to coremltools, which changes nothing.
+            // coremltools takes kept zeros for pruned, which does not change the weight.
             if weight.mask.is_some() && *was != f16::ZERO {
                 assert_eq!(kept, !dropped(*is), "{} {i}", layer.name);
             }

@@ -1,4 +1,4 @@
-//! Faults put into a good package, each of which must be found and named.
+//! Faults in a package that is otherwise good. Each of them must be found and named.
 
 use std::path::Path;
 
@@ -50,13 +50,13 @@ fn inline<'a>(op: &'a mut Operation, parameter: &str) -> &'a mut Value {
     value
 }
 
-/// What a parameter is bound to.
+/// The name of the value that a parameter is bound to.
 fn bound<'a>(op: &'a mut Operation, parameter: &str) -> &'a mut String {
     let Some(binding::Binding::Name(name)) = &mut op.inputs.get_mut(parameter).unwrap().arguments[0].binding else { panic!() };
     name
 }
 
-/// The offset of a value's record.
+/// The offset at which the record of a value begins in the weight file.
 fn offset(value: &mut Value) -> &mut u64 {
     let Some(Kind::BlobFileValue(place)) = &mut value.value else { panic!() };
     &mut place.offset
@@ -71,7 +71,7 @@ fn number(blobs: &[u8], at: usize) -> usize {
     u64::from_le_bytes(blobs[at..at + 8].try_into().unwrap()) as usize
 }
 
-/// The record of an inline parameter: where it begins, and where its data begins.
+/// The offsets at which the record of an inline parameter and the data of this record begin.
 fn record(package: &mut Package, kind: &str, parameter: &str) -> (usize, usize) {
     let at = *offset(inline(package.op(kind), parameter)) as usize;
     (at, number(&package.blobs, at + 16))
@@ -108,7 +108,7 @@ fn in_blobs() -> Vec<Fault> {
         fault("is cut off", |package| package.blobs.truncate(40)),
         fault("begins with 0x0", |package| package.blobs.extend([0; 65])),
         fault("begins with 0x1010101", |package| package.blobs.extend([1; 128])),
-        // The padding between a mask's data and the next record.
+        // The changed byte is padding between the data of a mask and the next record.
         fault("are not zero", |package| {
             let (at, data) = record(package, LUT, MASK);
             let end = data + number(&package.blobs, at + 8);
@@ -116,14 +116,14 @@ fn in_blobs() -> Vec<Fault> {
             package.blobs[end] = 1;
         }),
         fault("bits set after its last number", |package| {
-            // The first record with unused bits.
+            // The damaged record is the first one with unused bits.
             let records =
                 (0..package.blobs.len()).step_by(64).filter(|at| package.blobs[*at..*at + 4] == [0xef, 0xbe, 0xad, 0xde]);
             let at = records.into_iter().find(|at| package.blobs[at + 24] != 0).unwrap();
             let end = number(&package.blobs, at + 16) + number(&package.blobs, at + 8);
             package.blobs[end - 1] |= 0x80;
         }),
-        // One element more or less in a mask.
+        // The mask keeps one element more or one less than there are values.
         fault("the mask keeps", |package| {
             let (_, data) = record(package, LUT, MASK);
             package.blobs[data] ^= 1;
@@ -142,14 +142,14 @@ fn in_blobs() -> Vec<Fault> {
             let data = number(&package.blobs, at + 16);
             package.blobs[data] ^= 1;
         }),
-        // A NaN among fp16 values.
+        // One of the fp16 values is NaN.
         fault("NaN or infinite", |package| {
             let at = *offset(package.named("down_blocks_1_attentions_0_norm_weight").attributes.get_mut("val").unwrap()) as usize;
             let data = number(&package.blobs, at + 16);
             package.blobs[data..data + 2].copy_from_slice(&[0, 0x7e]);
         }),
-        // Damage that only a hash finds: bits in the other order, an index, a palette entry, a
-        // weight.
+        // These faults leave the structure valid, so only the hash of the weights reveals them.
+        // They change the order of bits, an index, a palette entry, and a weight.
         fault("the weights are damaged", |package| {
             let masks = package.block().operations.iter_mut().filter(|op| op.r#type == LUT);
             let masks: Vec<usize> = masks.map(|op| *offset(inline(op, MASK)) as usize).collect();
@@ -191,7 +191,7 @@ fn in_program() -> Vec<Fault> {
         }),
         fault("which is not there yet", |package| *bound(package.op("conv"), "x") = "nothing".into()),
         fault("which is not there yet", |package| {
-            // The first convolution before the weight that it reads.
+            // The first convolution is moved before the weight that it reads.
             let operations = &mut package.block().operations;
             let at = operations.iter().position(|op| op.r#type == "conv").unwrap();
             let conv = operations.remove(at);
@@ -245,7 +245,8 @@ fn in_program() -> Vec<Fault> {
         fault("docString", |package| package.named("conv_in_bias").attributes.get_mut("val").unwrap().doc_string = "x".into()),
         fault("which are not", |package| dimension(tensor_type(inline(package.op("constexpr_lut_to_dense"), "lut")), 0, 2)),
         fault("the lut is", |package| {
-            // A table for one bit more, which has as many bytes in half as many groups.
+            // The shape is that of a table with one bit more and half as many groups, which has as
+            // many bytes.
             let halved = |op: &&mut Operation| op.inputs.contains_key("lut") && sizes(&mut (**op).clone(), "lut")[0] == 2;
             let op = package.block().operations.iter_mut().find(halved).unwrap();
             let shape = sizes(op, "lut");
@@ -266,7 +267,7 @@ fn in_program() -> Vec<Fault> {
         }),
         fault("has no value", |package| inline(package.op(LUT), MASK).value = None),
         fault("mask and values of two different weights", |package| {
-            // The values of another weight, of as many.
+            // The values are those of another weight that keeps as many elements.
             let names: Vec<String> =
                 package.block().operations.iter().filter(|op| op.r#type == LUT).map(|op| op.outputs[0].name.clone()).collect();
             let ones: Vec<u64> = names.iter().map(|name| sizes(package.named(name), "indices_nonzero_data")[0]).collect();
@@ -303,7 +304,7 @@ fn in_program() -> Vec<Fault> {
         fault("is not computed", |package| package.block().outputs = vec!["sample".into()]),
         fault("is never made", |package| package.block().outputs = vec!["noise".into()]),
         fault("has no output", |package| package.block().outputs.clear()),
-        // Right in itself, but not this UNet.
+        // These programs are valid, but they do not compute this UNet.
         fault("there is no `conv_in_weight`", |package| {
             package.named("conv_in_weight").outputs[0].name = "weight".into();
             *bound(package.named("conv_in"), "weight") = "weight".into();
@@ -325,7 +326,7 @@ fn in_program() -> Vec<Fault> {
             package.block().operations.insert(at + 2, norm);
         }),
         fault("nothing uses the record at", |package| {
-            // A record that no value points to any more: two biases share one.
+            // Two values share one record, so no value points to the other record.
             let other = *offset(package.named("up_blocks_1_attentions_0_norm_weight").attributes.get_mut("val").unwrap());
             *offset(package.named("up_blocks_1_attentions_0_norm_bias").attributes.get_mut("val").unwrap()) = other;
             package.forget_maker();
@@ -338,7 +339,7 @@ fn in_program() -> Vec<Fault> {
             array.data_type = 65552;
         }),
         fault("the model has no description", |package| package.model.description = None),
-        // Damage that only the hash finds.
+        // Only the hash of the program reveals these faults.
         fault("the program is damaged", |package| {
             package.model.description.as_mut().unwrap().metadata.as_mut().unwrap().license = "none".into();
         }),
@@ -348,7 +349,7 @@ fn in_program() -> Vec<Fault> {
     ]
 }
 
-/// A name as an attribute.
+/// A string as the value of an attribute.
 fn name_of(name: &str) -> Value {
     use sdxl_squeeze::coreml::proto::mil_spec::tensor_value::RepeatedStrings;
     use sdxl_squeeze::coreml::proto::mil_spec::value::{ImmediateValue, immediate_value};
@@ -428,8 +429,8 @@ fn each_fault_is_named() {
     }
     assert!(missed.is_empty(), "{} of {}:\n{}", missed.len(), faults.len(), missed.join("\n"));
 
-    // Without a hash it is a damaged package of ours; without any sign of us, another writer's,
-    // whose structure is still checked.
+    // A package that lacks one of this project's entries is damaged. A package without any of them
+    // is taken for another writer's, and only its structure is checked.
     for key in ["model_sha256", "weights_sha256", "unet_config"] {
         let mut other = good.clone();
         let metadata = other.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
@@ -457,7 +458,8 @@ fn error_chain(error: &Error) -> String {
     said
 }
 
-/// One flipped bit in a few hundred places, and files that are cut: always an error, never a panic.
+/// Flips one bit at each of a few hundred places, and cuts files: the result is always an error and
+/// never a panic.
 #[test]
 fn damage_anywhere_is_found() {
     let folder = tempfile::tempdir().unwrap();

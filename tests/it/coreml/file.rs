@@ -1,4 +1,4 @@
-//! A package taken apart, to look into it and to break it.
+//! The content of a package, for tests that inspect or damage it.
 
 use std::path::{Path, PathBuf};
 
@@ -39,8 +39,8 @@ impl Package {
         std::fs::write(blob_path(path), &self.blobs).unwrap();
     }
 
-    /// Takes everything away that says who wrote it: metadata, and identifiers that are made from
-    /// the program.
+    /// Removes everything that identifies the writer of the package: metadata, and identifiers that
+    /// are made from the program.
     pub(super) fn forget_maker(&mut self) {
         let metadata = self.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
         metadata.user_defined.clear();
@@ -66,13 +66,13 @@ impl Package {
         self.block().operations.iter_mut().find(|op| op.r#type == kind).unwrap()
     }
 
-    /// The operation that makes `name`.
+    /// The operation that computes the value `name`.
     pub(super) fn named(&mut self, name: &str) -> &mut Operation {
         self.block().operations.iter_mut().find(|op| op.outputs[0].name == name).unwrap()
     }
 }
 
-/// A declared type: the number of its dtype, and its shape.
+/// The number of the dtype and the shape of a declared type.
 pub(super) fn declared(value: Option<&ValueType>) -> (i32, Vec<i64>) {
     use sdxl_squeeze::coreml::proto::mil_spec::dimension::Dimension;
     let Some(value_type::Type::TensorType(tensor)) = value.and_then(|value| value.r#type.as_ref()) else { panic!("no array") };

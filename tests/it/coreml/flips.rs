@@ -1,4 +1,4 @@
-//! Flipped bits in a package: each is found, wherever it is.
+//! Flipped bits in a package are found in all of its files.
 
 use std::path::Path;
 
@@ -22,8 +22,8 @@ fn package(folder: &Path) -> std::path::PathBuf {
     out
 }
 
-/// Flips each of `bits` of `file` in turn, and gives those with which the package is still taken
-/// for whole.
+/// Flips each of `bits` of `file` in turn, and returns the bits with which the package is still
+/// accepted.
 fn missed(package: &Path, file: &Path, bits: impl Iterator<Item = usize>) -> Vec<usize> {
     let whole = std::fs::read(file).unwrap();
     let missed = bits.filter(|bit| {
@@ -46,23 +46,24 @@ fn the_manifest_is_what_belongs_to_the_program_to_the_last_bit() {
     let folder = tempfile::tempdir().unwrap();
     let package = package(folder.path());
     let manifest = package.join("Manifest.json");
-    // It is compared with what is written for this program; every seventh bit shows that it is.
+    // The manifest is compared with the one that is written for this program. Every seventh bit
+    // suffices to show this.
     assert_eq!(missed(&package, &manifest, (0..bits_of(&manifest)).step_by(7)), [0; 0]);
-    // Another manifest with the same meaning is not what was written either.
+    // A manifest with the same meaning but other bytes is refused too.
     let text = std::fs::read_to_string(&manifest).unwrap();
     std::fs::write(&manifest, text.trim_end()).unwrap();
     assert!(verify(&package).unwrap_err().to_string().contains("Manifest.json is not what was written"));
 }
 
-/// What decides whether hashes are looked at has a test of its own that flips every bit of a small
-/// model; here are all files of a real one.
+/// The unit test `every_flipped_bit_is_found` flips every bit of a small model. This test flips
+/// bits in all files of a real package.
 #[test]
 fn some_hundred_bits_of_each_file_count() {
     let folder = tempfile::tempdir().unwrap();
     let package = package(folder.path());
     let model = model_path(&package);
     let content = std::fs::read(&model).unwrap();
-    // The metadata's keys, of which one with the hash: every seventh bit.
+    // Every seventh bit of the metadata's keys is flipped, among them the keys of the hashes.
     let keys = (0..content.len()).filter(|at| content[*at..].starts_with(b"sdxl-squeeze"));
     let keys: Vec<usize> = keys.flat_map(|at| (8 * (at - 6)..8 * (at + 28)).step_by(7)).collect();
     assert!(keys.len() > 200, "{}", keys.len());
@@ -70,7 +71,7 @@ fn some_hundred_bits_of_each_file_count() {
     assert_eq!(missed(&package, &model, keys.into_iter().chain(some)), [0; 0]);
     let blobs = blob_path(&package);
     let some = (0..bits_of(&blobs)).step_by(bits_of(&blobs) / 300 + 1);
-    // The header, which no hash covers, and the first record.
+    // Every third bit of the header, which no hash covers, and of the first record is flipped.
     assert_eq!(missed(&package, &blobs, (0..8 * 128).step_by(3).chain(some)), [0; 0]);
     verify(&package).unwrap();
 }
@@ -91,7 +92,7 @@ fn other_files_in_a_package_are_named() {
         if path.is_dir() { std::fs::remove_dir(&path).unwrap() } else { std::fs::remove_file(&path).unwrap() }
     }
     verify(&package).unwrap();
-    // Of other writers' packages less is known.
+    // The files of a package by another writer are not known, so an extra file is accepted.
     let mut other = Package::read(&package);
     other.forget_maker();
     other.write(&package);

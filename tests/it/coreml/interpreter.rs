@@ -1,4 +1,4 @@
-//! Evaluates a package's program with libtorch, in fp32, from its files alone.
+//! Evaluates the program of a package with libtorch in fp32, from the files of the package alone.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use tch::{Kind as Dtype, Tensor};
 
 use super::file::{Package, declared};
 
-/// A value while the program runs.
+/// A value of the running program.
 enum Held {
     Numbers(Tensor),
     Text(String),
@@ -20,7 +20,7 @@ enum Held {
 
 type Values = BTreeMap<String, Held>;
 
-/// The program's outputs.
+/// Evaluates the program and returns its outputs.
 pub(super) fn evaluate(package: &mut Package, inputs: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     let mut values: Values = inputs.iter().map(|(name, x)| (name.clone(), Held::Numbers(x.to_kind(Dtype::Float)))).collect();
     let blobs = package.blobs.clone();
@@ -60,7 +60,8 @@ fn tensor(held: &Held) -> &Tensor {
     }
 }
 
-/// A value of the program or of the blob file; packed numbers become bytes, fp16 becomes fp32.
+/// Reads a value of the program or of the weight file. Packed numbers become bytes, and fp16
+/// becomes fp32.
 fn stored(value: &Value, blobs: &[u8]) -> Held {
     let (code, shape) = declared(value.r#type.as_ref());
     let bits = match DataType::try_from(code).unwrap() {
@@ -146,7 +147,7 @@ fn compute(kind: &str, a: &Arguments) -> Vec<Tensor> {
         "sqrt" => a.t("x").sqrt(),
         "gelu" => a.t("x").gelu("none"),
         "softmax" => a.t("x").softmax(whole("axis"), None),
-        // Everything is computed in fp32.
+        // All values are fp32, so a cast has no effect.
         "cast" => a.t("x").shallow_clone(),
         "linear" => a.t("x").linear(a.t("weight"), Some(a.t("bias"))),
         "conv" => {
@@ -211,7 +212,7 @@ fn compute(kind: &str, a: &Arguments) -> Vec<Tensor> {
     }]
 }
 
-/// Each element's palette: [elements, 2^bits].
+/// The palette of each element: [elements, 2^bits].
 fn palette_of(shape: &[i64], lut: &Tensor) -> Tensor {
     let rank = shape.len();
     let entries = lut.size()[rank];

@@ -11,15 +11,16 @@ use sdxl_squeeze::pipeline::PipelineFolder;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-/// Numbers without order that are the same on every run.
+/// A pseudorandom number that depends only on `i`.
 fn scrambled(i: usize) -> u64 {
     let mixed = (i as u64).wrapping_add(0x1234_5678).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20
 }
 
-/// Compresses the UNet of `model` in as many ways as it has layers: all widths of indices, both
-/// axes, masks of all densities, scales, weights that are only pruned, and some that stay as they
-/// are. Palettes are a layer's own values, so that the UNet still computes sensible numbers.
+/// Compresses the UNet of `model` and treats each layer differently. The container has all widths
+/// of indices, both axes, masks of all densities, scales, weights that are only pruned, and some
+/// that are stored dense. Palette entries are values of the layer, so that the UNet still computes
+/// sensible numbers.
 pub(crate) fn container(model: &Path, path: &Path) {
     let pipeline = PipelineFolder::open(model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
@@ -51,7 +52,7 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
     let axis = layer / 6 % 2;
     let channels = shape[axis] as usize;
     let group_size = [1, 2, 4].into_iter().filter(|size| channels.is_multiple_of(*size)).nth(layer % 3).unwrap_or(channels);
-    // Every tenth of a layer's weights, or all, or none.
+    // Depending on the layer, from none to all of its elements are kept, in steps of a tenth.
     let keep: Vec<bool> = (0..values.len()).map(|i| scrambled(i + 31 * layer) % 10 >= layer as u64 % 11).collect();
     if layer % 13 == 12 {
         return CompressedWeight::sparse(shape.to_vec(), &keep, values).unwrap();

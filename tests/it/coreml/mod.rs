@@ -1,6 +1,7 @@
-//! Core ML packages: against coremltools' own, against the UNet in Rust, and with faults.
+//! Core ML packages, compared with those of coremltools and with the UNet in Rust, and tested with
+//! faults.
 //!
-//! What needs Python is in `tests/golden/check_coreml.py`.
+//! `tests/golden/check_coreml.py` has the tests that need Python.
 
 mod buffers;
 mod faults;

@@ -1,4 +1,5 @@
-//! What is written.
+//! The packages that the writer makes, compared with the UNet, with the container and with
+//! coremltools.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -25,7 +26,7 @@ use super::interpreter::evaluate;
 use super::made_up;
 use crate::support::{emoji, ended_with, relative_error, repo, squeeze};
 
-/// Evaluates a package and the UNet in Rust on the same random inputs.
+/// Compares the output of a package with that of the UNet in Rust, on the same random inputs.
 fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
     let mut package = Package::read(package);
     let function = package.program().functions["main"].clone();
@@ -53,7 +54,7 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
     assert!(error < 1e-4, "{options:?}: {error}");
 }
 
-/// A pipeline's own weights.
+/// The dense weights of a pipeline.
 fn dense<'a>(pipeline: &'a PipelineFolder, weights: &'a Weights) -> UnetWeights<'a> {
     UnetWeights::Dense { weights, config: pipeline.unet_config() }
 }
@@ -105,8 +106,8 @@ fn the_bundled_models_dense_weights() {
     compare(&out, &pipeline.unet, &unet, &options);
 }
 
-/// What a config can ask for and SDXL's own do not: other sinusoids, also of an odd width, and
-/// convolutions that pad at the end only.
+/// Settings that a config may have and SDXL's configs do not: other sinusoidal embeddings, also of
+/// odd widths, and convolutions that pad only at the end.
 #[test]
 fn unusual_architectures_become_programs_that_equal_the_unet() {
     let folder = tempfile::tempdir().unwrap();
@@ -137,7 +138,7 @@ fn unusual_architectures_become_programs_that_equal_the_unet() {
     }
 }
 
-/// Masks, indices and palettes go to the package as they are. Container and package stay in
+/// Masks, indices and palettes in the package equal those in the container. Both remain in
 /// target/tmp, for `check_coreml.py`.
 #[test]
 fn compressed_weights_keep_their_bits() {
@@ -216,8 +217,8 @@ fn the_same_input_gives_the_same_bytes() {
     assert_ne!(first[0], write("c.mlpackage", &Options { license: "MIT".into(), ..options })[0]);
 }
 
-/// Every operation's parameters, their dtypes, ranks and the way in which they are given are such
-/// as coremltools itself writes.
+/// The parameters of every operation have dtypes, ranks and kinds of arguments that coremltools
+/// itself writes.
 #[test]
 fn operations_are_serialized_as_by_coremltools() {
     let golden = repo("tests/golden/coreml/operations.json");
@@ -248,12 +249,14 @@ fn operations_are_serialized_as_by_coremltools() {
             for (parameter, argument) in &op.inputs {
                 for binding in &argument.arguments {
                     let what = match binding.binding.as_ref().unwrap() {
-                        // Golden values are from dense and compressed weights.
+                        // The golden file describes the weights of dense and of compressed networks
+                        // together, as `var/const`.
                         Binding::Name(name) if parameter == "weight" => {
                             format!("var/const {}", known[name].split_once(' ').unwrap().1)
                         }
                         Binding::Name(name) => known[name].clone(),
-                        // And from 4 bits only.
+                        // The golden file has indices of 4 bits only, so other widths are replaced
+                        // by 4 bits below.
                         Binding::Value(value) => format!("inline {}", describe(declared(value.r#type.as_ref()))),
                     };
                     let mut pattern = format!("{parameter} {what}");
@@ -313,7 +316,7 @@ fn what_cannot_be_written_is_refused_and_leaves_nothing() {
     assert!(try_write(&options, &out).contains("is there already"));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 
-    // A weight that is beyond fp16.
+    // A weight exceeds the range of fp16.
     let model = folder.path().join("model");
     crate::support::copy(&repo("tests/golden/base-like"), &model);
     let path = model.join("unet/diffusion_pytorch_model.safetensors");
@@ -345,7 +348,8 @@ fn export_and_verify_say_what_a_package_has() {
     let metadata = Package::read(Path::new(&path("a.mlpackage"))).model.description.unwrap().metadata.unwrap();
     assert_eq!((metadata.author.as_str(), metadata.user_defined["sdxl-squeeze.recipe"].as_str()), ("Ada", r#"{"made":"up"}"#));
 
-    // With the pipeline at hand, its own VAE says how large a latent is: 4 pixels.
+    // With `--model`, the scale of the pipeline's VAE, which is 4, determines the size of the
+    // latents.
     let model = repo("tests/golden/refiner-like");
     let model = model.to_str().unwrap();
     let more = ["--model", model, "--height", "64", "--width", "32", "--layout", "split-einsum", "--io", "apple"];
@@ -363,7 +367,7 @@ fn export_and_verify_say_what_a_package_has() {
     assert!(said.contains("0 compressed weights"), "{said}");
 }
 
-/// The check is not of this writer's habits alone.
+/// The check also accepts a package that this project's writer did not make.
 #[test]
 fn a_package_by_coremltools_is_whole() {
     let found = verify(&repo("tests/golden/coreml/by-coremltools.mlpackage")).unwrap();

@@ -1,102 +1,45 @@
 //! `scheduler/scheduler_config.json`: the sampler and its settings.
 
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use regex::{Captures, Regex};
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
-use squeeze_base::shorten::shorten;
 
 use super::Scheduler;
 use super::ddim::Ddim;
+use super::ddpm::Ddpm;
 use super::dpm::DpmSolver;
+use super::edm::{EdmDpmSolver, EdmEuler};
 use super::euler::Euler;
+use super::euler_ancestral::EulerAncestral;
+use super::heun::Heun;
+use super::kind::{SchedulerChoice, SchedulerKind};
+use super::lcm::Lcm;
 use super::noise::NoiseSchedule;
+use super::plms::Plms;
+use super::spacing::SpacingKind;
+use super::tcd::Tcd;
+use super::unipc::UniPc;
 use crate::checkpoint::ConfigFile;
-
-/// A sampler that is implemented.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SchedulerKind {
-    /// Euler's method (Karras et al. 2022; `EulerDiscreteScheduler`).
-    Euler,
-    /// DDIM, deterministic (Song et al. 2021; `DDIMScheduler`).
-    Ddim,
-    /// DPM-Solver++ 2M (Lu et al. 2022; `DPMSolverMultistepScheduler`).
-    DpmSolverMultistep,
-}
-
-impl SchedulerKind {
-    const ALL: [SchedulerKind; 3] = [SchedulerKind::Euler, SchedulerKind::Ddim, SchedulerKind::DpmSolverMultistep];
-
-    /// The class name in diffusers.
-    #[must_use]
-    pub fn class(self) -> &'static str {
-        match self {
-            SchedulerKind::Euler => "EulerDiscreteScheduler",
-            SchedulerKind::Ddim => "DDIMScheduler",
-            SchedulerKind::DpmSolverMultistep => "DPMSolverMultistepScheduler",
-        }
-    }
-}
-
-/// A sampler picked by name.
-///
-/// The names are [`NAMES`](Self::NAMES) and diffusers' class names, in upper or lower case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SchedulerChoice {
-    /// The sampler.
-    pub kind: SchedulerKind,
-    /// Whether the name asks for Karras's sigmas; otherwise the config decides.
-    pub karras: bool,
-}
-
-const CHOICES: [(&str, SchedulerKind, bool); 5] = [
-    ("euler", SchedulerKind::Euler, false),
-    ("euler-karras", SchedulerKind::Euler, true),
-    ("ddim", SchedulerKind::Ddim, false),
-    ("dpmpp-2m", SchedulerKind::DpmSolverMultistep, false),
-    ("dpmpp-2m-karras", SchedulerKind::DpmSolverMultistep, true),
-];
-
-impl SchedulerChoice {
-    /// The short names.
-    pub const NAMES: [&'static str; 5] = [CHOICES[0].0, CHOICES[1].0, CHOICES[2].0, CHOICES[3].0, CHOICES[4].0];
-}
-
-impl FromStr for SchedulerChoice {
-    type Err = Error;
-
-    /// # Errors
-    /// [`Error::Argument`] with the known names and the nearest of them.
-    fn from_str(name: &str) -> Result<Self> {
-        let classes = SchedulerKind::ALL.map(|kind| (kind.class(), kind, false));
-        if let Some((_, kind, karras)) = CHOICES.iter().chain(&classes).find(|choice| choice.0.eq_ignore_ascii_case(name)) {
-            return Ok(SchedulerChoice { kind: *kind, karras: *karras });
-        }
-        let likeness = |known: &str| strsim::jaro_winkler(&name.to_lowercase(), &known.to_lowercase());
-        let known = CHOICES.iter().chain(&classes).map(|choice| choice.0);
-        let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).expect("there are known names");
-        let names = Self::NAMES.join(", ");
-        Err(Error::Argument(format!("unknown scheduler `{}`: did you mean `{nearest}`? (known: {names})", shorten(name))))
-    }
-}
 
 /// A sampler's config, as it is in the file.
 ///
 /// A config of any diffusers class can be read, so that a pipeline whose sampler is not implemented
 /// can be used with another sampler. Keys are checked when the sampler is made.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SchedulerConfig {
     path: PathBuf,
     class: String,
     entries: Map<String, Value>,
+    /// The share of noise that each step of DDIM or TCD adds.
+    eta: f64,
 }
 
 /// The parameters of the classes that diffusers treats as compatible. A class ignores the ones that
 /// it does not have.
-const COMPATIBLE_KEYS: [&str; 43] = [
+const COMPATIBLE_KEYS: [&str; 45] = [
     "algorithm_type",
     "beta_end",
     "beta_schedule",
@@ -112,6 +55,7 @@ const COMPATIBLE_KEYS: [&str; 43] = [
     "lambda_min_clipped",
     "lower_order_final",
     "num_train_timesteps",
+    "original_inference_steps",
     "predict_x0",
     "prediction_type",
     "rescale_betas_zero_snr",
@@ -130,6 +74,7 @@ const COMPATIBLE_KEYS: [&str; 43] = [
     "steps_offset",
     "thresholding",
     "time_shift_type",
+    "timestep_scaling",
     "timestep_spacing",
     "timestep_type",
     "trained_betas",
@@ -162,7 +107,7 @@ impl SchedulerConfig {
         for key in file.or("_use_default_values", Vec::<String>::new())? {
             entries.remove(&key);
         }
-        Ok(SchedulerConfig { path: path.to_owned(), class: file.required("_class_name")?, entries })
+        Ok(SchedulerConfig { path: path.to_owned(), class: file.required("_class_name")?, entries, eta: 0.0 })
     }
 
     /// A config that is in memory; `path` names it in errors.
@@ -171,7 +116,7 @@ impl SchedulerConfig {
     /// If it does not name its class.
     pub fn from_entries(path: &Path, entries: Map<String, Value>) -> Result<Self> {
         let class = ConfigFile::from_entries(path, entries.clone()).required("_class_name")?;
-        Ok(SchedulerConfig { path: path.to_owned(), class, entries })
+        Ok(SchedulerConfig { path: path.to_owned(), class, entries, eta: 0.0 })
     }
 
     /// The entries, as they are in the file.
@@ -180,14 +125,45 @@ impl SchedulerConfig {
         &self.entries
     }
 
-    /// Sigma of every training timestep: the noise relative to the picture.
+    /// The file's entries, ready to be taken.
+    fn file(&self) -> ConfigFile {
+        ConfigFile::from_entries(&self.path, self.entries.clone())
+    }
+
+    /// Takes the keys that describe training, with the defaults of the class. Those of a class that
+    /// is not implemented are Euler's.
+    fn noise(&self, file: &mut ConfigFile) -> Result<NoiseSchedule> {
+        NoiseSchedule::read(file, SchedulerKind::of_class(&self.class).unwrap_or(SchedulerKind::Euler).training())
+    }
+
+    /// The noise relative to the picture at each of `timesteps` (in [`Scheduler::timesteps`]'s
+    /// units).
     ///
     /// # Errors
     /// If the config describes no noise schedule.
-    pub fn sigmas(&self) -> Result<Vec<f64>> {
-        let mut file = ConfigFile::from_entries(&self.path, self.entries.clone());
-        let signal = NoiseSchedule::read(&mut file)?.positive_signal(&file)?;
-        Ok(super::noise::sigmas(&signal)?.into_iter().map(f64::from).collect())
+    pub fn sigmas(&self, timesteps: &[f64]) -> Result<Vec<f64>> {
+        let mut file = self.file();
+        if self.times_are_logarithms(&mut file)? {
+            return Ok(timesteps.iter().map(|timestep| (4.0 * timestep).exp()).collect());
+        }
+        let signal = self.noise(&mut file)?.positive_signal(&file)?;
+        let table = super::noise::sigmas(&signal)?;
+        let at = |timestep: &f64| f64::from(table[(timestep.max(0.0) as usize).min(table.len() - 1)]);
+        Ok(timesteps.iter().map(at).collect())
+    }
+
+    /// Whether timesteps are ln(σ) / 4: those of the EDM samplers, and of Euler's continuous ones.
+    fn times_are_logarithms(&self, file: &mut ConfigFile) -> Result<bool> {
+        let continuous = |file: &mut ConfigFile| -> Result<bool> {
+            let timestep_type: Option<String> = file.optional("timestep_type")?;
+            let prediction: Option<String> = file.optional("prediction_type")?;
+            Ok(timestep_type.as_deref() == Some("continuous") && prediction.as_deref() == Some("v_prediction"))
+        };
+        match SchedulerKind::of_class(&self.class) {
+            Some(kind) if kind.is_edm() => Ok(true),
+            Some(SchedulerKind::Euler) => continuous(file),
+            _ => Ok(false),
+        }
     }
 
     /// The number of timesteps that the model was trained on: timesteps are 0 to this number less
@@ -196,7 +172,26 @@ impl SchedulerConfig {
     /// # Errors
     /// [`Error::ConfigKey`] if `num_train_timesteps` is out of range.
     pub fn train_timesteps(&self) -> Result<usize> {
-        NoiseSchedule::count(&mut ConfigFile::from_entries(&self.path, self.entries.clone()))
+        NoiseSchedule::count(&mut self.file())
+    }
+
+    /// Every timestep that the model was trained on, in the units of [`Scheduler::timesteps`]. EDM
+    /// models were trained on all noise levels between two; as many as `num_train_timesteps` are
+    /// taken of them.
+    ///
+    /// # Errors
+    /// [`Error::ConfigKey`] if the keys that describe training are out of range.
+    pub fn training_timesteps(&self) -> Result<Vec<f64>> {
+        let count = self.train_timesteps()?;
+        let mut file = self.file();
+        if !self.times_are_logarithms(&mut file)? {
+            return Ok((0..count).map(|timestep| timestep as f64).collect());
+        }
+        if SchedulerKind::of_class(&self.class).is_some_and(SchedulerKind::is_edm) {
+            return Ok(self.scheduler(count)?.timesteps().to_vec());
+        }
+        let signal = self.noise(&mut file)?.positive_signal(&file)?;
+        Ok(super::noise::sigmas(&signal)?.into_iter().map(|sigma| 0.25 * f64::from(sigma).ln()).collect())
     }
 
     /// The sampler's class name in diffusers.
@@ -220,7 +215,64 @@ impl SchedulerConfig {
         if choice.karras {
             config.entries.insert("use_karras_sigmas".to_owned(), Value::Bool(true));
         }
+        if choice.variant {
+            let (key, value) = match choice.kind {
+                SchedulerKind::Pndm => ("skip_prk_steps", Value::Bool(true)),
+                _ => ("algorithm_type", Value::from("sde-dpmsolver++")),
+            };
+            config.entries.insert(key.to_owned(), value);
+        }
         Ok(config)
+    }
+
+    /// The config with another sampler, another spacing and another η, each where it is given.
+    ///
+    /// # Errors
+    /// As [`with_override`](Self::with_override), [`with_spacing`](Self::with_spacing) and
+    /// [`with_eta`](Self::with_eta).
+    pub fn with_choices(&self, name: Option<&str>, spacing: Option<SpacingKind>, eta: f64) -> Result<Self> {
+        let mut config = self.clone();
+        if let Some(name) = name {
+            config = config.with_override(name)?;
+        }
+        if let Some(spacing) = spacing {
+            config = config.with_spacing(spacing)?;
+        }
+        config.with_eta(eta)
+    }
+
+    /// The config with another `timestep_spacing`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the class has no spacing to choose.
+    pub fn with_spacing(&self, spacing: SpacingKind) -> Result<Self> {
+        if SchedulerKind::of_class(&self.class).is_some_and(|kind| !kind.is_spaced()) {
+            return Err(Error::Argument(format!("{} has timesteps of its own, without a `timestep_spacing`", self.class)));
+        }
+        let mut config = self.clone();
+        config.entries.insert("timestep_spacing".to_owned(), Value::from(spacing.name()));
+        Ok(config)
+    }
+
+    /// The config with another η, the share of noise that each step adds: 0 is none, 1 all. It is
+    /// an argument of diffusers' pipelines, 0 by default, and no key of the file.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it is not between 0 and 1, or the class takes none.
+    pub fn with_eta(&self, eta: f64) -> Result<Self> {
+        if !(0.0..=1.0).contains(&eta) {
+            return Err(Error::Argument(format!("an eta of {eta} is not between 0 and 1")));
+        }
+        if eta > 0.0 && SchedulerKind::of_class(&self.class).is_some_and(|kind| !kind.has_eta()) {
+            return Err(Error::Argument(format!("{} takes no eta; DDIM and TCD do", self.class)));
+        }
+        Ok(SchedulerConfig { eta, ..self.clone() })
+    }
+
+    /// The value of a text key; `None` if it is absent or no text.
+    #[must_use]
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.entries.get(key).and_then(Value::as_str)
     }
 
     /// The sampler, set to take `steps` steps.
@@ -230,20 +282,31 @@ impl SchedulerConfig {
     /// [`Error::Argument`] if `steps` is not between 1 and the training timesteps, or the class
     /// cannot take so many with this spacing.
     pub fn scheduler(&self, steps: usize) -> Result<Box<dyn Scheduler>> {
-        let mut file = ConfigFile::from_entries(&self.path, self.entries.clone());
-        let kind = SchedulerKind::ALL.into_iter().find(|kind| kind.class() == self.class).ok_or_else(|| {
+        let mut file = self.file();
+        let kind = SchedulerKind::of_class(&self.class).ok_or_else(|| {
             let known = SchedulerKind::ALL.map(SchedulerKind::class).join(", ");
             let names = SchedulerChoice::NAMES.join(", ");
             file.error("_class_name", format!("= \"{}\" is not supported ({known} are; pick {names} instead)", self.class))
         })?;
-        let noise = NoiseSchedule::read(&mut file)?;
-        if !(1..=noise.len()).contains(&steps) {
-            return Err(Error::Argument(format!("cannot take {steps} steps: the model has timesteps for 1 to {}", noise.len())));
+        let train = NoiseSchedule::count(&mut self.file())?;
+        let noise = if kind.is_edm() { None } else { Some(self.noise(&mut file)?) };
+        if !(1..=train).contains(&steps) {
+            return Err(Error::Argument(format!("cannot take {steps} steps: the model has timesteps for 1 to {train}")));
         }
-        let scheduler: Box<dyn Scheduler> = match kind {
-            SchedulerKind::Euler => Box::new(Euler::new(&mut file, &noise, steps)?),
-            SchedulerKind::Ddim => Box::new(Ddim::new(&mut file, &noise, steps)?),
-            SchedulerKind::DpmSolverMultistep => Box::new(DpmSolver::new(&mut file, &noise, steps)?),
+        let scheduler: Box<dyn Scheduler> = match (kind, &noise) {
+            (SchedulerKind::EdmEuler, _) => Box::new(EdmEuler::new(&mut file, steps)?),
+            (SchedulerKind::EdmDpmSolverMultistep, _) => Box::new(EdmDpmSolver::new(&mut file, steps)?),
+            (_, None) => return Err(Error::internal("a sampler without its noise schedule")),
+            (SchedulerKind::Euler, Some(noise)) => Box::new(Euler::new(&mut file, noise, steps)?),
+            (SchedulerKind::EulerAncestral, Some(noise)) => Box::new(EulerAncestral::new(&mut file, noise, steps)?),
+            (SchedulerKind::Heun, Some(noise)) => Box::new(Heun::new(&mut file, noise, steps)?),
+            (SchedulerKind::Ddim, Some(noise)) => Box::new(Ddim::new(&mut file, noise, steps, self.eta)?),
+            (SchedulerKind::Ddpm, Some(noise)) => Box::new(Ddpm::new(&mut file, noise, steps)?),
+            (SchedulerKind::DpmSolverMultistep, Some(noise)) => Box::new(DpmSolver::new(&mut file, noise, steps)?),
+            (SchedulerKind::UniPc, Some(noise)) => Box::new(UniPc::new(&mut file, noise, steps)?),
+            (SchedulerKind::Pndm, Some(noise)) => Box::new(Plms::new(&mut file, noise, steps)?),
+            (SchedulerKind::Lcm, Some(noise)) => Box::new(Lcm::new(&mut file, noise, steps)?),
+            (SchedulerKind::Tcd, Some(noise)) => Box::new(Tcd::new(&mut file, noise, steps, self.eta)?),
         };
         file.ignore(&COMPATIBLE_KEYS);
         file.finish();

@@ -1,12 +1,17 @@
-//! Denoising diffusion implicit models (Song et al. 2021, arXiv:2010.02502), deterministic (η = 0).
+//! Denoising diffusion implicit models (Song et al. 2021, arXiv:2010.02502), with the noise of η.
+//!
+//! η is no key of the config: it is 0, and the sampler deterministic, unless the caller asks for
+//! more.
 
-use serde_json::json;
 use squeeze_base::error::{Error, Result};
+use squeeze_numerics::random::Generator;
 use tch::Tensor;
 
+use super::clip::Clip;
 use super::noise::NoiseSchedule;
+use super::predicted::picture_and_noise;
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, over, sqrt, times};
+use super::{Prediction, Scheduler, check_index, noise_like, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `DDIMScheduler`.
@@ -15,22 +20,17 @@ pub(super) struct Ddim {
     timesteps: Vec<f64>,
     /// ᾱ before and after each step.
     signal: Vec<(f32, f32)>,
-    /// The bound on the magnitude of the predicted picture's values, if there is one.
-    clip: Option<f64>,
+    clip: Clip,
     prediction: Prediction,
+    eta: f64,
 }
 
 impl Ddim {
-    pub(super) fn new(file: &mut ConfigFile, noise: &NoiseSchedule, steps: usize) -> Result<Self> {
+    pub(super) fn new(file: &mut ConfigFile, noise: &NoiseSchedule, steps: usize, eta: f64) -> Result<Self> {
         let prediction = file.or("prediction_type", Prediction::Epsilon)?;
         let spacing = Spacing::read(file, SpacingKind::Leading)?;
-        let clips: bool = file.or("clip_sample", true)?;
-        let range: f64 = file.or("clip_sample_range", 1.0)?;
-        if clips && range <= 0.0 {
-            return Err(file.error("clip_sample_range", format!("= {range} is not above 0")));
-        }
+        let clip = Clip::read(file, true)?;
         let ends_at_one: bool = file.or("set_alpha_to_one", true)?;
-        file.only("thresholding", &[json!(false)])?;
 
         let table = noise.signal()?;
         let last = if ends_at_one { 1.0 } else { table[0] };
@@ -48,13 +48,13 @@ impl Ddim {
             // As in diffusers, the step ends one whole stride below, whatever the spacing; this
             // need not be the next timestep.
             let after = if index >= stride { table[index - stride] } else { last };
-            if prediction == Prediction::Epsilon && table[index] <= 0.0 && !clips {
+            if prediction == Prediction::Epsilon && table[index] <= 0.0 && !clip.is_on() {
                 let problem = "= epsilon cannot be sampled from a timestep that is pure noise (rescale_betas_zero_snr)";
                 return Err(file.error("prediction_type", problem));
             }
             signal.push((table[index], after));
         }
-        Ok(Ddim { timesteps, signal, clip: clips.then_some(range), prediction })
+        Ok(Ddim { timesteps, signal, clip, prediction, eta })
     }
 }
 
@@ -63,23 +63,19 @@ impl Scheduler for Ddim {
         &self.timesteps
     }
 
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         let (before, after) = self.signal[index];
-        let (signal, noise) = (sqrt(before)?, sqrt(1.0 - before)?);
-        let (picture, epsilon) = match self.prediction {
-            Prediction::Epsilon => (over(&sample.f_sub(&times(noise, model_output)?)?, signal)?, model_output.shallow_clone()),
-            Prediction::Sample => (model_output.shallow_clone(), over(&sample.f_sub(&times(signal, model_output)?)?, noise)?),
-            Prediction::Velocity => (
-                times(signal, sample)?.f_sub(&times(noise, model_output)?)?,
-                times(signal, model_output)?.f_add(&times(noise, sample)?)?,
-            ),
-        };
+        let (picture, epsilon) = picture_and_noise(self.prediction, before, model_output, sample)?;
         // As in diffusers by default, epsilon is not recomputed from the clipped picture.
-        let picture = match self.clip {
-            Some(range) => picture.f_clamp(-range, range)?,
-            None => picture,
-        };
-        Ok(times(sqrt(after)?, &picture)?.f_add(&times(sqrt(1.0 - after)?, &epsilon)?)?)
+        let picture = times(sqrt(after)?, &self.clip.apply(picture)?)?;
+        if self.eta == 0.0 {
+            return Ok(picture.f_add(&times(sqrt(1.0 - after)?, &epsilon)?)?);
+        }
+        let variance = (1.0 - after) / (1.0 - before) * (1.0 - before / after);
+        let deviation = self.eta as f32 * sqrt(variance)?;
+        let next = picture.f_add(&times(sqrt(1.0 - after - deviation * deviation)?, &epsilon)?)?;
+        let noise = noise_like(model_output, model_output.f_kind()?, generator)?;
+        Ok(next.f_add(&times(deviation, &noise)?)?)
     }
 }

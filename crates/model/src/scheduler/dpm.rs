@@ -1,42 +1,27 @@
-//! DPM-Solver++ of first and second order, multistep (Lu et al. 2022, arXiv:2211.01095, algorithm
-//! 2).
+//! The multistep DPM-Solver++ on the noise levels of training.
 
 use serde::Deserialize;
 use serde_json::json;
 use squeeze_base::error::{Error, Result};
+use squeeze_numerics::random::Generator;
 use tch::{Kind, Tensor};
 
+use super::multistep::{Level, Multistep};
 use super::noise::{NoiseSchedule, sigmas};
 use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind, countdown, linspace, reversed};
-use super::{Prediction, Scheduler, check_index, exp, log, over, sqrt, times};
+use super::{Prediction, Scheduler, over, times};
 use crate::checkpoint::ConfigFile;
 
-/// `solver_type`: the form of the second-order term.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum SolverType {
-    /// The aliases are the names in other solvers (DEIS, UniPC); diffusers treats them as this one.
-    #[serde(alias = "logrho", alias = "bh1", alias = "bh2")]
-    Midpoint,
-    Heun,
-}
-
-/// diffusers' `DPMSolverMultistepScheduler` with `algorithm_type` "dpmsolver++".
+/// diffusers' `DPMSolverMultistepScheduler` with `algorithm_type` "dpmsolver++" or
+/// "sde-dpmsolver++".
 #[derive(Debug)]
 pub(super) struct DpmSolver {
     timesteps: Vec<f64>,
     /// The noise before each step and after the last, relative to the picture.
     sigmas: Vec<f32>,
     prediction: Prediction,
-    order: usize,
-    solver: SolverType,
-    /// Whether the last step is of first order.
-    first_order_last: bool,
-    /// The index of the next step.
-    next: usize,
-    /// The picture that the previous step predicted.
-    previous: Option<Tensor>,
+    multistep: Multistep,
 }
 
 impl DpmSolver {
@@ -45,18 +30,9 @@ impl DpmSolver {
         let spacing = Spacing::read(file, SpacingKind::Linspace)?;
         let curve = SigmaCurve::read(file)?;
         let end = file.or("final_sigmas_type", FinalSigma::Zero)?;
-        let order: usize = file.or("solver_order", 2)?;
-        if !(1..=2).contains(&order) {
-            return Err(file.error("solver_order", format!("= {order} is not supported (1 and 2 are)")));
-        }
-        let solver = file.or("solver_type", SolverType::Midpoint)?;
-        let lower_order_final: bool = file.or("lower_order_final", true)?;
-        let euler_at_final: bool = file.or("euler_at_final", false)?;
+        let solver = Multistep::read(file, end)?;
         let lambda_min = lambda_min_clipped(file)?;
-        // diffusers treats "deis" as "dpmsolver++", but refuses a final sigma of zero with it.
-        let names = [json!("dpmsolver++"), json!("deis")];
-        file.only("algorithm_type", if end == FinalSigma::Zero { &names[..1] } else { &names })?;
-        for key in ["thresholding", "use_lu_lambdas", "use_flow_sigmas"] {
+        for key in ["use_lu_lambdas", "use_flow_sigmas"] {
             file.only(key, &[json!(false)])?;
         }
         file.only("variance_type", &[])?;
@@ -85,19 +61,24 @@ impl DpmSolver {
         };
         let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| sigma as f32).collect();
         // Two equal sigmas would make the second-order term 0 / 0.
-        if sigmas.is_empty() || order == 2 && sigmas.windows(2).any(|pair| pair[0] == pair[1]) {
+        if sigmas.is_empty() || solver.order() == 2 && sigmas.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(Error::Argument(format!(
                 "{steps} DPM-Solver steps do not fit into {noisiest} timesteps with this spacing; take fewer"
             )));
         }
         sigmas.push(if end == FinalSigma::Zero { 0.0 } else { table[0] });
-        let first_order_last = euler_at_final || lower_order_final && timesteps.len() < 15 || end == FinalSigma::Zero;
-        Ok(DpmSolver { timesteps, sigmas, prediction, order, solver, first_order_last, next: 0, previous: None })
+        let multistep = solver.for_steps(timesteps.len());
+        Ok(DpmSolver { timesteps, sigmas, prediction, multistep })
+    }
+
+    /// The noise level before step `index`.
+    fn level(&self, index: usize) -> Result<Level> {
+        Level::preserving(self.sigmas[index])
     }
 
     /// The picture that a model output predicts.
     fn picture(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
-        let Level { signal, noise, .. } = Level::of(self.sigmas[index])?;
+        let Level { signal, noise, .. } = self.level(index)?;
         match self.prediction {
             Prediction::Epsilon => over(&sample.f_sub(&times(noise, model_output)?)?, signal),
             Prediction::Sample => Ok(model_output.shallow_clone()),
@@ -111,53 +92,14 @@ impl Scheduler for DpmSolver {
         &self.timesteps
     }
 
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        if index != 0 && index != self.next {
-            return Err(Error::Argument(format!("step {index} out of order: the next is {}", self.next)));
-        }
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor> {
+        self.multistep.check(index)?;
         let picture = self.picture(index, model_output, sample)?;
-        let sample = sample.f_to_kind(Kind::Float)?;
-        let (from, to) = (Level::of(self.sigmas[index])?, Level::of(self.sigmas[index + 1])?);
-        let h = to.lambda - from.lambda;
-        let decay = exp(-h)? - 1.0;
-        let mut next = times(to.noise / from.noise, &sample)?.f_sub(&times(to.signal * decay, &picture)?)?;
-
-        let previous = if index == 0 { None } else { self.previous.as_ref() };
-        let is_last = index + 1 == self.timesteps.len();
-        if let Some(previous) = previous
-            && self.order == 2
-            && !(is_last && self.first_order_last)
-        {
-            let ratio = (from.lambda - Level::of(self.sigmas[index - 1])?.lambda) / h;
-            let change = times(1.0 / ratio, &picture.f_sub(previous)?)?;
-            next = match self.solver {
-                SolverType::Midpoint => next.f_sub(&times(0.5 * (to.signal * decay), &change)?)?,
-                SolverType::Heun => next.f_add(&times(to.signal * (decay / h + 1.0), &change)?)?,
-            };
-        }
-        let next = next.f_to_kind(picture.f_kind()?)?;
-        self.previous = Some(picture);
-        self.next = index + 1;
-        Ok(next)
-    }
-}
-
-/// A noise level in the variance-preserving view that the solver works in.
-struct Level {
-    /// The factor of the picture (α).
-    signal: f32,
-    /// The factor of the noise (σ).
-    noise: f32,
-    /// Half the logarithm of the signal-to-noise ratio.
-    lambda: f32,
-}
-
-impl Level {
-    fn of(sigma: f32) -> Result<Self> {
-        let signal = 1.0 / sqrt(sigma * sigma + 1.0)?;
-        let noise = sigma * signal;
-        Ok(Level { signal, noise, lambda: log(signal)? - log(noise)? })
+        let earlier = if index == 0 { None } else { Some(self.level(index - 1)?) };
+        let levels = (earlier, self.level(index)?, self.level(index + 1)?);
+        let noise = self.multistep.noise(sample, Kind::Float, generator)?;
+        let next = self.multistep.step(index, levels, &picture, &sample.f_to_kind(Kind::Float)?, noise)?;
+        Ok(next.f_to_kind(picture.f_kind()?)?)
     }
 }
 
@@ -188,7 +130,7 @@ fn usable(signal: &[f32], lambda_min: f32) -> Result<usize> {
 
 /// The timesteps visited, noisiest first. Unlike in Euler and DDIM, the spacings linspace and
 /// leading are computed for `steps + 1` timesteps, of which the cleanest is left out.
-fn timesteps(spacing: &Spacing, noisiest: usize, train: usize, steps: usize) -> Vec<f64> {
+pub(super) fn timesteps(spacing: &Spacing, noisiest: usize, train: usize, steps: usize) -> Vec<f64> {
     match spacing.kind {
         SpacingKind::Linspace => {
             let line = linspace(0.0, noisiest as f64 - 1.0, steps + 1);

@@ -3,12 +3,14 @@
 
 use serde::Deserialize;
 use squeeze_base::error::Result;
+use squeeze_numerics::random::Generator;
 use tch::{Device, Kind, Tensor};
 
 use super::noise::{NoiseSchedule, sigmas};
-use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
+use super::predicted::denoised;
+use super::sigmas::{FinalSigma, SigmaCurve, first_factor, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, log, over, scalar, sqrt, times};
+use super::{Prediction, Scheduler, check_index, log, over, single, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// `interpolation_type`.
@@ -66,8 +68,7 @@ impl Euler {
             timesteps =
                 sigmas[..sigmas.len() - 1].iter().map(|sigma| Ok(f64::from(0.25 * log(*sigma)?))).collect::<Result<_>>()?;
         }
-        let max = sigmas.iter().copied().fold(0.0, f32::max);
-        let init_noise_sigma = if spacing.kind == SpacingKind::Leading { sqrt(max * max + 1.0)? } else { max };
+        let init_noise_sigma = first_factor(&sigmas, spacing.kind)?;
         Ok(Euler { timesteps, sigmas, init_noise_sigma, prediction })
     }
 }
@@ -87,27 +88,14 @@ impl Scheduler for Euler {
         over(sample, sqrt(sigma * sigma + 1.0)?)
     }
 
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut Generator) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
         let (sigma, next) = (self.sigmas[index], self.sigmas[index + 1]);
         let sample = sample.f_to_kind(Kind::Float)?;
-        let variance = sigma * sigma + 1.0;
-        let denoised = match self.prediction {
-            Prediction::Epsilon => sample.f_sub(&times(sigma, model_output)?)?,
-            Prediction::Sample => model_output.shallow_clone(),
-            Prediction::Velocity => {
-                let removed = model_output.f_mul(&scalar(-sigma / sqrt(variance)?)?)?;
-                removed.f_add(&over(&sample, variance)?)?
-            }
-        };
+        let denoised = denoised(self.prediction, sigma, model_output, &sample)?;
         let derivative = over(&sample.f_sub(&denoised)?, sigma)?;
         Ok(sample.f_add(&times(next - sigma, &derivative)?)?.f_to_kind(model_output.f_kind()?)?)
     }
-}
-
-/// The value rounded to fp32, in which diffusers passes it on.
-fn single(value: f64) -> f64 {
-    f64::from(value as f32)
 }
 
 /// `steps + 1` sigmas in geometric progression over the range of training. The last step ends at

@@ -4,17 +4,33 @@
 //! arithmetic: what diffusers computes in numpy's float64 is `f64` here, what it computes in
 //! single-element fp32 tensors is `f32`, and latents go through libtorch.
 
+mod clip;
 mod config;
 mod ddim;
+mod ddpm;
+mod distilled;
 mod dpm;
+mod edm;
 mod euler;
+mod euler_ancestral;
+mod heun;
+mod kind;
+mod lcm;
+mod multistep;
 mod noise;
+mod plms;
+mod predicted;
 mod sigmas;
 mod spacing;
+mod tcd;
+mod unipc;
 
-pub use config::{SchedulerChoice, SchedulerConfig, SchedulerKind};
+pub use config::SchedulerConfig;
+pub use kind::{SchedulerChoice, SchedulerKind};
+pub use spacing::SpacingKind;
 use squeeze_base::error::{Error, Result};
-use tch::Tensor;
+use squeeze_numerics::random::Generator;
+use tch::{Kind, Tensor};
 
 /// A sampler with its timesteps laid out, ready for one picture after another.
 ///
@@ -24,9 +40,10 @@ use tch::Tensor;
 pub trait Scheduler {
     /// The timesteps for the UNet, noisiest first, in units of training timesteps.
     ///
-    /// Whole numbers, except where the sigmas are interpolated. Their number can differ from the
-    /// requested steps by one: as in diffusers, the rounding of trailing spacing adds a timestep
-    /// for some counts (61 of 1000, for example).
+    /// Whole numbers, except where the sigmas are interpolated. There is one for each call of the
+    /// UNet, and their number can differ from the requested steps: Heun's method calls the UNet
+    /// twice in every step but the last, PLMS repeats its first step, and, as in diffusers, the
+    /// rounding of trailing spacing adds a timestep for some counts (61 of 1000, for example).
     fn timesteps(&self) -> &[f64];
 
     /// The factor by which unit Gaussian noise is multiplied to give the first latents.
@@ -46,11 +63,12 @@ pub trait Scheduler {
     /// The latents after step `index`, from the UNet's (guided) prediction and the unscaled latents
     /// before it.
     ///
-    /// Steps are taken in order; `index` 0 starts a new picture.
+    /// Steps are taken in order; `index` 0 starts a new picture. Stochastic samplers draw from
+    /// `generator`, which should be the one that drew the first latents.
     ///
     /// # Errors
     /// If there is no such step or it is out of order, or libtorch fails.
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor>;
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor>;
 }
 
 /// The quantity that the network was trained to predict (`prediction_type`).
@@ -100,6 +118,16 @@ fn log(x: f32) -> Result<f32> {
 /// libtorch's fp32 exponential.
 fn exp(x: f32) -> Result<f32> {
     Ok(f32::try_from(&scalar(x)?.f_exp()?)?)
+}
+
+/// The value rounded to fp32, in which diffusers passes it on.
+fn single(value: f64) -> f64 {
+    f64::from(value as f32)
+}
+
+/// Unit Gaussian noise in the shape and on the device of `tensor`, drawn on the CPU.
+fn noise_like(tensor: &Tensor, kind: Kind, generator: &mut Generator) -> Result<Tensor> {
+    Ok(generator.draw(&tensor.size(), kind)?.f_to_device(tensor.device())?)
 }
 
 /// Refuses a step beyond the last.

@@ -21,6 +21,19 @@ pub(super) struct NoiseSchedule {
 /// tables.
 const MOST_TIMESTEPS: usize = 1_000_000;
 
+/// What a class makes of the keys that describe training.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Training {
+    /// Defaults of `beta_start`, `beta_end` and `beta_schedule`.
+    pub start: f64,
+    pub end: f64,
+    pub schedule: &'static str,
+    /// The values of `beta_schedule` that not every class has.
+    pub more: &'static [&'static str],
+    /// Whether the class has `rescale_betas_zero_snr`.
+    pub rescales: bool,
+}
+
 impl NoiseSchedule {
     /// Takes the number of training timesteps alone.
     pub(super) fn count(file: &mut ConfigFile) -> Result<usize> {
@@ -31,12 +44,12 @@ impl NoiseSchedule {
         Ok(count)
     }
 
-    /// Takes the keys that describe training, whose defaults are equal for all classes.
-    pub(super) fn read(file: &mut ConfigFile) -> Result<Self> {
+    /// Takes the keys that describe training.
+    pub(super) fn read(file: &mut ConfigFile, class: Training) -> Result<Self> {
         let count = NoiseSchedule::count(file)?;
-        let start = fraction(file, "beta_start", 0.0001)?;
-        let end = fraction(file, "beta_end", 0.02)?;
-        let schedule: String = file.or("beta_schedule", "linear".to_owned())?;
+        let start = fraction(file, "beta_start", class.start)?;
+        let end = fraction(file, "beta_end", class.end)?;
+        let schedule: String = file.or("beta_schedule", class.schedule.to_owned())?;
         let trained: Option<Vec<f32>> = file.optional("trained_betas")?;
         let betas = match (trained, schedule.as_str()) {
             (Some(betas), _) => {
@@ -51,13 +64,17 @@ impl NoiseSchedule {
             }
             (None, "linear") => linspace(start, end, count)?,
             (None, "scaled_linear") => linspace(start.sqrt(), end.sqrt(), count)?.iter().map(|root| root * root).collect(),
-            (None, "squaredcos_cap_v2") => cosine(count),
+            (None, "squaredcos_cap_v2") => capped(count, cosine),
+            (None, "exp") if class.more.contains(&"exp") => capped(count, |time| (-12.0 * time).exp()),
+            (None, "laplace") if class.more.contains(&"laplace") => capped(count, laplace),
+            (None, "sigmoid") if class.more.contains(&"sigmoid") => sigmoid(start, end, count)?,
             (None, other) => {
-                let problem = format!("= \"{other}\" is not supported (linear, scaled_linear and squaredcos_cap_v2 are)");
+                let known = [&["linear", "scaled_linear", "squaredcos_cap_v2"], class.more].concat().join(", ");
+                let problem = format!("= \"{other}\" is not supported ({known} are)");
                 return Err(file.error("beta_schedule", problem));
             }
         };
-        let zero_snr = file.or("rescale_betas_zero_snr", false)?;
+        let zero_snr = class.rescales && file.or("rescale_betas_zero_snr", false)?;
         let betas = if zero_snr { without_terminal_signal(&betas)? } else { betas };
         Ok(NoiseSchedule { betas, zero_snr, cosine: schedule == "squaredcos_cap_v2" })
     }
@@ -112,11 +129,28 @@ fn linspace(start: f64, end: f64, count: usize) -> Result<Vec<f32>> {
     Ok(Vec::try_from(&Tensor::f_linspace(start, end, count as i64, (Kind::Float, Device::Cpu))?)?)
 }
 
-/// The cosine schedule of Nichol & Dhariwal 2021 (arXiv:2102.09672), capped at 0.999.
-fn cosine(count: usize) -> Vec<f32> {
-    let signal = |time: f64| ((time + 0.008) / 1.008 * std::f64::consts::PI / 2.0).cos().powi(2);
+/// Betas by which ᾱ follows `signal` from time 0 to 1, capped at 0.999.
+fn capped(count: usize, signal: impl Fn(f64) -> f64) -> Vec<f32> {
     let time = |i: usize| i as f64 / count as f64;
     (0..count).map(|i| (1.0 - signal(time(i + 1)) / signal(time(i))).min(0.999) as f32).collect()
+}
+
+/// The cosine schedule of Nichol & Dhariwal 2021 (arXiv:2102.09672).
+fn cosine(time: f64) -> f64 {
+    ((time + 0.008) / 1.008 * std::f64::consts::PI / 2.0).cos().powi(2)
+}
+
+/// A Laplace distribution of the logarithm of the signal-to-noise ratio, as in diffusers'
+/// `betas_for_alpha_bar`.
+fn laplace(time: f64) -> f64 {
+    let ratio = (-0.5 * (0.5 - time).signum() * (1.0 - 2.0 * (0.5 - time).abs() + 1e-6).ln()).exp();
+    (ratio / (1.0 + ratio)).sqrt()
+}
+
+/// GeoDiff's schedule: a sigmoid from `start` to `end`.
+fn sigmoid(start: f64, end: f64, count: usize) -> Result<Vec<f32>> {
+    let line = Tensor::f_linspace(-6.0, 6.0, count as i64, (Kind::Float, Device::Cpu))?;
+    Ok(Vec::try_from(&line.f_sigmoid()?.f_mul_scalar(end - start)?.f_add_scalar(start)?)?)
 }
 
 /// ᾱ: the cumulative product of 1 - β. libtorch computes it in double precision.

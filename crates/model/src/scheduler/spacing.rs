@@ -1,20 +1,48 @@
 //! The training timesteps that a sampler visits (table 2 of Lin et al. 2023, arXiv:2305.08891).
 
-use serde::Deserialize;
-use squeeze_base::error::Result;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use squeeze_base::error::{Error, Result};
+use squeeze_base::shorten::shorten;
 
 use crate::checkpoint::ConfigFile;
 
-/// `timestep_spacing`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+/// `timestep_spacing`: which of the training timesteps a sampler visits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum SpacingKind {
+pub enum SpacingKind {
     /// Evenly, with both ends.
     Linspace,
     /// Multiples of a whole stride, counted from the clean end.
     Leading,
     /// Multiples of a fractional stride, counted from the noisy end.
     Trailing,
+}
+
+impl SpacingKind {
+    /// The name in a config.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            SpacingKind::Linspace => "linspace",
+            SpacingKind::Leading => "leading",
+            SpacingKind::Trailing => "trailing",
+        }
+    }
+}
+
+impl FromStr for SpacingKind {
+    type Err = Error;
+
+    /// # Errors
+    /// [`Error::Argument`] with the known names.
+    fn from_str(name: &str) -> Result<Self> {
+        let all = [SpacingKind::Leading, SpacingKind::Trailing, SpacingKind::Linspace];
+        let known = || all.map(SpacingKind::name).join(", ");
+        let found = all.into_iter().find(|kind| kind.name() == name);
+        found.ok_or_else(|| Error::Argument(format!("unknown timestep spacing `{}` (known: {})", shorten(name), known())))
+    }
 }
 
 /// `timestep_spacing` and `steps_offset`.
@@ -39,6 +67,25 @@ impl Spacing {
             SpacingKind::Leading => (0..steps).rev().map(|i| (i * (train / steps) + self.offset) as f64).collect(),
             SpacingKind::Trailing => countdown(train, train, steps),
         }
+    }
+
+    /// [`timesteps`](Self::timesteps) rounded to whole numbers, for samplers that look them up in a
+    /// table.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the rounding leads out of the table, which diffusers then reads from
+    /// its wrong end.
+    pub(super) fn whole_timesteps(&self, train: usize, steps: usize) -> Result<Vec<usize>> {
+        let whole = |timestep: f64| {
+            let timestep = timestep.round_ties_even();
+            if (0.0..train as f64).contains(&timestep) {
+                return Ok(timestep as usize);
+            }
+            Err(Error::Argument(format!(
+                "{steps} steps of {train} spaced this way reach timestep {timestep}, which does not exist; take one more or less"
+            )))
+        };
+        self.timesteps(train, steps).into_iter().map(whole).collect()
     }
 }
 

@@ -1,0 +1,267 @@
+//! The further samplers against diffusers' (tests/golden/make_samplers.py), with the noise of
+//! torch's generator, and what their configs may not ask for.
+
+use std::path::Path;
+
+use sdxl_squeeze::Error;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::model::scheduler::{SchedulerConfig, SpacingKind};
+use sdxl_squeeze::pipeline::{GenerateRequest, PipelineFolder, generate};
+use sdxl_squeeze::progress::Silent;
+use sdxl_squeeze::random::Generator;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tch::{Kind, Tensor};
+
+use crate::schedulers::{config, error, predict, read, refusal};
+use crate::support::{copy, emoji, relative_error, repo, squeeze, tensors};
+
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    config: Value,
+    #[serde(rename = "override")]
+    name_of_other: Option<String>,
+    eta: Option<f64>,
+    steps: Vec<usize>,
+}
+
+/// The final sample, drawn from the seed of the golden file, and the timesteps.
+fn run(config: &SchedulerConfig, steps: usize, kind: Kind) -> (Tensor, Vec<f64>, f64) {
+    let mut scheduler = config.scheduler(steps).unwrap();
+    let mut generator = Generator::new(7);
+    let mut sample = generator.draw(&[1, 4, 3, 5], kind).unwrap() * scheduler.init_noise_sigma();
+    let timesteps = scheduler.timesteps().to_vec();
+    for (index, timestep) in timesteps.iter().enumerate() {
+        let scaled = scheduler.scale_model_input(&sample, index).unwrap();
+        sample = scheduler.step(index, &predict(&scaled, *timestep), &sample, &mut generator).unwrap().to_kind(kind);
+    }
+    (sample.view(-1), timesteps, scheduler.init_noise_sigma())
+}
+
+/// How far a sample may be off. In one case the first picture is what is left of two numbers that
+/// are 20,000 times as large, which makes much of their last bits.
+fn bound(name: &str) -> f64 {
+    if name == "unipc/karras-cosine" { 1e-4 } else { 5e-6 }
+}
+
+#[test]
+fn every_further_sampler_equals_that_of_diffusers() {
+    let golden = tensors(&repo("tests/golden/samplers.safetensors"));
+    let cases: Vec<Case> = serde_json::from_str(&std::fs::read_to_string(repo("tests/golden/samplers.json")).unwrap()).unwrap();
+    let mut failures = Vec::new();
+    for Case { name, config, name_of_other, eta, steps } in &cases {
+        let read = read(&config.to_string()).unwrap();
+        let read = name_of_other.as_ref().map_or_else(|| read.clone(), |other| read.with_override(other).unwrap());
+        let read = eta.map_or_else(|| read.clone(), |eta| read.with_eta(eta).unwrap());
+        let theirs = |part: &str| &golden[&format!("{name}.{part}")];
+        let lengths: Vec<i64> = Vec::try_from(theirs("lengths")).unwrap();
+        let all: Vec<f64> = Vec::try_from(theirs("timesteps")).unwrap();
+        let mut remaining = all.as_slice();
+        for (index, (&steps, length)) in steps.iter().zip(lengths).enumerate() {
+            let (expected, rest) = remaining.split_at(length as usize);
+            remaining = rest;
+            let (sample, timesteps, init) = run(&read, steps, Kind::Float);
+            assert_eq!(timesteps.len(), expected.len(), "{name} in {steps} steps");
+            let apart = timesteps.iter().zip(expected).map(|(ours, theirs)| (ours - theirs).abs()).fold(0.0, f64::max);
+            let expected_init = theirs("init").double_value(&[index as i64]);
+            let apart_init = (init - expected_init).abs() / expected_init;
+            let apart_sample = error(&sample, &theirs("float32").get(index as i64));
+            if apart > 1.3e-4 || apart_init > 2.5e-7 || apart_sample.is_nan() || apart_sample > bound(name) {
+                failures.push(format!(
+                    "{name} in {steps} steps: timesteps differ by {apart:.1e}, the first factor by {apart_init:.1e}, the sample \
+                     by {apart_sample:.1e}"
+                ));
+            }
+        }
+        let apart = error(&run(&read, 4, Kind::Half).0, theirs("float16"));
+        if apart.is_nan() || apart > 2.5e-2 {
+            failures.push(format!("{name} in fp16: the sample differs by {apart:.1e}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[derive(Deserialize)]
+struct Settings {
+    scheduler: String,
+    timestep_spacing: Option<SpacingKind>,
+    steps: usize,
+    guidance: f64,
+    negative_prompt: Option<String>,
+    guidance_rescale: Option<f64>,
+    eta: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Pipelines {
+    prompt: String,
+    seed: u64,
+    cases: std::collections::BTreeMap<String, Settings>,
+}
+
+/// Negative prompt, guidance, its rescaling, eta and the noise of the steps, as a pipeline combines
+/// them.
+#[test]
+fn whole_pipelines_equal_those_of_diffusers() {
+    let golden = tensors(&repo("tests/golden/samplers-pipelines.safetensors"));
+    let text = std::fs::read_to_string(repo("tests/golden/samplers-pipelines.json")).unwrap();
+    let Pipelines { prompt, seed, cases } = serde_json::from_str(&text).unwrap();
+    let folder = PipelineFolder::open(&repo("tests/golden/base-like")).unwrap();
+    let mut failures = Vec::new();
+    for (name, case) in cases {
+        let request = GenerateRequest {
+            prompt: prompt.clone(),
+            negative_prompt: case.negative_prompt,
+            seed,
+            steps: case.steps,
+            guidance: case.guidance,
+            guidance_rescale: case.guidance_rescale.unwrap_or(0.0),
+            size: Some((64, 64)),
+            scheduler: Some(case.scheduler),
+            timestep_spacing: case.timestep_spacing,
+            eta: case.eta.unwrap_or(0.0),
+            low_memory: false,
+            unet: None,
+            unverified: false,
+        };
+        let latents = generate(&folder, &request, Placement::CPU, &Silent).unwrap().latents;
+        let apart = relative_error(&latents, &golden[&name]);
+        if apart.is_nan() || apart > 1e-4 {
+            failures.push(format!("{name}: the latents differ by {apart:.1e}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The lines of `plan` that say how samples are drawn.
+fn drawn(model: &Path, flags: &[&str]) -> String {
+    let config = repo("configs/squeeze-4bit-gs16.yaml");
+    let plan = squeeze(&[&["plan", config.to_str().unwrap(), "--model", model.to_str().unwrap()], flags].concat());
+    assert!(plan.status.success(), "{}", String::from_utf8_lossy(&plan.stderr));
+    let text = String::from_utf8(plan.stdout).unwrap();
+    text.lines().find(|line| line.contains("samples of")).unwrap().to_owned()
+}
+
+#[test]
+fn distilled_models_are_calibrated_as_they_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("emoji-lightning-2step");
+    copy(&emoji(), &model);
+    let line = drawn(&model, &[]);
+    assert!(line.contains("samples of 1 x") && line.contains("in 2 steps at guidance 0;"), "{line}");
+    assert!(line.contains("the name `emoji-lightning-2step` is that of a Lightning model"), "{line}");
+    // What the command line says comes first.
+    let line = drawn(&model, &["--steps", "6", "--guidance", "3"]);
+    assert!(
+        line.contains("samples of 2 x") && line.ends_with("in memory") && line.contains("in 6 steps at guidance 3;"),
+        "{line}"
+    );
+    let line = drawn(&model, &["--scheduler", "heun", "--timestep-spacing", "trailing", "--guidance-rescale", "0.5"]);
+    assert!(line.contains("HeunDiscreteScheduler in 2 steps (3 calls of the UNet) at guidance 0 rescaled by 0.5"), "{line}");
+    assert!(drawn(&emoji(), &[]).contains("EulerDiscreteScheduler in 20 steps at guidance 5;"));
+}
+
+#[test]
+fn a_distilled_model_is_compressed_with_its_own_stochastic_sampler() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    copy(&emoji(), &model);
+    let path = model.join("scheduler/scheduler_config.json");
+    let mut keys: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    keys["_class_name"] = json!("EulerAncestralDiscreteScheduler");
+    keys["timestep_spacing"] = json!("trailing");
+    std::fs::write(&path, keys.to_string()).unwrap();
+    let index = model.join("model_index.json");
+    let text =
+        std::fs::read_to_string(&index).unwrap().replace("\"EulerDiscreteScheduler\"", "\"EulerAncestralDiscreteScheduler\"");
+    std::fs::write(&index, text).unwrap();
+    let config = folder.path().join("config.yaml");
+    let rules = "module_name_configs: {'mid_block\\..*to_q': {n_bits: 4, granularity: per_tensor}}";
+    std::fs::write(&config, format!("calibration: {{prompts: [a cat]}}\npalettize: {{weight_threshold: 0, {rules}}}\n")).unwrap();
+    let runs = ["once", "again"].map(|name| {
+        let out = folder.path().join(name);
+        let samples = folder.path().join(format!("{name}.safetensors"));
+        let paths = [&config, &model, &out, &samples].map(|path| path.to_str().unwrap());
+        let flags = ["--config", paths[0], "--model", paths[1], "--out", paths[2], "--samples-out", paths[3]];
+        let run = squeeze(&[&["compress", "--quiet"][..], &flags, &["--calibration-nsamples", "4"]].concat());
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let resolved = std::fs::read_to_string(out.join("config.yaml")).unwrap();
+        assert!(resolved.contains("steps: 4\n") && resolved.contains("guidance: 0.0\n"), "{resolved}");
+        std::fs::read(samples).unwrap()
+    });
+    assert!(runs[0] == runs[1], "two runs drew other samples");
+}
+
+#[test]
+fn keys_that_the_further_samplers_lack_are_refused_by_name() {
+    let flow = json!({"use_flow_sigmas": true});
+    let cases: [(&str, &str, Value); 26] = [
+        ("EulerAncestralDiscreteScheduler", "prediction_type", json!({"prediction_type": "sample"})),
+        ("LCMScheduler", "original_inference_steps", json!({"original_inference_steps": 0})),
+        ("LCMScheduler", "original_inference_steps", json!({"original_inference_steps": 1001})),
+        ("LCMScheduler", "thresholding", json!({"thresholding": true})),
+        ("LCMScheduler", "prediction_type", json!({"rescale_betas_zero_snr": true})),
+        ("TCDScheduler", "original_inference_steps", json!({"original_inference_steps": 2000})),
+        ("DDPMScheduler", "variance_type", json!({"variance_type": "learned_range"})),
+        ("DDPMScheduler", "variance_type", json!({"variance_type": "fixed_large_log"})),
+        ("DDPMScheduler", "thresholding", json!({"thresholding": true})),
+        ("DDPMScheduler", "beta_schedule", json!({"beta_schedule": "exp"})),
+        ("HeunDiscreteScheduler", "beta_schedule", json!({"beta_schedule": "sigmoid"})),
+        ("HeunDiscreteScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true})),
+        ("PNDMScheduler", "skip_prk_steps", json!({})),
+        ("PNDMScheduler", "skip_prk_steps", json!({"skip_prk_steps": false})),
+        ("PNDMScheduler", "prediction_type", json!({"skip_prk_steps": true, "prediction_type": "sample"})),
+        ("UniPCMultistepScheduler", "use_flow_sigmas", flow),
+        ("UniPCMultistepScheduler", "solver_order", json!({"solver_order": 4})),
+        ("UniPCMultistepScheduler", "solver_type", json!({"solver_type": "bh1"})),
+        ("UniPCMultistepScheduler", "predict_x0", json!({"predict_x0": false})),
+        ("UniPCMultistepScheduler", "lower_order_final", json!({"lower_order_final": false})),
+        ("UniPCMultistepScheduler", "final_sigmas_type", json!({"final_sigmas_type": "sigma_min", "use_karras_sigmas": true})),
+        ("UniPCMultistepScheduler", "solver_p", json!({"solver_p": "DDIMScheduler"})),
+        ("EDMEulerScheduler", "sigma_min", json!({"sigma_min": 80.0})),
+        ("EDMEulerScheduler", "prediction_type", json!({"prediction_type": "sample"})),
+        ("EDMDPMSolverMultistepScheduler", "solver_order", json!({"solver_order": 3})),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            "final_sigmas_type",
+            json!({"final_sigmas_type": "sigma_min", "solver_type": "heun", "lower_order_final": false}),
+        ),
+    ];
+    for (class, key, keys) in cases {
+        let error = refusal(&config(class, keys.clone()), 20);
+        assert!(error.to_string().contains(&format!("`{key}`")), "{class} {keys}: {error}");
+        assert!(matches!(error, Error::ConfigKey { .. }), "{class} {keys}: {error:?}");
+    }
+}
+
+#[test]
+fn more_steps_than_a_model_was_distilled_at_are_refused() {
+    for class in ["LCMScheduler", "TCDScheduler"] {
+        let error = refusal(&config(class, json!({})), 51).to_string();
+        assert!(error.contains("cannot take 51 steps") && error.contains("original_inference_steps"), "{error}");
+    }
+}
+
+#[test]
+fn what_a_class_does_not_have_is_refused_and_not_ignored() {
+    for class in ["LCMScheduler", "TCDScheduler", "EDMEulerScheduler"] {
+        let error = config(class, json!({})).with_spacing(SpacingKind::Trailing).unwrap_err().to_string();
+        assert!(error.contains(class) && error.contains("timestep_spacing"), "{error}");
+    }
+    let euler = config("EulerDiscreteScheduler", json!({}));
+    assert!(euler.with_eta(0.5).unwrap_err().to_string().contains("takes no eta"));
+    assert!(config("TCDScheduler", json!({})).with_eta(1.5).unwrap_err().to_string().contains("between 0 and 1"));
+    let trailing = euler.with_spacing(SpacingKind::Trailing).unwrap().scheduler(4).unwrap().timesteps().to_vec();
+    assert_eq!(trailing, [999.0, 749.0, 499.0, 249.0]);
+    let brownian = euler.with_override("DPMSolverSDEScheduler").unwrap_err().to_string();
+    assert!(brownian.contains("Brownian tree") && brownian.contains("dpmpp-2m-sde"), "{brownian}");
+}
+
+#[test]
+fn timesteps_say_how_often_the_model_is_called() {
+    let calls =
+        |class: &str, steps: usize| config(class, json!({"skip_prk_steps": true})).scheduler(steps).unwrap().timesteps().len();
+    assert_eq!([1, 2, 20].map(|steps| calls("HeunDiscreteScheduler", steps)), [1, 3, 39]);
+    assert_eq!([1, 2, 20].map(|steps| calls("PNDMScheduler", steps)), [1, 3, 21]);
+}
