@@ -24,10 +24,10 @@ pub struct ModelSection {
     #[serde(serialize_with = "path_or_null")]
     pub path: Option<PathBuf>,
     /// Another pipeline, for what a single-file checkpoint lacks.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "path_or_null")]
     pub base: Option<PathBuf>,
     /// A VAE in the place of the pipeline's own.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "path_or_null")]
     pub vae: Option<PathBuf>,
     /// LoRAs that are merged into UNet and text encoders.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "as_texts")]
