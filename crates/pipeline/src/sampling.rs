@@ -30,8 +30,8 @@ impl Predictor for Unet<'_> {
 /// h, w].
 ///
 /// As in diffusers, both halves of guidance are one batch, and the scheduler steps the guided
-/// prediction. Stochastic samplers draw from `generator`, which should have drawn `noise`. `on_step`
-/// is called with the latents after each step of the scheduler.
+/// prediction. Stochastic samplers draw from `generator`, which should have drawn `noise`.
+/// `on_step` is called with the latents after each step of the scheduler.
 ///
 /// # Errors
 /// If the UNet cannot run, `on_step` fails, or the latents become NaN or infinite.
