@@ -42,6 +42,7 @@ impl Sample {
                 encoder_hidden_states: place(&self.conditioning.encoder_hidden_states)?,
                 text_embeds: place(&self.conditioning.text_embeds)?,
                 time_ids: place(&self.conditioning.time_ids)?,
+                timestep_cond: self.conditioning.timestep_cond.as_ref().map(place).transpose()?,
             },
         })
     }

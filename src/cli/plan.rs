@@ -22,7 +22,8 @@ pub(super) struct Args {
     /// The runs to plan
     #[arg(value_name = "CONFIG.yaml", required = true)]
     configs: Vec<PathBuf>,
-    /// Plan for an architecture instead of a model: sdxl-base or sdxl-refiner
+    /// Plan for an architecture instead of a model: sdxl-base, sdxl-refiner, sdxl-inpainting,
+    /// sdxl-edit, lcm-sdxl, ssd-1b, vega, koala-700m or koala-1b
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     architecture: Option<Preset>,
     #[command(flatten)]
@@ -93,7 +94,7 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
     let [height, width] = config.calibration.size.map_or(unet.sample_size, |(height, width)| [height / 8, width / 8]);
     let calls = Calls {
         count: config.calibration.calibration_nsamples,
-        batch: if config.calibration.guidance > 1.0 { 2 } else { 1 },
+        batch: if config.calibration.guidance > 1.0 && unet.time_cond_proj_dim.is_none() { 2 } else { 1 },
         height,
         width,
         text: CLIP_LENGTH,

@@ -134,6 +134,13 @@ impl PipelineFolder {
         if self.requires_aesthetics_score { 5 } else { 6 }
     }
 
+    /// The rows of each call of the UNet for one picture: 2 with guidance, except for a UNet that is
+    /// told the guidance scale.
+    #[must_use]
+    pub fn rows(&self, guidance: f64) -> i64 {
+        if guidance > 1.0 && self.unet.config().time_cond_proj_dim.is_none() { 2 } else { 1 }
+    }
+
     /// Height and width of pictures in pixels: `asked`, or the model's own size.
     ///
     /// # Errors

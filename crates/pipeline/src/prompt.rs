@@ -1,7 +1,7 @@
 //! From prompts to the UNet's conditioning.
 
 use sdxl_model::text::{ClipText, ClipTokenizer};
-use sdxl_model::unet::Conditioning;
+use sdxl_model::unet::{Conditioning, guidance_scale_embedding};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::shorten::both_ends;
 use squeeze_numerics::device::Placement;
@@ -104,6 +104,14 @@ pub fn time_ids(folder: &PipelineFolder, height: i64, width: i64, negative: bool
     Ok(Tensor::f_from_slice(ids)?.f_unsqueeze(0)?.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
 }
 
+/// The guidance scale as the UNet is told it: [1, time_cond_proj_dim]; `None` for a UNet that is
+/// not.
+fn embedded_scale(folder: &PipelineFolder, scale: f64, placement: Placement) -> Result<Option<Tensor>> {
+    let Some(width) = folder.unet.config().time_cond_proj_dim else { return Ok(None) };
+    let sinusoids = guidance_scale_embedding(scale, width)?;
+    Ok(Some(sinusoids.f_to_device(placement.device)?.f_to_kind(placement.kind)?))
+}
+
 /// The UNet's conditioning at every step of a picture, and the guidance scale.
 #[derive(Debug)]
 pub struct Guidance {
@@ -117,7 +125,8 @@ pub struct Guidance {
 
 impl Guidance {
     /// Encodes a prompt for pictures of `height` x `width` pixels. A scale of 1 or less means no
-    /// guidance, as in diffusers.
+    /// guidance, as in diffusers. A UNet that is told the scale (`time_cond_proj_dim`) makes one
+    /// prediction for the prompt alone.
     ///
     /// # Errors
     /// If a text cannot be encoded.
@@ -132,9 +141,14 @@ impl Guidance {
         let placement = encoder.placement();
         let positive = encoder.encode(&[prompt])?;
         let ids = time_ids(folder, height, width, false, placement)?;
-        if scale <= 1.0 {
-            let conditioning =
-                Conditioning { encoder_hidden_states: positive.states, text_embeds: positive.pooled, time_ids: ids };
+        let timestep_cond = embedded_scale(folder, scale, placement)?;
+        if scale <= 1.0 || timestep_cond.is_some() {
+            let conditioning = Conditioning {
+                encoder_hidden_states: positive.states,
+                text_embeds: positive.pooled,
+                time_ids: ids,
+                timestep_cond,
+            };
             return Ok(Guidance { conditioning, scale: None });
         }
         let negative = encoder.negative(folder, negative_prompt, &positive)?;
@@ -143,6 +157,7 @@ impl Guidance {
             encoder_hidden_states: Tensor::f_cat(&[negative.states, positive.states], 0)?,
             text_embeds: Tensor::f_cat(&[negative.pooled, positive.pooled], 0)?,
             time_ids: Tensor::f_cat(&[negative_ids, ids], 0)?,
+            timestep_cond: None,
         };
         Ok(Guidance { conditioning, scale: Some(scale) })
     }

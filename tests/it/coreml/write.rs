@@ -46,6 +46,7 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
         encoder_hidden_states: text,
         text_embeds: inputs["text_embeds"].shallow_clone(),
         time_ids: inputs["time_ids"].shallow_clone(),
+        timestep_cond: None,
     };
     let expected = unet.forward(&inputs["sample"], 741.0, &conditioning, &mut Unobserved).unwrap();
     let outputs = evaluate(&mut package, &inputs);
