@@ -58,8 +58,7 @@ impl Samples {
             named.push((TIMESTEP_COND, Tensor::f_stack(&rows, 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?));
         }
         let views = named.iter().map(|(name, tensor)| Ok((*name, TensorBytes::of(tensor)?))).collect::<Result<Vec<_>>>()?;
-        safetensors::serialize(views, None)
-            .map_err(|why| Error::internal(format!("samples cannot be written: {why}")))
+        safetensors::serialize(views, None).map_err(|why| Error::internal(format!("samples cannot be written: {why}")))
     }
 
     /// The number and shape of the samples that [`read`](Self::read) would give, from the file's

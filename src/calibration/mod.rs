@@ -4,12 +4,14 @@ mod calls;
 mod draw;
 mod file;
 mod hold_out;
+mod pictures;
 mod record;
 mod weighting;
 
 pub use calls::Calls;
 pub use draw::{calibrate, expected_calls};
 pub(crate) use hold_out::is_held_out;
+pub(crate) use pictures::PicturesInTurn;
 pub use record::{PromptSet, encode, record};
 use sdxl_model::unet::Conditioning;
 use squeeze_base::error::Result;

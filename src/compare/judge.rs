@@ -15,7 +15,7 @@ use squeeze_numerics::random::noise;
 use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
 
-use crate::calibration::{PromptSet, Sample, spread};
+use crate::calibration::{PicturesInTurn, PromptSet, Sample, spread};
 
 /// The dense model's runs on the judged prompts: the reference of every measurement.
 pub struct Judge {
@@ -72,6 +72,7 @@ impl Judge {
         let steps = folder.scheduler.scheduler(set.steps)?.timesteps().len();
         let kept = spread(set.prompts.len(), steps, held_out);
         let vae = load_vae(folder, placement)?;
+        let mut pictures = PicturesInTurn::load(folder, set.size, placement)?;
         let mut judge = Judge { runs: Vec::new(), held_out: Vec::new(), set, vae };
         let task = Task::begin(progress, "dense pictures", "prompts", judge.set.prompts.len());
         for (index, (prompt, steps)) in judge.set.prompts.iter().zip(kept).enumerate() {
@@ -79,9 +80,16 @@ impl Judge {
             let guidance = Guidance::encode(encoder, folder, prompt, None, judge.set.guidance, judge.set.size)?;
             let noise =
                 noise(&shape, judge.set.seed.wrapping_add(index as u64), placement.kind)?.f_to_device(placement.device)?;
+            let guidance = match &pictures {
+                Some(pictures) => pictures.show(&guidance, index, judge.set.seed.wrapping_add(index as u64))?,
+                None => guidance,
+            };
             let watcher = Watcher { unet, steps, calls: RefCell::new((0, Vec::new())) };
             let latents = judge.latents(folder, &watcher, &guidance, &noise)?;
             judge.held_out.extend(watcher.calls.into_inner().1);
+            if let (Some(pictures), Some(last)) = (&mut pictures, latents.last()) {
+                pictures.keep(last)?;
+            }
             let picture = judge.picture(latents.last())?;
             judge.runs.push(Run { guidance, noise, latents, picture });
         }

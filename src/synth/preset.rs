@@ -12,7 +12,7 @@ use squeeze_base::shorten::shorten;
 pub enum Preset {
     /// SDXL base 1.0: 2,567,463,684 UNet parameters.
     SdxlBase,
-    /// The SDXL refiner 1.0: 2,260,026,820 UNet parameters.
+    /// The SDXL refiner 1.0: 2,259,526,660 UNet parameters.
     SdxlRefiner,
     /// SDXL inpainting 0.1: base with 9 channels in, 2,567,478,084 UNet parameters.
     SdxlInpainting,

@@ -111,7 +111,9 @@ impl Options {
                 return Err(Error::Argument(message));
             }
             if config.time_cond_proj_dim.is_some() {
-                return Err(Error::Argument("Apple's pipeline does not tell the UNet the guidance scale, as this one needs".into()));
+                return Err(Error::Argument(
+                    "Apple's pipeline does not tell the UNet the guidance scale, as this one needs".into(),
+                ));
             }
         }
         let pooled = config.projection_class_embeddings_input_dim - self.time_ids * config.addition_time_embed_dim;

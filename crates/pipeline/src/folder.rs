@@ -11,6 +11,8 @@ use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
 
+use super::image_input::ImageChannels;
+
 /// A pipeline in diffusers layout: `model_index.json` and a folder for each part. Opening it reads
 /// configs only.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub struct PipelineFolder {
     /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
     /// refiner).
     pub requires_aesthetics_score: bool,
+    /// Whether an edit model is shown scaled latents (CosXL).
+    pub is_cosxl_edit: bool,
     /// The pipeline's text encoders, by folder name.
     pub text_encoders: Vec<TextPart>,
     /// The UNet's architecture.
@@ -57,7 +61,7 @@ impl PipelineFolder {
             return Err(Error::bad_file(root, problem));
         }
         let mut index = ConfigFile::read(&root.join("model_index.json"))?;
-        index.only("_class_name", &[json!("StableDiffusionXLPipeline"), json!("StableDiffusionXLImg2ImgPipeline")])?;
+        index.only("_class_name", &CLASSES.map(|class| json!(class)))?;
         component(&mut index, "unet", &["UNet2DConditionModel"])?;
         component(&mut index, "vae", &["AutoencoderKL"])?;
         index.ignore(&["feature_extractor", "image_encoder", "add_watermarker"]);
@@ -88,6 +92,7 @@ impl PipelineFolder {
         let folder = PipelineFolder {
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
             requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
+            is_cosxl_edit: index.or("is_cosxl_edit", false)?,
             text_encoders,
             unet: UnetChain::new(UnetConfig::parse(ConfigFile::from_entries(&unet_path, unet_config.clone()))?),
             unet_config,
@@ -116,7 +121,6 @@ impl PipelineFolder {
                 "projection_class_embeddings_input_dim",
                 unet.projection_class_embeddings_input_dim,
             ),
-            ("the VAE's latent channels", self.vae.latent_channels, "in_channels", unet.in_channels),
             ("the VAE's latent channels", self.vae.latent_channels, "out_channels", unet.out_channels),
         ];
         for (what, have, key, want) in fits {
@@ -125,7 +129,20 @@ impl PipelineFolder {
                 return Err(Error::ConfigKey { path, key: key.into(), problem: format!("= {want}, but {what} make {have}") });
             }
         }
+        if ImageChannels::of(unet.in_channels, self.vae.latent_channels).is_none() {
+            let (path, latents) = (self.root.join(UNET_CONFIG), self.vae.latent_channels);
+            let known = format!("{latents}; {} for inpainting, {} for an edit model", 2 * latents + 1, 2 * latents);
+            let problem = format!("= {}, but the VAE's latents make {known}", unet.in_channels);
+            return Err(Error::ConfigKey { path, key: "in_channels".into(), problem });
+        }
         Ok(())
+    }
+
+    /// The channels that the UNet takes beside the noisy latents.
+    #[must_use]
+    pub fn image_channels(&self) -> ImageChannels {
+        ImageChannels::of(self.unet.config().in_channels, self.vae.latent_channels)
+            .expect("`check` has refused other numbers of channels")
     }
 
     /// The number of time ids: size, crop, and target size or score.
@@ -134,11 +151,17 @@ impl PipelineFolder {
         if self.requires_aesthetics_score { 5 } else { 6 }
     }
 
-    /// The rows of each call of the UNet for one picture: 2 with guidance, except for a UNet that is
-    /// told the guidance scale.
+    /// The rows of each call of the UNet for one picture: with guidance 2, or 3 of an edit model,
+    /// except for a UNet that is told the guidance scale.
     #[must_use]
     pub fn rows(&self, guidance: f64) -> i64 {
-        if guidance > 1.0 && self.unet.config().time_cond_proj_dim.is_none() { 2 } else { 1 }
+        if guidance <= 1.0 || self.unet.config().time_cond_proj_dim.is_some() {
+            return 1;
+        }
+        match self.image_channels() {
+            ImageChannels::None | ImageChannels::MaskAndPicture => 2,
+            ImageChannels::Picture => 3,
+        }
     }
 
     /// Height and width of pictures in pixels: `asked`, or the model's own size.
@@ -256,6 +279,14 @@ impl PipelineFolder {
         Ok(tokenizer)
     }
 }
+
+/// The pipelines that are known. What a model does is told by its UNet's channels.
+const CLASSES: [&str; 4] = [
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+];
 
 /// The path of the UNet's config in a pipeline.
 const UNET_CONFIG: &str = "unet/config.json";

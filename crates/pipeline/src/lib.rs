@@ -2,13 +2,21 @@
 
 mod folder;
 mod generate;
+mod image_input;
 pub mod picture;
+mod picture_file;
 mod prompt;
+mod prompt_options;
 mod sampling;
+mod start;
 mod unet_weights;
 
 pub use folder::{PipelineFolder, TextPart};
-pub use generate::{GenerateRequest, Generated, decode_with, generate, load_vae};
-pub use prompt::{Guidance, PromptEmbedding, PromptEncoder, time_ids};
-pub use sampling::{Predictor, sample};
+pub use generate::{GenerateRequest, Generated, ImageRequest, decode_with, generate, load_vae};
+pub use image_input::{ImageChannels, PictureEncoder};
+pub use picture_file::Mask;
+pub use prompt::{Guidance, IMAGE_GUIDANCE, PromptEmbedding, PromptEncoder, time_ids};
+pub use prompt_options::PromptOptions;
+pub use sampling::{Predictor, sample, sample_from};
+pub use start::Start;
 pub use unet_weights::{StoredTensor, UnetSource, UnetWeights, verify};

@@ -82,4 +82,10 @@ impl Scheduler for Ddim {
         };
         Ok(times(sqrt(after)?, &picture)?.f_add(&times(sqrt(1.0 - after)?, &epsilon)?)?)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        let (before, _) = self.signal[index];
+        Ok(times(sqrt(before)?, picture)?.f_add(&times(sqrt(1.0 - before)?, noise)?)?)
+    }
 }

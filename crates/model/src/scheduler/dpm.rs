@@ -141,6 +141,18 @@ impl Scheduler for DpmSolver {
         self.next = index + 1;
         Ok(next)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        let level = Level::of(self.sigmas[index])?;
+        Ok(times(level.signal, picture)?.f_add(&times(level.noise, noise)?)?)
+    }
+
+    fn begin_at(&mut self, index: usize) -> Result<()> {
+        check_index(index, &self.timesteps)?;
+        (self.next, self.previous) = (index, None);
+        Ok(())
+    }
 }
 
 /// A noise level in the variance-preserving view that the solver works in.

@@ -103,6 +103,11 @@ impl Scheduler for Euler {
         let derivative = over(&sample.f_sub(&denoised)?, sigma)?;
         Ok(sample.f_add(&times(next - sigma, &derivative)?)?.f_to_kind(model_output.f_kind()?)?)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        Ok(picture.f_add(&times(self.sigmas[index], noise)?)?)
+    }
 }
 
 /// The value rounded to fp32, in which diffusers passes it on.

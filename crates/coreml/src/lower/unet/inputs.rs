@@ -41,9 +41,7 @@ impl Inputs {
             text: input("encoder_hidden_states", Element::F16, text),
             time_ids: input("time_ids", exact, vec![batch, options.time_ids as u64]),
             text_embeds: input("text_embeds", Element::F16, vec![batch, pooled as u64]),
-            timestep_cond: config
-                .time_cond_proj_dim
-                .map(|width| input("timestep_cond", Element::F16, vec![batch, width as u64])),
+            timestep_cond: config.time_cond_proj_dim.map(|width| input("timestep_cond", Element::F16, vec![batch, width as u64])),
         }
     }
 
