@@ -100,11 +100,10 @@ def generator():
     return torch.Generator().manual_seed(SEED)
 
 
-def run(pipe, outputs=("latent", "pt"), **options):
+def run(pipe, outputs=("latent", "pt"), guidance=GUIDANCE, **options):
     pipe.set_progress_bar_config(disable=True)
-    return [pipe(PROMPT, guidance_scale=options.pop("guidance", GUIDANCE) if i == len(outputs) - 1 else options.get("guidance", GUIDANCE),
-                 num_inference_steps=STEPS, output_type=output, generator=generator(),
-                 **{k: v for k, v in options.items() if k != "guidance"}).images for i, output in enumerate(outputs)]
+    return [pipe(PROMPT, guidance_scale=guidance, num_inference_steps=STEPS, output_type=output, generator=generator(), **options).images
+            for output in outputs]
 
 
 @torch.no_grad()
@@ -132,6 +131,7 @@ def of_unet(name, folder, picture, mask):
         for key, cosxl in (("", False), ("cosxl/", True)):
             pipe = StableDiffusionXLInstructPix2PixPipeline(**parts, is_cosxl_edit=cosxl, add_watermarker=False)
             both(key, pipe, image=picture, image_guidance_scale=1.5, height=64, width=64)
+        # with is_cosxl_edit
         keep["noguidance/final_latents"], = run(pipe, ("latent",), image=picture, guidance=1.0, height=64, width=64)
     else:
         pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
@@ -164,8 +164,8 @@ def of_pictures(picture, mask):
             for strength in (0.7, 1.0):
                 keep[f"{name}/mask@{strength}/final_latents"], = run(pipe, ("latent",), image=picture, mask_image=mask, strength=strength)
         pipe = load(HERE / name)
-        for skip in (1,) if name == "base-like" else ():
-            keep[f"{name}/clip_skip@{skip}/prompt_embeds"] = pipe.encode_prompt(PROMPT, device="cpu", clip_skip=skip)[0]
+        if name == "base-like":
+            keep[f"{name}/clip_skip@1/prompt_embeds"] = pipe.encode_prompt(PROMPT, device="cpu", clip_skip=1)[0]
     return keep
 
 

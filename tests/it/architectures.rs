@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sdxl_squeeze::checkpoint::TensorSpec;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::unet::{Conditioning, Unet, UnetChain, UnetConfig, guidance_scale_embedding};
@@ -68,6 +69,24 @@ fn presets_have_as_many_parameters_as_in_diffusers() {
     assert_eq!(Preset::all().count(), PARAMETERS.len() + 1);
 }
 
+/// 4 bits for each element of a weight of more than 2,048, 16 entries of fp16, and fp16 for the
+/// rest.
+#[test]
+fn plans_of_presets_count_the_bytes_of_4_bit_palettes() {
+    for (name, _) in PARAMETERS {
+        let preset: Preset = name.parse().unwrap();
+        let chain = UnetChain::new(UnetConfig::parse(preset.unet_config()).unwrap());
+        let bytes = |tensor: &TensorSpec| match tensor.shape.len() >= 2 && tensor.numel() > 2048 {
+            true => tensor.numel() / 2 + 32,
+            false => 2 * tensor.numel(),
+        };
+        let expected: u64 = chain.tensors().unwrap().iter().map(bytes).sum();
+        let plan = Squeeze::new("plan").arg("configs/dense-4bit.yaml").args(["--architecture", name, "--json"]);
+        let plan: Vec<Value> = plan.args(["--calibration-nsamples", "8"]).succeeds().json();
+        assert_eq!(plan[0]["plan"]["payload_bytes"], expected, "{name}");
+    }
+}
+
 #[test]
 fn predictions_equal_those_of_diffusers() {
     let root = tempfile::tempdir().unwrap();
@@ -129,11 +148,22 @@ fn the_whole_program_runs_on_every_architecture() {
         let inspected = Squeeze::new("inspect").arg(&model).arg("--summary").succeeds();
         assert_eq!(inspected.text().contains("mid_block"), name != "koala-like", "{inspected}");
         let config = "tutorial-s50-4bit-gs4";
-        Squeeze::new("plan").arg(repo(&format!("configs/{config}.yaml"))).model(&model).succeeds();
+        let planned = Squeeze::new("plan").arg(repo(&format!("configs/{config}.yaml"))).model(&model).succeeds();
+        assert_eq!(planned.text().contains("`mid_block` in `layers` names no stage here"), name == "koala-like", "{planned}");
         let out = root.path().join(format!("{name}.out"));
         Squeeze::new("compress").config(config).model(&model).out(&out).samples(4, 2).succeeds();
         let container = out.join("unet.squeezed.safetensors");
         Squeeze::new("verify").arg(&container).succeeds();
+        if name == "lcm-like" {
+            // The file of samples has the guidance scale too: from it comes the same container.
+            let (samples, again) = (root.path().join("samples.safetensors"), root.path().join("again"));
+            let run = Squeeze::new("compress").config(config).model(&model).samples(4, 2);
+            run.out(root.path().join("first")).with("--samples-out", &samples).succeeds();
+            let run = Squeeze::new("compress").config(config).model(&model).with("--calibration-nsamples", "4");
+            run.out(&again).with("--samples", &samples).succeeds();
+            let tensors = |out: &Path| crate::support::tensors(&out.join("unet.squeezed.safetensors"));
+            assert_eq!(tensors(&again), tensors(&out));
+        }
         let mut run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "2"]);
         if ["inpainting-like", "edit-like"].contains(&name) {
             run = run.with("--image", golden("image.png"));
