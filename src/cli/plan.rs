@@ -8,6 +8,7 @@ use sdxl_squeeze::config::{BudgetSection, RunConfig};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::pipeline::ImageChannels;
 use sdxl_squeeze::plan::{CarriesIn, Memory, Plan, measured_rate};
 use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
@@ -92,9 +93,11 @@ fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
 fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
     let unet = UnetConfig::parse(preset.unet_config())?;
     let [height, width] = config.calibration.size.map_or(unet.sample_size, |(height, width)| [height / 8, width / 8]);
+    // Every preset predicts all of the latents' channels.
+    let channels = ImageChannels::of(unet.in_channels, unet.out_channels);
     let calls = Calls {
         count: config.calibration.calibration_nsamples,
-        batch: if config.calibration.guidance > 1.0 && unet.time_cond_proj_dim.is_none() { 2 } else { 1 },
+        batch: channels.map_or(1, |channels| channels.rows(&unet, config.calibration.guidance)),
         height,
         width,
         text: CLIP_LENGTH,

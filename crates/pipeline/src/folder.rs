@@ -151,17 +151,10 @@ impl PipelineFolder {
         if self.requires_aesthetics_score { 5 } else { 6 }
     }
 
-    /// The rows of each call of the UNet for one picture: with guidance 2, or 3 of an edit model,
-    /// except for a UNet that is told the guidance scale.
+    /// The rows of each call of the UNet for one picture.
     #[must_use]
     pub fn rows(&self, guidance: f64) -> i64 {
-        if guidance <= 1.0 || self.unet.config().time_cond_proj_dim.is_some() {
-            return 1;
-        }
-        match self.image_channels() {
-            ImageChannels::None | ImageChannels::MaskAndPicture => 2,
-            ImageChannels::Picture => 3,
-        }
+        self.image_channels().rows(self.unet.config(), guidance)
     }
 
     /// Height and width of pictures in pixels: `asked`, or the model's own size.

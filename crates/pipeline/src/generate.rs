@@ -194,18 +194,18 @@ fn begin(
     let (first, channels) = (first_step(request.steps, image.strength())?, folder.image_channels());
     // With a mask and all steps, nothing of the picture is in the first latents.
     let from_noise = mask.is_some() && image.strength() == 1.0;
-    let latents = match channels {
-        ImageChannels::MaskAndPicture if from_noise => None,
-        _ => Some(encoder.latents(&picture, &mut generator)?),
+    let latents = match from_noise && channels == ImageChannels::MaskAndPicture {
+        true => None,
+        false => Some(encoder.latents(&picture, &mut generator)?),
     };
     let noise = draw(&mut generator)?;
     let mut start = match &latents {
         Some(latents) if !from_noise => Start::picture(scheduler, first, latents, &noise)?,
         _ => Start::noise(scheduler, &noise)?,
     };
-    let channels = match (channels, &mask) {
-        (ImageChannels::MaskAndPicture, Some(mask)) => Some(encoder.masked(&picture, mask, &mut generator)?),
-        _ => None,
+    let channels = match &mask {
+        Some(mask) if channels == ImageChannels::MaskAndPicture => Some(encoder.masked(&picture, mask, &mut generator)?),
+        Some(_) | None => None,
     };
     if let (None, Some(mask), Some(latents)) = (&channels, &mask, latents) {
         let mask = encoder.mask(mask, &latents)?;

@@ -1,5 +1,6 @@
 //! Pictures and masks as inputs of a UNet and of a run.
 
+use sdxl_model::unet::UnetConfig;
 use sdxl_model::vae::VaeEncoder;
 use squeeze_base::error::Result;
 use squeeze_numerics::device::Placement;
@@ -23,12 +24,26 @@ pub enum ImageChannels {
 impl ImageChannels {
     /// The channels of a UNet with `inputs` channels in, for latents of `latents` channels; `None`
     /// for a number that no known kind of model has.
-    pub(crate) fn of(inputs: i64, latents: i64) -> Option<Self> {
+    #[must_use]
+    pub fn of(inputs: i64, latents: i64) -> Option<Self> {
         match inputs - latents {
             0 => Some(ImageChannels::None),
             beside if beside == latents + 1 => Some(ImageChannels::MaskAndPicture),
             beside if beside == latents => Some(ImageChannels::Picture),
             _ => None,
+        }
+    }
+
+    /// The rows of each call of the UNet for one picture: with guidance 2, or 3 of an edit model,
+    /// except for a UNet that is told the guidance scale.
+    #[must_use]
+    pub fn rows(self, unet: &UnetConfig, guidance: f64) -> i64 {
+        if guidance <= 1.0 || unet.time_cond_proj_dim.is_some() {
+            return 1;
+        }
+        match self {
+            ImageChannels::None | ImageChannels::MaskAndPicture => 2,
+            ImageChannels::Picture => 3,
         }
     }
 }
@@ -63,7 +78,7 @@ impl PictureEncoder {
     pub fn latents(&self, picture: &Tensor, generator: &mut Generator) -> Result<Tensor> {
         let distribution = self.vae.forward(&picture.f_to_device(self.placement.device)?)?;
         let noise = generator.draw(&distribution.mean.size(), Kind::Float)?.f_to_device(self.placement.device)?;
-        Ok(self.vae.scale(&distribution.draw(&noise)?.f_to_kind(self.placement.kind)?)?)
+        self.vae.scale(&distribution.draw(&noise)?.f_to_kind(self.placement.kind)?)
     }
 
     /// The channels of an inpainting model, [1, 1 + c, h, w]: the mask [1, 1, h scale, w scale] at
