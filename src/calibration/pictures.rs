@@ -41,8 +41,8 @@ impl PicturesInTurn {
         Ok(Some(PicturesInTurn { channels, encoder, decoder: load_vae(folder, placement)?, size, latest: None }))
     }
 
-    /// The guidance of the run `index` with the channels of its picture, whose latents are drawn from
-    /// `seed`.
+    /// The guidance of the run `index` with the channels of its picture, whose latents are drawn
+    /// from `seed`.
     ///
     /// # Errors
     /// If libtorch refuses an operation.
@@ -71,8 +71,8 @@ impl PicturesInTurn {
     }
 }
 
-/// A mask with ones in a rectangle, [1, 1, h, w]. Its sides are between a quarter and three quarters
-/// of the picture's, and it lies anywhere.
+/// A mask with ones in a rectangle, [1, 1, h, w]. Its sides are between a quarter and three
+/// quarters of the picture's, and it lies anywhere.
 fn rectangle(index: usize, (height, width): (i64, i64)) -> Result<Tensor> {
     // Powers of the plastic number spread points evenly over a square (Roberts 2018, sequence R2).
     let along = |step: f64, shift: f64| (step * index as f64 + shift).fract();

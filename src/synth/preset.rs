@@ -109,7 +109,8 @@ impl Preset {
 
     fn unet(self) -> Value {
         // What differs from base; the depths are those of ComfyUI's table of models, and the sums
-        // of parameters were compared with diffusers' and the published ones (docs/architectures.md).
+        // of parameters were compared with diffusers' and the published ones
+        // (docs/architectures.md).
         let changed = |changes: Value| {
             let mut config = Preset::SdxlBase.unet();
             if let (Value::Object(config), Value::Object(changes)) = (&mut config, changes) {

@@ -1,5 +1,5 @@
-//! Pictures as inputs against diffusers: the VAE's encoder, image to image, inpainting, editing; and
-//! how prompts are read.
+//! Pictures as inputs against diffusers: the VAE's encoder, image to image, inpainting, editing;
+//! and how prompts are read.
 
 use std::path::Path;
 

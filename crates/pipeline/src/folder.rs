@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
 
-use super::image_input::ImageChannels;
+use super::image_channels::ImageChannels;
 
 /// A pipeline in diffusers layout: `model_index.json` and a folder for each part. Opening it reads
 /// configs only.

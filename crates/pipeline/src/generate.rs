@@ -15,7 +15,8 @@ use squeeze_numerics::random::Generator;
 use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
-use super::image_input::{ImageChannels, PictureEncoder};
+use super::image_channels::ImageChannels;
+use super::image_input::PictureEncoder;
 use super::picture_file::Mask;
 use super::prompt::{Guidance, PromptEncoder};
 use super::prompt_options::PromptOptions;

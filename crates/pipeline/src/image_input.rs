@@ -1,6 +1,5 @@
 //! Pictures and masks as inputs of a UNet and of a run.
 
-use sdxl_model::unet::UnetConfig;
 use sdxl_model::vae::VaeEncoder;
 use squeeze_base::error::Result;
 use squeeze_numerics::device::Placement;
@@ -9,44 +8,6 @@ use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
 use super::prompt::Guidance;
-
-/// The channels that a UNet takes beside the noisy latents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ImageChannels {
-    /// None: the UNet draws from text alone.
-    None,
-    /// A mask, and the latents of the picture outside of it: an inpainting model.
-    MaskAndPicture,
-    /// The latents of a picture: an edit model (Brooks et al. 2023, InstructPix2Pix).
-    Picture,
-}
-
-impl ImageChannels {
-    /// The channels of a UNet with `inputs` channels in, for latents of `latents` channels; `None`
-    /// for a number that no known kind of model has.
-    #[must_use]
-    pub fn of(inputs: i64, latents: i64) -> Option<Self> {
-        match inputs - latents {
-            0 => Some(ImageChannels::None),
-            beside if beside == latents + 1 => Some(ImageChannels::MaskAndPicture),
-            beside if beside == latents => Some(ImageChannels::Picture),
-            _ => None,
-        }
-    }
-
-    /// The rows of each call of the UNet for one picture: with guidance 2, or 3 of an edit model,
-    /// except for a UNet that is told the guidance scale.
-    #[must_use]
-    pub fn rows(self, unet: &UnetConfig, guidance: f64) -> i64 {
-        if guidance <= 1.0 || unet.time_cond_proj_dim.is_some() {
-            return 1;
-        }
-        match self {
-            ImageChannels::None | ImageChannels::MaskAndPicture => 2,
-            ImageChannels::Picture => 3,
-        }
-    }
-}
 
 /// A pipeline's VAE encoder, which makes the latents of pictures. It computes in fp32, as diffusers
 /// does for SDXL, whose VAE overflows in fp16.
@@ -92,8 +53,8 @@ impl PictureEncoder {
         Ok(Tensor::f_cat(&[self.mask(mask, &latents)?, latents], 1)?)
     }
 
-    /// The mask [1, 1, h scale, w scale] at the size of latents [1, c, h, w]: the value of the first
-    /// pixel of each square.
+    /// The mask [1, 1, h scale, w scale] at the size of latents [1, c, h, w]: the value of the
+    /// first pixel of each square.
     ///
     /// # Errors
     /// If libtorch refuses an operation.

@@ -2,6 +2,7 @@
 
 mod folder;
 mod generate;
+mod image_channels;
 mod image_input;
 pub mod picture;
 mod picture_file;
@@ -13,7 +14,8 @@ mod unet_weights;
 
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, ImageRequest, decode_with, generate, load_vae};
-pub use image_input::{ImageChannels, PictureEncoder};
+pub use image_channels::ImageChannels;
+pub use image_input::PictureEncoder;
 pub use picture_file::Mask;
 pub use prompt::{Guidance, IMAGE_GUIDANCE, PromptEmbedding, PromptEncoder, time_ids};
 pub use prompt_options::PromptOptions;

@@ -10,7 +10,7 @@ use squeeze_numerics::device::Placement;
 use tch::Tensor;
 
 use super::folder::PipelineFolder;
-use super::image_input::ImageChannels;
+use super::image_channels::ImageChannels;
 use super::prompt_options::{PromptOptions, weight_in_brackets};
 
 /// The tokenizers and text encoders of a pipeline.
@@ -191,8 +191,8 @@ pub struct Guidance {
     /// guidance.
     pub scale: Option<f64>,
     /// The factor of the step from the prediction without a picture to the one with it, for an edit
-    /// model under guidance, which makes three predictions: for prompt and picture, for the negative
-    /// prompt and the picture, for the negative prompt alone.
+    /// model under guidance, which makes three predictions: for prompt and picture, for the
+    /// negative prompt and the picture, for the negative prompt alone.
     pub image_scale: Option<f64>,
     /// The channels beside the noisy latents, for each row: [b, k, h, w].
     pub image: Option<Tensor>,

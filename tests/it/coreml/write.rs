@@ -138,8 +138,8 @@ fn unusual_architectures_become_programs_that_equal_the_unet() {
     }
 }
 
-/// Mid blocks without attention or none, depths in lists, more channels in, the guidance scale as an
-/// input.
+/// Mid blocks without attention or none, depths in lists, more channels in, the guidance scale as
+/// an input.
 #[test]
 fn programs_of_every_architecture_equal_the_unet() {
     let folder = tempfile::tempdir().unwrap();

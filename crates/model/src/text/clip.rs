@@ -110,8 +110,8 @@ impl ClipText {
         self.forward_skipping(ids, 0)
     }
 
-    /// Encodes token ids [b, s]. The states are those before the last `skip` + 1 layers; pooled text
-    /// passes all of them.
+    /// Encodes token ids [b, s]. The states are those before the last `skip` + 1 layers; pooled
+    /// text passes all of them.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and if there are not so many layers.

@@ -135,8 +135,8 @@ impl ClipTokenizer {
         Ok(Tokens { ids: self.framed(kept), dropped })
     }
 
-    /// Turns a text into as many pieces as it needs, each with a begin and an end of its own. A text
-    /// that fits is one piece, and so is an empty one.
+    /// Turns a text into as many pieces as it needs, each with a begin and an end of its own. A
+    /// text that fits is one piece, and so is an empty one.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).

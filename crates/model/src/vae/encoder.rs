@@ -118,8 +118,8 @@ impl VaeEncoder {
         name.starts_with("decoder.") || name.starts_with("post_quant_conv.")
     }
 
-    /// Encodes a picture [b, 3, h, w] with values in [-1, 1] to the distribution of its latents, [b,
-    /// c, h / scale, w / scale], which are not scaled.
+    /// Encodes a picture [b, 3, h, w] with values in [-1, 1] to the distribution of its latents,
+    /// [b, c, h / scale, w / scale], which are not scaled.
     ///
     /// # Errors
     /// If libtorch refuses an operation.
