@@ -22,6 +22,7 @@ fn forwards(c: &mut Criterion) {
         encoder_hidden_states: random(&[2, 77, 160]),
         text_embeds: random(&[2, 96]),
         time_ids: Tensor::from_slice(&[64f32, 64.0, 0.0, 0.0, 64.0, 64.0]).unsqueeze(0).repeat([2, 1]),
+        timestep_cond: None,
     };
     let sample = random(&[2, 4, 16, 16]);
     c.bench_function("unet/emoji/batch 2", |b| b.iter(|| unet.forward(&sample, 500.0, &conditioning, &mut Unobserved)));

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::device::Placement;
-use sdxl_squeeze::pipeline::{GenerateRequest, PipelineFolder, generate};
+use sdxl_squeeze::pipeline::{GenerateRequest, PipelineFolder, PromptOptions, generate};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::{Error, Result};
 
@@ -36,6 +36,8 @@ fn main() -> Result<()> {
         low_memory: false,
         unet: container,
         unverified: false,
+        prompts: PromptOptions::default(),
+        image: None,
     };
     let generated = generate(&folder, &request, Placement::CPU, &Silent)?;
     generated.picture.write_png(Path::new(out), &[])?;

@@ -39,6 +39,7 @@ fn main() -> Result<()> {
         encoder_hidden_states: input("encoder_hidden_states"),
         text_embeds: input("text_embeds"),
         time_ids: input("time_ids"),
+        timestep_cond: None,
     };
     let timestep = input("timestep").double_value(&[]);
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 pub struct Calls {
     /// The number of samples; each is one call of the UNet.
     pub count: usize,
-    /// Batch size of each call: 2 with guidance.
+    /// Batch size of each call: 2 with guidance, 3 of an edit model.
     pub batch: i64,
     /// Height of the latents.
     pub height: i64,

@@ -102,7 +102,7 @@ pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> 
     let scale = folder.vae.scale();
     Ok(Calls {
         count: section.calibration_nsamples,
-        batch: if set.guidance > 1.0 { 2 } else { 1 },
+        batch: folder.rows(set.guidance),
         height: height / scale,
         width: width / scale,
         text: CLIP_LENGTH,

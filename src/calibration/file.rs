@@ -14,9 +14,13 @@ use super::{Calls, Sample, Samples};
 /// The file's tensors, n samples of batch b each, in any floating dtype.
 const NAMES: [&str; 5] = ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"];
 
+/// The tensor of a UNet that is told the guidance scale.
+const TIMESTEP_COND: &str = "timestep_cond";
+
 impl Samples {
     /// Writes the samples as safetensors in fp32: `sample` [n, b, c, h, w], `timestep` `[n]`,
-    /// `encoder_hidden_states` [n, b, s, d], `text_embeds` [n, b, p], `time_ids` [n, b, k].
+    /// `encoder_hidden_states` [n, b, s, d], `text_embeds` [n, b, p], `time_ids` [n, b, k], and for
+    /// a UNet that is told the guidance scale `timestep_cond` [n, b, g].
     ///
     /// # Errors
     /// If there are none, they differ in shape, or the file cannot be written.
@@ -46,9 +50,15 @@ impl Samples {
             stacked(|call| &call.conditioning.text_embeds)?,
             stacked(|call| &call.conditioning.time_ids)?,
         ];
-        let views = tensors.iter().map(TensorBytes::of).collect::<Result<Vec<_>>>()?;
-        safetensors::serialize(NAMES.into_iter().zip(views), None)
-            .map_err(|why| Error::internal(format!("samples cannot be written: {why}")))
+        let mut named: Vec<(&str, Tensor)> = NAMES.into_iter().zip(tensors).collect();
+        if self.calls.iter().any(|call| call.conditioning.timestep_cond.is_some()) {
+            let told = |call: &Sample| call.conditioning.timestep_cond.as_ref().map(Tensor::shallow_clone);
+            let rows: Option<Vec<Tensor>> = self.calls.iter().map(told).collect();
+            let rows = rows.ok_or_else(|| Error::Argument("only some samples have an embedded guidance scale".into()))?;
+            named.push((TIMESTEP_COND, Tensor::f_stack(&rows, 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?));
+        }
+        let views = named.iter().map(|(name, tensor)| Ok((*name, TensorBytes::of(tensor)?))).collect::<Result<Vec<_>>>()?;
+        safetensors::serialize(views, None).map_err(|why| Error::internal(format!("samples cannot be written: {why}")))
     }
 
     /// The number and shape of the samples that [`read`](Self::read) would give, from the file's
@@ -81,6 +91,7 @@ impl Samples {
         let tensors = NAMES.map(|name| read_tensor(file, name, Placement::CPU));
         let [sample, timestep, states, pooled, ids] = tensors;
         let (sample, timestep, states, pooled, ids) = (sample?, timestep?, states?, pooled?, ids?);
+        let told = config.time_cond_proj_dim.map(|_| read_tensor(file, TIMESTEP_COND, Placement::CPU)).transpose()?;
         let mut samples = Samples::default();
         if count < wanted {
             samples.notes.push(format!("{wanted} samples were asked for; {} has {count}", path.display()));
@@ -93,6 +104,7 @@ impl Samples {
                     encoder_hidden_states: states.f_get(index)?,
                     text_embeds: pooled.f_get(index)?,
                     time_ids: ids.f_get(index)?,
+                    timestep_cond: told.as_ref().map(|told| told.f_get(index)).transpose()?,
                 },
             });
         }
@@ -122,7 +134,8 @@ fn calls(file: &SafetensorsFile, path: &Path, config: &UnetConfig) -> Result<Cal
         ("text_embeds", vec![count, batch, pooled]),
         ("time_ids", vec![count, batch, ids]),
     ];
-    for (name, expected) in expected {
+    let told = config.time_cond_proj_dim.map(|width| (TIMESTEP_COND, vec![count, batch, width]));
+    for (name, expected) in expected.into_iter().chain(told) {
         if shape(name)? != expected {
             return Err(Error::bad_file(path, format!("`{name}` is {:?}, not {expected:?}", shape(name)?)));
         }
@@ -135,7 +148,8 @@ fn calls(file: &SafetensorsFile, path: &Path, config: &UnetConfig) -> Result<Cal
     if [count, batch, length, height, width, channels].contains(&0) {
         return Err(Error::bad_file(path, "has no samples in it"));
     }
-    if let Some(extra) = file.entries().keys().find(|name| !NAMES.contains(&name.as_str())) {
+    let is_known = |name: &str| NAMES.contains(&name) || (name == TIMESTEP_COND && config.time_cond_proj_dim.is_some());
+    if let Some(extra) = file.entries().keys().find(|name| !is_known(name)) {
         return Err(Error::bad_file(path, format!("has the unknown tensor `{extra}`")));
     }
     Ok(Calls { count: usize::try_from(count).unwrap_or(0), batch, height, width, text: length })

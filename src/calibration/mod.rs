@@ -4,12 +4,14 @@ mod calls;
 mod draw;
 mod file;
 mod hold_out;
+mod pictures;
 mod record;
 mod weighting;
 
 pub use calls::Calls;
 pub use draw::{calibrate, defaults, expected_calls, scheduler, settings};
 pub(crate) use hold_out::is_held_out;
+pub(crate) use pictures::PicturesInTurn;
 pub use record::{PromptSet, encode, record};
 use sdxl_model::unet::Conditioning;
 use squeeze_base::error::Result;
@@ -42,6 +44,7 @@ impl Sample {
                 encoder_hidden_states: place(&self.conditioning.encoder_hidden_states)?,
                 text_embeds: place(&self.conditioning.text_embeds)?,
                 time_ids: place(&self.conditioning.time_ids)?,
+                timestep_cond: self.conditioning.timestep_cond.as_ref().map(place).transpose()?,
             },
         })
     }

@@ -7,9 +7,11 @@ use sdxl_model::unet::{Conditioning, Unet};
 use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
+use squeeze_numerics::device::Placement;
 use squeeze_numerics::random::Generator;
 use tch::Tensor;
 
+use super::pictures::{self, PicturesInTurn};
 use super::{Sample, Samples, spread};
 
 /// Prompts, and how they are run.
@@ -100,6 +102,11 @@ pub fn record(
             .push(format!("{wanted} samples were asked for; {} prompts of {steps} calls have {available}", set.prompts.len()));
     }
     let kept = spread(set.prompts.len(), steps, wanted);
+    let mut pictures = None;
+    if let Some(Guidance { conditioning: Conditioning { encoder_hidden_states: like, .. }, .. }) = guidances.first() {
+        pictures = PicturesInTurn::load(folder, set.size, Placement { device: like.device(), kind: like.f_kind()? })?;
+    }
+    samples.notes.extend(pictures.as_ref().map(|_| pictures::NOTE.to_owned()));
     let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
     for (index, ((prompt, guidance), steps)) in set.prompts.iter().zip(guidances).zip(kept).enumerate() {
         task.go_on()?;
@@ -109,10 +116,16 @@ pub fn record(
         }
         let like = &guidance.conditioning.encoder_hidden_states;
         let mut scheduler = set.scheduler.scheduler(set.steps)?;
-        let mut generator = Generator::new(set.seed.wrapping_add(index as u64));
+        let seed = set.seed.wrapping_add(index as u64);
+        let mut generator = Generator::new(seed);
         let noise = generator.draw(&shape, like.f_kind()?)?.f_to_device(like.device())?;
+        let with_picture = pictures.as_ref().map(|pictures| pictures.show(guidance, index, seed)).transpose()?;
+        let guidance = with_picture.as_ref().unwrap_or(guidance);
         let recorder = Recorder { unet, steps: &steps, calls: RefCell::new((0, Vec::new())) };
-        let _latents = sample(&recorder, scheduler.as_mut(), guidance, &noise, &mut generator, &mut |_, _| Ok(()), &Silent)?;
+        let latents = sample(&recorder, scheduler.as_mut(), guidance, &noise, &mut generator, &mut |_, _| Ok(()), &Silent)?;
+        if let Some(pictures) = &mut pictures {
+            pictures.keep(&latents)?;
+        }
         samples.calls.extend(recorder.calls.into_inner().1);
     }
     Ok(samples)

@@ -8,7 +8,11 @@ use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
 use sdxl_squeeze::model::scheduler::SpacingKind;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{is_standard_output, write_file};
-use sdxl_squeeze::pipeline::{GenerateRequest, Generated, LoraFile, ModelFiles, PipelineFolder, SamplingDefaults, generate};
+use sdxl_squeeze::picture::Picture;
+use sdxl_squeeze::pipeline::{
+    GenerateRequest, Generated, ImageRequest, LoraFile, Mask, ModelFiles, PipelineFolder, PromptOptions, SamplingDefaults,
+    generate,
+};
 use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result};
 use serde_json::json;
@@ -42,6 +46,26 @@ pub(super) struct Args {
     /// base]
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
+    /// A picture to begin with, as PNG: it is changed by --strength, redrawn where --mask is white,
+    /// or edited as the prompt says by an edit model. Its size is that of the result
+    #[arg(long, value_name = "FILE.png")]
+    image: Option<PathBuf>,
+    /// Where the picture is drawn anew, as PNG of the same size: white, or black where it is kept
+    #[arg(long, value_name = "FILE.png", requires = "image")]
+    mask: Option<PathBuf>,
+    /// The share of the steps that are run on the picture, 0 to 1 [default: 0.3, or 0.9999 with
+    /// --mask]
+    #[arg(long, value_name = "S", requires = "image", allow_negative_numbers = true)]
+    strength: Option<f64>,
+    /// How much an edit model keeps to the picture, 1 or more [default: 1.5]
+    #[arg(long, value_name = "G", requires = "image", allow_negative_numbers = true)]
+    image_guidance: Option<f64>,
+    /// Layers left out at the end of the text encoders, in addition to the last, as in diffusers
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    clip_skip: usize,
+    /// Encode prompts of more than 77 tokens in pieces, which are cut otherwise
+    #[arg(long)]
+    long_prompts: bool,
     /// Seed of the noise, which equals that of `torch.Generator().manual_seed(N)` on a CPU
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -105,6 +129,8 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         .model("--vae", args.vae.as_deref())
         .read_by("--lora", args.loras.iter().map(|lora| lora.path.as_path()))
         .reads("--unet", args.unet.as_deref())
+        .reads("--image", args.image.as_deref())
+        .reads("--mask", args.mask.as_deref())
         .writes("-o", Some(&args.output))
         .writes("--latents-out", args.latents_out.as_deref())
         .check_writable()?;
@@ -134,9 +160,11 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         low_memory: args.low_memory,
         unet: args.unet,
         unverified: args.no_verify,
+        prompts: PromptOptions { clip_skip: args.clip_skip, long_prompts: args.long_prompts },
+        image: image_request(args.image.as_deref(), args.mask.as_deref(), args.strength, args.image_guidance)?,
     };
     let generated = generate(&folder, &request, placement, reporter)?;
-    generated.picture.write_png(&args.output, &metadata(&request, &generated, &files, &args.dtype))?;
+    generated.picture.write_png(&args.output, &metadata(&request, &generated, &files, &args.dtype, args.image.as_deref()))?;
     if let Some(path) = &args.latents_out {
         write_latents(path, &generated)?;
     }
@@ -165,13 +193,31 @@ fn chosen(args: &Args, defaults: &SamplingDefaults, why: &str) -> String {
     format!("{}: {why}", [steps, guidance].into_iter().flatten().collect::<Vec<_>>().join(" and "))
 }
 
+/// The picture of `--image` with all that belongs to it.
+fn image_request(
+    image: Option<&Path>,
+    mask: Option<&Path>,
+    strength: Option<f64>,
+    guidance: Option<f64>,
+) -> Result<Option<ImageRequest>> {
+    let Some(image) = image else { return Ok(None) };
+    let mask = mask.map(Mask::read_png).transpose()?;
+    Ok(Some(ImageRequest { picture: Picture::read_png(image)?, mask, strength, guidance }))
+}
+
 /// The PNG's texts: the prompt for viewers, and all settings, with which the picture can be drawn
 /// again.
-fn metadata(request: &GenerateRequest, generated: &Generated, files: &ModelFiles, dtype: &str) -> Vec<(&'static str, String)> {
+fn metadata(
+    request: &GenerateRequest,
+    generated: &Generated,
+    files: &ModelFiles,
+    dtype: &str,
+    image: Option<&Path>,
+) -> Vec<(&'static str, String)> {
     let (height, width) = generated.size;
     let shown = |path: &Path| path.display().to_string();
     let ModelFiles { model, base, vae, loras, lora_ignore } = files;
-    let settings = json!({
+    let mut settings = json!({
         "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown),
         "loras": loras.iter().map(LoraFile::to_string).collect::<Vec<_>>(), "lora_ignore": lora_ignore,
         "prompt": request.prompt, "negative_prompt": request.negative_prompt,
@@ -179,6 +225,16 @@ fn metadata(request: &GenerateRequest, generated: &Generated, files: &ModelFiles
         "guidance_rescale": request.guidance_rescale, "timestep_spacing": request.timestep_spacing, "eta": request.eta, "height": height, "width": width,
         "scheduler": request.scheduler.as_ref().unwrap_or(&generated.scheduler), "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
     });
+    if request.prompts != PromptOptions::default() {
+        settings["clip_skip"] = request.prompts.clip_skip.into();
+        settings["long_prompts"] = request.prompts.long_prompts.into();
+    }
+    if let (Some(path), Some(image)) = (image, &request.image) {
+        settings["image"] = path.display().to_string().into();
+        settings["strength"] = image.strength.into();
+        settings["image_guidance"] = image.guidance.into();
+        settings["mask"] = image.mask.is_some().into();
+    }
     vec![
         ("Software", concat!("sdxl-squeeze ", env!("CARGO_PKG_VERSION")).to_owned()),
         ("Description", request.prompt.clone()),

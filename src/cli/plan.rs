@@ -8,7 +8,7 @@ use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{ImageChannels, PipelineFolder};
 use sdxl_squeeze::plan::{CarriesIn, Memory, Plan, measured_rate};
 use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
@@ -23,7 +23,8 @@ pub(super) struct Args {
     /// The runs to plan
     #[arg(value_name = "CONFIG.yaml", required = true)]
     configs: Vec<PathBuf>,
-    /// Plan for an architecture instead of a model: sdxl-base or sdxl-refiner
+    /// Plan for an architecture instead of a model: sdxl-base, sdxl-refiner, sdxl-inpainting,
+    /// sdxl-edit, lcm-sdxl, ssd-1b, vega, koala-700m or koala-1b
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     architecture: Option<Preset>,
     #[command(flatten)]
@@ -95,9 +96,12 @@ fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
 fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
     let unet = UnetConfig::parse(preset.unet_config())?;
     let [height, width] = config.calibration.size.map_or(unet.sample_size, |(height, width)| [height / 8, width / 8]);
+    // Every preset predicts all of the latents' channels.
+    let channels = ImageChannels::of(unet.in_channels, unet.out_channels);
     let calls = Calls {
         count: config.calibration.calibration_nsamples,
-        batch: if config.calibration.guidance.unwrap_or(CalibrationSection::GUIDANCE) > 1.0 { 2 } else { 1 },
+        batch: channels
+            .map_or(1, |channels| channels.rows(&unet, config.calibration.guidance.unwrap_or(CalibrationSection::GUIDANCE))),
         height,
         width,
         text: CLIP_LENGTH,

@@ -13,7 +13,8 @@ use super::stdout;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The architecture: sdxl-base, sdxl-refiner or tiny
+    /// The architecture: sdxl-base, sdxl-refiner, sdxl-inpainting, sdxl-edit, lcm-sdxl, ssd-1b,
+    /// vega, koala-700m, koala-1b or tiny
     #[arg(long, value_name = "NAME")]
     preset: String,
     /// The new folder

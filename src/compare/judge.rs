@@ -15,7 +15,7 @@ use squeeze_numerics::random::Generator;
 use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
 
-use crate::calibration::{PromptSet, Sample, spread};
+use crate::calibration::{PicturesInTurn, PromptSet, Sample, spread};
 
 /// The dense model's runs on the judged prompts: the reference of every measurement.
 pub struct Judge {
@@ -70,15 +70,23 @@ impl Judge {
         let steps = set.calls()?;
         let kept = spread(set.prompts.len(), steps, held_out);
         let vae = load_vae(folder, placement)?;
+        let mut pictures = PicturesInTurn::load(folder, set.size, placement)?;
         let mut judge = Judge { runs: Vec::new(), held_out: Vec::new(), set, vae };
         let task = Task::begin(progress, "dense pictures", "prompts", judge.set.prompts.len());
         for (index, (prompt, steps)) in judge.set.prompts.iter().zip(kept).enumerate() {
             task.advance(prompt);
             let guidance = judge.set.guidance_of(prompt, folder, encoder)?;
             let seed = judge.set.seed.wrapping_add(index as u64);
+            let guidance = match &pictures {
+                Some(pictures) => pictures.show(&guidance, index, seed)?,
+                None => guidance,
+            };
             let watcher = Watcher { unet, steps, calls: RefCell::new((0, Vec::new())) };
             let latents = judge.latents(folder, &watcher, &guidance, seed)?;
             judge.held_out.extend(watcher.calls.into_inner().1);
+            if let (Some(pictures), Some(last)) = (&mut pictures, latents.last()) {
+                pictures.keep(last)?;
+            }
             let picture = judge.picture(latents.last())?;
             judge.runs.push(Run { guidance, seed, latents, picture });
         }

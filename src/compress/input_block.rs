@@ -64,10 +64,17 @@ impl CalibratedInputBlock {
             // All timesteps of SDXL at once; a model trained on many more would take too much
             // memory.
             const AT_ONCE: usize = 1000;
+            // All calls have one guidance scale.
+            let call = calibration.samples.calls.first();
+            let guidance = call.and_then(|call| call.conditioning.timestep_cond.as_ref());
+            let guidance = match guidance {
+                Some(rows) => Some(rows.f_narrow(0, 0, 1)?.f_to_device(self.device)?),
+                None => None,
+            };
             for times in calibration.timesteps.chunks(AT_ONCE) {
                 let times = Tensor::f_from_slice(times)?.f_to_kind(Kind::Float)?.f_to_device(self.device)?;
                 multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {
-                    input_block.embed_times(&times, machine.kind, observer)
+                    input_block.embed_times(&times, guidance.as_ref(), machine.kind, observer)
                 })?;
             }
             return Ok((gatherer, multiply_adds));
@@ -164,8 +171,10 @@ fn first_carry(input_block: &InputBlock, call: &Sample, observer: &mut dyn Obser
     input_block.forward(&call.sample, call.timestep, &call.conditioning, observer)
 }
 
-/// Whether two calls have the same pooled text and time ids.
+/// Whether two calls have the same pooled text, time ids and guidance scale.
 fn embeds_same(a: &Conditioning, b: &Conditioning) -> bool {
     let is_equal = |a: &Tensor, b: &Tensor| a == b;
-    is_equal(&a.text_embeds, &b.text_embeds) && is_equal(&a.time_ids, &b.time_ids)
+    is_equal(&a.text_embeds, &b.text_embeds)
+        && is_equal(&a.time_ids, &b.time_ids)
+        && a.timestep_cond.as_ref() == b.timestep_cond.as_ref()
 }

@@ -73,6 +73,14 @@ pub enum Finding {
         /// The model's stages.
         stages: Vec<String>,
     },
+    /// A pattern of `prune.layers` for the mid block of a model that has none, as in KOALA-700M. A
+    /// note.
+    NoMidBlock {
+        /// The pattern.
+        pattern: String,
+        /// Where it was written.
+        place: Place,
+    },
     /// A pattern of `module_name_configs` that matches no layer's name. An error.
     NoLayer {
         /// The section of the pattern.
@@ -160,7 +168,7 @@ impl Finding {
             | Finding::OutOfReach { .. }
             | Finding::NoLayerOfType { .. }
             | Finding::Idle { .. } => Severity::Warning,
-            Finding::LeftAlone { .. } => Severity::Note,
+            Finding::NoMidBlock { .. } | Finding::LeftAlone { .. } => Severity::Note,
         }
     }
 
@@ -170,6 +178,7 @@ impl Finding {
         match self {
             Finding::FormerName { place, .. }
             | Finding::NoStage { place, .. }
+            | Finding::NoMidBlock { place, .. }
             | Finding::NoLayer { place, .. }
             | Finding::Shadowed { place, .. }
             | Finding::OutOfReach { place, .. } => place.clone(),
@@ -194,6 +203,9 @@ impl Display for Finding {
             Finding::FormerName { old, new, place: _ } => write!(f, "`{old}` is called `{new}` now; the old name still works"),
             Finding::NoStage { pattern, stages, place: _ } => {
                 write!(f, "prune: `{pattern}` in `layers` is no stage's whole name (there are {})", stages.join(", "))
+            }
+            Finding::NoMidBlock { pattern, place: _ } => {
+                write!(f, "prune: `{pattern}` in `layers` names no stage here, as the model has no mid block")
             }
             Finding::NoLayer { section, pattern, nearest, place: _ } => {
                 write!(f, "{section}: `{pattern}` in `module_name_configs` is no layer's whole name")?;

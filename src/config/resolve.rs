@@ -180,12 +180,18 @@ fn divides(part: usize, whole: i64) -> bool {
     i64::try_from(part).is_ok_and(|part| whole.checked_rem(part) == Some(0))
 }
 
+/// The one stage that some models lack, whatever their size: the default of `prune.layers` names
+/// it.
+const MID_BLOCK: &str = "mid_block";
+
 fn check_stages(stages: &[Written<NamePattern>], layers: &[LayerInfo], uses: &mut Vec<RuleUse>, findings: &mut Vec<Finding>) {
     let names: BTreeSet<&String> = layers.iter().filter_map(|layer| layer.stage.as_ref()).collect();
     for Written { value: pattern, place } in stages {
         let matched = layers.iter().filter(|layer| layer.stage.as_ref().is_some_and(|stage| pattern.matches(stage))).count();
         uses.push(RuleUse { section: Section::Prune, rule: format!("layers `{pattern}`"), matched, decided: matched });
-        if matched == 0 {
+        if matched == 0 && pattern.matches(MID_BLOCK) {
+            findings.push(Finding::NoMidBlock { pattern: pattern.to_string(), place: place.clone() });
+        } else if matched == 0 {
             let stages = names.iter().map(|name| (*name).clone()).collect();
             findings.push(Finding::NoStage { pattern: pattern.to_string(), place: place.clone(), stages });
         }

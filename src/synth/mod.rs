@@ -14,7 +14,7 @@ use safetensors::{Dtype, serialize_to_file};
 use sdxl_model::checkpoint::{ConfigFile, TensorSpec};
 use sdxl_model::text::{ClipText, TextConfig};
 use sdxl_model::unet::{UnetChain, UnetConfig};
-use sdxl_model::vae::{VaeConfig, VaeDecoder, encoder_tensors};
+use sdxl_model::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::NewFolder;
@@ -45,7 +45,7 @@ pub fn synthesize(preset: Preset, out: &Path, seed: u64, kind: Kind, progress: &
     let unet = UnetConfig::parse(in_memory(&configs.unet)?)?;
     parts.push(Part { folder: "unet", stem: "diffusion_pytorch_model", tensors: UnetChain::new(unet).tensors()? });
     let vae = VaeConfig::parse(in_memory(&configs.vae)?)?;
-    let tensors = [encoder_tensors(&vae)?, VaeDecoder::tensors(&vae)?].concat();
+    let tensors = [VaeEncoder::tensors(&vae)?, VaeDecoder::tensors(&vae)?].concat();
     parts.push(Part { folder: "vae", stem: "diffusion_pytorch_model", tensors });
     for (encoder, tokenizer, config) in &configs.text {
         let config = TextConfig::parse(in_memory(config)?)?;

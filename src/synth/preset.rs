@@ -12,14 +12,46 @@ use squeeze_base::shorten::shorten;
 pub enum Preset {
     /// SDXL base 1.0: 2,567,463,684 UNet parameters.
     SdxlBase,
-    /// The SDXL refiner 1.0: 2,260,026,820 UNet parameters.
+    /// The SDXL refiner 1.0: 2,259,526,660 UNet parameters.
     SdxlRefiner,
+    /// SDXL inpainting 0.1: base with 9 channels in, 2,567,478,084 UNet parameters.
+    SdxlInpainting,
+    /// An edit model (CosXL edit, InstructPix2Pix): base with 8 channels in, 2,567,475,204 UNet
+    /// parameters.
+    SdxlEdit,
+    /// LCM-SDXL: base that is told the guidance scale, 2,567,545,604 UNet parameters.
+    LcmSdxl,
+    /// Segmind SSD-1B: 1,331,334,404 UNet parameters.
+    Ssd1b,
+    /// Segmind-Vega: 745,225,604 UNet parameters.
+    Vega,
+    /// KOALA-700M, which has no mid block: 782,822,724 UNet parameters.
+    Koala700m,
+    /// KOALA-1B: 1,161,184,324 UNet parameters.
+    Koala1b,
     /// SDXL's architecture at a size for tests.
     Tiny,
 }
 
-const NAMES: [(&str, Preset); 3] =
-    [("sdxl-base", Preset::SdxlBase), ("sdxl-refiner", Preset::SdxlRefiner), ("tiny", Preset::Tiny)];
+const NAMES: [(&str, Preset); 10] = [
+    ("sdxl-base", Preset::SdxlBase),
+    ("sdxl-refiner", Preset::SdxlRefiner),
+    ("sdxl-inpainting", Preset::SdxlInpainting),
+    ("sdxl-edit", Preset::SdxlEdit),
+    ("lcm-sdxl", Preset::LcmSdxl),
+    ("ssd-1b", Preset::Ssd1b),
+    ("vega", Preset::Vega),
+    ("koala-700m", Preset::Koala700m),
+    ("koala-1b", Preset::Koala1b),
+    ("tiny", Preset::Tiny),
+];
+
+impl Preset {
+    /// Every preset and the name by which it is asked for.
+    pub fn all() -> impl Iterator<Item = (&'static str, Preset)> {
+        NAMES.into_iter()
+    }
+}
 
 impl FromStr for Preset {
     type Err = Error;
@@ -46,16 +78,22 @@ pub(super) struct Configs {
 
 impl Preset {
     pub(super) fn configs(self) -> Configs {
-        let base = self != Preset::SdxlRefiner;
         let text = match self {
-            Preset::SdxlBase => vec![clip_l(), clip_g()],
+            Preset::SdxlBase
+            | Preset::SdxlInpainting
+            | Preset::SdxlEdit
+            | Preset::LcmSdxl
+            | Preset::Ssd1b
+            | Preset::Vega
+            | Preset::Koala700m
+            | Preset::Koala1b => vec![clip_l(), clip_g()],
             Preset::SdxlRefiner => vec![clip_g()],
             Preset::Tiny => vec![
                 text_encoder("text_encoder", "quick_gelu", [32, 2, 2, 64], 32),
                 text_encoder("text_encoder_2", "gelu", [48, 2, 3, 96], 48),
             ],
         };
-        Configs { model_index: model_index(base), scheduler: scheduler(), unet: self.unet(), vae: self.vae(), text }
+        Configs { model_index: model_index(self), scheduler: scheduler(), unet: self.unet(), vae: self.vae(), text }
     }
 
     /// The architecture of its UNet, as a config.json for
@@ -70,7 +108,29 @@ impl Preset {
     }
 
     fn unet(self) -> Value {
+        // What differs from base; the depths are those of ComfyUI's table of models, and the sums
+        // of parameters were compared with diffusers' and the published ones
+        // (docs/architectures.md).
+        let changed = |changes: Value| {
+            let mut config = Preset::SdxlBase.unet();
+            if let (Value::Object(config), Value::Object(changes)) = (&mut config, changes) {
+                config.extend(changes);
+            }
+            config
+        };
         match self {
+            Preset::SdxlInpainting => changed(json!({ "in_channels": 9 })),
+            Preset::SdxlEdit => changed(json!({ "in_channels": 8 })),
+            Preset::LcmSdxl => changed(json!({ "time_cond_proj_dim": 256 })),
+            Preset::Ssd1b => changed(json!({
+                "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [0, 2, 4],
+                "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            })),
+            Preset::Vega => changed(json!({ "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2] })),
+            Preset::Koala700m => changed(json!({
+                "layers_per_block": 1, "mid_block_type": null, "transformer_layers_per_block": [1, 2, 5],
+            })),
+            Preset::Koala1b => changed(json!({ "layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6] })),
             Preset::SdxlBase => json!({
                 "_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed_type": "text_time",
                 "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
@@ -107,7 +167,15 @@ impl Preset {
     fn vae(self) -> Value {
         let (widths, layers, groups, size) = match self {
             Preset::Tiny => (json!([8, 16, 16, 16]), 1, 8, 64),
-            Preset::SdxlBase | Preset::SdxlRefiner => (json!([128, 256, 512, 512]), 2, 32, 1024),
+            Preset::SdxlBase
+            | Preset::SdxlRefiner
+            | Preset::SdxlInpainting
+            | Preset::SdxlEdit
+            | Preset::LcmSdxl
+            | Preset::Ssd1b
+            | Preset::Vega
+            | Preset::Koala700m
+            | Preset::Koala1b => (json!([128, 256, 512, 512]), 2, 32, 1024),
         };
         json!({
             "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": widths,
@@ -118,10 +186,23 @@ impl Preset {
     }
 }
 
-fn model_index(base: bool) -> Value {
+fn model_index(preset: Preset) -> Value {
+    let base = preset != Preset::SdxlRefiner;
+    let class = match preset {
+        Preset::SdxlRefiner => "StableDiffusionXLImg2ImgPipeline",
+        Preset::SdxlInpainting => "StableDiffusionXLInpaintPipeline",
+        Preset::SdxlEdit => "StableDiffusionXLInstructPix2PixPipeline",
+        Preset::SdxlBase
+        | Preset::LcmSdxl
+        | Preset::Ssd1b
+        | Preset::Vega
+        | Preset::Koala700m
+        | Preset::Koala1b
+        | Preset::Tiny => "StableDiffusionXLPipeline",
+    };
     let entry = |there: bool, library: &str, class: &str| if there { json!([library, class]) } else { json!([null, null]) };
     let mut index = json!({
-        "_class_name": if base { "StableDiffusionXLPipeline" } else { "StableDiffusionXLImg2ImgPipeline" },
+        "_class_name": class,
         "force_zeros_for_empty_prompt": base,
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         "text_encoder": entry(base, "transformers", "CLIPTextModel"),

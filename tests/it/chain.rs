@@ -24,6 +24,7 @@ fn inputs(chain: &UnetChain, batch: i64, kind: Kind) -> (Tensor, Conditioning) {
         encoder_hidden_states: random(&[batch, 77, config.cross_attention_dim]),
         text_embeds: random(&[batch, pooled]),
         time_ids: ids.unsqueeze(0).repeat([batch, 1]),
+        timestep_cond: None,
     };
     (random(&[batch, 4, 16, 16]), conditioning)
 }

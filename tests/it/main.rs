@@ -1,5 +1,6 @@
 //! Tests of the public interface and of the program, many of them against golden values.
 
+mod architectures;
 mod as_people_have_them;
 #[cfg(unix)]
 mod attacks;
@@ -14,6 +15,7 @@ mod coreml;
 mod ends;
 mod first_second;
 mod gpu;
+mod images;
 mod inputs;
 mod integrity;
 mod joint;

@@ -116,6 +116,7 @@ fn predictions(check: &mut Checker, folder: &PipelineFolder, unet: &Unet, notes:
         encoder_hidden_states: check.get("prompt_embeds").shallow_clone(),
         text_embeds: check.get("pooled_prompt_embeds").shallow_clone(),
         time_ids: ids,
+        timestep_cond: None,
     };
     for timestep in [1, 500, 967] {
         let output = unet.forward(&noise, f64::from(timestep), &conditioning, &mut Unobserved).unwrap();

@@ -6,7 +6,7 @@ use std::path::Path;
 use sdxl_squeeze::Error;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::scheduler::{SchedulerConfig, SpacingKind};
-use sdxl_squeeze::pipeline::{GenerateRequest, PipelineFolder, generate};
+use sdxl_squeeze::pipeline::{GenerateRequest, PipelineFolder, PromptOptions, generate};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::Generator;
 use serde::Deserialize;
@@ -124,6 +124,8 @@ fn whole_pipelines_equal_those_of_diffusers() {
             low_memory: false,
             unet: None,
             unverified: false,
+            prompts: PromptOptions::default(),
+            image: None,
         };
         let latents = generate(&folder, &request, Placement::CPU, &Silent).unwrap().latents;
         let apart = relative_error(&latents, &golden[&name]);

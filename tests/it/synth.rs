@@ -84,6 +84,7 @@ fn made_up_weights_keep_activations_within_fp16() {
         encoder_hidden_states: random(&[1, 77, 80]),
         text_embeds: random(&[1, 48]),
         time_ids: Tensor::from_slice(&[64f32, 64.0, 0.0, 0.0, 64.0, 64.0]).unsqueeze(0),
+        timestep_cond: None,
     };
     let output = unet.forward(&random(&[1, 4, 8, 8]), 500.0, &conditioning, &mut Unobserved).unwrap();
     let deviation = output.std(true).double_value(&[]);

@@ -29,11 +29,14 @@ pub(super) fn feature_type(array: &ArrayType) -> FeatureType {
 
 fn about(name: &str) -> &'static str {
     match name {
-        "sample" => "Noisy latents, scaled as the sampler wants them",
+        "sample" => {
+            "Noisy latents, scaled as the sampler wants them, and what the model takes beside them: a mask, a picture's latents"
+        }
         "timestep" => "The training step that each sample's noise belongs to, 0 to 999",
         "encoder_hidden_states" => "The text encoders' states",
         "time_ids" => "Original size, crop and target size or aesthetic score",
         "text_embeds" => "The pooled text",
+        "timestep_cond" => "The sinusoids of 1,000 times the guidance scale less 1",
         "noise_pred" => "What the UNet predicts: the noise, or the velocity",
         _ => "",
     }

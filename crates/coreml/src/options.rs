@@ -104,6 +104,18 @@ impl Options {
                 return Err(Error::range("the size of the latents", size, expected));
             }
         }
+        if self.io == Io::Apple {
+            let [channels, latents] = [config.in_channels, config.out_channels];
+            if channels != latents {
+                let message = format!("Apple's pipeline gives {latents} channels of latents; this UNet takes {channels}");
+                return Err(Error::Argument(message));
+            }
+            if config.time_cond_proj_dim.is_some() {
+                return Err(Error::Argument(
+                    "Apple's pipeline does not tell the UNet the guidance scale, as this one needs".into(),
+                ));
+            }
+        }
         let pooled = config.projection_class_embeddings_input_dim - self.time_ids * config.addition_time_embed_dim;
         if pooled < 1 {
             let message = format!("{} time ids leave nothing of the added conditioning for pooled text", self.time_ids);

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
 
+use super::image_channels::ImageChannels;
 use super::lora;
 use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
@@ -32,6 +33,8 @@ pub struct PipelineFolder {
     /// Whether the UNet's time ids have an aesthetic score in place of the target size (the
     /// refiner).
     pub requires_aesthetics_score: bool,
+    /// Whether an edit model is shown scaled latents (CosXL).
+    pub is_cosxl_edit: bool,
     /// The pipeline's text encoders, by folder name.
     pub text_encoders: Vec<TextPart>,
     /// The UNet's architecture.
@@ -80,7 +83,7 @@ impl PipelineFolder {
     pub fn open_files(files: &ModelFiles) -> Result<Self> {
         let mut parts = Parts::open(files)?;
         let mut index = parts.index.file();
-        index.only("_class_name", &[json!("StableDiffusionXLPipeline"), json!("StableDiffusionXLImg2ImgPipeline")])?;
+        index.only("_class_name", &CLASSES.map(|class| json!(class)))?;
         component(&mut index, "unet", &["UNet2DConditionModel"])?;
         component(&mut index, "vae", &["AutoencoderKL"])?;
         index.ignore(&["feature_extractor", "image_encoder", "add_watermarker"]);
@@ -108,6 +111,7 @@ impl PipelineFolder {
             name: index.optional::<Value>("_name_or_path")?.as_ref().and_then(Value::as_str).map(str::to_owned),
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
             requires_aesthetics_score: index.or("requires_aesthetics_score", false)?,
+            is_cosxl_edit: index.or("is_cosxl_edit", false)?,
             text_encoders,
             unet: UnetChain::new(UnetConfig::parse(parts.unet.file())?),
             vae: VaeConfig::parse(parts.vae.file())?,
@@ -150,7 +154,6 @@ impl PipelineFolder {
                 "projection_class_embeddings_input_dim",
                 unet.projection_class_embeddings_input_dim,
             ),
-            ("the VAE's latent channels", self.vae.latent_channels, "in_channels", unet.in_channels),
             ("the VAE's latent channels", self.vae.latent_channels, "out_channels", unet.out_channels),
         ];
         for (what, have, key, want) in fits {
@@ -159,13 +162,32 @@ impl PipelineFolder {
                 return Err(Error::ConfigKey { path, key: key.into(), problem: format!("= {want}, but {what} make {have}") });
             }
         }
+        if ImageChannels::of(unet.in_channels, self.vae.latent_channels).is_none() {
+            let (path, latents) = (self.parts.unet.path.clone(), self.vae.latent_channels);
+            let known = format!("{latents}; {} for inpainting, {} for an edit model", 2 * latents + 1, 2 * latents);
+            let problem = format!("= {}, but the VAE's latents make {known}", unet.in_channels);
+            return Err(Error::ConfigKey { path, key: "in_channels".into(), problem });
+        }
         Ok(())
+    }
+
+    /// The channels that the UNet takes beside the noisy latents.
+    #[must_use]
+    pub fn image_channels(&self) -> ImageChannels {
+        ImageChannels::of(self.unet.config().in_channels, self.vae.latent_channels)
+            .expect("`check` has refused other numbers of channels")
     }
 
     /// The number of time ids: size, crop, and target size or score.
     #[must_use]
     pub fn time_ids(&self) -> i64 {
         if self.requires_aesthetics_score { 5 } else { 6 }
+    }
+
+    /// The rows of each call of the UNet for one picture.
+    #[must_use]
+    pub fn rows(&self, guidance: f64) -> i64 {
+        self.image_channels().rows(self.unet.config(), guidance)
     }
 
     /// Height and width of pictures in pixels: `asked`, or the model's own size.
@@ -379,6 +401,14 @@ impl PipelineFolder {
         Ok(tokenizer)
     }
 }
+
+/// The pipelines that are known. What a model does is told by its UNet's channels.
+const CLASSES: [&str; 4] = [
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+];
 
 /// Takes a component's entry, `[library, class]`. `[null, null]`, `null` and an absent entry all
 /// mean that the pipeline lacks the component.

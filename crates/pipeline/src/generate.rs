@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::scheduler::{SchedulerConfig, SpacingKind};
+use sdxl_model::scheduler::{Scheduler, SchedulerConfig, SpacingKind};
 use sdxl_model::unet::Unet;
 use sdxl_model::vae::VaeDecoder;
 use squeeze_base::error::{Error, Result};
@@ -15,8 +15,13 @@ use squeeze_numerics::random::Generator;
 use tch::{Kind, Tensor};
 
 use super::folder::PipelineFolder;
+use super::image_channels::ImageChannels;
+use super::image_input::PictureEncoder;
+use super::picture_file::Mask;
 use super::prompt::{Guidance, PromptEncoder};
-use super::sampling::sample;
+use super::prompt_options::PromptOptions;
+use super::sampling::sample_from;
+use super::start::{Kept, Start, first_step};
 use super::unet_weights::UnetWeights;
 use crate::picture::Picture;
 
@@ -50,6 +55,25 @@ pub struct GenerateRequest {
     pub unet: Option<PathBuf>,
     /// Whether the container is used without a check of its hashes first.
     pub unverified: bool,
+    /// How prompts are read.
+    pub prompts: PromptOptions,
+    /// The picture that the run begins with, or that the model is shown.
+    pub image: Option<ImageRequest>,
+}
+
+/// A picture as an input, whose size is that of the result.
+#[derive(Debug, Clone)]
+pub struct ImageRequest {
+    /// The picture.
+    pub picture: Picture,
+    /// Where it is drawn anew; the rest is kept.
+    pub mask: Option<Mask>,
+    /// The share of the steps that are run, from more noise to less; `None` is diffusers' default,
+    /// 0.3, or 0.9999 with a mask. Edit models run all steps.
+    pub strength: Option<f64>,
+    /// An edit model's factor of the step from the prediction without the picture to the one with
+    /// it; `None` is 1.5.
+    pub guidance: Option<f64>,
 }
 
 /// A picture and the settings that made it.
@@ -78,12 +102,127 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
     if !request.guidance.is_finite() {
         return Err(Error::Argument(format!("a guidance scale of {} is not a number to scale by", request.guidance)));
     }
-    let size = folder.picture_size(request.size)?;
+    let size = match &request.image {
+        None => folder.picture_size(request.size)?,
+        Some(image) => image.size(folder, request.size)?,
+    };
+    check_image(folder, request)?;
     if !(0.0..=1.0).contains(&request.guidance_rescale) {
         return Err(Error::Argument(format!("a guidance rescale of {} is not between 0 and 1", request.guidance_rescale)));
     }
     let config = folder.scheduler.with_choices(request.scheduler.as_deref(), request.timestep_spacing, request.eta)?;
     Ok((size, config))
+}
+
+impl ImageRequest {
+    /// The picture's height and width, which the mask and the `asked` size must have too.
+    fn size(&self, folder: &PipelineFolder, asked: Option<(i64, i64)>) -> Result<(i64, i64)> {
+        self.picture.check()?;
+        let size = (i64::from(self.picture.height), i64::from(self.picture.width));
+        let (height, width) = size;
+        if asked.is_some_and(|asked| asked != size) {
+            return Err(Error::Argument(format!("the picture of --image is {width}x{height}, not of --height and --width")));
+        }
+        if let Some(mask) = &self.mask
+            && (i64::from(mask.height), i64::from(mask.width)) != size
+        {
+            let (wide, high) = (mask.width, mask.height);
+            return Err(Error::Argument(format!("the mask is {wide}x{high}, but the picture of --image {width}x{height}")));
+        }
+        folder.picture_size(Some(size))
+    }
+}
+
+/// Checks that the model can use the picture and the mask, and has those that it needs.
+fn check_image(folder: &PipelineFolder, request: &GenerateRequest) -> Result<()> {
+    let refuse = |problem: &str| Err(Error::Argument(problem.to_owned()));
+    let mask = request.image.as_ref().map(|image| image.mask.is_some());
+    match (folder.image_channels(), mask) {
+        (ImageChannels::MaskAndPicture, None | Some(false)) => refuse("an inpainting model needs --image and --mask"),
+        (ImageChannels::Picture, None) => refuse("an edit model needs --image"),
+        (ImageChannels::Picture, Some(true)) => refuse("an edit model takes no --mask"),
+        (ImageChannels::None | ImageChannels::MaskAndPicture, Some(_)) | (ImageChannels::None, None) => Ok(()),
+        (ImageChannels::Picture, Some(false)) => Ok(()),
+    }?;
+    let Some(image) = &request.image else { return Ok(()) };
+    if folder.image_channels() == ImageChannels::Picture {
+        if image.strength.is_some() {
+            return refuse("an edit model takes no --strength, as it runs every step");
+        }
+        // Below 1, diffusers makes no use of the prompt's guidance either.
+        return match image.guidance {
+            Some(scale) if !(1.0..f64::INFINITY).contains(&scale) => refuse("an image guidance scale is at least 1"),
+            _ => Ok(()),
+        };
+    }
+    if image.guidance.is_some() {
+        return refuse("only an edit model takes --image-guidance");
+    }
+    first_step(request.steps, image.strength()).map(drop)
+}
+
+impl ImageRequest {
+    /// The share of the steps that are run.
+    fn strength(&self) -> f64 {
+        self.strength.unwrap_or(if self.mask.is_some() { 0.9999 } else { 0.3 })
+    }
+}
+
+/// The noise of a run, and what it takes from a picture.
+struct Beginning {
+    start: Start,
+    /// The channels beside the noisy latents: [1, k, h, w].
+    channels: Option<Tensor>,
+    /// What drew the noise, from which stochastic samplers go on.
+    generator: Generator,
+}
+
+/// Draws the noise of a run, in diffusers' order of draws, and encodes its picture.
+fn begin(
+    folder: &PipelineFolder,
+    request: &GenerateRequest,
+    scheduler: &mut dyn Scheduler,
+    size: (i64, i64),
+    placement: Placement,
+) -> Result<Beginning> {
+    let scale = folder.vae.scale();
+    let shape = [1, folder.vae.latent_channels, size.0 / scale, size.1 / scale];
+    let mut generator = Generator::new(request.seed);
+    let draw = |generator: &mut Generator| -> Result<Tensor> {
+        Ok(generator.draw(&shape, placement.kind)?.f_to_device(placement.device)?)
+    };
+    let Some(image) = &request.image else {
+        let start = Start::noise(scheduler, &draw(&mut generator)?)?;
+        return Ok(Beginning { start, channels: None, generator });
+    };
+    let encoder = PictureEncoder::load(folder, placement)?;
+    let picture = image.picture.to_tensor()?;
+    let mask = image.mask.as_ref().map(Mask::to_tensor).transpose()?;
+    if folder.image_channels() == ImageChannels::Picture {
+        let start = Start::noise(scheduler, &draw(&mut generator)?)?;
+        return Ok(Beginning { start, channels: Some(encoder.shown(&picture)?), generator });
+    }
+    let (first, channels) = (first_step(request.steps, image.strength())?, folder.image_channels());
+    // With a mask and all steps, nothing of the picture is in the first latents.
+    let from_noise = mask.is_some() && image.strength() == 1.0;
+    let latents = match from_noise && channels == ImageChannels::MaskAndPicture {
+        true => None,
+        false => Some(encoder.latents(&picture, &mut generator)?),
+    };
+    let noise = draw(&mut generator)?;
+    let mut start = match &latents {
+        Some(latents) if !from_noise => Start::picture(scheduler, first, latents, &noise)?,
+        _ => Start::noise(scheduler, &noise)?,
+    };
+    let channels = match &mask {
+        Some(mask) if channels == ImageChannels::MaskAndPicture => Some(encoder.masked(&picture, mask, &mut generator)?),
+        Some(_) | None => None,
+    };
+    if let (None, Some(mask), Some(latents)) = (&channels, &mask, latents) {
+        let mask = encoder.mask(mask, &latents)?;
+        start.kept = Some(Kept { picture: latents, noise, mask });
+    }
+    Ok(Beginning { start, channels, generator })
 }
 
 /// Draws a picture. Text encoders, UNet and VAE are loaded one after the other, each dropped before
@@ -104,11 +243,20 @@ pub fn generate(
 
     let guidance = {
         let task = Task::begin(progress, "reading the prompt", "encoders", folder.text_encoders.len());
-        let encoder = PromptEncoder::load(folder, placement)?;
+        let encoder = PromptEncoder::load(folder, placement)?.with_options(request.prompts);
         task.advance("encoding");
         let negative = request.negative_prompt.as_deref();
-        let guidance = Guidance::encode(&encoder, folder, &request.prompt, negative, request.guidance, size)?;
+        let mut guidance = Guidance::encode(&encoder, folder, &request.prompt, negative, request.guidance, size)?;
+        if let (Some(scale), Some(asked)) = (&mut guidance.image_scale, request.image.as_ref().and_then(|image| image.guidance)) {
+            *scale = asked;
+        }
         Guidance { rescale: request.guidance_rescale, ..guidance }
+    };
+
+    let mut beginning = begin(folder, request, scheduler.as_mut(), size, placement)?;
+    let guidance = match &beginning.channels {
+        Some(channels) => guidance.with_image(channels)?,
+        None => guidance,
     };
 
     let latents = {
@@ -131,11 +279,15 @@ pub fn generate(
         } else {
             Unet::resident(folder.unet.clone(), source.as_ref(), progress)?
         };
-        let scale = folder.vae.scale();
-        let shape = [1, folder.vae.latent_channels, size.0 / scale, size.1 / scale];
-        let mut generator = Generator::new(request.seed);
-        let noise = generator.draw(&shape, placement.kind)?.f_to_device(placement.device)?;
-        sample(&unet, scheduler.as_mut(), &guidance, &noise, &mut generator, &mut |_, _| Ok(()), progress)?
+        sample_from(
+            &unet,
+            scheduler.as_mut(),
+            &guidance,
+            &beginning.start,
+            &mut beginning.generator,
+            &mut |_, _| Ok(()),
+            progress,
+        )?
     };
 
     let picture = {

@@ -1,25 +1,33 @@
 //! From prompts to the UNet's conditioning.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use sdxl_model::text::{ClipText, ClipTokenizer};
-use sdxl_model::unet::Conditioning;
+use sdxl_model::unet::{Conditioning, guidance_scale_embedding};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::shorten::both_ends;
 use squeeze_numerics::device::Placement;
 use tch::Tensor;
 
 use super::folder::PipelineFolder;
+use super::image_channels::ImageChannels;
+use super::prompt_options::{PromptOptions, weight_in_brackets};
 
 /// The tokenizers and text encoders of a pipeline.
 #[derive(Debug)]
 pub struct PromptEncoder {
     parts: Vec<(ClipTokenizer, ClipText)>,
     placement: Placement,
+    options: PromptOptions,
+    /// Whether the log has said that weights in brackets are not interpreted.
+    has_said: AtomicBool,
 }
 
 /// An encoded prompt.
 #[derive(Debug)]
 pub struct PromptEmbedding {
-    /// All encoders' penultimate states side by side: [b, 77, cross_attention_dim].
+    /// All encoders' penultimate states side by side: [b, 77, cross_attention_dim], or a multiple
+    /// of 77 for long prompts.
     pub states: Tensor,
     /// The last encoder's pooled projection: [b, p].
     pub pooled: Tensor,
@@ -39,7 +47,13 @@ impl PromptEncoder {
                 Ok((folder.tokenizer(part)?, model))
             })
             .collect::<Result<_>>()?;
-        Ok(PromptEncoder { parts, placement })
+        Ok(PromptEncoder { parts, placement, options: PromptOptions::default(), has_said: AtomicBool::new(false) })
+    }
+
+    /// The encoder with other options.
+    #[must_use]
+    pub fn with_options(self, options: PromptOptions) -> Self {
+        PromptEncoder { options, ..self }
     }
 
     /// Encodes texts as one batch. A text that is too long is cut, and the log quotes the lost
@@ -48,24 +62,59 @@ impl PromptEncoder {
     /// # Errors
     /// If a text cannot be tokenized.
     pub fn encode(&self, texts: &[&str]) -> Result<PromptEmbedding> {
+        self.encode_in_pieces(texts, 1, 0)
+    }
+
+    /// The number of pieces in which all of `texts` are encoded: that of the longest.
+    fn pieces(&self, texts: &[&str]) -> Result<usize> {
+        let mut most = 1;
+        if self.options.long_prompts {
+            for (tokenizer, _) in &self.parts {
+                for text in texts {
+                    most = most.max(tokenizer.pieces(text)?.len());
+                }
+            }
+        }
+        Ok(most)
+    }
+
+    /// Encodes texts as one batch, each as `count` pieces, of which the last may be empty, without
+    /// the encoders' last `skip` + 1 layers.
+    fn encode_in_pieces(&self, texts: &[&str], count: usize, skip: usize) -> Result<PromptEmbedding> {
         let mut states = Vec::new();
         let mut pooled = None;
+        for text in texts {
+            self.say_of_brackets(text);
+        }
         for (tokenizer, model) in &self.parts {
-            let mut ids = Vec::new();
-            for text in texts {
-                let tokens = tokenizer.encode(text)?;
-                if let Some(end) = tokens.dropped {
-                    tracing::warn!("the prompt is cut to {} tokens; not read: `{}`", tokenizer.length(), both_ends(&end));
+            let mut side_by_side = Vec::new();
+            let mut first_pooled = None;
+            for piece in 0..count {
+                let mut ids = Vec::new();
+                for text in texts {
+                    ids.extend(if count == 1 { cut(tokenizer, text)? } else { nth_piece(tokenizer, text, piece)? });
                 }
-                ids.extend(tokens.ids);
+                let ids = Tensor::f_from_slice(&ids)?.f_view([texts.len() as i64, -1])?;
+                let encoded = model.forward_skipping(&ids, skip)?;
+                side_by_side.push(encoded.penultimate);
+                if piece == 0 {
+                    first_pooled = encoded.pooled;
+                }
             }
-            let ids = Tensor::f_from_slice(&ids)?.f_view([texts.len() as i64, -1])?;
-            let encoded = model.forward(&ids)?;
-            states.push(encoded.penultimate);
-            pooled = encoded.pooled;
+            states.push(Tensor::f_cat(&side_by_side, 1)?);
+            pooled = first_pooled;
         }
         let pooled = pooled.ok_or_else(|| Error::internal("the last text encoder has no pooled projection"))?;
         Ok(PromptEmbedding { states: Tensor::f_cat(&states, -1)?, pooled })
+    }
+
+    /// Says once that weights in brackets are not interpreted, if a prompt looks as if it had some.
+    fn say_of_brackets(&self, text: &str) {
+        if let Some(part) = weight_in_brackets(text)
+            && !self.has_said.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("weights in brackets are not interpreted, the encoders read them as text: `{part}`");
+        }
     }
 
     /// The encoded negative prompt. An absent one means zeros or the encoded empty text, as the
@@ -78,7 +127,10 @@ impl PromptEncoder {
             None if folder.force_zeros_for_empty_prompt => {
                 Ok(PromptEmbedding { states: like.states.f_zeros_like()?, pooled: like.pooled.f_zeros_like()? })
             }
-            text => self.encode(&[text.unwrap_or_default()]),
+            text => {
+                let pieces = like.states.size3()?.1 / self.parts.first().map_or(1, |(tokenizer, _)| tokenizer.length() as i64);
+                self.encode_in_pieces(&[text.unwrap_or_default()], pieces as usize, 0)
+            }
         }
     }
 
@@ -86,6 +138,23 @@ impl PromptEncoder {
     #[must_use]
     pub fn placement(&self) -> Placement {
         self.placement
+    }
+}
+
+/// The ids of a text that is cut to one piece, which the log says.
+fn cut(tokenizer: &ClipTokenizer, text: &str) -> Result<Vec<i64>> {
+    let tokens = tokenizer.encode(text)?;
+    if let Some(end) = tokens.dropped {
+        tracing::warn!("the prompt is cut to {} tokens; not read: `{}`", tokenizer.length(), both_ends(&end));
+    }
+    Ok(tokens.ids)
+}
+
+/// The ids of a text's piece `index`; those of an empty text after its last.
+fn nth_piece(tokenizer: &ClipTokenizer, text: &str, index: usize) -> Result<Vec<i64>> {
+    match tokenizer.pieces(text)?.into_iter().nth(index) {
+        Some(piece) => Ok(piece),
+        None => Ok(tokenizer.encode("")?.ids),
     }
 }
 
@@ -104,6 +173,14 @@ pub fn time_ids(folder: &PipelineFolder, height: i64, width: i64, negative: bool
     Ok(Tensor::f_from_slice(ids)?.f_unsqueeze(0)?.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
 }
 
+/// The guidance scale as the UNet is told it: [1, time_cond_proj_dim]; `None` for a UNet that is
+/// not.
+fn embedded_scale(folder: &PipelineFolder, scale: f64, placement: Placement) -> Result<Option<Tensor>> {
+    let Some(width) = folder.unet.config().time_cond_proj_dim else { return Ok(None) };
+    let sinusoids = guidance_scale_embedding(scale, width)?;
+    Ok(Some(sinusoids.f_to_device(placement.device)?.f_to_kind(placement.kind)?))
+}
+
 /// The UNet's conditioning at every step of a picture, and the guidance scale.
 #[derive(Debug)]
 pub struct Guidance {
@@ -115,11 +192,21 @@ pub struct Guidance {
     pub scale: Option<f64>,
     /// The share of the guided prediction whose deviation is that of the prompt's own, in [0, 1].
     pub rescale: f64,
+    /// The factor of the step from the prediction without a picture to the one with it, for an edit
+    /// model under guidance, which makes three predictions: for prompt and picture, for the
+    /// negative prompt and the picture, for the negative prompt alone.
+    pub image_scale: Option<f64>,
+    /// The channels beside the noisy latents, for each row: [b, k, h, w].
+    pub image: Option<Tensor>,
 }
+
+/// diffusers' default of [`Guidance::image_scale`].
+pub const IMAGE_GUIDANCE: f64 = 1.5;
 
 impl Guidance {
     /// Encodes a prompt for pictures of `height` x `width` pixels. A scale of 1 or less means no
-    /// guidance, as in diffusers. Nothing is rescaled.
+    /// guidance, as in diffusers. A UNet that is told the scale (`time_cond_proj_dim`) makes one
+    /// prediction for the prompt alone. Nothing is rescaled.
     ///
     /// # Errors
     /// If a text cannot be encoded.
@@ -132,20 +219,49 @@ impl Guidance {
         (height, width): (i64, i64),
     ) -> Result<Self> {
         let placement = encoder.placement();
-        let positive = encoder.encode(&[prompt])?;
+        let PromptOptions { clip_skip, .. } = encoder.options;
+        let pieces = encoder.pieces(&[prompt, negative_prompt.unwrap_or_default()])?;
+        let positive = encoder.encode_in_pieces(&[prompt], pieces, clip_skip)?;
         let ids = time_ids(folder, height, width, false, placement)?;
-        if scale <= 1.0 {
-            let conditioning =
-                Conditioning { encoder_hidden_states: positive.states, text_embeds: positive.pooled, time_ids: ids };
-            return Ok(Guidance { conditioning, scale: None, rescale: 0.0 });
+        let timestep_cond = embedded_scale(folder, scale, placement)?;
+        if scale <= 1.0 || timestep_cond.is_some() {
+            let conditioning = Conditioning {
+                encoder_hidden_states: positive.states,
+                text_embeds: positive.pooled,
+                time_ids: ids,
+                timestep_cond,
+            };
+            return Ok(Guidance { conditioning, scale: None, rescale: 0.0, image_scale: None, image: None });
         }
         let negative = encoder.negative(folder, negative_prompt, &positive)?;
+        if folder.image_channels() == ImageChannels::Picture {
+            let (states, pooled) = (&negative.states, &negative.pooled);
+            let conditioning = Conditioning {
+                encoder_hidden_states: Tensor::f_cat(&[&positive.states, states, states], 0)?,
+                text_embeds: Tensor::f_cat(&[&positive.pooled, pooled, pooled], 0)?,
+                time_ids: Tensor::f_cat(&[&ids, &ids, &ids], 0)?,
+                timestep_cond: None,
+            };
+            return Ok(Guidance {
+                conditioning,
+                scale: Some(scale),
+                rescale: 0.0,
+                image_scale: Some(IMAGE_GUIDANCE),
+                image: None,
+            });
+        }
         let negative_ids = time_ids(folder, height, width, true, placement)?;
         let conditioning = Conditioning {
             encoder_hidden_states: Tensor::f_cat(&[negative.states, positive.states], 0)?,
             text_embeds: Tensor::f_cat(&[negative.pooled, positive.pooled], 0)?,
             time_ids: Tensor::f_cat(&[negative_ids, ids], 0)?,
+            timestep_cond: None,
         };
-        Ok(Guidance { conditioning, scale: Some(scale), rescale: 0.0 })
+        Ok(Guidance { conditioning, scale: Some(scale), rescale: 0.0, image_scale: None, image: None })
+    }
+
+    /// The number of predictions for each step.
+    pub(crate) fn rows(&self) -> Result<i64> {
+        Ok(self.conditioning.encoder_hidden_states.size3()?.0)
     }
 }

@@ -47,6 +47,7 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
         encoder_hidden_states: text,
         text_embeds: inputs["text_embeds"].shallow_clone(),
         time_ids: inputs["time_ids"].shallow_clone(),
+        timestep_cond: inputs.get("timestep_cond").map(Tensor::shallow_clone),
     };
     let expected = unet.forward(&inputs["sample"], 741.0, &conditioning, &mut Unobserved).unwrap();
     let outputs = evaluate(&mut package, &inputs);
@@ -135,6 +136,32 @@ fn unusual_architectures_become_programs_that_equal_the_unet() {
         write(UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
         assert!(verify(&out).unwrap().named);
         compare(&out, &chain, &unet, &options);
+    }
+}
+
+/// Mid blocks without attention or none, depths in lists, more channels in, the guidance scale as
+/// an input.
+#[test]
+fn programs_of_every_architecture_equal_the_unet() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in crate::architectures::NAMES {
+        let path = crate::architectures::golden(name).join("unet");
+        let config: Value = serde_json::from_slice(&std::fs::read(path.join("config.json")).unwrap()).unwrap();
+        let entries = config.as_object().unwrap().clone();
+        let chain = UnetChain::new(UnetConfig::read(&path.join("config.json")).unwrap());
+        let weights = Weights::open(&path, "diffusion_pytorch_model", str::to_owned).unwrap();
+        let unet = Unet::resident(chain.clone(), weights.source(Placement::CPU), &Silent).unwrap();
+        for layout in [Layout::Linear, Layout::SplitEinsum] {
+            let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
+            let out = folder.path().join(format!("{name}-{layout}.mlpackage"));
+            write(UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
+            assert!(verify(&out).unwrap().named);
+            compare(&out, &chain, &unet, &options);
+            let apple = Options { io: Io::Apple, ..options };
+            let out = folder.path().join(format!("{name}-{layout}-apple.mlpackage"));
+            let written = write(UnetWeights::Dense { weights: &weights, config: &entries }, &apple, &out, &Silent);
+            assert_eq!(written.is_ok(), ["ssd-like", "koala-like"].contains(&name), "{name}");
+        }
     }
 }
 

@@ -41,6 +41,8 @@ impl Limit {
     pub const MANIFEST: Limit = Limit { kind: "a manifest", bytes: 1 << 20 };
     /// The program of a Core ML package: SDXL's has 10 MB.
     pub const PROGRAM: Limit = Limit { kind: "a UNet's program", bytes: 256 << 20 };
+    /// A picture: 4,096 x 4,096 pixels of noise have 50 MB.
+    pub const PICTURE: Limit = Limit { kind: "a picture", bytes: 256 << 20 };
     /// The notes of a run in its work folder.
     pub const RUN_STATE: Limit = Limit { kind: "a run's own notes", bytes: 256 << 20 };
 }

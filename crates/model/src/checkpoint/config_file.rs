@@ -127,6 +127,11 @@ impl ConfigFile {
         Err(self.error(key, format!("= {} is not supported (only {expected} is)", shorten(&value.to_string()))))
     }
 
+    /// Takes `key` as it was written, `null` included; `None` if it is absent.
+    pub fn given(&mut self, key: &str) -> Option<Value> {
+        self.entries.remove(key)
+    }
+
     /// Takes keys that have no effect on inference, whatever their value.
     pub fn ignore(&mut self, keys: &[&str]) {
         for key in keys {

@@ -7,7 +7,7 @@ use squeeze_base::error::{Error, Result};
 use crate::checkpoint::{TensorSpec, View};
 use crate::text::{ClipText, TextConfig};
 use crate::unet::{StageName, UnetChain};
-use crate::vae::{VaeConfig, VaeDecoder, encoder_tensors};
+use crate::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 
 /// The stored tensors of a network, each with the network's tensors that it holds. The names are
 /// those of the LDM and sgm repositories, without the prefix of the part.
@@ -71,7 +71,7 @@ impl Names {
     /// # Errors
     /// As [`of_unet`](Self::of_unet).
     pub fn of_vae(config: &VaeConfig) -> Result<Self> {
-        let tensors = [VaeDecoder::tensors(config)?, encoder_tensors(config)?].concat();
+        let tensors = [VaeDecoder::tensors(config)?, VaeEncoder::tensors(config)?].concat();
         Self::of_modules(tensors, &vae_modules(config.block_out_channels.len()), &[("conv_shortcut", "nin_shortcut")])
     }
 

@@ -78,4 +78,10 @@ impl Scheduler for Ddim {
         let noise = noise_like(model_output, model_output.f_kind()?, generator)?;
         Ok(next.f_add(&times(deviation, &noise)?)?)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        let (before, _) = self.signal[index];
+        Ok(times(sqrt(before)?, picture)?.f_add(&times(sqrt(1.0 - before)?, noise)?)?)
+    }
 }

@@ -10,7 +10,7 @@ use super::multistep::{Level, Multistep};
 use super::noise::{NoiseSchedule, sigmas};
 use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind, countdown, linspace, reversed};
-use super::{Prediction, Scheduler, over, times};
+use super::{Prediction, Scheduler, check_index, over, times};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `DPMSolverMultistepScheduler` with `algorithm_type` "dpmsolver++" or
@@ -100,6 +100,18 @@ impl Scheduler for DpmSolver {
         let noise = self.multistep.noise(sample, Kind::Float, generator)?;
         let next = self.multistep.step(index, levels, &picture, &sample.f_to_kind(Kind::Float)?, noise)?;
         Ok(next.f_to_kind(picture.f_kind()?)?)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        let level = self.level(index)?;
+        Ok(times(level.signal, picture)?.f_add(&times(level.noise, noise)?)?)
+    }
+
+    fn begin_at(&mut self, index: usize) -> Result<()> {
+        check_index(index, &self.timesteps)?;
+        self.multistep.begin_at(index);
+        Ok(())
     }
 }
 

@@ -96,6 +96,11 @@ impl Scheduler for Euler {
         let derivative = over(&sample.f_sub(&denoised)?, sigma)?;
         Ok(sample.f_add(&times(next - sigma, &derivative)?)?.f_to_kind(model_output.f_kind()?)?)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        Ok(picture.f_add(&times(self.sigmas[index], noise)?)?)
+    }
 }
 
 /// `steps + 1` sigmas in geometric progression over the range of training. The last step ends at

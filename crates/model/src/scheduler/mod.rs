@@ -69,6 +69,24 @@ pub trait Scheduler {
     /// # Errors
     /// If there is no such step or it is out of order, or libtorch fails.
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor>;
+
+    /// The latents before step `index` of a picture whose scaled latents are `picture`, from unit
+    /// `noise`: both [n, c, h, w] (`add_noise` in diffusers).
+    ///
+    /// # Errors
+    /// If there is no such step, the sampler cannot start from a picture, or libtorch fails.
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        let _unused = (index, picture, noise);
+        Err(Error::Argument("this sampler cannot start from a picture; choose another with --scheduler".into()))
+    }
+
+    /// Starts a new picture at step `index`, which the next call of [`step`](Self::step) takes.
+    ///
+    /// # Errors
+    /// If there is no such step.
+    fn begin_at(&mut self, index: usize) -> Result<()> {
+        check_index(index, self.timesteps())
+    }
 }
 
 /// The quantity that the network was trained to predict (`prediction_type`).

@@ -105,6 +105,11 @@ impl Multistep {
         self.order == 2 && self.solver == SolverType::Heun && !self.first_order_last
     }
 
+    /// Makes `index` the next step, of a new picture.
+    pub(super) fn begin_at(&mut self, index: usize) {
+        (self.next, self.previous) = (index, None);
+    }
+
     /// Refuses a step that does not exist or is out of order.
     pub(super) fn check(&self, index: usize) -> Result<()> {
         if index >= self.steps {

@@ -26,7 +26,8 @@ pub struct ClipText {
 /// The outputs of a text encoder that SDXL uses.
 #[derive(Debug)]
 pub struct TextStates {
-    /// The states before the last layer, without the final norm: [b, s, hidden_size].
+    /// The states before the last layer, or before more of them, without the final norm: [b, s,
+    /// hidden_size].
     pub penultimate: Tensor,
     /// The projected state at the end of the text: [b, projection_dim]; `None` for an encoder
     /// without a projection.
@@ -106,6 +107,15 @@ impl ClipText {
     /// # Errors
     /// If there are more positions than the encoder has, or an id is outside its vocabulary.
     pub fn forward(&self, ids: &Tensor) -> Result<TextStates> {
+        self.forward_skipping(ids, 0)
+    }
+
+    /// Encodes token ids [b, s]. The states are those before the last `skip` + 1 layers; pooled
+    /// text passes all of them.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and if there are not so many layers.
+    pub fn forward_skipping(&self, ids: &Tensor, skip: usize) -> Result<TextStates> {
         let (_, length) = ids.size2()?;
         if length > self.config.max_position_embeddings {
             return Err(Error::range("the number of tokens", length, format!("at most {}", self.config.max_position_embeddings)));
@@ -121,17 +131,24 @@ impl ClipText {
         let tokens = Tensor::f_embedding(&self.token_embedding, &ids, -1, false, false)?;
         let mut hidden = tokens.f_add(&self.position_embedding.f_narrow(0, 0, length)?)?;
         let (last, before) = self.blocks.split_last().expect("the config has at least one layer");
-        for block in before {
+        let few =
+            || Error::Argument(format!("a text encoder of {} layers cannot leave out {skip} more than 1", self.blocks.len()));
+        let kept = before.len().checked_sub(skip).ok_or_else(few)?;
+        let mut states = hidden.shallow_clone();
+        for (index, block) in before.iter().enumerate() {
             hidden = block.forward(&hidden, &mut run)?;
+            if index < kept {
+                states = hidden.shallow_clone();
+            }
         }
         let pooled = match &self.pooling {
             None => None,
             Some(pooling) => {
-                let states = pooling.final_layer_norm.forward(&last.forward(&hidden, &mut run)?)?;
-                Some(run.layer(pooling.text_projection, &self.at_end_of_text(&states, &ids)?)?)
+                let final_states = pooling.final_layer_norm.forward(&last.forward(&hidden, &mut run)?)?;
+                Some(run.layer(pooling.text_projection, &self.at_end_of_text(&final_states, &ids)?)?)
             }
         };
-        Ok(TextStates { penultimate: hidden, pooled })
+        Ok(TextStates { penultimate: states, pooled })
     }
 
     /// The state at the end of each text: [b, width] of states [b, s, width].

@@ -139,8 +139,7 @@ impl ClipTokenizer {
     /// # Errors
     /// If the `tokenizers` crate refuses the text.
     pub fn encode(&self, text: &str) -> Result<Tokens> {
-        let refused =
-            |why: tokenizers::Error| Error::bad_file(&self.folder, format!("cannot tokenize `{}`: {why}", shorten(text)));
+        let refused = |why| self.refused(text, &why);
         let encoding = self.tokenizer.encode(text, false).map_err(refused)?;
         let (kept, cut) = encoding.get_ids().split_at(encoding.len().min(self.length - 2));
         let dropped = if cut.is_empty() {
@@ -149,11 +148,34 @@ impl ClipTokenizer {
             let end = self.tokenizer.decode(cut, false).map_err(refused)?;
             Some(end.replace("</w>", " ").trim().to_owned())
         };
-        let mut ids = vec![self.begin];
-        ids.extend(kept.iter().map(|id| i64::from(*id)));
-        ids.push(self.end);
-        ids.resize(self.length, self.pad);
-        Ok(Tokens { ids, dropped })
+        Ok(Tokens { ids: self.framed(kept), dropped })
+    }
+
+    /// Turns a text into as many pieces as it needs, each with a begin and an end of its own. A
+    /// text that fits is one piece, and so is an empty one.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn pieces(&self, text: &str) -> Result<Vec<Vec<i64>>> {
+        let encoding = self.tokenizer.encode(text, false).map_err(|why| self.refused(text, &why))?;
+        let ids = encoding.get_ids();
+        if ids.is_empty() {
+            return Ok(vec![self.framed(&[])]);
+        }
+        Ok(ids.chunks(self.length - 2).map(|piece| self.framed(piece)).collect())
+    }
+
+    /// Ids between a begin and an end, padded.
+    fn framed(&self, ids: &[u32]) -> Vec<i64> {
+        let mut framed = vec![self.begin];
+        framed.extend(ids.iter().map(|id| i64::from(*id)));
+        framed.push(self.end);
+        framed.resize(self.length, self.pad);
+        framed
+    }
+
+    fn refused(&self, text: &str, why: &tokenizers::Error) -> Error {
+        Error::bad_file(&self.folder, format!("cannot tokenize `{}`: {why}", shorten(text)))
     }
 }
 

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use squeeze_base::error::Result;
+use squeeze_base::shorten::shorten;
 
 use crate::checkpoint::ConfigFile;
 
@@ -24,6 +25,8 @@ pub struct UnetConfig {
     pub down_attention: Vec<bool>,
     /// Whether each up stage has transformers.
     pub up_attention: Vec<bool>,
+    /// The stage between the down and the up stages.
+    pub mid_block: MidBlock,
     /// Resnets of each down stage.
     pub layers_per_block: Vec<usize>,
     /// Blocks in each transformer of a level.
@@ -49,6 +52,9 @@ pub struct UnetConfig {
     pub conv_out_kernel: i64,
     /// The width of temb.
     pub time_embed_dim: i64,
+    /// The width of the embedded guidance scale that is added to the timestep's sinusoids, for
+    /// models that were distilled for one call a step (LCM).
+    pub time_cond_proj_dim: Option<i64>,
     /// The width of the sinusoids of each time id.
     pub addition_time_embed_dim: i64,
     /// The width of the pooled text and the sinusoids of all time ids together.
@@ -59,6 +65,17 @@ pub struct UnetConfig {
     pub freq_shift: f64,
     /// Whether the input is mapped from [0, 1] to [-1, 1] first.
     pub center_input_sample: bool,
+}
+
+/// The stage in the middle of a UNet (diffusers' `get_mid_block`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MidBlock {
+    /// `UNetMidBlock2DCrossAttn`: a resnet, a transformer, a resnet.
+    CrossAttention,
+    /// `UNetMidBlock2D`: one resnet. In this place diffusers builds it without further layers.
+    Resnet,
+    /// `null`: the up stages follow the down stages.
+    Absent,
 }
 
 /// The number of blocks in the transformers of a level.
@@ -81,10 +98,22 @@ impl Depth {
     }
 
     /// The number of blocks in transformer `index`.
+    ///
+    /// # Panics
+    /// If the level has no such transformer: [`UnetConfig::parse`] has checked the lists' lengths.
     pub(super) fn of(&self, index: usize) -> usize {
         match self {
             Depth::Same(depth) => *depth,
-            Depth::Each(depths) => depths.get(index).copied().unwrap_or(0),
+            Depth::Each(depths) => depths[index],
+        }
+    }
+
+    /// Whether each of `transformers` transformers has a number of blocks. As in diffusers, further
+    /// entries are not used.
+    fn covers(&self, transformers: usize) -> bool {
+        match self {
+            Depth::Same(_) => true,
+            Depth::Each(depths) => depths.len() >= transformers,
         }
     }
 }
@@ -131,6 +160,7 @@ impl UnetConfig {
     pub fn parse(mut file: ConfigFile) -> Result<Self> {
         file.only("_class_name", &[json!("UNet2DConditionModel")])?;
         refuse_other_computations(&mut file)?;
+        let mid_block = mid_block(&mut file)?;
         // These keys affect training only, or computations that are refused above.
         file.ignore(&["dropout", "addition_embed_type_num_heads", "upcast_attention", "resnet_skip_time_act_fn"]);
 
@@ -160,6 +190,7 @@ impl UnetConfig {
             out_channels: file.or("out_channels", 4)?,
             down_attention,
             up_attention,
+            mid_block,
             layers_per_block,
             transformer_layers_per_block,
             reverse_transformer_layers_per_block,
@@ -172,6 +203,7 @@ impl UnetConfig {
             conv_in_kernel: file.or("conv_in_kernel", 3)?,
             conv_out_kernel: file.or("conv_out_kernel", 3)?,
             time_embed_dim,
+            time_cond_proj_dim: file.optional("time_cond_proj_dim")?,
             addition_time_embed_dim: file.required("addition_time_embed_dim")?,
             projection_class_embeddings_input_dim: file.required("projection_class_embeddings_input_dim")?,
             flip_sin_to_cos: file.or("flip_sin_to_cos", true)?,
@@ -205,6 +237,7 @@ impl UnetConfig {
             ("cross_attention_dim", &[self.cross_attention_dim]),
             ("norm_num_groups", &[self.norm_num_groups]),
             ("time_embedding_dim", &[self.time_embed_dim]),
+            ("time_cond_proj_dim", self.time_cond_proj_dim.as_slice()),
             ("addition_time_embed_dim", &[self.addition_time_embed_dim]),
             ("projection_class_embeddings_input_dim", &[self.projection_class_embeddings_input_dim]),
         ];
@@ -249,6 +282,7 @@ impl UnetConfig {
                 }
             }
         }
+        self.check_depths(file)?;
         let blocks = self.most_blocks();
         if blocks > MAX_BLOCKS {
             return Err(file
@@ -270,12 +304,58 @@ impl UnetConfig {
         }
         Ok(())
     }
+
+    /// Checks that every transformer has a number of blocks, where the lists of a level have one
+    /// for each. diffusers takes such lists with `reverse_transformer_layers_per_block` only.
+    fn check_depths(&self, file: &ConfigFile) -> Result<()> {
+        const DOWN: &str = "transformer_layers_per_block";
+        const UP: &str = "reverse_transformer_layers_per_block";
+        let down = &self.transformer_layers_per_block;
+        let short = |key: &str, level: usize, transformers: usize| {
+            file.error(key, format!("has fewer entries at level {level} than its {transformers} transformers"))
+        };
+        let Some(up) = &self.reverse_transformer_layers_per_block else {
+            if down.iter().any(|depth| matches!(depth, Depth::Each(_))) {
+                return Err(file.error(DOWN, format!("has a list for a level, which needs `{UP}`")));
+            }
+            return Ok(());
+        };
+        let last = self.block_out_channels.len() - 1;
+        for (level, depth) in down.iter().enumerate() {
+            let here = if self.down_attention[level] { self.layers_per_block[level] } else { 0 };
+            let mid = usize::from(level == last && self.mid_block == MidBlock::CrossAttention);
+            if !depth.covers(here.max(mid)) {
+                return Err(short(DOWN, level, here.max(mid)));
+            }
+        }
+        for (index, depth) in up.iter().enumerate() {
+            let here = if self.up_attention[index] { self.layers_per_block[last - index] + 1 } else { 0 };
+            if !depth.covers(here) {
+                return Err(short(UP, index, here));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes `mid_block_type`, where an absent key is not `null`.
+fn mid_block(file: &mut ConfigFile) -> Result<MidBlock> {
+    const KEY: &str = "mid_block_type";
+    match file.given(KEY) {
+        None => Ok(MidBlock::CrossAttention),
+        Some(Value::Null) => Ok(MidBlock::Absent),
+        Some(Value::String(name)) if name == "UNetMidBlock2DCrossAttn" => Ok(MidBlock::CrossAttention),
+        Some(Value::String(name)) if name == "UNetMidBlock2D" => Ok(MidBlock::Resnet),
+        Some(other) => {
+            let other = shorten(&other.to_string());
+            Err(file.error(KEY, format!("= {other} is not supported (UNetMidBlock2DCrossAttn, UNetMidBlock2D and null are)")))
+        }
+    }
 }
 
 /// Refuses keys that ask for a computation that no SDXL model has.
 fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
     file.exactly("addition_embed_type", &json!("text_time"), &json!(null))?;
-    file.exactly("mid_block_type", &json!("UNetMidBlock2DCrossAttn"), &json!("UNetMidBlock2DCrossAttn"))?;
     file.only("act_fn", &[json!("silu"), json!("swish")])?;
     file.only("time_embedding_type", &[json!("positional")])?;
     file.only("resnet_time_scale_shift", &[json!("default")])?;
@@ -299,7 +379,6 @@ fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
         "encoder_hid_dim_type",
         "time_embedding_act_fn",
         "timestep_post_act",
-        "time_cond_proj_dim",
         "cross_attention_norm",
     ] {
         file.only(key, &[])?;

@@ -1,6 +1,6 @@
 //! The input block (embeddings and conv_in) and the output block (norm and conv_out) of the UNet.
 
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_numerics::elementwise::silu_in_place;
 use tch::{Device, Kind, Tensor};
 
@@ -19,6 +19,9 @@ pub struct Conditioning {
     pub text_embeds: Tensor,
     /// Sizes and crop (base: 6 numbers) or sizes, crop and aesthetic score (refiner: 5): [b, n].
     pub time_ids: Tensor,
+    /// The guidance scale's sinusoids, for a UNet with `time_cond_proj_dim`: [b,
+    /// time_cond_proj_dim].
+    pub timestep_cond: Option<Tensor>,
 }
 
 impl Conditioning {
@@ -29,6 +32,7 @@ impl Conditioning {
             encoder_hidden_states: self.encoder_hidden_states.shallow_clone(),
             text_embeds: self.text_embeds.shallow_clone(),
             time_ids: self.time_ids.shallow_clone(),
+            timestep_cond: self.timestep_cond.as_ref().map(Tensor::shallow_clone),
         }
     }
 }
@@ -38,7 +42,7 @@ impl Conditioning {
 pub enum InputBlockDependency {
     /// The timestep alone.
     Time,
-    /// Pooled text and time ids.
+    /// Pooled text and time ids, or the guidance scale.
     Conditioning,
     /// The noisy latents.
     Latents,
@@ -64,8 +68,11 @@ impl InputBlock {
         let width = config.time_embed_dim;
         let kernel = config.conv_in_kernel;
         Ok(InputBlock {
-            time_embedding: Embedding::build(&mut top.at("time_embedding"), first, width)?,
-            add_embedding: Embedding::build(&mut top.at("add_embedding"), config.projection_class_embeddings_input_dim, width)?,
+            time_embedding: Embedding::build(&mut top.at("time_embedding"), first, width, config.time_cond_proj_dim)?,
+            add_embedding: {
+                let input = config.projection_class_embeddings_input_dim;
+                Embedding::build(&mut top.at("add_embedding"), input, width, None)?
+            },
             conv_in: top.conv2d("conv_in", config.in_channels, first, kernel, ConvGeometry::new(1, (kernel - 1) / 2))?,
             time: Sinusoids::new(config, first),
             time_ids: Sinusoids::new(config, config.addition_time_embed_dim),
@@ -99,12 +106,26 @@ impl InputBlock {
     }
 
     /// The embedding of timesteps `times` `[n]`, to which that of the conditioning is not yet
-    /// added: [n, time_embed_dim] in `kind`.
+    /// added: [n, time_embed_dim] in `kind`. `timestep_cond` is [`Conditioning::timestep_cond`], of
+    /// one row or n.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn embed_times(&self, times: &Tensor, kind: Kind, observer: &mut dyn Observer) -> Result<Tensor> {
-        self.time_embedding.forward(&self.time.of(times)?.f_to_kind(kind)?, &mut Run::new(&self.layers, observer))
+    pub fn embed_times(
+        &self,
+        times: &Tensor,
+        timestep_cond: Option<&Tensor>,
+        kind: Kind,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensor> {
+        let (times, mut run) = (self.time.of(times)?.f_to_kind(kind)?, Run::new(&self.layers, observer));
+        let times = match (self.time_embedding.cond_proj, timestep_cond) {
+            (None, None) => times,
+            (Some(cond_proj), Some(guidance)) => times.f_add(&run.layer(cond_proj, &guidance.f_to_kind(kind)?)?)?,
+            (Some(_), None) => return Err(Error::Argument("the UNet takes an embedded guidance scale; none is given".into())),
+            (None, Some(_)) => return Err(Error::Argument("the UNet takes no embedded guidance scale; one is given".into())),
+        };
+        self.time_embedding.forward(&times, &mut run)
     }
 
     /// Embeds noisy latents `sample` [b, c, h, w] at `timestep` (in training steps, 0 to 999).
@@ -121,7 +142,7 @@ impl InputBlock {
         let kind = sample.f_kind()?;
         let batch = sample.size4()?.0;
         let time = Tensor::f_full([batch], timestep, (Kind::Float, sample.device()))?;
-        let temb = self.embed_times(&time, kind, observer)?;
+        let temb = self.embed_times(&time, conditioning.timestep_cond.as_ref(), kind, observer)?;
 
         let mut run = Run::new(&self.layers, observer);
         let ids = self.time_ids.of(&conditioning.time_ids.f_flatten(0, -1)?)?.f_reshape([batch, -1])?;
@@ -144,13 +165,19 @@ impl InputBlock {
 /// `diffusers.models.embeddings.TimestepEmbedding`: Linear, SiLU, Linear.
 #[derive(Debug)]
 struct Embedding {
+    /// Projects the embedded guidance scale, which is added to the input.
+    cond_proj: Option<LayerId>,
     linear_1: LayerId,
     linear_2: LayerId,
 }
 
 impl Embedding {
-    fn build(b: &mut Builder, input: i64, width: i64) -> Result<Self> {
-        Ok(Embedding { linear_1: b.linear("linear_1", input, width, true)?, linear_2: b.linear("linear_2", width, width, true)? })
+    fn build(b: &mut Builder, input: i64, width: i64, cond_proj_dim: Option<i64>) -> Result<Self> {
+        Ok(Embedding {
+            cond_proj: cond_proj_dim.map(|dim| b.linear("cond_proj", dim, input, false)).transpose()?,
+            linear_1: b.linear("linear_1", input, width, true)?,
+            linear_2: b.linear("linear_2", width, width, true)?,
+        })
     }
 
     fn forward(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
@@ -196,6 +223,26 @@ impl Sinusoids {
         }
         Ok(Tensor::f_cat(&parts, -1)?)
     }
+}
+
+/// The guidance scale's sinusoids, for [`Conditioning::timestep_cond`]: [1, width] in fp32, of
+/// 1,000 (scale - 1) (`get_guidance_scale_embedding` in diffusers).
+///
+/// # Errors
+/// If libtorch refuses an operation.
+pub fn guidance_scale_embedding(scale: f64, width: i64) -> Result<Tensor> {
+    let half = width / 2;
+    // The angles are in the thousands, so that every rounding must be that of diffusers. It
+    // subtracts in fp64, and multiplies in fp32.
+    let scale = Tensor::f_from_slice(&[(scale - 1.0) as f32])?.f_mul_scalar(1000.0)?;
+    let step = Tensor::f_from_slice(&[10_000_f32])?.f_log()?.f_div_scalar((half - 1) as f64)?;
+    let frequencies = Tensor::f_arange(half, (Kind::Float, Device::Cpu))?.f_mul(&step.f_neg()?)?.f_exp()?;
+    let angles = scale.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?;
+    let mut parts = vec![angles.f_sin()?, angles.f_cos()?];
+    if width % 2 == 1 {
+        parts.push(Tensor::f_zeros([1, 1], (Kind::Float, Device::Cpu))?);
+    }
+    Ok(Tensor::f_cat(&parts, -1)?)
 }
 
 /// GroupNorm, SiLU and conv_out: turns the last carry into the prediction.

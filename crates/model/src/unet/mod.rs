@@ -8,9 +8,9 @@ mod stage;
 mod transformer;
 
 pub use carry::{Carry, CarryShape};
-pub use config::{Depth, UnetConfig};
-pub use ends::Sinusoids;
+pub use config::{Depth, MidBlock, UnetConfig};
 pub use ends::{Conditioning, InputBlock, InputBlockDependency, OutputBlock};
+pub use ends::{Sinusoids, guidance_scale_embedding};
 pub use part::{Part, PartName, Scope};
 use squeeze_base::error::Result;
 use squeeze_base::pattern::NamePattern;

@@ -7,7 +7,7 @@ use squeeze_numerics::elementwise::silu;
 use tch::Tensor;
 
 use super::carry::{Carry, CarryShape};
-use super::config::{Depth, UnetConfig};
+use super::config::{Depth, MidBlock, UnetConfig};
 use super::transformer::{Transformer, TransformerShape};
 use crate::checkpoint::TensorSource;
 use crate::layer::{ConvGeometry, Layer, Observer};
@@ -71,7 +71,7 @@ impl StageSpec {
         let levels = config.block_out_channels.len();
         let down = (0..levels).map(|level| Self::down(config, level));
         let up = (0..levels).map(|index| Self::up(config, index));
-        down.chain([Self::mid(config)]).chain(up).collect()
+        down.chain(Self::mid(config)).chain(up).collect()
     }
 
     fn down(config: &UnetConfig, level: usize) -> StageSpec {
@@ -93,15 +93,20 @@ impl StageSpec {
         }
     }
 
-    fn mid(config: &UnetConfig) -> StageSpec {
+    fn mid(config: &UnetConfig) -> Option<StageSpec> {
         let level = config.block_out_channels.len() - 1;
         let channels = config.block_out_channels[level];
-        StageSpec {
+        let (resnets, has_attention) = match config.mid_block {
+            MidBlock::CrossAttention => (2, true),
+            MidBlock::Resnet => (1, false),
+            MidBlock::Absent => return None,
+        };
+        Some(StageSpec {
             name: StageName::Mid,
-            resnets: vec![resnet(config, channels, channels); 2],
-            transformers: transformers(config, true, level, &config.transformer_layers_per_block[level], 1),
+            resnets: vec![resnet(config, channels, channels); resnets],
+            transformers: transformers(config, has_attention, level, &config.transformer_layers_per_block[level], 1),
             resample: None,
-        }
+        })
     }
 
     fn up(config: &UnetConfig, index: usize) -> StageSpec {

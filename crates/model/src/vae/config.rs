@@ -7,7 +7,7 @@ use squeeze_base::error::Result;
 
 use crate::checkpoint::ConfigFile;
 
-/// The architecture of a VAE's decoder, and the scaling of its latents (`diffusers.AutoencoderKL`).
+/// The architecture of a VAE, and the scaling of its latents (`diffusers.AutoencoderKL`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
     /// Latent channels.
@@ -24,6 +24,8 @@ pub struct VaeConfig {
     pub mid_block_add_attention: bool,
     /// Whether a 1x1 convolution comes before the decoder.
     pub use_post_quant_conv: bool,
+    /// Whether a 1x1 convolution comes after the encoder.
+    pub use_quant_conv: bool,
     /// The divisor of latents before they are decoded.
     pub scaling_factor: f64,
     /// Mean and standard deviation of each latent channel, for VAEs whose latents are normalized.
@@ -63,6 +65,7 @@ impl VaeConfig {
             norm_num_groups: file.or("norm_num_groups", 32)?,
             mid_block_add_attention: file.or("mid_block_add_attention", true)?,
             use_post_quant_conv: file.or("use_post_quant_conv", true)?,
+            use_quant_conv: file.or("use_quant_conv", true)?,
             scaling_factor: file.or("scaling_factor", 0.18215)?,
             latents_mean_std: mean.zip(std),
             block_out_channels,
@@ -99,10 +102,14 @@ impl VaeConfig {
                 }
             }
         }
-        // These keys describe the encoder, which is not used, except for two: `force_upcast` asks
-        // for decoding in fp32, which is always the case here, and `shift_factor` is not used by
-        // SDXL pipelines.
-        file.ignore(&["down_block_types", "in_channels", "use_quant_conv", "sample_size", "force_upcast", "shift_factor"]);
+        let down: Vec<String> = file.or("down_block_types", vec!["DownEncoderBlock2D".to_owned(); up.len()])?;
+        if down.len() != up.len() || down.iter().any(|name| name != "DownEncoderBlock2D") {
+            return Err(file.error("down_block_types", format!("is not {} times DownEncoderBlock2D", up.len())));
+        }
+        file.only("in_channels", &[json!(3)])?;
+        // `force_upcast` asks for fp32, which is always the case here; SDXL pipelines do not use
+        // the others.
+        file.ignore(&["sample_size", "force_upcast", "shift_factor"]);
         file.finish();
         Ok(config)
     }

@@ -118,7 +118,7 @@ impl VaeDecoder {
             && ["to_q", "to_k", "to_v", "to_out.0"].iter().any(|part| name.ends_with(&format!(".{part}.weight")))
     }
 
-    /// Whether a tensor belongs to the encoder, which is not needed.
+    /// Whether a tensor belongs to the encoder, which the decoder does not need.
     #[must_use]
     pub fn is_unused(name: &str) -> bool {
         name.starts_with("encoder.") || name.starts_with("quant_conv.")
@@ -199,7 +199,7 @@ impl Attention {
         })
     }
 
-    fn forward(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
+    pub(super) fn forward(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
         let shape = input.size();
         let tokens = self.group_norm.forward(input)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
         let query = split_heads(&run.layer(self.to_q, &tokens)?, 1)?;

@@ -1,50 +1,178 @@
-//! The encoder's tensors. Nothing here encodes; `synth` writes them, so that diffusers loads its
-//! folders without complaint.
+//! The encoder: from a picture to latents.
 
 use squeeze_base::error::Result;
+use squeeze_numerics::elementwise::silu_in_place;
+use tch::Tensor;
 
 use super::config::VaeConfig;
 use super::decoder::{Attention, EPS};
-use crate::checkpoint::{Blueprint, TensorSpec};
-use crate::layer::ConvGeometry;
-use crate::network::Builder;
+use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
+use crate::layer::{ConvGeometry, Layer, Unobserved};
+use crate::network::{Builder, GroupNorm, LayerId, Run};
 use crate::resnet::{Resnet, ResnetShape};
 
-/// Every tensor of the encoding half of `diffusers.AutoencoderKL`, for pictures of three channels.
-///
-/// # Errors
-/// If libtorch cannot make a tensor at all.
-pub fn encoder_tensors(config: &VaeConfig) -> Result<Vec<TensorSpec>> {
-    let blueprint = Blueprint::default();
-    let mut layers = Vec::new();
-    let mut top = Builder::new(&blueprint, "", &mut layers);
-    let groups = config.norm_num_groups;
-    let shape = |input, output| ResnetShape { input, output, temb: None, groups, eps: EPS };
-    let same = ConvGeometry::new(1, 1);
-    let widths = &config.block_out_channels;
-    let deepest = widths[widths.len() - 1];
-    let moments = 2 * config.latent_channels;
+/// The encoding half of `diffusers.AutoencoderKL` (Rombach et al. 2022), for pictures of three
+/// channels.
+#[derive(Debug)]
+pub struct VaeEncoder {
+    config: VaeConfig,
+    layers: Vec<Layer>,
+    conv_in: LayerId,
+    down_blocks: Vec<DownBlock>,
+    mid_resnets: [Resnet; 2],
+    mid_attention: Option<Attention>,
+    conv_norm_out: GroupNorm,
+    conv_out: LayerId,
+    quant_conv: Option<LayerId>,
+}
 
-    let mut encoder = top.at("encoder");
-    encoder.conv2d("conv_in", config.out_channels, widths[0], 3, same)?;
-    for (i, width) in widths.iter().copied().enumerate() {
-        let mut block = encoder.at(format_args!("down_blocks.{i}"));
-        for k in 0..config.layers_per_block {
-            let input = if k == 0 { widths[i.saturating_sub(1)] } else { width };
-            Resnet::build(&mut block.at("resnets").at(k), shape(input, width))?;
-        }
-        if i + 1 < widths.len() {
-            block.at("downsamplers.0").conv2d("conv", width, width, 3, ConvGeometry::new(2, 0))?;
-        }
+#[derive(Debug)]
+struct DownBlock {
+    resnets: Vec<Resnet>,
+    downsampler: Option<LayerId>,
+}
+
+/// The normal distribution of a picture's unscaled latents: both [b, c, h, w].
+#[derive(Debug)]
+pub struct LatentDistribution {
+    /// The mean, which diffusers calls the mode.
+    pub mean: Tensor,
+    /// The standard deviation.
+    pub std: Tensor,
+}
+
+impl LatentDistribution {
+    /// The latents that unit Gaussian `noise` [b, c, h, w] draws.
+    ///
+    /// # Errors
+    /// If the noise has another shape.
+    pub fn draw(&self, noise: &Tensor) -> Result<Tensor> {
+        Ok(self.mean.f_add(&self.std.f_mul(noise)?)?)
     }
-    let mut mid = encoder.at("mid_block");
-    Resnet::build(&mut mid.at("resnets.0"), shape(deepest, deepest))?;
-    if config.mid_block_add_attention {
-        Attention::build(&mut mid.at("attentions.0"), deepest, groups)?;
+}
+
+impl VaeEncoder {
+    /// Builds the encoder, reading its weights from `source`.
+    ///
+    /// # Errors
+    /// If a tensor is missing or misshapen.
+    pub fn load(config: &VaeConfig, source: &dyn TensorSource) -> Result<Self> {
+        let mut layers = Vec::new();
+        let mut top = Builder::new(source, "", &mut layers);
+        let groups = config.norm_num_groups;
+        let shape = |input, output| ResnetShape { input, output, temb: None, groups, eps: EPS };
+        let same = ConvGeometry::new(1, 1);
+        let widths = &config.block_out_channels;
+        let deepest = widths[widths.len() - 1];
+        let moments = 2 * config.latent_channels;
+
+        let mut encoder = top.at("encoder");
+        let conv_in = encoder.conv2d("conv_in", config.out_channels, widths[0], 3, same)?;
+        let mut down_blocks = Vec::new();
+        for (i, width) in widths.iter().copied().enumerate() {
+            let mut block = encoder.at(format_args!("down_blocks.{i}"));
+            let before = widths[i.saturating_sub(1)];
+            let resnets = (0..config.layers_per_block)
+                .map(|k| Resnet::build(&mut block.at("resnets").at(k), shape(if k == 0 { before } else { width }, width)))
+                .collect::<Result<_>>()?;
+            let downsampler = (i + 1 < widths.len())
+                .then(|| block.at("downsamplers.0").conv2d("conv", width, width, 3, ConvGeometry::new(2, 0)))
+                .transpose()?;
+            down_blocks.push(DownBlock { resnets, downsampler });
+        }
+        let mut mid = encoder.at("mid_block");
+        let mid_resnet_0 = Resnet::build(&mut mid.at("resnets.0"), shape(deepest, deepest))?;
+        let mid_attention =
+            config.mid_block_add_attention.then(|| Attention::build(&mut mid.at("attentions.0"), deepest, groups)).transpose()?;
+        let mid_resnet_1 = Resnet::build(&mut mid.at("resnets.1"), shape(deepest, deepest))?;
+        let conv_norm_out = encoder.group_norm("conv_norm_out", groups, deepest, EPS)?;
+        let conv_out = encoder.conv2d("conv_out", deepest, moments, 3, same)?;
+        let quant_conv =
+            config.use_quant_conv.then(|| top.conv2d("quant_conv", moments, moments, 1, ConvGeometry::new(1, 0))).transpose()?;
+        Ok(VaeEncoder {
+            config: config.clone(),
+            layers,
+            conv_in,
+            down_blocks,
+            mid_resnets: [mid_resnet_0, mid_resnet_1],
+            mid_attention,
+            conv_norm_out,
+            conv_out,
+            quant_conv,
+        })
     }
-    Resnet::build(&mut mid.at("resnets.1"), shape(deepest, deepest))?;
-    encoder.group_norm("conv_norm_out", groups, deepest, EPS)?;
-    encoder.conv2d("conv_out", deepest, moments, 3, same)?;
-    top.conv2d("quant_conv", moments, moments, 1, ConvGeometry::new(1, 0))?;
-    Ok(blueprint.into_tensors())
+
+    /// Every tensor of the encoder.
+    ///
+    /// # Errors
+    /// If libtorch cannot make a tensor at all.
+    pub fn tensors(config: &VaeConfig) -> Result<Vec<TensorSpec>> {
+        let blueprint = Blueprint::default();
+        Self::load(config, &blueprint)?;
+        Ok(blueprint.into_tensors())
+    }
+
+    /// Whether a tensor belongs to the decoder, which the encoder does not need.
+    #[must_use]
+    pub fn is_unused(name: &str) -> bool {
+        name.starts_with("decoder.") || name.starts_with("post_quant_conv.")
+    }
+
+    /// Encodes a picture [b, 3, h, w] with values in [-1, 1] to the distribution of its latents,
+    /// [b, c, h / scale, w / scale], which are not scaled.
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation.
+    pub fn forward(&self, picture: &Tensor) -> Result<LatentDistribution> {
+        let mut observer = Unobserved;
+        let mut run = Run::new(&self.layers, &mut observer);
+        let mut hidden = run.layer(self.conv_in, picture)?;
+        for block in &self.down_blocks {
+            for resnet in &block.resnets {
+                hidden = resnet.forward(&hidden, None, &mut run)?;
+            }
+            if let Some(conv) = block.downsampler {
+                // One row and column of zeros at the end, and none at the begin.
+                hidden = run.layer(conv, &hidden.f_constant_pad_nd([0, 1, 0, 1])?)?;
+            }
+        }
+        hidden = self.mid_resnets[0].forward(&hidden, None, &mut run)?;
+        if let Some(attention) = &self.mid_attention {
+            hidden = attention.forward(&hidden, &mut run)?;
+        }
+        hidden = self.mid_resnets[1].forward(&hidden, None, &mut run)?;
+        let moments = run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&hidden)?)?)?;
+        let quantized = self.quant_conv.map(|conv| run.layer(conv, &moments)).transpose()?;
+        let channels = self.config.latent_channels;
+        let moments = quantized.as_ref().unwrap_or(&moments);
+        let log_variance = moments.f_narrow(1, channels, channels)?.f_clamp(-30.0, 20.0)?;
+        Ok(LatentDistribution { mean: moments.f_narrow(1, 0, channels)?, std: log_variance.f_mul_scalar(0.5)?.f_exp()? })
+    }
+
+    /// Scales latents [b, c, h, w] as the UNet expects them: the inverse of
+    /// [`VaeDecoder::unscale`](super::VaeDecoder::unscale).
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation.
+    pub fn scale(&self, latents: &Tensor) -> Result<Tensor> {
+        let factor = self.config.scaling_factor;
+        Ok(match &self.config.latents_mean_std {
+            None => latents.f_mul_scalar(factor)?,
+            Some((mean, std)) => {
+                let across = |values: &[f64]| {
+                    Tensor::f_from_slice(values)?
+                        .f_view([1, -1, 1, 1])?
+                        .f_to_device(latents.device())?
+                        .f_to_kind(latents.f_kind()?)
+                };
+                latents.f_sub(&across(mean)?)?.f_mul_scalar(factor)?.f_div(&across(std)?)?
+            }
+        })
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
 }

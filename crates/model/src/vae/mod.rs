@@ -1,4 +1,4 @@
-//! The VAE that turns latents into pictures.
+//! The VAE that turns latents into pictures, and pictures into latents.
 
 mod config;
 mod decoder;
@@ -6,4 +6,4 @@ mod encoder;
 
 pub use config::VaeConfig;
 pub use decoder::VaeDecoder;
-pub use encoder::encoder_tensors;
+pub use encoder::{LatentDistribution, VaeEncoder};

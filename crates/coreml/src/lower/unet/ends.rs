@@ -24,7 +24,11 @@ impl<'a> UnetLowering<'a> {
         let net = &mut network;
         let first = *config.block_out_channels.first().expect("a UNet's config has at least one stage");
         let time = sinusoids(net, "time", &inputs.timestep, &Sinusoids::new(config, first))?;
-        let time = net.cast("time.fp16", &time, "fp16")?;
+        let mut time = net.cast("time.fp16", &time, "fp16")?;
+        if let Some(guidance) = &inputs.timestep_cond {
+            let told = cond_proj(net, "time_embedding.cond_proj", guidance, first)?;
+            time = net.binary("add", "time.guided", &time, &told)?;
+        }
         let time = embedding(net, "time_embedding", time, config.time_embed_dim)?;
 
         let (batch, numbers) = (options.batch as u64, options.time_ids as u64);
@@ -84,6 +88,19 @@ fn sinusoids(net: &mut Network, name: &str, x: &Var, sinusoids: &Sinusoids) -> R
         parts.push(&rest);
     }
     net.concat(&format!("{name}.sinusoids"), &parts, -1)
+}
+
+/// A Linear without bias from [b, g] to [b, width], in either layout.
+fn cond_proj(net: &mut Network, name: &str, x: &Var, width: i64) -> Result<Var> {
+    let [batch, _] = x.dims(name)?;
+    match net.layout {
+        Layout::Linear => net.dense(name, x, width, false),
+        Layout::SplitEinsum => {
+            let pixels = net.append_axes(&format!("{name}.input"), x)?;
+            let told = net.dense(name, &pixels, width, false)?;
+            net.reshape(&format!("{name}.rows"), &told, &[batch, width as u64])
+        }
+    }
 }
 
 /// Linear, SiLU, Linear on [b, c].

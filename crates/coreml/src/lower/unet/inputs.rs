@@ -19,6 +19,8 @@ pub(super) struct Inputs {
     pub time_ids: Var,
     /// Pooled text [b, p].
     pub text_embeds: Var,
+    /// The guidance scale's sinusoids [b, g], for a UNet that is told it.
+    pub timestep_cond: Option<Var>,
 }
 
 impl Inputs {
@@ -39,12 +41,13 @@ impl Inputs {
             text: input("encoder_hidden_states", Element::F16, text),
             time_ids: input("time_ids", exact, vec![batch, options.time_ids as u64]),
             text_embeds: input("text_embeds", Element::F16, vec![batch, pooled as u64]),
+            timestep_cond: config.time_cond_proj_dim.map(|width| input("timestep_cond", Element::F16, vec![batch, width as u64])),
         }
     }
 
     /// The inputs in the order of Apple's UNet.
     pub(super) fn into_vars(self) -> Vec<Var> {
-        let Inputs { sample, timestep, text, time_ids, text_embeds } = self;
-        vec![sample, timestep, text, time_ids, text_embeds]
+        let Inputs { sample, timestep, text, time_ids, text_embeds, timestep_cond } = self;
+        [sample, timestep, text, time_ids, text_embeds].into_iter().chain(timestep_cond).collect()
     }
 }
