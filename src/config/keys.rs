@@ -104,8 +104,8 @@ keys! {
         /// LoCon, DoRA, LoHa and LoKr, in the names of diffusers, kohya's scripts or the original
         /// checkpoints.
         LORAS: Vec<LoraFile> = ("loras", kinds::LORAS, Preset::Absent("none"), flag Flag::new("lora", "FILE[:SCALE]"));
-        /// Tensors of the LoRAs to leave out: an expression for whole names. Without it a tensor that
-        /// matches no module is an error.
+        /// Tensors of the LoRAs to leave out: an expression for whole names. Without it a tensor
+        /// that matches no module is an error.
         LORA_IGNORE: String = ("lora_ignore", kinds::PATTERN, Preset::Absent("none"), flag Flag::new("lora-ignore", "REGEX"));
         /// Where to compute: cpu, cuda or cuda:N, or several with commas.
         DEVICE: String = ("device", kinds::DEVICES, Preset::Text("cpu"), flag Flag::new("device", "DEVICE"));

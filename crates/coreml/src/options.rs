@@ -88,7 +88,8 @@ impl Options {
     /// `projection_class_embeddings_input_dim` without the embedded time ids.
     ///
     /// # Errors
-    /// [`Error::Range`] if a size is out of range; [`Error::Argument`] if it does not fit the architecture.
+    /// [`Error::Range`] if a size is out of range; [`Error::Argument`] if it does not fit the
+    /// architecture.
     pub(super) fn check(&self, config: &UnetConfig) -> Result<i64> {
         const LARGEST: i64 = 1 << 12;
         for (what, value) in [("pictures in a batch", self.batch), ("tokens", self.tokens), ("time ids", self.time_ids)] {

@@ -58,6 +58,11 @@ pub struct TextPart {
 }
 
 impl TextPart {
+    /// The part whose LoRAs change this encoder.
+    fn lora_part(&self) -> LoraPart {
+        if self.encoder == "text_encoder_2" { LoraPart::TextEncoder2 } else { LoraPart::TextEncoder }
+    }
+
     /// The encoder's `config.json`.
     #[must_use]
     pub fn config_entries(&self) -> &Map<String, Value> {
@@ -122,7 +127,8 @@ impl PipelineFolder {
         };
         folder.check(&index)?;
         index.finish();
-        let loras = lora::open(files, &folder.unet, &folder.text_encoders)?;
+        let encoders: Vec<_> = folder.text_encoders.iter().map(|part| (part.lora_part(), &part.config)).collect();
+        let loras = lora::open(files, &folder.unet, &encoders)?;
         Ok(PipelineFolder { loras, ..folder })
     }
 
@@ -305,7 +311,7 @@ impl PipelineFolder {
         weights.check(&ClipText::tensors(&part.config)?, |name| {
             ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
         })?;
-        Ok(weights.with_loras(self.loras_of(lora::part_of(part))))
+        Ok(weights.with_loras(self.loras_of(part.lora_part())))
     }
 
     /// The files that the encoding of a prompt depends on: text encoders, tokenizers, their configs

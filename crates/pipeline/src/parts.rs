@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use squeeze_base::error::Result;
 use squeeze_base::input::{self, Limit};
 
-use super::lora::LoraFile;
+use super::lora_file::LoraFile;
 
 /// The files of a pipeline, as a command or a config names them.
 #[derive(Debug, Clone, Default, PartialEq)]

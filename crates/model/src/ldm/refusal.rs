@@ -59,7 +59,7 @@ pub(super) fn by_tensors(file: &SafetensorsFile) -> Result<()> {
     } else if is_fp8 || has("scaled_fp8") || has(".scale_weight") || has(".weight_scale") || has(".scale_input") {
         "is an fp8 checkpoint, whose weights have lost most of their digits; take the fp16 or bf16 version of the model"
     } else if is_lora {
-        "is a LoRA, which changes a model and is none; merge it into its model first, and give the merged model"
+        "is a LoRA, which changes a model and is none; give it to --lora, and its model to --model"
     } else if starts("double_blocks.") || starts("single_transformer_blocks.") {
         "is a Flux model; only the SDXL family is read"
     } else if starts("joint_blocks.") {
