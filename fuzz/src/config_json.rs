@@ -2,10 +2,10 @@
 //! it: the tensors, the scale of latents, or the timesteps.
 
 use sdxl_squeeze::checkpoint::ConfigFile;
-use sdxl_squeeze::model::scheduler::SchedulerConfig;
+use sdxl_squeeze::model::scheduler::{SchedulerChoice, SchedulerConfig};
 use sdxl_squeeze::model::text::{ClipText, TextConfig};
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
-use sdxl_squeeze::model::vae::VaeConfig;
+use sdxl_squeeze::model::vae::{VaeConfig, VaeEncoder};
 
 use crate::choices::Choices;
 use crate::scratch;
@@ -33,16 +33,19 @@ pub fn run(data: &[u8]) {
         2 => {
             if let Ok(config) = VaeConfig::read(&path) {
                 assert!(config.scale() > 0);
+                let _ = VaeEncoder::tensors(&config);
             }
         }
         _ => {
             let Ok(config) = SchedulerConfig::read(&path) else { return };
-            let _ = config.sigmas();
+            let _ = config.sigmas(&[-1.0, 0.0, 0.5, 500.0, 999.0, f64::MAX, f64::NAN]);
             for steps in [1, 4, 30] {
                 let _ = config.scheduler(steps);
             }
-            for name in ["euler", "ddim", "dpmpp-2m", "dpmpp-2m-karras"] {
-                let _ = config.with_override(name);
+            for name in SchedulerChoice::NAMES {
+                if let Ok(config) = config.with_override(name) {
+                    let _ = config.scheduler(4);
+                }
             }
         }
     }
