@@ -66,7 +66,7 @@ fn main() -> Result<()> {
         });
         let entry = |_| f16::from_f32(random.random_range(-1.7..1.7) / fan_in.sqrt());
         let palettes = (0..channels / group * bits.entries()).map(entry).collect();
-        let codebook = Codebook { bits, axis: 0, group_size: group, palettes, scales: None };
+        let codebook = Codebook { bits, axis: 0, group_size: group, vector_length: 1, palettes, scales: None };
         let weight = CompressedWeight::palettized(tensor.shape.clone(), keep.as_deref(), codebook, &indices)?;
         writer.add_weight(&tensor.name, &weight, Value::Null)?;
     }

@@ -130,7 +130,7 @@ fn crush(weight: &Tensor, bits: BitWidth, group_size: usize, sparsity: Option<f6
         let threshold = sizes[(sparsity * sizes.len() as f64) as usize];
         values.iter().map(|value| value.to_f32().abs() >= threshold).collect()
     });
-    let codebook = Codebook { bits, axis: 0, group_size, palettes, scales: None };
+    let codebook = Codebook { bits, axis: 0, group_size, vector_length: 1, palettes, scales: None };
     CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices).unwrap()
 }
 

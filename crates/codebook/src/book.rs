@@ -11,6 +11,10 @@ use super::BitWidth;
 /// The channels of one axis are cut into groups of `group_size` neighbours. An element's index
 /// names an entry of the palette of its group; with scales, its value is the product of that entry
 /// and its output channel's scale, rounded once to fp16.
+///
+/// In a vector palette an entry has `vector_length` values, and an index gives them to as many
+/// neighbouring output channels, as coremltools' `cluster_dim` does. There is one index for each
+/// vector then: [o / vector_length, i, ...].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codebook {
     /// The width of an index. A palette has 2^bits entries.
@@ -20,7 +24,9 @@ pub struct Codebook {
     /// Channels in a group; it divides their number. One palette for the whole weight has all
     /// channels in one group.
     pub group_size: usize,
-    /// The palettes, [groups, 2^bits, [`VECTOR_LENGTH`](Self::VECTOR_LENGTH)].
+    /// The values in a palette's entry; 1 for scalar palettes.
+    pub vector_length: usize,
+    /// The palettes, [groups, 2^bits, vector_length].
     pub palettes: Vec<f16>,
     /// `[o]`: a factor for each output channel.
     pub scales: Option<Vec<f16>>,
@@ -37,10 +43,6 @@ pub struct Run<'a> {
 }
 
 impl Codebook {
-    /// The number of values in a palette entry, which an index gives to as many neighbouring output
-    /// channels. Vector palettes would have more than one.
-    pub const VECTOR_LENGTH: usize = 1;
-
     /// The number of palettes of a weight of this shape.
     ///
     /// # Errors
@@ -69,7 +71,7 @@ impl Codebook {
 
     /// The number of values in one palette.
     fn palette_length(&self) -> usize {
-        self.bits.entries() * Self::VECTOR_LENGTH
+        self.bits.entries() * self.vector_length
     }
 
     /// Checks that the sizes are those for a weight of this shape. Allocates nothing.
@@ -78,6 +80,10 @@ impl Codebook {
     /// The size that is wrong.
     pub fn check(&self, shape: &[usize]) -> Result<(), String> {
         let groups = Self::groups_of(shape, self.axis, self.group_size)?;
+        let (outputs, length) = (shape[0], self.vector_length);
+        if length == 0 || !outputs.is_multiple_of(length) || (self.axis == 0 && !self.group_size.is_multiple_of(length)) {
+            return Err(format!("vectors of {length} do not divide the {outputs} output channels or their groups"));
+        }
         let entries = groups.checked_mul(self.palette_length()).ok_or("too many palettes")?;
         agree("palette entries", self.palettes.len(), entries)?;
         self.scales.as_ref().map_or(Ok(()), |scales| agree("scales", scales.len(), shape[0]))
@@ -112,28 +118,32 @@ impl Codebook {
         Run { palette: self.palette(group), scale: self.scales.as_ref().map(|scales| scales[row]) }
     }
 
-    /// The values of a weight of this shape, row-major, from an index for each element; zero where
-    /// `keep` is false.
+    /// The values of a weight of this shape, row-major, from an index for each element or vector of
+    /// elements; zero where `keep`, which has an entry for each element, is false.
     ///
     /// # Errors
     /// If the sizes disagree, or an index is not in its palette.
     pub fn decode(&self, shape: &[usize], indices: &[u8], keep: Option<&[bool]>) -> Result<Vec<f16>, String> {
         self.check(shape)?;
         let count = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size)).filter(|count| *count > 0);
-        agree("indices", indices.len(), count.ok_or_else(|| format!("{shape:?} is not the shape of a weight"))?)?;
-        keep.map_or(Ok(()), |keep| agree("mask entries", keep.len(), indices.len()))?;
+        let count = count.ok_or_else(|| format!("{shape:?} is not the shape of a weight"))?;
+        agree("indices", indices.len(), count / self.vector_length)?;
+        keep.map_or(Ok(()), |keep| agree("mask entries", keep.len(), count))?;
         if let Some(index) = indices.iter().find(|index| **index > self.bits.max_index()) {
             return Err(format!("index {index} in a palette of {}", self.bits.entries()));
         }
         let row: usize = shape[1..].iter().product();
         let length = self.run_length(shape);
-        let mut decoded = vec![f16::ZERO; indices.len()];
+        let mut decoded = vec![f16::ZERO; count];
         // One output channel at a time, because the scales are per output channel.
-        decoded.par_chunks_mut(row).zip(indices.par_chunks(row)).enumerate().for_each(|(channel, (values, indices))| {
+        decoded.par_chunks_mut(row).enumerate().for_each(|(channel, values)| {
+            let (vector, member) = (channel / self.vector_length, channel % self.vector_length);
+            let indices = &indices[vector * row..(vector + 1) * row];
             let first = channel * row / length;
             for (run, (values, indices)) in (first..).zip(values.chunks_mut(length).zip(indices.chunks(length))) {
                 let palette = self.run(run).palette;
-                values.iter_mut().zip(indices).for_each(|(value, index)| *value = palette[usize::from(*index)]);
+                let entry = |index: u8| palette[usize::from(index) * self.vector_length + member];
+                values.iter_mut().zip(indices).for_each(|(value, index)| *value = entry(*index));
             }
             if let Some(scales) = &self.scales {
                 multiply(values, scales[channel]);
@@ -163,4 +173,48 @@ fn multiply(values: &mut [f16], scale: f16) {
 /// Checks a number of values: `want` of the kind `what` are expected, and there are `have`.
 fn agree(what: &str, have: usize, want: usize) -> Result<(), String> {
     if have == want { Ok(()) } else { Err(format!("{have} {what} where there should be {want}")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn book(axis: usize, group_size: usize, vector_length: usize, groups: usize, scaled: bool) -> Codebook {
+        let palettes = (0..groups * 4 * vector_length).map(|i| f16::from_f32(0.5 * i as f32 - 3.0)).collect();
+        let scales = scaled.then(|| (0..8).map(|row| f16::from_f32(1.0 + row as f32 / 8.0)).collect());
+        Codebook { bits: BitWidth::Two, axis, group_size, vector_length, palettes, scales }
+    }
+
+    #[test]
+    fn vectors_are_decoded_by_definition() {
+        let shape = [8, 6, 3];
+        for (axis, group_size, groups) in [(0, 4, 2), (0, 8, 1), (1, 3, 2)] {
+            for vector_length in [1, 2, 4] {
+                for scaled in [false, true] {
+                    let book = book(axis, group_size, vector_length, groups, scaled);
+                    let indices: Vec<u8> = (0..144 / vector_length).map(|i| ((i * 7 + i / 5) % 4) as u8).collect();
+                    let keep: Vec<bool> = (0..144).map(|i| i % 5 > 0).collect();
+                    let decoded = book.decode(&shape, &indices, Some(&keep)).unwrap();
+                    for (element, value) in decoded.into_iter().enumerate() {
+                        let (row, column, inner) = (element / 18, element / 3 % 6, element % 18);
+                        let group = if axis == 0 { row / group_size } else { column / group_size };
+                        let index = usize::from(indices[row / vector_length * 18 + inner]);
+                        let entry = book.palette(group)[index * vector_length + row % vector_length];
+                        let scale = book.scales.as_ref().map_or(1.0, |scales| scales[row].to_f64());
+                        let expected = if keep[element] { f16::from_f64(entry.to_f64() * scale) } else { f16::ZERO };
+                        assert_eq!(value, expected, "{axis} {group_size} {vector_length} {element}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_that_do_not_divide_are_refused() {
+        let refused = |book: Codebook, indices: usize| book.decode(&[8, 6, 3], &vec![0; indices], None).unwrap_err();
+        assert!(refused(book(0, 8, 3, 1, false), 48).contains("vectors of 3"));
+        assert!(refused(book(0, 2, 4, 4, false), 36).contains("vectors of 4"));
+        assert!(refused(book(0, 8, 0, 1, false), 0).contains("vectors of 0"));
+        assert!(refused(book(0, 8, 2, 1, false), 144).contains("144 indices where there should be 72"));
+    }
 }

@@ -270,7 +270,7 @@ fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<Compr
             let indices = Packed::checked(take(Part::Indices)?, bits, row.kept);
             let indices = indices.map_err(|problem| format!("the indices' part {problem}"))?;
             let scales = if row.scaled { Some(half_bytes::from_bytes(&take(Part::Scales)?)) } else { None };
-            Values::Palettized { codebook: Codebook { bits, axis, group_size, palettes, scales }, indices }
+            Values::Palettized { codebook: Codebook { bits, axis, group_size, vector_length: 1, palettes, scales }, indices }
         }
         (None, None, None) => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
         (Some(_) | None, ..) => return Err("must have all of bits, axis and group_size, or none".into()),

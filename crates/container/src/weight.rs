@@ -204,6 +204,9 @@ impl CompressedWeight {
         match &self.values {
             Values::Plain(values) => agree("values", values.len(), kept),
             Values::Palettized { codebook, indices } => {
+                if codebook.vector_length != 1 {
+                    return Err(format!("palettes of vectors of {} have no place in a container yet", codebook.vector_length));
+                }
                 codebook.check(&sizes(&self.shape))?;
                 agree("indices", indices.len(), kept)?;
                 agree("bits an index", usize::from(indices.bits().bits()), usize::from(codebook.bits.bits()))
@@ -266,7 +269,7 @@ mod tests {
     impl Parts {
         fn build(&self) -> Result<CompressedWeight> {
             let Parts { shape, keep, bits, axis, group_size, palettes, indices, scales } = self.clone();
-            let codebook = Codebook { bits, axis, group_size, palettes, scales };
+            let codebook = Codebook { bits, axis, group_size, vector_length: 1, palettes, scales };
             CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices)
         }
 
@@ -399,10 +402,19 @@ mod tests {
     fn weights_at_the_limits_decode_or_are_refused() {
         // Nothing kept; a product beyond fp16; shapes that are none.
         let keep = [false; 4];
-        let codebook =
-            |group_size, value, scales| Codebook { bits: BitWidth::One, axis: 0, group_size, palettes: vec![value; 2], scales };
+        let codebook = |group_size, value, scales| Codebook {
+            bits: BitWidth::One,
+            axis: 0,
+            group_size,
+            vector_length: 1,
+            palettes: vec![value; 2],
+            scales,
+        };
         let none = CompressedWeight::palettized(vec![2, 2], Some(&keep), codebook(2, f16::ONE, None), &[1; 4]).unwrap();
         assert_eq!((none.decode().unwrap(), none.sparsity(), none.stored_bytes()), (vec![f16::ZERO; 4], 1.0, 5));
+        let vectors = Codebook { vector_length: 2, palettes: vec![f16::ONE; 4], ..codebook(2, f16::ONE, None) };
+        let refused = CompressedWeight::palettized(vec![2, 2], None, vectors, &[1; 4]).unwrap_err().to_string();
+        assert!(refused.contains("vectors of 2 have no place"), "{refused}");
         let large = |scale| {
             let scales = Some(vec![f16::from_f32(scale)]);
             CompressedWeight::palettized(vec![1, 1], None, codebook(1, f16::MAX, scales), &[1]).unwrap().decode()

@@ -14,6 +14,8 @@ pub struct Lut {
     pub groups: [u64; 2],
     /// The width of an index.
     bits: BitWidth,
+    /// The values in an entry.
+    vector_length: usize,
     /// The palettes, [groups 0, groups 1, 2^bits, vector length].
     pub entries: Vec<f16>,
 }
@@ -28,10 +30,12 @@ impl Lut {
     /// [`Error::NotFinite`](squeeze_base::Error::NotFinite) if a product that is used is beyond
     /// fp16.
     pub fn of(weight: &CompressedWeight, codebook: &Codebook) -> Result<Self> {
-        let Codebook { bits, axis, group_size, palettes, scales } = codebook;
+        let Codebook { bits, axis, group_size, vector_length, palettes, scales } = codebook;
         let groups = codebook.groups();
         let shared = if *axis == 0 { [groups as u64, 1] } else { [1, groups as u64] };
-        let Some(scales) = scales else { return Ok(Lut { groups: shared, bits: *bits, entries: palettes.clone() }) };
+        let Some(scales) = scales else {
+            return Ok(Lut { groups: shared, bits: *bits, vector_length: *vector_length, entries: palettes.clone() });
+        };
 
         // The rows that read each palette; along axis 1 all rows read all palettes.
         let rows_together = if *axis == 0 { *group_size } else { scales.len() };
@@ -54,7 +58,7 @@ impl Lut {
                 ([row_count, groups as u64], scales.iter().flat_map(row).collect())
             }
         };
-        Lut { groups, bits: *bits, entries }.without_infinities(weight)
+        Lut { groups, bits: *bits, vector_length: *vector_length, entries }.without_infinities(weight)
     }
 
     /// A product beyond fp16 is an error if an element has it, and else any number will do.
@@ -73,7 +77,7 @@ impl Lut {
     pub fn array(&self, rank: usize) -> ArrayType {
         let mut shape = self.groups.to_vec();
         shape.resize(rank, 1);
-        shape.extend([self.bits.entries() as u64, Codebook::VECTOR_LENGTH as u64]);
+        shape.extend([self.bits.entries() as u64, self.vector_length as u64]);
         ArrayType::new(Element::F16, shape)
     }
 
@@ -97,7 +101,7 @@ mod tests {
         let palettes = (0..channels / group_size * 4).map(|i| f16::from_f32(0.37 * i as f32 - 2.1)).collect();
         let indices: Vec<u8> = (0..rows * columns).map(|i| ((i * 7 + i / 3) % 4) as u8).collect();
         let shape = vec![rows as i64, columns as i64];
-        let codebook = Codebook { bits: BitWidth::Two, axis, group_size, palettes, scales };
+        let codebook = Codebook { bits: BitWidth::Two, axis, group_size, vector_length: 1, palettes, scales };
         CompressedWeight::palettized(shape, None, codebook, &indices).unwrap()
     }
 
@@ -144,7 +148,7 @@ mod tests {
     fn a_product_beyond_fp16_is_an_error_only_where_it_is_used() {
         let palettized = |indices: &[u8]| {
             let (palettes, scales) = (vec![f16::ONE, f16::MAX], Some(vec![f16::from_f32(2.0)]));
-            let codebook = Codebook { bits: BitWidth::One, axis: 0, group_size: 1, palettes, scales };
+            let codebook = Codebook { bits: BitWidth::One, axis: 0, group_size: 1, vector_length: 1, palettes, scales };
             CompressedWeight::palettized(vec![1, 2], None, codebook, indices).unwrap()
         };
         let unused = lut(&palettized(&[0, 0])).unwrap();

@@ -62,6 +62,6 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
     let scale = |row: i64| f16::from_f32(0.5 + (scrambled(row as usize) % 100) as f32 / 100.0);
     let scales = (layer % 5 == 4).then(|| (0..shape[0]).map(scale).collect());
     let keep = (layer % 4 != 3).then_some(&keep[..]);
-    let codebook = Codebook { bits, axis, group_size, palettes, scales };
+    let codebook = Codebook { bits, axis, group_size, vector_length: 1, palettes, scales };
     CompressedWeight::palettized(shape.to_vec(), keep, codebook, &indices).unwrap()
 }

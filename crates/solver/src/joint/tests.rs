@@ -53,7 +53,7 @@ fn sorted(problem: &Problem<'_>, entries: usize, group_rows: usize) -> SortedCod
 
 fn codebook(palettes: Vec<f16>, entries: usize, group_size: usize) -> Codebook {
     let bits = BitWidth::ALL.into_iter().find(|bits| bits.entries() == entries).unwrap();
-    Codebook { bits, axis: 0, group_size, palettes, scales: None }
+    Codebook { bits, axis: 0, group_size, vector_length: 1, palettes, scales: None }
 }
 
 fn value(data: &Data, sorted: &SortedCodebook, at: usize) -> f32 {

@@ -114,7 +114,7 @@ fn solve(
     let mut palettized = Palettized {
         name: name.to_owned(),
         shape: shape.to_owned(),
-        codebook: Codebook { bits: options.bits, axis, group_size, palettes, scales },
+        codebook: Codebook { bits: options.bits, axis, group_size, vector_length: 1, palettes, scales },
         indices,
         squared_error: 0.0,
         kept: keep.map_or(count, |keep| keep.iter().filter(|keep| **keep).count()),
