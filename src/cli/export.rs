@@ -9,9 +9,10 @@ use sdxl_squeeze::coreml::{self, Io, Layout, Options, WrittenPackage};
 use sdxl_squeeze::export::SmallWeights;
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
-use sdxl_squeeze::pipeline::{LoraFile, ModelFiles, PipelineFolder, UnetWeights};
+use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
 use sdxl_squeeze::{Error, Result, export};
 
+use super::beside_model::BesideModel;
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::{container, stdout};
@@ -31,18 +32,8 @@ pub(super) struct Args {
     /// diffusers` and `--to single-file` take its other parts
     #[arg(long, value_name = "DIR|FILE")]
     model: Option<PathBuf>,
-    /// Another pipeline, for the configs, tokenizers and parts that a single-file checkpoint lacks
-    #[arg(long, value_name = "DIR|FILE")]
-    base: Option<PathBuf>,
-    /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file
-    #[arg(long, value_name = "DIR|FILE")]
-    vae: Option<PathBuf>,
-    /// A LoRA to merge into UNet and text encoders, with the factor of its changes; repeatable
-    #[arg(long = "lora", value_name = "FILE[:SCALE]")]
-    loras: Vec<LoraFile>,
-    /// Tensors of the LoRAs to leave out: an expression for whole names
-    #[arg(long, value_name = "REGEX", requires = "loras")]
-    lora_ignore: Option<String>,
+    #[command(flatten)]
+    with: BesideModel,
     /// The new folder, package or file
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
@@ -122,7 +113,8 @@ enum IoArg {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
-    if let Some(flag) = args.misplaced() {
+    let of_model = if args.to == Format::Coremltools { args.with.first_given() } else { None };
+    if let Some(flag) = args.misplaced().or(of_model) {
         return Err(Error::Argument(format!("{flag} has no effect with this --to")));
     }
     args.paths().check()?;
@@ -164,9 +156,7 @@ impl Args {
     fn paths(&self) -> Paths {
         let (file, folder) = if self.path.is_dir() { (None, Some(&*self.path)) } else { (Some(&*self.path), None) };
         let paths = Paths::default().reads("the argument", file).model("the argument", folder);
-        let paths = paths.model("--model", self.model.as_deref()).model("--base", self.base.as_deref());
-        let paths = paths.model("--vae", self.vae.as_deref());
-        let paths = paths.read_by("--lora", self.loras.iter().map(|lora| lora.path.as_path()));
+        let paths = self.with.read_in(paths.model("--model", self.model.as_deref()));
         match self.to {
             Format::Diffusers | Format::Coreml => paths.fills("--out", &self.out),
             Format::Coremltools | Format::SingleFile => paths.writes("--out", Some(&self.out)),
@@ -229,16 +219,7 @@ impl OpenedUnet {
     /// Opens a container, or else a pipeline for its dense UNet. The pipeline of a container must
     /// have its architecture.
     fn open(args: &Args) -> Result<Self> {
-        let open = |model: &Path| {
-            let files = ModelFiles {
-                model: model.to_owned(),
-                base: args.base.clone(),
-                vae: args.vae.clone(),
-                loras: args.loras.clone(),
-                lora_ignore: args.lora_ignore.clone(),
-            };
-            PipelineFolder::open_files(&files)
-        };
+        let open = |model: &Path| PipelineFolder::open_files(&args.with.files(model.to_owned()));
         let is_model = args.path.is_dir() || (args.path.is_file() && !container::is_container(&args.path));
         if is_model && let Some(model) = &args.model {
             let (path, model) = (args.path.display(), model.display());
@@ -247,6 +228,9 @@ impl OpenedUnet {
         if is_model {
             let pipeline = open(&args.path)?;
             return Ok(OpenedUnet { unet: Unet::Dense(pipeline.unet_weights()?), pipeline: Some(pipeline) });
+        }
+        if let (None, Some(flag)) = (&args.model, args.with.first_given()) {
+            return Err(Error::Argument(format!("{flag} has no effect on a container without --model")));
         }
         let container = container::open(&args.path, args.no_verify)?;
         let chain = UnetWeights::from(&container).chain()?;

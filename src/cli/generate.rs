@@ -18,6 +18,7 @@ use sdxl_squeeze::{Error, Result};
 use serde_json::json;
 use tch::Kind;
 
+use super::beside_model::BesideModel;
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::stdout;
@@ -27,18 +28,8 @@ pub(super) struct Args {
     /// The pipeline: a folder in diffusers layout, or a single-file checkpoint
     #[arg(long, value_name = "DIR|FILE")]
     model: PathBuf,
-    /// Another pipeline, for the configs, tokenizers and parts that a single-file checkpoint lacks
-    #[arg(long, value_name = "DIR|FILE")]
-    base: Option<PathBuf>,
-    /// A VAE in the place of the pipeline's own: a folder in diffusers layout or a file
-    #[arg(long, value_name = "DIR|FILE")]
-    vae: Option<PathBuf>,
-    /// A LoRA to merge into UNet and text encoders, with the factor of its changes; repeatable
-    #[arg(long = "lora", value_name = "FILE[:SCALE]")]
-    loras: Vec<LoraFile>,
-    /// Tensors of the LoRAs to leave out: an expression for whole names
-    #[arg(long, value_name = "REGEX", requires = "loras")]
-    lora_ignore: Option<String>,
+    #[command(flatten)]
+    with: BesideModel,
     /// Description of the picture
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -123,24 +114,15 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
     // Wrong paths are refused before minutes of work.
-    Paths::default()
-        .model("--model", Some(&args.model))
-        .model("--base", args.base.as_deref())
-        .model("--vae", args.vae.as_deref())
-        .read_by("--lora", args.loras.iter().map(|lora| lora.path.as_path()))
+    args.with
+        .read_in(Paths::default().model("--model", Some(&args.model)))
         .reads("--unet", args.unet.as_deref())
         .reads("--image", args.image.as_deref())
         .reads("--mask", args.mask.as_deref())
         .writes("-o", Some(&args.output))
         .writes("--latents-out", args.latents_out.as_deref())
         .check_writable()?;
-    let files = ModelFiles {
-        model: args.model.clone(),
-        base: args.base.clone(),
-        vae: args.vae.clone(),
-        loras: args.loras.clone(),
-        lora_ignore: args.lora_ignore.clone(),
-    };
+    let files = args.with.files(args.model.clone());
     let folder = PipelineFolder::open_files(&files)?;
     let defaults = SamplingDefaults::of(&folder, 30, 5.0);
     if let (Some(why), true) = (&defaults.why, args.steps.is_none() || args.guidance.is_none()) {

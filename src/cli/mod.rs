@@ -1,5 +1,6 @@
 //! The command line: arguments, progress bars, tables, error messages and exit codes.
 
+mod beside_model;
 mod compare;
 mod completions;
 mod compress;

@@ -142,6 +142,11 @@ fn containers_list_their_loras_and_a_lora_of_zeros_changes_nothing() {
     assert_eq!(listed.len(), 2);
     assert_eq!((listed[0]["file"].as_str(), listed[0]["scale"].as_f64()), (Some("lora/kohya.safetensors"), Some(0.5)));
     assert_eq!((listed[1]["file"].as_str(), listed[1]["scale"].as_f64()), (Some("lora/sgm.safetensors"), Some(1.0)));
+    // A container's UNet has its LoRAs in it, and takes no more.
+    let container = folder.path().join("both/unet.squeezed.safetensors");
+    let export = Squeeze::new("export").arg(&container).with("--lora", file("sgm")).out(folder.path().join("x.mlpackage"));
+    export.clone().with("--to", "coreml").is_refused(&["--lora has no effect on a container without --model"]);
+    export.with("--to", "coremltools").is_refused(&["--lora has no effect with this --to"]);
     let text = std::fs::read_to_string(folder.path().join("both/config.yaml")).unwrap();
     assert!(text.contains("kohya.safetensors:0.5"), "{text}");
 }

@@ -6,11 +6,12 @@ use squeeze_base::error::Result;
 use squeeze_numerics::random::Generator;
 use tch::{Device, Kind, Tensor};
 
+use super::exploding::{Exploding, curved};
 use super::noise::{NoiseSchedule, sigmas};
 use super::predicted::denoised;
-use super::sigmas::{FinalSigma, SigmaCurve, first_factor, logarithms, sigma_at, timestep_of};
+use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at};
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, log, over, single, sqrt, times};
+use super::{Prediction, Scheduler, log, over, single, times};
 use crate::checkpoint::ConfigFile;
 
 /// `interpolation_type`.
@@ -32,10 +33,7 @@ enum TimestepType {
 /// diffusers' `EulerDiscreteScheduler`, without its optional noise (`s_churn` 0).
 #[derive(Debug)]
 pub(super) struct Euler {
-    timesteps: Vec<f64>,
-    /// The noise before each step and after the last, relative to the picture.
-    sigmas: Vec<f32>,
-    init_noise_sigma: f32,
+    levels: Exploding,
     prediction: Prediction,
 }
 
@@ -50,16 +48,12 @@ impl Euler {
 
         let table = sigmas(&noise.positive_signal(file)?)?;
         let mut timesteps: Vec<f64> = spacing.timesteps(table.len(), steps).into_iter().map(single).collect();
-        let logs = logarithms(&table);
         let mut sigmas = match interpolation {
             Interpolation::Linear => timesteps.iter().map(|timestep| sigma_at(*timestep, &table)).collect(),
-            Interpolation::LogLinear => log_linear(&logs, steps)?,
+            Interpolation::LogLinear => log_linear(&logarithms(&table), steps)?,
         };
-        if let (Some(&max), Some(&min)) = (sigmas.first(), sigmas.last())
-            && let Some(curved) = curve.sigmas(max, min, steps)
-        {
-            timesteps = curved.iter().map(|sigma| single(timestep_of(*sigma, &logs))).collect();
-            sigmas = curved;
+        if let Some(curved) = curved(&curve, &sigmas, &table, steps) {
+            (timesteps, sigmas) = curved;
         }
         let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| sigma as f32).collect();
         sigmas.push(if end == FinalSigma::Zero { 0.0 } else { table[0] });
@@ -68,29 +62,25 @@ impl Euler {
             timesteps =
                 sigmas[..sigmas.len() - 1].iter().map(|sigma| Ok(f64::from(0.25 * log(*sigma)?))).collect::<Result<_>>()?;
         }
-        let init_noise_sigma = first_factor(&sigmas, spacing.kind)?;
-        Ok(Euler { timesteps, sigmas, init_noise_sigma, prediction })
+        Ok(Euler { levels: Exploding::new(timesteps, sigmas, spacing.kind)?, prediction })
     }
 }
 
 impl Scheduler for Euler {
     fn timesteps(&self) -> &[f64] {
-        &self.timesteps
+        &self.levels.timesteps
     }
 
     fn init_noise_sigma(&self) -> f64 {
-        f64::from(self.init_noise_sigma)
+        f64::from(self.levels.init_noise_sigma)
     }
 
     fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        let sigma = self.sigmas[index];
-        over(sample, sqrt(sigma * sigma + 1.0)?)
+        self.levels.scaled(sample, index)
     }
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut Generator) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        let (sigma, next) = (self.sigmas[index], self.sigmas[index + 1]);
+        let (sigma, next) = self.levels.sigmas_at(index)?;
         let sample = sample.f_to_kind(Kind::Float)?;
         let denoised = denoised(self.prediction, sigma, model_output, &sample)?;
         let derivative = over(&sample.f_sub(&denoised)?, sigma)?;
@@ -98,8 +88,8 @@ impl Scheduler for Euler {
     }
 
     fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        Ok(picture.f_add(&times(self.sigmas[index], noise)?)?)
+        let (sigma, _) = self.levels.sigmas_at(index)?;
+        Ok(picture.f_add(&times(sigma, noise)?)?)
     }
 }
 

@@ -5,20 +5,18 @@ use squeeze_base::error::Result;
 use squeeze_numerics::random::Generator;
 use tch::{Kind, Tensor};
 
+use super::exploding::Exploding;
 use super::noise::{NoiseSchedule, sigmas};
 use super::predicted::denoised;
-use super::sigmas::{first_factor, sigma_at};
+use super::sigmas::sigma_at;
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, noise_like, over, scalar, single, sqrt};
+use super::{Prediction, Scheduler, noise_like, over, scalar, single, sqrt};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `EulerAncestralDiscreteScheduler`.
 #[derive(Debug)]
 pub(super) struct EulerAncestral {
-    timesteps: Vec<f64>,
-    /// The noise before each step and after the last, relative to the picture.
-    sigmas: Vec<f32>,
-    init_noise_sigma: f32,
+    levels: Exploding,
     prediction: Prediction,
 }
 
@@ -33,29 +31,25 @@ impl EulerAncestral {
         let timesteps: Vec<f64> = spacing.timesteps(table.len(), steps).into_iter().map(single).collect();
         let mut sigmas: Vec<f32> = timesteps.iter().map(|timestep| sigma_at(*timestep, &table) as f32).collect();
         sigmas.push(0.0);
-        let init_noise_sigma = first_factor(&sigmas, spacing.kind)?;
-        Ok(EulerAncestral { timesteps, sigmas, init_noise_sigma, prediction })
+        Ok(EulerAncestral { levels: Exploding::new(timesteps, sigmas, spacing.kind)?, prediction })
     }
 }
 
 impl Scheduler for EulerAncestral {
     fn timesteps(&self) -> &[f64] {
-        &self.timesteps
+        &self.levels.timesteps
     }
 
     fn init_noise_sigma(&self) -> f64 {
-        f64::from(self.init_noise_sigma)
+        f64::from(self.levels.init_noise_sigma)
     }
 
     fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        let sigma = self.sigmas[index];
-        over(sample, sqrt(sigma * sigma + 1.0)?)
+        self.levels.scaled(sample, index)
     }
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        let (from, to) = (self.sigmas[index], self.sigmas[index + 1]);
+        let (from, to) = self.levels.sigmas_at(index)?;
         let sample = sample.f_to_kind(Kind::Float)?;
         let denoised = denoised(self.prediction, from, model_output, &sample)?;
         let up = sqrt(to * to * (from * from - to * to) / (from * from))?;

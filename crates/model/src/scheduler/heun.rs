@@ -9,21 +9,18 @@ use squeeze_numerics::random::Generator;
 use tch::Tensor;
 
 use super::clip::Clip;
+use super::exploding::{Exploding, curved};
 use super::noise::{NoiseSchedule, sigmas};
 use super::predicted::denoised;
-use super::sigmas::{SigmaCurve, first_factor, logarithms, sigma_at, timestep_of};
+use super::sigmas::{SigmaCurve, sigma_at};
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, over, scalar, single, sqrt};
+use super::{Prediction, Scheduler, over, scalar, single};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `HeunDiscreteScheduler`.
 #[derive(Debug)]
 pub(super) struct Heun {
-    /// Of each call of the model.
-    timesteps: Vec<f64>,
-    /// The noise at each call of the model, and after the last.
-    sigmas: Vec<f32>,
-    init_noise_sigma: f32,
+    levels: Exploding,
     prediction: Prediction,
     clip: Clip,
     /// The sample before a step and its derivative, between the step's two calls.
@@ -39,12 +36,8 @@ impl Heun {
         let table = sigmas(&noise.positive_signal(file)?)?;
         let mut timesteps: Vec<f64> = spacing.timesteps(table.len(), steps).into_iter().map(single).collect();
         let mut sigmas: Vec<f64> = timesteps.iter().map(|timestep| sigma_at(*timestep, &table)).collect();
-        if let (Some(&max), Some(&min)) = (sigmas.first(), sigmas.last())
-            && let Some(curved) = curve.sigmas(max, min, steps)
-        {
-            let logs = logarithms(&table);
-            timesteps = curved.iter().map(|sigma| single(timestep_of(*sigma, &logs))).collect();
-            sigmas = curved;
+        if let Some(curved) = curved(&curve, &sigmas, &table, steps) {
+            (timesteps, sigmas) = curved;
         }
         let twice = |values: &[f64]| -> Vec<f64> {
             values.iter().enumerate().flat_map(|(i, value)| vec![*value; if i == 0 { 1 } else { 2 }]).collect()
@@ -52,46 +45,42 @@ impl Heun {
         let timesteps = twice(&timesteps);
         let mut sigmas: Vec<f32> = twice(&sigmas).into_iter().map(|sigma| sigma as f32).collect();
         sigmas.push(0.0);
-        let init_noise_sigma = first_factor(&sigmas, spacing.kind)?;
-        Ok(Heun { timesteps, sigmas, init_noise_sigma, prediction, clip, half: None })
+        Ok(Heun { levels: Exploding::new(timesteps, sigmas, spacing.kind)?, prediction, clip, half: None })
     }
 }
 
 impl Scheduler for Heun {
     fn timesteps(&self) -> &[f64] {
-        &self.timesteps
+        &self.levels.timesteps
     }
 
     fn init_noise_sigma(&self) -> f64 {
-        f64::from(self.init_noise_sigma)
+        f64::from(self.levels.init_noise_sigma)
     }
 
     fn scale_model_input(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
-        let sigma = self.sigmas[index];
-        over(sample, sqrt(sigma * sigma + 1.0)?)
+        self.levels.scaled(sample, index)
     }
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut Generator) -> Result<Tensor> {
-        check_index(index, &self.timesteps)?;
+        let (sigma, next_sigma) = self.levels.sigmas_at(index)?;
         // Even calls start a step; odd ones are where Euler's method ended.
         let half = self.half.take().filter(|_| index % 2 == 1);
         if index % 2 == 1 && half.is_none() {
             return Err(Error::Argument(format!("step {index} out of order: it continues step {}", index - 1)));
         }
-        let sigma = self.sigmas[index];
         let picture = self.clip.apply(denoised(self.prediction, sigma, model_output, sample)?)?;
         let derivative = over(&sample.f_sub(&picture)?, sigma)?;
         match half {
             None => {
-                let change = scalar(self.sigmas[index + 1] - sigma)?;
+                let change = scalar(next_sigma - sigma)?;
                 let next = sample.f_add(&derivative.f_mul(&change)?)?;
                 self.half = Some((sample.shallow_clone(), derivative));
                 Ok(next)
             }
             Some((start, first)) => {
                 let mean = first.f_add(&derivative)?.f_div_scalar(2.0)?;
-                Ok(start.f_add(&mean.f_mul(&scalar(sigma - self.sigmas[index - 1])?)?)?)
+                Ok(start.f_add(&mean.f_mul(&scalar(sigma - self.levels.sigmas[index - 1])?)?)?)
             }
         }
     }

@@ -13,6 +13,7 @@ mod dpm;
 mod edm;
 mod euler;
 mod euler_ancestral;
+mod exploding;
 mod heun;
 mod kind;
 mod lcm;

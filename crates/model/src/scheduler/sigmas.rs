@@ -4,8 +4,7 @@ use serde::Deserialize;
 use serde_json::json;
 use squeeze_base::error::Result;
 
-use super::spacing::{SpacingKind, linspace};
-use super::sqrt;
+use super::spacing::linspace;
 use crate::checkpoint::ConfigFile;
 
 /// `final_sigmas_type`: the noise level at which the last step ends.
@@ -81,12 +80,6 @@ impl SigmaCurve {
             Shape::Exponential => Some(linspace(max.ln(), min.ln(), steps).into_iter().map(f64::exp).collect()),
         }
     }
-}
-
-/// The factor of the first noise in the variance-exploding view, from the `sigmas` of all steps.
-pub(super) fn first_factor(sigmas: &[f32], spacing: SpacingKind) -> Result<f32> {
-    let max = sigmas.iter().copied().fold(0.0, f32::max);
-    if spacing == SpacingKind::Leading { sqrt(max * max + 1.0) } else { Ok(max) }
 }
 
 /// Takes a key whose value must be above zero if it is present.
