@@ -197,6 +197,34 @@ fn latents(run: Squeeze, here: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
+/// SSD-1B, KOALA, LCM, inpainting and edit models: the file draws what the folder draws.
+#[test]
+fn single_files_of_every_architecture_are_their_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    for name in crate::architectures::NAMES {
+        let model = crate::architectures::pipeline(name, folder.path());
+        Squeeze::new("export").arg(&model).with("--to", "single-file").out(&file).succeeds();
+        let draw = |run: Squeeze| {
+            // The name of a folder can make its model a few-step one, without guidance.
+            let run = run.with("--guidance", "4");
+            let run = match name {
+                "inpainting-like" => run
+                    .with("--image", crate::architectures::golden("image.png"))
+                    .with("--mask", crate::architectures::golden("mask.png"))
+                    .with("--strength", "1"),
+                "edit-like" => run.with("--image", crate::architectures::golden("image.png")),
+                _ => run,
+            };
+            latents(run, folder.path())
+        };
+        let from_file = draw(generate(&file).with("--base", &model));
+        assert!(from_file == draw(generate(&model)), "{name}");
+        std::fs::remove_file(&file).unwrap();
+    }
+    generate(&file).with("--base", emoji()).with("-o", "/dev/null").is_refused(&["cannot read", "model.safetensors"]);
+}
+
 #[test]
 fn surplus_tensors_are_skipped_and_said() {
     let root = repo("tests/golden/base-like");
@@ -326,7 +354,7 @@ fn other_models_and_other_forms_are_refused_with_the_remedy() {
         (f32s(&[("model.diffusion_model.joint_blocks.0.x", vec![1])]), &["is a Stable Diffusion 3 model"]),
         (f32s(&[("double_blocks.0.img_attn.norm.key_norm.scale", vec![1])]), &["is a Flux model"]),
         (f32s(&[("model.diffusion_model.double_blocks.0.x", vec![1])]), &["is a Flux model"]),
-        (f32s(&[("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", vec![1])]), &["is a LoRA", "merge it"]),
+        (f32s(&[("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", vec![1])]), &["is a LoRA", "--lora"]),
         (f32s(&[("control_model.input_blocks.0.0.weight", vec![1])]), &["is a ControlNet"]),
         (f32s(&[("decoder.conv_in.weight", vec![1])]), &["has a VAE and no UNet", "--vae"]),
         (f32s(&[("text_model.embeddings.token_embedding.weight", vec![1])]), &["has text encoders and no UNet"]),

@@ -24,6 +24,7 @@ impl Parts {
             of_single_file(&file, base, has_vae)?
         } else {
             if let Some(base) = &files.base {
+                std::fs::metadata(&files.model).map_err(Error::read(&files.model))?;
                 return Err(Error::Argument(format!(
                     "{} is given to complete a single-file checkpoint, but {} is a folder, which has all of its parts",
                     base.display(),
