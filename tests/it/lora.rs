@@ -111,6 +111,38 @@ fn what_matches_nothing_is_an_error_unless_it_is_ignored() {
     refused(&swapped, &[stem, "no product"]);
     Tensor::write_safetensors(&parts([2, 16])[..1], &swapped).unwrap();
     refused(&swapped, &[stem, "make no LoRA"]);
+    let none: [(String, Tensor); 0] = [];
+    Tensor::write_safetensors(&none, &swapped).unwrap();
+    refused(&swapped, &["has no tensors"]);
+}
+
+#[test]
+fn damaged_loras_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let full = |shape: &[i64], value: f64| Tensor::full(shape, value, (Kind::Float, tch::Device::Cpu));
+    let (down, up) = (full(&[2, 16], 1.0), full(&[16, 2], 1.0));
+    let low = |more: Vec<(&'static str, Tensor)>| {
+        let factors = [("lora_down.weight", down.shallow_clone()), ("lora_up.weight", up.shallow_clone())];
+        factors.into_iter().chain(more).collect::<Vec<_>>()
+    };
+    let cases: [(Vec<(&str, Tensor)>, &str); 9] = [
+        (vec![("lora_down.weight", full(&[], 1.0)), ("lora_up.weight", full(&[], 1.0))], "is of shape []"),
+        (vec![("lora_down.weight", full(&[2, 16], f64::NAN)), ("lora_up.weight", full(&[16, 2], 1.0))], "NaN"),
+        (vec![("lora_down.weight", full(&[2, 16], 1e30)), ("lora_up.weight", full(&[16, 2], 1e30))], "not finite"),
+        (low(vec![("alpha", full(&[2], 1.0))]), "is not one number"),
+        (low(vec![("dora_scale", full(&[3, 1], 1.0))]), "has 3 norms"),
+        (low(vec![("dora_scale", full(&[16, 1], 1.0)), ("lora_magnitude_vector", full(&[16], 1.0))]), "are the same norms"),
+        (low(vec![("lokr_w1", full(&[4, 4], 1.0))]), "does not belong"),
+        (vec![("lokr_w1", full(&[3, 3], 1.0)), ("lokr_w2", full(&[5, 5], 1.0))], "[15, 15]"),
+        (vec![("diff_b", full(&[3], 1.0))], "1 tensor matches no module"),
+    ];
+    let draw = Squeeze::new("generate").model(base()).with("--prompt", "a cat").with("--steps", "1").with("-o", "/dev/null");
+    for (tensors, expected) in cases {
+        let named = tensors.iter().map(|(name, tensor)| (format!("lora_unet_down_blocks_1_attentions_0_proj_in.{name}"), tensor));
+        Tensor::write_safetensors(&named.collect::<Vec<_>>(), &path).unwrap();
+        draw.clone().with("--lora", &path).is_refused(&[expected]);
+    }
 }
 
 #[test]

@@ -44,6 +44,9 @@ impl Lora {
             return Err(Error::range("the strength of a LoRA", strength, "a finite number"));
         }
         let file = SafetensorsFile::open(path)?;
+        if file.entries().is_empty() {
+            return Err(Error::bad_file(path, "has no tensors, so that it changes nothing"));
+        }
         let mut modules: BTreeMap<(LoraPart, String), Pieces> = BTreeMap::new();
         let mut unknown = Vec::new();
         for name in file.entries().keys() {
@@ -132,6 +135,7 @@ impl Loras {
         let modules = targets.iter().map(|target| Ok((target.part, Modules::of(target)?))).collect::<Result<BTreeMap<_, _>>>()?;
         let mut changes: BTreeMap<(LoraPart, String), Vec<Change>> = BTreeMap::new();
         for (number, lora) in loras.iter().enumerate() {
+            let before = changes.values().map(Vec::len).sum::<usize>();
             let mut unmatched = lora.unknown.clone();
             for ((part, module), pieces) in &lora.modules {
                 let target = modules.get(part).and_then(|modules| modules.get(module));
@@ -166,6 +170,9 @@ impl Loras {
             unmatched.retain(|name| !is_ignored(ignored, name));
             if !unmatched.is_empty() {
                 return Err(no_module(lora.path(), &unmatched));
+            }
+            if changes.values().map(Vec::len).sum::<usize>() == before {
+                tracing::warn!("{} changes nothing: all of its tensors are ignored", lora.path().display());
             }
         }
         Ok(Loras { loras, changes })
@@ -283,8 +290,9 @@ fn no_module(path: &Path, unmatched: &[String]) -> Error {
     const SHOWN: usize = 4;
     let more = if unmatched.len() > SHOWN { format!(", and {} more", unmatched.len() - SHOWN) } else { String::new() };
     let shown: Vec<String> = unmatched.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
+    let matching = if unmatched.len() == 1 { "tensor matches" } else { "tensors match" };
     let problem = format!(
-        "{} tensors match no module of this pipeline ({}{more}); --lora-ignore REGEX goes on without those that it matches",
+        "{} {matching} no module of this pipeline ({}{more}); --lora-ignore REGEX goes on without those that it matches",
         unmatched.len(),
         shown.join(", ")
     );
