@@ -3,13 +3,15 @@
 
 use std::io::Write;
 
-use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};
+use sdxl_squeeze::codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::{Generator, noise};
-use sdxl_squeeze::solver::{Factor, Hessian, Pruned, prune_many};
+use sdxl_squeeze::solver::{
+    Factor, Hessian, InputGeometry, Joint, JointFactors, JointOptions, LayerEvidence, OutputResidual, Pruned, joint, prune_many,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::squeeze::Squeeze;
@@ -96,5 +98,53 @@ fn a_gpu_prunes_layers_in_a_batch_as_the_cpu_does_one_by_one() {
             assert!(other < 1e-3, "{sparsity:?}: {other:.1e} of the mask differ");
             assert!((loss - 1.0).abs() < 1e-3, "{sparsity:?}: the loss is {loss:.6} times the CPU's");
         }
+    }
+}
+
+/// A layer [320, 700] solved jointly, with a dense target and held-out vectors.
+fn solve_on(device: Device, options: &JointOptions) -> Joint {
+    let random = |size: [i64; 2], seed| noise(&size, seed, Kind::Double).unwrap();
+    let to = |tensor: Tensor| tensor.to_kind(Kind::Float).to_device(device);
+    let directions = random([200, 700], 1);
+    let inputs = |n: i64, seed| random([n, 200], seed).matmul(&directions) + 0.3 * random([n, 700], seed + 1);
+    let (vectors, held_out) = (to(inputs(2100, 2)), to(inputs(100, 4)));
+    let mut hessian = Hessian::new(700, device).unwrap();
+    hessian.add(&vectors).unwrap();
+    let mut residual = OutputResidual::for_weight(InputGeometry::Linear, &[320, 700], device).unwrap();
+    residual.add(&vectors, &to(0.05 * random([2100, 320], 6))).unwrap();
+    let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
+    let evidence = LayerEvidence { residual: Some(&residual), held_out: Some(&held_out) };
+    joint("layer", &to(random([320, 700], 7)), &hessian, &factors, &evidence, options).unwrap()
+}
+
+#[test]
+fn a_gpu_solves_jointly_as_the_cpu_does() {
+    if !has_gpu("a_gpu_solves_jointly_as_the_cpu_does") {
+        return;
+    }
+    let prune = |sparsity| Some(PruneOptions { sparsity, ..PruneOptions::default() });
+    let palettes = |bits, group_size| {
+        Some(PaletteOptions { bits, grouping: Grouping::PerGroupedChannel { group_size }, ..PaletteOptions::default() })
+    };
+    let settings = [
+        (prune(Sparsity::Unstructured(0.4)), palettes(BitWidth::Four, 16)),
+        (prune(Sparsity::NOfM(NmRatio { n: 2, m: 4 })), palettes(BitWidth::Three, 8)),
+        (prune(Sparsity::Unstructured(0.5)), None),
+        (None, palettes(BitWidth::Four, 16)),
+        (None, palettes(BitWidth::Eight, 320)),
+    ];
+    for (prune, palettize) in settings {
+        let options = JointOptions::new(prune, palettize);
+        let (gpu, cpu) = (solve_on(Device::Cuda(0), &options), solve_on(Device::Cpu, &options));
+        for (gpu, cpu) in [(gpu.loss, cpu.loss), (gpu.sequential_loss, cpu.sequential_loss)] {
+            assert!((gpu / cpu - 1.0).abs() < 0.01, "{options:?}: the loss is {gpu}, on the CPU {cpu}");
+        }
+        let kept = |joint: &Joint| joint.mask.as_ref().map(|mask| mask.iter().filter(|kept| **kept).count());
+        assert_eq!(kept(&gpu), kept(&cpu));
+        if let Some(palettized) = &gpu.palettized {
+            assert_eq!(palettized.decode(gpu.mask.as_deref()).unwrap(), gpu.weight, "{options:?}");
+        }
+        let again = solve_on(Device::Cuda(0), &options);
+        assert!(again.weight == gpu.weight && again.mask == gpu.mask, "{options:?}: another result the second time");
     }
 }

@@ -155,6 +155,7 @@ impl Hessian {
     /// [`Error::Shape`] if the shape is not the layer's, [`Error::NotFinite`] if there is NaN or
     /// infinity in it. The Hessian is unchanged then.
     pub fn add(&mut self, input: &Tensor) -> Result<()> {
+        let _span = tracing::debug_span!("hessian").entered();
         let size = input.size();
         let fits = match self.unfolding {
             None => size.last() == Some(&self.dimension()),
