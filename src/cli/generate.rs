@@ -128,6 +128,10 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     if let (Some(why), true) = (&defaults.why, args.steps.is_none() || args.guidance.is_none()) {
         reporter.report(Event::Note(&chosen(&args, &defaults, why)));
     }
+    let has_sampler = args.scheduler.is_some() || args.timestep_spacing.is_some();
+    if let Some(hint) = defaults.open_hint(args.steps.is_some() && args.guidance.is_some(), has_sampler) {
+        reporter.report(Event::Note(hint));
+    }
     let request = GenerateRequest {
         prompt: args.prompt,
         negative_prompt: args.negative_prompt,

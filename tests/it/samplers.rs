@@ -209,6 +209,13 @@ fn distilled_models_are_calibrated_as_they_run() {
     let line = drawn(&model, &["--scheduler", "heun", "--timestep-spacing", "trailing", "--guidance-rescale", "0.5"]);
     assert!(line.contains("HeunDiscreteScheduler in 2 steps (3 calls of the UNet) at guidance 0 rescaled by 0.5"), "{line}");
     assert!(drawn(&emoji(), &[]).contains("EulerDiscreteScheduler in 20 steps at guidance 5;"));
+    // A word alone changes nothing, and is said.
+    let storm = folder.path().join("lightning_storm_xl");
+    copy(&emoji(), &storm);
+    let line = drawn(&storm, &[]);
+    assert!(line.contains("EulerDiscreteScheduler in 20 steps at guidance 5; the name `lightning_storm_xl` suggests"), "{line}");
+    assert!(line.contains("--steps 4 --guidance 0 --timestep-spacing trailing"), "{line}");
+    assert!(!drawn(&storm, &["--steps", "20", "--guidance", "5"]).contains("suggests"));
 }
 
 #[test]
