@@ -77,8 +77,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "W", requires = "height", allow_negative_numbers = true)]
     width: Option<i64>,
     /// Sampler in the place of the pipeline's: euler, euler-ancestral, heun, ddim, ddpm, dpmpp-2m,
-    /// dpmpp-2m-sde, unipc, plms, lcm, tcd, edm-euler, edm-dpmpp-2m; some also with -karras for
-    /// Karras sigmas
+    /// dpmpp-2m-sde, dpmpp-sde, unipc, plms, lcm, tcd, edm-euler, edm-dpmpp-2m; some also with
+    /// -karras for Karras sigmas
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
     /// Spacing of the sampler's timesteps: leading, trailing or linspace [default: the sampler's]

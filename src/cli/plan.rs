@@ -142,7 +142,12 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
         (Some(why), None, Some(_)) => format!("; the steps are the model's own: {why}"),
         (Some(why), Some(_), None) => format!("; the guidance is the model's own: {why}"),
     };
-    Ok(format!("drawn by {} in {} steps{calls} at guidance {}{rescale}{why}{hint}", set.scheduler.class(), set.steps, set.guidance))
+    Ok(format!(
+        "drawn by {} in {} steps{calls} at guidance {}{rescale}{why}{hint}",
+        set.scheduler.class(),
+        set.steps,
+        set.guidance
+    ))
 }
 
 fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<&str>) -> String {

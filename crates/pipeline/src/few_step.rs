@@ -74,8 +74,9 @@ impl SamplingDefaults {
         let steps = named.unwrap_or(if lightning_in_one { 1 } else { family.steps });
         // Some Hyper-SD models keep the guidance of the model that they were distilled from.
         let guidance = if names.iter().any(|name| keeps_guidance(name)) { usual.1 } else { family.guidance };
-        let hint = (!runs_as(family, scheduler))
-            .then(|| format!("{} model is usually run with {} (its sampler is {})", family.name, family.sampler, scheduler.class()));
+        let hint = (!runs_as(family, scheduler)).then(|| {
+            format!("{} model is usually run with {} (its sampler is {})", family.name, family.sampler, scheduler.class())
+        });
         SamplingDefaults { steps, guidance, why: Some(why), hint }
     }
 
@@ -226,7 +227,9 @@ mod tests {
     #[test]
     fn a_word_alone_is_a_hint() {
         let trailing = scheduler("EulerDiscreteScheduler", json!({"timestep_spacing": "trailing"}));
-        for name in ["DreamShaperXL_Turbo_v2", "DreamShaperXL_Turbo_v2_1", "juggernautXL_v9Rdphoto2Lightning", "lightning_storm_xl"] {
+        for name in
+            ["DreamShaperXL_Turbo_v2", "DreamShaperXL_Turbo_v2_1", "juggernautXL_v9Rdphoto2Lightning", "lightning_storm_xl"]
+        {
             let (defaults, hint) = of(name, &scheduler("EulerDiscreteScheduler", json!({})));
             assert_eq!(defaults, None, "{name}");
             let hint = hint.unwrap();

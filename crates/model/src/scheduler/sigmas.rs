@@ -72,7 +72,10 @@ impl SigmaCurve {
         if !self.is_karras() || self.min.is_none() && self.max.is_none() {
             return self;
         }
-        tracing::warn!("{}: `sigma_min` and `sigma_max` have no effect on this class, in diffusers neither", file.path().display());
+        tracing::warn!(
+            "{}: `sigma_min` and `sigma_max` have no effect on this class, in diffusers neither",
+            file.path().display()
+        );
         SigmaCurve { min: None, max: None, ..self }
     }
 
