@@ -22,7 +22,8 @@ writes the final latents of whole pipelines instead: the cases of PIPELINES by n
     python tests/golden/make_samplers.py tests/golden/samplers-pictures.safetensors tests/golden/base-like tests/golden/architectures
 
 writes the final latents of image to image and of inpainting, with the picture and the mask of the last folder, for every sampler:
-NAME/image and NAME/mask.
+NAME/image@0.6 and NAME/mask@0.6, where 0.6 is the strength; some also at other strengths, and as NAME/inpainting@0.6 by the UNet of
+inpainting-like, which is told of the mask.
 
 The Brownian tree of DPM++ SDE is seeded with 7 too, except where a config has `noise_sampler_seed`.
 """
@@ -299,16 +300,26 @@ def pictures(out, folder, architectures):
     base = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
     parts = {name: part for name, part in base.components.items() if name not in ("image_encoder", "feature_extractor")}
     picture, mask = (Image.open(pathlib.Path(architectures, name)) for name in ("image.png", "mask.png"))
+    told = diffusers.UNet2DConditionModel.from_pretrained(pathlib.Path(architectures, "inpainting-like/unet"), torch_dtype=torch.float32)
+    inpaint = diffusers.StableDiffusionXLInpaintPipeline
+    ways = {
+        "image": (diffusers.StableDiffusionXLImg2ImgPipeline, parts, {}),
+        "mask": (inpaint, parts, {"mask_image": mask}),
+        "inpainting": (inpaint, {**parts, "unet": told}, {"mask_image": mask}),
+    }
+    cases = [(name, what, 0.6) for name in CLASSES for what in ("image", "mask")]
+    cases += [(name, "image", strength) for name in ("plms", "unipc", "dpmpp-sde") for strength in (0.2, 0.8, 1.0)]
+    cases += [(name, "mask", 1.0) for name in ("lcm", "dpmpp-sde", "plms", "edm-euler")]
+    cases += [(name, "inpainting", strength) for name in ("euler-ancestral", "dpmpp-sde", "heun") for strength in (0.6, 1.0)]
     tensors = {}
-    for name, kind in CLASSES.items():
-        for what, pipeline, given in (("image", diffusers.StableDiffusionXLImg2ImgPipeline, {}),
-                                      ("mask", diffusers.StableDiffusionXLInpaintPipeline, {"mask_image": mask})):
-            pipe = pipeline(**parts, add_watermarker=False)
-            pipe.set_progress_bar_config(disable=True)
-            pipe.scheduler = seeded(getattr(diffusers, kind).from_config(base.scheduler.config, **SETS.get(name, {})))
-            tensors[f"{name}/{what}"] = pipe(
-                PROMPT, image=picture, strength=0.6, num_inference_steps=5, guidance_scale=4.0, output_type="latent",
-                generator=torch.Generator().manual_seed(SEED), **given).images
+    for name, what, strength in cases:
+        pipeline, given_parts, given = ways[what]
+        pipe = pipeline(**given_parts, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = seeded(getattr(diffusers, CLASSES[name]).from_config(base.scheduler.config, **SETS.get(name, {})))
+        tensors[f"{name}/{what}@{strength}"] = pipe(
+            PROMPT, image=picture, strength=strength, num_inference_steps=5, guidance_scale=4.0, output_type="latent",
+            generator=torch.Generator().manual_seed(SEED), **given).images
     for name, tensor in tensors.items():
         assert tensor.isfinite().all(), name
         print(f"{name}: std {tensor.std():.3f} max {tensor.abs().max():.2f}")

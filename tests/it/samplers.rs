@@ -137,19 +137,22 @@ fn whole_pipelines_equal_those_of_diffusers() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// Image to image, and inpainting with a UNet that is not told of the mask, begin with the third of
-/// five steps.
+/// Image to image, and inpainting with a UNet that is told of the mask and with one that is not.
 #[test]
 fn every_sampler_starts_from_a_picture_as_in_diffusers() {
     let golden = tensors(&repo("tests/golden/samplers-pictures.safetensors"));
     let text = std::fs::read_to_string(repo("tests/golden/samplers-pipelines.json")).unwrap();
     let Pipelines { prompt, seed, .. } = serde_json::from_str(&text).unwrap();
-    let folder = PipelineFolder::open(&repo("tests/golden/base-like")).unwrap();
+    let here = tempfile::tempdir().unwrap();
+    let base = PipelineFolder::open(&repo("tests/golden/base-like")).unwrap();
+    let told = PipelineFolder::open(&crate::architectures::pipeline("inpainting-like", here.path())).unwrap();
     let pictures = repo("tests/golden/architectures");
     let mut failures = Vec::new();
     for (name, expected) in &golden {
-        let (scheduler, what) = name.split_once('/').unwrap();
-        let mask = (what == "mask").then(|| Mask::read_png(&pictures.join("mask.png")).unwrap());
+        let (scheduler, case) = name.split_once('/').unwrap();
+        let (what, strength) = case.split_once('@').unwrap();
+        let folder = if what == "inpainting" { &told } else { &base };
+        let mask = (what != "image").then(|| Mask::read_png(&pictures.join("mask.png")).unwrap());
         let picture = Picture::read_png(&pictures.join("image.png")).unwrap();
         let request = GenerateRequest {
             prompt: prompt.clone(),
@@ -166,20 +169,18 @@ fn every_sampler_starts_from_a_picture_as_in_diffusers() {
             unet: None,
             unverified: false,
             prompts: PromptOptions::default(),
-            image: Some(ImageRequest { picture, mask, strength: Some(0.6), guidance: None }),
+            image: Some(ImageRequest { picture, mask, strength: strength.parse().ok(), guidance: None }),
         };
-        let apart = match generate(&folder, &request, Placement::CPU, &Silent) {
-            Ok(drawn) => relative_error(&drawn.latents, expected),
-            Err(error) => panic!("{name}: {error}"),
-        };
-        if apart.is_nan() || apart > 1e-4 {
+        let drawn = generate(folder, &request, Placement::CPU, &Silent).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let apart = relative_error(&drawn.latents, expected);
+        if apart.is_nan() || apart > 2e-5 {
             failures.push(format!("{name}: the latents differ by {apart:.1e}"));
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     // dpmpp-2m is in `image_to_image_equals_diffusers`.
     for name in SchedulerChoice::NAMES.iter().filter(|name| !name.ends_with("-karras") && **name != "dpmpp-2m") {
-        assert!(golden.contains_key(&format!("{name}/image")) && golden.contains_key(&format!("{name}/mask")), "{name}");
+        assert!(["image", "mask"].iter().all(|what| golden.contains_key(&format!("{name}/{what}@0.6"))), "{name}");
     }
 }
 

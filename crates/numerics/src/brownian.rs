@@ -11,8 +11,8 @@ use super::seed_sequence::state;
 ///
 /// The interval is halved again and again down to the six decimals of the times; each halving draws
 /// where the motion is at the middle (a Brownian bridge), from a seed that numpy's `SeedSequence`
-/// derives from the tree's seed and the place in the tree. torchsde keeps what it has drawn; here it
-/// is drawn again, with equal results.
+/// derives from the tree's seed and the place in the tree. torchsde keeps what it has drawn; here
+/// it is drawn again, with equal results.
 #[derive(Debug)]
 pub struct BrownianTree {
     seed: u64,
@@ -32,8 +32,7 @@ struct Node {
     depth: u32,
 }
 
-/// More halvings than doubles have: 1074 is the most that lead anywhere, and times of models need
-/// about 25.
+/// More halvings than the times of models need, which is about 25; a path of as many fits its type.
 const DEEPEST: u32 = 120;
 
 impl BrownianTree {
@@ -58,8 +57,7 @@ impl BrownianTree {
     /// If `from` is not before `to` in the first six decimals, or libtorch fails.
     pub fn increment(&self, from: f64, to: f64) -> Result<Tensor> {
         let [start, end] = [from, to].map(|time| rounded(time.clamp(self.root.start, self.root.end)));
-        // NaN is refused too.
-        if !(start < end) {
+        if start.is_nan() || end.is_nan() || start >= end {
             return Err(Error::Argument(format!("the times {from} and {to} are too close for a Brownian tree of six decimals")));
         }
         let mut sum = None;
@@ -129,7 +127,7 @@ mod tests {
     fn increments_equal_those_of_torchsde() {
         let tree = BrownianTree::new(0.029_167_5, 14.614_642, &[3], Kind::Float, 7).unwrap();
         assert_eq!(values(&tree, 0.029_167_5, 14.614_642), [-7.7218404, 9.414663, -0.2007088]);
-        assert_eq!(values(&tree, 3.141_592_65, 9.3), [-6.397132, 1.802784, 0.18149833]);
+        assert_eq!(values(&tree, 3.123_456_78, 9.3), [-6.2101197, 1.9106447, 0.29574615]);
         assert_eq!(values(&tree, 0.03, 0.031), [0.004358376, -0.0015240656, -0.022635467]);
         assert_eq!(values(&tree, 14.0, 20.0), [-0.2202884, 0.52502817, 1.0740993]);
     }

@@ -3,8 +3,8 @@
 //! Distilled models draw a picture in one to eight steps, most without guidance. Nothing in their
 //! files states it. It is read from the UNet (that of an LCM is told the guidance scale), from the
 //! sampler's config, and from the model's name: a word such as `lightning` counts where a number of
-//! steps, the sampler or the name of a release agrees with it. Alone it is only a hint, because many
-//! models are called so that are not distilled.
+//! steps, the sampler or the name of a release agrees with it. Alone it is only a hint, because
+//! many models are called so that are not distilled.
 
 use std::sync::LazyLock;
 
@@ -22,8 +22,8 @@ pub struct SamplingDefaults {
     pub guidance: f64,
     /// What shows that the model is a distilled one; `None` if nothing does.
     pub why: Option<String>,
-    /// What its user should know beside: that the model may be a distilled one, or that such a model
-    /// is usually run with another sampler; and the flags for it.
+    /// What its user should know beside: that the model may be a distilled one, or that such a
+    /// model is usually run with another sampler; and the flags for it.
     pub hint: Option<String>,
 }
 
@@ -61,8 +61,8 @@ impl SamplingDefaults {
         Self::read(&names, &folder.scheduler, is_told, (steps, guidance))
     }
 
-    /// What `names`, the sampler's config and the UNet say; `usual` are the steps and the guidance of
-    /// a model that is not distilled.
+    /// What `names`, the sampler's config and the UNet say; `usual` are the steps and the guidance
+    /// of a model that is not distilled.
     fn read(names: &[&str], scheduler: &SchedulerConfig, is_told: bool, usual: (usize, f64)) -> Self {
         let told = is_told.then(|| (TOLD, "its UNet is told the guidance scale, as that of an LCM".to_owned()));
         let Some((family, why)) = told.or_else(|| by_name(names, scheduler)).or_else(|| by_scheduler(scheduler)) else {
@@ -80,8 +80,8 @@ impl SamplingDefaults {
         SamplingDefaults { steps, guidance, why: Some(why), hint }
     }
 
-    /// The hint, unless its user has chosen what it is about: steps and guidance of a model that may
-    /// be a distilled one, or the sampler of one that is.
+    /// The hint, unless its user has chosen what it is about: steps and guidance of a model that
+    /// may be a distilled one, or the sampler of one that is.
     #[must_use]
     pub fn open_hint(&self, has_steps_and_guidance: bool, has_sampler: bool) -> Option<&str> {
         let is_settled = if self.why.is_some() { has_sampler } else { has_steps_and_guidance };
@@ -98,7 +98,8 @@ fn runs_as(family: Family, scheduler: &SchedulerConfig) -> bool {
     }
 }
 
-/// The family that a name states, if a number of steps, the sampler, or the name of a release agrees.
+/// The family that a name states, if a number of steps, the sampler, or the name of a release
+/// agrees.
 fn by_name(names: &[&str], scheduler: &SchedulerConfig) -> Option<(Family, String)> {
     static RELEASE: LazyLock<Regex> = LazyLock::new(|| {
         Regex::new(r"(?i)^(sd_?xl[-_](turbo|lightning)|(hyper|lcm|tcd)-sdxl)([^a-z]|$)").expect("the pattern is correct")
@@ -193,8 +194,8 @@ mod tests {
         SchedulerConfig::from_entries("scheduler_config.json".as_ref(), keys.as_object().unwrap().clone()).unwrap()
     }
 
-    /// Steps and guidance of a distilled model with this name and sampler, and the hint; `None` of a
-    /// model that is not taken for one.
+    /// Steps and guidance of a distilled model with this name and sampler, and the hint; `None` of
+    /// a model that is not taken for one.
     fn of(name: &str, scheduler: &SchedulerConfig) -> (Option<(usize, f64)>, Option<String>) {
         let SamplingDefaults { steps, guidance, why, hint } = SamplingDefaults::read(&[name], scheduler, false, (30, 5.0));
         if why.is_none() {

@@ -35,8 +35,8 @@ impl Start {
         Ok(Start { latents: noise.f_mul_scalar(scheduler.init_noise_sigma())?, first: 0, kept: None })
     }
 
-    /// Starts from scaled latents of a picture under unit `noise`, both [1, c, h, w], and leaves out
-    /// the first `skipped` of the sampler's steps.
+    /// Starts from scaled latents of a picture under unit `noise`, both [1, c, h, w], and leaves
+    /// out the first `skipped` of the sampler's steps.
     ///
     /// # Errors
     /// If there is no such step.

@@ -46,8 +46,8 @@ pub struct Family {
     pub in_channels: i64,
     /// What it predicts.
     pub prediction: Prediction,
-    /// Whether the UNet is told the guidance scale (`time_embedding.cond_proj`), as that of a latent
-    /// consistency model (LCM) is.
+    /// Whether the UNet is told the guidance scale (`time_embedding.cond_proj`), as that of a
+    /// latent consistency model (LCM) is.
     pub is_told_guidance: bool,
 }
 

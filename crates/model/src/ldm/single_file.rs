@@ -257,7 +257,8 @@ impl SingleFile {
     }
 
     /// The UNet's `config.json`: that of `base`, but for the input channels and the guidance scale,
-    /// which the file knows better; or without one, as shapes and family tell it. `None` if they do not tell it.
+    /// which the file knows better; or without one, as shapes and family tell it. `None` if they do
+    /// not tell it.
     #[must_use]
     pub fn unet_config(&self, base: Option<&Map<String, Value>>) -> Option<Map<String, Value>> {
         let shapes = self.unet_shapes();

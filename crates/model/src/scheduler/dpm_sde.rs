@@ -86,7 +86,7 @@ impl DpmSolverSde {
     /// The sigma with which the model is called.
     fn sigma_of_call(&self, index: usize) -> Result<f32> {
         let (from, to) = self.step_of(index);
-        if index % 2 == 0 { Ok(from) } else { exp(-Self::middle(from, to)?) }
+        if index.is_multiple_of(2) { Ok(from) } else { exp(-Self::middle(from, to)?) }
     }
 
     /// The motion over all noise levels of the schedule.

@@ -44,8 +44,9 @@ pub trait Scheduler {
     ///
     /// Whole numbers, except where the sigmas are interpolated. There is one for each call of the
     /// UNet, and their number can differ from the requested steps: Heun's method and DPM++ SDE call
-    /// the UNet twice in every step but the last, PLMS repeats its first step, and, as in diffusers, the
-    /// rounding of trailing spacing adds a timestep for some counts (61 of 1000, for example).
+    /// the UNet twice in every step but the last, PLMS repeats its first step, and, as in
+    /// diffusers, the rounding of trailing spacing adds a timestep for some counts (61 of 1000, for
+    /// example).
     fn timesteps(&self) -> &[f64];
 
     /// The factor by which unit Gaussian noise is multiplied to give the first latents.
@@ -79,9 +80,9 @@ pub trait Scheduler {
     /// If there is no such step, or libtorch fails.
     fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor>;
 
-    /// The index in [`timesteps`](Self::timesteps) with which a run begins that leaves out the first
-    /// `step` of the requested steps (`order` in diffusers). Samplers that call the UNet twice a step
-    /// have another than `step`.
+    /// The index in [`timesteps`](Self::timesteps) with which a run begins that leaves out the
+    /// first `step` of the requested steps (`order` in diffusers). Samplers that call the UNet
+    /// twice a step have another than `step`.
     fn first_call(&self, step: usize) -> usize {
         step
     }

@@ -67,11 +67,12 @@ impl Plms {
         Ok(Plms { timesteps, table, last, stride, prediction, outputs: VecDeque::new(), first: None, begin: 0, next: 0 })
     }
 
-    /// ᾱ before and after the step of call `index`. The second call of a run repeats its first step.
+    /// ᾱ before and after the step of call `index`. The second call of a run repeats its first
+    /// step.
     ///
-    /// As in diffusers, a run that begins later than at the first timestep takes its second call for
-    /// the repetition too, though the timesteps list this one only at their beginning: from then on
-    /// the sample has the noise of one step more than the timestep says.
+    /// As in diffusers, a run that begins later than at the first timestep takes its second call
+    /// for the repetition too, though the timesteps list this one only at their beginning: from
+    /// then on the sample has the noise of one step more than the timestep says.
     fn signal(&self, index: usize) -> (f32, f32) {
         let timestep = self.timesteps[index] as usize;
         if index == self.begin + 1 {
