@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, settings};
+use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, hint, settings};
 use sdxl_squeeze::compress::plan_of_run;
 use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig};
 use sdxl_squeeze::device::Placement;
@@ -134,13 +134,20 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
     let calls = if calls == set.steps { String::new() } else { format!(" ({calls} calls of the UNet)") };
     let rescale = if set.guidance_rescale > 0.0 { format!(" rescaled by {}", set.guidance_rescale) } else { String::new() };
     let section = &config.calibration;
-    let why = match (defaults(folder).why, section.steps, section.guidance) {
+    let defaults = defaults(folder);
+    let hint = hint(&defaults, section).map_or(String::new(), |hint| format!("; {hint}"));
+    let why = match (defaults.why, section.steps, section.guidance) {
         (None, _, _) | (_, Some(_), Some(_)) => String::new(),
         (Some(why), None, None) => format!("; steps and guidance are the model's own: {why}"),
         (Some(why), None, Some(_)) => format!("; the steps are the model's own: {why}"),
         (Some(why), Some(_), None) => format!("; the guidance is the model's own: {why}"),
     };
-    Ok(format!("drawn by {} in {} steps{calls} at guidance {}{rescale}{why}", set.scheduler.class(), set.steps, set.guidance))
+    Ok(format!(
+        "drawn by {} in {} steps{calls} at guidance {}{rescale}{why}{hint}",
+        set.scheduler.class(),
+        set.steps,
+        set.guidance
+    ))
 }
 
 fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<&str>) -> String {

@@ -49,7 +49,9 @@ impl Parts {
         let file = VaeFile::open(path)?;
         let family = match &self.unet_weights {
             WeightsAt::Checkpoint(file) => file.family().clone(),
-            WeightsAt::Folder(_) => Family { is_refiner: false, in_channels: 4, prediction: Prediction::Epsilon },
+            WeightsAt::Folder(_) => {
+                Family { is_refiner: false, in_channels: 4, prediction: Prediction::Epsilon, is_told_guidance: false }
+            }
         };
         // A pipeline's own config knows the scale of the latents, if the VAE is of its shape.
         if self.vae.entries.is_empty() {
@@ -87,14 +89,19 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
     if let Some(base) = base {
         // What the file marks of its sampler is true of its weights, whatever those of the base
         // were trained for.
-        let (index, scheduler) = match family.prediction.scheduler() {
-            None => (base.index, base.scheduler),
-            Some(entries) => {
-                let mut index = base.index;
-                index.entries.insert("scheduler".into(), json!(["diffusers", entries["_class_name"]]));
-                (index, SchedulerConfig::from_entries(path, entries)?)
+        let marked = match family.prediction.scheduler() {
+            Some(_) => Some(SchedulerConfig::from_entries(path, family.scheduler())?),
+            // A base that is no LCM has no sampler for one.
+            None if family.is_told_guidance && base.unet.entries.get(TOLD).is_none_or(Value::is_null) => {
+                Some(base.scheduler.with_override("LCMScheduler")?)
             }
+            None => None,
         };
+        let (mut index, mut scheduler) = (base.index, base.scheduler);
+        if let Some(marked) = marked {
+            index.entries.insert("scheduler".into(), json!(["diffusers", marked.class()]));
+            scheduler = marked;
+        }
         let text = base.text.into_iter().map(|place| match file.has_encoder(place.encoder) {
             true => TextPlace { weights: WeightsAt::Checkpoint(Arc::clone(file)), ..place },
             false => place,
@@ -127,6 +134,9 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         files: Vec::new(),
     })
 }
+
+/// The key of a UNet's config for the width of the guidance scale that it is told.
+const TOLD: &str = "time_cond_proj_dim";
 
 /// A config that the tensors tell, or the remedy if they do not.
 fn derived(path: &Path, what: &str, config: Option<Map<String, Value>>) -> Result<Config> {

@@ -27,6 +27,11 @@ impl UnetShapes<'_> {
         self.dimension("input_blocks.0.0.weight", 1)
     }
 
+    /// The width of the guidance scale that the UNet is told; `None` if it is not, as all but LCMs.
+    pub(super) fn told_guidance(&self) -> Option<i64> {
+        self.dimension("time_embedding.cond_proj.weight", 1)
+    }
+
     /// The width of the text states.
     pub(super) fn cross_attention_dim(&self) -> Option<i64> {
         self.0.iter().find(|(name, _)| name.ends_with(".attn2.to_k.weight")).and_then(|(_, shape)| shape.last().copied())
@@ -116,7 +121,7 @@ impl UnetShapes<'_> {
             "projection_class_embeddings_input_dim": self.dimension("label_emb.0.0.weight", 1)?,
             "reverse_transformer_layers_per_block": reverse,
             "sample_size": 128,
-            "time_cond_proj_dim": self.dimension("time_embedding.cond_proj.weight", 1),
+            "time_cond_proj_dim": self.told_guidance(),
             "transformer_layers_per_block": depths,
             "up_block_types": types(&up, "CrossAttnUpBlock2D", "UpBlock2D"),
             "use_linear_projection": is_linear,
