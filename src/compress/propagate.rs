@@ -68,7 +68,7 @@ fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, batch: Batch<'
     }
     let mut multiply_adds = 0.0;
     for index in 0..shard.carries.len() {
-        gatherer.hold_out(request.holds_out && is_held_out(index, shard.carries.len()));
+        gatherer.hold_out(request.holds_out && is_held_out(index, shard.carries.len()), shard.held_out_vectors);
         gatherer.set_weight(shard.weights[index]);
         if let Some(teacher) = &mut shard.teacher {
             let (outputs, more) = teacher.outputs(index, request.scope, &names, request.teacher_advances)?;

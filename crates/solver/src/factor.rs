@@ -155,7 +155,11 @@ impl Factor {
         let mut diagonal = Tensor::f_cat(&diagonals, 0)?;
         // In a sum of x x^T no entry is larger than the largest one on the diagonal.
         if !is_finite(&diagonal)? {
-            return Err(Error::NotFinite("the squares of the layer's inputs overflow fp32".into()));
+            let problem = match triangle.device() {
+                Device::Cpu => "the squares of the layer's inputs overflow fp32",
+                _ => "the layer's inputs have NaN or infinite values in them, or their squares overflow fp32",
+            };
+            return Err(Error::NotFinite(problem.into()));
         }
         let dead = diagonal.f_eq(0.0)?;
         let _ = diagonal.f_masked_fill_(&dead, 1.0)?;

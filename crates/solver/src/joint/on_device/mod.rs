@@ -14,8 +14,9 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{NmRatio, Sparsity};
+use squeeze_numerics::finite::is_finite;
 use squeeze_numerics::product::product;
 use squeeze_numerics::sum::squares;
 use tch::{Device, Kind, Tensor};
@@ -58,6 +59,9 @@ pub(super) fn solve(
     if let Some(residual) = evidence.residual {
         uncompressed = exact::palettes_can_hold(&flat, options)?.map(|_| flat.shallow_clone());
         let residual = problem.sorted(&residual.matrix()?.f_to_device(flat.device())?)?;
+        if !is_finite(&residual)? {
+            return Err(Error::NotFinite("the residual of the layer's outputs has NaN or infinite values in it".into()));
+        }
         flat = problem.natural(&factors.factors[0].solve(&residual)?)?.f_add_(&flat)?;
         target = Some(flat.f_reshape(shape)?);
     }
