@@ -53,7 +53,15 @@ impl DeviceShard {
             false => None,
         };
         let carries = carries(number.to_string())?;
-        Ok(DeviceShard { device, carries, weights: Vec::new(), teacher, held_out_vectors, part: None, installed: BTreeSet::new() })
+        Ok(DeviceShard {
+            device,
+            carries,
+            weights: Vec::new(),
+            teacher,
+            held_out_vectors,
+            part: None,
+            installed: BTreeSet::new(),
+        })
     }
 
     /// Adds the first carry of a batch of samples, and that of the dense network.

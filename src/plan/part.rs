@@ -179,7 +179,8 @@ impl Outline<'_> {
             let layers = || self.compressed(recipes).filter(|(layer, _)| stop.layers.iter().any(|name| name == layer.name()));
             let needs = Need::of(layers(), has_dense_target);
             let gathered: Vec<&Need> = needs.iter().filter(|need| need.is_gathered()).collect();
-            let shared = needs.iter().filter(|need| !need.is_gathered()).map(|need| room.at_once(0, need.solving_bytes(memory.device)));
+            let shared =
+                needs.iter().filter(|need| !need.is_gathered()).map(|need| room.at_once(0, need.solving_bytes(memory.device)));
             let others = layers().filter(|(_, recipe)| !recipe.needs_hessian());
             let others = others.map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), memory.device));
             let solving = shared.max().unwrap_or(0).max(room.at_once(0, others.max().unwrap_or(0)));

@@ -65,7 +65,8 @@ pub fn sample_from(
 ) -> Result<Tensor> {
     let timesteps = scheduler.timesteps().to_vec();
     let task = Task::begin(progress, "denoising", "steps", timesteps.len().saturating_sub(start.first));
-    let mut picture = Denoised { scheduler, guidance, kept: start.kept.as_ref(), latents: start.latents.shallow_clone(), generator };
+    let mut picture =
+        Denoised { scheduler, guidance, kept: start.kept.as_ref(), latents: start.latents.shallow_clone(), generator };
     for (index, timestep) in timesteps.into_iter().enumerate().skip(start.first) {
         task.advance(&format!("timestep {timestep:.0}"));
         let prediction = unet.predict(&picture.input(index)?, timestep, &guidance.conditioning)?;

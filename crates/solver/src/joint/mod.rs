@@ -80,7 +80,8 @@ pub struct Joint {
     pub loss: f64,
     /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
     pub sequential_loss: f64,
-    /// W0 = W + D H^-1, fp32, of the weight's shape; `None` if W0 is the weight itself.
+    /// W0 = W + D H^-1, fp32, of the weight's shape, on any device; `None` if W0 is the weight
+    /// itself.
     pub target: Option<Tensor>,
     /// Notes for the user.
     pub notes: Vec<Note>,

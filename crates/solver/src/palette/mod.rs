@@ -17,7 +17,7 @@ mod partition;
 mod solve;
 mod values;
 
-pub(crate) use on_device::palettize_on_device;
+pub use on_device::{palettize_on_device, palettizes_on_device};
 pub use palettized::Palettized;
 pub use solve::{palettize, palettize_weighted};
 pub use values::{Bucket, optimal_palette};

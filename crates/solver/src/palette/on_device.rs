@@ -24,13 +24,21 @@ fn kernels_for(device: Device, rows: usize, columns: usize, options: &PaletteOpt
     Kernels::of(device).filter(|_| !options.per_channel_scale && Kernels::takes_groups(length))
 }
 
+/// Whether [`palettize_on_device`] makes the palettes of a weight [o, ...].
+#[must_use]
+pub fn palettizes_on_device(weight: &Tensor, options: &PaletteOptions) -> bool {
+    let rows = weight.size().first().map_or(0, |rows| rows.unsigned_abs() as usize);
+    let columns = weight.numel() / rows.max(1);
+    kernels_for(weight.device(), rows, columns, options).is_some()
+}
+
 /// [`palettize`](super::palettize) of fp16 weights [o, d] on a GPU, of which `keep` [o, d] are kept,
 /// each with the importance of its column. Returns palettes without indices, and the indices [o, d],
 /// u8, on the GPU; `None` where the GPU cannot.
 ///
 /// # Errors
 /// As [`palettize`](super::palettize).
-pub(crate) fn palettize_on_device(
+pub fn palettize_on_device(
     name: &str,
     weight: &Tensor,
     keep: Option<&Tensor>,

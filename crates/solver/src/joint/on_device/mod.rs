@@ -126,7 +126,7 @@ pub(super) fn solve(
         pruned_loss,
         loss: loss.bare,
         sequential_loss,
-        target: target.map(|target| target.f_to_device(Device::Cpu)).transpose()?,
+        target,
         notes,
     })
 }
