@@ -43,7 +43,7 @@ compress() {
     name=$1
     shift
     rm -rf "${work:?}/$name"
-    measure "$name" timeout -s INT "${LIMIT:-100000}" "$program" compress --device cuda:0 --progress none --profile "$out/$name.json" --out "$work/$name" "$@"
+    measure "$name" timeout --foreground -s INT "${LIMIT:-100000}" "$program" compress --device cuda:0 --progress none --profile "$out/$name.json" --out "$work/$name" "$@"
 }
 
 for step in "$@"; do

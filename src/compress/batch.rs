@@ -8,7 +8,8 @@ use squeeze_solver::{Factor, Hessian, prune_many};
 use tch::Tensor;
 
 use super::gather::Gatherer;
-use super::layer::{Evidence, compress_layer};
+use super::layer::Evidence;
+use super::one_layer::compress_layer;
 use super::solve::Compressor;
 use super::walk::Walk;
 use crate::geometry::input_geometry;

@@ -24,12 +24,12 @@ struct Solved {
     notes: Vec<String>,
 }
 
-/// Compresses a weight [o, ...] by `recipe`, as [`compress_layer`](super::layer::compress_layer)
-/// does. `None` where the host has to: for weights on the CPU, pruning by magnitude, and palettes
-/// that no GPU makes.
+/// Compresses a weight [o, ...] by `recipe`, as
+/// [`compress_layer`](super::one_layer::compress_layer) does. `None` where the host has to: for
+/// weights on the CPU, pruning by magnitude, and palettes that no GPU makes.
 ///
 /// # Errors
-/// As [`compress_layer`](super::layer::compress_layer), without the layer's name.
+/// As [`compress_layer`](super::one_layer::compress_layer), without the layer's name.
 pub(super) fn compress_on_device(
     name: &str,
     weight: &Tensor,

@@ -11,7 +11,6 @@ use squeeze_solver::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::device_layer::compress_on_device;
 use crate::recipe::LayerRecipe;
 
 /// A compressed layer: its new weight and its errors.
@@ -110,25 +109,14 @@ impl Solution {
     }
 }
 
-/// Compresses the weight [o, ...] of the layer `name` by `recipe`. Pruning and the joint solver
-/// need evidence, palettizing alone does not.
-///
-/// # Errors
-/// [`Error::Layer`]: NaN in the weight, a group that does not divide its channels, a Hessian that
-/// cannot be factored.
-pub fn compress_layer(
+/// Compresses a weight [o, ...] on the host, as
+/// [`compress_layer`](super::one_layer::compress_layer) does, without the layer's name in errors.
+pub(super) fn compress_on_host(
     name: &str,
     weight: &Tensor,
     recipe: &LayerRecipe,
     evidence: Option<Evidence<'_>>,
 ) -> Result<CompressedLayer> {
-    compress_weight(name, weight, recipe, evidence).map_err(Error::layer(name))
-}
-
-fn compress_weight(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<CompressedLayer> {
-    if let Some(compressed) = compress_on_device(name, weight, recipe, evidence)? {
-        return Ok(compressed);
-    }
     let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let size = original.size();
     let mut solution = match recipe.joint {

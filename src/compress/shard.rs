@@ -41,8 +41,8 @@ pub(super) struct CarryStore<'a> {
 }
 
 impl DeviceShard {
-    /// The shard `number` on `device`, without carries, of whose held-out batches so many vectors are
-    /// kept.
+    /// The shard `number` on `device`, without carries, of whose held-out batches so many vectors
+    /// are kept.
     pub(super) fn new(number: usize, device: Device, store: CarryStore<'_>, held_out_vectors: i64) -> Result<Self> {
         let carries = |name: String| match store.carries {
             CarriesIn::Files => Carries::in_files(&store.folder.join(format!("carries-{name}")), device),

@@ -7,7 +7,8 @@ use squeeze_base::progress::{Progress, Task};
 use squeeze_solver::{Factor, Hessian, JointFactors};
 
 use super::gather::Gatherer;
-use super::layer::{CompressedLayer, Evidence, compress_layer};
+use super::layer::{CompressedLayer, Evidence};
+use super::one_layer::compress_layer;
 use super::report::LayerReport;
 use super::walk::{Visitor, Walk};
 use super::workspace::Workspace;

@@ -1,7 +1,7 @@
 //! An input whose Hessian is needed.
 
 use sdxl_model::{Layer, LayerInput};
-use squeeze_solver::{Hessian, OutputResidual};
+use squeeze_solver::{Hessian, OutputResidual, has_whole};
 use tch::Device;
 
 use super::memory::{Memory, working_set};
@@ -63,7 +63,9 @@ impl<'a> Need<'a> {
     /// of them.
     pub(super) fn solving_bytes(&self, device: Device) -> u64 {
         let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), device));
-        let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe)).max().unwrap_or(0);
+        let dimension = self.first().weight().size().iter().skip(1).product();
+        let whole = if has_whole(device, dimension) { 2 } else { 0 };
+        let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe, whole)).max().unwrap_or(0);
         set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
     }
 
@@ -89,12 +91,13 @@ impl<'a> Need<'a> {
 }
 
 /// Triangles of the size of the Hessian that solving a layer takes besides it: the factor; for the
-/// joint solver the damped Hessian too, and while its columns are reordered a whole matrix.
-fn triangles(recipe: &LayerRecipe) -> u64 {
+/// joint solver the damped Hessian too, the `whole` of it on a GPU, and while its columns are
+/// reordered a whole matrix.
+fn triangles(recipe: &LayerRecipe, whole: u64) -> u64 {
     match (recipe.joint.is_some(), &recipe.prune) {
         (false, _) => 1,
-        (true, Some(_)) => 2,
-        (true, None) => 4,
+        (true, Some(_)) => 2 + whole,
+        (true, None) => 4 + whole,
     }
 }
 

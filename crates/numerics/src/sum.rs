@@ -1,7 +1,7 @@
 //! Sums whose results do not depend on the number of threads.
 
 use squeeze_base::error::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The number of elements that are summed by one thread. libtorch splits a sum over a whole tensor
 /// among its threads, but it splits neither a tensor of this size nor a row of a sum by rows.
@@ -9,6 +9,9 @@ const PIECE: i64 = 8192;
 
 /// The sum of all elements, in fp64.
 pub fn sum(tensor: &Tensor) -> Result<f64> {
+    if tensor.device() != Device::Cpu {
+        return Ok(tensor.f_sum(Kind::Double)?.f_double_value(&[])?);
+    }
     let flat = tensor.f_reshape([-1])?;
     let count = flat.size1()?;
     let whole = count / PIECE * PIECE;
@@ -16,7 +19,7 @@ pub fn sum(tensor: &Tensor) -> Result<f64> {
     if whole > 0 {
         let pieces = flat.f_narrow(0, 0, whole)?.f_view([-1, PIECE])?;
         let pieces = pieces.f_sum_dim_intlist([1].as_slice(), false, Kind::Double)?;
-        sum += Vec::<f64>::try_from(&pieces.f_to_device(tch::Device::Cpu)?)?.into_iter().sum::<f64>();
+        sum += Vec::<f64>::try_from(&pieces.f_to_device(Device::Cpu)?)?.into_iter().sum::<f64>();
     }
     Ok(sum)
 }

@@ -28,7 +28,7 @@ mod weight;
 pub use factor::Factor;
 pub use geometry::{InputGeometry, Windows};
 pub use hessian::Hessian;
-pub use joint::{Joint, JointFactors, JointOptions, LayerEvidence, Order, joint};
+pub use joint::{Joint, JointFactors, JointOptions, LayerEvidence, Order, has_whole, joint};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energies, output_energy, output_error};

@@ -102,14 +102,16 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
 }
 
 /// [`prune_with`] for layers of one shape [o, ...], each with its own Hessian of one group and its
-/// factor. On a GPU all layers are swept in one batch, so that each launched operation has more
-/// work. On the CPU the layers are pruned one after the other, each with all threads.
+/// factor. The layers are pruned one after the other, so that the result does not depend on the
+/// number of layers. Only on a GPU without kernels they are swept in one batch, in which each
+/// launched operation has more work.
 ///
 /// # Errors
 /// As [`prune_with`]; [`Error::State`] if shapes differ.
 pub fn prune_many(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) -> Result<Vec<Pruned>> {
-    let on_device = layers.iter().all(|(_, hessian, _)| hessian.device() != Device::Cpu);
-    if !on_device || options.sparsity == Sparsity::Unstructured(0.0) {
+    let needs_batches =
+        layers.iter().all(|(_, hessian, _)| hessian.device() != Device::Cpu && Kernels::of(hessian.device()).is_none());
+    if !needs_batches || options.sparsity == Sparsity::Unstructured(0.0) {
         let one = |(weight, hessian, factor): &(&Tensor, &Hessian, &Factor)| {
             prune_with(weight, hessian, std::slice::from_ref(factor), options)
         };

@@ -1,7 +1,7 @@
 //! The damped Hessian of a layer and its factors, as the joint solver needs them.
 
 use squeeze_base::error::Result;
-use squeeze_numerics::product::add_product;
+use squeeze_numerics::product::{add_product, product};
 use tch::{Device, Kind, Tensor};
 
 use super::super::matrix::to_vec;
@@ -36,6 +36,8 @@ pub struct JointFactors {
 pub(super) struct Part {
     /// The damped H.
     pub h: Triangle,
+    /// The whole damped H [d, d], on a GPU, where one large product is faster than several.
+    whole: Option<Tensor>,
     /// The diagonal of the damped H.
     pub diagonal: Vec<f32>,
     /// The reciprocals of the diagonal; 0 where the diagonal is 0.
@@ -85,7 +87,8 @@ impl JointFactors {
             let dead: Vec<bool> = Vec::try_from(&factor.dead.f_to_device(Device::Cpu)?)?;
             let scale = factor.inverse_diagonal()?.into_iter().map(f32::recip).collect();
             let conditioner = diagonal.iter().map(|h| if *h > 0.0 { h.recip() } else { 0.0 }).collect();
-            joint.parts.push(Part { h, diagonal, conditioner, added: factor.added, scale, dead, order });
+            let whole = if has_whole(h.device(), h.dimension()) { Some(h.symmetric()?) } else { None };
+            joint.parts.push(Part { h, whole, diagonal, conditioner, added: factor.added, scale, dead, order });
             joint.factors.push(factor);
         }
         let dimension = hessian.dimension().unsigned_abs();
@@ -116,6 +119,14 @@ impl JointFactors {
     }
 }
 
+/// Whether the whole of a [d, d] matrix is kept beside its triangle.
+#[must_use]
+pub fn has_whole(device: Device, dimension: i64) -> bool {
+    /// Larger products are fast in pieces.
+    const LARGEST: i64 = 8192;
+    device != Device::Cpu && dimension <= LARGEST
+}
+
 impl Part {
     /// X H for X [rows, d], row-major.
     pub(super) fn times(&self, x: &[f32]) -> Result<Vec<f32>> {
@@ -124,21 +135,24 @@ impl Part {
 
     /// X H for X [rows, d], on the device of X.
     pub(super) fn product(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(whole) = &self.whole {
+            return Ok(product(&x.f_to_device(whole.device())?, whole)?.f_to_device(x.device())?);
+        }
         let d = self.h.dimension();
         let (asked, x) = (x.device(), x.f_to_device(self.h.device())?);
-        let product = x.f_zeros_like()?;
+        let result = x.f_zeros_like()?;
         for index in 0..self.h.count() {
             let rows = self.h.rows(index);
             let block = x.f_narrow(1, rows.start, rows.end - rows.start)?;
-            let right = product.f_narrow(1, rows.start, d - rows.start)?;
+            let right = result.f_narrow(1, rows.start, d - rows.start)?;
             add_product(&right, &block, self.h.panel(index))?;
             if rows.end < d {
                 let after = x.f_narrow(1, rows.end, d - rows.end)?;
-                let left = product.f_narrow(1, rows.start, rows.end - rows.start)?;
+                let left = result.f_narrow(1, rows.start, rows.end - rows.start)?;
                 add_product(&left, &after, &self.h.part(index, rows.end..d)?.f_transpose(0, 1)?)?;
             }
         }
-        Ok(product.f_to_device(asked)?)
+        Ok(result.f_to_device(asked)?)
     }
 }
 

@@ -19,6 +19,7 @@ mod least_squares;
 mod natural;
 mod on_device;
 mod options;
+mod outcome;
 mod polish;
 mod problem;
 mod row;
@@ -30,62 +31,26 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
-pub use factors::{JointFactors, Order};
-use half::f16;
+pub use factors::{JointFactors, Order, has_whole};
 use least_squares::MaskedLeastSquares;
 use natural::Natural;
 pub use options::JointOptions;
 use options::along_outputs;
+pub use outcome::{Joint, LayerEvidence};
+use outcome::{LEAST_STEP_GAIN, best_of, first_mask};
 use problem::{Data, Loss, Problem};
 use rayon::prelude::*;
 use solution::Solution;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{Effort, NmRatio, PruneOptions, Sparsity};
+use squeeze_codebook::{Effort, NmRatio, Sparsity};
 use squeeze_numerics::product::product;
 use squeeze_numerics::sum::squares;
 use swap::{Swaps, swap};
 use tch::{Device, Tensor};
 
 use super::matrix::to_vec;
-use super::palette::Palettized;
 use super::weight::flat_for;
-use super::{Hessian, Note, OutputResidual, Pruned, prune_with};
-
-/// The least share by which a step of conjugate gradients must lower the objective for another step
-/// to follow.
-const LEAST_STEP_GAIN: f64 = 0.001;
-
-/// The evidence about a layer besides its Hessian.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct LayerEvidence<'a> {
-    /// The residual D of the layer's outputs, for which the weight compensates: W0 is then W + D
-    /// H^-1.
-    pub residual: Option<&'a OutputResidual>,
-    /// Vectors of the layer's input that are not in the Hessian: [n, groups d], fp32.
-    pub held_out: Option<&'a Tensor>,
-}
-
-/// The result of [`joint`].
-#[derive(Debug)]
-pub struct Joint {
-    /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
-    pub weight: Vec<f16>,
-    /// The kept elements; `None` if the options have no pruning.
-    pub mask: Option<Vec<bool>>,
-    /// Palettes and indices, if the options have palettes.
-    pub palettized: Option<Palettized>,
-    /// tr((W - W0) H (W - W0)^T) of the pruned weight before it was palettized, if it was pruned.
-    pub pruned_loss: Option<f64>,
-    /// tr((W - W0) H (W - W0)^T) of the weight as stored.
-    pub loss: f64,
-    /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
-    pub sequential_loss: f64,
-    /// W0 = W + D H^-1, fp32, of the weight's shape, on any device; `None` if W0 is the weight
-    /// itself.
-    pub target: Option<Tensor>,
-    /// Notes for the user.
-    pub notes: Vec<Note>,
-}
+use super::{Hessian, Note, OutputResidual};
 
 /// Compresses the weight [o, ...] of layer `name`, flattened to [o, d], by the steps that the
 /// module lists.
@@ -197,42 +162,6 @@ pub fn joint(
         natural.restore(&mut palettized.indices);
     }
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
-}
-
-/// SparseGPT's mask and weights; `None` if the options prune nothing.
-fn first_mask(
-    flat: &Tensor,
-    hessian: &Hessian,
-    factors: &JointFactors,
-    options: &JointOptions,
-    notes: &mut Vec<Note>,
-) -> Result<Option<Pruned>> {
-    match &options.prune {
-        Some(prune) if prune.sparsity != Sparsity::Unstructured(0.0) => {
-            let options = PruneOptions { dampening: factors.dampening(), ..*prune };
-            let pruned = prune_with(flat, hessian, &factors.factors, &options)?;
-            notes.extend(pruned.notes.iter().copied());
-            Ok(Some(pruned))
-        }
-        Some(_) | None => {
-            let dimension = hessian.dimension().unsigned_abs();
-            if hessian.vectors() < dimension {
-                notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension });
-            }
-            Ok(None)
-        }
-    }
-}
-
-/// Whether the sequential solution is better than the joint one, given their losses and the ratio of
-/// their errors on held-out vectors, and a note that says so.
-fn best_of(joint: f64, sequential: f64, held_out: impl FnOnce() -> Result<f64>) -> Result<(bool, Option<Note>)> {
-    if joint > sequential {
-        // A weight that the sequential solution stores without any error needs no note.
-        return Ok((true, (sequential > 0.0).then_some(Note::JointNoBetter { ratio: joint / sequential })));
-    }
-    let ratio = held_out()?;
-    Ok((ratio > 1.0, (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio })))
 }
 
 /// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its

@@ -1,6 +1,7 @@
 //! No step of the solver raises the objective, and each finds the optimum where that can be
 //! computed.
 
+use half::f16;
 use proptest::prelude::*;
 use squeeze_codebook::{BitWidth, Codebook};
 use squeeze_numerics::random::noise;

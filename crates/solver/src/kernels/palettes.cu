@@ -53,17 +53,21 @@ __device__ T sum_before(T own, T* shared, T* total) {
     return before;
 }
 
-// The distinct values of each group, ascending, with the sums of weights and of weighted values up to
-// each: values [groups, room], sums [groups, 2, room + 1], counts [groups]. The number of threads
-// divides KEYS.
-extern "C" __global__ void collect_values(const u64* histograms, float* values, double* sums, int* counts, int room) {
+// The sums of weights and of weighted values up to a value.
+struct __align__(16) Sums {
+    double weights;
+    double weighted;
+};
+
+// The distinct values of each group, ascending, with the sums up to each: values [groups, room], sums
+// [groups, room + 1], counts [groups]. The number of threads divides KEYS.
+extern "C" __global__ void collect_values(const u64* histograms, float* values, Sums* sums, int* counts, int room) {
     __shared__ int shared_counts[1024];
     __shared__ u64 shared_weights[1024];
     __shared__ double shared_sums[1024];
     const u64* histogram = histograms + (i64)blockIdx.x * KEYS;
     values += (i64)blockIdx.x * room;
-    double* weights = sums + (i64)blockIdx.x * 2 * (room + 1);
-    double* weighted = weights + room + 1;
+    sums += (i64)blockIdx.x * (room + 1);
     int keys = KEYS / blockDim.x;
     int first = threadIdx.x * keys;
     int count = 0;
@@ -85,8 +89,7 @@ extern "C" __global__ void collect_values(const u64* histograms, float* values, 
     sum = sum_before(sum, shared_sums, &all_sums);
     if (threadIdx.x == 0) {
         counts[blockIdx.x] = all;
-        weights[0] = 0.0;
-        weighted[0] = 0.0;
+        sums[0] = {0.0, 0.0};
     }
     for (int key = first; key < first + keys; ++key) {
         u64 of_key = histogram[key];
@@ -95,56 +98,70 @@ extern "C" __global__ void collect_values(const u64* histograms, float* values, 
             weight += of_key;
             sum += (double)of_key * (double)value_of(key);
             ++place;
-            weights[place] = (double)weight;
-            weighted[place] = sum;
+            sums[place] = {(double)weight, sum};
         }
     }
 }
 
-// (sum w v)^2 / (sum w) over [begin, end): what a cluster saves of the sum of w v^2.
-__device__ double saved(const double* weights, const double* weighted, int begin, int end) {
-    double weight = weights[end] - weights[begin];
-    double value = weighted[end] - weighted[begin];
+// (sum w v)^2 / (sum w) over a cluster: what it saves of the sum of w v^2.
+__device__ double saved(const Sums& begin, const Sums& end) {
+    double weight = end.weights - begin.weights;
+    double value = end.weighted - begin.weighted;
     return weight > 0.0 ? value * value / weight : 0.0;
 }
 
-// The begin of the last of `clusters` clusters up to `end`, between two bounds, that saves most.
+// The begin of the last cluster that saves most, the first of equals.
 struct Best {
     double saved;
     int begin;
 };
 
-__device__ bool is_better(double saved, int begin, const Best& best) {
-    return saved > best.saved || (saved == best.saved && begin < best.begin);
+__device__ void better(Best& best, double saved, int begin) {
+    if (saved > best.saved || (saved == best.saved && begin < best.begin)) best = {saved, begin};
+}
+
+// The best of `lanes` neighbouring threads, a power of two up to 32.
+__device__ void best_of_lanes(Best& best, int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+        double theirs = __shfl_xor_sync(ALL, best.saved, distance);
+        int begin = __shfl_xor_sync(ALL, best.begin, distance);
+        better(best, theirs, begin);
+    }
 }
 
 // Cuts each group's values into `entries` clusters by dynamic programming over the number of
-// clusters. Best begins rise with the ends, so that ends are done in rounds, each between ends that
-// are done. costs [groups, 2, room + 1], begins [groups, entries, room + 1] are working memory.
-// palettes [groups, entries] fp16, ascending; entries too many repeat the last one.
-extern "C" __global__ void cut_values(const float* values, const double* sums, const int* counts, double* costs,
+// clusters. Best begins rise with the ends and with the number of clusters, so that ends are done in
+// rounds, each between ends that are done; all threads share the ends of a round. costs
+// [groups, 2, room + 1], begins [groups, entries, room + 1] are working memory. palettes
+// [groups, entries] fp16, ascending; entries too many repeat the last one.
+extern "C" __global__ void cut_values(const float* values, const Sums* sums, const int* counts, double* costs,
                                       u16* begins, u16* palettes, int room, int entries) {
     __shared__ int ends[257];
+    __shared__ Best of_warps[32];
     int group = blockIdx.x;
     int n = counts[group];
     values += (i64)group * room;
-    const double* weights = sums + (i64)group * 2 * (room + 1);
-    const double* weighted = weights + room + 1;
+    sums += (i64)group * (room + 1);
     double* before = costs + (i64)group * 2 * (room + 1);
     double* after = before + room + 1;
     begins += (i64)group * entries * (room + 1);
     palettes += (i64)group * entries;
     int thread = threadIdx.x;
+    int threads = blockDim.x;
     if (n <= entries) {
-        for (int entry = thread; entry < entries; entry += blockDim.x) {
+        for (int entry = thread; entry < entries; entry += threads) {
             palettes[entry] = n == 0 ? (u16)0 : half_of((double)values[min(entry, n - 1)]);
         }
         return;
     }
-    for (int end = thread + 1; end <= n; end += blockDim.x) before[end] = saved(weights, weighted, 0, end);
+    for (int end = thread + 1; end <= n; end += threads) {
+        before[end] = saved(sums[0], sums[end]);
+        begins[end] = 0;
+    }
     __syncthreads();
     for (int clusters = 2; clusters <= entries; ++clusters) {
         u16* begin_of = begins + (i64)(clusters - 1) * (room + 1);
+        const u16* begin_before = begin_of - (room + 1);
         // Each of the clusters to come needs a value.
         int last = n - (entries - clusters);
         int first = clusters == entries ? last : clusters;
@@ -152,30 +169,42 @@ extern "C" __global__ void cut_values(const float* values, const double* sums, c
         int stride = 1;
         while (stride <= span) stride *= 2;
         for (stride /= 2; stride >= 1; stride /= 2) {
-            bool by_warps = stride >= 64;
-            int lanes = by_warps ? 32 : 1;
+            int ends_now = (span - stride) / (2 * stride) + 1;
+            int lanes = threads;
+            while (lanes > 4 && threads / lanes < ends_now) lanes /= 2;
             int lane = thread % lanes;
-            for (int number = thread / lanes;; number += blockDim.x / lanes) {
+            for (int from = 0; from < ends_now; from += threads / lanes) {
+                int number = from + thread / lanes;
+                bool is_one = number < ends_now;
                 int place = stride - 1 + 2 * stride * number;
-                if (place >= span) break;
                 int end = first + place;
-                int low = place >= stride ? begin_of[end - stride] : clusters - 1;
-                int high = place + stride < span ? begin_of[end + stride] : end - 1;
-                low = max(low, clusters - 1);
-                high = min(high, end - 1);
-                Best best = {-1.0, end};
-                for (int begin = low + lane; begin <= high; begin += lanes) {
-                    double total = before[begin] + saved(weights, weighted, begin, end);
-                    if (is_better(total, begin, best)) best = {total, begin};
-                }
-                if (by_warps) {
-                    for (int distance = 16; distance > 0; distance /= 2) {
-                        double theirs = __shfl_xor_sync(ALL, best.saved, distance);
-                        int begin = __shfl_xor_sync(ALL, best.begin, distance);
-                        if (is_better(theirs, begin, best)) best = {theirs, begin};
+                Best best = {-1.0, n};
+                if (is_one) {
+                    int low = place >= stride ? begin_of[end - stride] : clusters - 1;
+                    int high = place + stride < span ? begin_of[end + stride] : end - 1;
+                    // No end of fewer clusters is beyond the last of them.
+                    if (end < last) low = max(low, (int)begin_before[end]);
+                    low = max(low, clusters - 1);
+                    high = min(high, end - 1);
+                    Sums at_end = sums[end];
+#pragma unroll 4
+                    for (int begin = low + lane; begin <= high; begin += lanes) {
+                        better(best, before[begin] + saved(sums[begin], at_end), begin);
                     }
                 }
-                if (lane == 0) {
+                best_of_lanes(best, min(lanes, 32));
+                if (lanes > 32) {
+                    if (thread % 32 == 0) of_warps[thread / 32] = best;
+                    __syncthreads();
+                    if (lane == 0) {
+                        for (int warp = 1; warp < lanes / 32; ++warp) {
+                            Best theirs = of_warps[thread / 32 + warp];
+                            better(best, theirs.saved, theirs.begin);
+                        }
+                    }
+                    __syncthreads();
+                }
+                if (is_one && lane == 0) {
                     after[end] = best.saved;
                     begin_of[end] = (u16)best.begin;
                 }
@@ -198,7 +227,7 @@ extern "C" __global__ void cut_values(const float* values, const double* sums, c
     __syncthreads();
     for (int entry = thread; entry < entries; entry += blockDim.x) {
         int begin = ends[entry], end = ends[entry + 1];
-        double mean = (weighted[end] - weighted[begin]) / (weights[end] - weights[begin]);
+        double mean = (sums[end].weighted - sums[begin].weighted) / (sums[end].weights - sums[begin].weights);
         // Rounding must not move the mean out of its cluster.
         mean = fmin(fmax(mean, (double)values[begin]), (double)values[end - 1]);
         palettes[entry] = half_of(mean);

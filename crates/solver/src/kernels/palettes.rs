@@ -83,7 +83,7 @@ impl Kernels {
             let part = Groups { weights: &weights, keep: keep.as_ref() };
             let new = |size: &[i64], kind| Tensor::f_empty(size, (kind, device));
             let histograms = Tensor::f_zeros([some, KEYS], (Kind::Int64, device))?;
-            let (values, sums) = (new(&[some, room], Kind::Float)?, new(&[some, 2, room + 1], Kind::Double)?);
+            let (values, sums) = (new(&[some, room], Kind::Float)?, new(&[some, room + 1, 2], Kind::Double)?);
             let (counts, costs) = (new(&[some], Kind::Int)?, new(&[some, 2, room + 1], Kind::Double)?);
             let begins = new(&[some, entries, room + 1], Kind::Int16)?;
             let palettes = palettes.f_narrow(0, start, some)?;

@@ -32,9 +32,9 @@ pub fn palettizes_on_device(weight: &Tensor, options: &PaletteOptions) -> bool {
     kernels_for(weight.device(), rows, columns, options).is_some()
 }
 
-/// [`palettize`](super::palettize) of fp16 weights [o, d] on a GPU, of which `keep` [o, d] are kept,
-/// each with the importance of its column. Returns palettes without indices, and the indices [o, d],
-/// u8, on the GPU; `None` where the GPU cannot.
+/// [`palettize`](super::palettize) of fp16 weights [o, d] on a GPU, of which `keep` [o, d] are
+/// kept, each with the importance of its column. Returns palettes without indices, and the indices
+/// [o, d], u8, on the GPU; `None` where the GPU cannot.
 ///
 /// # Errors
 /// As [`palettize`](super::palettize).

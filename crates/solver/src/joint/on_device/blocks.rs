@@ -12,7 +12,7 @@ use tch::{Device, Tensor};
 use super::super::polish::{PASSES, PolishedRow};
 use super::super::sorted_codebook::SortedCodebook;
 use super::super::sweep::sweep_row;
-use super::bools;
+use super::host::bools;
 use crate::kernels::{DevicePalettes, Kernels};
 use crate::matrix::{numbers_mut, to_vec};
 
@@ -26,8 +26,8 @@ pub(super) struct Blocks {
     pub entries: Tensor,
 }
 
-/// The columns of a block: U or the diagonal block of H, [b, b], and views [rows, b] of the mask and
-/// of the indices.
+/// The columns of a block: U or the diagonal block of H, [b, b], and views [rows, b] of the mask
+/// and of the indices.
 pub(super) struct Columns<'a> {
     pub square: &'a Tensor,
     pub keep: Option<&'a Tensor>,

@@ -91,8 +91,8 @@ impl<'a> MaskedLeastSquares<'a> {
     }
 }
 
-/// A quotient in fp64; 0 where it is not finite or the divisor is not positive, which happens when a
-/// row is already solved.
+/// A quotient in fp64; 0 where it is not finite or the divisor is not positive, which happens when
+/// a row is already solved.
 fn share(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let share = a.f_div(b)?;
     let is_good = b.f_gt(0.0)?.f_logical_and(&share.f_isfinite()?)?;

@@ -1,10 +1,12 @@
 //! The joint solver by tensor operations, for weights on a GPU.
 //!
-//! Its steps are those of the solver for CPUs. Every step works on all rows at once, on the Hessian's
-//! device. Steps that go column by column are [kernels](crate::kernels). The host makes the exact
-//! palettes, and otherwise only waits for the numbers that decide whether a descent goes on.
+//! Its steps are those of the solver for CPUs. Every step works on all rows at once, on the
+//! Hessian's device. Steps that go column by column are [kernels](crate::kernels). The host makes
+//! the exact palettes, and otherwise only waits for the numbers that decide whether a descent goes
+//! on.
 
 mod blocks;
+mod host;
 mod least_squares;
 mod polish;
 mod problem;
@@ -22,9 +24,12 @@ use squeeze_numerics::sum::squares;
 use tch::{Device, Kind, Tensor};
 
 use super::super::palette::Palettized;
+use super::exact;
+use super::factors::JointFactors;
 use super::options::{JointOptions, along_outputs};
-use super::{Joint, JointFactors, LEAST_STEP_GAIN, LayerEvidence, best_of, exact, first_mask};
+use super::outcome::{Joint, LEAST_STEP_GAIN, LayerEvidence, best_of, first_mask};
 use crate::Hessian;
+use host::{bools, on_host};
 use least_squares::MaskedLeastSquares;
 use problem::Problem;
 use solution::Solution;
@@ -42,8 +47,8 @@ fn takes(hessian: &Hessian, options: &JointOptions) -> bool {
     hessian.groups() == 1 && are_plain && options.effort.palette_steps == 0
 }
 
-/// [`joint`](super::joint()) of the flat weight [o, d], which is on the Hessian's device, of a layer
-/// with a weight of `shape`.
+/// [`joint`](super::joint()) of the flat weight [o, d], which is on the Hessian's device, of a
+/// layer with a weight of `shape`.
 pub(super) fn solve(
     name: &str,
     (mut flat, shape): (Tensor, &[i64]),
@@ -156,14 +161,4 @@ fn held_out_ratio(problem: &Problem<'_>, vectors: &Tensor, solution: &Solution, 
     };
     let (of_solution, of_reference) = (error(solution)?, error(reference)?);
     Ok(if of_solution > of_reference { of_solution / of_reference } else { 0.0 })
-}
-
-/// The elements in row-major order, on the host.
-fn on_host(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.f_contiguous()?.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)
-}
-
-/// The elements of a mask in row-major order.
-fn bools(keep: &Tensor) -> Result<Vec<bool>> {
-    Ok(Vec::try_from(&on_host(keep)?)?)
 }

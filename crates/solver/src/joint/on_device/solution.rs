@@ -9,10 +9,10 @@ use super::super::options::JointOptions;
 use super::super::problem::Loss;
 use super::super::solution::LEAST_CHANGE;
 use super::blocks::Blocks;
+use super::host::{bools, on_host};
 use super::polish::polish;
 use super::problem::Problem;
 use super::sweep::sweep;
-use super::{bools, on_host};
 use crate::matrix::to_vec;
 use crate::palette::{Palettized, palettize, palettize_on_device, palettize_weighted};
 
