@@ -8,7 +8,6 @@ use safetensors::Dtype;
 use sdxl_model::checkpoint::{TensorBytes, TensorSource, View, Weights};
 use sdxl_model::ldm::{MARKERS, Names};
 use sdxl_model::unet::UnetChain;
-use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::{PipelineFolder, UnetWeights};
 use serde_json::{Value, json};
 use squeeze_base::error::{Error, Result};
@@ -87,14 +86,7 @@ fn of_part<'a>(prefix: &str, names: &Names, weights: &'a Weights) -> Vec<Item<'a
     for (stored, views) in names.iter() {
         let first = &views[0].name;
         let (Some(shape), Some(dtype)) = (weights.shape(first), weights.dtype_of(first)) else { continue };
-        let mut shape = shape.to_vec();
-        shape[0] *= views.len() as i64;
-        if views[0].transposed {
-            shape.reverse();
-        }
-        if VaeDecoder::is_linear(first) && prefix == "first_stage_model." {
-            shape.extend([1, 1]);
-        }
+        let shape = names.stored_shape(views, shape);
         items.push(Item { name: format!("{prefix}{stored}"), shape, dtype, content: Content::Part(weights, views.to_vec()) });
     }
     items
