@@ -10,7 +10,6 @@ use std::collections::HashMap;
 use std::path::Path;
 
 pub use preset::Preset;
-pub use single_file::synthesize_single_file;
 use safetensors::tensor::View;
 use safetensors::{Dtype, serialize_to_file};
 use sdxl_model::checkpoint::{ConfigFile, TensorSpec};
@@ -18,6 +17,7 @@ use sdxl_model::text::{ClipText, TextConfig};
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Map, Value};
+pub use single_file::synthesize_single_file;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::NewFolder;
 use squeeze_base::progress::{Progress, Task};

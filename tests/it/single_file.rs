@@ -552,6 +552,99 @@ fn a_file_of_the_family_needs_nothing_else() {
     assert!(draw(&folder) == drawn);
 }
 
+/// Playground v2.5, CosXL and CosXL Edit in small: what diffusers draws with them.
+#[test]
+fn edm_models_draw_what_diffusers_draws() {
+    let notes = |name: &str| -> Value {
+        let path = repo(&format!("tests/golden/single-file/{name}.json"));
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let (family, notes) = (notes("family"), notes("edm"));
+    let golden = tensors(&repo("tests/golden/single-file/edm.safetensors"));
+    let here = tempfile::tempdir().unwrap();
+    let text = |key: &str| notes[key].as_str().map_or_else(|| notes[key].to_string(), str::to_owned);
+    for (name, markers) in notes["markers"].as_object().unwrap() {
+        let path = here.path().join(format!("{name}.safetensors"));
+        let tensor = |(tensor, shape): (&String, &Value)| {
+            let mut shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
+            if name == "cosxl-edit" && tensor == "model.diffusion_model.input_blocks.0.0.weight" {
+                shape[1] = 8;
+            }
+            (tensor.clone(), (Dtype::F16, shape.clone(), values(tensor, &shape)))
+        };
+        let mut made: Tensors = family["tensors"].as_object().unwrap().iter().map(tensor).collect();
+        for (marker, entry) in markers.as_object().unwrap() {
+            let numbers: Vec<f32> = serde_json::from_value(entry["values"].clone()).unwrap();
+            let shape = serde_json::from_value(entry["shape"].clone()).unwrap();
+            made.insert(marker.clone(), (Dtype::F32, shape, numbers.into_iter().flat_map(f32::to_le_bytes).collect()));
+        }
+        write(&made, &path);
+        let draw = |model: &Path, base: Option<&Path>| {
+            let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));
+            let run = run.with("--negative-prompt", text("negative_prompt")).with("--steps", text("steps"));
+            let run = run.with("--guidance", text("guidance")).with("--seed", text("seed"));
+            let run = match name.as_str() {
+                "cosxl-edit" => {
+                    let image = crate::architectures::golden("image.png");
+                    run.with("--image", image).with("--image-guidance", text("image_guidance"))
+                }
+                _ => run.with("--height", text("size")).with("--width", text("size")),
+            };
+            let run = if let Some(base) = base { run.with("--base", base) } else { run };
+            let [out, picture] = ["latents.safetensors", "x.png"].map(|name| here.path().join(name));
+            run.with("--latents-out", &out).with("-o", &picture).succeeds();
+            (tensors(&out)["latents"].shallow_clone(), pixels_of(&picture))
+        };
+        let (drawn, picture) = draw(&path, None);
+        let error = relative_error(&drawn, &golden[&format!("{name}/latents")]);
+        assert!(error < 1e-4, "{name}: relative error {error:.2e}");
+        // The scale of the latents counts in the picture alone.
+        let expected = (&golden[&format!("{name}/picture")] * 255.0).round().squeeze().permute([1, 2, 0]).contiguous();
+        let expected = Vec::<f32>::try_from(expected.flatten(0, -1)).unwrap();
+        assert_eq!(picture.len(), expected.len());
+        let most = picture.iter().zip(&expected).map(|(ours, theirs)| (f32::from(*ours) - theirs).abs()).fold(0.0, f32::max);
+        assert!(most <= 1.0, "{name}: a pixel differs by {most}");
+
+        // The folder that is made of it says the same, and so does the file that is made of that.
+        let folder = here.path().join(format!("{name}-folder"));
+        Squeeze::new("export").arg(&path).with("--to", "diffusers").out(&folder).succeeds();
+        assert!(draw(&folder, None) == (drawn.shallow_clone(), picture.clone()), "{name}: as a folder");
+        let again = here.path().join(format!("{name}-again.safetensors"));
+        Squeeze::new("export").arg(&folder).with("--to", "single-file").out(&again).succeeds();
+        assert!(draw(&again, None) == (drawn.shallow_clone(), picture.clone()), "{name}: as a file again");
+
+        // A base of plain SDXL completes it, and the markers decide.
+        let plain = here.path().join("plain");
+        if !plain.exists() {
+            copy(&folder, &plain);
+            for (file, key) in [("vae/config.json", "latents_mean"), ("vae/config.json", "latents_std")] {
+                edit(&plain.join(file), |config| drop(config.remove(key)));
+            }
+            edit(&plain.join("vae/config.json"), |config| drop(config.insert("scaling_factor".into(), json!(0.13025))));
+            let euler = repo("tests/golden/base-like/scheduler/scheduler_config.json");
+            std::fs::copy(euler, plain.join("scheduler/scheduler_config.json")).unwrap();
+            edit(&plain.join("model_index.json"), |index| {
+                index.insert("scheduler".into(), json!(["diffusers", "EulerDiscreteScheduler"]));
+            });
+        }
+        assert!(draw(&path, Some(&plain)) == (drawn, picture), "{name}: with a base");
+    }
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Map<String, Value>)) {
+    let mut config: Map<String, Value> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(path, Value::Object(config).to_string()).unwrap();
+}
+
+fn pixels_of(path: &Path) -> Vec<u8> {
+    let mut reader = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(path).unwrap())).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    pixels.truncate(info.buffer_size());
+    pixels
+}
+
 /// 4-D attention of the VAE, its old names, and other dtypes in one folder.
 #[test]
 fn folders_that_older_converters_wrote() {

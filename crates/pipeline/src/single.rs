@@ -87,10 +87,15 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
     if let Some(base) = base {
         // What the file marks of its sampler is true of its weights, whatever those of the base
         // were trained for.
+        let mut index = base.index;
+        if family.is_cosxl_edit() {
+            index.entries.insert("is_cosxl_edit".into(), json!(true));
+        }
+        let mut vae = base.vae;
+        vae.entries.extend(family.marked_latents().unwrap_or_default());
         let (index, scheduler) = match family.prediction.scheduler() {
-            None => (base.index, base.scheduler),
+            None => (index, base.scheduler),
             Some(entries) => {
-                let mut index = base.index;
                 index.entries.insert("scheduler".into(), json!(["diffusers", entries["_class_name"]]));
                 (index, SchedulerConfig::from_entries(path, entries)?)
             }
@@ -101,7 +106,7 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         });
         let text = text.collect();
         let vae_weights = file.vae().map_or(base.vae_weights, |vae| VaeAt::File(vae.clone()));
-        return Ok(Parts { index, scheduler, unet, unet_weights, text, vae_weights, ..base });
+        return Ok(Parts { index, scheduler, unet, unet_weights, text, vae, vae_weights, ..base });
     }
 
     let mut text = Vec::new();
