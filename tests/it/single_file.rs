@@ -14,8 +14,9 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::inspect::inspect;
 use sdxl_squeeze::model::ldm::{Names, SingleFile};
 use sdxl_squeeze::model::text::{ClipText, TextConfig};
-use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::model::unet::{Depth, MidBlock, UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
+use sdxl_squeeze::synth::Preset;
 use serde_json::{Map, Value, json};
 
 use crate::pipelines::computes_the_reference_of;
@@ -499,6 +500,116 @@ fn the_shapes_of_published_models_tell_their_configs() {
         let told = Value::Object(file.text_config(part).unwrap());
         assert_eq!(&TextConfig::parse(config(&told)).unwrap(), published, "{part}");
     }
+}
+
+/// The tensors of a UNet as a checkpoint has them: names and shapes.
+fn stored_unet(chain: &UnetChain) -> Vec<(String, Vec<i64>)> {
+    let shapes: BTreeMap<String, Vec<i64>> = chain.tensors().unwrap().into_iter().map(|spec| (spec.name, spec.shape)).collect();
+    let names = Names::of_unet(chain).unwrap();
+    let stored = names.iter();
+    stored.map(|(stored, views)| (format!("model.diffusion_model.{stored}"), shapes[&views[0].name].clone())).collect()
+}
+
+/// Depths of the transformers in the order of a checkpoint's input and output blocks, and the depth
+/// of the middle block: -1 is a resnet alone, -2 is no middle block. Source: the table of models
+/// in ComfyUI (`comfy/model_detection.py`), whose output blocks are listed from full resolution.
+const DEPTHS: [(Preset, &[usize], &[usize], i64); 9] = [
+    (Preset::SdxlBase, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::SdxlInpainting, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::SdxlEdit, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::LcmSdxl, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::SdxlRefiner, &[0, 0, 4, 4, 4, 4, 0, 0], &[0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0], 4),
+    (Preset::Ssd1b, &[0, 0, 2, 2, 4, 4], &[0, 0, 0, 1, 1, 2, 10, 4, 4], -1),
+    (Preset::Vega, &[0, 0, 1, 1, 2, 2], &[0, 0, 0, 1, 1, 1, 2, 2, 2], -1),
+    (Preset::Koala700m, &[0, 2, 5], &[0, 0, 2, 2, 5, 5], -2),
+    (Preset::Koala1b, &[0, 2, 6], &[0, 0, 2, 2, 6, 6], 6),
+];
+
+/// Full published shapes, no weights.
+#[test]
+fn the_shapes_of_every_architecture_tell_its_config() {
+    let here = tempfile::tempdir().unwrap();
+    let path = here.path().join("model.safetensors");
+    for (name, preset) in Preset::all().filter(|(_, preset)| *preset != Preset::Tiny) {
+        let chain = UnetChain::new(UnetConfig::parse(preset.unet_config()).unwrap());
+        let stored = stored_unet(&chain);
+        let (_, inputs, outputs, middle) = DEPTHS.iter().find(|(known, ..)| *known == preset).unwrap();
+        let depth = |block: &str| {
+            let blocks =
+                |i: &usize| stored.iter().any(|(name, _)| name.contains(&format!("{block}.transformer_blocks.{i}.norm1.w")));
+            (0..).take_while(blocks).count()
+        };
+        let is_resnet = |block: &str| stored.iter().any(|(name, _)| name.contains(&format!("{block}.0.in_layers.0.weight")));
+        let depths = |kind: &str| -> Vec<usize> {
+            let blocks = (0..30).map(|n| format!("{kind}_blocks.{n}")).filter(|block| is_resnet(block));
+            blocks.map(|block| depth(&format!("{block}.1"))).collect()
+        };
+        assert_eq!(depths("input"), *inputs, "{name}");
+        assert_eq!(depths("output").into_iter().rev().collect::<Vec<_>>(), *outputs, "{name}");
+        let has_middle = stored.iter().any(|(name, _)| name.contains("middle_block."));
+        let found = if has_middle { depth("middle_block.1") as i64 } else { -2 };
+        assert_eq!(found, if *middle == -1 { 0 } else { *middle }, "{name}");
+
+        of_shapes(&stored, &path);
+        let file = SingleFile::open(&path).unwrap();
+        let told = UnetConfig::parse(config(&Value::Object(file.unet_config(None).unwrap()))).unwrap();
+        // A level without transformers may have any depth; that of the last level is the middle's.
+        let counted = |config: &UnetConfig| {
+            let mut config = config.clone();
+            let last = config.block_out_channels.len() - 1;
+            for level in 0..=last {
+                let is_middle = level == last && config.mid_block == MidBlock::CrossAttention;
+                if !config.down_attention[level] && !is_middle {
+                    config.transformer_layers_per_block[level] = Depth::Same(0);
+                }
+                let up = config.up_attention[last - level];
+                if let (Some(reverse), false) = (&mut config.reverse_transformer_layers_per_block, up) {
+                    reverse[last - level] = Depth::Same(0);
+                }
+            }
+            config
+        };
+        assert_eq!(counted(&told), counted(chain.config()), "{name}");
+        let tensors = UnetChain::new(told).tensors().unwrap();
+        assert_eq!(tensors, chain.tensors().unwrap(), "{name}");
+
+        // What no config describes is left to a base: a resnet without the transformer that its
+        // neighbour has, and a middle block of another depth than its level's transformers.
+        let without = |gone: &str| {
+            let kept: Vec<_> = stored.iter().filter(|(name, _)| !name.contains(gone)).cloned().collect();
+            assert!(kept.len() < stored.len(), "{name} has no {gone}");
+            of_shapes(&kept, &path);
+            SingleFile::open(&path).unwrap().unet_config(None)
+        };
+        assert_eq!(
+            without(if preset == Preset::SdxlRefiner { "output_blocks.4.1." } else { "output_blocks.1.1." }),
+            None,
+            "{name}"
+        );
+        if *middle > 0 && preset != Preset::SdxlRefiner {
+            assert_eq!(without(&format!("middle_block.1.transformer_blocks.{}.", middle - 1)), None, "{name}");
+        }
+    }
+    // Heads that are not 64 wide, and groups that are not 32.
+    let tiny = UnetChain::new(UnetConfig::parse(Preset::Tiny.unet_config()).unwrap());
+    of_shapes(&stored_unet(&tiny), &path);
+    assert_eq!(SingleFile::open(&path).unwrap().unet_config(None), None);
+}
+
+/// A transformer of depth 0 has a norm and projections alone.
+#[test]
+fn transformers_of_no_blocks_are_seen() {
+    let here = tempfile::tempdir().unwrap();
+    let path = here.path().join("model.safetensors");
+    let mut published = Value::Object(Preset::Ssd1b.unet_config().into_entries());
+    published["mid_block_type"] = json!("UNetMidBlock2DCrossAttn");
+    published["transformer_layers_per_block"] = json!([0, [0, 2], [0, 4]]);
+    let chain = UnetChain::new(UnetConfig::parse(config(&published)).unwrap());
+    of_shapes(&stored_unet(&chain), &path);
+    let told = SingleFile::open(&path).unwrap().unet_config(None).unwrap();
+    assert_eq!(told["mid_block_type"], json!("UNetMidBlock2DCrossAttn"));
+    let told = UnetChain::new(UnetConfig::parse(config(&Value::Object(told))).unwrap());
+    assert_eq!(told.tensors().unwrap(), chain.tensors().unwrap());
 }
 
 /// `values` of `tests/golden/make_family.py`.
