@@ -133,6 +133,8 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
     let calls = set.calls()?;
     let calls = if calls == set.steps { String::new() } else { format!(" ({calls} calls of the UNet)") };
     let rescale = if set.guidance_rescale > 0.0 { format!(" rescaled by {}", set.guidance_rescale) } else { String::new() };
+    let skip = if set.reading.clip_skip > 0 { format!(", clip_skip {}", set.reading.clip_skip) } else { String::new() };
+    let reading = if set.reading.long_prompts { skip + ", long prompts in pieces" } else { skip };
     let section = &config.calibration;
     let why = match (defaults(folder).why, section.steps, section.guidance) {
         (None, _, _) | (_, Some(_), Some(_)) => String::new(),
@@ -140,7 +142,12 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
         (Some(why), None, Some(_)) => format!("; the steps are the model's own: {why}"),
         (Some(why), Some(_), None) => format!("; the guidance is the model's own: {why}"),
     };
-    Ok(format!("drawn by {} in {} steps{calls} at guidance {}{rescale}{why}", set.scheduler.class(), set.steps, set.guidance))
+    Ok(format!(
+        "drawn by {} in {} steps{calls} at guidance {}{rescale}{reading}{why}",
+        set.scheduler.class(),
+        set.steps,
+        set.guidance
+    ))
 }
 
 fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<&str>) -> String {
