@@ -24,16 +24,16 @@ use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, relative_error, repo, tensors};
 
 /// A file's tensors: dtype, shape, bytes.
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-fn read(path: &Path) -> Tensors {
+pub(crate) fn read(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensors = file.tensors().into_iter();
     tensors.map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()))).collect()
 }
 
-fn write(tensors: &Tensors, path: &Path) {
+pub(crate) fn write(tensors: &Tensors, path: &Path) {
     let view = |(dtype, shape, data): &'_ (Dtype, Vec<usize>, Vec<u8>)| (*dtype, shape.clone(), data.clone());
     let owned: Vec<_> = tensors.iter().map(|(name, tensor)| (name, view(tensor))).collect();
     let views = owned.iter().map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
@@ -87,7 +87,7 @@ fn as_single_file(folder: &Path) -> Tensors {
 }
 
 /// A folder's single file, in a folder of its own.
-fn made(folder: &Path) -> (tempfile::TempDir, PathBuf) {
+pub(crate) fn made(folder: &Path) -> (tempfile::TempDir, PathBuf) {
     let here = tempfile::tempdir().unwrap();
     let path = here.path().join("model.safetensors");
     write(&as_single_file(folder), &path);
@@ -631,6 +631,17 @@ fn values(name: &str, shape: &[usize]) -> Vec<u8> {
     (0..count).flat_map(|place| half::f16::from_f64(value(place)).to_le_bytes()).collect()
 }
 
+/// Writes the checkpoint of `tests/golden/make_family.py`.
+pub(crate) fn family(path: &Path) {
+    let notes = std::fs::read_to_string(repo("tests/golden/single-file/family.json")).unwrap();
+    let notes: Value = serde_json::from_str(&notes).unwrap();
+    let tensor = |(name, shape): (&String, &Value)| {
+        let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
+        (name.clone(), (Dtype::F16, shape.clone(), values(name, &shape)))
+    };
+    write(&notes["tensors"].as_object().unwrap().iter().map(tensor).collect(), path);
+}
+
 /// No base: configs by the shapes, tokenizers by CLIP, the sampler by the family.
 #[test]
 fn a_file_of_the_family_needs_nothing_else() {
@@ -638,11 +649,7 @@ fn a_file_of_the_family_needs_nothing_else() {
     let notes: Value = serde_json::from_str(&std::fs::read_to_string(golden.with_extension("json")).unwrap()).unwrap();
     let here = tempfile::tempdir().unwrap();
     let path = here.path().join("family.safetensors");
-    let tensor = |(name, shape): (&String, &Value)| {
-        let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
-        (name.clone(), (Dtype::F16, shape.clone(), values(name, &shape)))
-    };
-    write(&notes["tensors"].as_object().unwrap().iter().map(tensor).collect(), &path);
+    family(&path);
     let text = |key: &str| notes[key].as_str().map_or_else(|| notes[key].to_string(), str::to_owned);
     let draw = |model: &Path| {
         let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));

@@ -3,6 +3,7 @@
 //! Distilled models draw a picture in one to eight steps, without guidance. Nothing in their files
 //! states it, so it is read from the sampler's config and from the model's name.
 
+use std::path::Path;
 use std::sync::LazyLock;
 
 use regex::Regex;
@@ -29,13 +30,22 @@ struct Family {
     /// Its steps where the name of the model gives no number.
     steps: usize,
     guidance: f64,
+    /// The flags for the sampler of the published models.
+    sampler: &'static str,
 }
 
-const TURBO: Family = Family { name: "a Turbo", steps: 4, guidance: 0.0 };
-const LIGHTNING: Family = Family { name: "a Lightning", steps: 4, guidance: 0.0 };
-const HYPER: Family = Family { name: "a Hyper-SD", steps: 4, guidance: 0.0 };
-const TCD: Family = Family { name: "a TCD", steps: 4, guidance: 0.0 };
-const LCM: Family = Family { name: "an LCM", steps: 4, guidance: 1.0 };
+const TURBO: Family = Family {
+    name: "a Turbo",
+    steps: 4,
+    guidance: 0.0,
+    sampler: "--scheduler euler-ancestral --timestep-spacing trailing, and --height 512 --width 512 for SDXL-Turbo itself",
+};
+const LIGHTNING: Family =
+    Family { name: "a Lightning", steps: 4, guidance: 0.0, sampler: "--scheduler euler --timestep-spacing trailing" };
+const HYPER: Family =
+    Family { name: "a Hyper-SD", steps: 4, guidance: 0.0, sampler: "--scheduler ddim --timestep-spacing trailing" };
+const TCD: Family = Family { name: "a TCD", steps: 4, guidance: 0.0, sampler: "--scheduler tcd" };
+const LCM: Family = Family { name: "an LCM", steps: 4, guidance: 1.0, sampler: "--scheduler lcm" };
 
 impl SamplingDefaults {
     /// The defaults of a model; those of a model that is not distilled are `steps` and `guidance`.
@@ -57,6 +67,17 @@ impl SamplingDefaults {
         let steps = named.unwrap_or(if lightning_in_one { 1 } else { family.steps });
         Some(SamplingDefaults { steps, guidance: family.guidance, why: Some(why) })
     }
+}
+
+/// What to do for a distilled model in a checkpoint that has no sampler's config: it gets SDXL's
+/// sampler of `class`, which is not the one that it was made for. `None` for other models.
+pub(crate) fn sampler_advice(path: &Path, class: &str) -> Option<String> {
+    let name = path.file_name()?.to_string_lossy();
+    let (Family { sampler, .. }, why) = by_name(&[&name])?;
+    let path = path.display();
+    Some(format!(
+        "{path} does not name its sampler, and {class} with SDXL's settings is taken; {why}, which is made for {sampler}"
+    ))
 }
 
 /// The family that a name states.

@@ -9,6 +9,7 @@ use sdxl_model::scheduler::SchedulerConfig;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 
+use super::few_step;
 use super::parts::{Config, ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
 impl Parts {
@@ -120,9 +121,13 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         // The caller replaces it.
         None => (own(Map::new()), VaeAt::Folder(PathBuf::new())),
     };
+    let scheduler = SchedulerConfig::from_entries(path, family.scheduler())?;
+    if let Some(advice) = few_step::sampler_advice(path, scheduler.class()) {
+        tracing::warn!("{advice}");
+    }
     Ok(Parts {
         index: own(family.index()),
-        scheduler: SchedulerConfig::from_entries(path, family.scheduler())?,
+        scheduler,
         unet,
         unet_file: None,
         unet_weights,

@@ -1,0 +1,104 @@
+//! What people met with other programs (docs/models.md, "Traps"): here it is refused or said.
+
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use crate::single_file::{family, made, read, write};
+use crate::squeeze::Squeeze;
+use crate::support::{copy, repo, tensors};
+
+fn generate(model: &Path) -> Squeeze {
+    Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "2", "-o", "/dev/null"])
+}
+
+/// A merge without its text encoders, and one that lost a part of them.
+#[test]
+fn merges_with_missing_parts_are_named() {
+    let root = repo("tests/golden/base-like");
+    let (here, path) = made(&root);
+    let whole = read(&path);
+    let merged = here.path().join("merged.safetensors");
+    let kept = |is_kept: &dyn Fn(&str) -> bool| whole.clone().into_iter().filter(|(name, _)| is_kept(name)).collect();
+    write(&kept(&|name| !name.starts_with("conditioner.")), &merged);
+    generate(&merged).is_refused(&["has no text_encoder and no text_encoder_2", "--base DIR|FILE"]);
+    generate(&merged).with("--base", &root).succeeds();
+    write(&kept(&|name| !name.ends_with("resblocks.0.attn.in_proj_weight")), &merged);
+    generate(&merged).with("--base", &root).is_refused(&["missing (text_model.encoder.layers.0.self_attn."]);
+    write(&kept(&|name| !name.starts_with("first_stage_model.encoder.")), &merged);
+    generate(&merged).with("--base", &root).succeeds();
+}
+
+/// Pickled shards, as old converters wrote them.
+#[test]
+fn pickled_shards_are_refused_with_the_remedy() {
+    let here = tempfile::tempdir().unwrap();
+    let model = here.path().join("model");
+    copy(&repo("tests/golden/base-like"), &model);
+    let unet = model.join("unet");
+    std::fs::remove_file(unet.join("diffusion_pytorch_model.safetensors")).unwrap();
+    for number in 1..=2 {
+        std::fs::write(unet.join(format!("diffusion_pytorch_model-0000{number}-of-00002.bin")), b"PK\x03\x04").unwrap();
+    }
+    std::fs::write(unet.join("diffusion_pytorch_model.bin.index.json"), "{}").unwrap();
+    generate(&model).is_refused(&["pickled .bin weights are not read", "save_pretrained"]);
+}
+
+/// `force_upcast` asks other programs for a VAE in fp32, which overflows in fp16. Here the VAE is
+/// always fp32.
+#[test]
+fn the_vae_is_fp32_whatever_force_upcast_says() {
+    let here = tempfile::tempdir().unwrap();
+    let model = here.path().join("model");
+    copy(&repo("tests/golden/base-like"), &model);
+    let path = model.join("vae/config.json");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let pictures = [json!(true), json!(false), Value::Null].map(|value| {
+        config["force_upcast"] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let picture = here.path().join("x.png");
+        Squeeze::new("generate").model(&model).args(["--prompt", "x", "--steps", "2", "-o"]).arg(&picture).succeeds();
+        std::fs::read(&picture).unwrap()
+    });
+    assert!(pictures[0] == pictures[1] && pictures[1] == pictures[2]);
+}
+
+/// A file does not say its sampler: the names of distilled models do.
+#[test]
+fn distilled_models_in_files_are_told_their_sampler() {
+    let here = tempfile::tempdir().unwrap();
+    let draw = |name: &str, more: &[&str]| {
+        let path = here.path().join(name);
+        family(&path);
+        let run = Squeeze::new("generate").model(&path).args(["--prompt", "a cat", "--height", "64", "--width", "64"]);
+        run.args(more).with("-o", here.path().join("x.png")).succeeds()
+    };
+    let said = draw("sdxl_lightning_2step.safetensors", &[]);
+    said.says(&[
+        "does not name its sampler",
+        "a Lightning model, which is made for --scheduler euler --timestep-spacing trailing",
+    ]);
+    said.says(&["2 steps and guidance 0"]);
+    draw("sd_xl_turbo.safetensors", &[]).says(&["--scheduler euler-ancestral --timestep-spacing trailing, and --height 512"]);
+    let advised = ["--scheduler", "euler-ancestral", "--timestep-spacing", "trailing"];
+    draw("sd_xl_turbo.safetensors", &advised).says(&["4 steps of EulerAncestralDiscreteScheduler"]);
+    draw("lcm.safetensors", &["--scheduler", "lcm"]).says(&["is made for --scheduler lcm"]);
+    draw("my-tcd-merge.safetensors", &["--scheduler", "tcd"]).says(&["is made for --scheduler tcd"]);
+    draw("hyper.safetensors", &["--scheduler", "ddim", "--timestep-spacing", "trailing"]).says(&["is made for --scheduler ddim"]);
+    assert!(!draw("family.safetensors", &["--steps", "2"]).text().contains("does not name its sampler"));
+}
+
+/// A VAE with NaNs draws black pictures elsewhere.
+#[test]
+fn weights_that_are_no_numbers_are_refused() {
+    let root = repo("tests/golden/base-like");
+    let (_here, path) = made(&root);
+    let mut stored = read(&path);
+    let (dtype, _, data) = stored.get_mut("first_stage_model.decoder.conv_in.weight").unwrap();
+    assert_eq!(*dtype, Dtype::F16);
+    data[..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+    write(&stored, &path);
+    generate(&path).with("--base", &root).is_refused(&["decoder.conv_in.weight"]);
+    assert!(tensors(&path).len() > 100);
+}
