@@ -44,6 +44,18 @@ const PIECES: [&str; 24] = [
     "x",
 ];
 
+/// The pieces that make a LoRA, a LoHa, a LoKr or a difference.
+const FORMS: [&[&str]; 8] = [
+    &[],
+    &["lora_down.weight", "lora_up.weight"],
+    &["lora_A.weight", "lora_B.weight", "alpha"],
+    &["lora_down.weight", "lora_up.weight", "dora_scale"],
+    &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+    &["lokr_w1", "lokr_w2"],
+    &["lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "alpha"],
+    &["diff"],
+];
+
 /// Runs one input: a file, a header and data, or decisions for building a LoRA.
 pub fn run(data: &[u8]) {
     let mut choices = Choices(data);
@@ -77,6 +89,25 @@ pub fn run(data: &[u8]) {
     }
 }
 
+/// The shape that a piece has for a linear layer.
+fn fitting(piece: &str, outputs: u64, inputs: u64, rank: u64) -> Vec<u64> {
+    match piece {
+        "lora_down.weight" | "lora_A.weight" | "hada_w1_b" | "hada_w2_b" => vec![rank, inputs],
+        "lora_up.weight" | "lora_B.weight" | "hada_w1_a" | "hada_w2_a" => vec![outputs, rank],
+        "diff" => vec![outputs, inputs],
+        "diff_b" | "lora_magnitude_vector" => vec![outputs],
+        "dora_scale" => vec![outputs, 1],
+        "lokr_w1" => vec![2, 2],
+        "lokr_w1_a" => vec![2, rank],
+        "lokr_w1_b" => vec![rank, 2],
+        "lokr_w2" => vec![outputs / 2, inputs / 2],
+        "lokr_w2_a" => vec![outputs / 2, rank],
+        "lokr_w2_b" => vec![rank, inputs / 2],
+        "lora_mid.weight" | "hada_t1" | "hada_t2" | "lokr_t2" => vec![rank, rank, 3, 3],
+        _ => vec![],
+    }
+}
+
 /// A file with tensors of a few modules, most of them of a shape that fits.
 fn made(choices: &mut Choices) -> Vec<u8> {
     let mut tensors = Vec::new();
@@ -89,20 +120,17 @@ fn made(choices: &mut Choices) -> Vec<u8> {
             _ => format!("lora_te1_{module}"),
         };
         let rank = choices.below(5) as u64;
-        for _ in 0..choices.below(6) {
-            let piece = choices.of(&PIECES);
-            let shape: Vec<u64> = match choices.below(8) {
-                0 => vec![rank, inputs],
-                1 => vec![outputs, rank],
-                2 => vec![],
-                3 => vec![outputs, inputs],
-                4 => vec![outputs],
-                5 => vec![rank, rank, 3, 3],
-                6 => vec![rank, inputs, 3, 3],
-                _ => (0..choices.below(5)).map(|_| choices.number() % 100).collect(),
+        // A whole form and more, or pieces by chance.
+        let form = choices.of(&FORMS);
+        let chance: Vec<&str> = (0..choices.below(4)).map(|_| choices.of(&PIECES)).collect();
+        for piece in form.iter().copied().chain(chance) {
+            let shape: Vec<u64> = match choices.rarely(6) {
+                true => (0..choices.below(5)).map(|_| choices.number() % 100).collect(),
+                false => fitting(piece, outputs, inputs, rank),
             };
             let elements: u64 = shape.iter().product();
-            let (dtype, width) = choices.of(&[("F16", 2), ("F32", 4), ("BF16", 2), ("I64", 8), ("F8_E4M3", 1)]);
+            let (dtype, width) =
+                choices.of(&[("F16", 2), ("F32", 4), ("F16", 2), ("BF16", 2), ("F32", 4), ("I64", 8), ("F8_E4M3", 1)]);
             let data = choices.bytes((elements * width).min(1 << 16) as usize);
             tensors.push(layout::Tensor::new(format!("{module}.{piece}"), dtype, &shape, data));
         }

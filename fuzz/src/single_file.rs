@@ -1,7 +1,8 @@
 //! Opens a single-file checkpoint: what it is, which parts it has, what its shapes tell, and the
 //! views by which its tensors are read.
 //!
-//! A checkpoint that the target builds without faults must be accepted, alone and with a base.
+//! A checkpoint that the target builds without faults must be accepted, and one that lacks a part
+//! must be accepted with a base.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -69,11 +70,12 @@ pub fn run(data: &[u8]) {
             layout::file(None, &tensors)
         }
     };
-    read(&scratch::file("single.safetensors", &file), true);
+    read(&scratch::file("single.safetensors", &file));
 }
 
-/// Opens everything that a file may have. Returns whether it is a whole pipeline.
-fn read(path: &Path, with_base: bool) -> bool {
+/// Opens everything that a file may have. Returns whether it is a whole pipeline, and whether it is
+/// one with a base.
+fn read(path: &Path) -> [bool; 2] {
     let _ = VaeFile::open(path);
     let _ = inspect(path);
     if let Ok(file) = SingleFile::open(path) {
@@ -91,16 +93,33 @@ fn read(path: &Path, with_base: bool) -> bool {
         }
     }
     let alone = ModelFiles { model: path.to_owned(), ..ModelFiles::of(path) };
-    let is_whole = open(&alone);
-    if with_base {
-        open(&ModelFiles { base: Some(base()), ..alone });
-    }
-    is_whole
+    [open(&alone), open(&ModelFiles { base: Some(base()), ..alone })]
 }
 
-/// The small folder that completes files.
+/// The whole checkpoint that completes files.
 fn base() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/base-like")
+    static BASE: OnceLock<PathBuf> = OnceLock::new();
+    BASE.get_or_init(|| stored("base.safetensors", tensors().iter().map(|(name, shape)| (name.as_str(), shape)))).clone()
+}
+
+/// Writes a checkpoint of these names and shapes, whose weights are a hole in the file. A name that
+/// comes twice is written once.
+fn stored<'a>(name: &str, shapes: impl Iterator<Item = (&'a str, &'a Vec<u64>)>) -> PathBuf {
+    let (mut header, mut end) = (Map::new(), 0u64);
+    for (name, shape) in shapes {
+        let bytes = shape.iter().try_fold(2u64, |product, n| product.checked_mul(*n)).unwrap_or(0);
+        // No more than a full checkpoint of the family.
+        if bytes > 1 << 33 || header.contains_key(name) {
+            continue;
+        }
+        header.insert(name.to_owned(), json!({ "dtype": "F16", "shape": shape, "data_offsets": [end, end + bytes] }));
+        end += bytes;
+    }
+    let content = layout::with_header(Value::Object(header).to_string().as_bytes(), &[]);
+    let path = scratch::file(name, &content);
+    let file = File::options().write(true).open(&path).expect("the file was written");
+    file.set_len(content.len() as u64 + end).expect("a hole takes no room");
+    path
 }
 
 /// Opens a pipeline and the headers of its weights.
@@ -111,10 +130,13 @@ fn open(files: &ModelFiles) -> bool {
     parts.chain(text).all(|part| part.is_ok())
 }
 
-/// A whole checkpoint; `changed` says whether some of its tensors are others. Its weights are a
-/// hole in the file.
+/// A checkpoint that has all parts or all but one; `changed` says whether some of its tensors are
+/// others.
 fn whole(choices: &mut Choices, changed: bool) {
+    const PARTS: [&str; 4] = ["", "first_stage_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."];
     let mut shapes = tensors().clone();
+    let missing = choices.of(&PARTS);
+    shapes.retain(|name, _| missing.is_empty() || !name.starts_with(missing));
     let mut markers: Vec<(&str, Vec<u64>)> = Vec::new();
     if changed {
         let names: Vec<String> = shapes.keys().cloned().collect();
@@ -140,22 +162,10 @@ fn whole(choices: &mut Choices, changed: bool) {
             markers.push((choices.of(&MARKERS), shape));
         }
     }
-    let (mut header, mut end) = (Map::new(), 0u64);
     let listed =
         shapes.iter().map(|(name, shape)| (name.as_str(), shape)).chain(markers.iter().map(|(name, shape)| (*name, shape)));
-    for (name, shape) in listed {
-        let bytes = shape.iter().try_fold(2u64, |product, n| product.checked_mul(*n)).unwrap_or(0);
-        // No more than a full checkpoint of the family.
-        if bytes > 1 << 33 || header.contains_key(name) {
-            continue;
-        }
-        header.insert(name.to_owned(), json!({ "dtype": "F16", "shape": shape, "data_offsets": [end, end + bytes] }));
-        end += bytes;
-    }
-    let content = layout::with_header(Value::Object(header).to_string().as_bytes(), &[]);
-    let path = scratch::file("single.safetensors", &content);
-    let file = File::options().write(true).open(&path).expect("the file was written");
-    file.set_len(content.len() as u64 + end).expect("a hole takes no room");
-    let is_whole = read(&path, changed);
-    assert!(is_whole || changed, "a checkpoint of the family is refused");
+    let path = stored("single.safetensors", listed);
+    let [alone, completed] = read(&path);
+    assert!(alone == missing.is_empty() || changed, "a checkpoint without `{missing}`: {alone}");
+    assert!(completed || changed, "a checkpoint without `{missing}` is refused with a base");
 }

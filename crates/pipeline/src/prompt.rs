@@ -64,8 +64,8 @@ impl PromptEncoder {
         PromptEncoder { options, ..self }
     }
 
-    /// The encoder that fills prompts of fewer than `count` pieces with the pieces of an empty text,
-    /// so that all prompts have equally many states.
+    /// The encoder that fills prompts of fewer than `count` pieces with the pieces of an empty
+    /// text, so that all prompts have equally many states.
     #[must_use]
     pub fn with_pieces(self, count: usize) -> Self {
         PromptEncoder { least_pieces: count, ..self }
