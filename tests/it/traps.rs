@@ -89,6 +89,48 @@ fn distilled_models_in_files_are_told_their_sampler() {
     assert!(!draw("family.safetensors", &["--steps", "2"]).text().contains("does not name its sampler"));
 }
 
+/// A UNet of another kind than the base: the file knows its input channels, and whether it is told
+/// the guidance scale.
+#[test]
+fn unets_of_other_kinds_are_completed_by_a_plain_base() {
+    let here = tempfile::tempdir().unwrap();
+    for name in ["lcm-like", "inpainting-like", "edit-like"] {
+        let model = crate::architectures::pipeline(name, here.path());
+        let base = here.path().join("base");
+        std::fs::remove_dir_all(&base).ok();
+        copy(&model, &base);
+        let config = base.join("unet/config.json");
+        let mut plain: Value = serde_json::from_str(&std::fs::read_to_string(&config).unwrap()).unwrap();
+        plain["in_channels"] = json!(4);
+        plain["time_cond_proj_dim"] = Value::Null;
+        std::fs::write(&config, plain.to_string()).unwrap();
+        let file = here.path().join("unet.safetensors");
+        Squeeze::new("export").arg(&model).with("--to", "single-file").out(&file).succeeds();
+        let unet = |(name, _): &(String, _)| name.starts_with("model.diffusion_model.");
+        write(&read(&file).into_iter().filter(unet).collect(), &file);
+        let latents = here.path().join("latents.safetensors");
+        let draw = |run: Squeeze| {
+            let golden = crate::architectures::golden;
+            let run = run.args(["--prompt", "a cat", "--steps", "2", "--guidance", "4", "-o", "/dev/null"]);
+            let run = match name {
+                "inpainting-like" => run.with("--image", golden("image.png")).with("--mask", golden("mask.png")),
+                "edit-like" => run.with("--image", golden("image.png")),
+                _ => run,
+            };
+            let said = run.with("--latents-out", &latents).succeeds();
+            (std::fs::read(&latents).unwrap(), said)
+        };
+        let run = || Squeeze::new("generate");
+        let (expected, _) = draw(run().model(&model).with("--scheduler", "euler"));
+        let stored = model.join("unet/diffusion_pytorch_model.safetensors");
+        for path in [&file, &stored] {
+            let (drawn, said) = draw(run().model(path).with("--base", &base).with("--scheduler", "euler"));
+            assert!(drawn == expected, "{name}: {}", path.display());
+            assert_eq!(said.text().contains("as an LCM is, which is made for --scheduler lcm"), name == "lcm-like", "{said}");
+        }
+    }
+}
+
 /// A VAE with NaNs draws black pictures elsewhere.
 #[test]
 fn weights_that_are_no_numbers_are_refused() {

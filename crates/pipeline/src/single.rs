@@ -101,6 +101,7 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
                 (index, SchedulerConfig::from_entries(path, entries)?)
             }
         };
+        warn_of_lcm(path, &unet, &scheduler);
         let text = base.text.into_iter().map(|place| match file.has_encoder(place.encoder) {
             true => TextPlace { weights: WeightsAt::Checkpoint(Arc::clone(file)), ..place },
             false => place,
@@ -122,8 +123,9 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         None => (own(Map::new()), VaeAt::Folder(PathBuf::new())),
     };
     let scheduler = SchedulerConfig::from_entries(path, family.scheduler())?;
-    if let Some(advice) = few_step::sampler_advice(path, scheduler.class()) {
-        tracing::warn!("{advice}");
+    match few_step::sampler_advice(path, scheduler.class()) {
+        Some(advice) => tracing::warn!("{advice}"),
+        None => warn_of_lcm(path, &unet, &scheduler),
     }
     Ok(Parts {
         index: own(family.index()),
@@ -136,6 +138,18 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         text,
         files: Vec::new(),
     })
+}
+
+/// Says that a UNet that is told the guidance scale was distilled for another sampler.
+fn warn_of_lcm(path: &Path, unet: &Config, scheduler: &SchedulerConfig) {
+    let is_told = unet.entries.get("time_cond_proj_dim").is_some_and(Value::is_number);
+    let class = scheduler.class();
+    if is_told && !["LCMScheduler", "TCDScheduler"].contains(&class) {
+        let path = path.display();
+        tracing::warn!(
+            "{path} is told the guidance scale, as an LCM is, which is made for --scheduler lcm; its own sampler is {class}"
+        );
+    }
 }
 
 /// A config that the tensors tell, or the remedy if they do not.

@@ -254,8 +254,8 @@ impl SingleFile {
         UnetShapes(self.shapes(self.unet))
     }
 
-    /// The UNet's `config.json`: that of `base`, but for the input channels, which the file knows
-    /// better; or without one, as shapes and family tell it. `None` if they do not tell it.
+    /// The UNet's `config.json`: that of `base`, but for the input channels and the embedded guidance
+    /// scale, which the file knows better; or without one, as shapes and family tell it. `None` if they do not tell it.
     #[must_use]
     pub fn unet_config(&self, base: Option<&Map<String, Value>>) -> Option<Map<String, Value>> {
         let shapes = self.unet_shapes();
@@ -264,6 +264,12 @@ impl SingleFile {
         if let Some(channels) = shapes.in_channels().filter(|channels| base.get("in_channels") != Some(&json!(channels))) {
             tracing::info!("{}: the UNet has {channels} input channels, other than the base", self.path().display());
             config.insert("in_channels".into(), json!(channels));
+        }
+        let told = shapes.time_cond_proj_dim().map_or(Value::Null, Value::from);
+        if base.get("time_cond_proj_dim").unwrap_or(&Value::Null) != &told {
+            let is = if told.is_null() { "is not" } else { "is" };
+            tracing::info!("{}: the UNet {is} told the guidance scale, other than the base", self.path().display());
+            config.insert("time_cond_proj_dim".into(), told);
         }
         Some(config)
     }

@@ -40,7 +40,13 @@ impl UnetShapes<'_> {
 
     /// The input channels of the first convolution: 4, 8 of CosXL Edit, 9 for inpainting.
     pub(super) fn in_channels(&self) -> Option<i64> {
-        self.dimension("input_blocks.0.0.weight", 1)
+        self.dimension("input_blocks.0.0.weight", 1).or_else(|| self.dimension("conv_in.weight", 1))
+    }
+
+    /// The width of the embedded guidance scale, which an LCM's UNet is told; its name is one in
+    /// all checkpoints.
+    pub(super) fn time_cond_proj_dim(&self) -> Option<i64> {
+        self.dimension("time_embedding.cond_proj.weight", 1)
     }
 
     /// The width of the text states.
@@ -142,7 +148,7 @@ impl UnetShapes<'_> {
             "projection_class_embeddings_input_dim": self.dimension("label_emb.0.0.weight", 1)?,
             "reverse_transformer_layers_per_block": reverse,
             "sample_size": 128,
-            "time_cond_proj_dim": self.dimension("time_embedding.cond_proj.weight", 1),
+            "time_cond_proj_dim": self.time_cond_proj_dim(),
             "transformer_layers_per_block": depths,
             "up_block_types": types(&up, "CrossAttnUpBlock2D", "UpBlock2D"),
             "use_linear_projection": is_linear,
