@@ -254,8 +254,9 @@ impl SingleFile {
         UnetShapes(self.shapes(self.unet))
     }
 
-    /// The UNet's `config.json`: that of `base`, but for the input channels and the embedded guidance
-    /// scale, which the file knows better; or without one, as shapes and family tell it. `None` if they do not tell it.
+    /// The UNet's `config.json`: that of `base`, but for the input channels and the embedded
+    /// guidance scale, which the file knows better; or without one, as shapes and family tell it.
+    /// `None` if they do not tell it.
     #[must_use]
     pub fn unet_config(&self, base: Option<&Map<String, Value>>) -> Option<Map<String, Value>> {
         let shapes = self.unet_shapes();
