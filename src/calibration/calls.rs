@@ -1,6 +1,7 @@
 //! The number and shape of calibration samples.
 
 use serde::Serialize;
+use tch::Device;
 
 /// The number and shape of the samples, known before any of them is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -18,13 +19,12 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// The number of calls that go through the stages as one batch. Several small calls are joined,
-    /// because starting an operation would cost more than computing it. `numel` is the size of the
-    /// first carry for a batch of one.
+    /// The number of calls that go through the stages as one batch on `device`. Several small calls
+    /// are joined, because starting an operation would cost more than computing it; a GPU needs
+    /// larger batches to be busy. `numel` is the size of the first carry for a batch of one.
     #[must_use]
-    pub fn joined(&self, numel: i64) -> usize {
-        const ENOUGH: i64 = 1 << 19;
-        const MOST: i64 = 16;
-        (ENOUGH / (self.batch * numel).max(1)).clamp(1, MOST) as usize
+    pub fn joined(&self, numel: i64, device: Device) -> usize {
+        let (enough, most) = if device == Device::Cpu { (1 << 19, 16) } else { (1 << 25, 64) };
+        (enough / (self.batch * numel).max(1)).clamp(1, most) as usize
     }
 }

@@ -91,6 +91,16 @@ pub fn defaults(folder: &PipelineFolder) -> SamplingDefaults {
     SamplingDefaults::of(folder, CalibrationSection::STEPS, CalibrationSection::GUIDANCE)
 }
 
+/// What `defaults` hint at that `section` leaves open; `None` for samples that are not drawn.
+#[must_use]
+pub fn hint<'a>(defaults: &'a SamplingDefaults, section: &CalibrationSection) -> Option<&'a str> {
+    if section.samples.is_some() {
+        return None;
+    }
+    let has_sampler = section.scheduler.is_some() || section.timestep_spacing.is_some();
+    defaults.open_hint(section.steps.is_some() && section.guidance.is_some(), has_sampler)
+}
+
 /// The number and shape of the samples that `section` asks for, before any of them is drawn.
 ///
 /// # Errors

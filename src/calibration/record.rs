@@ -1,15 +1,13 @@
 //! Records samples from runs of the dense pipeline.
 
-use std::cell::RefCell;
-
-use sdxl_model::scheduler::SchedulerConfig;
+use sdxl_model::scheduler::{Scheduler, SchedulerConfig};
 use sdxl_model::unet::{Conditioning, Unet};
-use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, PromptOptions, sample};
+use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, Predictor, PromptEncoder, PromptOptions};
 use squeeze_base::error::{Error, Result};
-use squeeze_base::progress::{Progress, Silent, Task};
+use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::device::Placement;
 use squeeze_numerics::random::Generator;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::pictures::{self, PicturesInTurn};
 use super::{Sample, Samples, spread};
@@ -128,43 +126,112 @@ pub fn record(
     }
     samples.notes.extend(pictures.as_ref().map(|_| pictures::NOTE.to_owned()));
     let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
-    for (index, ((prompt, guidance), steps)) in set.prompts.iter().zip(guidances).zip(kept).enumerate() {
+    // A picture that is shown is made by the prompt before.
+    let together = if pictures.is_some() { 1 } else { runs_together(unet, guidances, (shape[2], shape[3])) };
+    let runs: Vec<Planned<'_>> = set
+        .prompts
+        .iter()
+        .zip(guidances)
+        .zip(&kept)
+        .enumerate()
+        .filter(|(_, (_, steps))| !steps.is_empty())
+        .map(|(index, ((prompt, guidance), steps))| Planned { index, prompt, guidance, steps })
+        .collect();
+    for runs in runs.chunks(together) {
         task.go_on()?;
-        task.advance(prompt);
-        if steps.is_empty() {
-            continue;
+        runs.iter().for_each(|run| task.advance(run.prompt));
+        let mut seeds: Vec<Seeded> = runs.iter().map(|run| Seeded::new(set, run, &shape)).collect::<Result<_>>()?;
+        let shown = match (&pictures, runs) {
+            (Some(pictures), [run]) => Some(pictures.show(run.guidance, run.index, set.seed.wrapping_add(run.index as u64))?),
+            (_, _) => None,
+        };
+        let pairs = runs.iter().zip(&mut seeds);
+        let denoised = pairs.map(|(run, seeded)| {
+            let Seeded { scheduler, noise, generator } = seeded;
+            Denoised::from_noise(scheduler.as_mut(), shown.as_ref().unwrap_or(run.guidance), noise, generator)
+        });
+        let denoised: Vec<Denoised<'_>> = denoised.collect::<Result<_>>()?;
+        let (calls, latents) = run_together(unet, runs, denoised, shown.as_ref())?;
+        if let (Some(pictures), [latents]) = (&mut pictures, latents.as_slice()) {
+            pictures.keep(latents)?;
         }
-        let like = &guidance.conditioning.encoder_hidden_states;
-        let mut scheduler = set.scheduler.scheduler(set.steps)?;
-        let seed = set.seed.wrapping_add(index as u64);
-        let mut generator = Generator::new(seed);
-        let noise = generator.draw(&shape, like.f_kind()?)?.f_to_device(like.device())?;
-        let with_picture = pictures.as_ref().map(|pictures| pictures.show(guidance, index, seed)).transpose()?;
-        let guidance = with_picture.as_ref().unwrap_or(guidance);
-        let recorder = Recorder { unet, steps: &steps, calls: RefCell::new((0, Vec::new())) };
-        let latents = sample(&recorder, scheduler.as_mut(), guidance, &noise, &mut generator, &mut |_, _| Ok(()), &Silent)?;
-        if let Some(pictures) = &mut pictures {
-            pictures.keep(&latents)?;
-        }
-        samples.calls.extend(recorder.calls.into_inner().1);
+        samples.calls.extend(calls);
     }
     Ok(samples)
 }
 
-/// A UNet that keeps some of its calls.
-struct Recorder<'a, 'b> {
-    unet: &'a Unet<'b>,
+/// A prompt that is to be run.
+#[derive(Clone, Copy)]
+struct Planned<'a> {
+    index: usize,
+    prompt: &'a str,
+    guidance: &'a Guidance,
+    /// The calls that are kept.
     steps: &'a [usize],
-    calls: RefCell<(usize, Vec<Sample>)>,
 }
 
-impl Predictor for Recorder<'_, '_> {
-    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
-        let (step, calls) = &mut *self.calls.borrow_mut();
-        if self.steps.contains(step) {
-            calls.push(Sample { sample: sample.shallow_clone(), timestep, conditioning: conditioning.shallow_clone() });
-        }
-        *step += 1;
-        self.unet.predict(sample, timestep, conditioning)
+/// A prompt's own sampler and noise.
+struct Seeded {
+    scheduler: Box<dyn Scheduler>,
+    noise: Tensor,
+    generator: Generator,
+}
+
+impl Seeded {
+    fn new(set: &PromptSet, run: &Planned<'_>, shape: &[i64; 4]) -> Result<Self> {
+        let like = &run.guidance.conditioning.encoder_hidden_states;
+        let mut generator = Generator::new(set.seed.wrapping_add(run.index as u64));
+        let noise = generator.draw(shape, like.f_kind()?)?.f_to_device(like.device())?;
+        Ok(Seeded { scheduler: set.scheduler.scheduler(set.steps)?, noise, generator })
     }
+}
+
+/// The number of prompts that are run in one batch: on a GPU as many as keep it busy, on a CPU one.
+fn runs_together(unet: &Unet<'_>, guidances: &[Guidance], latents: (i64, i64)) -> usize {
+    /// Pixels of latents in a batch. With 64x64 latents, 16 rows.
+    const ENOUGH: i64 = 1 << 16;
+    let Some(like) = guidances.first().map(|guidance| &guidance.conditioning.encoder_hidden_states) else { return 1 };
+    if like.device() == Device::Cpu || !unet.is_resident() {
+        return 1;
+    }
+    let rows = like.size().first().copied().unwrap_or(1);
+    (ENOUGH / (rows * latents.0 * latents.1).max(1)).max(1) as usize
+}
+
+/// Runs prompts step by step, all in one batch where their conditioning has one shape. Returns the
+/// kept calls of each prompt in turn, and the final latents.
+fn run_together(
+    unet: &Unet<'_>,
+    runs: &[Planned<'_>],
+    mut denoised: Vec<Denoised<'_>>,
+    shown: Option<&Guidance>,
+) -> Result<(Vec<Sample>, Vec<Tensor>)> {
+    let of_runs: Vec<&Conditioning> = runs.iter().map(|run| &shown.unwrap_or(run.guidance).conditioning).collect();
+    let joined = if runs.len() > 1 { Conditioning::join(&of_runs)? } else { None };
+    let timesteps = denoised.first().map_or_else(Vec::new, |first| first.timesteps().to_vec());
+    let mut kept: Vec<Vec<Sample>> = runs.iter().map(|_| Vec::new()).collect();
+    for (step, timestep) in timesteps.into_iter().enumerate() {
+        let inputs = denoised.iter().map(|picture| picture.input(step)).collect::<Result<Vec<_>>>()?;
+        for (((run, input), conditioning), kept) in runs.iter().zip(&inputs).zip(&of_runs).zip(&mut kept) {
+            if run.steps.contains(&step) {
+                kept.push(Sample { sample: input.shallow_clone(), timestep, conditioning: conditioning.shallow_clone() });
+            }
+        }
+        let predictions = match &joined {
+            Some(joined) => {
+                let rows = inputs[0].size4()?.0;
+                let all = unet.predict(&Tensor::f_cat(&inputs, 0)?, timestep, joined)?;
+                (0..runs.len() as i64).map(|run| Ok(all.f_narrow(0, run * rows, rows)?)).collect::<Result<Vec<_>>>()?
+            }
+            None => {
+                let each = inputs.iter().zip(&of_runs);
+                each.map(|(input, conditioning)| unet.predict(input, timestep, conditioning)).collect::<Result<Vec<_>>>()?
+            }
+        };
+        for (picture, prediction) in denoised.iter_mut().zip(&predictions) {
+            picture.step(step, prediction)?;
+        }
+    }
+    let latents = denoised.iter().map(|picture| picture.latents().shallow_clone()).collect();
+    Ok((kept.into_iter().flatten().collect(), latents))
 }

@@ -77,8 +77,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "W", requires = "height", allow_negative_numbers = true)]
     width: Option<i64>,
     /// Sampler in the place of the pipeline's: euler, euler-ancestral, heun, ddim, ddpm, dpmpp-2m,
-    /// dpmpp-2m-sde, unipc, plms, lcm, tcd, edm-euler, edm-dpmpp-2m; some also with -karras for
-    /// Karras sigmas
+    /// dpmpp-2m-sde, dpmpp-sde, unipc, plms, lcm, tcd, edm-euler, edm-dpmpp-2m; some also with
+    /// -karras for Karras sigmas
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
     /// Spacing of the sampler's timesteps: leading, trailing or linspace [default: the sampler's]
@@ -127,6 +127,10 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let defaults = SamplingDefaults::of(&folder, 30, 5.0);
     if let (Some(why), true) = (&defaults.why, args.steps.is_none() || args.guidance.is_none()) {
         reporter.report(Event::Note(&chosen(&args, &defaults, why)));
+    }
+    let has_sampler = args.scheduler.is_some() || args.timestep_spacing.is_some();
+    if let Some(hint) = defaults.open_hint(args.steps.is_some() && args.guidance.is_some(), has_sampler) {
+        reporter.report(Event::Note(hint));
     }
     let request = GenerateRequest {
         prompt: args.prompt,

@@ -16,6 +16,7 @@ mod man;
 mod paths;
 mod place;
 mod plan;
+mod profile;
 mod progress;
 mod stdout;
 mod synth;
@@ -24,13 +25,19 @@ mod terminal;
 mod verify;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use profile::Profile;
 use progress::{Mode, Reporter};
 use sdxl_squeeze::Error;
 use tracing::Level;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// The version, and the build: a run goes on only with the build that began it.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (build ", env!("SDXL_SQUEEZE_BUILD"), ")");
@@ -49,6 +56,9 @@ struct Args {
     /// Log more: -v each step, -vv everything
     #[arg(long, short, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
+    /// Write the time of each kind of step to FILE, as JSON
+    #[arg(long, global = true, value_name = "FILE")]
+    profile: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -124,19 +134,29 @@ fn run(args: Args) -> Result<(), Error> {
         (false, _) => Level::DEBUG,
     };
     let log = reporter.log_writer();
-    tracing_subscriber::fmt().with_max_level(level).with_writer(move || log.clone()).without_time().with_target(false).init();
+    let lines = tracing_subscriber::fmt::layer().with_writer(move || log.clone()).without_time().with_target(false);
+    let profile = args.profile.map(|path| (path, Profile::default()));
+    let times = profile.as_ref().map(|(_, profile)| profile.clone());
+    tracing_subscriber::registry().with(lines.with_filter(LevelFilter::from_level(level))).with(times).init();
     if matches!(args.command, Command::Compress(_) | Command::Compare(_)) {
         environment::settle();
     }
-    match args.command {
-        Command::Compress(args) => compress::run(args, &reporter),
-        Command::Compare(args) => compare::run(args, &reporter),
+    let result = command(args.command, &reporter);
+    // A run that was stopped has a profile, too.
+    let written = profile.map_or(Ok(()), |(path, profile)| profile.write(&path));
+    result.and(written)
+}
+
+fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
+    match command {
+        Command::Compress(args) => compress::run(args, reporter),
+        Command::Compare(args) => compare::run(args, reporter),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
-        Command::Export(args) => export::run(args, &reporter),
-        Command::Generate(args) => generate::run(args, &reporter),
+        Command::Export(args) => export::run(args, reporter),
+        Command::Generate(args) => generate::run(args, reporter),
         Command::Inspect(args) => inspect::run(args),
-        Command::Synth(args) => synth::run(args, &reporter),
+        Command::Synth(args) => synth::run(args, reporter),
         Command::Completions(args) => completions::run(args, Args::command()),
         Command::Man(args) => man::run(args, Args::command()),
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, settings};
+use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, hint, settings};
 use sdxl_squeeze::compress::plan_of_run;
 use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig};
 use sdxl_squeeze::device::Placement;
@@ -136,14 +136,16 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
     let skip = if set.reading.clip_skip > 0 { format!(", clip_skip {}", set.reading.clip_skip) } else { String::new() };
     let reading = if set.reading.long_prompts { skip + ", long prompts in pieces" } else { skip };
     let section = &config.calibration;
-    let why = match (defaults(folder).why, section.steps, section.guidance) {
+    let defaults = defaults(folder);
+    let hint = hint(&defaults, section).map_or(String::new(), |hint| format!("; {hint}"));
+    let why = match (defaults.why, section.steps, section.guidance) {
         (None, _, _) | (_, Some(_), Some(_)) => String::new(),
         (Some(why), None, None) => format!("; steps and guidance are the model's own: {why}"),
         (Some(why), None, Some(_)) => format!("; the steps are the model's own: {why}"),
         (Some(why), Some(_), None) => format!("; the guidance is the model's own: {why}"),
     };
     Ok(format!(
-        "drawn by {} in {} steps{calls} at guidance {}{rescale}{reading}{why}",
+        "drawn by {} in {} steps{calls} at guidance {}{rescale}{reading}{why}{hint}",
         set.scheduler.class(),
         set.steps,
         set.guidance

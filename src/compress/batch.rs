@@ -80,7 +80,8 @@ impl Compressor<'_> {
             task.go_on()?;
             task.advance(layer.name());
             let evidence = Evidence { pruned: Some(pruned), ..Evidence::of(hessian) };
-            let compressed = compress_layer(layer.name(), weight, self.recipe(layer), Some(evidence))?;
+            let compressed = tracing::debug_span!("layer")
+                .in_scope(|| compress_layer(layer.name(), weight, self.recipe(layer), Some(evidence)))?;
             self.add(stop, layer, compressed, Some(evidence), task)?;
         }
         Ok(())

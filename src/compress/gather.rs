@@ -10,8 +10,8 @@ use tch::{Device, Tensor};
 use super::dense_outputs::{DenseOutputs, with_residual};
 use crate::geometry::input_geometry;
 
-/// Vectors that are kept of each held-out batch.
-const HELD_OUT_VECTORS: i64 = 144;
+/// Vectors that are kept of each held-out batch on a CPU.
+pub(super) const HELD_OUT_VECTORS: i64 = 144;
 
 /// An observer that sums the Hessians of the inputs of some layers. Layers that are given the same
 /// tensor share a Hessian.
@@ -25,8 +25,8 @@ pub struct Gatherer {
     /// The weight of the sample under way; `None` is 1.
     weight: Option<f64>,
     corrections: BTreeMap<String, OutputResidual>,
-    /// Whether the sample under way is held out: some of its vectors are kept, and none is summed.
-    is_held_out: bool,
+    /// How many vectors of the samples under way are kept, if they are held out: none is summed.
+    held_out_vectors: Option<i64>,
     held_out: BTreeMap<LayerInput, Tensor>,
     /// The dense outputs for the sample under way.
     targets: DenseOutputs,
@@ -86,9 +86,9 @@ impl Gatherer {
         self.weight = (weight != 1.0).then_some(weight);
     }
 
-    /// Sets whether the next sample is held out.
-    pub(super) fn hold_out(&mut self, is_held_out: bool) {
-        self.is_held_out = is_held_out;
+    /// Sets whether the next samples are held out, and how many of their vectors are kept then.
+    pub(super) fn hold_out(&mut self, is_held_out: bool, vectors: i64) {
+        self.held_out_vectors = is_held_out.then_some(vectors);
     }
 
     /// Sets the dense outputs for the next sample.
@@ -159,7 +159,7 @@ impl Gatherer {
     }
 
     fn has_target(&self, layer: &Layer) -> bool {
-        !self.is_held_out && self.corrections.contains_key(layer.name())
+        self.held_out_vectors.is_none() && self.corrections.contains_key(layer.name())
     }
 
     fn end_if(&self, nothing_is_left: bool) -> Result<()> {
@@ -170,8 +170,8 @@ impl Gatherer {
 impl Observer for Gatherer {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
         let Some((first, hessian)) = self.hessians.get_mut(layer.input()) else { return Ok(()) };
-        if first == layer.name() && self.is_held_out {
-            let new = hessian.some_vectors(input, HELD_OUT_VECTORS).map_err(Error::layer(layer.name()))?;
+        if let (true, Some(vectors)) = (first == layer.name(), self.held_out_vectors) {
+            let new = hessian.some_vectors(input, vectors).map_err(Error::layer(layer.name()))?;
             let all = match self.held_out.get(layer.input()) {
                 Some(old) => Tensor::f_cat(&[old, &new], 0)?,
                 None => new,
@@ -184,7 +184,7 @@ impl Observer for Gatherer {
         if self.has_target(layer) {
             self.under_way.entry(layer.name().to_owned()).or_default().input = Some(input.shallow_clone());
         }
-        self.end_if(self.is_held_out || self.corrections.is_empty())
+        self.end_if(self.held_out_vectors.is_some() || self.corrections.is_empty())
     }
 
     fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {

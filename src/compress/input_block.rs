@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::dense_outputs::DenseOutputs;
 use super::forward::unless_ended_early;
-use super::gather::Gatherer;
+use super::gather::{Gatherer, HELD_OUT_VECTORS};
 use super::job::{Calibration, Machine, Model};
 use super::shard::{DeviceShard, OnDevice, install};
 use super::statistics::Counter;
@@ -88,7 +88,7 @@ impl CalibratedInputBlock {
         for (number, index) in chosen.iter().enumerate() {
             task.go_on()?;
             task.advance(layer.name());
-            gatherer.hold_out(holds_out && is_held_out(number, chosen.len()));
+            gatherer.hold_out(holds_out && is_held_out(number, chosen.len()), HELD_OUT_VECTORS);
             gatherer.set_weight(calibration.weight(*index));
             let call = calls[*index].placed(machine.placement(self.device))?;
             multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {

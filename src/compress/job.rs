@@ -6,7 +6,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};
 
-use crate::calibration::Samples;
+use crate::calibration::{Calls, Samples};
 use crate::plan::Plan;
 use crate::recipe::{Devices, LayerRecipes};
 
@@ -75,12 +75,19 @@ impl Calibration<'_> {
 
     /// The number of samples in one batch on each of `devices`. Samples of different weights stay
     /// apart, and each device has its share.
-    pub(super) fn joined(&self, chain: &UnetChain, devices: usize) -> usize {
-        let share = self.samples.calls.len().div_ceil(devices);
-        match (self.weights, self.samples.shape()) {
-            ([], Some(calls)) => calls.joined(chain.first_carry(calls.height, calls.width).numel()).min(share),
-            (_, _) => 1,
-        }
+    pub(super) fn joined(&self, chain: &UnetChain, devices: &Devices) -> usize {
+        let share = self.samples.calls.len().div_ceil(devices.len());
+        if self.weights.is_empty() { self.joined_on(chain, devices.first()).min(share) } else { 1 }
+    }
+
+    /// The number of samples in one batch on a CPU.
+    pub(super) fn joined_on_cpu(&self, chain: &UnetChain) -> usize {
+        self.joined_on(chain, Device::Cpu)
+    }
+
+    fn joined_on(&self, chain: &UnetChain, device: Device) -> usize {
+        let numel = |calls: Calls| calls.joined(chain.first_carry(calls.height, calls.width).numel(), device);
+        self.samples.shape().map_or(1, numel)
     }
 }
 

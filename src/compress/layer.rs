@@ -3,15 +3,15 @@
 use half::f16;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::PruneMethod;
+use squeeze_codebook::{PruneMethod, PruneOptions};
 use squeeze_container::CompressedWeight;
 use squeeze_solver::palette::{Palettized, palettize};
 use squeeze_solver::{
-    Factor, Hessian, Joint, JointFactors, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, output_energies, prune,
-    prune_with,
+    Factor, Hessian, Joint, JointFactors, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, prune, prune_with,
 };
 use tch::{Device, Kind, Tensor};
 
+use super::device_layer::compress_on_device;
 use crate::recipe::LayerRecipe;
 
 /// A compressed layer: its new weight and its errors.
@@ -19,8 +19,6 @@ use crate::recipe::LayerRecipe;
 pub struct CompressedLayer {
     /// The packed weight; `None` if the layer stays an fp16 tensor.
     pub stored: Option<CompressedWeight>,
-    /// The decoded weight in fp16, in its original shape.
-    pub decoded: Tensor,
     /// The errors of the new weight.
     pub errors: LayerErrors,
     /// Warnings and remarks.
@@ -82,19 +80,34 @@ impl<'a> Evidence<'a> {
 
 /// A solved weight before it is packed.
 #[derive(Debug, Default)]
-struct Solution {
+pub(super) struct Solution {
     /// Its values in fp16, row by row.
-    values: Vec<f16>,
+    pub values: Vec<f16>,
     /// Which of them are kept, if the weight was pruned.
     keep: Option<Vec<bool>>,
     /// Palettes and indices, if the weight was palettized.
     palettized: Option<Palettized>,
     /// tr((W - W0) H (W - W0)^T) of the pruned weight W and the original W0.
-    loss: Option<f64>,
+    pub loss: Option<f64>,
     /// The regression target, if it differs from the original weight: fp32, of the weight's shape.
-    target: Option<Tensor>,
+    pub target: Option<Tensor>,
     /// Warnings and remarks.
-    notes: Vec<String>,
+    pub notes: Vec<String>,
+}
+
+impl Solution {
+    /// Packs a weight of this shape; `None` if it stays an fp16 tensor. Mask, palettes and indices
+    /// are taken out.
+    pub(super) fn pack(&mut self, size: &[i64]) -> Result<Option<CompressedWeight>> {
+        let keep = self.keep.take();
+        Ok(match (self.palettized.take(), &keep) {
+            (Some(Palettized { codebook, indices, .. }), keep) => {
+                Some(CompressedWeight::palettized(size.to_vec(), keep.as_deref(), codebook, &indices)?)
+            }
+            (None, Some(keep)) => Some(CompressedWeight::sparse(size.to_vec(), keep, &self.values)?),
+            (None, None) => None,
+        })
+    }
 }
 
 /// Compresses the weight [o, ...] of the layer `name` by `recipe`. Pruning and the joint solver
@@ -113,21 +126,17 @@ pub fn compress_layer(
 }
 
 fn compress_weight(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<CompressedLayer> {
+    if let Some(compressed) = compress_on_device(name, weight, recipe, evidence)? {
+        return Ok(compressed);
+    }
     let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
     let size = original.size();
-    let solution = match recipe.joint {
+    let mut solution = match recipe.joint {
         Some(_) => solve_jointly(name, weight, recipe, evidence)?,
         None => solve_sequentially(name, &original, recipe, evidence)?,
     };
-    let Solution { values, keep, palettized, loss, target, notes } = solution;
-    let stored = match (palettized, &keep) {
-        (Some(Palettized { codebook, indices, .. }), keep) => {
-            Some(CompressedWeight::palettized(size.clone(), keep.as_deref(), codebook, &indices)?)
-        }
-        (None, Some(keep)) => Some(CompressedWeight::sparse(size.clone(), keep, &values)?),
-        (None, None) => None,
-    };
-    drop(keep);
+    let stored = solution.pack(&size)?;
+    let Solution { values, loss, target, notes, .. } = solution;
     let values = match &stored {
         Some(stored) => {
             drop(values);
@@ -141,19 +150,21 @@ fn compress_weight(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: 
     let mut errors = LayerErrors { weight: distance, ..LayerErrors::default() };
     if let Some(Evidence { hessian, .. }) = evidence {
         let lost = match target {
-            Some(mut target) => target.f_sub_(&decoded)?,
+            Some(target) => target.f_to_device(Device::Cpu)?.f_sub_(&decoded)?,
             None => original.f_sub(&decoded)?,
         };
-        let [energy, lost] = output_energies([&original, &lost], hessian)?;
-        let share = |lost: f64| if lost > 0.0 { lost / energy } else { 0.0 };
-        errors.pruned_output = loss.map(share);
-        errors.output = Some(share(lost));
+        errors.add_outputs(&original, &lost, loss, hessian)?;
     }
-    Ok(CompressedLayer { stored, decoded, errors, notes })
+    Ok(CompressedLayer { stored, errors, notes })
 }
 
 /// Finds mask, weights and palettes of `weight` [o, ...] together.
-fn solve_jointly(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solution> {
+pub(super) fn solve_jointly(
+    name: &str,
+    weight: &Tensor,
+    recipe: &LayerRecipe,
+    evidence: Option<Evidence<'_>>,
+) -> Result<Solution> {
     let (Some(options), Some(evidence)) = (recipe.joint_options(), evidence) else {
         return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
     };
@@ -191,18 +202,11 @@ fn prune_weight(original: &Tensor, recipe: &LayerRecipe, evidence: Option<Eviden
         let keep = Some(Vec::try_from(&masked.mask.f_flatten(0, -1)?)?);
         return Ok(Solution { values: halves(&masked.weight)?, keep, ..Solution::default() });
     }
-    let Some(Evidence { hessian, pruned, factors, .. }) = evidence else {
-        return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
-    };
     let new;
-    let pruned = match (pruned, factors) {
-        (Some(pruned), _) => pruned,
-        (None, Some((dampening, factors))) if dampening == options.dampening => {
-            new = prune_with(original, hessian, factors, options)?;
-            &new
-        }
-        (None, _) => {
-            new = prune(original, hessian, options)?;
+    let pruned = match evidence.and_then(|evidence| evidence.pruned) {
+        Some(pruned) => pruned,
+        None => {
+            new = prune_by_evidence(original, options, evidence)?;
             &new
         }
     };
@@ -213,6 +217,17 @@ fn prune_weight(original: &Tensor, recipe: &LayerRecipe, evidence: Option<Eviden
         notes: pruned.notes.iter().map(ToString::to_string).collect(),
         ..Solution::default()
     })
+}
+
+/// Prunes a weight by SparseGPT, with cached factors if they fit.
+pub(super) fn prune_by_evidence(original: &Tensor, options: &PruneOptions, evidence: Option<Evidence<'_>>) -> Result<Pruned> {
+    let Some(Evidence { hessian, factors, .. }) = evidence else {
+        return Err(Error::Argument("cannot be pruned: no calibration input reached it".into()));
+    };
+    match factors {
+        Some((dampening, factors)) if dampening == options.dampening => prune_with(original, hessian, factors, options),
+        _ => prune(original, hessian, options),
+    }
 }
 
 /// A weight in fp16, row by row.

@@ -13,6 +13,7 @@ mod captions;
 mod carries;
 mod container;
 mod dense_outputs;
+mod device_layer;
 mod forward;
 mod gather;
 mod identity;

@@ -13,7 +13,7 @@ use tch::Device;
 
 use super::allocate;
 use super::workspace::workspace_folder;
-use crate::calibration::{Calls, defaults, expected_calls, settings};
+use crate::calibration::{Calls, defaults, expected_calls, hint, settings};
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
 use crate::plan::{self, Disk, Memory, Plan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
@@ -181,6 +181,9 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
 fn settled(folder: &PipelineFolder, config: &RunConfig) -> RunConfig {
     let mut config = config.clone();
     let defaults = defaults(folder);
+    if let Some(hint) = hint(&defaults, &config.calibration) {
+        tracing::warn!("{hint}");
+    }
     config.calibration.steps.get_or_insert(defaults.steps);
     config.calibration.guidance.get_or_insert(defaults.guidance);
     config

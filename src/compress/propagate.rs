@@ -41,6 +41,7 @@ pub(super) enum Extent {
 /// the order of the devices. Where layers have a dense target, each carry of the dense network goes
 /// before its compressed twin.
 pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, progress: &dyn Progress) -> Result<(Gatherer, f64)> {
+    let _span = tracing::debug_span!("gather").entered();
     let task = Task::begin(progress, "Hessians", "batches", shards.iter().map(|shard| shard.carries.len()).sum());
     let run = |shard: &mut DeviceShard, batch: Batch<'_>| gather_on(shard, request, batch);
     let mut sums = on_each(shards, &run, &task, request.part)?.into_iter();
@@ -67,7 +68,7 @@ fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, batch: Batch<'
     }
     let mut multiply_adds = 0.0;
     for index in 0..shard.carries.len() {
-        gatherer.hold_out(request.holds_out && is_held_out(index, shard.carries.len()));
+        gatherer.hold_out(request.holds_out && is_held_out(index, shard.carries.len()), shard.held_out_vectors);
         gatherer.set_weight(shard.weights[index]);
         if let Some(teacher) = &mut shard.teacher {
             let (outputs, more) = teacher.outputs(index, request.scope, &names, request.teacher_advances)?;
@@ -96,6 +97,7 @@ pub(super) fn advance(
         Extent::All => shard.carries.len(),
         Extent::First => shard.carries.len().min(1),
     };
+    let _span = tracing::debug_span!("advance").entered();
     let task = Task::begin(progress, "outputs", "batches", shards.iter().map(count).sum());
     let run = |shard: &mut DeviceShard, batch: Batch<'_>| -> Result<f64> {
         let teacher_lags = shard.teacher.as_mut().is_some_and(|teacher| teacher.lags());

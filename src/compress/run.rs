@@ -67,7 +67,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let numerics = crate::init();
     let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
     let mut inputs = Inputs::read(folder, config, samples, recipe.needs_samples())?;
-    let sources = sources_of(folder, weights, progress)?;
+    let sources = tracing::debug_span!("hash").in_scope(|| sources_of(folder, weights, progress))?;
     let identity = inputs.identity(config, &sources, options);
     let mut workspace = Workspace::open(&workspace_folder(path), &identity, options.resume)?;
     let drawn = match samples {
@@ -91,7 +91,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
 
     let (chain, unet_config) = (&folder.unet, folder.unet_config());
     let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, settings: config.to_json(), sources };
-    let (written, sums) = write_container(path, unet, progress)?;
+    let (written, sums) = tracing::debug_span!("container").in_scope(|| write_container(path, unet, progress))?;
     let is_calibrated = drawn.is_some() || plan.calls.is_some();
     let layers = in_execution_order(&recipe, &workspace);
     let report = JobReport {
@@ -162,6 +162,7 @@ impl<'a> Run<'a> {
 
     /// The Hessians of text and time from the captions.
     fn captions(&self, layers: &LayerRecipes) -> Result<Gatherer> {
+        let _span = tracing::debug_span!("captions").entered();
         let Prepared { folder, options, weights, .. } = self.prepared;
         let needs_hessian = |layer: &Layer| layers.get(layer.name()).is_some_and(LayerRecipe::needs_hessian);
         let captions = captions::Captions { lines: &self.inputs.captions, section: &self.section };
@@ -220,6 +221,7 @@ fn own_samples(
     workspace: &mut Workspace,
     progress: &dyn Progress,
 ) -> Result<Option<Samples>> {
+    let _span = tracing::debug_span!("calibration").entered();
     let Prepared { folder, config, options, weights, recipe, .. } = prepared;
     match inputs.samples.take() {
         Some(read) => Ok(Some(read)),

@@ -23,6 +23,8 @@ pub(super) struct DeviceShard {
     /// The weight of each carry's samples.
     pub weights: Vec<f64>,
     pub teacher: Option<Teacher>,
+    /// How many vectors of a held-out batch are kept.
+    pub held_out_vectors: i64,
     part: Option<Part>,
     /// The layers of the part that have their stored weights.
     installed: BTreeSet<String>,
@@ -39,8 +41,9 @@ pub(super) struct CarryStore<'a> {
 }
 
 impl DeviceShard {
-    /// The shard `number` on `device`, without carries.
-    pub(super) fn new(number: usize, device: Device, store: CarryStore<'_>) -> Result<Self> {
+    /// The shard `number` on `device`, without carries, of whose held-out batches so many vectors are
+    /// kept.
+    pub(super) fn new(number: usize, device: Device, store: CarryStore<'_>, held_out_vectors: i64) -> Result<Self> {
         let carries = |name: String| match store.carries {
             CarriesIn::Files => Carries::in_files(&store.folder.join(format!("carries-{name}")), device),
             CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
@@ -50,7 +53,15 @@ impl DeviceShard {
             false => None,
         };
         let carries = carries(number.to_string())?;
-        Ok(DeviceShard { device, carries, weights: Vec::new(), teacher, part: None, installed: BTreeSet::new() })
+        Ok(DeviceShard {
+            device,
+            carries,
+            weights: Vec::new(),
+            teacher,
+            held_out_vectors,
+            part: None,
+            installed: BTreeSet::new(),
+        })
     }
 
     /// Adds the first carry of a batch of samples, and that of the dense network.

@@ -148,7 +148,8 @@ impl Compressor<'_> {
         task: &Task<'_>,
     ) -> Result<()> {
         let weight = walk.dense_weight(layer)?;
-        let compressed = compress_layer(layer.name(), &weight, self.recipe(layer), evidence)?;
+        let compressed =
+            tracing::debug_span!("layer").in_scope(|| compress_layer(layer.name(), &weight, self.recipe(layer), evidence))?;
         if weight.numel() > LARGE {
             allocator::give_back();
         }
@@ -172,7 +173,7 @@ impl Compressor<'_> {
         let vectors = evidence.map(|evidence| evidence.hessian.vectors());
         let report = LayerReport::of(layer, stop.part, &compressed, vectors);
         task.layer(report.progress());
-        self.store.push(report, notes, compressed.stored)
+        tracing::debug_span!("store").in_scope(|| self.store.push(report, notes, compressed.stored))
     }
 }
 

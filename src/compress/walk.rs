@@ -13,7 +13,7 @@ use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 use tch::Tensor;
 
-use super::gather::Gatherer;
+use super::gather::{Gatherer, HELD_OUT_VECTORS};
 use super::input_block::{CalibratedInputBlock, Share};
 use super::job::{Calibration, Job, Machine, Model};
 use super::propagate::{self, Extent, GatherRequest};
@@ -238,11 +238,13 @@ impl<'a> Walk<'a> {
             layers.find(|layer| layer.name() == name).expect("a stop's layers are those of its part")
         });
         let mut gatherer = Gatherer::new(layers, devices.first())?;
-        let joined = self.calibration.joined(self.model.chain, devices.len());
+        let joined = self.calibration.joined(self.model.chain, devices);
+        // A larger batch stands for several of a CPU's.
+        let held_out_vectors = HELD_OUT_VECTORS * (joined / self.calibration.joined_on_cpu(self.model.chain)).max(1) as i64;
         let task = Task::begin(self.progress, "first carries", "samples", self.calibration.samples.calls.len());
         let mut multiply_adds = 0.0;
         for (number, device) in devices.as_slice().iter().enumerate() {
-            let mut shard = DeviceShard::new(number, *device, self.carries)?;
+            let mut shard = DeviceShard::new(number, *device, self.carries, held_out_vectors)?;
             let mut input_block = CalibratedInputBlock::load(self.model, *device, self.carries.has_teacher)?;
             if let Some(store) = store {
                 input_block.install(&self.behind, store)?;

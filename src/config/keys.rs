@@ -145,8 +145,8 @@ keys! {
             flag Flag::new("calibration-nsamples", "N")
         );
         /// Sampler of the calibration runs. `euler`, `euler-ancestral`, `heun`, `ddim`, `ddpm`,
-        /// `dpmpp-2m`, `dpmpp-2m-sde`, `unipc`, `plms`, `lcm`, `tcd`, `edm-euler`, `edm-dpmpp-2m`,
-        /// some also with `-karras`, or a class of diffusers.
+        /// `dpmpp-2m`, `dpmpp-2m-sde`, `dpmpp-sde`, `unipc`, `plms`, `lcm`, `tcd`, `edm-euler`,
+        /// `edm-dpmpp-2m`, some also with `-karras`, or a class of diffusers.
         SCHEDULER: String = ("scheduler", kinds::SCHEDULER, Preset::Absent("the model's"), flag Flag::new("scheduler", "NAME"));
         /// Spacing of the sampler's timesteps.
         TIMESTEP_SPACING: SpacingKind = (

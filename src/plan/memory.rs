@@ -14,6 +14,8 @@ pub struct Memory {
     pub shared: u64,
     /// Bytes for pruning layers of one shape in one batch; 0 prunes them one by one.
     pub batch: u64,
+    /// The device that solves.
+    pub device: Device,
 }
 
 /// Bytes of the program and libtorch with its kernels and buffers, measured on Linux.
@@ -29,7 +31,7 @@ impl Memory {
         /// Larger batches are no faster.
         const BATCH: u64 = 2 << 30;
         let batch = if device == Device::Cpu { 0 } else { BATCH.min(budget / 8) };
-        Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0, batch }
+        Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0, batch, device }
     }
 
     /// Bytes to plan with: the budget less a reserve for libtorch's temporary allocations.
@@ -45,9 +47,13 @@ impl Memory {
 
 /// Bytes for compressing a weight, besides its Hessian and factor: the weight in fp32, its new
 /// values, the mask, indices and decoded copies; for the joint solver also the initial weights and
-/// the importance of each.
-pub(super) fn working_set(shape: &[i64], joint: bool) -> u64 {
-    let bytes = if joint { 40 } else { 16 };
+/// the importance of each. On a GPU the joint solver has all rows in work at once, and sorts them.
+pub(super) fn working_set(shape: &[i64], joint: bool, device: Device) -> u64 {
+    let bytes = match (joint, device) {
+        (false, _) => 16,
+        (true, Device::Cpu) => 40,
+        (true, _) => 96,
+    };
     bytes * shape.iter().product::<i64>().unsigned_abs()
 }
 

@@ -26,6 +26,7 @@ pub use size::{kept, stored_bytes};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_solver::Hessian;
+use tch::Device;
 pub use work::{Work, measured_rate};
 
 use crate::calibration::Calls;
@@ -142,7 +143,7 @@ impl Plan {
         let carry_bytes = |numel: i64| {
             calls.map_or(0, |calls| networks * memory.element_bytes * (calls.count as i64 * calls.batch * numel).unsigned_abs())
         };
-        let outlines = outlines(chain, &parts, sequencing, calls.as_ref());
+        let outlines = outlines(chain, &parts, sequencing, (calls.as_ref(), memory.device));
         let largest = |outline: &Outline| carry_bytes(outline.before.numel().max(outline.after.numel()));
         let mut schedule = Schedule {
             stops: Vec::new(),
@@ -274,11 +275,16 @@ impl CompressedSize {
 }
 
 /// Every part with the carries that it takes and gives.
-fn outlines<'a>(chain: &UnetChain, parts: &'a [Sketch], sequencing: Sequencing, calls: Option<&Calls>) -> Vec<Outline<'a>> {
+fn outlines<'a>(
+    chain: &UnetChain,
+    parts: &'a [Sketch],
+    sequencing: Sequencing,
+    (calls, device): (Option<&Calls>, Device),
+) -> Vec<Outline<'a>> {
     // Without calls there are no carries; their shapes have no elements then.
     let [height, width] = calls.map_or([0, 0], |calls| [calls.height, calls.width]);
     let first = chain.first_carry(height, width);
-    let joined = calls.map_or(1, |calls| calls.joined(first.numel()) as i64);
+    let joined = calls.map_or(1, |calls| calls.joined(first.numel(), device) as i64);
     let mut stages = chain.stages().iter();
     let mut before = first;
     let outline = |Sketch { name, part, block_of, resident_bytes }: &'a Sketch| {

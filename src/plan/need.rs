@@ -2,6 +2,7 @@
 
 use sdxl_model::{Layer, LayerInput};
 use squeeze_solver::{Hessian, OutputResidual};
+use tch::Device;
 
 use super::memory::{Memory, working_set};
 use super::work::Work;
@@ -60,8 +61,8 @@ impl<'a> Need<'a> {
 
     /// Bytes that solving the layers takes besides the Hessian, whose factor is made once for all
     /// of them.
-    pub(super) fn solving_bytes(&self) -> u64 {
-        let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some()));
+    pub(super) fn solving_bytes(&self, device: Device) -> u64 {
+        let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), device));
         let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe)).max().unwrap_or(0);
         set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
     }
@@ -106,13 +107,15 @@ pub(super) struct Room {
     pub running: u64,
     /// Bytes of the part that stay loaded while its layers are solved.
     pub resting: u64,
+    /// The device that solves.
+    pub device: Device,
 }
 
 impl Room {
     /// Bytes in use at once for `needs` gathered in one pass.
     pub(super) fn gathered(&self, needs: &[&Need<'_>]) -> u64 {
         let hessians = needs.iter().map(|need| need.bytes).sum::<u64>();
-        let solving = needs.iter().map(|need| need.solving_bytes()).max().unwrap_or(0);
+        let solving = needs.iter().map(|need| need.solving_bytes(self.device)).max().unwrap_or(0);
         self.at_once(hessians, solving)
     }
 

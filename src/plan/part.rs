@@ -132,7 +132,7 @@ impl Outline<'_> {
 
     /// The bytes that are in use whatever the stop, beside `carries` bytes of recorded carries.
     fn room(&self, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Room {
-        let Some(calls) = calls else { return Room { fixed: memory.fixed(), running: 0, resting: 0 } };
+        let Some(calls) = calls else { return Room { fixed: memory.fixed(), running: 0, resting: 0, device: memory.device } };
         let batch = &Calls { batch: calls.batch * self.joined, ..*calls };
         let carry = 2 * memory.element_bytes * (batch.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
         let loaded = self.networks() * self.resident_bytes;
@@ -142,6 +142,7 @@ impl Outline<'_> {
             // A stage is not loaded while its layers are solved, unless the next stop needs it as
             // it is.
             resting: if self.runs_block_by_block() { loaded } else { 0 },
+            device: memory.device,
         }
     }
 
@@ -178,9 +179,10 @@ impl Outline<'_> {
             let layers = || self.compressed(recipes).filter(|(layer, _)| stop.layers.iter().any(|name| name == layer.name()));
             let needs = Need::of(layers(), has_dense_target);
             let gathered: Vec<&Need> = needs.iter().filter(|need| need.is_gathered()).collect();
-            let shared = needs.iter().filter(|need| !need.is_gathered()).map(|need| room.at_once(0, need.solving_bytes()));
+            let shared =
+                needs.iter().filter(|need| !need.is_gathered()).map(|need| room.at_once(0, need.solving_bytes(memory.device)));
             let others = layers().filter(|(_, recipe)| !recipe.needs_hessian());
-            let others = others.map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some()));
+            let others = others.map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), memory.device));
             let solving = shared.max().unwrap_or(0).max(room.at_once(0, others.max().unwrap_or(0)));
             let items = calls.map_or(0.0, |calls| (calls.count as i64 * calls.batch) as f64);
             let grid = |need: &Need| calls.map_or([0, 0], |calls| self.grid(need.first(), calls));

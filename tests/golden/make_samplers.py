@@ -2,7 +2,7 @@
 
     python tests/golden/make_samplers.py tests/golden/samplers.safetensors
 
-needs diffusers 0.42.1, torch and safetensors. Beside the tensors it writes samplers.json: a list of cases, each with a
+needs diffusers 0.42.1, torch, torchsde 0.2.6 and safetensors. Beside the tensors it writes samplers.json: a list of cases, each with a
 scheduler_config.json, the name under which it is overridden (or null), the eta that its steps are given (or null), and its numbers of
 steps.
 
@@ -18,6 +18,14 @@ all noise of the steps. For each case NAME the tensors are, with the runs in the
     python tests/golden/make_samplers.py tests/golden/samplers-pipelines.safetensors tests/golden/base-like
 
 writes the final latents of whole pipelines instead: the cases of PIPELINES by name, whose settings are in the JSON file.
+
+    python tests/golden/make_samplers.py tests/golden/samplers-pictures.safetensors tests/golden/base-like tests/golden/architectures
+
+writes the final latents of image to image and of inpainting, with the picture and the mask of the last folder, for every sampler:
+NAME/image@0.6 and NAME/mask@0.6, where 0.6 is the strength; some also at other strengths, and as NAME/inpainting@0.6 by the UNet of
+inpainting-like, which is told of the mask.
+
+The Brownian tree of DPM++ SDE is seeded with 7 too, except where a config has `noise_sampler_seed`.
 """
 
 import json
@@ -27,9 +35,10 @@ import sys
 
 import diffusers
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from make_schedulers import COSINE, EXPONENTIAL, KARRAS, SCALED, SDXL, SHAPE, TRAINED, V, ZERO_SNR, predict
+from make_schedulers import COSINE, EXPONENTIAL, KARRAS, RANGE, SCALED, SDXL, SHAPE, TRAINED, V, ZERO_SNR, predict
 
 SEED = 7
 STEPS = [1, 4, 8, 20]
@@ -40,6 +49,7 @@ CLASSES = {
     "ddim": "DDIMScheduler",
     "dpmpp-2m-sde": "DPMSolverMultistepScheduler",
     "ddpm": "DDPMScheduler",
+    "dpmpp-sde": "DPMSolverSDEScheduler",
     "unipc": "UniPCMultistepScheduler",
     "heun": "HeunDiscreteScheduler",
     "plms": "PNDMScheduler",
@@ -115,6 +125,20 @@ CASES = {
         "laplace": {"beta_schedule": "laplace"},
         "sigmoid": {"beta_schedule": "sigmoid", "clip_sample": False},
     },
+    "dpmpp-sde": {
+        "defaults": {},
+        "sdxl": SDXL,
+        "linspace": {**SDXL, **LINSPACE},
+        "trailing": {**SDXL, **TRAILING},
+        "karras": {**SDXL, **KARRAS},
+        "karras-ignores-range": {**SDXL, **KARRAS, **RANGE},
+        "exponential": {**SDXL, **EXPONENTIAL},
+        "exponential-range": {**SCALED, **EXPONENTIAL, **RANGE},
+        "seed": {**SDXL, "noise_sampler_seed": 123456789012},
+        "v": {**SDXL, **V, "rescale_betas_zero_snr": True},
+        "cosine": {**COSINE, "timestep_spacing": "leading", "steps_offset": 1},
+        "trained": {**TRAINED, **TRAILING},
+    },
     "unipc": {
         "defaults": {},
         "sdxl": SDXL,
@@ -176,8 +200,8 @@ ETAS = {"tcd": 0.3, "ddim": 0.6, "tcd/v": 1.0, "tcd/sample": 0.0}
 # Class of the file, its keys, the name it is overridden with.
 OVERRIDDEN = {
     f"euler-to-{name}": ("euler", SDXL, name)
-    for name in ["euler-ancestral", "lcm", "tcd", "dpmpp-2m-sde", "dpmpp-2m-sde-karras", "ddpm", "unipc", "unipc-karras", "heun"]
-    + ["heun-karras", "plms", "edm-euler", "edm-dpmpp-2m"]
+    for name in ["euler-ancestral", "lcm", "tcd", "dpmpp-2m-sde", "dpmpp-2m-sde-karras", "dpmpp-sde", "dpmpp-sde-karras", "ddpm"]
+    + ["unipc", "unipc-karras", "heun", "heun-karras", "plms", "edm-euler", "edm-dpmpp-2m"]
 }
 OVERRIDDEN["lcm-few-keys-to-heun"] = ("lcm", {"steps_offset": 1}, "heun")
 OVERRIDDEN["tcd-few-keys-to-lcm"] = ("tcd", {"original_inference_steps": 40}, "lcm")
@@ -186,10 +210,17 @@ OVERRIDDEN["tcd-few-keys-to-lcm"] = ("tcd", {"original_inference_steps": 40}, "l
 def load(config, override):
     scheduler = getattr(diffusers, config["_class_name"]).from_config(dict(config))
     if override is None:
-        return scheduler
+        return seeded(scheduler)
     name = override.removesuffix("-karras")
     extra = {**SETS.get(name, {}), **(KARRAS if name != override else {})}
-    return getattr(diffusers, CLASSES[name]).from_config(scheduler.config, **extra)
+    return seeded(getattr(diffusers, CLASSES[name]).from_config(scheduler.config, **extra))
+
+
+def seeded(scheduler):
+    """With the seed of the run, where the tree's would come from torch's global generator."""
+    if getattr(scheduler, "noise_sampler_seed", SEED) is None:
+        scheduler.noise_sampler_seed = SEED
+    return scheduler
 
 
 def run(config, override, eta, steps, kind):
@@ -240,6 +271,7 @@ PIPELINES = {
     "dpmpp-2m-sde": {"scheduler": "dpmpp-2m-sde-karras", "steps": 8, "guidance": 4.0, "negative_prompt": "Blurry, LOW quality!!"},
     "ddim-eta": {"scheduler": "ddim", "steps": 5, "guidance": 3.0, "eta": 1.0},
     "heun": {"scheduler": "heun", "steps": 4, "guidance": 4.0},
+    "dpmpp-sde": {"scheduler": "dpmpp-sde-karras", "steps": 6, "guidance": 4.0},
     "rescaled": {"scheduler": "euler", "steps": 8, "guidance": 7.0, "guidance_rescale": 0.7},
     "rescaled-wholly": {"scheduler": "unipc", "steps": 5, "guidance": 7.0, "guidance_rescale": 1.0},
 }
@@ -254,7 +286,7 @@ def pipelines(out, folder):
         extra = {**SETS.get(bare, {}), **(KARRAS if bare != case["scheduler"] else {})}
         if "timestep_spacing" in case:
             extra["timestep_spacing"] = case["timestep_spacing"]
-        pipe.scheduler = getattr(diffusers, CLASSES[bare]).from_config(given, **extra)
+        pipe.scheduler = seeded(getattr(diffusers, CLASSES[bare]).from_config(given, **extra))
         tensors[name] = pipe(
             PROMPT, negative_prompt=case.get("negative_prompt"), num_inference_steps=case["steps"], guidance_scale=case["guidance"],
             guidance_rescale=case.get("guidance_rescale", 0.0), eta=case.get("eta", 0.0), height=64, width=64, output_type="latent",
@@ -264,6 +296,36 @@ def pipelines(out, folder):
     pathlib.Path(out).with_suffix(".json").write_text(json.dumps({"prompt": PROMPT, "seed": SEED, "cases": PIPELINES}, indent=1) + "\n")
 
 
+def pictures(out, folder, architectures):
+    base = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, add_watermarker=False)
+    parts = {name: part for name, part in base.components.items() if name not in ("image_encoder", "feature_extractor")}
+    picture, mask = (Image.open(pathlib.Path(architectures, name)) for name in ("image.png", "mask.png"))
+    told = diffusers.UNet2DConditionModel.from_pretrained(pathlib.Path(architectures, "inpainting-like/unet"), torch_dtype=torch.float32)
+    inpaint = diffusers.StableDiffusionXLInpaintPipeline
+    ways = {
+        "image": (diffusers.StableDiffusionXLImg2ImgPipeline, parts, {}),
+        "mask": (inpaint, parts, {"mask_image": mask}),
+        "inpainting": (inpaint, {**parts, "unet": told}, {"mask_image": mask}),
+    }
+    cases = [(name, what, 0.6) for name in CLASSES for what in ("image", "mask")]
+    cases += [(name, "image", strength) for name in ("plms", "unipc", "dpmpp-sde") for strength in (0.2, 0.8, 1.0)]
+    cases += [(name, "mask", 1.0) for name in ("lcm", "dpmpp-sde", "plms", "edm-euler")]
+    cases += [(name, "inpainting", strength) for name in ("euler-ancestral", "dpmpp-sde", "heun") for strength in (0.6, 1.0)]
+    tensors = {}
+    for name, what, strength in cases:
+        pipeline, given_parts, given = ways[what]
+        pipe = pipeline(**given_parts, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = seeded(getattr(diffusers, CLASSES[name]).from_config(base.scheduler.config, **SETS.get(name, {})))
+        tensors[f"{name}/{what}@{strength}"] = pipe(
+            PROMPT, image=picture, strength=strength, num_inference_steps=5, guidance_scale=4.0, output_type="latent",
+            generator=torch.Generator().manual_seed(SEED), **given).images
+    for name, tensor in tensors.items():
+        assert tensor.isfinite().all(), name
+        print(f"{name}: std {tensor.std():.3f} max {tensor.abs().max():.2f}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+
+
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    pipelines(*sys.argv[1:]) if len(sys.argv) > 2 else main(sys.argv[1])
+    [main, pipelines, pictures][len(sys.argv) - 2](*sys.argv[1:])

@@ -2,14 +2,21 @@
 //! and say so.
 
 use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
 
-use sdxl_squeeze::codebook::{NmRatio, PruneOptions, Sparsity};
+use sdxl_squeeze::codebook::{BitWidth, Effort, Grouping, NmRatio, PaletteOptions, PruneMethod, PruneOptions, Sparsity};
+use sdxl_squeeze::compress::{Evidence, compress_layer};
 use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::model::unet::Unet;
 use sdxl_squeeze::pipeline::{Guidance, PipelineFolder, PromptEncoder, sample};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::{Generator, noise};
-use sdxl_squeeze::solver::{Factor, Hessian, Pruned, prune_many};
+use sdxl_squeeze::recipe::LayerRecipe;
+use sdxl_squeeze::solver::{
+    Factor, Hessian, InputGeometry, Joint, JointFactors, JointOptions, LayerEvidence, OutputResidual, Pruned, Windows, joint,
+    prune_many,
+};
 use tch::{Device, Kind, Tensor};
 
 use crate::squeeze::Squeeze;
@@ -97,4 +104,160 @@ fn a_gpu_prunes_layers_in_a_batch_as_the_cpu_does_one_by_one() {
             assert!((loss - 1.0).abs() < 1e-3, "{sparsity:?}: the loss is {loss:.6} times the CPU's");
         }
     }
+}
+
+/// A layer [320, 700] solved jointly, with a dense target and held-out vectors.
+fn solve_on(device: Device, options: &JointOptions) -> Joint {
+    let random = |size: [i64; 2], seed| noise(&size, seed, Kind::Double).unwrap();
+    let to = |tensor: Tensor| tensor.to_kind(Kind::Float).to_device(device);
+    let directions = random([200, 700], 1);
+    let inputs = |n: i64, seed| random([n, 200], seed).matmul(&directions) + 0.3 * random([n, 700], seed + 1);
+    let (vectors, held_out) = (to(inputs(2100, 2)), to(inputs(100, 4)));
+    let mut hessian = Hessian::new(700, device).unwrap();
+    hessian.add(&vectors).unwrap();
+    let mut residual = OutputResidual::for_weight(InputGeometry::Linear, &[320, 700], device).unwrap();
+    residual.add(&vectors, &to(0.05 * random([2100, 320], 6))).unwrap();
+    let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
+    let evidence = LayerEvidence { residual: Some(&residual), held_out: Some(&held_out) };
+    joint("layer", &to(random([320, 700], 7)), &hessian, &factors, &evidence, options).unwrap()
+}
+
+#[test]
+fn a_gpu_solves_jointly_as_the_cpu_does() {
+    if !has_gpu("a_gpu_solves_jointly_as_the_cpu_does") {
+        return;
+    }
+    let prune = |sparsity| Some(PruneOptions { sparsity, ..PruneOptions::default() });
+    let palettes = |bits, group_size| {
+        Some(PaletteOptions { bits, grouping: Grouping::PerGroupedChannel { group_size }, ..PaletteOptions::default() })
+    };
+    let settings = [
+        (prune(Sparsity::Unstructured(0.4)), palettes(BitWidth::Four, 16)),
+        (prune(Sparsity::NOfM(NmRatio { n: 2, m: 4 })), palettes(BitWidth::Three, 8)),
+        (prune(Sparsity::Unstructured(0.5)), None),
+        (None, palettes(BitWidth::Four, 16)),
+        (None, palettes(BitWidth::Eight, 320)),
+    ];
+    for (prune, palettize) in settings {
+        let options = JointOptions::new(prune, palettize);
+        let (gpu, cpu) = (solve_on(Device::Cuda(0), &options), solve_on(Device::Cpu, &options));
+        for (gpu, cpu) in [(gpu.loss, cpu.loss), (gpu.sequential_loss, cpu.sequential_loss)] {
+            assert!((gpu / cpu - 1.0).abs() < 0.01, "{options:?}: the loss is {gpu}, on the CPU {cpu}");
+        }
+        let kept = |joint: &Joint| joint.mask.as_ref().map(|mask| mask.iter().filter(|kept| **kept).count());
+        assert_eq!(kept(&gpu), kept(&cpu));
+        if let Some(palettized) = &gpu.palettized {
+            assert_eq!(palettized.decode(gpu.mask.as_deref()).unwrap(), gpu.weight, "{options:?}");
+        }
+        let again = solve_on(Device::Cuda(0), &options);
+        assert!(again.weight == gpu.weight && again.mask == gpu.mask, "{options:?}: another result the second time");
+    }
+}
+
+/// A layer and its Hessian on `device`: a Linear [320, 640] or a convolution [64, 32, 3, 3].
+fn layer_on(device: Device, is_conv: bool) -> (Tensor, Hessian) {
+    let random = |size: &[i64], seed| noise(size, seed, Kind::Double).unwrap();
+    let to = |tensor: Tensor| tensor.to_kind(Kind::Float).to_device(device);
+    let (geometry, size, inputs) = if is_conv {
+        let windows = Windows { stride: [1; 2], padding: [1; 2], dilation: [1; 2], groups: 1 };
+        let mixed = random(&[12, 32, 256], 1).transpose(1, 2).matmul(&random(&[32, 32], 2)).transpose(1, 2);
+        (InputGeometry::Windows(windows), vec![64, 32, 3, 3], mixed.reshape([12, 32, 16, 16]))
+    } else {
+        (InputGeometry::Linear, vec![320, 640], random(&[2000, 640], 1).matmul(&random(&[640, 640], 2)))
+    };
+    let mut hessian = Hessian::for_weight(geometry, &size, device).unwrap();
+    hessian.add(&to(inputs)).unwrap();
+    (to(0.05 * random(&size, 3)), hessian)
+}
+
+#[test]
+fn a_gpu_compresses_layers_as_the_cpu_does() {
+    if !has_gpu("a_gpu_compresses_layers_as_the_cpu_does") {
+        return;
+    }
+    let prune = |sparsity| Some(PruneOptions { sparsity, ..PruneOptions::default() });
+    let palettes = |bits, grouping| Some(PaletteOptions { bits, grouping, ..PaletteOptions::default() });
+    let sixteen = Grouping::PerGroupedChannel { group_size: 16 };
+    let recipe = |prune, palettize, joint| LayerRecipe { prune, method: PruneMethod::SparseGpt, palettize, joint };
+    let recipes = [
+        recipe(None, palettes(BitWidth::Four, sixteen), None),
+        recipe(None, palettes(BitWidth::Eight, Grouping::PerTensor), None),
+        recipe(None, palettes(BitWidth::One, Grouping::PerGroupedChannel { group_size: 4 }), None),
+        recipe(prune(Sparsity::Unstructured(0.4)), palettes(BitWidth::Four, sixteen), None),
+        recipe(prune(Sparsity::NOfM(NmRatio { n: 2, m: 4 })), palettes(BitWidth::Six, sixteen), None),
+        recipe(prune(Sparsity::Unstructured(0.5)), None, None),
+        recipe(prune(Sparsity::Unstructured(0.4)), palettes(BitWidth::Four, sixteen), Some(Effort::default())),
+        recipe(None, palettes(BitWidth::Three, sixteen), Some(Effort::default())),
+    ];
+    for is_conv in [false, true] {
+        for recipe in &recipes {
+            let compress_on = |device| {
+                let (weight, hessian) = layer_on(device, is_conv);
+                compress_layer("layer", &weight, recipe, Some(Evidence::of(&hessian))).unwrap()
+            };
+            let (gpu, cpu) = (compress_on(Device::Cuda(0)), compress_on(Device::Cpu));
+            let what = format!("conv {is_conv}, {recipe:?}");
+            let bound = if recipe.joint.is_some() { 0.02 } else { 2e-3 };
+            let near = |gpu: f64, cpu: f64| assert!((gpu / cpu - 1.0).abs() < bound, "{what}: {gpu}, on the CPU {cpu}");
+            near(gpu.errors.output.unwrap(), cpu.errors.output.unwrap());
+            near(gpu.errors.weight, cpu.errors.weight);
+            assert_eq!(gpu.errors.pruned_output.is_some(), cpu.errors.pruned_output.is_some(), "{what}");
+            let (stored, expected) = (gpu.stored.unwrap(), cpu.stored.unwrap());
+            assert_eq!(stored.stored_bytes(), expected.stored_bytes(), "{what}");
+            // What is stored has the error that is reported.
+            let (weight, _) = layer_on(Device::Cpu, is_conv);
+            let decoded = Tensor::from_slice(&stored.decode().unwrap()).to_kind(Kind::Float).view(weight.size().as_slice());
+            let distance = relative_error(&decoded, &weight).powi(2);
+            assert!((distance / gpu.errors.weight - 1.0).abs() < 1e-3, "{what}: {distance}, reported {}", gpu.errors.weight);
+            assert!(compress_on(Device::Cuda(0)).stored.unwrap() == stored, "{what}: another result the second time");
+        }
+    }
+}
+
+/// A run of the bundled model on a GPU with a few samples.
+fn run_on_gpu(config: &str, out: &Path) -> Squeeze {
+    Squeeze::new("compress").model(emoji()).config(config).samples(16, 4).out(out).args(["--device", "cuda"])
+}
+
+fn container(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("unet.squeezed.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_on_a_gpu_gives_the_same_bytes_again_and_after_a_kill() {
+    if !has_gpu("a_run_on_a_gpu_gives_the_same_bytes_again_and_after_a_kill") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for config in ["emoji/squeeze-s40-4bit-gs16", "tutorial-2of4-4bit-gs16"] {
+        let out = |name: &str| folder.path().join(format!("{}-{name}", config.replace('/', "-")));
+        let first = out("first");
+        let begin = Instant::now();
+        run_on_gpu(config, &first).succeeds();
+        let whole = begin.elapsed();
+        let killed = out("killed");
+        for share in [0.5, 0.8] {
+            let mut run = run_on_gpu(config, &killed).arg("--resume").starts();
+            std::thread::sleep(whole.mul_f64(share));
+            run.kill().unwrap();
+            run.wait().unwrap();
+        }
+        run_on_gpu(config, &killed).arg("--resume").succeeds();
+        assert!(container(&killed) == container(&first), "{config}: other bytes after a kill");
+    }
+}
+
+#[test]
+fn a_small_memory_budget_and_a_byte_budget_work_on_a_gpu() {
+    if !has_gpu("a_small_memory_budget_and_a_byte_budget_work_on_a_gpu") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (much, little) = (folder.path().join("much"), folder.path().join("little"));
+    run_on_gpu("tutorial-s40-4bit-gs16", &much).succeeds();
+    run_on_gpu("tutorial-s40-4bit-gs16", &little).args(["--memory-budget", "700MiB"]).succeeds();
+    assert!(container(&much) == container(&little), "other bytes with less memory");
+    let budget = folder.path().join("budget");
+    run_on_gpu("emoji/squeeze-as-s50", &budget).succeeds();
+    assert!(budget.join("unet.squeezed.safetensors").exists());
 }

@@ -6,8 +6,11 @@ use std::path::Path;
 use sdxl_squeeze::Error;
 use sdxl_squeeze::calibration::Samples;
 use sdxl_squeeze::device::Placement;
-use sdxl_squeeze::model::scheduler::{SchedulerConfig, SpacingKind};
-use sdxl_squeeze::pipeline::{GenerateRequest, Guidance, PipelineFolder, PromptEncoder, PromptOptions, generate};
+use sdxl_squeeze::model::scheduler::{SchedulerChoice, SchedulerConfig, SpacingKind};
+use sdxl_squeeze::picture::Picture;
+use sdxl_squeeze::pipeline::{
+    GenerateRequest, Guidance, ImageRequest, Mask, PipelineFolder, PromptEncoder, PromptOptions, generate,
+};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::Generator;
 use serde::Deserialize;
@@ -138,6 +141,53 @@ fn whole_pipelines_equal_those_of_diffusers() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// Image to image, and inpainting with a UNet that is told of the mask and with one that is not.
+#[test]
+fn every_sampler_starts_from_a_picture_as_in_diffusers() {
+    let golden = tensors(&repo("tests/golden/samplers-pictures.safetensors"));
+    let text = std::fs::read_to_string(repo("tests/golden/samplers-pipelines.json")).unwrap();
+    let Pipelines { prompt, seed, .. } = serde_json::from_str(&text).unwrap();
+    let here = tempfile::tempdir().unwrap();
+    let base = PipelineFolder::open(&repo("tests/golden/base-like")).unwrap();
+    let told = PipelineFolder::open(&crate::architectures::pipeline("inpainting-like", here.path())).unwrap();
+    let pictures = repo("tests/golden/architectures");
+    let mut failures = Vec::new();
+    for (name, expected) in &golden {
+        let (scheduler, case) = name.split_once('/').unwrap();
+        let (what, strength) = case.split_once('@').unwrap();
+        let folder = if what == "inpainting" { &told } else { &base };
+        let mask = (what != "image").then(|| Mask::read_png(&pictures.join("mask.png")).unwrap());
+        let picture = Picture::read_png(&pictures.join("image.png")).unwrap();
+        let request = GenerateRequest {
+            prompt: prompt.clone(),
+            negative_prompt: None,
+            seed,
+            steps: 5,
+            guidance: 4.0,
+            guidance_rescale: 0.0,
+            size: None,
+            scheduler: Some(scheduler.into()),
+            timestep_spacing: None,
+            eta: 0.0,
+            low_memory: false,
+            unet: None,
+            unverified: false,
+            prompts: PromptOptions::default(),
+            image: Some(ImageRequest { picture, mask, strength: strength.parse().ok(), guidance: None }),
+        };
+        let drawn = generate(folder, &request, Placement::CPU, &Silent).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let apart = relative_error(&drawn.latents, expected);
+        if apart.is_nan() || apart > 2e-5 {
+            failures.push(format!("{name}: the latents differ by {apart:.1e}"));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    // dpmpp-2m is in `image_to_image_equals_diffusers`.
+    for name in SchedulerChoice::NAMES.iter().filter(|name| !name.ends_with("-karras") && **name != "dpmpp-2m") {
+        assert!(["image", "mask"].iter().all(|what| golden.contains_key(&format!("{name}/{what}@0.6"))), "{name}");
+    }
+}
+
 /// The lines of `plan` that say how samples are drawn.
 fn drawn(model: &Path, flags: &[&str]) -> String {
     let config = repo("configs/squeeze-4bit-gs16.yaml");
@@ -164,6 +214,13 @@ fn distilled_models_are_calibrated_as_they_run() {
     let line = drawn(&model, &["--scheduler", "heun", "--timestep-spacing", "trailing", "--guidance-rescale", "0.5"]);
     assert!(line.contains("HeunDiscreteScheduler in 2 steps (3 calls of the UNet) at guidance 0 rescaled by 0.5"), "{line}");
     assert!(drawn(&emoji(), &[]).contains("EulerDiscreteScheduler in 20 steps at guidance 5;"));
+    // A word alone changes nothing, and is said.
+    let storm = folder.path().join("lightning_storm_xl");
+    copy(&emoji(), &storm);
+    let line = drawn(&storm, &[]);
+    assert!(line.contains("EulerDiscreteScheduler in 20 steps at guidance 5; the name `lightning_storm_xl` suggests"), "{line}");
+    assert!(line.contains("--steps 4 --guidance 0 --timestep-spacing trailing"), "{line}");
+    assert!(!drawn(&storm, &["--steps", "20", "--guidance", "5"]).contains("suggests"));
 }
 
 #[test]
@@ -272,7 +329,7 @@ fn calibration_reads_prompts_as_generate_does() {
 #[test]
 fn keys_that_the_further_samplers_lack_are_refused_by_name() {
     let flow = json!({"use_flow_sigmas": true});
-    let cases: [(&str, &str, Value); 26] = [
+    let cases: [(&str, &str, Value); 30] = [
         ("EulerAncestralDiscreteScheduler", "prediction_type", json!({"prediction_type": "sample"})),
         ("LCMScheduler", "original_inference_steps", json!({"original_inference_steps": 0})),
         ("LCMScheduler", "original_inference_steps", json!({"original_inference_steps": 1001})),
@@ -285,6 +342,10 @@ fn keys_that_the_further_samplers_lack_are_refused_by_name() {
         ("DDPMScheduler", "beta_schedule", json!({"beta_schedule": "exp"})),
         ("HeunDiscreteScheduler", "beta_schedule", json!({"beta_schedule": "sigmoid"})),
         ("HeunDiscreteScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true})),
+        ("DPMSolverSDEScheduler", "prediction_type", json!({"prediction_type": "sample"})),
+        ("DPMSolverSDEScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true})),
+        ("DPMSolverSDEScheduler", "noise_sampler_seed", json!({"noise_sampler_seed": -1})),
+        ("DPMSolverSDEScheduler", "noise_sampler_seed", json!({"noise_sampler_seed": [1, 2]})),
         ("PNDMScheduler", "skip_prk_steps", json!({})),
         ("PNDMScheduler", "skip_prk_steps", json!({"skip_prk_steps": false})),
         ("PNDMScheduler", "prediction_type", json!({"skip_prk_steps": true, "prediction_type": "sample"})),
@@ -330,8 +391,9 @@ fn what_a_class_does_not_have_is_refused_and_not_ignored() {
     assert!(config("TCDScheduler", json!({})).with_eta(1.5).unwrap_err().to_string().contains("between 0 and 1"));
     let trailing = euler.with_spacing(SpacingKind::Trailing).unwrap().scheduler(4).unwrap().timesteps().to_vec();
     assert_eq!(trailing, [999.0, 749.0, 499.0, 249.0]);
-    let brownian = euler.with_override("DPMSolverSDEScheduler").unwrap_err().to_string();
-    assert!(brownian.contains("Brownian tree") && brownian.contains("dpmpp-2m-sde"), "{brownian}");
+    let brownian = euler.with_override("DPMSolverSDEScheduler").unwrap();
+    assert_eq!(brownian.class(), "DPMSolverSDEScheduler");
+    assert_eq!(brownian, euler.with_override("dpmpp-sde").unwrap());
 }
 
 #[test]
@@ -339,5 +401,6 @@ fn timesteps_say_how_often_the_model_is_called() {
     let calls =
         |class: &str, steps: usize| config(class, json!({"skip_prk_steps": true})).scheduler(steps).unwrap().timesteps().len();
     assert_eq!([1, 2, 20].map(|steps| calls("HeunDiscreteScheduler", steps)), [1, 3, 39]);
+    assert_eq!([1, 2, 20].map(|steps| calls("DPMSolverSDEScheduler", steps)), [1, 3, 39]);
     assert_eq!([1, 2, 20].map(|steps| calls("PNDMScheduler", steps)), [1, 3, 21]);
 }

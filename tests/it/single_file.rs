@@ -226,6 +226,37 @@ fn single_files_of_every_architecture_are_their_folders() {
     generate(&file).with("--base", emoji()).with("-o", "/dev/null").is_refused(&["cannot read", "model.safetensors"]);
 }
 
+/// As LCM-SDXL is published: a UNet under diffusers' names, with a base that is no LCM.
+#[test]
+fn the_unet_of_an_lcm_runs_as_one_on_a_base_that_is_none() {
+    let here = tempfile::tempdir().unwrap();
+    let lcm = crate::architectures::pipeline("lcm-like", here.path());
+    let unet = lcm.join("unet/diffusion_pytorch_model.safetensors");
+    let base = here.path().join("base");
+    copy(&lcm, &base);
+    let path = base.join("unet/config.json");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    assert_eq!(config["time_cond_proj_dim"].take(), json!(16));
+    std::fs::write(&path, config.to_string()).unwrap();
+    let folder = PipelineFolder::open_files(&with_base(&unet, &base)).unwrap();
+    assert_eq!((folder.scheduler.class(), folder.unet.config().time_cond_proj_dim), ("LCMScheduler", Some(16)));
+    let draw = |run: Squeeze| {
+        let path = here.path().join("latents.safetensors");
+        let ended = run.with("--prompt", "a cat").with("--latents-out", &path).with("-o", here.path().join("x.png")).succeeds();
+        (std::fs::read(path).unwrap(), ended)
+    };
+    let (drawn, ended) = draw(Squeeze::new("generate").model(&unet).with("--base", &base));
+    ended.says(&["4 steps and guidance 8: its UNet is told the guidance scale, as that of an LCM", "4 steps of LCMScheduler"]);
+    let flags = ["--scheduler", "lcm", "--steps", "4", "--guidance", "8"];
+    assert!(drawn == draw(Squeeze::new("generate").model(&lcm).args(flags)).0);
+    // A folder's own sampler is kept, and said not to be LCM's.
+    let (_, ended) = draw(Squeeze::new("generate").model(&lcm));
+    ended.says(&["an LCM model is usually run with --scheduler lcm (its sampler is EulerDiscreteScheduler)"]);
+    // The sampler of a base that is an LCM itself is kept.
+    let folder = PipelineFolder::open_files(&with_base(&unet, &lcm)).unwrap();
+    assert_eq!(folder.scheduler.class(), "EulerDiscreteScheduler");
+}
+
 #[test]
 fn surplus_tensors_are_skipped_and_said() {
     let root = repo("tests/golden/base-like");
@@ -446,11 +477,15 @@ fn the_shapes_of_published_models_tell_their_configs() {
         "use_linear_projection": true, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2560,
     });
-    for (published, family, in_channels) in
-        [(&base, "SDXL base", 4), (&base, "SDXL base, for inpainting (9 input channels)", 9), (&refiner, "SDXL refiner", 4)]
-    {
+    for (published, family, in_channels, told_guidance) in [
+        (&base, "SDXL base", 4, None),
+        (&base, "SDXL base, for inpainting (9 input channels)", 9, None),
+        (&base, "SDXL base, LCM (told the guidance scale)", 4, Some(256)),
+        (&refiner, "SDXL refiner", 4, None),
+    ] {
         let mut published = published.clone();
         published["in_channels"] = json!(in_channels);
+        published["time_cond_proj_dim"] = json!(told_guidance);
         let chain = UnetChain::new(UnetConfig::parse(config(&published)).unwrap());
         let shapes: BTreeMap<String, Vec<i64>> =
             chain.tensors().unwrap().into_iter().map(|spec| (spec.name, spec.shape)).collect();
@@ -460,6 +495,9 @@ fn the_shapes_of_published_models_tell_their_configs() {
         of_shapes(&unet.collect::<Vec<_>>(), &path);
         let file = SingleFile::open(&path).unwrap();
         assert_eq!(file.family().to_string(), family);
+        let sampler = if told_guidance.is_some() { "LCMScheduler" } else { "EulerDiscreteScheduler" };
+        assert_eq!(file.family().scheduler()["_class_name"], sampler);
+        assert_eq!(file.family().index()["scheduler"], json!(["diffusers", sampler]));
         let told = Value::Object(file.unet_config(None).unwrap());
         let mut told = UnetConfig::parse(config(&told)).unwrap();
         // A level without transformers may have any depth.

@@ -6,7 +6,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::single_file::{family, made, read, write};
-use crate::squeeze::Squeeze;
+use crate::squeeze::{Ended, Squeeze};
 use crate::support::{copy, repo, tensors};
 
 fn generate(model: &Path) -> Squeeze {
@@ -75,18 +75,22 @@ fn distilled_models_in_files_are_told_their_sampler() {
         run.args(more).with("-o", here.path().join("x.png")).succeeds()
     };
     let said = draw("sdxl_lightning_2step.safetensors", &[]);
-    said.says(&[
-        "does not name its sampler",
-        "a Lightning model, which is made for --scheduler euler --timestep-spacing trailing",
-    ]);
+    said.says(&["a Lightning model is usually run with --timestep-spacing trailing (its sampler is EulerDiscreteScheduler)"]);
     said.says(&["2 steps and guidance 0"]);
-    draw("sd_xl_turbo.safetensors", &[]).says(&["--scheduler euler-ancestral --timestep-spacing trailing, and --height 512"]);
+    draw("sd_xl_turbo.safetensors", &[])
+        .says(&["a Turbo model is usually run with --scheduler euler-ancestral --timestep-spacing trailing, and --height 512"]);
     let advised = ["--scheduler", "euler-ancestral", "--timestep-spacing", "trailing"];
-    draw("sd_xl_turbo.safetensors", &advised).says(&["4 steps of EulerAncestralDiscreteScheduler"]);
-    draw("lcm.safetensors", &["--scheduler", "lcm"]).says(&["is made for --scheduler lcm"]);
-    draw("my-tcd-merge.safetensors", &["--scheduler", "tcd"]).says(&["is made for --scheduler tcd"]);
-    draw("hyper.safetensors", &["--scheduler", "ddim", "--timestep-spacing", "trailing"]).says(&["is made for --scheduler ddim"]);
-    assert!(!draw("family.safetensors", &["--steps", "2"]).text().contains("does not name its sampler"));
+    let said = draw("sd_xl_turbo.safetensors", &advised);
+    said.says(&["4 steps of EulerAncestralDiscreteScheduler"]);
+    let is_advised = |said: &Ended| said.text().contains("is usually run with");
+    assert!(!is_advised(&said), "{said}");
+    // A word alone is a hint at the steps too, whatever the sampler.
+    draw("lcm.safetensors", &["--scheduler", "lcm"]).says(&["suggests an LCM model", "--guidance 1 --scheduler lcm"]);
+    draw("my-tcd-merge.safetensors", &["--scheduler", "tcd"]).says(&["suggests a TCD model", "--guidance 0 --scheduler tcd"]);
+    let trailing = ["--scheduler", "ddim", "--timestep-spacing", "trailing"];
+    draw("hyper.safetensors", &trailing).says(&["suggests a Hyper-SD model", "--guidance 0 --timestep-spacing trailing"]);
+    let said = draw("family.safetensors", &["--steps", "2"]);
+    assert!(!is_advised(&said) && !said.text().contains("suggests"), "{said}");
 }
 
 /// A UNet of another kind than the base: the file knows its input channels, and whether it is told
@@ -109,7 +113,8 @@ fn unets_of_other_kinds_are_completed_by_a_plain_base() {
         let unet = |(name, _): &(String, _)| name.starts_with("model.diffusion_model.");
         write(&read(&file).into_iter().filter(unet).collect(), &file);
         let latents = here.path().join("latents.safetensors");
-        let draw = |run: Squeeze| {
+        let draw = |run: Squeeze, flags: &[&str]| {
+            let run = run.args(flags);
             let golden = crate::architectures::golden;
             let run = run.args(["--prompt", "a cat", "--steps", "2", "--guidance", "4", "-o", "/dev/null"]);
             let run = match name {
@@ -121,12 +126,17 @@ fn unets_of_other_kinds_are_completed_by_a_plain_base() {
             (std::fs::read(&latents).unwrap(), said)
         };
         let run = || Squeeze::new("generate");
-        let (expected, _) = draw(run().model(&model).with("--scheduler", "euler"));
+        let euler = ["--scheduler", "euler"];
+        let (expected, _) = draw(run().model(&model), &euler);
         let stored = model.join("unet/diffusion_pytorch_model.safetensors");
         for path in [&file, &stored] {
-            let (drawn, said) = draw(run().model(path).with("--base", &base).with("--scheduler", "euler"));
+            let (drawn, said) = draw(run().model(path).with("--base", &base), &euler);
             assert!(drawn == expected, "{name}: {}", path.display());
-            assert_eq!(said.text().contains("as an LCM is, which is made for --scheduler lcm"), name == "lcm-like", "{said}");
+            assert!(said.text().contains("steps of EulerDiscreteScheduler"), "{said}");
+            // Without a sampler's name, an LCM's UNet has LCM's, whatever the base has.
+            let (drawn, said) = draw(run().model(path).with("--base", &base), &[]);
+            assert_eq!(drawn != expected, name == "lcm-like", "{name}: {}", path.display());
+            assert_eq!(said.text().contains("steps of LCMScheduler"), name == "lcm-like", "{said}");
         }
     }
 }

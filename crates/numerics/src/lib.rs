@@ -1,10 +1,12 @@
 //! Reproducible tensor arithmetic on libtorch: the same bits on any number of threads.
 
+pub mod brownian;
 pub mod device;
 pub mod elementwise;
 pub mod finite;
 pub mod product;
 pub mod random;
+mod seed_sequence;
 mod settings;
 pub mod sum;
 

@@ -43,6 +43,12 @@ impl Generator {
         Generator { seed, drawn: Vec::new(), ahead: VecDeque::new() }
     }
 
+    /// The seed.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Unit Gaussian noise on the CPU, as `torch.randn(shape, generator=self, dtype=kind)`.
     ///
     /// # Errors

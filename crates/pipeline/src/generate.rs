@@ -219,6 +219,9 @@ fn begin(
         Some(_) | None => None,
     };
     if let (None, Some(mask), Some(latents)) = (&channels, &mask, latents) {
+        // diffusers encodes the picture under the mask for this model too, and stochastic samplers
+        // go on after the noise that it draws for it.
+        let _unused = generator.draw(&latents.size(), Kind::Float)?;
         let mask = encoder.mask(mask, &latents)?;
         start.kept = Some(Kept { picture: latents, noise, mask });
     }

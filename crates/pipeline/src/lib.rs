@@ -28,6 +28,6 @@ pub use parts::ModelFiles;
 pub use picture_file::Mask;
 pub use prompt::{Guidance, IMAGE_GUIDANCE, PromptEmbedding, PromptEncoder, time_ids};
 pub use prompt_options::PromptOptions;
-pub use sampling::{Predictor, sample, sample_from};
+pub use sampling::{Denoised, Predictor, sample, sample_from};
 pub use start::Start;
 pub use unet_weights::{StoredTensor, UnetSource, UnetWeights, verify};

@@ -10,7 +10,7 @@ use squeeze_numerics::random::Generator;
 use tch::Tensor;
 
 use super::prompt::Guidance;
-use super::start::Start;
+use super::start::{Kept, Start};
 
 /// A UNet, or a wrapper that observes one.
 pub trait Predictor {
@@ -63,38 +63,93 @@ pub fn sample_from(
     on_step: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<Tensor> {
-    let kind = start.latents.f_kind()?;
     let timesteps = scheduler.timesteps().to_vec();
     let task = Task::begin(progress, "denoising", "steps", timesteps.len().saturating_sub(start.first));
-    let mut latents = start.latents.shallow_clone();
-    let rows = guidance.rows()?;
+    let mut picture =
+        Denoised { scheduler, guidance, kept: start.kept.as_ref(), latents: start.latents.shallow_clone(), generator };
     for (index, timestep) in timesteps.into_iter().enumerate().skip(start.first) {
         task.advance(&format!("timestep {timestep:.0}"));
-        let mut input = scheduler.scale_model_input(&latents.f_repeat([rows, 1, 1, 1])?, index)?;
-        if let Some(image) = &guidance.image {
-            input = Tensor::f_cat(&[&input, image], 1)?;
-        }
-        let prediction = unet.predict(&input, timestep, &guidance.conditioning)?;
-        let guided = match (guidance.scale, guidance.image_scale) {
-            (None, _) => prediction,
-            (Some(scale), Some(image_scale)) => guided_twice(&prediction, scale, image_scale)?,
+        let prediction = unet.predict(&picture.input(index)?, timestep, &guidance.conditioning)?;
+        picture.step(index, &prediction)?;
+        on_step(index, &picture.latents)?;
+    }
+    Ok(picture.latents)
+}
+
+/// A picture on its way from noise.
+pub struct Denoised<'a> {
+    scheduler: &'a mut dyn Scheduler,
+    guidance: &'a Guidance,
+    kept: Option<&'a Kept>,
+    latents: Tensor,
+    generator: &'a mut Generator,
+}
+
+impl<'a> Denoised<'a> {
+    /// The picture before the first step, which starts from unit `noise` [1, c, h, w].
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation.
+    pub fn from_noise(
+        scheduler: &'a mut dyn Scheduler,
+        guidance: &'a Guidance,
+        noise: &Tensor,
+        generator: &'a mut Generator,
+    ) -> Result<Self> {
+        let latents = Start::noise(scheduler, noise)?.latents;
+        Ok(Denoised { scheduler, guidance, kept: None, latents, generator })
+    }
+
+    /// The latents after the steps so far: [1, c, h, w].
+    pub fn latents(&self) -> &Tensor {
+        &self.latents
+    }
+
+    /// The timesteps, one for each call of the UNet.
+    #[must_use]
+    pub fn timesteps(&self) -> &[f64] {
+        self.scheduler.timesteps()
+    }
+
+    /// The UNet's input for the call `index`: a row for each half of the guidance.
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation.
+    pub fn input(&self, index: usize) -> Result<Tensor> {
+        let repeated = self.latents.f_repeat([self.guidance.rows()?, 1, 1, 1])?;
+        let input = self.scheduler.scale_model_input(&repeated, index)?;
+        Ok(match &self.guidance.image {
+            Some(image) => Tensor::f_cat(&[&input, image], 1)?,
+            None => input,
+        })
+    }
+
+    /// Goes on by the UNet's prediction for [`input`](Self::input).
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if the latents become NaN or infinite.
+    pub fn step(&mut self, index: usize, prediction: &Tensor) -> Result<()> {
+        let kind = self.latents.f_kind()?;
+        let guided = match (self.guidance.scale, self.guidance.image_scale) {
+            (None, _) => prediction.shallow_clone(),
+            (Some(scale), Some(image_scale)) => guided_twice(prediction, scale, image_scale)?,
             (Some(scale), None) => {
                 let (negative, positive) = (prediction.f_narrow(0, 0, 1)?, prediction.f_narrow(0, 1, 1)?);
                 let guided = negative.f_add(&positive.f_sub(&negative)?.f_mul_scalar(scale)?)?;
-                rescaled(guided, &positive, guidance.rescale)?
+                rescaled(guided, &positive, self.guidance.rescale)?
             }
         };
-        latents = scheduler.step(index, &guided, &latents, generator)?.f_to_kind(kind)?;
-        if let Some(kept) = &start.kept {
-            latents = kept.put_back(scheduler, index + 1, &latents)?;
+        self.latents = self.scheduler.step(index, &guided, &self.latents, self.generator)?.f_to_kind(kind)?;
+        if let Some(kept) = self.kept {
+            self.latents = kept.put_back(self.scheduler, index + 1, &self.latents)?;
         }
-        if !is_finite(&latents)? {
+        if !is_finite(&self.latents)? {
             let hint = if kind == tch::Kind::Half { " (fp16 overflows in some models; try --dtype bf16 or f32)" } else { "" };
+            let timestep = self.scheduler.timesteps()[index];
             return Err(Error::NotFinite(format!("the latents became NaN or infinite at timestep {timestep:.0}{hint}")));
         }
-        on_step(index, &latents)?;
+        Ok(())
     }
-    Ok(latents)
 }
 
 /// The guided prediction with a share of it brought to the deviation of the prompt's own, against

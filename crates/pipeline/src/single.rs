@@ -9,7 +9,6 @@ use sdxl_model::scheduler::SchedulerConfig;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 
-use super::few_step;
 use super::parts::{Config, ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
 impl Parts {
@@ -50,7 +49,9 @@ impl Parts {
         let file = VaeFile::open(path)?;
         let family = match &self.unet_weights {
             WeightsAt::Checkpoint(file) => file.family().clone(),
-            WeightsAt::Folder(_) => Family { is_refiner: false, in_channels: 4, prediction: Prediction::Epsilon },
+            WeightsAt::Folder(_) => {
+                Family { is_refiner: false, in_channels: 4, prediction: Prediction::Epsilon, is_told_guidance: false }
+            }
         };
         // A pipeline's own config knows the scale of the latents, if the VAE is of its shape.
         if self.vae.entries.is_empty() {
@@ -88,20 +89,23 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
     if let Some(base) = base {
         // What the file marks of its sampler is true of its weights, whatever those of the base
         // were trained for.
-        let mut index = base.index;
+        let marked = match family.prediction.scheduler() {
+            Some(_) => Some(SchedulerConfig::from_entries(path, family.scheduler())?),
+            // A base that is no LCM has no sampler for one.
+            None if family.is_told_guidance && base.unet.entries.get(TOLD).is_none_or(Value::is_null) => {
+                Some(base.scheduler.with_override("LCMScheduler")?)
+            }
+            None => None,
+        };
+        let (mut index, mut scheduler, mut vae) = (base.index, base.scheduler, base.vae);
+        if let Some(marked) = marked {
+            index.entries.insert("scheduler".into(), json!(["diffusers", marked.class()]));
+            scheduler = marked;
+        }
         if family.is_cosxl_edit() {
             index.entries.insert("is_cosxl_edit".into(), json!(true));
         }
-        let mut vae = base.vae;
         vae.entries.extend(family.marked_latents().unwrap_or_default());
-        let (index, scheduler) = match family.prediction.scheduler() {
-            None => (index, base.scheduler),
-            Some(entries) => {
-                index.entries.insert("scheduler".into(), json!(["diffusers", entries["_class_name"]]));
-                (index, SchedulerConfig::from_entries(path, entries)?)
-            }
-        };
-        warn_of_lcm(path, &unet, &scheduler);
         let text = base.text.into_iter().map(|place| match file.has_encoder(place.encoder) {
             true => TextPlace { weights: WeightsAt::Checkpoint(Arc::clone(file)), ..place },
             false => place,
@@ -122,14 +126,9 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         // The caller replaces it.
         None => (own(Map::new()), VaeAt::Folder(PathBuf::new())),
     };
-    let scheduler = SchedulerConfig::from_entries(path, family.scheduler())?;
-    match few_step::sampler_advice(path, scheduler.class()) {
-        Some(advice) => tracing::warn!("{advice}"),
-        None => warn_of_lcm(path, &unet, &scheduler),
-    }
     Ok(Parts {
         index: own(family.index()),
-        scheduler,
+        scheduler: SchedulerConfig::from_entries(path, family.scheduler())?,
         unet,
         unet_file: None,
         unet_weights,
@@ -140,17 +139,8 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
     })
 }
 
-/// Says that a UNet that is told the guidance scale was distilled for another sampler.
-fn warn_of_lcm(path: &Path, unet: &Config, scheduler: &SchedulerConfig) {
-    let is_told = unet.entries.get("time_cond_proj_dim").is_some_and(Value::is_number);
-    let class = scheduler.class();
-    if is_told && !["LCMScheduler", "TCDScheduler"].contains(&class) {
-        let path = path.display();
-        tracing::warn!(
-            "{path} is told the guidance scale, as an LCM is, which is made for --scheduler lcm; its own sampler is {class}"
-        );
-    }
-}
+/// The key of a UNet's config for the width of the guidance scale that it is told.
+const TOLD: &str = "time_cond_proj_dim";
 
 /// A config that the tensors tell, or the remedy if they do not.
 fn derived(path: &Path, what: &str, config: Option<Map<String, Value>>) -> Result<Config> {

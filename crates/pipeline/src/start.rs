@@ -35,12 +35,13 @@ impl Start {
         Ok(Start { latents: noise.f_mul_scalar(scheduler.init_noise_sigma())?, first: 0, kept: None })
     }
 
-    /// Starts at step `first` from scaled latents of a picture under unit `noise`, both [1, c, h,
-    /// w].
+    /// Starts from scaled latents of a picture under unit `noise`, both [1, c, h, w], and leaves
+    /// out the first `skipped` of the sampler's steps.
     ///
     /// # Errors
-    /// If there is no such step, or the sampler cannot start from a picture.
-    pub fn picture(scheduler: &mut dyn Scheduler, first: usize, picture: &Tensor, noise: &Tensor) -> Result<Self> {
+    /// If there is no such step.
+    pub fn picture(scheduler: &mut dyn Scheduler, skipped: usize, picture: &Tensor, noise: &Tensor) -> Result<Self> {
+        let first = scheduler.first_call(skipped);
         scheduler.begin_at(first)?;
         Ok(Start { latents: scheduler.add_noise(first, picture, noise)?, first, kept: None })
     }

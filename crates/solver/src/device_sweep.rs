@@ -4,6 +4,8 @@
 use squeeze_base::error::Result;
 use tch::{Kind, Tensor};
 
+use super::kernels::Kernels;
+
 /// Marks the `count` smallest of w^2 / U_jj^2 of each layer in a block of columns, weights [l, o,
 /// b], and all elements equal to the last of them: coremltools' rule (`SparseGPT._compress_impl`).
 /// A bool tensor [l, o, b].
@@ -53,4 +55,29 @@ pub(super) fn sweep(weight: &Tensor, upper: &Tensor, pruned: &Tensor, ratio: Opt
     }
     let _ = weight.shallow_clone().f_masked_fill_(pruned, 0.0)?;
     Ok(errors)
+}
+
+/// [`sweep`] by a kernel, which takes blocks of at most
+/// [`MOST_COLUMNS`](super::kernels::MOST_COLUMNS). Returns the sum of the squared errors of each
+/// layer, `[l]` in fp64.
+pub(super) fn sweep_by_kernel(
+    kernels: &Kernels,
+    weight: &Tensor,
+    upper: &Tensor,
+    pruned: &Tensor,
+    ratio: Option<(usize, usize)>,
+) -> Result<Tensor> {
+    let (layers, rows, _) = weight.size3()?;
+    let keep = pruned.f_logical_not()?;
+    let squares = Tensor::f_zeros([layers, rows], (Kind::Double, weight.device()))?;
+    let upper = upper.f_contiguous()?;
+    for layer in 0..layers {
+        let of_layer = |tensor: &Tensor| tensor.f_get(layer);
+        let (keep, squares) = (of_layer(&keep)?, of_layer(&squares)?);
+        kernels.sweep(&of_layer(weight)?, &of_layer(&upper)?, Some(&keep), None, Some(&squares), ratio)?;
+    }
+    if ratio.is_some() {
+        pruned.shallow_clone().f_copy_(&keep.f_logical_not()?)?;
+    }
+    Ok(squares.f_sum_dim_intlist([1_i64].as_slice(), false, Kind::Double)?)
 }

@@ -101,6 +101,7 @@ impl Factor {
     /// The diagonal of (H + damping)^-1: the squared norms of the columns of R^-1, which is
     /// computed one panel at a time.
     pub(super) fn inverse_diagonal(&self) -> Result<Vec<f32>> {
+        let _span = tracing::debug_span!("inverse diagonal").entered();
         let r = &self.triangle;
         let corners = (0..r.count()).map(|index| inverse(&r.corner(index)?)).collect::<Result<Vec<_>>>()?;
         let mut diagonal = Vec::new();
@@ -134,6 +135,7 @@ impl Factor {
 
     /// The factor of the H that `copy` returns; each call must return a new copy.
     pub(super) fn of(copy: &dyn Fn() -> Result<Triangle>, dampening: f64) -> Result<Self> {
+        let _span = tracing::debug_span!("factor").entered();
         let mut used = dampening;
         loop {
             if let Some(factor) = Self::with_dampening(copy()?, used)? {
@@ -153,7 +155,11 @@ impl Factor {
         let mut diagonal = Tensor::f_cat(&diagonals, 0)?;
         // In a sum of x x^T no entry is larger than the largest one on the diagonal.
         if !is_finite(&diagonal)? {
-            return Err(Error::NotFinite("the squares of the layer's inputs overflow fp32".into()));
+            let problem = match triangle.device() {
+                Device::Cpu => "the squares of the layer's inputs overflow fp32",
+                _ => "the layer's inputs have NaN or infinite values in them, or their squares overflow fp32",
+            };
+            return Err(Error::NotFinite(problem.into()));
         }
         let dead = diagonal.f_eq(0.0)?;
         let _ = diagonal.f_masked_fill_(&dead, 1.0)?;

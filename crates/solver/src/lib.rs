@@ -11,6 +11,7 @@ mod factor;
 mod geometry;
 mod hessian;
 mod joint;
+mod kernels;
 mod leaf;
 mod magnitude;
 mod matrix;

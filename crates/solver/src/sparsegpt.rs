@@ -8,6 +8,7 @@ use squeeze_numerics::sum;
 use tch::{Device, Kind, Tensor};
 
 use super::factor::inverse;
+use super::kernels::{self, Kernels};
 use super::matrix::{block, copy, numbers_mut, panels, to_vec};
 use super::sparsity::{Quota, mark_smallest};
 use super::sweep::{Block, score, sweep};
@@ -66,6 +67,7 @@ pub fn prune(weight: &Tensor, hessian: &Hessian, options: &PruneOptions) -> Resu
 /// # Errors
 /// As [`prune`]; [`Error::Shape`] if the number of factors is not that of the groups.
 pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], options: &PruneOptions) -> Result<Pruned> {
+    let _span = tracing::debug_span!("prune").entered();
     options.sparsity.check()?;
     if options.block == 0 {
         return Err(Error::range("the number of columns in a processing group", 0, "at least 1"));
@@ -118,6 +120,7 @@ pub fn prune_many(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOption
 
 /// [`prune_many`] by tensor operations.
 fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) -> Result<Vec<Pruned>> {
+    let _span = tracing::debug_span!("prune").entered();
     options.sparsity.check()?;
     let originals = layers.iter().map(|(weight, hessian, _)| flat_for(weight, hessian)).collect::<Result<Vec<_>>>()?;
     if options.block == 0 || layers.iter().any(|(_, hessian, _)| hessian.groups() != 1) {
@@ -291,6 +294,8 @@ fn prune_on_device(
     let dead = of_each(&|factor| Ok(factor.dead.shallow_clone()))?.f_unsqueeze(1)?;
     let added: Vec<f64> = factors.iter().map(|factor| factor.added).collect();
     let added = Tensor::f_from_slice(&added)?.f_to_device(device)?;
+    // The kernels choose n:m within 32 neighbouring columns.
+    let kernels = Kernels::of(device).filter(|_| ratio.is_none_or(|(_, m)| kernels::takes_groups_of(m)));
     let mut loss = Tensor::f_zeros([layers], (Kind::Double, device))?;
     let energies = |tensor: &Tensor| tensor.f_square()?.f_sum_dim_intlist([1_i64, 2].as_slice(), false, Kind::Double);
     for panel in panels(d, columns.min(d as usize) as i64) {
@@ -305,10 +310,13 @@ fn prune_on_device(
             Some(_) => weight.f_zeros_like()?.f_to_kind(Kind::Bool)?,
             None => device_sweep::smallest(&weight, &upper, quota.next((o * width) as usize))?,
         };
-        let error = device_sweep::sweep(&weight, &upper, &marks, ratio)?;
+        let squares = match kernels.as_deref().filter(|_| width <= kernels::MOST_COLUMNS) {
+            Some(kernels) => device_sweep::sweep_by_kernel(kernels, &weight, &upper, &marks, ratio)?,
+            None => energies(&device_sweep::sweep(&weight, &upper, &marks, ratio)?)?,
+        };
         place.f_copy_(&weight)?;
         let change = before.f_sub(&weight)?;
-        let _ = loss.f_add_(&energies(&error)?)?.f_sub_(&energies(&change)?.f_mul(&added)?)?;
+        let _ = loss.f_add_(&squares)?.f_sub_(&energies(&change)?.f_mul(&added)?)?;
         pruned.f_narrow(2, panel.start, width)?.f_copy_(&marks)?;
         if rest > 0 {
             let _ = new.f_narrow(2, panel.end, rest)?.f_baddbmm_(&change, &rows.f_narrow(2, width, rest)?)?;

@@ -46,6 +46,9 @@ pub struct Family {
     pub in_channels: i64,
     /// What it predicts.
     pub prediction: Prediction,
+    /// Whether the UNet is told the guidance scale (`time_embedding.cond_proj`), as that of a
+    /// latent consistency model (LCM) is.
+    pub is_told_guidance: bool,
 }
 
 impl Prediction {
@@ -120,10 +123,15 @@ impl Prediction {
 }
 
 impl Family {
-    /// The sampler's config: that of the markers, or of SDXL base.
+    /// The sampler's config: that of the markers, or of SDXL base, and LCM's class for an LCM.
     #[must_use]
     pub fn scheduler(&self) -> Map<String, Value> {
-        self.prediction.scheduler().unwrap_or_else(|| euler("epsilon"))
+        let mut config = self.prediction.scheduler().unwrap_or_else(|| euler("epsilon"));
+        if self.is_told_guidance && config["_class_name"] == "EulerDiscreteScheduler" {
+            // The keys of the schedule stay, as in the `from_config` of LCM-SDXL's model card.
+            config.insert("_class_name".into(), json!("LCMScheduler"));
+        }
+        config
     }
 
     /// Whether it is an edit model whose UNet is shown scaled latents (CosXL Edit), which
@@ -188,6 +196,9 @@ impl Display for Family {
             8 => f.write_str(", for editing (8 input channels)")?,
             9 => f.write_str(", for inpainting (9 input channels)")?,
             other => write!(f, ", with {other} input channels")?,
+        }
+        if self.is_told_guidance {
+            f.write_str(", LCM (told the guidance scale)")?;
         }
         match self.prediction {
             Prediction::V { zero_terminal_snr: true } => f.write_str(", v-prediction with zero terminal SNR"),

@@ -113,7 +113,7 @@ impl SingleFile {
         }
         let vae = if unet.is_empty() { None } else { VaeFile::within(Arc::clone(&file), VAE) };
         let mut single = SingleFile {
-            family: Family { is_refiner: false, in_channels: 4, prediction: Prediction::of(&file)? },
+            family: Family { is_refiner: false, in_channels: 4, prediction: Prediction::of(&file)?, is_told_guidance: false },
             skipped: Vec::new(),
             unet,
             encoders,
@@ -122,6 +122,8 @@ impl SingleFile {
         };
         let shapes = single.unet_shapes();
         let (in_channels, context) = (shapes.in_channels(), shapes.cross_attention_dim());
+        let is_told_guidance = shapes.time_cond_proj_dim().is_some();
+        single.family.is_told_guidance = is_told_guidance;
         single.family.in_channels = in_channels.unwrap_or(4);
         single.family.is_refiner = match single.encoders[..] {
             [] => context == Some(REFINER_CONTEXT),
@@ -254,9 +256,9 @@ impl SingleFile {
         UnetShapes(self.shapes(self.unet))
     }
 
-    /// The UNet's `config.json`: that of `base`, but for the input channels and the embedded
-    /// guidance scale, which the file knows better; or without one, as shapes and family tell it.
-    /// `None` if they do not tell it.
+    /// The UNet's `config.json`: that of `base`, but for the input channels and the guidance scale,
+    /// which the file knows better; or without one, as shapes and family tell it. `None` if they do
+    /// not tell it.
     #[must_use]
     pub fn unet_config(&self, base: Option<&Map<String, Value>>) -> Option<Map<String, Value>> {
         let shapes = self.unet_shapes();
@@ -266,10 +268,10 @@ impl SingleFile {
             tracing::info!("{}: the UNet has {channels} input channels, other than the base", self.path().display());
             config.insert("in_channels".into(), json!(channels));
         }
-        let told = shapes.time_cond_proj_dim().map_or(Value::Null, Value::from);
-        if base.get("time_cond_proj_dim").unwrap_or(&Value::Null) != &told {
-            let is = if told.is_null() { "is not" } else { "is" };
-            tracing::info!("{}: the UNet {is} told the guidance scale, other than the base", self.path().display());
+        let told = json!(shapes.time_cond_proj_dim());
+        if *base.get("time_cond_proj_dim").unwrap_or(&Value::Null) != told {
+            let what = if told.is_null() { "not told" } else { "told" };
+            tracing::info!("{}: the UNet is {what} the guidance scale, other than the base's", self.path().display());
             config.insert("time_cond_proj_dim".into(), told);
         }
         Some(config)

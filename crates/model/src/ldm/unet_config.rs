@@ -44,7 +44,7 @@ impl UnetShapes<'_> {
     }
 
     /// The width of the embedded guidance scale, which an LCM's UNet is told; its name is one in
-    /// all checkpoints.
+    /// all checkpoints. `None` of other UNets.
     pub(super) fn time_cond_proj_dim(&self) -> Option<i64> {
         self.dimension("time_embedding.cond_proj.weight", 1)
     }

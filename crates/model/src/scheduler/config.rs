@@ -11,6 +11,7 @@ use super::Scheduler;
 use super::ddim::Ddim;
 use super::ddpm::Ddpm;
 use super::dpm::DpmSolver;
+use super::dpm_sde::DpmSolverSde;
 use super::edm::{EdmDpmSolver, EdmEuler};
 use super::euler::Euler;
 use super::euler_ancestral::EulerAncestral;
@@ -39,7 +40,7 @@ pub struct SchedulerConfig {
 
 /// The parameters of the classes that diffusers treats as compatible. A class ignores the ones that
 /// it does not have.
-const COMPATIBLE_KEYS: [&str; 45] = [
+const COMPATIBLE_KEYS: [&str; 46] = [
     "algorithm_type",
     "beta_end",
     "beta_schedule",
@@ -54,6 +55,7 @@ const COMPATIBLE_KEYS: [&str; 45] = [
     "interpolation_type",
     "lambda_min_clipped",
     "lower_order_final",
+    "noise_sampler_seed",
     "num_train_timesteps",
     "original_inference_steps",
     "predict_x0",
@@ -303,6 +305,7 @@ impl SchedulerConfig {
             (SchedulerKind::Ddim, Some(noise)) => Box::new(Ddim::new(&mut file, noise, steps, self.eta)?),
             (SchedulerKind::Ddpm, Some(noise)) => Box::new(Ddpm::new(&mut file, noise, steps)?),
             (SchedulerKind::DpmSolverMultistep, Some(noise)) => Box::new(DpmSolver::new(&mut file, noise, steps)?),
+            (SchedulerKind::DpmSolverSde, Some(noise)) => Box::new(DpmSolverSde::new(&mut file, noise, steps)?),
             (SchedulerKind::UniPc, Some(noise)) => Box::new(UniPc::new(&mut file, noise, steps)?),
             (SchedulerKind::Pndm, Some(noise)) => Box::new(Plms::new(&mut file, noise, steps)?),
             (SchedulerKind::Lcm, Some(noise)) => Box::new(Lcm::new(&mut file, noise, steps)?),

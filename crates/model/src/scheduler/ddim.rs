@@ -11,7 +11,7 @@ use super::clip::Clip;
 use super::noise::NoiseSchedule;
 use super::predicted::picture_and_noise;
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, noise_like, sqrt, times};
+use super::{Prediction, Scheduler, check_index, mixed, noise_like, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `DDIMScheduler`.
@@ -81,7 +81,6 @@ impl Scheduler for Ddim {
 
     fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
         check_index(index, &self.timesteps)?;
-        let (before, _) = self.signal[index];
-        Ok(times(sqrt(before)?, picture)?.f_add(&times(sqrt(1.0 - before)?, noise)?)?)
+        mixed(self.signal[index].0, picture, noise)
     }
 }

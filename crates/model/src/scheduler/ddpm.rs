@@ -10,7 +10,7 @@ use super::clip::Clip;
 use super::noise::NoiseSchedule;
 use super::predicted::picture_and_noise;
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, exp, log, noise_like, sqrt, times};
+use super::{Prediction, Scheduler, check_index, exp, log, mixed, noise_like, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// `variance_type`. The learned ones need a UNet with twice the channels, and diffusers'
@@ -84,5 +84,10 @@ impl Scheduler for Ddpm {
         };
         let noise = noise_like(model_output, model_output.f_kind()?, generator)?;
         Ok(mean.f_add(&times(deviation, &noise)?)?)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        mixed(self.signal[index], picture, noise)
     }
 }

@@ -89,6 +89,11 @@ impl Edm {
         Ok(sample.f_mul(&scalar(1.0 / sqrt(self.variance(index))?)?)?)
     }
 
+    fn noisy(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        Ok(picture.f_add(&times(self.sigmas[index], noise)?)?)
+    }
+
     /// The picture that a model output predicts.
     fn denoised(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         let variance = self.variance(index);
@@ -140,6 +145,10 @@ impl Scheduler for EdmEuler {
         let next = sample.f_add(&derivative.f_mul(&scalar(to - from)?)?)?;
         Ok(next.f_to_kind(model_output.f_kind()?)?)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        self.0.noisy(index, picture, noise)
+    }
 }
 
 /// diffusers' `EDMDPMSolverMultistepScheduler`.
@@ -182,5 +191,15 @@ impl Scheduler for EdmDpmSolver {
         let picture = self.edm.denoised(index, model_output, sample)?;
         let noise = self.multistep.noise(sample, picture.f_kind()?, generator)?;
         self.multistep.step(index, levels, &picture, sample, noise)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        self.edm.noisy(index, picture, noise)
+    }
+
+    fn begin_at(&mut self, index: usize) -> Result<()> {
+        check_index(index, &self.edm.timesteps)?;
+        self.multistep.begin_at(index);
+        Ok(())
     }
 }

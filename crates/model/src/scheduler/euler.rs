@@ -88,8 +88,7 @@ impl Scheduler for Euler {
     }
 
     fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
-        let (sigma, _) = self.levels.sigmas_at(index)?;
-        Ok(picture.f_add(&times(sigma, noise)?)?)
+        self.levels.noisy(index, picture, noise)
     }
 }
 

@@ -59,4 +59,8 @@ impl Scheduler for EulerAncestral {
         let noise = noise_like(model_output, model_output.f_kind()?, generator)?;
         Ok(below.f_add(&noise.f_mul(&scalar(up)?)?)?.f_to_kind(model_output.f_kind()?)?)
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        self.levels.noisy(index, picture, noise)
+    }
 }

@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use super::sigmas::{SigmaCurve, logarithms, timestep_of};
 use super::spacing::SpacingKind;
-use super::{check_index, over, single, sqrt};
+use super::{check_index, over, single, sqrt, times};
 
 /// Timesteps and noise levels.
 #[derive(Debug)]
@@ -43,6 +43,15 @@ impl Exploding {
     pub(super) fn scaled(&self, sample: &Tensor, index: usize) -> Result<Tensor> {
         let (sigma, _) = self.sigmas_at(index)?;
         over(sample, sqrt(sigma * sigma + 1.0)?)
+    }
+
+    /// A picture's latents with unit `noise`, before call `index`.
+    ///
+    /// # Errors
+    /// As [`sigmas_at`](Self::sigmas_at).
+    pub(super) fn noisy(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        let (sigma, _) = self.sigmas_at(index)?;
+        Ok(picture.f_add(&times(sigma, noise)?)?)
     }
 }
 

@@ -84,4 +84,12 @@ impl Scheduler for Heun {
             }
         }
     }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        self.levels.noisy(index, picture, noise)
+    }
+
+    fn first_call(&self, step: usize) -> usize {
+        2 * step
+    }
 }

@@ -22,6 +22,9 @@ pub enum SchedulerKind {
     Ddpm,
     /// DPM-Solver++ 2M and its stochastic variant (Lu et al. 2022; `DPMSolverMultistepScheduler`).
     DpmSolverMultistep,
+    /// DPM-Solver++ (S) as a stochastic sampler with the noise of a Brownian tree
+    /// (`DPMSolverSDEScheduler`).
+    DpmSolverSde,
     /// UniPC (Zhao et al. 2023; `UniPCMultistepScheduler`).
     UniPc,
     /// PLMS (Liu et al. 2022; `PNDMScheduler`).
@@ -38,13 +41,14 @@ pub enum SchedulerKind {
 
 impl SchedulerKind {
     /// Every sampler.
-    pub const ALL: [SchedulerKind; 12] = [
+    pub const ALL: [SchedulerKind; 13] = [
         SchedulerKind::Euler,
         SchedulerKind::EulerAncestral,
         SchedulerKind::Heun,
         SchedulerKind::Ddim,
         SchedulerKind::Ddpm,
         SchedulerKind::DpmSolverMultistep,
+        SchedulerKind::DpmSolverSde,
         SchedulerKind::UniPc,
         SchedulerKind::Pndm,
         SchedulerKind::Lcm,
@@ -63,6 +67,7 @@ impl SchedulerKind {
             SchedulerKind::Ddim => "DDIMScheduler",
             SchedulerKind::Ddpm => "DDPMScheduler",
             SchedulerKind::DpmSolverMultistep => "DPMSolverMultistepScheduler",
+            SchedulerKind::DpmSolverSde => "DPMSolverSDEScheduler",
             SchedulerKind::UniPc => "UniPCMultistepScheduler",
             SchedulerKind::Pndm => "PNDMScheduler",
             SchedulerKind::Lcm => "LCMScheduler",
@@ -82,6 +87,7 @@ impl SchedulerKind {
         let usual = Training { start: 0.0001, end: 0.02, schedule: "linear", more: &[], rescales: true };
         match self {
             SchedulerKind::Heun => Training { start: 0.00085, end: 0.012, more: &["exp"], rescales: false, ..usual },
+            SchedulerKind::DpmSolverSde => Training { start: 0.00085, end: 0.012, rescales: false, ..usual },
             SchedulerKind::Pndm => Training { rescales: false, ..usual },
             SchedulerKind::Ddpm => Training { more: &["laplace", "sigmoid"], ..usual },
             SchedulerKind::Lcm | SchedulerKind::Tcd => {
@@ -137,7 +143,7 @@ const fn with_karras(choice: SchedulerChoice) -> SchedulerChoice {
 
 const SDE: SchedulerChoice = SchedulerChoice { variant: true, ..choice(SchedulerKind::DpmSolverMultistep) };
 
-const CHOICES: [(&str, SchedulerChoice); 18] = [
+const CHOICES: [(&str, SchedulerChoice); 20] = [
     ("euler", choice(SchedulerKind::Euler)),
     ("euler-karras", with_karras(choice(SchedulerKind::Euler))),
     ("euler-ancestral", choice(SchedulerKind::EulerAncestral)),
@@ -149,6 +155,8 @@ const CHOICES: [(&str, SchedulerChoice); 18] = [
     ("dpmpp-2m-karras", with_karras(choice(SchedulerKind::DpmSolverMultistep))),
     ("dpmpp-2m-sde", SDE),
     ("dpmpp-2m-sde-karras", with_karras(SDE)),
+    ("dpmpp-sde", choice(SchedulerKind::DpmSolverSde)),
+    ("dpmpp-sde-karras", with_karras(choice(SchedulerKind::DpmSolverSde))),
     ("unipc", choice(SchedulerKind::UniPc)),
     ("unipc-karras", with_karras(choice(SchedulerKind::UniPc))),
     ("plms", SchedulerChoice { variant: true, ..choice(SchedulerKind::Pndm) }),
@@ -182,14 +190,6 @@ impl FromStr for SchedulerChoice {
             return Ok(*choice);
         }
         let names = Self::NAMES.join(", ");
-        let bare = name.to_lowercase().replace(['-', '_', ' ', '+'], "");
-        if ["dpmsolversdescheduler", "dpmppsde", "dpmsde", "dpmpp2ssde", "dpmppsdekarras"].contains(&bare.as_str()) {
-            return Err(Error::Argument(format!(
-                "the scheduler `{}` is not supported: its noise is that of a Brownian tree of the package torchsde; \
-                 `dpmpp-2m-sde` is the nearest that is (known: {names})",
-                shorten(name)
-            )));
-        }
         let likeness = |known: &str| strsim::jaro_winkler(&name.to_lowercase(), &known.to_lowercase());
         let known = CHOICES.iter().chain(&classes).map(|choice| choice.0);
         let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).expect("there are known names");

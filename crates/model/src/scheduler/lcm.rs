@@ -8,7 +8,7 @@ use super::clip::Clip;
 use super::distilled::Distilled;
 use super::noise::NoiseSchedule;
 use super::predicted::picture_and_noise;
-use super::{Scheduler, check_index, noise_like, sqrt, times};
+use super::{Scheduler, check_index, mixed, noise_like, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `LCMScheduler`.
@@ -47,5 +47,10 @@ impl Scheduler for Lcm {
         let next = steps.signal(index + 1);
         let noise = noise_like(&denoised, denoised.f_kind()?, generator)?;
         Ok(times(sqrt(next)?, &denoised)?.f_add(&times(sqrt(1.0 - next)?, &noise)?)?)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, self.timesteps())?;
+        mixed(self.steps.signal(index), picture, noise)
     }
 }

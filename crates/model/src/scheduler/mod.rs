@@ -10,6 +10,7 @@ mod ddim;
 mod ddpm;
 mod distilled;
 mod dpm;
+mod dpm_sde;
 mod edm;
 mod euler;
 mod euler_ancestral;
@@ -42,9 +43,10 @@ pub trait Scheduler {
     /// The timesteps for the UNet, noisiest first, in units of training timesteps.
     ///
     /// Whole numbers, except where the sigmas are interpolated. There is one for each call of the
-    /// UNet, and their number can differ from the requested steps: Heun's method calls the UNet
-    /// twice in every step but the last, PLMS repeats its first step, and, as in diffusers, the
-    /// rounding of trailing spacing adds a timestep for some counts (61 of 1000, for example).
+    /// UNet, and their number can differ from the requested steps: Heun's method and DPM++ SDE call
+    /// the UNet twice in every step but the last, PLMS repeats its first step, and, as in
+    /// diffusers, the rounding of trailing spacing adds a timestep for some counts (61 of 1000, for
+    /// example).
     fn timesteps(&self) -> &[f64];
 
     /// The factor by which unit Gaussian noise is multiplied to give the first latents.
@@ -75,10 +77,14 @@ pub trait Scheduler {
     /// `noise`: both [n, c, h, w] (`add_noise` in diffusers).
     ///
     /// # Errors
-    /// If there is no such step, the sampler cannot start from a picture, or libtorch fails.
-    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
-        let _unused = (index, picture, noise);
-        Err(Error::Argument("this sampler cannot start from a picture; choose another with --scheduler".into()))
+    /// If there is no such step, or libtorch fails.
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor>;
+
+    /// The index in [`timesteps`](Self::timesteps) with which a run begins that leaves out the
+    /// first `step` of the requested steps (`order` in diffusers). Samplers that call the UNet
+    /// twice a step have another than `step`.
+    fn first_call(&self, step: usize) -> usize {
+        step
     }
 
     /// Starts a new picture at step `index`, which the next call of [`step`](Self::step) takes.
@@ -139,9 +145,19 @@ fn exp(x: f32) -> Result<f32> {
     Ok(f32::try_from(&scalar(x)?.f_exp()?)?)
 }
 
+/// libtorch's fp32 exponential less 1.
+fn expm1(x: f32) -> Result<f32> {
+    Ok(f32::try_from(&scalar(x)?.f_expm1()?)?)
+}
+
 /// The value rounded to fp32, in which diffusers passes it on.
 fn single(value: f64) -> f64 {
     f64::from(value as f32)
+}
+
+/// A picture's latents with unit `noise`, of which `signal` (ᾱ) is the picture's share.
+fn mixed(signal: f32, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+    Ok(times(sqrt(signal)?, picture)?.f_add(&times(sqrt(1.0 - signal)?, noise)?)?)
 }
 
 /// Unit Gaussian noise in the shape and on the device of `tensor`, drawn on the CPU.

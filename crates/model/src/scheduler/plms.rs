@@ -10,7 +10,7 @@ use tch::Tensor;
 
 use super::noise::NoiseSchedule;
 use super::spacing::{Spacing, SpacingKind};
-use super::{Prediction, Scheduler, check_index, over, sqrt, times};
+use super::{Prediction, Scheduler, check_index, mixed, over, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `PNDMScheduler` with `skip_prk_steps`.
@@ -18,14 +18,19 @@ use crate::checkpoint::ConfigFile;
 pub(super) struct Plms {
     /// Of each call of the model: the second timestep is visited twice.
     timesteps: Vec<f64>,
-    /// ᾱ before and after each call's step.
-    signal: Vec<(f32, f32)>,
+    /// ᾱ of every training timestep.
+    table: Vec<f32>,
+    /// ᾱ after the last step.
+    last: f32,
+    /// Training timesteps that a step goes down.
+    stride: usize,
     prediction: Prediction,
     /// The model's last outputs, oldest first; at most four.
     outputs: VecDeque<Tensor>,
     /// The sample before the first step, until the second call has repeated this step.
     first: Option<Tensor>,
-    /// The index of the next step.
+    /// The index of the first step, and of the next.
+    begin: usize,
     next: usize,
 }
 
@@ -47,12 +52,8 @@ impl Plms {
         if let Some(&second) = whole.get(1) {
             timesteps.insert(1, second);
         }
-        let mut signal = Vec::with_capacity(timesteps.len());
         for (index, &timestep) in timesteps.iter().enumerate() {
-            let (from, to) = match index {
-                1 => (timestep + stride, Some(timestep)),
-                _ => (timestep, timestep.checked_sub(stride)),
-            };
+            let from = if index == 1 { timestep + stride } else { timestep };
             let Some(&before) = table.get(from) else {
                 return Err(Error::Argument(format!(
                     "{steps} PLMS steps spaced this way reach timestep {from}, which does not exist; take one more or less"
@@ -61,10 +62,23 @@ impl Plms {
             if before <= 0.0 {
                 return Err(file.error("beta_schedule", format!("leaves nothing of the picture at timestep {from}")));
             }
-            signal.push((before, to.map_or(last, |to| table[to])));
         }
         let timesteps = timesteps.into_iter().map(|timestep| timestep as f64).collect();
-        Ok(Plms { timesteps, signal, prediction, outputs: VecDeque::new(), first: None, next: 0 })
+        Ok(Plms { timesteps, table, last, stride, prediction, outputs: VecDeque::new(), first: None, begin: 0, next: 0 })
+    }
+
+    /// ᾱ before and after the step of call `index`. The second call of a run repeats its first
+    /// step.
+    ///
+    /// As in diffusers, a run that begins later than at the first timestep takes its second call
+    /// for the repetition too, though the timesteps list this one only at their beginning: from
+    /// then on the sample has the noise of one step more than the timestep says.
+    fn signal(&self, index: usize) -> (f32, f32) {
+        let timestep = self.timesteps[index] as usize;
+        if index == self.begin + 1 {
+            return (self.table[timestep + self.stride], self.table[timestep]);
+        }
+        (self.table[timestep], timestep.checked_sub(self.stride).map_or(self.last, |to| self.table[to]))
     }
 
     /// The outputs so far, weighed as by Adams and Bashforth.
@@ -94,10 +108,12 @@ impl Scheduler for Plms {
             return Err(Error::Argument(format!("step {index} out of order: the next is {}", self.next)));
         }
         if index == 0 {
-            self.outputs.clear();
+            self.begin_at(0)?;
+        }
+        if index == self.begin {
             self.first = Some(sample.shallow_clone());
         }
-        let repeated = if index == 1 { self.first.take() } else { None };
+        let repeated = if index == self.begin + 1 { self.first.take() } else { None };
         let (output, sample) = match (repeated, self.outputs.back()) {
             (Some(first), Some(output)) => (model_output.f_add(output)?.f_div_scalar(2.0)?, first),
             _ => {
@@ -108,7 +124,7 @@ impl Scheduler for Plms {
                 (self.combined()?, sample.shallow_clone())
             }
         };
-        let (before, after) = self.signal[index];
+        let (before, after) = self.signal(index);
         let output = match self.prediction {
             Prediction::Epsilon | Prediction::Sample => output,
             Prediction::Velocity => times(sqrt(before)?, &output)?.f_add(&times(sqrt(1.0 - before)?, &sample)?)?,
@@ -117,5 +133,17 @@ impl Scheduler for Plms {
         let change = over(&times(after - before, &output)?, divisor)?;
         self.next = index + 1;
         Ok(times(sqrt(after / before)?, &sample)?.f_sub(&change)?)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        mixed(self.table[self.timesteps[index] as usize], picture, noise)
+    }
+
+    fn begin_at(&mut self, index: usize) -> Result<()> {
+        check_index(index, &self.timesteps)?;
+        (self.begin, self.next, self.first) = (index, index, None);
+        self.outputs.clear();
+        Ok(())
     }
 }

@@ -66,6 +66,19 @@ impl SigmaCurve {
         self.shape == Shape::Karras
     }
 
+    /// The curve without `sigma_min` and `sigma_max` where it is Karras's: a class that has neither
+    /// key uses them, in diffusers, for the exponential curve alone.
+    pub(super) fn with_karras_of_training(self, file: &ConfigFile) -> Self {
+        if !self.is_karras() || self.min.is_none() && self.max.is_none() {
+            return self;
+        }
+        tracing::warn!(
+            "{}: `sigma_min` and `sigma_max` have no effect on this class, in diffusers neither",
+            file.path().display()
+        );
+        SigmaCurve { min: None, max: None, ..self }
+    }
+
     /// `steps` sigmas from `max` down to `min`, or from `sigma_max` to `sigma_min` of the config;
     /// `None` if the sigmas are those of training.
     pub(super) fn sigmas(&self, max: f64, min: f64, steps: usize) -> Option<Vec<f64>> {

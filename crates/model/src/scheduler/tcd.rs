@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::distilled::Distilled;
 use super::noise::NoiseSchedule;
 use super::predicted::picture_and_noise;
-use super::{Scheduler, check_index, noise_like, sqrt, times};
+use super::{Scheduler, check_index, mixed, noise_like, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
 /// diffusers' `TCDScheduler`.
@@ -53,5 +53,10 @@ impl Scheduler for Tcd {
         let share = steps.table[next as usize] / target;
         let noise = noise_like(model_output, jumped.f_kind()?, generator)?;
         Ok(times(sqrt(share)?, &jumped)?.f_add(&times(sqrt(1.0 - share)?, &noise)?)?)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, self.timesteps())?;
+        mixed(self.steps.signal(index), picture, noise)
     }
 }

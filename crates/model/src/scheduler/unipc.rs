@@ -212,8 +212,7 @@ impl Scheduler for UniPc {
             return Err(Error::Argument(format!("step {index} out of order: the next is {}", self.next)));
         }
         if index == 0 {
-            (self.last, self.next) = (None, 0);
-            self.outputs.clear();
+            self.begin_at(0)?;
         }
         let output = self.converted(index, model_output, sample)?;
         let sample = match self.last.take() {
@@ -227,11 +226,24 @@ impl Scheduler for UniPc {
             self.outputs.pop_front();
         }
         let most = if self.lower_order_final { self.timesteps.len() - index } else { self.order };
-        let order = self.order.min(most).min(index + 1);
+        let order = self.order.min(most).min(self.outputs.len());
         let next = self.advance(index, order, &sample, None)?;
         self.last = Some((sample, order));
         self.next = index + 1;
         Ok(next)
+    }
+
+    fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        check_index(index, &self.timesteps)?;
+        let level = self.level(index)?;
+        Ok(times(level.signal, picture)?.f_add(&times(level.noise, noise)?)?)
+    }
+
+    fn begin_at(&mut self, index: usize) -> Result<()> {
+        check_index(index, &self.timesteps)?;
+        (self.last, self.next) = (None, index);
+        self.outputs.clear();
+        Ok(())
     }
 }
 

@@ -35,6 +35,32 @@ impl Conditioning {
             timestep_cond: self.timestep_cond.as_ref().map(Tensor::shallow_clone),
         }
     }
+
+    /// Concatenates the conditioning of several calls along the batch; `None` if their shapes
+    /// differ.
+    ///
+    /// # Errors
+    /// If libtorch refuses, usually for want of memory.
+    pub fn join(all: &[&Conditioning]) -> Result<Option<Conditioning>> {
+        let [first, others @ ..] = all else { return Ok(None) };
+        let shape = |one: &Conditioning| {
+            let of_guidance = one.timestep_cond.as_ref().map(Tensor::size);
+            (one.encoder_hidden_states.size(), one.text_embeds.size(), one.time_ids.size(), of_guidance)
+        };
+        if others.iter().any(|other| shape(other) != shape(first)) {
+            return Ok(None);
+        }
+        let join = |pick: &dyn Fn(&Conditioning) -> &Tensor| -> Result<Tensor> {
+            Ok(Tensor::f_cat(&all.iter().map(|one| pick(one)).collect::<Vec<_>>(), 0)?)
+        };
+        let guidance: Vec<&Tensor> = all.iter().filter_map(|one| one.timestep_cond.as_ref()).collect();
+        Ok(Some(Conditioning {
+            encoder_hidden_states: join(&|one| &one.encoder_hidden_states)?,
+            text_embeds: join(&|one| &one.text_embeds)?,
+            time_ids: join(&|one| &one.time_ids)?,
+            timestep_cond: if guidance.is_empty() { None } else { Some(Tensor::f_cat(&guidance, 0)?) },
+        }))
+    }
 }
 
 /// The part of the input on which a layer of the [`InputBlock`] depends.

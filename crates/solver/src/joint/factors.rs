@@ -61,6 +61,7 @@ impl JointFactors {
     /// # Errors
     /// As [`Factor::new`].
     pub fn new(hessian: &Hessian, dampening: f64, order: Order) -> Result<Self> {
+        let _span = tracing::debug_span!("joint factors").entered();
         let mut joint = JointFactors { parts: Vec::new(), factors: Vec::new(), asked: (dampening, order), notes: Vec::new() };
         let (mut shrunk, mut used) = (0.0_f64, 0.0_f64);
         for group in 0..hessian.groups() {
@@ -121,10 +122,10 @@ impl Part {
         to_vec(&self.product(&Tensor::f_from_slice(x)?.f_reshape([-1, self.h.dimension()])?)?)
     }
 
-    /// X H for X [rows, d], both on the CPU.
+    /// X H for X [rows, d], on the device of X.
     pub(super) fn product(&self, x: &Tensor) -> Result<Tensor> {
         let d = self.h.dimension();
-        let x = x.f_to_device(self.h.device())?;
+        let (asked, x) = (x.device(), x.f_to_device(self.h.device())?);
         let product = x.f_zeros_like()?;
         for index in 0..self.h.count() {
             let rows = self.h.rows(index);
@@ -137,7 +138,7 @@ impl Part {
                 add_product(&left, &after, &self.h.part(index, rows.end..d)?.f_transpose(0, 1)?)?;
             }
         }
-        Ok(product.f_to_device(Device::Cpu)?)
+        Ok(product.f_to_device(asked)?)
     }
 }
 

@@ -9,13 +9,15 @@
 //! [`palettize`](super::palette::palettize).
 //!
 //! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
-//! products; all other work goes row by row.
+//! products; all other work goes row by row. On a GPU, [`on_device`] does the same by tensor
+//! operations.
 
 mod entries;
 mod exact;
 mod factors;
 mod least_squares;
 mod natural;
+mod on_device;
 mod options;
 mod polish;
 mod problem;
@@ -47,7 +49,7 @@ use tch::{Device, Tensor};
 use super::matrix::to_vec;
 use super::palette::Palettized;
 use super::weight::flat_for;
-use super::{Hessian, Note, OutputResidual, prune_with};
+use super::{Hessian, Note, OutputResidual, Pruned, prune_with};
 
 /// The least share by which a step of conjugate gradients must lower the objective for another step
 /// to follow.
@@ -78,7 +80,8 @@ pub struct Joint {
     pub loss: f64,
     /// tr((W - W0) H (W - W0)^T) of the sequential solution: pruned, then palettized.
     pub sequential_loss: f64,
-    /// W0 = W + D H^-1, fp32, of the weight's shape; `None` if W0 is the weight itself.
+    /// W0 = W + D H^-1, fp32, of the weight's shape, on any device; `None` if W0 is the weight
+    /// itself.
     pub target: Option<Tensor>,
     /// Notes for the user.
     pub notes: Vec<Note>,
@@ -109,6 +112,7 @@ pub fn joint(
     evidence: &LayerEvidence<'_>,
     options: &JointOptions,
 ) -> Result<Joint> {
+    let _span = tracing::debug_span!("joint").entered();
     let mut flat = flat_for(weight, hessian)?;
     let (o, d) = flat.size2()?;
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
@@ -116,6 +120,9 @@ pub fn joint(
     }
     if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
         return Err(Error::State(format!("`{name}`: the output residual and the Hessian were made of different samples")));
+    }
+    if on_device::serves(hessian, options) {
+        return on_device::solve(name, (flat, &weight.size()), hessian, factors, evidence, options);
     }
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
@@ -127,20 +134,7 @@ pub fn joint(
         target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
     }
     let mut notes = factors.notes().to_vec();
-    let pruned = match &options.prune {
-        Some(prune) if prune.sparsity != Sparsity::Unstructured(0.0) => {
-            let options = PruneOptions { dampening: factors.dampening(), ..*prune };
-            let pruned = prune_with(&flat, hessian, &factors.factors, &options)?;
-            notes.extend(pruned.notes.iter().copied());
-            Some(pruned)
-        }
-        Some(_) | None => {
-            if hessian.vectors() < d.unsigned_abs() {
-                notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
-            }
-            None
-        }
-    };
+    let pruned = first_mask(&flat, hessian, factors, options, &mut notes)?;
     let bools = |mask: &Tensor| -> Result<Vec<bool>> { Ok(Vec::try_from(&mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?) };
     let mask = match (&pruned, options.prune) {
         (Some(pruned), _) => Some(bools(&pruned.mask)?),
@@ -183,14 +177,7 @@ pub fn joint(
     let held_out = |solution: &Solution, reference: &Solution| {
         evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, reference))
     };
-    let (worse, note) = if solution.loss.bare > sequential_loss {
-        // A weight that the sequential solution stores without any error needs no note.
-        let ratio = solution.loss.bare / sequential_loss;
-        (true, (sequential_loss > 0.0).then_some(Note::JointNoBetter { ratio }))
-    } else {
-        let ratio = held_out(&solution, &sequential)?;
-        (ratio > 1.0, (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio }))
-    };
+    let (worse, note) = best_of(solution.loss.bare, sequential_loss, || held_out(&solution, &sequential))?;
     notes.extend(note);
     let mut solution = if worse { sequential } else { solution };
     if let Some(mut uncompressed) = uncompressed {
@@ -210,6 +197,42 @@ pub fn joint(
         natural.restore(&mut palettized.indices);
     }
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
+}
+
+/// SparseGPT's mask and weights; `None` if the options prune nothing.
+fn first_mask(
+    flat: &Tensor,
+    hessian: &Hessian,
+    factors: &JointFactors,
+    options: &JointOptions,
+    notes: &mut Vec<Note>,
+) -> Result<Option<Pruned>> {
+    match &options.prune {
+        Some(prune) if prune.sparsity != Sparsity::Unstructured(0.0) => {
+            let options = PruneOptions { dampening: factors.dampening(), ..*prune };
+            let pruned = prune_with(flat, hessian, &factors.factors, &options)?;
+            notes.extend(pruned.notes.iter().copied());
+            Ok(Some(pruned))
+        }
+        Some(_) | None => {
+            let dimension = hessian.dimension().unsigned_abs();
+            if hessian.vectors() < dimension {
+                notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension });
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Whether the sequential solution is better than the joint one, given their losses and the ratio of
+/// their errors on held-out vectors, and a note that says so.
+fn best_of(joint: f64, sequential: f64, held_out: impl FnOnce() -> Result<f64>) -> Result<(bool, Option<Note>)> {
+    if joint > sequential {
+        // A weight that the sequential solution stores without any error needs no note.
+        return Ok((true, (sequential > 0.0).then_some(Note::JointNoBetter { ratio: joint / sequential })));
+    }
+    let ratio = held_out()?;
+    Ok((ratio > 1.0, (ratio > 1.0).then_some(Note::HeldOutNoBetter { ratio })))
 }
 
 /// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its

@@ -8,13 +8,13 @@ use tch::{Kind, Tensor};
 use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
 use super::problem::Problem;
-use super::sorted_codebook::SortedCodebook;
+use super::sorted_codebook::{Palette, SortedCodebook};
 
 /// The number of columns whose gradient is computed at once.
-const BLOCK: i64 = 128;
+pub(super) const BLOCK: i64 = 128;
 
 /// The number of passes over a block of columns with the gradient that was computed for it.
-const PASSES: usize = 2;
+pub(super) const PASSES: usize = 2;
 
 /// Coordinate descent over the indices of all kept weights, palettes fixed. With G = (Q - W0) H the
 /// best value of a weight is q_j - G_j / H_jj, and its index becomes that of the nearest entry. The
@@ -35,6 +35,7 @@ pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Resu
             while start < part.h.rows(panel).end {
                 let end = part.h.rows(panel).end.min(start + BLOCK);
                 let (gradient, corner) = gradient(&part.h, &change, panel, start, end)?;
+                let (gradient, corner) = (to_vec(&gradient)?, to_vec(&corner)?);
                 let block = Block { gradient, corner, row: rows.start, column: start as usize };
                 let (moved, number) = polish_block(problem, sorted, block, &part.diagonal[start as usize..end as usize]);
                 if number > 0 {
@@ -50,7 +51,7 @@ pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Resu
 }
 
 /// D H at columns `start..end`, which lie in one panel, and the diagonal block of H there.
-fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -> Result<(Vec<f32>, Vec<f32>)> {
+pub(super) fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -> Result<(Tensor, Tensor)> {
     let (rows, width) = (h.rows(panel), end - start);
     let block = h.panel(panel).f_narrow(0, start - rows.start, width)?;
     let gradient = product(&change.f_narrow(1, rows.start, h.dimension() - rows.start)?, &block.f_transpose(0, 1)?)?;
@@ -60,7 +61,7 @@ fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, end: i64) -
         add_product(&gradient, &before, &h.part(above, start..end)?)?;
     }
     debug_assert_eq!(gradient.kind(), Kind::Float);
-    Ok((to_vec(&gradient)?, to_vec(&block.f_narrow(1, start - rows.start, width)?)?))
+    Ok((gradient, block.f_narrow(1, start - rows.start, width)?))
 }
 
 /// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the row and column
@@ -82,14 +83,36 @@ fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block
     let of_rows = &mut indices[row * data.columns..];
     let rows = gradient.par_chunks_mut(width).zip(moved.par_chunks_mut(width)).zip(of_rows.par_chunks_mut(data.columns));
     let numbers = rows.enumerate().map(|(at, ((gradient, moved), indices))| {
-        let palette = sorted.of_row(row + at);
         let start = (row + at) * data.columns + column;
-        let indices = &mut indices[column..column + width];
+        let values = PolishedRow { gradient, moved, indices: &mut indices[column..column + width] };
+        values.polish(&corner, diagonal, sorted.of_row(row + at), |j| data.kept(start + j))
+    });
+    let number = numbers.sum();
+    sorted.indices = indices;
+    (moved, number)
+}
+
+/// One row of a block of b columns, `[b]` each.
+pub(super) struct PolishedRow<'a> {
+    /// (W - W0) H, updated with the indices.
+    pub gradient: &'a mut [f32],
+    /// The change of each weight, which is added.
+    pub moved: &'a mut [f32],
+    /// The palette entries.
+    pub indices: &'a mut [u8],
+}
+
+impl PolishedRow<'_> {
+    /// Polishes the row, given the diagonal block [b, b] of H and its diagonal. Returns the number
+    /// of changes.
+    pub(super) fn polish(self, corner: &[f32], diagonal: &[f32], palette: Palette<'_>, kept: impl Fn(usize) -> bool) -> usize {
+        let PolishedRow { gradient, moved, indices } = self;
+        let width = diagonal.len();
         let mut number = 0;
         for _ in 0..PASSES {
             let before = number;
             for j in 0..width {
-                if !data.kept(start + j) || diagonal[j] <= 0.0 {
+                if !kept(j) || diagonal[j] <= 0.0 {
                     continue;
                 }
                 let now = palette.values[usize::from(indices[j])];
@@ -109,8 +132,5 @@ fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block
             }
         }
         number
-    });
-    let number = numbers.sum();
-    sorted.indices = indices;
-    (moved, number)
+    }
 }

@@ -16,7 +16,7 @@ use crate::palette::{Palettized, palettize, palettize_weighted};
 
 /// Rounds of palette refit and polish go on while at least this share of the weights gets other
 /// entries.
-const LEAST_CHANGE: f64 = 0.003;
+pub(super) const LEAST_CHANGE: f64 = 0.003;
 
 /// A candidate for the stored weight, columns in the order of the problem.
 #[derive(Debug)]

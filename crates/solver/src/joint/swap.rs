@@ -8,7 +8,7 @@ use squeeze_base::error::Result;
 use super::least_squares::MaskedLeastSquares;
 
 /// The number of columns of a row per swap of the first round.
-const COLUMNS_A_SWAP: usize = 24;
+pub(super) const COLUMNS_A_SWAP: usize = 24;
 
 /// The settings of [`swap`].
 #[derive(Debug, Clone, Copy)]

@@ -8,10 +8,10 @@ use tch::Tensor;
 use super::super::factor::inverse;
 use super::super::matrix::{block, copy, panels, to_vec};
 use super::problem::Problem;
-use super::sorted_codebook::SortedCodebook;
+use super::sorted_codebook::{Palette, SortedCodebook};
 
 /// The number of columns after which the rest of the row is updated.
-const BLOCK: i64 = 128;
+pub(super) const BLOCK: i64 = 128;
 
 /// Gives each kept weight a palette entry by the update of SparseGPT (Frantar and Alistarh 2023;
 /// GPTQ, arXiv:2210.17323): q is the entry nearest to w, or 0 where pruned, and e = (w - q) / U_jj
@@ -66,20 +66,32 @@ fn sweep_block(
     let width = upper.len().isqrt();
     let mut entries = vec![0; values.len()];
     values.par_chunks_mut(width).zip(entries.par_chunks_mut(width)).enumerate().for_each(|(at, (values, entries))| {
-        let palette = sorted.of_row(row + at);
         let start = (row + at) * data.columns + column;
-        for j in 0..width {
-            let (done, rest) = values.split_at_mut(j + 1);
-            let target = if data.kept(start + j) {
-                entries[j] = palette.nearest(done[j]);
-                palette.values[usize::from(entries[j])]
-            } else {
-                0.0
-            };
-            let error = (done[j] - target) / upper[j * width + j];
-            done[j] = target;
-            rest.iter_mut().zip(&upper[j * width + j + 1..]).for_each(|(value, upper)| *value -= error * upper);
-        }
+        sweep_row(values, entries, upper, sorted.of_row(row + at), |j| data.kept(start + j));
     });
     entries
+}
+
+/// Sweeps over one row of a block, with U [b, b]: `values` become the rounded weights, and
+/// `entries` their indices.
+pub(super) fn sweep_row(
+    values: &mut [f32],
+    entries: &mut [u8],
+    upper: &[f32],
+    palette: Palette<'_>,
+    kept: impl Fn(usize) -> bool,
+) {
+    let width = values.len();
+    for j in 0..width {
+        let (done, rest) = values.split_at_mut(j + 1);
+        let target = if kept(j) {
+            entries[j] = palette.nearest(done[j]);
+            palette.values[usize::from(entries[j])]
+        } else {
+            0.0
+        };
+        let error = (done[j] - target) / upper[j * width + j];
+        done[j] = target;
+        rest.iter_mut().zip(&upper[j * width + j + 1..]).for_each(|(value, upper)| *value -= error * upper);
+    }
 }

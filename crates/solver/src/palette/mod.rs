@@ -11,11 +11,13 @@
 
 mod histogram;
 mod layout;
+mod on_device;
 mod palettized;
 mod partition;
 mod solve;
 mod values;
 
+pub use on_device::{palettize_on_device, palettizes_on_device};
 pub use palettized::Palettized;
 pub use solve::{palettize, palettize_weighted};
 pub use values::{Bucket, optimal_palette};

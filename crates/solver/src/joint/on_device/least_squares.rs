@@ -1,0 +1,100 @@
+//! Least-squares weights on a fixed mask.
+
+use squeeze_base::error::Result;
+use tch::{Kind, Tensor};
+
+use super::problem::{Problem, row_dots};
+use crate::matrix::copy;
+
+/// The state of the masked least-squares solve: weights, gradient and mask, [o, d] each. The
+/// objective is tr((W - W0) H (W - W0)^T).
+#[derive(Debug)]
+pub(super) struct MaskedLeastSquares<'a> {
+    pub problem: &'a Problem<'a>,
+    /// W.
+    pub weight: Tensor,
+    /// G = (W - W0) H in all columns. It is updated together with W.
+    pub gradient: Tensor,
+    /// 1 where a weight is kept, else 0, fp32.
+    pub mask: Tensor,
+}
+
+impl<'a> MaskedLeastSquares<'a> {
+    /// The state at `weight`, which must be zero where `keep` is false. It takes one product with
+    /// H.
+    pub(super) fn new(problem: &'a Problem<'a>, weight: &Tensor, keep: &Tensor) -> Result<Self> {
+        let weight = copy(weight)?;
+        let gradient = problem.part.product(&weight.f_sub(&problem.original)?)?;
+        Ok(MaskedLeastSquares { problem, weight, gradient, mask: keep.f_to_kind(Kind::Float)? })
+    }
+
+    /// A copy in new memory.
+    pub(super) fn copy(&self) -> Result<Self> {
+        let MaskedLeastSquares { problem, weight, gradient, mask } = self;
+        Ok(MaskedLeastSquares { problem, weight: copy(weight)?, gradient: copy(gradient)?, mask: copy(mask)? })
+    }
+
+    /// W - W0.
+    pub(super) fn change(&self) -> Result<Tensor> {
+        Ok(self.weight.f_sub(&self.problem.original)?)
+    }
+
+    /// The objective of each row, `[o]` in fp64.
+    pub(super) fn losses(&self) -> Result<Tensor> {
+        row_dots(&self.change()?, &self.gradient)
+    }
+
+    /// Adds `change` to the weights. It takes one product with H.
+    pub(super) fn add(&mut self, change: &Tensor) -> Result<()> {
+        let _ = self.weight.f_add_(change)?;
+        let _ = self.gradient.f_add_(&self.problem.part.product(change)?)?;
+        Ok(())
+    }
+
+    /// Lowers the objective over the kept weights by preconditioned conjugate gradients, as the
+    /// solver for CPUs does, but for all rows together: the descent ends after `steps` steps, or
+    /// after a step that lowers the sum of all rows by less than the share `least_gain`.
+    pub(super) fn descend(&mut self, steps: usize, least_gain: f64) -> Result<()> {
+        let _span = tracing::debug_span!("conjugate gradients").entered();
+        let (mut direction, mut before) = self.downhill()?;
+        let _ = direction.f_neg_()?;
+        let mut left = self.losses()?.f_sum(Kind::Double)?;
+        for step in 1..=steps {
+            let product = self.problem.part.product(&direction)?;
+            let length = share(&before, &row_dots(&direction, &product)?)?;
+            let of_rows = length.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
+            let _ = self.weight.f_addcmul_(&of_rows, &direction)?;
+            let _ = self.gradient.f_addcmul_(&of_rows, &product)?;
+            drop(product);
+            if step == steps {
+                break;
+            }
+            let lower = length.f_mul(&before)?.f_sum(Kind::Double)?;
+            left = left.f_sub(&lower)?;
+            if lower.f_sub(&left.f_mul_scalar(least_gain)?)?.f_double_value(&[])? < 0.0 {
+                break;
+            }
+            let (next, now) = self.downhill()?;
+            let keep_on = share(&now, &before)?.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
+            direction = direction.f_mul_(&keep_on)?.f_sub_(&next)?;
+            before = now;
+        }
+        Ok(())
+    }
+
+    /// The gradient of the kept weights divided by the diagonal of H, and its dot product with the
+    /// gradient for each row.
+    fn downhill(&self) -> Result<(Tensor, Tensor)> {
+        let conditioned = self.gradient.f_mul(&self.mask)?.f_mul_(&self.problem.conditioner)?;
+        let dots = row_dots(&self.gradient, &conditioned)?;
+        Ok((conditioned, dots))
+    }
+}
+
+/// A quotient in fp64; 0 where it is not finite or the divisor is not positive, which happens when a
+/// row is already solved.
+fn share(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let share = a.f_div(b)?;
+    let is_good = b.f_gt(0.0)?.f_logical_and(&share.f_isfinite()?)?;
+    Ok(share.f_where_scalarother(&is_good, 0.0)?)
+}
