@@ -5,7 +5,7 @@
 # It needs `cargo install cargo-fuzz`, and libtorch as for the product. A fault is left in fuzz/artifacts/, with the command that repeats it.
 set -eu
 cd "$(dirname "$0")"
-targets=${*:-"safetensors container package yaml samples prompts config_json"}
+targets=${*:-"safetensors container package yaml samples prompts config_json single_file lora"}
 : "${RUNS:=1000000}"
 : "${LIBTORCH:=$(cd .. && pwd)/.libtorch/current}"
 export LIBTORCH

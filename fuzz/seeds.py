@@ -54,8 +54,16 @@ for number, pattern in enumerate(["unet/config", "text_encoder*/config", "vae/co
         seed("config_json", bytes([number]) + content)
 for content in files("tests/attacks/unet_config/*"):
     seed("config_json", b"\0" + content)
+for content in files("tests/golden/lora/*.safetensors"):
+    seed("lora", b"\0\0" + content)
+    length = struct.unpack("<Q", content[:8])[0]
+    if length < 1 << 16:
+        seed("lora", b"\0\1" + struct.pack("<H", length) + content[8:])
+for content in files("tests/attacks/safetensors/*") + files("tests/golden/single-file/*.safetensors"):
+    seed("single_file", b"\0" + content)
+    seed("lora", b"\0\0" + content)
 
 # Decisions by which a target puts its file together: a few of every first byte.
-for target in ["safetensors", "container", "samples", "package"]:
+for target in ["safetensors", "container", "samples", "package", "single_file", "lora"]:
     for number in range(64):
         seed(target, bytes((number * 7 + at * at * 31 + at // 3) % 256 if at else number for at in range(96)))

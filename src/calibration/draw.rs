@@ -4,7 +4,7 @@ use sdxl_model::checkpoint::Weights;
 use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::CLIP_LENGTH;
 use sdxl_model::unet::Unet;
-use sdxl_pipeline::{PipelineFolder, PromptEncoder, SamplingDefaults};
+use sdxl_pipeline::{PipelineFolder, SamplingDefaults};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Progress;
 
@@ -33,7 +33,7 @@ pub fn calibrate(
     let placement = options.placement();
     let set = PromptSet { prompts: section.prompts.load()?, ..settings(folder, section)? };
     // The encoders are dropped before the UNet is loaded.
-    let guidances = encode(folder, &PromptEncoder::load(folder, placement)?, &set, progress)?;
+    let guidances = encode(folder, &set.encoder(folder, placement)?, &set, progress)?;
     let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
     let narrow: u64 = weights
         .entries()
@@ -67,10 +67,11 @@ pub fn scheduler(folder: &PipelineFolder, section: &CalibrationSection) -> Resul
 ///
 /// # Errors
 /// [`Error::Argument`](squeeze_base::error::Error::Argument) if the model cannot draw pictures of
-/// the size, or there is no such sampler.
+/// the size, there is no such sampler, or the text encoders have not so many layers.
 pub fn settings(folder: &PipelineFolder, section: &CalibrationSection) -> Result<PromptSet> {
     let CalibrationSection { steps, guidance, .. } = section;
     let defaults = defaults(folder);
+    section.reading.check(folder)?;
     Ok(PromptSet {
         prompts: Vec::new(),
         negative_prompt: section.negative_prompt.clone(),
@@ -79,6 +80,7 @@ pub fn settings(folder: &PipelineFolder, section: &CalibrationSection) -> Result
         steps: steps.unwrap_or(defaults.steps),
         guidance: guidance.unwrap_or(defaults.guidance),
         guidance_rescale: section.guidance_rescale,
+        reading: section.reading,
         size: folder.picture_size(section.size)?,
     })
 }
@@ -107,7 +109,9 @@ pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> 
     if let Some(path) = &section.samples {
         return Samples::calls_in(path, folder.unet.config(), section.calibration_nsamples);
     }
-    let set = settings(folder, section)?;
+    // Whether the prompts can be read is checked where they are needed.
+    let prompts = if section.reading.long_prompts { section.prompts.load().unwrap_or_default() } else { Vec::new() };
+    let set = PromptSet { prompts, ..settings(folder, section)? };
     let (height, width) = set.size;
     let scale = folder.vae.scale();
     Ok(Calls {
@@ -115,6 +119,6 @@ pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> 
         batch: folder.rows(set.guidance),
         height: height / scale,
         width: width / scale,
-        text: CLIP_LENGTH,
+        text: CLIP_LENGTH * set.pieces(folder)? as i64,
     })
 }

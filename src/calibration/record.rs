@@ -2,7 +2,7 @@
 
 use sdxl_model::scheduler::{Scheduler, SchedulerConfig};
 use sdxl_model::unet::{Conditioning, Unet};
-use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, Predictor, PromptEncoder};
+use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, Predictor, PromptEncoder, PromptOptions};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::device::Placement;
@@ -29,6 +29,8 @@ pub struct PromptSet {
     pub guidance: f64,
     /// The share of the guided prediction whose deviation is brought to that of the prompt's own.
     pub guidance_rescale: f64,
+    /// How the prompts are read.
+    pub reading: PromptOptions,
     /// Height and width in pixels.
     pub size: (i64, i64),
 }
@@ -41,6 +43,24 @@ impl PromptSet {
     /// If the sampler cannot be made.
     pub fn calls(&self) -> Result<usize> {
         Ok(self.scheduler.scheduler(self.steps)?.timesteps().len())
+    }
+
+    /// The pieces of 77 tokens in which each prompt is encoded: as many as the longest has, because
+    /// all calls of the UNet are of one shape.
+    ///
+    /// # Errors
+    /// If a tokenizer cannot be read.
+    pub fn pieces(&self, folder: &PipelineFolder) -> Result<usize> {
+        self.reading.pieces(folder, self.prompts.iter().chain(&self.negative_prompt).map(String::as_str))
+    }
+
+    /// The encoder that reads the prompts.
+    ///
+    /// # Errors
+    /// As [`PromptEncoder::load`].
+    pub fn encoder(&self, folder: &PipelineFolder, placement: Placement) -> Result<PromptEncoder> {
+        let encoder = PromptEncoder::load(folder, placement)?;
+        Ok(encoder.with_options(self.reading).with_pieces(self.pieces(folder)?))
     }
 
     /// The guidance of a prompt.

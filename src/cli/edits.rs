@@ -44,8 +44,8 @@ impl clap::Args for Edits {
 }
 
 fn arg(flag: ConfigFlag) -> Arg {
-    let ConfigFlag { name, argument, help, former, repeated } = flag;
-    Arg::new(name)
+    let ConfigFlag { name, argument, help, former, repeated, switch } = flag;
+    let arg = Arg::new(name)
         .long(name)
         .value_name(argument)
         .help(help)
@@ -53,7 +53,8 @@ fn arg(flag: ConfigFlag) -> Arg {
         .hide(former)
         .action(if repeated { ArgAction::Append } else { ArgAction::Set })
         .allow_negative_numbers(true)
-        .value_parser(value_parser!(OsString))
+        .value_parser(value_parser!(OsString));
+    if switch { arg.num_args(0..=1).require_equals(true).default_missing_value("true") } else { arg }
 }
 
 impl FromArgMatches for Edits {

@@ -133,18 +133,19 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         }
         Format::Coremltools => to_coremltools(&args, reporter),
         Format::Coreml => {
-            let written = to_coreml(&args, reporter)?;
+            let Exported { written, warnings } = to_coreml(&args, reporter)?;
             if args.json {
-                return stdout::print_json(&written);
+                return stdout::print_json(&Exported { written, warnings });
             }
             let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
             stdout::print(&format!(
-                "{}: {}, {} of them the program; {} operations, {} compressed weights{peak}\n",
+                "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n",
                 args.out.display(),
                 number::size(written.bytes),
                 number::size(written.program_bytes),
                 number::count(written.operations as u64),
                 number::count(written.compressed as u64),
+                number::count(written.dense.len() as u64),
             ))
         }
     }
@@ -195,12 +196,29 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
     stdout::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
 }
 
-fn to_coreml(args: &Args, reporter: &Reporter) -> Result<WrittenPackage> {
+/// A package, and what its user should know.
+#[derive(serde::Serialize)]
+struct Exported {
+    #[serde(flatten)]
+    written: WrittenPackage,
+    warnings: Vec<String>,
+}
+
+fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
     let unet = OpenedUnet::open(args)?;
     let weights = unet.weights()?;
     let chain = weights.chain()?;
     let options = options(&args.coreml, chain.config(), unet.pipeline.as_ref())?;
-    coreml::write(weights, &options, &args.out, reporter)
+    let mut warnings = Vec::new();
+    if options.io == Io::Apple {
+        match &unet.pipeline {
+            Some(pipeline) => warnings.extend(export::apple_mismatch(&pipeline.scheduler)),
+            None => tracing::info!("without --model it is not known whether the UNet predicts noise, as Apple's samplers assume"),
+        }
+    }
+    let written = coreml::write(weights, &options, &args.out, reporter)?;
+    warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    Ok(Exported { written, warnings })
 }
 
 /// The UNet that the argument names, and its pipeline.

@@ -133,6 +133,8 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
     let calls = set.calls()?;
     let calls = if calls == set.steps { String::new() } else { format!(" ({calls} calls of the UNet)") };
     let rescale = if set.guidance_rescale > 0.0 { format!(" rescaled by {}", set.guidance_rescale) } else { String::new() };
+    let skip = if set.reading.clip_skip > 0 { format!(", clip_skip {}", set.reading.clip_skip) } else { String::new() };
+    let reading = if set.reading.long_prompts { skip + ", long prompts in pieces" } else { skip };
     let section = &config.calibration;
     let defaults = defaults(folder);
     let hint = hint(&defaults, section).map_or(String::new(), |hint| format!("; {hint}"));
@@ -143,7 +145,7 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
         (Some(why), Some(_), None) => format!("; the guidance is the model's own: {why}"),
     };
     Ok(format!(
-        "drawn by {} in {} steps{calls} at guidance {}{rescale}{why}{hint}",
+        "drawn by {} in {} steps{calls} at guidance {}{rescale}{reading}{why}{hint}",
         set.scheduler.class(),
         set.steps,
         set.guidance

@@ -6,7 +6,7 @@ use std::time::Instant;
 use sdxl_squeeze::Result;
 use sdxl_squeeze::device::parse_dtype;
 use sdxl_squeeze::number;
-use sdxl_squeeze::synth::{Preset, synthesize};
+use sdxl_squeeze::synth::{Preset, synthesize, synthesize_single_file};
 
 use super::progress::Reporter;
 use super::stdout;
@@ -17,9 +17,13 @@ pub(super) struct Args {
     /// vega, koala-700m, koala-1b or tiny
     #[arg(long, value_name = "NAME")]
     preset: String,
-    /// The new folder
-    #[arg(long, value_name = "DIR")]
+    /// The new folder, or with --single-file the new file
+    #[arg(long, value_name = "DIR|FILE")]
     out: PathBuf,
+    /// Write one checkpoint in LDM's names (.safetensors) with the weights that the folder would
+    /// have
+    #[arg(long)]
+    single_file: bool,
     /// Seed of the weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -31,7 +35,8 @@ pub(super) struct Args {
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let preset: Preset = args.preset.parse()?;
-    synthesize(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
+    let write = if args.single_file { synthesize_single_file } else { synthesize };
+    write(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
     stdout::print(&format!("{}: {} in {}{peak}\n", args.out.display(), args.preset, number::time(start.elapsed().as_secs_f64())))
 }

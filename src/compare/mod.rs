@@ -9,7 +9,7 @@ use std::time::Instant;
 pub use judge::{Judge, Measured};
 use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::{Unet, UnetChain};
-use sdxl_pipeline::{PipelineFolder, PromptEncoder};
+use sdxl_pipeline::PipelineFolder;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::memory;
 use squeeze_base::number;
@@ -61,7 +61,7 @@ pub fn compare(
     let weights = folder.unet_weights()?;
     let source = weights.source(placement);
     let judge = {
-        let encoder = PromptEncoder::load(folder, placement)?;
+        let encoder = judged.encoder(folder, placement)?;
         let unet = Unet::resident(folder.unet.clone(), source, progress)?;
         Judge::record(folder, &encoder, &unet, judged, held_out, progress)?
     };
@@ -274,11 +274,17 @@ fn how(set: &PromptSet, held_out: usize) -> Vec<String> {
     vec![
         format!(
             "Every row is the container as written, read back. It draws {} prompts that calibration has not seen, {} steps of \
-             {} at guidance {}, from the same noise as the dense model.",
+             {} at guidance {}{}, from the same noise as the dense model.",
             set.prompts.len(),
             set.steps,
             set.scheduler.class(),
-            set.guidance
+            set.guidance,
+            match (set.reading.clip_skip, set.reading.long_prompts) {
+                (0, false) => String::new(),
+                (0, true) => ", long prompts in pieces".to_owned(),
+                (skip, false) => format!(", clip_skip {skip}"),
+                (skip, true) => format!(", clip_skip {skip}, long prompts in pieces"),
+            }
         ),
         format!(
             "UNet error: ‖compressed - dense‖² / ‖dense‖² of the UNet's outputs over {held_out} of the dense model's own calls, \

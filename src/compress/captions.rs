@@ -3,7 +3,7 @@
 use sdxl_model::checkpoint::{Blueprint, Weights};
 use sdxl_model::unet::UnetChain;
 use sdxl_model::{Layer, LayerInput, Unobserved};
-use sdxl_pipeline::{PipelineFolder, PromptEncoder};
+use sdxl_pipeline::PipelineFolder;
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::elementwise::silu;
@@ -49,9 +49,9 @@ pub(super) fn gather(
         if count > wanted { (0..wanted).map(|k| &lines[k * count / wanted]).collect() } else { lines.iter().collect() };
     let placement = options.placement();
     let mut gatherer = shared_inputs(&folder.unet, is_wanted, placement.device)?;
-    let encoder = PromptEncoder::load(folder, placement)?;
     let input_block = folder.unet.load_input_block(&weights.narrow_source(placement))?;
     let set = settings(folder, section)?;
+    let encoder = set.encoder(folder, placement)?;
     let timesteps = set.scheduler.training_timesteps()?;
     let stride = stride(timesteps.len());
     let task = Task::begin(progress, "captions", "captions", used.len());

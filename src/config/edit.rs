@@ -27,6 +27,8 @@ pub struct ConfigFlag {
     pub former: bool,
     /// Whether it can be given several times: its arguments are the items of a list.
     pub repeated: bool,
+    /// Whether it needs no argument: alone it stands for `true`.
+    pub switch: bool,
 }
 
 /// A flag with its argument: an edit of a config.
@@ -50,8 +52,8 @@ struct Target {
 /// Every flag that edits a config, in the order of help.
 pub fn flags() -> impl Iterator<Item = ConfigFlag> {
     targets().into_iter().flat_map(|Target { key, flag, .. }| {
-        let (argument, repeated) = (flag.argument, key.is_list());
-        let named = |name, former| ConfigFlag { name, argument, help: help(key), former, repeated };
+        let (argument, repeated, switch) = (flag.argument, key.is_list(), key.is_switch());
+        let named = |name, former| ConfigFlag { name, argument, help: help(key), former, repeated, switch };
         [Some(named(flag.name, false)), former_flag(key).map(|name| named(name, true))].into_iter().flatten()
     })
 }

@@ -38,6 +38,8 @@ pub(super) enum Argument {
     Text,
     /// As a number; as text where it is none, which reading then refuses.
     Number,
+    /// As true or false. Without an argument the flag is true.
+    Switch,
     /// As an item of a list. The flag can be repeated: together its arguments are the list.
     Item,
 }
@@ -154,6 +156,8 @@ pub(super) trait Declared: std::fmt::Debug + Sync {
     fn argument(&self, text: &str) -> Value;
     /// Whether each argument of the flag is an item of a list.
     fn is_list(&self) -> bool;
+    /// Whether the flag needs no argument.
+    fn is_switch(&self) -> bool;
 }
 
 impl<T: std::fmt::Debug> Declared for Key<T> {
@@ -188,6 +192,7 @@ impl<T: std::fmt::Debug> Declared for Key<T> {
     fn argument(&self, text: &str) -> Value {
         match self.kind.argument {
             Argument::Text | Argument::Item => Value::Text(text.to_owned()),
+            Argument::Switch => text.parse().map_or_else(|_| Value::Text(text.to_owned()), Value::Boolean),
             Argument::Number => match (text.parse(), text.parse()) {
                 (Ok(integer), _) => Value::Integer(integer),
                 (Err(_), Ok(number)) => Value::Number(number),
@@ -199,7 +204,14 @@ impl<T: std::fmt::Debug> Declared for Key<T> {
     fn is_list(&self) -> bool {
         match self.kind.argument {
             Argument::Item => true,
-            Argument::Text | Argument::Number => false,
+            Argument::Text | Argument::Number | Argument::Switch => false,
+        }
+    }
+
+    fn is_switch(&self) -> bool {
+        match self.kind.argument {
+            Argument::Switch => true,
+            Argument::Text | Argument::Number | Argument::Item => false,
         }
     }
 }

@@ -181,6 +181,13 @@ keys! {
             Preset::Absent("the pipeline's, zeros for SDXL base"),
             flag Flag::new("negative-prompt", "TEXT")
         );
+        /// Layers left out at the end of the text encoders. They come in addition to the last, as
+        /// in diffusers, and the negative prompt and the pooled text pass all layers.
+        CLIP_SKIP: usize = ("clip_skip", kinds::REPEATS, Preset::Integer(0), flag Flag::new("clip-skip", "N"));
+        /// Encode prompts of more than 77 tokens in pieces, which are cut otherwise. All prompts
+        /// then have as many pieces as the longest: shorter ones are filled with pieces of an empty
+        /// text.
+        LONG_PROMPTS: bool = ("long_prompts", kinds::BOOLEAN, Preset::Boolean(false), flag Flag::new("long-prompts", "BOOL"));
         /// Seed of the calibration runs.
         SEED: u64 = ("seed", kinds::ELEMENTS, Preset::Integer(0), flag Flag::new("seed", "N"));
         /// Height of the calibration runs in pixels.

@@ -32,7 +32,7 @@ impl<T: Words> Kind<T> {
     };
 }
 
-pub(super) const BOOLEAN: Kind<bool> = kind!(Text, "`true`, `false`", { "type": "boolean" }, boolean);
+pub(super) const BOOLEAN: Kind<bool> = kind!(Switch, "`true`, `false`", { "type": "boolean" }, boolean);
 
 pub(super) const COUNT: Kind<usize> = kind!(Number, "a whole number from 1", { "type": "integer", "minimum": 1, "maximum": u32::MAX }, |node| limits::count(
     whole(node)?

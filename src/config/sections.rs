@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_model::scheduler::SpacingKind;
-use sdxl_pipeline::{LoraFile, ModelFiles};
+use sdxl_pipeline::{LoraFile, ModelFiles, PromptOptions};
 use serde::{Serialize, Serializer};
 use squeeze_base::error::Place;
 use squeeze_base::pattern::NamePattern;
@@ -75,6 +75,10 @@ pub struct CalibrationSection {
     pub guidance_rescale: f64,
     /// The negative prompt; `None` is the pipeline's default.
     pub negative_prompt: Option<String>,
+    /// How prompts and captions are read. What is the default is not written, as it was before
+    /// these keys were there.
+    #[serde(flatten, serialize_with = "write_reading")]
+    pub reading: PromptOptions,
     /// Seed of the noise.
     pub seed: u64,
     /// Height and width of the pictures in pixels; absent: what the model was made for.
@@ -164,6 +168,7 @@ impl Default for CalibrationSection {
             guidance: None,
             guidance_rescale: GUIDANCE_RESCALE.default_value(),
             negative_prompt: None,
+            reading: PromptOptions::default(),
             seed: SEED.default_value(),
             size: None,
         }
@@ -246,6 +251,10 @@ impl CalibrationSection {
             guidance: fields.get(&GUIDANCE, mistakes),
             guidance_rescale: fields.value(&GUIDANCE_RESCALE, mistakes),
             negative_prompt: fields.get(&NEGATIVE_PROMPT, mistakes),
+            reading: PromptOptions {
+                clip_skip: fields.value(&CLIP_SKIP, mistakes),
+                long_prompts: fields.value(&LONG_PROMPTS, mistakes),
+            },
             seed: fields.value(&SEED, mistakes),
             size: height.zip(width),
         }
@@ -342,6 +351,21 @@ fn write_size<S: Serializer>(size: &Option<(i64, i64)>, serializer: S) -> Result
     }
     let (height, width) = size.unzip();
     Keys { height, width }.serialize(serializer)
+}
+
+/// Writes how prompts are read, where it is not the default.
+fn write_reading<S: Serializer>(reading: &PromptOptions, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Keys {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        clip_skip: Option<usize>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        long_prompts: Option<bool>,
+    }
+    let PromptOptions { clip_skip, long_prompts } = *reading;
+    let keys =
+        Keys { clip_skip: Some(clip_skip).filter(|skip| *skip > 0), long_prompts: Some(long_prompts).filter(|long| *long) };
+    keys.serialize(serializer)
 }
 
 /// Writes the key of the target.

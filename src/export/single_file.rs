@@ -8,7 +8,6 @@ use safetensors::Dtype;
 use sdxl_model::checkpoint::{TensorBytes, TensorSource, View, Weights};
 use sdxl_model::ldm::{MARKERS, Names};
 use sdxl_model::unet::UnetChain;
-use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::{PipelineFolder, UnetWeights};
 use serde_json::{Value, json};
 use squeeze_base::error::{Error, Result};
@@ -87,14 +86,7 @@ fn of_part<'a>(prefix: &str, names: &Names, weights: &'a Weights) -> Vec<Item<'a
     for (stored, views) in names.iter() {
         let first = &views[0].name;
         let (Some(shape), Some(dtype)) = (weights.shape(first), weights.dtype_of(first)) else { continue };
-        let mut shape = shape.to_vec();
-        shape[0] *= views.len() as i64;
-        if views[0].transposed {
-            shape.reverse();
-        }
-        if VaeDecoder::is_linear(first) && prefix == "first_stage_model." {
-            shape.extend([1, 1]);
-        }
+        let shape = names.stored_shape(views, shape);
         items.push(Item { name: format!("{prefix}{stored}"), shape, dtype, content: Content::Part(weights, views.to_vec()) });
     }
     items
@@ -115,14 +107,34 @@ fn markers(pipeline: &PipelineFolder) -> Result<Vec<Item<'static>>> {
         return Ok(items);
     }
     let entries = pipeline.scheduler.entries();
-    let mut empty = |name: &str, key: &str, value: Value| {
-        if entries.get(key) == Some(&value) {
-            let content = Content::Bytes(Vec::new());
-            items.push(Item { name: name.to_owned(), shape: vec![0], dtype: Dtype::F32, content });
-        }
+    let number = |key: &str| entries.get(key).and_then(Value::as_f64);
+    let mut mark = |name: &str, shape: Vec<i64>, values: &[f64]| {
+        let bytes = values.iter().flat_map(|value| (*value as f32).to_le_bytes()).collect();
+        items.push(Item { name: name.to_owned(), shape, dtype: Dtype::F32, content: Content::Bytes(bytes) });
     };
-    empty("v_pred", "prediction_type", json!("v_prediction"));
-    empty("ztsnr", "rescale_betas_zero_snr", json!(true));
+    let class = entries.get("_class_name").and_then(Value::as_str).unwrap_or_default();
+    let prediction = entries.get("prediction_type").and_then(Value::as_str).unwrap_or("epsilon");
+    match (class.starts_with("EDM"), prediction, &pipeline.vae.latents_mean_std) {
+        (true, "epsilon", Some((mean, std))) => {
+            mark("edm_mean", vec![mean.len() as i64], mean);
+            mark("edm_std", vec![std.len() as i64], std);
+        }
+        (true, "v_prediction", _) => {
+            for (name, key) in [("edm_vpred.sigma_max", "sigma_max"), ("edm_vpred.sigma_min", "sigma_min")] {
+                mark(name, Vec::new(), number(key).as_slice());
+            }
+        }
+        (false, "epsilon", _) => {}
+        (false, "v_prediction", _) => {
+            mark("v_pred", vec![0], &[]);
+            if entries.get("rescale_betas_zero_snr") == Some(&json!(true)) {
+                mark("ztsnr", vec![0], &[]);
+            }
+        }
+        (_, other, _) => tracing::warn!(
+            "single-file checkpoints have no mark for prediction_type `{other}` of {class}; whoever loads the file must set the sampler"
+        ),
+    }
     Ok(items)
 }
 

@@ -2,6 +2,7 @@
 //! real model.
 
 mod preset;
+mod single_file;
 mod statistics;
 
 use std::borrow::Cow;
@@ -16,6 +17,7 @@ use sdxl_model::text::{ClipText, TextConfig};
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::{Map, Value};
+pub use single_file::synthesize_single_file;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::NewFolder;
 use squeeze_base::progress::{Progress, Task};
@@ -31,12 +33,7 @@ use tch::Kind;
 /// # Errors
 /// If `out` exists, cannot be written, or `kind` is not a dtype of weights.
 pub fn synthesize(preset: Preset, out: &Path, seed: u64, kind: Kind, progress: &dyn Progress) -> Result<()> {
-    let dtype = match kind {
-        Kind::Float => Dtype::F32,
-        Kind::Half => Dtype::F16,
-        Kind::BFloat16 => Dtype::BF16,
-        other => return Err(Error::Argument(format!("weights cannot be {other:?}"))),
-    };
+    let dtype = dtype_of(kind)?;
     let configs = preset.configs();
     let folder = NewFolder::create(out)?;
     let root = folder.path();
@@ -66,6 +63,16 @@ pub fn synthesize(preset: Preset, out: &Path, seed: u64, kind: Kind, progress: &
         part.write(root, Statistics { seed }, dtype, &task)?;
     }
     folder.commit()
+}
+
+/// The dtype under which weights of `kind` are stored.
+fn dtype_of(kind: Kind) -> Result<Dtype> {
+    match kind {
+        Kind::Float => Ok(Dtype::F32),
+        Kind::Half => Ok(Dtype::F16),
+        Kind::BFloat16 => Ok(Dtype::BF16),
+        other => Err(Error::Argument(format!("weights cannot be {other:?}"))),
+    }
 }
 
 /// A folder's weights.

@@ -42,8 +42,9 @@ def text(width, layers, act):
                           hidden_act=act, projection_dim=width, vocab_size=49408, bos_token_id=0, eos_token_id=2)
 
 
-def main(clip, out):
+def pipeline_of(clip, in_channels=4, **latents):
     vae = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2)
+    vae |= dict(scaling_factor=0.13025) | latents
     parts = dict(
         text_encoder=CLIPTextModel(text(64, 2, "quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(text(128, 3, "gelu")),
@@ -53,11 +54,14 @@ def main(clip, out):
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(64, 64, 128),
             attention_head_dim=(1, 1, 2), transformer_layers_per_block=(1, 1, 2), cross_attention_dim=192, sample_size=128,
             addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=128 + 6 * 256,
-            use_linear_projection=True),
-        vae=AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=4, scaling_factor=0.13025, **vae),
+            use_linear_projection=True, in_channels=in_channels),
+        vae=AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=4, **vae),
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                                          timestep_spacing="leading"))
-    pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def shapes_of(pipeline):
     pairs, shapes = unet_prefixes(pipeline.unet.config), {}
     for name, tensor in state(pipeline.unet).items():
         shapes[unet_name(name, pairs)] = list(tensor.shape)
@@ -71,6 +75,12 @@ def main(clip, out):
     for name, entry in open_clip(second, 1).items():
         shape = list(second[entry["of"][0].removeprefix("text_encoder_2/")].shape)
         shapes[name] = [shape[0] * len(entry["of"]), *shape[1:]][::-1 if "as" in entry else 1]
+    return shapes
+
+
+def main(clip, out):
+    pipeline = pipeline_of(clip)
+    shapes = shapes_of(pipeline)
     with tempfile.TemporaryDirectory() as scratch:
         pipeline.save_pretrained(f"{scratch}/configs")
         save_file({name: values(name, shape) for name, shape in shapes.items()}, f"{scratch}/model.safetensors")
@@ -86,4 +96,5 @@ def main(clip, out):
     Path(f"{out}.json").write_text(json.dumps(notes, separators=(",", ":")).replace('],"', '],\n"') + "\n")
 
 
-main(Path(sys.argv[1]), sys.argv[2])
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

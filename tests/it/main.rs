@@ -41,4 +41,5 @@ mod support;
 mod synth;
 mod tokens;
 #[cfg(unix)]
+mod traps;
 mod watched;

@@ -4,10 +4,13 @@
 use std::path::Path;
 
 use sdxl_squeeze::Error;
+use sdxl_squeeze::calibration::Samples;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::scheduler::{SchedulerChoice, SchedulerConfig, SpacingKind};
 use sdxl_squeeze::picture::Picture;
-use sdxl_squeeze::pipeline::{GenerateRequest, ImageRequest, Mask, PipelineFolder, PromptOptions, generate};
+use sdxl_squeeze::pipeline::{
+    GenerateRequest, Guidance, ImageRequest, Mask, PipelineFolder, PromptEncoder, PromptOptions, generate,
+};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::Generator;
 use serde::Deserialize;
@@ -15,6 +18,7 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 use crate::schedulers::{config, error, predict, read, refusal};
+use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, relative_error, repo, squeeze, tensors};
 
 #[derive(Deserialize)]
@@ -248,6 +252,78 @@ fn a_distilled_model_is_compressed_with_its_own_stochastic_sampler() {
         std::fs::read(samples).unwrap()
     });
     assert!(runs[0] == runs[1], "two runs drew other samples");
+}
+
+#[test]
+fn calibration_reads_prompts_as_generate_does() {
+    let here = tempfile::tempdir().unwrap();
+    let model = repo("tests/golden/base-like");
+    let long = "the cat and the dog sat on a red mat, ".repeat(12);
+    let (config, samples) = (here.path().join("config.yaml"), here.path().join("samples.safetensors"));
+    let rules = "module_name_configs: {'mid_block.*attn2.to_k': {n_bits: 4, granularity: per_tensor}}";
+    let prompts = json!(["a cat", long]);
+    let text = format!("calibration: {{prompts: {prompts}, steps: 2}}\npalettize: {{weight_threshold: 0, {rules}}}\n");
+    std::fs::write(&config, text).unwrap();
+    let run = || Squeeze::new("compress").config_file(&config).model(&model).args(["--calibration-nsamples", "4"]);
+    let mut containers = Vec::new();
+    let cases: [(&str, PromptOptions, &[&str], &[&str]); 4] = [
+        ("usual", PromptOptions::default(), &[], &[]),
+        ("skip", PromptOptions { clip_skip: 1, long_prompts: false }, &["--clip-skip", "1"], &["clip_skip: 1\n"]),
+        ("long", PromptOptions { clip_skip: 0, long_prompts: true }, &["--long-prompts"], &["long_prompts: true\n"]),
+        (
+            "both",
+            PromptOptions { clip_skip: 1, long_prompts: true },
+            &["--clip-skip=1", "--long-prompts=true"],
+            &["clip_skip: 1\n", "long_prompts: true\n"],
+        ),
+    ];
+    let folder = PipelineFolder::open(&model).unwrap();
+    for (name, options, flags, keys) in cases {
+        let out = here.path().join(name);
+        run().args(flags).out(&out).with("--samples-out", &samples).succeeds();
+        let recorded = std::fs::read_to_string(out.join("config.yaml")).unwrap();
+        let written: Vec<&str> = recorded
+            .split_inclusive('\n')
+            .map(str::trim_start)
+            .filter(|line| line.starts_with("clip_skip") || line.starts_with("long_p"))
+            .collect();
+        assert_eq!(written, keys, "{name}");
+        let encoder = PromptEncoder::load(&folder, Placement::CPU).unwrap().with_options(options);
+        // The short prompt is filled up with pieces of an empty text.
+        let pieces = options.pieces(&folder, [&*long].into_iter()).unwrap();
+        assert_eq!(pieces > 1, options.long_prompts);
+        let encoder = encoder.with_pieces(pieces);
+        let kept = Samples::read(&samples, folder.unet.config(), 4).unwrap();
+        assert_eq!(kept.calls.len(), 4);
+        for (number, call) in kept.calls.iter().enumerate() {
+            let prompt = if number < 2 { "a cat" } else { &*long };
+            let guidance = Guidance::encode(&encoder, &folder, prompt, None, 5.0, (64, 64)).unwrap();
+            let states = guidance.conditioning.encoder_hidden_states;
+            assert_eq!(states.size()[1], 77 * pieces as i64);
+            assert!(relative_error(&call.conditioning.encoder_hidden_states, &states) < 1e-3, "{name}");
+        }
+        containers.push(std::fs::read(out.join("unet.squeezed.safetensors")).unwrap());
+    }
+    // The names of the runs are not in their containers, so that only the calibration differs.
+    for (one, two) in [(0, 1), (0, 2), (1, 3), (2, 3)] {
+        assert!(containers[one] != containers[two]);
+    }
+    run().args(["--long-prompts=false", "--clip-skip=0"]).out(here.path().join("again")).succeeds();
+    assert!(std::fs::read(here.path().join("again/unet.squeezed.safetensors")).unwrap() == containers[0]);
+    run().args(["--clip-skip", "9"]).out(here.path().join("no")).is_refused(&["clip_skip 9 leaves no layer of text_encoder"]);
+    run().args(["--long-prompts=maybe"]).out(here.path().join("no")).is_refused(&["--long-prompts maybe"]);
+
+    let line = |flags: &[&str]| Squeeze::new("plan").arg(&config).model(&model).args(flags).succeeds().text();
+    assert!(line(&["--clip-skip", "1", "--long-prompts"]).contains("clip_skip 1, long prompts in pieces"));
+    assert!(!line(&[]).contains("clip_skip"));
+
+    let judge = here.path().join("judge.txt");
+    std::fs::write(&judge, format!("an owl\n{long}and a bird\n")).unwrap();
+    let compared = here.path().join("compared");
+    let run = Squeeze::new("compare").arg(&config).model(&model).with("--judge", &judge).args(["--held-out", "2"]);
+    run.args(["--clip-skip", "1", "--long-prompts", "--calibration-nsamples", "4"]).out(&compared).succeeds();
+    let report = std::fs::read_to_string(compared.join("report.html")).unwrap();
+    assert!(report.contains("clip_skip 1, long prompts in pieces"));
 }
 
 #[test]

@@ -14,8 +14,9 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::inspect::inspect;
 use sdxl_squeeze::model::ldm::{Names, SingleFile};
 use sdxl_squeeze::model::text::{ClipText, TextConfig};
-use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
+use sdxl_squeeze::model::unet::{Depth, MidBlock, UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
+use sdxl_squeeze::synth::Preset;
 use serde_json::{Map, Value, json};
 
 use crate::pipelines::computes_the_reference_of;
@@ -23,16 +24,16 @@ use crate::squeeze::Squeeze;
 use crate::support::{copy, emoji, relative_error, repo, tensors};
 
 /// A file's tensors: dtype, shape, bytes.
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+pub(crate) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-fn read(path: &Path) -> Tensors {
+pub(crate) fn read(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensors = file.tensors().into_iter();
     tensors.map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()))).collect()
 }
 
-fn write(tensors: &Tensors, path: &Path) {
+pub(crate) fn write(tensors: &Tensors, path: &Path) {
     let view = |(dtype, shape, data): &'_ (Dtype, Vec<usize>, Vec<u8>)| (*dtype, shape.clone(), data.clone());
     let owned: Vec<_> = tensors.iter().map(|(name, tensor)| (name, view(tensor))).collect();
     let views = owned.iter().map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
@@ -86,7 +87,7 @@ fn as_single_file(folder: &Path) -> Tensors {
 }
 
 /// A folder's single file, in a folder of its own.
-fn made(folder: &Path) -> (tempfile::TempDir, PathBuf) {
+pub(crate) fn made(folder: &Path) -> (tempfile::TempDir, PathBuf) {
     let here = tempfile::tempdir().unwrap();
     let path = here.path().join("model.safetensors");
     write(&as_single_file(folder), &path);
@@ -539,6 +540,116 @@ fn the_shapes_of_published_models_tell_their_configs() {
     }
 }
 
+/// The tensors of a UNet as a checkpoint has them: names and shapes.
+fn stored_unet(chain: &UnetChain) -> Vec<(String, Vec<i64>)> {
+    let shapes: BTreeMap<String, Vec<i64>> = chain.tensors().unwrap().into_iter().map(|spec| (spec.name, spec.shape)).collect();
+    let names = Names::of_unet(chain).unwrap();
+    let stored = names.iter();
+    stored.map(|(stored, views)| (format!("model.diffusion_model.{stored}"), shapes[&views[0].name].clone())).collect()
+}
+
+/// Depths of the transformers in the order of a checkpoint's input and output blocks, and the depth
+/// of the middle block: -1 is a resnet alone, -2 is no middle block. Source: the table of models
+/// in ComfyUI (`comfy/model_detection.py`), whose output blocks are listed from full resolution.
+const DEPTHS: [(Preset, &[usize], &[usize], i64); 9] = [
+    (Preset::SdxlBase, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::SdxlInpainting, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::SdxlEdit, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::LcmSdxl, &[0, 0, 2, 2, 10, 10], &[0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    (Preset::SdxlRefiner, &[0, 0, 4, 4, 4, 4, 0, 0], &[0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0], 4),
+    (Preset::Ssd1b, &[0, 0, 2, 2, 4, 4], &[0, 0, 0, 1, 1, 2, 10, 4, 4], -1),
+    (Preset::Vega, &[0, 0, 1, 1, 2, 2], &[0, 0, 0, 1, 1, 1, 2, 2, 2], -1),
+    (Preset::Koala700m, &[0, 2, 5], &[0, 0, 2, 2, 5, 5], -2),
+    (Preset::Koala1b, &[0, 2, 6], &[0, 0, 2, 2, 6, 6], 6),
+];
+
+/// Full published shapes, no weights.
+#[test]
+fn the_shapes_of_every_architecture_tell_its_config() {
+    let here = tempfile::tempdir().unwrap();
+    let path = here.path().join("model.safetensors");
+    for (name, preset) in Preset::all().filter(|(_, preset)| *preset != Preset::Tiny) {
+        let chain = UnetChain::new(UnetConfig::parse(preset.unet_config()).unwrap());
+        let stored = stored_unet(&chain);
+        let (_, inputs, outputs, middle) = DEPTHS.iter().find(|(known, ..)| *known == preset).unwrap();
+        let depth = |block: &str| {
+            let blocks =
+                |i: &usize| stored.iter().any(|(name, _)| name.contains(&format!("{block}.transformer_blocks.{i}.norm1.w")));
+            (0..).take_while(blocks).count()
+        };
+        let is_resnet = |block: &str| stored.iter().any(|(name, _)| name.contains(&format!("{block}.0.in_layers.0.weight")));
+        let depths = |kind: &str| -> Vec<usize> {
+            let blocks = (0..30).map(|n| format!("{kind}_blocks.{n}")).filter(|block| is_resnet(block));
+            blocks.map(|block| depth(&format!("{block}.1"))).collect()
+        };
+        assert_eq!(depths("input"), *inputs, "{name}");
+        assert_eq!(depths("output").into_iter().rev().collect::<Vec<_>>(), *outputs, "{name}");
+        let has_middle = stored.iter().any(|(name, _)| name.contains("middle_block."));
+        let found = if has_middle { depth("middle_block.1") as i64 } else { -2 };
+        assert_eq!(found, if *middle == -1 { 0 } else { *middle }, "{name}");
+
+        of_shapes(&stored, &path);
+        let file = SingleFile::open(&path).unwrap();
+        let told = UnetConfig::parse(config(&Value::Object(file.unet_config(None).unwrap()))).unwrap();
+        // A level without transformers may have any depth; that of the last level is the middle's.
+        let counted = |config: &UnetConfig| {
+            let mut config = config.clone();
+            let last = config.block_out_channels.len() - 1;
+            for level in 0..=last {
+                let is_middle = level == last && config.mid_block == MidBlock::CrossAttention;
+                if !config.down_attention[level] && !is_middle {
+                    config.transformer_layers_per_block[level] = Depth::Same(0);
+                }
+                let up = config.up_attention[last - level];
+                if let (Some(reverse), false) = (&mut config.reverse_transformer_layers_per_block, up) {
+                    reverse[last - level] = Depth::Same(0);
+                }
+            }
+            config
+        };
+        assert_eq!(counted(&told), counted(chain.config()), "{name}");
+        let tensors = UnetChain::new(told).tensors().unwrap();
+        assert_eq!(tensors, chain.tensors().unwrap(), "{name}");
+
+        // What no config describes is left to a base: a resnet without the transformer that its
+        // neighbour has, and a middle block of another depth than its level's transformers.
+        let without = |gone: &str| {
+            let kept: Vec<_> = stored.iter().filter(|(name, _)| !name.contains(gone)).cloned().collect();
+            assert!(kept.len() < stored.len(), "{name} has no {gone}");
+            of_shapes(&kept, &path);
+            SingleFile::open(&path).unwrap().unet_config(None)
+        };
+        assert_eq!(
+            without(if preset == Preset::SdxlRefiner { "output_blocks.4.1." } else { "output_blocks.1.1." }),
+            None,
+            "{name}"
+        );
+        if *middle > 0 && preset != Preset::SdxlRefiner {
+            assert_eq!(without(&format!("middle_block.1.transformer_blocks.{}.", middle - 1)), None, "{name}");
+        }
+    }
+    // Heads that are not 64 wide, and groups that are not 32.
+    let tiny = UnetChain::new(UnetConfig::parse(Preset::Tiny.unet_config()).unwrap());
+    of_shapes(&stored_unet(&tiny), &path);
+    assert_eq!(SingleFile::open(&path).unwrap().unet_config(None), None);
+}
+
+/// A transformer of depth 0 has a norm and projections alone.
+#[test]
+fn transformers_of_no_blocks_are_seen() {
+    let here = tempfile::tempdir().unwrap();
+    let path = here.path().join("model.safetensors");
+    let mut published = Value::Object(Preset::Ssd1b.unet_config().into_entries());
+    published["mid_block_type"] = json!("UNetMidBlock2DCrossAttn");
+    published["transformer_layers_per_block"] = json!([0, [0, 2], [0, 4]]);
+    let chain = UnetChain::new(UnetConfig::parse(config(&published)).unwrap());
+    of_shapes(&stored_unet(&chain), &path);
+    let told = SingleFile::open(&path).unwrap().unet_config(None).unwrap();
+    assert_eq!(told["mid_block_type"], json!("UNetMidBlock2DCrossAttn"));
+    let told = UnetChain::new(UnetConfig::parse(config(&Value::Object(told))).unwrap());
+    assert_eq!(told.tensors().unwrap(), chain.tensors().unwrap());
+}
+
 /// `values` of `tests/golden/make_family.py`.
 fn values(name: &str, shape: &[usize]) -> Vec<u8> {
     let offset = u64::from(crc32fast::hash(name.as_bytes()));
@@ -558,6 +669,17 @@ fn values(name: &str, shape: &[usize]) -> Vec<u8> {
     (0..count).flat_map(|place| half::f16::from_f64(value(place)).to_le_bytes()).collect()
 }
 
+/// Writes the checkpoint of `tests/golden/make_family.py`.
+pub(crate) fn family(path: &Path) {
+    let notes = std::fs::read_to_string(repo("tests/golden/single-file/family.json")).unwrap();
+    let notes: Value = serde_json::from_str(&notes).unwrap();
+    let tensor = |(name, shape): (&String, &Value)| {
+        let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
+        (name.clone(), (Dtype::F16, shape.clone(), values(name, &shape)))
+    };
+    write(&notes["tensors"].as_object().unwrap().iter().map(tensor).collect(), path);
+}
+
 /// No base: configs by the shapes, tokenizers by CLIP, the sampler by the family.
 #[test]
 fn a_file_of_the_family_needs_nothing_else() {
@@ -565,11 +687,7 @@ fn a_file_of_the_family_needs_nothing_else() {
     let notes: Value = serde_json::from_str(&std::fs::read_to_string(golden.with_extension("json")).unwrap()).unwrap();
     let here = tempfile::tempdir().unwrap();
     let path = here.path().join("family.safetensors");
-    let tensor = |(name, shape): (&String, &Value)| {
-        let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
-        (name.clone(), (Dtype::F16, shape.clone(), values(name, &shape)))
-    };
-    write(&notes["tensors"].as_object().unwrap().iter().map(tensor).collect(), &path);
+    family(&path);
     let text = |key: &str| notes[key].as_str().map_or_else(|| notes[key].to_string(), str::to_owned);
     let draw = |model: &Path| {
         let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));
@@ -588,6 +706,99 @@ fn a_file_of_the_family_needs_nothing_else() {
     let folder = here.path().join("folder");
     Squeeze::new("export").arg(&path).with("--to", "diffusers").out(&folder).succeeds();
     assert!(draw(&folder) == drawn);
+}
+
+/// Playground v2.5, CosXL and CosXL Edit in small: what diffusers draws with them.
+#[test]
+fn edm_models_draw_what_diffusers_draws() {
+    let notes = |name: &str| -> Value {
+        let path = repo(&format!("tests/golden/single-file/{name}.json"));
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let (family, notes) = (notes("family"), notes("edm"));
+    let golden = tensors(&repo("tests/golden/single-file/edm.safetensors"));
+    let here = tempfile::tempdir().unwrap();
+    let text = |key: &str| notes[key].as_str().map_or_else(|| notes[key].to_string(), str::to_owned);
+    for (name, markers) in notes["markers"].as_object().unwrap() {
+        let path = here.path().join(format!("{name}.safetensors"));
+        let tensor = |(tensor, shape): (&String, &Value)| {
+            let mut shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();
+            if name == "cosxl-edit" && tensor == "model.diffusion_model.input_blocks.0.0.weight" {
+                shape[1] = 8;
+            }
+            (tensor.clone(), (Dtype::F16, shape.clone(), values(tensor, &shape)))
+        };
+        let mut made: Tensors = family["tensors"].as_object().unwrap().iter().map(tensor).collect();
+        for (marker, entry) in markers.as_object().unwrap() {
+            let numbers: Vec<f32> = serde_json::from_value(entry["values"].clone()).unwrap();
+            let shape = serde_json::from_value(entry["shape"].clone()).unwrap();
+            made.insert(marker.clone(), (Dtype::F32, shape, numbers.into_iter().flat_map(f32::to_le_bytes).collect()));
+        }
+        write(&made, &path);
+        let draw = |model: &Path, base: Option<&Path>| {
+            let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));
+            let run = run.with("--negative-prompt", text("negative_prompt")).with("--steps", text("steps"));
+            let run = run.with("--guidance", text("guidance")).with("--seed", text("seed"));
+            let run = match name.as_str() {
+                "cosxl-edit" => {
+                    let image = crate::architectures::golden("image.png");
+                    run.with("--image", image).with("--image-guidance", text("image_guidance"))
+                }
+                _ => run.with("--height", text("size")).with("--width", text("size")),
+            };
+            let run = if let Some(base) = base { run.with("--base", base) } else { run };
+            let [out, picture] = ["latents.safetensors", "x.png"].map(|name| here.path().join(name));
+            run.with("--latents-out", &out).with("-o", &picture).succeeds();
+            (tensors(&out)["latents"].shallow_clone(), pixels_of(&picture))
+        };
+        let (drawn, picture) = draw(&path, None);
+        let error = relative_error(&drawn, &golden[&format!("{name}/latents")]);
+        assert!(error < 1e-4, "{name}: relative error {error:.2e}");
+        // The scale of the latents counts in the picture alone.
+        let expected = (&golden[&format!("{name}/picture")] * 255.0).round().squeeze().permute([1, 2, 0]).contiguous();
+        let expected = Vec::<f32>::try_from(expected.flatten(0, -1)).unwrap();
+        assert_eq!(picture.len(), expected.len());
+        let most = picture.iter().zip(&expected).map(|(ours, theirs)| (f32::from(*ours) - theirs).abs()).fold(0.0, f32::max);
+        assert!(most <= 1.0, "{name}: a pixel differs by {most}");
+
+        // The folder that is made of it says the same, and so does the file that is made of that.
+        let folder = here.path().join(format!("{name}-folder"));
+        Squeeze::new("export").arg(&path).with("--to", "diffusers").out(&folder).succeeds();
+        assert!(draw(&folder, None) == (drawn.shallow_clone(), picture.clone()), "{name}: as a folder");
+        let again = here.path().join(format!("{name}-again.safetensors"));
+        Squeeze::new("export").arg(&folder).with("--to", "single-file").out(&again).succeeds();
+        assert!(draw(&again, None) == (drawn.shallow_clone(), picture.clone()), "{name}: as a file again");
+
+        // A base of plain SDXL completes it, and the markers decide.
+        let plain = here.path().join("plain");
+        if !plain.exists() {
+            copy(&folder, &plain);
+            for (file, key) in [("vae/config.json", "latents_mean"), ("vae/config.json", "latents_std")] {
+                edit(&plain.join(file), |config| drop(config.remove(key)));
+            }
+            edit(&plain.join("vae/config.json"), |config| drop(config.insert("scaling_factor".into(), json!(0.13025))));
+            let euler = repo("tests/golden/base-like/scheduler/scheduler_config.json");
+            std::fs::copy(euler, plain.join("scheduler/scheduler_config.json")).unwrap();
+            edit(&plain.join("model_index.json"), |index| {
+                index.insert("scheduler".into(), json!(["diffusers", "EulerDiscreteScheduler"]));
+            });
+        }
+        assert!(draw(&path, Some(&plain)) == (drawn, picture), "{name}: with a base");
+    }
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Map<String, Value>)) {
+    let mut config: Map<String, Value> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(path, Value::Object(config).to_string()).unwrap();
+}
+
+fn pixels_of(path: &Path) -> Vec<u8> {
+    let mut reader = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(path).unwrap())).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut pixels).unwrap();
+    pixels.truncate(info.buffer_size());
+    pixels
 }
 
 /// 4-D attention of the VAE, its old names, and other dtypes in one folder.

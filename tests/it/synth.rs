@@ -7,7 +7,7 @@ use sdxl_squeeze::model::unet::{Conditioning, Unet};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::noise;
-use sdxl_squeeze::synth::{Preset, synthesize};
+use sdxl_squeeze::synth::{Preset, synthesize, synthesize_single_file};
 use tch::{Kind, Tensor};
 
 use crate::squeeze::Squeeze;
@@ -69,6 +69,23 @@ fn a_tiny_pipeline_draws_and_is_the_same_every_time() {
         let ended = run.succeeds();
         assert!(!ended.text().contains("WARN"), "{ended}");
     }
+}
+
+#[test]
+fn a_single_file_has_the_weights_of_the_folder() {
+    let here = tempfile::tempdir().unwrap();
+    let [folder, file, exported] = ["folder", "synth.safetensors", "exported.safetensors"].map(|name| here.path().join(name));
+    let run = || Squeeze::new("synth").args(["--preset", "tiny", "--seed", "5"]);
+    run().out(&folder).succeeds();
+    std::fs::write(&file, "an older file").unwrap();
+    run().args(["--single-file"]).out(&file).succeeds();
+    // `export --to single-file` was compared with diffusers.
+    Squeeze::new("export").arg(&folder).with("--to", "single-file").out(&exported).succeeds();
+    assert!(std::fs::read(&file).unwrap() == std::fs::read(&exported).unwrap());
+    synthesize_single_file(Preset::Tiny, &file, 6, Kind::Half, &Silent).unwrap();
+    assert!(std::fs::read(&file).unwrap() != std::fs::read(&exported).unwrap());
+    // Only the files that were asked for are there.
+    assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), 3);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 
 mod blob;
 mod check;
+mod constants;
 mod description;
 mod element;
 mod infer;
@@ -23,6 +24,7 @@ pub mod proto;
 mod weights;
 
 pub use check::{PackageVerification, verify};
+pub use constants::DenseConstant;
 pub use element::{ArrayType, Element};
 pub use lut::Lut;
 pub use options::{Io, Layout, Options};

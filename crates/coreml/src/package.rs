@@ -13,6 +13,7 @@ use squeeze_base::output::NewFolder;
 use squeeze_base::progress::Progress;
 
 use super::blob::{BlobFile, BlobWriter};
+use super::constants::{self, DenseConstant};
 use super::description::feature;
 use super::lower::{Lowered, lower};
 use super::manifest::{self, manifest};
@@ -52,6 +53,11 @@ pub struct WrittenPackage {
     pub constants: usize,
     /// The weights that stay compressed.
     pub compressed: usize,
+    /// The bytes of the arrays in the program, by the kind of operation that holds them.
+    pub constant_bytes: BTreeMap<String, u64>,
+    /// The dense fp16 constants of at least 16 KiB, the largest first: weights that are not
+    /// compressed.
+    pub dense: Vec<DenseConstant>,
 }
 
 /// Writes the UNet of `weights` as the new package `out`, whose name ends in `.mlpackage`.
@@ -83,6 +89,8 @@ pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn
         operations: operations.iter().filter(|op| op.r#type != "const" && !op.r#type.starts_with("constexpr_")).count(),
         constants: operations.iter().filter(|op| op.r#type == "const").count(),
         compressed: operations.iter().filter(|op| is_dense_weight(op)).count(),
+        constant_bytes: constants::bytes_by_kind(&operations),
+        dense: constants::large_and_dense(&operations),
     };
     let description = ModelDescription {
         metadata: Some(metadata(weights, options, &blobs)),

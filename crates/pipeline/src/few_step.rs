@@ -40,7 +40,12 @@ struct Family {
 }
 
 const TRAILING: &str = "--timestep-spacing trailing";
-const TURBO: Family = Family { name: "a Turbo", steps: 4, guidance: 0.0, sampler: TRAILING };
+const TURBO: Family = Family {
+    name: "a Turbo",
+    steps: 4,
+    guidance: 0.0,
+    sampler: "--scheduler euler-ancestral --timestep-spacing trailing, and --height 512 --width 512 for SDXL-Turbo itself",
+};
 const LIGHTNING: Family = Family { name: "a Lightning", steps: 4, guidance: 0.0, sampler: TRAILING };
 const HYPER: Family = Family { name: "a Hyper-SD", steps: 4, guidance: 0.0, sampler: TRAILING };
 const TCD: Family = Family { name: "a TCD", steps: 4, guidance: 0.0, sampler: "--scheduler tcd" };
@@ -94,7 +99,7 @@ fn runs_as(family: Family, scheduler: &SchedulerConfig) -> bool {
     match scheduler.class() {
         // Their timesteps are those of distillation.
         "LCMScheduler" | "TCDScheduler" => true,
-        _ => family.sampler == TRAILING && scheduler.text("timestep_spacing") == Some("trailing"),
+        _ => family.sampler.contains(TRAILING) && scheduler.text("timestep_spacing") == Some("trailing"),
     }
 }
 
@@ -228,13 +233,16 @@ mod tests {
     #[test]
     fn a_word_alone_is_a_hint() {
         let trailing = scheduler("EulerDiscreteScheduler", json!({"timestep_spacing": "trailing"}));
-        for name in
-            ["DreamShaperXL_Turbo_v2", "DreamShaperXL_Turbo_v2_1", "juggernautXL_v9Rdphoto2Lightning", "lightning_storm_xl"]
-        {
+        for (name, flags) in [
+            ("DreamShaperXL_Turbo_v2", "--scheduler euler-ancestral --timestep-spacing trailing, and --height 512 "),
+            ("DreamShaperXL_Turbo_v2_1", "--scheduler euler-ancestral --timestep-spacing trailing, and --height 512 "),
+            ("juggernautXL_v9Rdphoto2Lightning", "--timestep-spacing trailing, or"),
+            ("lightning_storm_xl", "--timestep-spacing trailing, or"),
+        ] {
             let (defaults, hint) = of(name, &scheduler("EulerDiscreteScheduler", json!({})));
             assert_eq!(defaults, None, "{name}");
             let hint = hint.unwrap();
-            for part in [name, "suggests a ", "--steps 4 --guidance 0 --timestep-spacing trailing"] {
+            for part in [name, "suggests a ", &format!("--steps 4 --guidance 0 {flags}")] {
                 assert!(hint.contains(part), "{hint}");
             }
             // The sampler agrees.
@@ -252,6 +260,7 @@ mod tests {
         let (defaults, hint) = of("sdxl_lightning_4step_unet.safetensors", &euler);
         assert_eq!(defaults, Some((4, 0.0)));
         assert!(hint.unwrap().contains("a Lightning model is usually run with --timestep-spacing trailing"));
+        assert!(of("sdxl-turbo", &euler).1.unwrap().contains("a Turbo model is usually run with --scheduler euler-ancestral "));
         assert!(of("lcm-sdxl", &euler).1.unwrap().contains("--scheduler lcm"));
         assert_eq!(of("lcm-sdxl", &scheduler("LCMScheduler", json!({}))).1, None);
     }

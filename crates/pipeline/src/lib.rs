@@ -10,6 +10,7 @@ mod lora_file;
 mod parts;
 pub mod picture;
 mod picture_file;
+mod pieces;
 mod prompt;
 mod prompt_options;
 mod sampling;

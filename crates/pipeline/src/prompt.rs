@@ -19,6 +19,8 @@ pub struct PromptEncoder {
     parts: Vec<(ClipTokenizer, ClipText)>,
     placement: Placement,
     options: PromptOptions,
+    /// The fewest pieces in which a text is encoded.
+    least_pieces: usize,
     /// Whether the log has said that weights in brackets are not interpreted.
     has_said: AtomicBool,
 }
@@ -47,13 +49,26 @@ impl PromptEncoder {
                 Ok((folder.tokenizer(part)?, model))
             })
             .collect::<Result<_>>()?;
-        Ok(PromptEncoder { parts, placement, options: PromptOptions::default(), has_said: AtomicBool::new(false) })
+        Ok(PromptEncoder {
+            parts,
+            placement,
+            options: PromptOptions::default(),
+            least_pieces: 1,
+            has_said: AtomicBool::new(false),
+        })
     }
 
     /// The encoder with other options.
     #[must_use]
     pub fn with_options(self, options: PromptOptions) -> Self {
         PromptEncoder { options, ..self }
+    }
+
+    /// The encoder that fills prompts of fewer than `count` pieces with the pieces of an empty
+    /// text, so that all prompts have equally many states.
+    #[must_use]
+    pub fn with_pieces(self, count: usize) -> Self {
+        PromptEncoder { least_pieces: count, ..self }
     }
 
     /// Encodes texts as one batch. A text that is too long is cut, and the log quotes the lost
@@ -67,7 +82,7 @@ impl PromptEncoder {
 
     /// The number of pieces in which all of `texts` are encoded: that of the longest.
     fn pieces(&self, texts: &[&str]) -> Result<usize> {
-        let mut most = 1;
+        let mut most = self.least_pieces.max(1);
         if self.options.long_prompts {
             for (tokenizer, _) in &self.parts {
                 for text in texts {

@@ -101,7 +101,6 @@ impl<'a> Denoised<'a> {
     }
 
     /// The latents after the steps so far: [1, c, h, w].
-    #[must_use]
     pub fn latents(&self) -> &Tensor {
         &self.latents
     }

@@ -97,18 +97,22 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
             }
             None => None,
         };
-        let (mut index, mut scheduler) = (base.index, base.scheduler);
+        let (mut index, mut scheduler, mut vae) = (base.index, base.scheduler, base.vae);
         if let Some(marked) = marked {
             index.entries.insert("scheduler".into(), json!(["diffusers", marked.class()]));
             scheduler = marked;
         }
+        if family.is_cosxl_edit() {
+            index.entries.insert("is_cosxl_edit".into(), json!(true));
+        }
+        vae.entries.extend(family.marked_latents().unwrap_or_default());
         let text = base.text.into_iter().map(|place| match file.has_encoder(place.encoder) {
             true => TextPlace { weights: WeightsAt::Checkpoint(Arc::clone(file)), ..place },
             false => place,
         });
         let text = text.collect();
         let vae_weights = file.vae().map_or(base.vae_weights, |vae| VaeAt::File(vae.clone()));
-        return Ok(Parts { index, scheduler, unet, unet_weights, text, vae_weights, ..base });
+        return Ok(Parts { index, scheduler, unet, unet_weights, text, vae, vae_weights, ..base });
     }
 
     let mut text = Vec::new();

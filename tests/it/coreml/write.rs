@@ -394,6 +394,79 @@ fn export_and_verify_say_what_a_package_has() {
     assert!(said.contains("0 compressed weights"), "{said}");
 }
 
+/// Every byte of the arrays is counted, and a compressed layer has no dense constant beside it.
+#[test]
+fn no_compressed_weight_is_dense_in_a_package() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("c.safetensors"), folder.path().join("c.mlpackage"));
+    made_up::container(&emoji(), &path);
+    let container = Container::open(&path).unwrap();
+    let chain = UnetWeights::from(&container).chain().unwrap();
+    let written = write(UnetWeights::Container(&container), &Options::new(chain.config()), &out, &Silent).unwrap();
+    let mut package = Package::read(&out);
+    let operations = &package.block().operations;
+    let kinds: BTreeMap<&str, &str> = operations.iter().map(|op| (op.outputs[0].name.as_str(), op.r#type.as_str())).collect();
+    let compressed: BTreeSet<String> = container.layers().map(|layer| layer.name.replace('.', "_")).collect();
+    assert_eq!(written.compressed, compressed.len());
+    for name in &compressed {
+        assert!(["constexpr_lut_to_dense", "constexpr_sparse_to_dense"].contains(&kinds[name.as_str()]), "{name}");
+    }
+    // Constants of halves, by their declared types.
+    let halves = operations.iter().filter(|op| op.r#type == "const").filter_map(|op| {
+        let (dtype, shape) = declared(op.outputs[0].r#type.as_ref());
+        let bytes = 2 * shape.iter().product::<i64>() as u64;
+        (dtype == DataType::Float16 as i32).then(|| (op.outputs[0].name.clone(), bytes))
+    });
+    let mut large: Vec<(String, u64)> = halves.filter(|(_, bytes)| *bytes >= 16 << 10).collect();
+    large.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    let reported: Vec<(String, u64)> = written.dense.iter().map(|dense| (dense.name.clone(), dense.bytes)).collect();
+    assert_eq!(reported, large);
+    assert!(!reported.is_empty() && reported.iter().all(|(name, _)| !compressed.contains(name)), "{reported:?}");
+    // Padding and the marks of records are all that `weight.bin` has besides.
+    let counted: u64 = written.constant_bytes.values().sum();
+    let expected: u64 = container.layers().map(|layer| layer.bytes).sum();
+    assert!(written.constant_bytes["constexpr_lut_to_dense"] > 0 && counted > expected);
+    let records = verify(&out).unwrap().blobs as u64;
+    assert!(written.weight_bytes <= counted + 64 + 128 * records, "{counted} of {} bytes", written.weight_bytes);
+}
+
+/// Apple's Swift samplers take every output for noise.
+#[test]
+fn apples_inputs_with_another_prediction_are_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let export = |model: &Path, out: &str, more: &[&str]| {
+        let flags = ["export", model.to_str().unwrap(), "--to", "coreml", "--out", &path(out)];
+        ended_with(0, &squeeze(&[&flags[..], more].concat()))
+    };
+    let (noise, v) = (repo("tests/golden/base-like"), repo("tests/golden/v-prediction"));
+    let said = export(&v, "v.mlpackage", &["--io", "apple"]);
+    assert!(said.contains("apple-scheduler: the model predicts `v_prediction`, not noise"), "{said}");
+    let said = export(&v, "w.mlpackage", &["--io", "apple", "--json", "--quiet"]);
+    let report: Value = serde_json::from_str(&said[said.find('{').unwrap()..=said.rfind('}').unwrap()]).unwrap();
+    assert!(report["warnings"][0].as_str().unwrap().starts_with("apple-scheduler: "));
+    assert!(report["constant_bytes"]["const"].as_u64().unwrap() > 0);
+    for (out, more) in [("x.mlpackage", &["--io", "apple"][..]), ("y.mlpackage", &["--io", "diffusers"])] {
+        let model = if out.starts_with('x') { &noise } else { &v };
+        assert!(!export(model, out, more).contains("apple-scheduler"));
+    }
+    // EDM's preconditioning, and models that predict the picture.
+    let model = folder.path().join("model");
+    for (class, prediction, words) in [
+        ("EDMEulerScheduler", "epsilon", "is sampled by EDMEulerScheduler"),
+        ("EulerDiscreteScheduler", "sample", "predicts `sample`, not noise"),
+    ] {
+        std::fs::remove_dir_all(&model).ok();
+        crate::support::copy(&noise, &model);
+        let config = json!({ "_class_name": class, "prediction_type": prediction });
+        std::fs::write(model.join("scheduler/scheduler_config.json"), config.to_string()).unwrap();
+        let index = std::fs::read_to_string(model.join("model_index.json")).unwrap();
+        std::fs::write(model.join("model_index.json"), index.replace("EulerDiscreteScheduler", class)).unwrap();
+        let said = export(&model, &format!("{class}.mlpackage"), &["--io", "apple"]);
+        assert!(said.contains(words), "{said}");
+    }
+}
+
 /// The check also accepts a package that this project's writer did not make.
 #[test]
 fn a_package_by_coremltools_is_whole() {

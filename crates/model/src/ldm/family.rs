@@ -134,6 +134,20 @@ impl Family {
         config
     }
 
+    /// Whether it is an edit model whose UNet is shown scaled latents (CosXL Edit), which
+    /// `is_cosxl_edit` of `model_index.json` says.
+    #[must_use]
+    pub fn is_cosxl_edit(&self) -> bool {
+        self.in_channels == 8 && matches!(self.prediction, Prediction::CosXl { .. })
+    }
+
+    /// What the file marks of its latents, as entries of the VAE's `config.json`.
+    #[must_use]
+    pub fn marked_latents(&self) -> Option<Map<String, Value>> {
+        let (scaling_factor, Some(mean), Some(std)) = self.latents() else { return None };
+        json!({ "scaling_factor": scaling_factor, "latents_mean": mean, "latents_std": std }).as_object().cloned()
+    }
+
     /// Scale, mean and standard deviation of the latents.
     pub(super) fn latents(&self) -> (f64, Option<&[f64]>, Option<&[f64]>) {
         match &self.prediction {
@@ -155,6 +169,7 @@ impl Family {
         let index = json!({
             "_class_name": class,
             "force_zeros_for_empty_prompt": !self.is_refiner,
+            "is_cosxl_edit": self.is_cosxl_edit(),
             "requires_aesthetics_score": self.is_refiner,
             "scheduler": ["diffusers", self.scheduler()["_class_name"]],
             "text_encoder": first("transformers", "CLIPTextModel"),

@@ -18,6 +18,8 @@ use crate::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 #[derive(Debug, Clone)]
 pub struct Names {
     views: BTreeMap<String, Vec<View>>,
+    /// Whether matrices of the attention are stored as 1x1 convolutions.
+    is_vae: bool,
 }
 
 /// A module of a network: its path, its path in the file, and whether it is a resnet.
@@ -72,7 +74,8 @@ impl Names {
     /// As [`of_unet`](Self::of_unet).
     pub fn of_vae(config: &VaeConfig) -> Result<Self> {
         let tensors = [VaeDecoder::tensors(config)?, VaeEncoder::tensors(config)?].concat();
-        Self::of_modules(tensors, &vae_modules(config.block_out_channels.len()), &[("conv_shortcut", "nin_shortcut")])
+        let modules = vae_modules(config.block_out_channels.len());
+        Ok(Names { is_vae: true, ..Self::of_modules(tensors, &modules, &[("conv_shortcut", "nin_shortcut")])? })
     }
 
     /// The tensors of a text encoder in transformers' names, as CLIP-L is stored.
@@ -81,7 +84,8 @@ impl Names {
     /// If libtorch cannot make a tensor at all.
     pub fn of_clip(config: &TextConfig) -> Result<Self> {
         let tensors = ClipText::tensors(config)?.into_iter();
-        Ok(Names { views: tensors.map(|spec| (spec.name.clone(), vec![View::whole(spec.name)])).collect() })
+        let views = tensors.map(|spec| (spec.name.clone(), vec![View::whole(spec.name)])).collect();
+        Ok(Names { views, is_vae: false })
     }
 
     /// The tensors of a text encoder in OpenCLIP's names: query, key and value of an attention in
@@ -121,7 +125,7 @@ impl Names {
         if config.projection_dim.is_some() {
             views.insert("text_projection".into(), vec![View::transposed("text_projection.weight")]);
         }
-        Names { views }
+        Names { views, is_vae: false }
     }
 
     fn of_modules(tensors: Vec<TensorSpec>, modules: &[Module], resnet_leaves: &[(&str, &str)]) -> Result<Self> {
@@ -131,7 +135,7 @@ impl Names {
             let stored = stored.ok_or_else(|| Error::Argument(format!("`{name}` has no name in single-file checkpoints")))?;
             views.insert(stored, vec![View::whole(name)]);
         }
-        Ok(Names { views })
+        Ok(Names { views, is_vae: false })
     }
 
     /// The network's tensors in the stored tensor `stored`. A name that is not in the table is left
@@ -139,6 +143,23 @@ impl Names {
     #[must_use]
     pub fn views(&self, stored: &str) -> Vec<View> {
         self.views.get(stored).cloned().unwrap_or_else(|| vec![View::whole(stored)])
+    }
+
+    /// The shape in which a checkpoint stores `views`, of which the first is of `shape` in the
+    /// network.
+    #[must_use]
+    pub fn stored_shape(&self, views: &[View], shape: &[i64]) -> Vec<i64> {
+        let mut stored = shape.to_vec();
+        if let (Some(rows), true) = (stored.first_mut(), views.len() > 1) {
+            *rows *= views.len() as i64;
+        }
+        if views.iter().any(|view| view.transposed) {
+            stored.reverse();
+        }
+        if self.is_vae && views.iter().any(|view| VaeDecoder::is_linear(&view.name)) {
+            stored.extend([1, 1]);
+        }
+        stored
     }
 
     /// The stored tensors by name, each with the views of the network on it.

@@ -122,7 +122,7 @@ impl SingleFile {
         };
         let shapes = single.unet_shapes();
         let (in_channels, context) = (shapes.in_channels(), shapes.cross_attention_dim());
-        let is_told_guidance = shapes.told_guidance().is_some();
+        let is_told_guidance = shapes.time_cond_proj_dim().is_some();
         single.family.is_told_guidance = is_told_guidance;
         single.family.in_channels = in_channels.unwrap_or(4);
         single.family.is_refiner = match single.encoders[..] {
@@ -268,7 +268,7 @@ impl SingleFile {
             tracing::info!("{}: the UNet has {channels} input channels, other than the base", self.path().display());
             config.insert("in_channels".into(), json!(channels));
         }
-        let told = json!(shapes.told_guidance());
+        let told = json!(shapes.time_cond_proj_dim());
         if *base.get("time_cond_proj_dim").unwrap_or(&Value::Null) != told {
             let what = if told.is_null() { "not told" } else { "told" };
             tracing::info!("{}: the UNet is {what} the guidance scale, other than the base's", self.path().display());

@@ -7,11 +7,27 @@ use serde_json::{Map, Value, json};
 /// The shapes of a UNet's tensors under their names in LDM checkpoints, without the prefix.
 pub(super) struct UnetShapes<'a>(pub BTreeMap<&'a str, &'a [i64]>);
 
-/// The channels of a level and the depth of the transformer after each of its resnets.
+/// The channels of a level and the depth of the transformer after each of its resnets, where there
+/// is one. A transformer of depth 0 has its norm and its projections.
 #[derive(Debug, Default, Clone, PartialEq)]
 struct Level {
     channels: i64,
-    depths: Vec<usize>,
+    depths: Vec<Option<usize>>,
+}
+
+impl Level {
+    /// The depth of each transformer; 0 in a level without them. `None` if some resnets have one
+    /// and others do not, which no config of diffusers describes.
+    fn transformers(&self) -> Option<Vec<usize>> {
+        match self.has_attention() {
+            true => self.depths.iter().copied().collect(),
+            false => Some(vec![0; self.depths.len()]),
+        }
+    }
+
+    fn has_attention(&self) -> bool {
+        self.depths.iter().any(Option::is_some)
+    }
 }
 
 /// The width of an attention head in all published SDXL models.
@@ -24,11 +40,12 @@ impl UnetShapes<'_> {
 
     /// The input channels of the first convolution: 4, 8 of CosXL Edit, 9 for inpainting.
     pub(super) fn in_channels(&self) -> Option<i64> {
-        self.dimension("input_blocks.0.0.weight", 1)
+        self.dimension("input_blocks.0.0.weight", 1).or_else(|| self.dimension("conv_in.weight", 1))
     }
 
-    /// The width of the guidance scale that the UNet is told; `None` if it is not, as all but LCMs.
-    pub(super) fn told_guidance(&self) -> Option<i64> {
+    /// The width of the embedded guidance scale, which an LCM's UNet is told; its name is one in
+    /// all checkpoints. `None` of other UNets.
+    pub(super) fn time_cond_proj_dim(&self) -> Option<i64> {
         self.dimension("time_embedding.cond_proj.weight", 1)
     }
 
@@ -37,9 +54,11 @@ impl UnetShapes<'_> {
         self.0.iter().find(|(name, _)| name.ends_with(".attn2.to_k.weight")).and_then(|(_, shape)| shape.last().copied())
     }
 
-    /// The depth of the transformer at `path`; 0 if there is none.
-    fn depth(&self, path: &str) -> usize {
-        (0..).take_while(|i| self.0.contains_key(format!("{path}.transformer_blocks.{i}.norm1.weight").as_str())).count()
+    /// The depth of the transformer at `path`; `None` if there is none.
+    fn depth(&self, path: &str) -> Option<usize> {
+        let has = |name: String| self.0.contains_key(name.as_str());
+        let blocks = (0..).take_while(|i| has(format!("{path}.transformer_blocks.{i}.norm1.weight"))).count();
+        (blocks > 0 || has(format!("{path}.proj_in.weight"))).then_some(blocks)
     }
 
     /// `config.json` as diffusers would write it; the values that shapes do not tell are those of
@@ -69,25 +88,33 @@ impl UnetShapes<'_> {
             return None;
         }
 
-        let has_attention = |level: &Level| level.depths.iter().any(|depth| *depth > 0);
+        let down_depths: Vec<Vec<usize>> = levels.iter().map(Level::transformers).collect::<Option<_>>()?;
+        let up_depths: Vec<Vec<usize>> = up.iter().map(Level::transformers).collect::<Option<_>>()?;
         let last = levels.len() - 1;
+        // The middle block's transformer is as deep as the first of the last level.
+        if let (Some(middle), true) = (middle, levels[last].has_attention())
+            && down_depths[last][0] != middle
+        {
+            return None;
+        }
         // A level without transformers has a depth too, which is that of the middle block in the
         // last level.
         let depths: Vec<Value> = levels
             .iter()
+            .zip(&down_depths)
             .enumerate()
-            .map(|(i, level)| match (has_attention(level), i == last && middle > 0) {
-                (false, true) => json!(middle),
-                (false, false) => json!(1),
-                (true, _) => one_or_each(&level.depths),
+            .map(|(i, (level, depths))| match (level.has_attention(), middle.filter(|_| i == last)) {
+                (false, Some(middle)) => json!(middle),
+                (false, None) => json!(1),
+                (true, _) => one_or_each(depths),
             })
             .collect();
-        let mirrored = levels.iter().rev().zip(&up).all(|(down, up)| {
-            let first = down.depths[0];
-            down.depths.iter().chain(&up.depths).all(|depth| *depth == first)
+        let mirrored = down_depths.iter().rev().zip(&up_depths).all(|(down, up)| {
+            let first = down[0];
+            down.iter().chain(up).all(|depth| *depth == first)
         });
-        let reverse = (!mirrored).then(|| up.iter().map(|level| one_or_each(&level.depths)).collect::<Vec<_>>());
-        let middle_block = match (middle > 0, self.0.keys().any(|name| name.starts_with("middle_block."))) {
+        let reverse = (!mirrored).then(|| up_depths.iter().map(|depths| one_or_each(depths)).collect::<Vec<_>>());
+        let middle_block = match (middle.is_some(), self.0.keys().any(|name| name.starts_with("middle_block."))) {
             (true, _) => json!("UNetMidBlock2DCrossAttn"),
             (false, true) => json!("UNetMidBlock2D"),
             (false, false) => Value::Null,
@@ -95,7 +122,7 @@ impl UnetShapes<'_> {
         let resnets: Vec<usize> = levels.iter().map(|level| level.depths.len()).collect();
         let channels: Vec<i64> = levels.iter().map(|level| level.channels).collect();
         let types = |levels: &[Level], attention: &str, plain: &str| {
-            levels.iter().map(|level| if has_attention(level) { attention } else { plain }.to_owned()).collect::<Vec<_>>()
+            levels.iter().map(|level| if level.has_attention() { attention } else { plain }.to_owned()).collect::<Vec<_>>()
         };
         let is_linear =
             self.0.iter().find(|(name, _)| name.ends_with(".proj_in.weight")).is_none_or(|(_, shape)| shape.len() == 2);
@@ -121,7 +148,7 @@ impl UnetShapes<'_> {
             "projection_class_embeddings_input_dim": self.dimension("label_emb.0.0.weight", 1)?,
             "reverse_transformer_layers_per_block": reverse,
             "sample_size": 128,
-            "time_cond_proj_dim": self.told_guidance(),
+            "time_cond_proj_dim": self.time_cond_proj_dim(),
             "transformer_layers_per_block": depths,
             "up_block_types": types(&up, "CrossAttnUpBlock2D", "UpBlock2D"),
             "use_linear_projection": is_linear,
