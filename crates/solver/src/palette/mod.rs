@@ -13,6 +13,7 @@ mod histogram;
 mod layout;
 mod palettized;
 mod partition;
+mod path;
 mod solve;
 mod values;
 
