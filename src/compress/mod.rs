@@ -20,6 +20,7 @@ mod input_block;
 mod job;
 mod kept;
 mod layer;
+mod part;
 mod prepare;
 mod propagate;
 mod report;

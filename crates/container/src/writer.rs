@@ -16,6 +16,7 @@ use squeeze_codebook::Codebook;
 
 use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
+use super::reader::Container;
 use super::weight::{CompressedWeight, Values};
 
 /// A container under construction. Weights and tensors are added one at a time and need not be kept
@@ -134,6 +135,25 @@ impl ContainerWriter {
                 (Part::Values, Values::Plain(values)) => self.push(dtype, part_name, shape, &half_bytes::to_bytes(values))?,
                 _ => return Err(Error::internal(format!("`{name}` lacks its {part:?}"))),
             }
+        }
+        self.weights.insert(name.to_owned(), row);
+        Ok(())
+    }
+
+    /// Adds the compressed weight `name` of another container as it is, with its hash, but with
+    /// this `report`: the bytes of its parts are copied, and nothing is decoded.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if `from` has no such weight; [`Error::Changed`]; as
+    /// [`add_weight`](Self::add_weight).
+    pub fn copy_weight(&mut self, from: &Container, name: &str, report: Value) -> Result<()> {
+        let row = WeightRow { report, ..from.row(name)?.clone() };
+        self.claim(name)?;
+        for (part, dtype, shape) in row.parts().map_err(|problem| Error::internal(format!("`{name}`: {problem}")))? {
+            let part_name = part.of(name);
+            self.claim(&part_name)?;
+            let bytes = from.file().read(&part_name)?;
+            self.push(dtype, part_name, shape, &bytes)?;
         }
         self.weights.insert(name.to_owned(), row);
         Ok(())
