@@ -76,12 +76,19 @@ fn squares<T: Wide>(a: &[T], b: &[f16]) -> (f64, f64) {
         let [wide_a, wide_b] = wide.each_mut().map(|wide| &mut wide[..a.len()]);
         T::widen(a, wide_a);
         f16::widen(b, wide_b);
-        for (a, b) in wide_a.chunks(LANES).zip(wide_b.chunks(LANES)) {
-            for (lane, (a, b)) in a.iter().zip(b).enumerate() {
-                let (a, b) = (f64::from(*a), f64::from(*b));
+        let (lanes_a, rest_a) = wide_a.as_chunks::<LANES>();
+        let (lanes_b, rest_b) = wide_b.as_chunks::<LANES>();
+        for (a, b) in lanes_a.iter().zip(lanes_b) {
+            for lane in 0..LANES {
+                let (a, b) = (f64::from(a[lane]), f64::from(b[lane]));
                 sums[0][lane] += (a - b) * (a - b);
                 sums[1][lane] += a * a;
             }
+        }
+        for (lane, (a, b)) in rest_a.iter().zip(rest_b).enumerate() {
+            let (a, b) = (f64::from(*a), f64::from(*b));
+            sums[0][lane] += (a - b) * (a - b);
+            sums[1][lane] += a * a;
         }
     }
     let [distance, scale] = sums.map(|lanes| lanes.iter().sum());

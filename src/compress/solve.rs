@@ -176,8 +176,8 @@ impl Compressor<'_> {
     }
 }
 
-/// Weights of more elements than this, with a Hessian and its factors, leave blocks in the allocator
-/// that nothing else fits into.
+/// Weights of more elements than this, with a Hessian and its factors, leave blocks in the
+/// allocator that nothing else fits into.
 const LARGE: usize = 4 << 20;
 
 /// The factors of a Hessian that several layers share.

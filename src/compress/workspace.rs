@@ -1,5 +1,5 @@
-//! On-disk store of finished layers: bounds memory and makes runs resumable. Layers are written by a
-//! thread of its own while the next ones are solved.
+//! On-disk store of finished layers: bounds memory and makes runs resumable. A thread writes layers
+//! while the next ones are solved.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -345,6 +345,9 @@ fn check_identity(folder: &Path, stored: &Map<String, Value>, wanted: &Map<Strin
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+    use serde_json::json;
+
     use super::*;
 
     fn report(name: &str) -> LayerReport {

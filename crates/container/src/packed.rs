@@ -31,11 +31,13 @@ impl Packed {
         let mut bytes = vec![0; byte_count(values.len(), bits).map_err(Error::Argument)?];
         // Eight numbers fill whole bytes.
         let pieces = bytes.par_chunks_mut(PIECE / 8 * width).zip(values.par_chunks(PIECE));
-        pieces.for_each(|(bytes, values)| {
-            for (bytes, values) in bytes.chunks_mut(width).zip(values.chunks(8)) {
-                let word = values.iter().rev().fold(0_u64, |word, value| word << width | u64::from(*value));
-                bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
-            }
+        pieces.for_each(|(bytes, values)| match bits {
+            BitWidth::One => pack_bits::<1>(values, bytes),
+            BitWidth::Two => pack_bits::<2>(values, bytes),
+            BitWidth::Three => pack_bits::<3>(values, bytes),
+            BitWidth::Four => pack_bits::<4>(values, bytes),
+            BitWidth::Six => pack_bits::<6>(values, bytes),
+            BitWidth::Eight => bytes.copy_from_slice(values),
         });
         Ok(Packed { bytes, bits, len: values.len() })
     }
@@ -113,6 +115,17 @@ impl Packed {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+}
+
+/// Packs numbers of `BITS` bits, which are known to have no more.
+fn pack_bits<const BITS: usize>(values: &[u8], bytes: &mut [u8]) {
+    let word = |values: &[u8]| values.iter().rev().fold(0_u64, |word, value| word << BITS | u64::from(*value));
+    let (eights, rest) = values.as_chunks::<8>();
+    let (whole, last) = bytes.split_at_mut(BITS * eights.len());
+    for (to, eight) in whole.as_chunks_mut::<BITS>().0.iter_mut().zip(eights) {
+        to.copy_from_slice(&word(eight).to_le_bytes()[..BITS]);
+    }
+    last.copy_from_slice(&word(rest).to_le_bytes()[..last.len()]);
 }
 
 /// Numbers that a thread packs at once; a multiple of 8.
@@ -279,11 +292,11 @@ mod tests {
         let values: Vec<u8> = (0..2 * PIECE + 13).map(|i| (i * 7 + i / 300) as u8).collect();
         for bits in BitWidth::ALL {
             let values: Vec<u8> = values.iter().map(|value| value & bits.max_index()).collect();
-            assert_eq!(Packed::pack(&values, bits).unwrap().bytes(), pack_by_bits(&values, bits));
+            assert!(Packed::pack(&values, bits).unwrap().bytes() == pack_by_bits(&values, bits), "{bits} bits");
         }
         let keep: Vec<bool> = values.iter().map(|value| value % 3 > 0).collect();
         let bits: Vec<u8> = keep.iter().map(|kept| u8::from(*kept)).collect();
-        assert_eq!(Mask::from_bools(&keep).bytes(), pack_by_bits(&bits, BitWidth::One));
+        assert!(Mask::from_bools(&keep).bytes() == pack_by_bits(&bits, BitWidth::One), "a mask");
     }
 
     /// As in coremltools' files: mask bits 0111 0001, 0000 1100 are 8e 30; indices 3, 0, 1, 3, 0,

@@ -3,7 +3,7 @@
 use half::f16;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{Codebook, Run};
+use squeeze_codebook::{BitWidth, Codebook, Run};
 
 use super::packed::{Mask, Packed, count_ones};
 
@@ -244,14 +244,33 @@ pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
 /// Writes the entries for the indices from number `value` on to `elements`; returns the number of
 /// the next index.
 fn look_up(table: &[f16; 256], indices: &Packed, elements: &mut [f16], value: usize) -> usize {
-    let (width, most) = (indices.bits().bits(), indices.bits().max_index());
-    for (place, eight) in elements.chunks_mut(8).enumerate() {
-        let word = indices.eight(value + 8 * place);
-        for (i, element) in (0_u8..).zip(eight) {
-            *element = table[usize::from((word >> (i * width)) as u8 & most)];
-        }
+    match indices.bits() {
+        BitWidth::One => look_up_bits::<1>(table, indices, elements, value),
+        BitWidth::Two => look_up_bits::<2>(table, indices, elements, value),
+        BitWidth::Three => look_up_bits::<3>(table, indices, elements, value),
+        BitWidth::Four => look_up_bits::<4>(table, indices, elements, value),
+        BitWidth::Six => look_up_bits::<6>(table, indices, elements, value),
+        BitWidth::Eight => look_up_bits::<8>(table, indices, elements, value),
     }
     value + elements.len()
+}
+
+/// [`look_up`] for a number of bits that is known when this is compiled, which is several times as
+/// fast.
+fn look_up_bits<const BITS: usize>(table: &[f16; 256], indices: &Packed, elements: &mut [f16], value: usize) {
+    let entry = |word: u64, i: usize| table[(word >> (i * BITS)) as usize & ((1 << BITS) - 1)];
+    let (eights, rest) = elements.as_chunks_mut::<8>();
+    let after = value + 8 * eights.len();
+    for (place, eight) in eights.iter_mut().enumerate() {
+        let word = indices.eight(value + 8 * place);
+        for (i, element) in eight.iter_mut().enumerate() {
+            *element = entry(word, i);
+        }
+    }
+    if !rest.is_empty() {
+        let word = indices.eight(after);
+        rest.iter_mut().enumerate().for_each(|(i, element)| *element = entry(word, i));
+    }
 }
 
 /// As [`look_up`], for the kept elements among those from element `at` on; the others are zero.
@@ -260,9 +279,8 @@ fn look_up_kept(table: &[f16; 256], indices: &Packed, mask: &Mask, at: usize, el
     // Up to a whole byte of the mask, and then byte by byte.
     let head = (at.next_multiple_of(8) - at).min(elements.len());
     let (first, rest) = elements.split_at_mut(head);
-    let pieces = std::iter::once((at, first)).chain((at + head..).step_by(8).zip(rest.chunks_mut(8)));
-    for (at, elements) in pieces {
-        let Some(byte) = mask.bytes().get(at / 8) else { continue };
+    let mut piece = |at: usize, elements: &mut [f16]| {
+        let Some(byte) = mask.bytes().get(at / 8) else { return };
         let mut kept = byte >> (at % 8);
         let mut word = indices.eight(value);
         // Masks are so irregular that there is no branch on their bits.
@@ -273,7 +291,14 @@ fn look_up_kept(table: &[f16; 256], indices: &Packed, mask: &Mask, at: usize, el
             value += usize::from(is_kept);
             kept >>= 1;
         }
+    };
+    piece(at, first);
+    let (eights, last) = rest.as_chunks_mut::<8>();
+    let after = at + head + 8 * eights.len();
+    for (place, eight) in eights.iter_mut().enumerate() {
+        piece(at + head + 8 * place, eight);
     }
+    piece(after, last);
     value
 }
 
@@ -311,7 +336,6 @@ fn kept<T: Copy + Default + Send + Sync>(keep: &[bool], all: &[T]) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use squeeze_codebook::BitWidth;
 
     use super::*;
 

@@ -124,9 +124,9 @@ fn solve(
         squared_error: 0.0,
         kept: keep.map_or(count, |keep| keep.par_chunks(PIECE).map(|keep| keep.iter().filter(|keep| **keep).count()).sum()),
     };
-    palettized.squared_error = match groups.iter().map(|group| group.squared_error).sum::<Option<f64>>() {
-        Some(error) if palettized.codebook.scales.is_none() => error,
-        Some(_) | None => squared_error(&palettized.decode(keep)?, weight, keep, row),
+    palettized.squared_error = match palettized.codebook.scales {
+        None => groups.iter().map(|group| group.squared_error).sum(),
+        Some(_) => squared_error(&palettized.decode(keep)?, weight, keep, row),
     };
     Ok(palettized)
 }
@@ -253,8 +253,8 @@ impl Values<'_> {
 struct Group {
     /// Its entries, padded by repetitions of the last.
     palette: Vec<f16>,
-    /// The sum over kept values of (entry - value)^2; `None` if they were not counted.
-    squared_error: Option<f64>,
+    /// The sum over kept values of (entry - value)^2.
+    squared_error: f64,
 }
 
 /// The buffers of a thread for one group, reused for its next group: about 2 MB.
@@ -286,19 +286,16 @@ impl Workspace {
                 palette = Some(optimal_palette(&self.buckets, entries).map_err(named)?);
             }
         }
-        let is_counted = palette.is_none();
-        let mut palette = palette.unwrap_or_else(|| {
-            values.count(layout, group, &mut self.counts);
-            self.counts.drain(&mut self.buckets);
-            palette_of_checked(&self.buckets, entries)
-        });
+        values.count(layout, group, &mut self.counts);
+        self.counts.drain(&mut self.buckets);
+        let mut palette = palette.unwrap_or_else(|| palette_of_checked(&self.buckets, entries));
         self.nearest.set(&palette);
         values.look_up(layout, group, &self.nearest, indices);
         let error = |bucket: &Bucket| {
             let entry = palette[usize::from(self.nearest.entry(bucket.value))];
             bucket.weight * (entry.to_f64() - bucket.value.to_f64()).powi(2)
         };
-        let squared_error = is_counted.then(|| self.buckets.iter().map(error).sum());
+        let squared_error = self.buckets.iter().map(error).sum();
         // A completely pruned group has no values, and a palette of zeros.
         let last = palette.last().copied().unwrap_or(f16::ZERO);
         palette.resize(entries, last);
