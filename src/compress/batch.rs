@@ -32,8 +32,8 @@ impl Compressor<'_> {
                 self.solve_batch(stop, layers, &options, walk, task)?;
             }
         }
-        // Layers count as compressed once they are written.
-        self.store.flush()
+        // Layers count as compressed once they are on their way to the disk.
+        self.store.hand_over()
     }
 
     /// The batches, in the order of their first layers.

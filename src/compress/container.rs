@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use squeeze_base::error::Result;
 use squeeze_base::input::SourceFile;
 use squeeze_base::progress::{Progress, Task};
-use squeeze_container::{CompressedWeight, ContainerInfo, ContainerWriter, Written};
+use squeeze_container::{ContainerInfo, ContainerWriter, StoredLayer, Written};
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};
 
@@ -40,10 +40,10 @@ pub(super) struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, weight: &CompressedWeight) {
-        self.elements += weight.numel() as u64;
-        self.kept += weight.kept() as u64;
-        self.bytes += weight.stored_bytes();
+    fn add(&mut self, weight: &StoredLayer) {
+        self.elements += weight.shape.iter().map(|n| n.unsigned_abs()).product::<u64>();
+        self.kept += weight.kept;
+        self.bytes += weight.bytes;
     }
 
     /// The pruned share of all compressed weights.
@@ -70,16 +70,13 @@ pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dy
     for spec in tensors {
         task.advance(&spec.name);
         let report = spec.name.strip_suffix(".weight").and_then(|layer| reports.get(layer));
-        let weight = match report {
-            Some(report) => layers.weight(&report.name)?,
+        let stored = match report {
+            Some(report) => layers.copy(&report.name, &mut writer, json!(report.errors))?,
             None => None,
         };
-        match (weight, report) {
-            (Some(weight), Some(report)) => {
-                sums.add(&weight);
-                writer.add_weight(&spec.name, &weight, json!(report.errors))?;
-            }
-            (_, _) => {
+        match stored {
+            Some(stored) => sums.add(&stored),
+            None => {
                 let tensor = source.tensor(&spec.name, &spec.shape)?;
                 writer.add_tensor(&spec.name, &spec.shape, &halves(&tensor)?)?;
             }

@@ -1,6 +1,7 @@
 //! Compresses one layer: prune, round to fp16, palettize, pack.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{PruneMethod, PruneOptions};
@@ -35,19 +36,60 @@ pub struct LayerErrors {
     pub output: Option<f64>,
 }
 
+/// Numbers that are converted to fp32 a block at a time.
+trait Wide: Copy + Sync {
+    fn widen(block: &[Self], to: &mut [f32]);
+}
+
+impl Wide for f32 {
+    fn widen(block: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(block);
+    }
+}
+
+impl Wide for f16 {
+    fn widen(block: &[f16], to: &mut [f32]) {
+        block.convert_to_f32_slice(to);
+    }
+}
+
 /// ‖a - b‖² / ‖a‖², or ‖b‖² where a is zero, summed in fp64 in an order that does not depend on the
 /// number of threads.
-fn relative_distance(original: &[f32], new: &[f16]) -> f64 {
-    const PIECE: usize = 1 << 13;
-    let pieces = original.par_chunks(PIECE).zip(new.par_chunks(PIECE)).map(|(original, new)| {
-        original.iter().zip(new).fold((0.0, 0.0), |(distance, scale), (original, new)| {
-            let (original, new) = (f64::from(*original), new.to_f64());
-            (distance + (original - new).powi(2), scale + original.powi(2))
-        })
-    });
+fn relative_distance<T: Wide>(original: &[T], new: &[f16]) -> f64 {
+    const PIECE: usize = 1 << 16;
+    let pieces = original.par_chunks(PIECE).zip(new.par_chunks(PIECE)).map(|(original, new)| squares(original, new));
     let sums: Vec<(f64, f64)> = pieces.collect();
     let (distance, scale) = sums.iter().fold((0.0, 0.0), |sum, piece| (sum.0 + piece.0, sum.1 + piece.1));
     distance / if scale > 0.0 { scale } else { 1.0 }
+}
+
+/// ‖a - b‖² and ‖a‖².
+fn squares<T: Wide>(a: &[T], b: &[f16]) -> (f64, f64) {
+    /// Sums that run beside each other, in vector registers.
+    const LANES: usize = 8;
+    let mut wide = [[0.0_f32; 512]; 2];
+    let mut sums = [[0.0_f64; LANES]; 2];
+    for (a, b) in a.chunks(512).zip(b.chunks(512)) {
+        let [wide_a, wide_b] = wide.each_mut().map(|wide| &mut wide[..a.len()]);
+        T::widen(a, wide_a);
+        f16::widen(b, wide_b);
+        let (lanes_a, rest_a) = wide_a.as_chunks::<LANES>();
+        let (lanes_b, rest_b) = wide_b.as_chunks::<LANES>();
+        for (a, b) in lanes_a.iter().zip(lanes_b) {
+            for lane in 0..LANES {
+                let (a, b) = (f64::from(a[lane]), f64::from(b[lane]));
+                sums[0][lane] += (a - b) * (a - b);
+                sums[1][lane] += a * a;
+            }
+        }
+        for (lane, (a, b)) in rest_a.iter().zip(rest_b).enumerate() {
+            let (a, b) = (f64::from(*a), f64::from(*b));
+            sums[0][lane] += (a - b) * (a - b);
+            sums[1][lane] += a * a;
+        }
+    }
+    let [distance, scale] = sums.map(|lanes| lanes.iter().sum());
+    (distance, scale)
 }
 
 /// The sums and vectors that calibration has gathered for a layer.
@@ -117,26 +159,28 @@ pub(super) fn compress_on_host(
     recipe: &LayerRecipe,
     evidence: Option<Evidence<'_>>,
 ) -> Result<CompressedLayer> {
-    let original = weight.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-    let size = original.size();
+    let size = weight.size();
+    let original = weight.f_to_device(Device::Cpu)?;
+    // The palettes of a weight that is not pruned are made from its fp16 values alone.
+    let needs_singles = evidence.is_some() || recipe.prune.is_some() || original.kind() != Kind::Half;
+    let original = if needs_singles { original.f_to_kind(Kind::Float)? } else { original };
     let mut solution = match recipe.joint {
         Some(_) => solve_jointly(name, weight, recipe, evidence)?,
         None => solve_sequentially(name, &original, recipe, evidence)?,
     };
     let stored = solution.pack(&size)?;
     let Solution { values, loss, target, notes, .. } = solution;
-    let values = match &stored {
-        Some(stored) => {
-            drop(values);
-            stored.decode()?
-        }
-        None => values,
+    // Values in fp16 are still the original ones.
+    let solved = if needs_singles { None } else { Some(&values) };
+    let new = stored.as_ref().map(CompressedWeight::decode).transpose()?;
+    let distance = match solved {
+        Some(original) => relative_distance(original, new.as_ref().unwrap_or(original)),
+        None => relative_distance(&singles(&original)?, new.as_ref().unwrap_or(&values)),
     };
-    let decoded = Tensor::f_from_slice(&values)?.f_view(size.as_slice())?;
-    let distance = relative_distance(&Vec::<f32>::try_from(&original.f_reshape([-1])?)?, &values);
-    drop(values);
+    let decoded = new.unwrap_or(values);
     let mut errors = LayerErrors { weight: distance, ..LayerErrors::default() };
     if let Some(Evidence { hessian, .. }) = evidence {
+        let decoded = Tensor::f_from_slice(&decoded)?.f_view(size.as_slice())?;
         let lost = match target {
             Some(target) => target.f_to_device(Device::Cpu)?.f_sub_(&decoded)?,
             None => original.f_sub(&decoded)?,
@@ -144,6 +188,11 @@ pub(super) fn compress_on_host(
         errors.add_outputs(&original, &lost, loss, hessian)?;
     }
     Ok(CompressedLayer { stored, errors, notes })
+}
+
+/// A weight in fp32, row by row.
+fn singles(weight: &Tensor) -> Result<Vec<f32>> {
+    Ok(Vec::try_from(&weight.f_reshape([-1])?)?)
 }
 
 /// Finds mask, weights and palettes of `weight` [o, ...] together.
@@ -171,7 +220,8 @@ pub(super) fn solve_jointly(
     Ok(Solution { values, keep: mask, palettized, loss: pruned_loss, target, notes })
 }
 
-/// Prunes, then palettizes the kept weights. `original` is the weight in fp32 on the CPU.
+/// Prunes, then palettizes the kept weights. `original` is the weight on the CPU, in fp32 if it is
+/// pruned.
 fn solve_sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solution> {
     let mut solution = prune_weight(original, recipe, evidence)?;
     let shape: Vec<usize> = original.size().iter().map(|n| *n as usize).collect();

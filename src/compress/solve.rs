@@ -51,7 +51,7 @@ impl Visitor for Compressor<'_> {
         }
         self.solve_without_hessians(stop, &layers, walk)?;
         // Layers of a stage that stays dense are needed when it is left.
-        if stop.then == Then::Stay { Ok(()) } else { self.store.flush() }
+        if stop.then == Then::Stay { Ok(()) } else { self.store.hand_over() }
     }
 
     fn store(&self) -> Option<&Workspace> {
@@ -151,7 +151,7 @@ impl Compressor<'_> {
         let weight = walk.dense_weight(layer)?;
         let compressed =
             tracing::debug_span!("layer").in_scope(|| compress_layer(layer.name(), &weight, self.recipe(layer), evidence))?;
-        if weight.numel() > LARGE {
+        if weight.numel() > LARGE && evidence.is_some() {
             allocator::give_back();
         }
         self.add(stop, layer, compressed, evidence, task)
@@ -178,7 +178,8 @@ impl Compressor<'_> {
     }
 }
 
-/// Weights of more elements than this leave blocks in the allocator that nothing else fits into.
+/// Weights of more elements than this, with a Hessian and its factors, leave blocks in the
+/// allocator that nothing else fits into.
 const LARGE: usize = 4 << 20;
 
 /// The factors of a Hessian that several layers share.

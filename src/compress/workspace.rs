@@ -1,17 +1,18 @@
-//! On-disk store of finished layers: bounds memory and makes runs resumable.
+//! On-disk store of finished layers: bounds memory and makes runs resumable. A thread writes layers
+//! while the next ones are solved.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use half::f16;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
-use squeeze_container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
+use squeeze_container::{CompressedWeight, Container, ContainerWriter, StoredLayer};
 
 use super::kept::{self, Kept};
+use super::part::{self, SolvedLayer, Writing};
 use super::report::LayerReport;
 
 /// The folder in which a run for the container `path` keeps finished layers until the container is
@@ -32,6 +33,9 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
 #[derive(Debug)]
 pub struct Workspace {
     folder: PathBuf,
+    /// The part that is being written. It comes before the lock, so that it is waited for before
+    /// another run may begin.
+    writing: Option<Writing>,
     _lock: File,
     /// A hash of the run's identity, which is part of the seal of every file.
     run: String,
@@ -39,7 +43,7 @@ pub struct Workspace {
     warnings: Vec<String>,
     parts: Vec<Container>,
     finished: BTreeMap<String, Finished>,
-    waiting: Vec<(LayerReport, Vec<String>, Option<CompressedWeight>)>,
+    waiting: Vec<SolvedLayer>,
     waiting_bytes: u64,
     since: Instant,
 }
@@ -82,6 +86,7 @@ impl Workspace {
         let text = serde_json::to_vec_pretty(identity).map_err(|why| Error::Argument(why.to_string()))?;
         let mut workspace = Workspace {
             folder: folder.to_owned(),
+            writing: None,
             _lock: lock,
             run: digest::of_bytes(&text),
             warnings: Vec::new(),
@@ -186,71 +191,74 @@ impl Workspace {
 
     /// Checks the hash of a part and adds its layers.
     fn add_part(&mut self, path: &Path) -> Result<()> {
-        let container = Container::open(path)?;
-        let recipe = &container.info().recipe;
-        let damaged = || Error::bad_file(path, "is no part of this run");
-        if recipe.get("run").and_then(Value::as_str) != Some(&self.run) {
-            return Err(damaged());
+        self.add(Container::open(path)?)
+    }
+
+    /// Adds the layers of a part whose data is known to be whole.
+    fn add(&mut self, part: Container) -> Result<()> {
+        for layer in part::layers(&part, &self.run)? {
+            let SolvedLayer { report, notes, .. } = layer;
+            self.finished.insert(report.name.clone(), Finished { part: self.parts.len(), report, notes });
         }
-        let mut finished = Vec::new();
-        for row in recipe.get("layers").and_then(Value::as_array).ok_or_else(damaged)? {
-            let field = |name: &str| row.get(name).cloned().unwrap_or(Value::Null);
-            let report: LayerReport = serde_json::from_value(field("report")).map_err(|_| damaged())?;
-            let notes = serde_json::from_value(field("notes")).map_err(|_| damaged())?;
-            finished.push((report.name.clone(), Finished { part: self.parts.len(), report, notes }));
-        }
-        self.finished.extend(finished);
-        self.parts.push(container);
+        self.parts.push(part);
         Ok(())
     }
 
-    /// Whether a layer is finished and on disk.
+    /// Whether a layer is finished: on disk, or on its way there.
     #[must_use]
     pub fn has(&self, layer: &str) -> bool {
-        self.finished.contains_key(layer)
+        self.finished.contains_key(layer) || self.on_the_way(layer).is_some()
     }
 
-    /// Adds a finished layer, which is written within seconds, or by [`flush`](Self::flush). A
-    /// layer that stays dense has no weight.
+    fn on_the_way(&self, layer: &str) -> Option<&SolvedLayer> {
+        self.writing.as_ref()?.layers().iter().find(|solved| solved.report.name == layer)
+    }
+
+    /// Adds a solved layer, which is written within seconds, or by [`flush`](Self::flush). A layer
+    /// that stays dense has no weight.
     ///
     /// # Errors
-    /// [`Error::Write`].
+    /// [`Error::Write`], also of layers that were added before.
     pub fn push(&mut self, report: LayerReport, notes: Vec<String>, weight: Option<CompressedWeight>) -> Result<()> {
         if self.waiting.is_empty() {
             self.since = Instant::now();
         }
         self.waiting_bytes += weight.as_ref().map_or(0, CompressedWeight::stored_bytes);
-        self.waiting.push((report, notes, weight));
-        if self.waiting_bytes > MANY || self.since.elapsed() > WAIT { self.flush() } else { Ok(()) }
+        self.waiting.push(SolvedLayer { report, notes, weight });
+        if self.waiting_bytes > MANY || self.since.elapsed() > WAIT { self.hand_over() } else { Ok(()) }
     }
 
-    /// Writes the layers that wait.
+    /// Hands the layers that wait to the thread that writes them, once it has written those that it
+    /// was given before.
+    ///
+    /// # Errors
+    /// [`Error::Write`] of the layers before.
+    pub fn hand_over(&mut self) -> Result<()> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        self.wait()?;
+        let path = self.folder.join(part_name(self.parts.len()));
+        self.waiting_bytes = 0;
+        self.writing = Some(Writing::begin(&path, self.run.clone(), std::mem::take(&mut self.waiting))?);
+        Ok(())
+    }
+
+    /// Waits until the thread has written what it was given.
+    fn wait(&mut self) -> Result<()> {
+        match self.writing.take() {
+            Some(writing) => self.add(writing.end()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the layers that wait, and returns when they are on the disk.
     ///
     /// # Errors
     /// [`Error::Write`].
     pub fn flush(&mut self) -> Result<()> {
-        if self.waiting.is_empty() {
-            return Ok(());
-        }
-        let rows: Vec<Value> =
-            self.waiting.iter().map(|(report, notes, _)| json!({ "notes": notes, "report": report })).collect();
-        let info =
-            ContainerInfo { unet_config: Map::new(), recipe: json!({ "layers": rows, "run": self.run }), sources: Vec::new() };
-        let path = self.folder.join(part_name(self.parts.len()));
-        let mut writer = ContainerWriter::create(&path, info)?;
-        for (report, _, weight) in &self.waiting {
-            if let Some(weight) = weight {
-                writer.add_weight(&format!("{}.weight", report.name), weight, Value::Null)?;
-            }
-        }
-        if self.waiting.iter().all(|(_, _, weight)| weight.is_none()) {
-            // A safetensors file needs a tensor.
-            writer.add_tensor("nothing", &[1], &[f16::ZERO])?;
-        }
-        writer.finish()?;
-        self.waiting.clear();
-        self.waiting_bytes = 0;
-        self.add_part(&path)
+        self.hand_over()?;
+        self.wait()
     }
 
     /// The weight of a finished layer; `None` if the layer stays dense.
@@ -258,13 +266,34 @@ impl Workspace {
     /// # Errors
     /// [`Error::Argument`] if it is not finished; [`Error::BadFile`].
     pub fn weight(&self, layer: &str) -> Result<Option<CompressedWeight>> {
-        let finished = self.finished.get(layer).ok_or_else(|| Error::Argument(format!("`{layer}` is not finished")))?;
-        let container = &self.parts[finished.part];
-        let name = format!("{layer}.weight");
-        if container.has_weight(&name) { container.weight(&name).map(Some) } else { Ok(None) }
+        if let Some(solved) = self.on_the_way(layer) {
+            return Ok(solved.weight.clone());
+        }
+        let (part, name) = self.place(layer)?;
+        if part.has_weight(&name) { part.weight(&name).map(Some) } else { Ok(None) }
     }
 
-    /// The finished layers' reports and notes, in the order of their names.
+    /// Copies the weight of a layer that is on the disk to `writer`, with this `report`. Returns
+    /// how it is stored; `None` if the layer stays dense.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it is not on the disk; as [`ContainerWriter::copy_weight`].
+    pub(super) fn copy(&self, layer: &str, writer: &mut ContainerWriter, report: Value) -> Result<Option<StoredLayer>> {
+        let (part, name) = self.place(layer)?;
+        if !part.has_weight(&name) {
+            return Ok(None);
+        }
+        writer.copy_weight(part, &name, report)?;
+        part.stored(&name).map(Some)
+    }
+
+    /// The part that a layer is in, and the name of its weight.
+    fn place(&self, layer: &str) -> Result<(&Container, String)> {
+        let finished = self.finished.get(layer).ok_or_else(|| Error::Argument(format!("`{layer}` is not finished")))?;
+        Ok((&self.parts[finished.part], format!("{layer}.weight")))
+    }
+
+    /// The reports and notes of the layers on the disk, in the order of their names.
     pub fn reports(&self) -> impl Iterator<Item = (&LayerReport, &[String])> {
         self.finished.values().map(|finished| (&finished.report, finished.notes.as_slice()))
     }
@@ -316,6 +345,9 @@ fn check_identity(folder: &Path, stored: &Map<String, Value>, wanted: &Map<Strin
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+    use serde_json::json;
+
     use super::*;
 
     fn report(name: &str) -> LayerReport {

@@ -71,7 +71,7 @@ fn bits_are_packed_as_by_coremltools() {
     let cases: Value = serde_json::from_slice(&std::fs::read(repo("tests/golden/container/packing.json")).unwrap()).unwrap();
     for case in cases.as_array().unwrap() {
         let values: Vec<u8> = serde_json::from_value(case["values"].clone()).unwrap();
-        let packed = Packed::pack(values.into_iter(), BitWidth::try_from(case["bits"].as_u64().unwrap() as u8).unwrap()).unwrap();
+        let packed = Packed::pack(&values, BitWidth::try_from(case["bits"].as_u64().unwrap() as u8).unwrap()).unwrap();
         let hex: String = packed.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, case["packed"].as_str().unwrap(), "{case}");
     }

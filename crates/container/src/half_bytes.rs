@@ -7,11 +7,11 @@ use squeeze_base::digest;
 /// Gives the bytes of `values` piece by piece, so that no second copy of a large weight is made.
 fn for_each_block(values: &[f16], mut take: impl FnMut(&[u8])) {
     const VALUES: usize = 1 << 14;
-    let mut buffer = Vec::with_capacity(2 * VALUES);
+    let mut buffer = vec![0; 2 * VALUES];
     for block in values.chunks(VALUES) {
-        buffer.clear();
-        buffer.extend(block.iter().flat_map(|value| value.to_le_bytes()));
-        take(&buffer);
+        let bytes = &mut buffer[..2 * block.len()];
+        bytes.as_chunks_mut::<2>().0.iter_mut().zip(block).for_each(|(to, value)| *to = value.to_le_bytes());
+        take(bytes);
     }
 }
 

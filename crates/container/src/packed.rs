@@ -4,6 +4,7 @@
 //! stream is bit k % 8 of byte k / 8. The last byte is filled up with zeros. (coremltools:
 //! `optimize/_utils.py`, `pack_elements_into_bits`.)
 
+use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::BitWidth;
 
@@ -16,30 +17,29 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs `values`.
+    /// Packs `values`, on all threads.
     ///
     /// # Errors
     /// [`Error::Range`] if a value needs more bits.
-    pub fn pack(values: impl ExactSizeIterator<Item = u8>, bits: BitWidth) -> Result<Self> {
-        let len = values.len();
-        let mut bytes = Vec::with_capacity(byte_count(len, bits).map_err(Error::Argument)?);
-        let (mut window, mut filled) = (0u32, 0);
-        for value in values {
-            if value > bits.max_index() {
-                return Err(Error::range("an index", value, format!("at most {} in {bits} bits", bits.max_index())));
-            }
-            window |= u32::from(value) << filled;
-            filled += bits.bits();
-            if filled >= 8 {
-                bytes.push(window as u8);
-                window >>= 8;
-                filled -= 8;
-            }
+    pub fn pack(values: &[u8], bits: BitWidth) -> Result<Self> {
+        let all =
+            values.par_chunks(PIECE).map(|values| values.iter().fold(0, |all, value| all | value)).reduce(|| 0, |a, b| a | b);
+        if let Some(value) = values.iter().find(|value| all > bits.max_index() && **value > bits.max_index()) {
+            return Err(Error::range("an index", value, format!("at most {} in {bits} bits", bits.max_index())));
         }
-        if filled > 0 {
-            bytes.push(window as u8);
-        }
-        Ok(Packed { bytes, bits, len })
+        let width = usize::from(bits.bits());
+        let mut bytes = vec![0; byte_count(values.len(), bits).map_err(Error::Argument)?];
+        // Eight numbers fill whole bytes.
+        let pieces = bytes.par_chunks_mut(PIECE / 8 * width).zip(values.par_chunks(PIECE));
+        pieces.for_each(|(bytes, values)| match bits {
+            BitWidth::One => pack_bits::<1>(values, bytes),
+            BitWidth::Two => pack_bits::<2>(values, bytes),
+            BitWidth::Three => pack_bits::<3>(values, bytes),
+            BitWidth::Four => pack_bits::<4>(values, bytes),
+            BitWidth::Six => pack_bits::<6>(values, bytes),
+            BitWidth::Eight => bytes.copy_from_slice(values),
+        });
+        Ok(Packed { bytes, bits, len: values.len() })
     }
 
     /// Takes bytes that are packed already.
@@ -74,6 +74,18 @@ impl Packed {
         (window >> (bit % 8)) as u8 & self.bits.max_index()
     }
 
+    /// Eight numbers from number `i` on, the first in the lowest bits; zeros after the last.
+    pub(super) fn eight(&self, i: usize) -> u64 {
+        let bit = i * usize::from(self.bits.bits());
+        let bytes = &self.bytes[(bit / 8).min(self.bytes.len())..];
+        let word = match bytes.first_chunk::<8>() {
+            Some(word) => u64::from_le_bytes(*word),
+            None => bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+        };
+        // Numbers of 8 bits begin with a byte; others leave the 7 bits that this may take.
+        word >> (bit % 8)
+    }
+
     /// All numbers.
     #[must_use]
     pub fn unpack(&self) -> Vec<u8> {
@@ -105,6 +117,20 @@ impl Packed {
     }
 }
 
+/// Packs numbers of `BITS` bits, which are known to have no more.
+fn pack_bits<const BITS: usize>(values: &[u8], bytes: &mut [u8]) {
+    let word = |values: &[u8]| values.iter().rev().fold(0_u64, |word, value| word << BITS | u64::from(*value));
+    let (eights, rest) = values.as_chunks::<8>();
+    let (whole, last) = bytes.split_at_mut(BITS * eights.len());
+    for (to, eight) in whole.as_chunks_mut::<BITS>().0.iter_mut().zip(eights) {
+        to.copy_from_slice(&word(eight).to_le_bytes()[..BITS]);
+    }
+    last.copy_from_slice(&word(rest).to_le_bytes()[..last.len()]);
+}
+
+/// Numbers that a thread packs at once; a multiple of 8.
+const PIECE: usize = 1 << 16;
+
 /// The bytes that `len` numbers take.
 pub(super) fn byte_count(len: usize, bits: BitWidth) -> Result<usize, String> {
     let bits = len.checked_mul(usize::from(bits.bits())).ok_or_else(|| format!("{len} numbers are too many"))?;
@@ -121,7 +147,17 @@ impl Mask {
     #[must_use]
     pub fn from_bools(keep: &[bool]) -> Self {
         let bit = |(at, kept): (usize, &bool)| u8::from(*kept) << at;
-        let bytes = keep.chunks(8).map(|eight| eight.iter().enumerate().map(bit).sum()).collect();
+        let mut bytes = vec![0; keep.len().div_ceil(8)];
+        bytes.par_chunks_mut(PIECE / 8).zip(keep.par_chunks(PIECE)).for_each(|(bytes, keep)| {
+            let (eights, rest) = keep.as_chunks::<8>();
+            for (byte, eight) in bytes.iter_mut().zip(eights) {
+                // The product moves the lowest bit of byte i to bit 56 + i.
+                *byte = (u64::from_le_bytes(eight.map(u8::from)).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8;
+            }
+            if let (false, Some(last)) = (rest.is_empty(), bytes.last_mut()) {
+                *last = rest.iter().enumerate().map(bit).sum();
+            }
+        });
         Mask(Packed { bytes, bits: BitWidth::One, len: keep.len() })
     }
 
@@ -202,9 +238,15 @@ mod tests {
         #[test]
         fn packing_follows_the_definition_and_comes_back(bits in prop::sample::select(&BitWidth::ALL[..]), values in prop::collection::vec(any::<u8>(), 0..70)) {
             let values: Vec<u8> = values.iter().map(|value| value & bits.max_index()).collect();
-            let packed = Packed::pack(values.iter().copied(), bits).unwrap();
+            let packed = Packed::pack(&values, bits).unwrap();
             prop_assert_eq!(packed.bytes(), pack_by_bits(&values, bits));
             prop_assert_eq!(packed.unpack(), values.clone());
+            for first in 0..values.len() {
+                let eight = packed.eight(first);
+                let value = |i: usize| (eight >> (i * usize::from(bits.bits()))) as u8 & bits.max_index();
+                let here = values[first..].iter().take(8);
+                prop_assert!(here.enumerate().all(|(i, expected)| value(i) == *expected));
+            }
             prop_assert_eq!((packed.len(), packed.is_empty(), packed.bits()), (values.len(), values.is_empty(), bits));
             let again = Packed::from_bytes(packed.bytes().to_vec(), bits, values.len()).unwrap();
             prop_assert_eq!(again, packed);
@@ -238,10 +280,23 @@ mod tests {
         for bits in [0, 5, 7, 9, 255] {
             assert!(BitWidth::try_from(bits).is_err(), "{bits}");
         }
-        assert!(Packed::pack([8].into_iter(), BitWidth::Three).is_err());
+        assert!(Packed::pack(&[8], BitWidth::Three).is_err());
         assert!(Packed::from_bytes(vec![], BitWidth::Eight, usize::MAX).is_err());
         assert!(Mask::from_bytes(vec![0], usize::MAX).is_err());
         assert!(Packed::from_bytes(vec![], BitWidth::Six, usize::MAX).is_err());
+    }
+
+    /// More than a piece, which a thread packs at once.
+    #[test]
+    fn pieces_are_packed_to_what_the_whole_is() {
+        let values: Vec<u8> = (0..2 * PIECE + 13).map(|i| (i * 7 + i / 300) as u8).collect();
+        for bits in BitWidth::ALL {
+            let values: Vec<u8> = values.iter().map(|value| value & bits.max_index()).collect();
+            assert!(Packed::pack(&values, bits).unwrap().bytes() == pack_by_bits(&values, bits), "{bits} bits");
+        }
+        let keep: Vec<bool> = values.iter().map(|value| value % 3 > 0).collect();
+        let bits: Vec<u8> = keep.iter().map(|kept| u8::from(*kept)).collect();
+        assert!(Mask::from_bools(&keep).bytes() == pack_by_bits(&bits, BitWidth::One), "a mask");
     }
 
     /// As in coremltools' files: mask bits 0111 0001, 0000 1100 are 8e 30; indices 3, 0, 1, 3, 0,
@@ -250,6 +305,6 @@ mod tests {
     fn bytes_of_a_core_ml_file() {
         let keep: Vec<bool> = "0111000100001100".chars().map(|bit| bit == '1').collect();
         assert_eq!(Mask::from_bools(&keep).bytes(), [0x8e, 0x30]);
-        assert_eq!(Packed::pack([3, 0, 1, 3, 0, 1, 3, 1].into_iter(), BitWidth::Two).unwrap().bytes(), [0xd3, 0x74]);
+        assert_eq!(Packed::pack(&[3, 0, 1, 3, 0, 1, 3, 1], BitWidth::Two).unwrap().bytes(), [0xd3, 0x74]);
     }
 }

@@ -196,12 +196,26 @@ impl Container {
     /// scales or values are not what they must be.
     pub fn weight(&self, name: &str) -> Result<CompressedWeight> {
         let wrong = |problem: String| Error::bad_file(self.path(), format!("`{name}`: {problem}"));
-        let row = self.metadata.weights.get(name).ok_or_else(|| wrong("is not a compressed weight of this file".into()))?;
+        let row = self.row(name)?;
         let mut parts = BTreeMap::new();
         for (part, ..) in row.parts().map_err(wrong)? {
             parts.insert(part, self.file.read(&part.of(name))?);
         }
         assemble(row, parts).map_err(wrong)
+    }
+
+    /// How the compressed weight `name` is stored.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if there is none.
+    pub fn stored(&self, name: &str) -> Result<StoredLayer> {
+        Ok(self.layer(name, self.row(name)?))
+    }
+
+    /// The row of the compressed weight `name`.
+    pub(super) fn row(&self, name: &str) -> Result<&WeightRow> {
+        let wrong = || Error::bad_file(self.path(), format!("`{name}`: is not a compressed weight of this file"));
+        self.metadata.weights.get(name).ok_or_else(wrong)
     }
 
     /// Reads and decodes the compressed weight `name`: the dense weight in row-major order.

@@ -3,7 +3,7 @@
 use half::f16;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{Codebook, Run};
+use squeeze_codebook::{BitWidth, Codebook, Run};
 
 use super::packed::{Mask, Packed, count_ones};
 
@@ -47,8 +47,8 @@ impl CompressedWeight {
             return Err(Error::shape("the list of indices", [indices.len() as i64], format!("the {numel} of {shape:?}")));
         }
         let indices = match keep {
-            None => Packed::pack(indices.iter().copied(), codebook.bits)?,
-            Some(keep) => Packed::pack(kept(keep, indices)?.into_iter(), codebook.bits)?,
+            None => Packed::pack(indices, codebook.bits)?,
+            Some(keep) => Packed::pack(&kept(keep, indices)?, codebook.bits)?,
         };
         let values = Values::Palettized { codebook, indices };
         Self { shape, mask: keep.map(Mask::from_bools), values }.checked()
@@ -122,26 +122,29 @@ impl CompressedWeight {
     /// Decodes a part of run number `run`, which begins at element `at` and value number `value`;
     /// returns the next value's number.
     fn decode_run(&self, at: usize, run: usize, elements: &mut [f16], mut value: usize) -> usize {
-        let is_kept = |i: usize| self.mask.as_ref().is_none_or(|mask| mask.get(at + i));
-        let kept = elements.iter_mut().enumerate().filter(|(i, _)| is_kept(*i)).map(|(_, element)| element);
         match &self.values {
             Values::Plain(values) => {
-                for element in kept {
+                let is_kept = |i: usize| self.mask.as_ref().is_none_or(|mask| mask.get(at + i));
+                for (_, element) in elements.iter_mut().enumerate().filter(|(i, _)| is_kept(*i)) {
                     *element = values[value];
                     value += 1;
                 }
+                value
             }
             Values::Palettized { codebook, indices } => {
                 let Run { palette, scale } = codebook.run(run);
-                for element in kept {
-                    let entry = palette[usize::from(indices.get(value))];
+                // With room for any index of 8 bits, so that none is checked.
+                let mut table = [f16::ZERO; 256];
+                for (to, entry) in table.iter_mut().zip(palette) {
                     // The product of two fp16 numbers is exact in fp32, so that it is rounded once.
-                    *element = scale.map_or(entry, |scale| f16::from_f32(entry.to_f32() * scale.to_f32()));
-                    value += 1;
+                    *to = scale.map_or(*entry, |scale| f16::from_f32(entry.to_f32() * scale.to_f32()));
+                }
+                match &self.mask {
+                    None => look_up(&table, indices, elements, value),
+                    Some(mask) => look_up_kept(&table, indices, mask, at, elements, value),
                 }
             }
         }
-        value
     }
 
     /// How many neighbouring elements share palette and scale.
@@ -238,18 +241,101 @@ pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
     shape.iter().map(|size| usize::try_from(*size).expect("`numel` refuses sizes below 1")).collect()
 }
 
+/// Writes the entries for the indices from number `value` on to `elements`; returns the number of
+/// the next index.
+fn look_up(table: &[f16; 256], indices: &Packed, elements: &mut [f16], value: usize) -> usize {
+    match indices.bits() {
+        BitWidth::One => look_up_bits::<1>(table, indices, elements, value),
+        BitWidth::Two => look_up_bits::<2>(table, indices, elements, value),
+        BitWidth::Three => look_up_bits::<3>(table, indices, elements, value),
+        BitWidth::Four => look_up_bits::<4>(table, indices, elements, value),
+        BitWidth::Six => look_up_bits::<6>(table, indices, elements, value),
+        BitWidth::Eight => look_up_bits::<8>(table, indices, elements, value),
+    }
+    value + elements.len()
+}
+
+/// [`look_up`] for a number of bits that is known when this is compiled, which is several times as
+/// fast.
+fn look_up_bits<const BITS: usize>(table: &[f16; 256], indices: &Packed, elements: &mut [f16], value: usize) {
+    let entry = |word: u64, i: usize| table[(word >> (i * BITS)) as usize & ((1 << BITS) - 1)];
+    let (eights, rest) = elements.as_chunks_mut::<8>();
+    let after = value + 8 * eights.len();
+    for (place, eight) in eights.iter_mut().enumerate() {
+        let word = indices.eight(value + 8 * place);
+        for (i, element) in eight.iter_mut().enumerate() {
+            *element = entry(word, i);
+        }
+    }
+    if !rest.is_empty() {
+        let word = indices.eight(after);
+        rest.iter_mut().enumerate().for_each(|(i, element)| *element = entry(word, i));
+    }
+}
+
+/// As [`look_up`], for the kept elements among those from element `at` on; the others are zero.
+fn look_up_kept(table: &[f16; 256], indices: &Packed, mask: &Mask, at: usize, elements: &mut [f16], mut value: usize) -> usize {
+    let (width, most) = (indices.bits().bits(), indices.bits().max_index());
+    // Up to a whole byte of the mask, and then byte by byte.
+    let head = (at.next_multiple_of(8) - at).min(elements.len());
+    let (first, rest) = elements.split_at_mut(head);
+    let mut piece = |at: usize, elements: &mut [f16]| {
+        let Some(byte) = mask.bytes().get(at / 8) else { return };
+        let mut kept = byte >> (at % 8);
+        let mut word = indices.eight(value);
+        // Masks are so irregular that there is no branch on their bits.
+        for element in elements {
+            let is_kept = kept & 1;
+            *element = f16::from_bits(table[usize::from(word as u8 & most)].to_bits() * u16::from(is_kept));
+            word >>= is_kept * width;
+            value += usize::from(is_kept);
+            kept >>= 1;
+        }
+    };
+    piece(at, first);
+    let (eights, last) = rest.as_chunks_mut::<8>();
+    let after = at + head + 8 * eights.len();
+    for (place, eight) in eights.iter_mut().enumerate() {
+        piece(at + head + 8 * place, eight);
+    }
+    piece(after, last);
+    value
+}
+
 /// The values at the elements that `keep` is true for.
-fn kept<T: Copy>(keep: &[bool], all: &[T]) -> Result<Vec<T>> {
+fn kept<T: Copy + Default + Send + Sync>(keep: &[bool], all: &[T]) -> Result<Vec<T>> {
+    const PIECE: usize = 1 << 16;
     if keep.len() != all.len() {
         return Err(Error::shape("the mask", [keep.len() as i64], format!("[{}]", all.len())));
     }
-    Ok(keep.iter().zip(all).filter(|(kept, _)| **kept).map(|(_, value)| *value).collect())
+    let counts: Vec<usize> = keep.par_chunks(PIECE).map(|keep| keep.iter().filter(|kept| **kept).count()).collect();
+    let mut values = vec![T::default(); counts.iter().sum()];
+    let mut rest = values.as_mut_slice();
+    let mut places = Vec::with_capacity(counts.len());
+    for count in counts {
+        let (place, after) = rest.split_at_mut(count);
+        rest = after;
+        places.push(place);
+    }
+    let pieces = places.into_par_iter().zip(keep.par_chunks(PIECE).zip(all.par_chunks(PIECE)));
+    pieces.for_each_init(
+        || vec![T::default(); PIECE],
+        |packed, (place, (keep, all))| {
+            let mut count = 0;
+            for (value, kept) in all.iter().zip(keep) {
+                // Each is written, and overwritten by the next one if it is not kept.
+                packed[count] = *value;
+                count += usize::from(*kept);
+            }
+            place.copy_from_slice(&packed[..count]);
+        },
+    );
+    Ok(values)
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use squeeze_codebook::BitWidth;
 
     use super::*;
 

@@ -1,7 +1,6 @@
 //! Writes a container piece by piece.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,17 +12,20 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::output::{parent, write_file};
 use squeeze_base::safetensors_file::Header;
 use squeeze_codebook::Codebook;
+use tempfile::SpooledTempFile;
 
 use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
+use super::reader::Container;
 use super::weight::{CompressedWeight, Values};
 
 /// A container under construction. Weights and tensors are added one at a time and need not be kept
 /// by the caller. The file appears, whole, when [`finish`](Self::finish) returns, or not at all.
 ///
 /// A safetensors file begins with the places of all tensors, and fp16 data must come before bytes
-/// to be aligned. Until `finish`, the data is therefore kept in two unnamed temporary files beside
-/// `path`. Equal calls in equal order give equal bytes.
+/// to be aligned. Until `finish`, the data is therefore kept in memory, up to 40 MiB of each of the
+/// two, and beyond that in unnamed temporary files beside `path`. Equal calls in equal order give
+/// equal bytes.
 #[derive(Debug)]
 pub struct ContainerWriter {
     path: PathBuf,
@@ -43,19 +45,22 @@ pub struct Written {
     pub payload_bytes: u64,
 }
 
+/// Bytes of a section that are kept in memory; a longer one is kept in a file.
+const IN_MEMORY: usize = 40 << 20;
+
 /// Data of one dtype, in the order in which it came.
 #[derive(Debug)]
 struct Section {
     dtype: Dtype,
-    file: BufWriter<File>,
+    file: BufWriter<SpooledTempFile>,
     tensors: Vec<(String, Vec<i64>, u64)>,
     length: u64,
 }
 
 impl Section {
-    fn create(dtype: Dtype, folder: &Path) -> std::io::Result<Self> {
-        let file = BufWriter::with_capacity(1 << 20, tempfile::tempfile_in(folder)?);
-        Ok(Section { dtype, file, tensors: Vec::new(), length: 0 })
+    fn new(dtype: Dtype, folder: &Path) -> Self {
+        let file = BufWriter::with_capacity(1 << 20, tempfile::spooled_tempfile_in(IN_MEMORY, folder));
+        Section { dtype, file, tensors: Vec::new(), length: 0 }
     }
 
     fn push(&mut self, name: String, shape: Vec<i64>, bytes: &[u8]) -> std::io::Result<()> {
@@ -68,7 +73,7 @@ impl Section {
     /// The data from its beginning.
     fn rewound(&mut self) -> std::io::Result<impl Read> {
         self.file.flush()?;
-        let mut file = self.file.get_ref();
+        let file = self.file.get_mut();
         file.seek(SeekFrom::Start(0))?;
         Ok(file)
     }
@@ -80,13 +85,14 @@ impl ContainerWriter {
     /// # Errors
     /// [`Error::Write`] if its folder cannot be written.
     pub fn create(path: &Path, info: ContainerInfo) -> Result<Self> {
-        let section = |dtype| Section::create(dtype, parent(path)).map_err(Error::write(path));
+        // Sections are files only once they are long, but that there can be none is said at once.
+        tempfile::tempfile_in(parent(path)).map_err(Error::write(path))?;
         Ok(ContainerWriter {
             info,
             weights: BTreeMap::new(),
             names: BTreeSet::new(),
-            halves: section(Dtype::F16)?,
-            bytes: section(Dtype::U8)?,
+            halves: Section::new(Dtype::F16, parent(path)),
+            bytes: Section::new(Dtype::U8, parent(path)),
             path: path.to_owned(),
         })
     }
@@ -134,6 +140,25 @@ impl ContainerWriter {
                 (Part::Values, Values::Plain(values)) => self.push(dtype, part_name, shape, &half_bytes::to_bytes(values))?,
                 _ => return Err(Error::internal(format!("`{name}` lacks its {part:?}"))),
             }
+        }
+        self.weights.insert(name.to_owned(), row);
+        Ok(())
+    }
+
+    /// Adds the compressed weight `name` of another container as it is, with its hash, but with
+    /// this `report`: the bytes of its parts are copied, and nothing is decoded.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if `from` has no such weight; [`Error::Changed`]; as
+    /// [`add_weight`](Self::add_weight).
+    pub fn copy_weight(&mut self, from: &Container, name: &str, report: Value) -> Result<()> {
+        let row = WeightRow { report, ..from.row(name)?.clone() };
+        self.claim(name)?;
+        for (part, dtype, shape) in row.parts().map_err(|problem| Error::internal(format!("`{name}`: {problem}")))? {
+            let part_name = part.of(name);
+            self.claim(&part_name)?;
+            let bytes = from.file().read(&part_name)?;
+            self.push(dtype, part_name, shape, &bytes)?;
         }
         self.weights.insert(name.to_owned(), row);
         Ok(())
@@ -203,9 +228,8 @@ impl ContainerWriter {
         let header = header.to_bytes()?;
         write_file(&path, |out| {
             out.write_all(&header)?;
-            std::io::copy(&mut self.halves.rewound()?, out)?;
-            std::io::copy(&mut self.bytes.rewound()?, out)?;
-            Ok(())
+            copy(&mut self.halves.rewound()?, out)?;
+            copy(&mut self.bytes.rewound()?, out)
         })?;
         Ok(Written { bytes: header.len() as u64 + payload_bytes, payload_bytes })
     }
@@ -216,6 +240,19 @@ impl ContainerWriter {
             return false;
         };
         !row.parts().is_ok_and(|parts| parts.iter().any(|(part, ..)| part.of(owner) == name))
+    }
+}
+
+/// Copies all of `from`, in blocks that are large enough for a disk.
+fn copy(from: &mut dyn Read, to: &mut dyn Write) -> std::io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => to.write_all(&buffer[..count])?,
+            Err(why) if why.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(why) => return Err(why),
+        }
     }
 }
 

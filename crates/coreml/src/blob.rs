@@ -120,7 +120,7 @@ mod tests {
             let lengths: &[usize] = if bits == BitWidth::Eight { &[21] } else { &[16, 21] };
             for length in lengths {
                 let values = (0..*length).map(|i| ((i * i * i + i / 2 + usize::from(bits.bits())) % bits.entries()) as u8);
-                let packed = Packed::pack(values.collect::<Vec<_>>().into_iter(), bits).unwrap();
+                let packed = Packed::pack(&values.collect::<Vec<_>>(), bits).unwrap();
                 writer.push(&ArrayType::new(Element::Unsigned(bits), [*length as u64]), packed.bytes()).unwrap();
             }
         }

@@ -185,14 +185,32 @@ impl SafetensorsFile {
     /// # Errors
     /// As [`sha256`](Self::sha256).
     pub fn survey(&self) -> Result<(String, BTreeMap<&str, Magnitudes>)> {
-        let known = self.file.known_sha256();
-        let mut hash = Sha256::new();
-        let mut update = |block: &[u8]| {
-            if known.is_none() {
-                hash.update(block);
-            }
-        };
-        self.file.for_each_block(0..self.data_start(), &mut update)?;
+        if let Some(known) = self.file.known_sha256() {
+            return Ok((known.to_owned(), self.magnitudes(&mut |_| {})?));
+        }
+        // A thread of its own hashes, while this one reads and looks for the largest values.
+        let (sha256, magnitudes) = std::thread::scope(|scope| {
+            let (send, blocks) = std::sync::mpsc::sync_channel::<Vec<u8>>(2);
+            let hasher = scope.spawn(move || {
+                let mut hash = Sha256::new();
+                blocks.iter().for_each(|block| hash.update(&block));
+                digest::hex(hash)
+            });
+            // The hasher receives until `send` is dropped.
+            let magnitudes = self.magnitudes(&mut |block| drop(send.send(block.to_vec())));
+            drop(send);
+            (hasher.join(), magnitudes)
+        });
+        // The hash of a file that could not be read to its end is none.
+        let magnitudes = magnitudes?;
+        let sha256 = sha256.map_err(|_| Error::internal("the thread that hashes a file has panicked"))?;
+        Ok((self.file.learn(sha256), magnitudes))
+    }
+
+    /// The magnitudes of the floating-point tensors. The file is read from beginning to end, and
+    /// `on_block` is given all of it, block by block.
+    fn magnitudes(&self, on_block: &mut dyn FnMut(&[u8])) -> Result<BTreeMap<&str, Magnitudes>> {
+        self.file.for_each_block(0..self.data_start(), &mut *on_block)?;
         let mut in_order: Vec<(&String, &Entry)> = self.entries.iter().collect();
         in_order.sort_by_key(|(_, entry)| (entry.start, entry.end));
         let mut all = BTreeMap::new();
@@ -200,13 +218,12 @@ impl SafetensorsFile {
         for (name, entry) in in_order {
             let mut magnitudes = Magnitudes::new(entry.dtype);
             self.file.for_each_block(entry.start..entry.end, |block| {
-                update(block);
+                on_block(block);
                 magnitudes.iter_mut().for_each(|magnitudes| magnitudes.add(block));
             })?;
             all.extend(magnitudes.map(|magnitudes| (name.as_str(), magnitudes)));
         }
-        let sha256 = known.map_or_else(|| self.file.learn(digest::hex(hash)), str::to_owned);
-        Ok((sha256, all))
+        Ok(all)
     }
 
     /// Checks that the file was not changed since it was opened. Every read checks too.

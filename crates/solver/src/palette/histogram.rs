@@ -7,14 +7,17 @@ use super::values::Bucket;
 /// The number of all fp16 values, infinities and NaN included.
 const KEYS: usize = 1 << 16;
 
-/// The rank of a value among all fp16 values in ascending order. -0 has the rank of 0.
+/// The rank of a value among all fp16 values in ascending order; that of -0 is one below that of 0.
 fn key(value: f16) -> u16 {
-    match value.to_bits() {
-        0x8000 => 0x8000,
-        bits if bits & 0x8000 != 0 => !bits,
-        bits => bits | 0x8000,
-    }
+    let bits = value.to_bits();
+    // All bits of negative values are turned over, and the sign of others.
+    bits ^ ((bits.cast_signed() >> 15).cast_unsigned() | 0x8000)
 }
+
+/// The key of -0.
+const NEGATIVE_ZERO: usize = 0x7fff;
+/// The key of 0.
+const ZERO: usize = 0x8000;
 
 fn value(key: u16) -> f16 {
     f16::from_bits(if key & 0x8000 != 0 { key & 0x7fff } else { !key })
@@ -37,7 +40,7 @@ impl Histogram {
 
     /// Adds `weight` to a value. It must not be negative; 0 has no effect.
     pub(super) fn add(&mut self, value: f16, weight: f64) {
-        let key = key(value);
+        let key = if value == f16::ZERO { ZERO as u16 } else { key(value) };
         let (low, high) = self.range.unwrap_or((key, key));
         self.range = Some((low.min(key), high.max(key)));
         self.weights[usize::from(key)] += weight;
@@ -54,6 +57,61 @@ impl Histogram {
                 *slot = 0.0;
             }
         }
+    }
+}
+
+/// The number of times that each fp16 value occurs. The memory is reused as that of [`Histogram`].
+#[derive(Debug, Clone)]
+pub(super) struct Counts {
+    /// The count of each value, by its bits.
+    counts: Vec<u32>,
+    /// The bits of the largest magnitude that was looked at.
+    largest: u16,
+}
+
+impl Counts {
+    pub(super) fn new() -> Self {
+        Counts { counts: vec![0; KEYS], largest: 0 }
+    }
+
+    /// Counts the values that `keep` has true for; `None` keeps all.
+    pub(super) fn add(&mut self, values: &[f16], keep: Option<&[bool]>) {
+        let largest = values.iter().fold(0, |largest, value| (value.to_bits() & 0x7fff).max(largest));
+        self.largest = self.largest.max(largest);
+        // A slice of known length, so that no index is checked.
+        let counts: &mut [u32; KEYS] = self.counts.as_mut_slice().try_into().expect("there is a count for every key");
+        match keep {
+            None => values.iter().for_each(|value| counts[usize::from(value.to_bits())] += 1),
+            // Masks are so irregular that an addition of 0 is faster than a branch.
+            Some(keep) => {
+                values.iter().zip(keep).for_each(|(value, keep)| counts[usize::from(value.to_bits())] += u32::from(*keep));
+            }
+        }
+    }
+
+    /// Adds the counts of `others`.
+    pub(super) fn merge(&mut self, others: &Counts) {
+        self.largest = self.largest.max(others.largest);
+        self.counts.iter_mut().zip(&others.counts).for_each(|(count, other)| *count += other);
+    }
+
+    /// Moves the values that occur into `buckets`, ascending, and clears the counts.
+    pub(super) fn drain(&mut self, buckets: &mut Vec<Bucket>) {
+        let top = usize::from(self.largest);
+        self.largest = 0;
+        self.counts[0] += std::mem::take(&mut self.counts[0x8000]);
+        buckets.clear();
+        buckets.resize(2 * top + 1, Bucket { value: f16::ZERO, weight: 0.0 });
+        let (negative, positive) = (0x8001..0x8001 + top, 0..top + 1);
+        let mut length = 0;
+        for bits in negative.rev().chain(positive) {
+            let count = std::mem::take(&mut self.counts[bits]);
+            // Every slot is written, and kept if it is not empty: a branch would rarely be
+            // predicted.
+            buckets[length] = Bucket { value: f16::from_bits(bits as u16), weight: f64::from(count) };
+            length += usize::from(count > 0);
+        }
+        buckets.truncate(length);
     }
 }
 
@@ -77,11 +135,26 @@ impl Nearest {
             self.entries[begin..end].fill(entry);
             begin = end;
         }
+        self.entries[NEGATIVE_ZERO] = self.entries[ZERO];
     }
 
     /// The entry for a value.
     pub(super) fn entry(&self, value: f16) -> u8 {
         self.entries[usize::from(key(value))]
+    }
+
+    /// Writes the entries for `values` to `entries`; 0 where `keep` is false.
+    pub(super) fn write(&self, values: &[f16], keep: Option<&[bool]>, entries: &mut [u8]) {
+        // A slice of known length, so that no index is checked.
+        let table: &[u8; KEYS] = self.entries.as_slice().try_into().expect("there is an entry for every key");
+        let entry = |value: f16| table[usize::from(key(value))];
+        match keep {
+            None => entries.iter_mut().zip(values).for_each(|(to, value)| *to = entry(*value)),
+            Some(keep) => {
+                let all = entries.iter_mut().zip(values).zip(keep);
+                all.for_each(|((to, value), keep)| *to = entry(*value) * u8::from(*keep));
+            }
+        }
     }
 }
 
@@ -112,8 +185,10 @@ mod tests {
             last = number.to_f64();
             assert_eq!(value(key(number)), number);
         }
-        assert_eq!(key(f16::NEG_ZERO), key(f16::ZERO));
-        assert_eq!(value(key(f16::NEG_ZERO)).to_bits(), 0);
+        assert_eq!((usize::from(key(f16::NEG_ZERO)), usize::from(key(f16::ZERO))), (NEGATIVE_ZERO, ZERO));
+        let mut nearest = Nearest::new();
+        nearest.set(&[f16::from_f32(-1.0), f16::ZERO]);
+        assert_eq!(nearest.entry(f16::NEG_ZERO), 1);
     }
 
     #[test]
@@ -131,6 +206,31 @@ mod tests {
         assert_eq!(seen, [(-2.0, 0.5), (0.0, 1.0), (1.0, 1.0)]);
         histogram.drain(&mut buckets);
         assert!(buckets.is_empty());
+    }
+
+    #[test]
+    fn counts_are_those_of_the_histogram() {
+        let values: Vec<f16> = (0..5000_u32).map(|i| f16::from_bits((i * i % 977 * 31 + (i % 3) * 0x4000) as u16)).collect();
+        let finite: Vec<f16> = values.into_iter().filter(|value| value.is_finite()).chain([f16::NEG_ZERO]).collect();
+        let kept: Vec<bool> = (0..finite.len()).map(|i| i % 7 < 4).collect();
+        let (mut counts, mut others, mut histogram) = (Counts::new(), Counts::new(), Histogram::new());
+        for keep in [None, Some(kept.as_slice())] {
+            finite.iter().enumerate().filter(|(at, _)| keep.is_none_or(|keep| keep[*at])).for_each(|(_, value)| {
+                histogram.add(*value, 1.0);
+            });
+            let (first, rest) = finite.split_at(700);
+            counts.add(first, keep.map(|keep| &keep[..700]));
+            others.add(rest, keep.map(|keep| &keep[700..]));
+            counts.merge(&others);
+            others = Counts::new();
+            let (mut ours, mut expected) = (Vec::new(), Vec::new());
+            counts.drain(&mut ours);
+            histogram.drain(&mut expected);
+            assert_eq!(ours, expected);
+        }
+        let mut none = vec![Bucket { value: f16::ONE, weight: 1.0 }];
+        counts.drain(&mut none);
+        assert!(none.is_empty());
     }
 
     proptest! {

@@ -69,6 +69,11 @@ impl Layout {
         self.rows * self.run
     }
 
+    /// Whether every group is one run, each after the one before it.
+    pub(super) fn is_contiguous(&self) -> bool {
+        self.rows == 1
+    }
+
     /// The runs of a group in the row-major weight, in order.
     pub(super) fn runs(&self, group: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let Layout { groups, run, .. } = *self;

@@ -14,6 +14,7 @@ mod layout;
 mod on_device;
 mod palettized;
 mod partition;
+mod path;
 mod solve;
 mod values;
 

@@ -7,8 +7,10 @@
 //! until that path has k clusters (Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link
 //! path in graphs with the concave Monge property and applications", 1994).
 //!
-//! A path takes O(n log n) steps at worst, and about n in practice, for any k; a few prices are
-//! tried. The textbook dynamic program over the number of clusters (as in kmeans1d, with SMAWK)
+//! A path takes O(n log n) steps at worst, and about n in practice, for any k. The price is first
+//! found on a line with fewer points, of which each stands for a run of neighbours: the path there
+//! has few steps, and its price is nearly always right for the whole line too, where a path is then
+//! made once. The textbook dynamic program over the number of clusters (as in kmeans1d, with SMAWK)
 //! takes k n steps and, to be traced back, k n memory. Here memory is a few numbers a point.
 //!
 //! Where F is straight over several k, no price may lead to k itself. Then a path with fewer
@@ -16,6 +18,8 @@
 //! be spliced to one with exactly k, which is as cheap.
 //!
 //! Everything is exact but for the rounding of f64.
+
+use super::path::{Scratch, Sums};
 
 /// A line of weighted points.
 ///
@@ -25,43 +29,23 @@
 pub(super) struct Line {
     /// The value and the weight of each point, `[n]`.
     points: Vec<(f64, f64)>,
-    /// [n + 1]: the sums of weights and of weighted values from zero's place to each point;
-    /// negative below.
-    sums: Vec<[f64; 2]>,
-    /// The sum of weight * value^2 below zero.
-    below: f64,
-}
-
-/// Buffers of [`Line::cheapest`] that are reused by later calls.
-#[derive(Debug, Default)]
-struct Scratch {
-    /// `[n + 1]`: the cost of the best path to each end, less the sum of weight * value^2 from
-    /// zero's place to that end. All paths to an end have this term in common. Without it, a
-    /// cluster [a, b) adds the price and -(sum w v)^2 / (sum w).
-    costs: Vec<f64>,
-    /// `[n + 1]`: the begin of the last cluster of the best path to each end.
-    begins: Vec<usize>,
-    /// The begins of clusters that are best for some later end, each with the first end for which
-    /// it is best.
-    candidates: Vec<(usize, usize)>,
+    sums: Sums,
 }
 
 /// A partition into clusters, given by the boundaries between them, from 0 to n.
 #[derive(Debug, Clone, PartialEq)]
 struct Cuts {
     ends: Vec<usize>,
-    /// The sum of squared distances to the means.
-    cost: f64,
 }
 
 impl Cuts {
-    fn new(line: &Line, ends: Vec<usize>) -> Cuts {
-        let cost = ends.windows(2).map(|pair| cost(&line.points[pair[0]..pair[1]])).sum();
-        Cuts { ends, cost }
-    }
-
     fn clusters(&self) -> usize {
         self.ends.len() - 1
+    }
+
+    /// The sum of squared distances to the means.
+    fn cost(&self, line: &Line) -> f64 {
+        self.ends.windows(2).map(|pair| cost(&line.points[pair[0]..pair[1]])).sum()
     }
 }
 
@@ -73,28 +57,18 @@ impl Line {
     pub(super) fn new(points: Vec<(f64, f64)>) -> Line {
         let zero = points.partition_point(|&(value, _)| value < 0.0);
         let (left, right) = points.split_at(zero);
-        let add = |sum: &mut [f64; 2], &(value, weight): &(f64, f64)| {
-            *sum = [sum[0] + weight, sum[1] + weight * value];
-            Some(*sum)
-        };
-        let mut sums: Vec<[f64; 2]> = left.iter().rev().scan([0.0; 2], add).map(|[weight, value]| [-weight, -value]).collect();
-        sums.reverse();
-        sums.push([0.0; 2]);
-        sums.extend(right.iter().scan([0.0; 2], add));
         let below = left.iter().map(|(value, weight)| weight * value * value).sum();
-        Line { points, sums, below }
+        let sums = Sums {
+            weights: running_sums([left, right], |&(_, weight)| weight),
+            values: running_sums([left, right], |&(value, weight)| weight * value),
+            below,
+        };
+        Line { points, sums }
     }
 
     /// The number of points on the line.
-    pub(super) fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.points.len()
-    }
-
-    /// (sum w v)^2 / (sum w) over [begin, end).
-    fn saved(&self, begin: usize, end: usize) -> f64 {
-        let [weight, value] = [self.sums[end][0] - self.sums[begin][0], self.sums[end][1] - self.sums[begin][1]];
-        // The weights of points may be so small that rounding removes them from the sums.
-        if weight > 0.0 { value * value / weight } else { 0.0 }
     }
 
     /// The ends of the best `clusters` clusters: `clusters + 1` numbers from 0 to n.
@@ -111,19 +85,16 @@ impl Line {
             return vec![0, n];
         }
         let mut scratch = Scratch::default();
+        let mut guess = self.price_of_thinned(clusters, price, &mut scratch).unwrap_or(price);
         // Paths with fewer and with more clusters than the result.
-        let (mut few, mut many) = (Cuts::new(self, vec![0, n]), Cuts::new(self, (0..=n).collect()));
+        let (mut few, mut many) = (Cuts { ends: vec![0, n] }, Cuts { ends: (0..=n).collect() });
         let (mut high, mut low) = (f64::INFINITY, 0.0);
-        let mut guess = price;
         let mut round = 0;
         loop {
-            // The slope of F between the two paths: a price at which both cost the same. If no
-            // path between them is cheaper at this price, F is straight there.
-            let chord = (few.cost - many.cost) / (many.clusters() - few.clusters()) as f64;
             let inside = low < guess && guess < high;
             let is_chord = if round < GUESSES { !inside } else { round % 2 == 0 || !inside };
-            let price = if is_chord { chord } else { guess };
-            let ends = self.cheapest(price, &mut scratch);
+            let price = if is_chord { self.chord(&few, &many) } else { guess };
+            let ends = self.sums.cheapest(price, &mut scratch);
             let count = ends.len() - 1;
             if count == clusters {
                 return ends;
@@ -136,77 +107,91 @@ impl Line {
             if count < clusters {
                 high = price;
                 if count > few.clusters() {
-                    few = Cuts::new(self, ends);
+                    few = Cuts { ends };
                 }
             } else {
                 low = price;
                 if count < many.clusters() {
-                    many = Cuts::new(self, ends);
+                    many = Cuts { ends };
                 }
             }
-            // F falls about as 1 / k^2, so prices fall as 1 / k^3. After some guesses, the range is
-            // halved instead.
-            let next = price * (count as f64 / clusters as f64).powi(3);
+            let next = next_price(price, count, clusters);
             round += 1;
+            // After some guesses, the range is halved instead.
             guess = if round < GUESSES { next } else { (low * high).sqrt() };
         }
     }
 
-    /// The path with the least sum of squares plus `price` a cluster, of any number of clusters.
-    ///
-    /// Candidate begins are kept in a queue in the order of the ends for which they are best: by
-    /// the Monge property, once a later begin is better than an earlier one, it is better for all
-    /// later ends.
-    fn cheapest(&self, price: f64, scratch: &mut Scratch) -> Vec<usize> {
-        let n = self.len();
-        let Scratch { costs, begins, candidates } = scratch;
-        costs.clear();
-        costs.resize(n + 1, 0.0);
-        costs[0] = self.below;
-        begins.clear();
-        begins.resize(n + 1, 0);
-        candidates.clear();
-        candidates.push((0, 1));
-        let mut front = 0;
-        for end in 1..=n {
-            while candidates.get(front + 1).is_some_and(|&(_, first)| first <= end) {
-                front += 1;
-            }
-            let begin = candidates[front].0;
-            begins[end] = begin;
-            costs[end] = costs[begin] - self.saved(begin, end) + price;
-            if end == n {
+    /// The slope of F between two paths: a price at which both cost the same. If no path between
+    /// them is cheaper at this price, F is straight there.
+    fn chord(&self, few: &Cuts, many: &Cuts) -> f64 {
+        (few.cost(self) - many.cost(self)) / (many.clusters() - few.clusters()) as f64
+    }
+
+    /// A price near the middle of those that lead to `clusters` clusters where cuts are only
+    /// allowed at every few points; `None` if no price was found, or all points are needed.
+    fn price_of_thinned(&self, clusters: usize, price: f64, scratch: &mut Scratch) -> Option<f64> {
+        let step = self.thinning(clusters)?;
+        let thinned = self.sums.thinned(step);
+        let mut count_at = |price: f64| thinned.cheapest(price, scratch).len() - 1;
+        let mut price = price;
+        let mut tries = 0;
+        loop {
+            let count = count_at(price);
+            if count == clusters {
                 break;
             }
-            // Finds the first end for which a cluster that begins here is better than one that
-            // begins at the last candidate.
-            loop {
-                let &(rival, first) = &candidates[candidates.len() - 1];
-                let better = |at: usize| costs[end] - self.saved(end, at) < costs[rival] - self.saved(rival, at);
-                let from = first.max(end + 1);
-                if !better(from) {
-                    if let Some(at) = first_after(from, n, better) {
-                        candidates.push((end, at));
-                    }
-                    break;
-                }
-                if first <= end {
-                    // The rival is the candidate in use: it is the best one for this end only.
-                    candidates.push((end, from));
-                    break;
-                }
-                candidates.pop();
+            price = next_price(price, count, clusters);
+            tries += 1;
+            if tries == GUESSES || !price.is_finite() {
+                return None;
             }
         }
-        let mut ends = vec![n];
-        let mut end = n;
-        while end > 0 {
-            end = begins[end];
-            ends.push(end);
-        }
-        ends.reverse();
-        ends
+        // Prices fall as 1 / k^3, so those for k clusters reach over about 3 / k of their value.
+        let aside = 1.0 / clusters as f64;
+        let [up, down] = [1.0 + aside, 1.0 - aside].map(|factor| count_at(price * factor) == clusters);
+        let shift = match (up, down) {
+            (true, false) => 0.5 * aside,
+            (false, true) => -0.5 * aside,
+            (true, true) | (false, false) => 0.0,
+        };
+        Some(price * (1.0 + shift))
     }
+
+    /// Of how many points one is left on a thinned line; `None` if there are too few points to do
+    /// without any.
+    fn thinning(&self, clusters: usize) -> Option<usize> {
+        /// Points a cluster on a thinned line, which make its price exact enough.
+        const ENOUGH: usize = 24;
+        /// With fewer points a cluster, its price is no better than the first guess.
+        const FEWEST: usize = 6;
+        let n = self.len();
+        let step = (n / clusters / ENOUGH).max(2);
+        (n / clusters / step >= FEWEST).then_some(step)
+    }
+}
+
+/// The sums of `of` over points from the place between `left` and `right` on to each point.
+fn running_sums([left, right]: [&[(f64, f64)]; 2], of: impl Fn(&(f64, f64)) -> f64) -> Vec<f64> {
+    let mut sums = vec![0.0; left.len() + 1 + right.len()];
+    let (below, above) = sums.split_at_mut(left.len());
+    let mut sum = 0.0;
+    for (to, point) in below.iter_mut().zip(left).rev() {
+        sum += of(point);
+        *to = -sum;
+    }
+    sum = 0.0;
+    for (to, point) in above[1..].iter_mut().zip(right) {
+        sum += of(point);
+        *to = sum;
+    }
+    sums
+}
+
+/// The next guess of the price that leads to `wanted` clusters, after `price` has led to `count`.
+/// F falls about as 1 / k^2, so prices fall as 1 / k^3.
+fn next_price(price: f64, count: usize, wanted: usize) -> f64 {
+    price * (count as f64 / wanted as f64).powi(3)
 }
 
 /// The sum of squared distances to the mean.
@@ -214,28 +199,6 @@ fn cost(points: &[(f64, f64)]) -> f64 {
     let weight: f64 = points.iter().map(|point| point.1).sum();
     let mean = points.iter().map(|(value, weight)| value * weight).sum::<f64>() / weight;
     points.iter().map(|(value, weight)| weight * (value - mean).powi(2)).sum()
-}
-
-/// The first place in (from, last] where `holds` is true; it must then be true for all later
-/// places. The search begins near `from`.
-fn first_after(from: usize, last: usize, holds: impl Fn(usize) -> bool) -> Option<usize> {
-    let (mut no, mut step) = (from, 1);
-    let mut yes = loop {
-        let at = (no + step).min(last);
-        if at == no {
-            return None;
-        }
-        if holds(at) {
-            break at;
-        }
-        no = at;
-        step *= 2;
-    };
-    while yes - no > 1 {
-        let middle = no + (yes - no) / 2;
-        if holds(middle) { yes = middle } else { no = middle }
-    }
-    Some(yes)
 }
 
 /// One path of `clusters` clusters out of one with fewer and one with more that are both cheapest

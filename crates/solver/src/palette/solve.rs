@@ -5,10 +5,10 @@ use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{Codebook, PaletteOptions};
 
-use super::histogram::{Histogram, Nearest};
+use super::histogram::{Counts, Histogram, Nearest};
 use super::layout::{Layout, sizes};
 use super::palettized::{Palettized, change, check_mask, squared_error};
-use super::values::{Bucket, optimal_palette};
+use super::values::{Bucket, optimal_palette, palette_of_checked};
 
 /// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group,
 /// and the nearest of its entries for each weight (the lower of two equally near entries).
@@ -84,24 +84,74 @@ fn solve(
         ));
     }
     check_mask(name, keep, count)?;
-    if let Some(at) = weight.iter().position(|value| !value.is_finite()) {
+    if let Some(at) = first_not_finite(weight) {
         let problem = format!("weight {at} of {count} is {}; palettes need finite weights", weight[at]);
         return Err(Error::NotFinite(format!("`{name}`: {problem}")));
     }
     let layout = Layout::new(name, shape, options)?;
+    if u32::try_from(layout.group_len()).is_err() {
+        return Err(Error::Argument(format!("`{name}`: a group has {} weights, more than are counted", layout.group_len())));
+    }
 
     let scales = options.per_channel_scale.then(|| scales(weight, keep, row));
     let scaled = scales.as_ref().map(|scales| divided(weight, scales, row));
     let values = Values { name, values: scaled.as_deref().unwrap_or(weight), keep, importance };
-    let groups: Vec<(Vec<f16>, Vec<u8>)> = (0..layout.groups)
-        .into_par_iter()
-        .map_init(Workspace::default, |workspace, group| workspace.group(values, &layout, group, entries))
-        .collect::<Result<_>>()?;
-
-    let mut palettes = Vec::with_capacity(layout.groups * entries);
     let mut indices = vec![0; count];
-    for (group, (palette, of_group)) in groups.iter().enumerate() {
-        palettes.extend_from_slice(palette);
+    let groups = match layout.is_contiguous() {
+        true => {
+            let parts = indices.par_chunks_mut(layout.group_len()).enumerate();
+            parts
+                .map_init(Workspace::default, |workspace, (group, indices)| {
+                    workspace.group(values, &layout, group, entries, indices)
+                })
+                .collect::<Result<Vec<_>>>()?
+        }
+        false => scattered(values, &layout, entries, &mut indices)?,
+    };
+    let Layout { axis, group_size, .. } = layout;
+    let mut palettized = Palettized {
+        name: name.to_owned(),
+        shape: shape.to_owned(),
+        codebook: Codebook {
+            bits: options.bits,
+            axis,
+            group_size,
+            vector_length: 1,
+            palettes: groups.iter().flat_map(|group| group.palette.iter().copied()).collect(),
+            scales,
+        },
+        indices,
+        squared_error: 0.0,
+        kept: keep.map_or(count, |keep| keep.par_chunks(PIECE).map(|keep| keep.iter().filter(|keep| **keep).count()).sum()),
+    };
+    palettized.squared_error = match palettized.codebook.scales {
+        None => groups.iter().map(|group| group.squared_error).sum(),
+        Some(_) => squared_error(&palettized.decode(keep)?, weight, keep, row),
+    };
+    Ok(palettized)
+}
+
+/// Values that a thread takes at once from a large group.
+const PIECE: usize = 1 << 17;
+
+/// The place of the first value that is NaN or infinite.
+fn first_not_finite(weight: &[f16]) -> Option<usize> {
+    let piece = weight.par_chunks(PIECE).position_first(|piece| {
+        let largest = piece.iter().fold(0, |largest, value| (value.to_bits() & 0x7fff).max(largest));
+        largest >= f16::INFINITY.to_bits()
+    })?;
+    let at = weight[piece * PIECE..].iter().position(|value| !value.is_finite());
+    at.map(|at| piece * PIECE + at)
+}
+
+/// The groups of a weight in which these are not contiguous.
+fn scattered(values: Values<'_>, layout: &Layout, entries: usize, indices: &mut [u8]) -> Result<Vec<Group>> {
+    let groups = (0..layout.groups).into_par_iter().map_init(Workspace::default, |workspace, group| {
+        let mut indices = vec![0; layout.group_len()];
+        Ok((workspace.group(values, layout, group, entries, &mut indices)?, indices))
+    });
+    let groups = groups.collect::<Result<Vec<(Group, Vec<u8>)>>>()?;
+    for (group, (_, of_group)) in groups.iter().enumerate() {
         let mut rest = of_group.as_slice();
         for run in layout.runs(group) {
             let (of_run, after) = rest.split_at(run.len());
@@ -109,18 +159,7 @@ fn solve(
             indices[run].copy_from_slice(of_run);
         }
     }
-    drop(groups);
-    let Layout { axis, group_size, .. } = layout;
-    let mut palettized = Palettized {
-        name: name.to_owned(),
-        shape: shape.to_owned(),
-        codebook: Codebook { bits: options.bits, axis, group_size, vector_length: 1, palettes, scales },
-        indices,
-        squared_error: 0.0,
-        kept: keep.map_or(count, |keep| keep.iter().filter(|keep| **keep).count()),
-    };
-    palettized.squared_error = squared_error(&palettized.decode(keep)?, weight, keep, row);
-    Ok(palettized)
+    Ok(groups.into_iter().map(|(group, _)| group).collect())
 }
 
 /// The largest magnitude in each row, 1 where that is 0.
@@ -159,66 +198,107 @@ struct Values<'a> {
 }
 
 impl Values<'_> {
-    /// Counts the kept values of a group, by importance if `weighted`.
-    fn count(&self, layout: &Layout, group: usize, weighted: bool, histogram: &mut Histogram) {
+    /// Counts the kept values of a group.
+    fn count(&self, layout: &Layout, group: usize, counts: &mut Counts) {
         for run in layout.runs(group) {
-            let values = &self.values[run.clone()];
-            let keep = self.keep.map(|keep| &keep[run.clone()]);
-            let importance = self.importance.filter(|_| weighted).map(|importance| &importance[run]);
-            for (at, &value) in values.iter().enumerate() {
+            let (values, keep) = (&self.values[run.clone()], self.keep.map(|keep| &keep[run]));
+            if values.len() <= PIECE {
+                counts.add(values, keep);
+                continue;
+            }
+            let pieces = (0..values.len().div_ceil(PIECE)).into_par_iter().fold(Counts::new, |mut counts, piece| {
+                let piece = piece * PIECE..values.len().min((piece + 1) * PIECE);
+                counts.add(&values[piece.clone()], keep.map(|keep| &keep[piece]));
+                counts
+            });
+            // Sums of integers do not depend on their order.
+            let all = pieces.reduce_with(|mut counts, others| {
+                counts.merge(&others);
+                counts
+            });
+            all.iter().for_each(|all| counts.merge(all));
+        }
+    }
+
+    /// Sums the importances of the kept values of a group.
+    fn weigh(&self, layout: &Layout, group: usize, importance: &[f64], histogram: &mut Histogram) {
+        for run in layout.runs(group) {
+            let (values, importance) = (&self.values[run.clone()], &importance[run.clone()]);
+            let keep = self.keep.map(|keep| &keep[run]);
+            for (at, (&value, &importance)) in values.iter().zip(importance).enumerate() {
                 if keep.is_none_or(|keep| keep[at]) {
-                    histogram.add(value, importance.map_or(1.0, |importance| importance[at]));
+                    histogram.add(value, importance);
                 }
             }
         }
     }
 
-    /// The palette entries of a group's weights, in the order of its runs; 0 where pruned.
-    fn look_up(&self, layout: &Layout, group: usize, nearest: &Nearest) -> Vec<u8> {
-        let mut indices = Vec::with_capacity(layout.group_len());
+    /// Writes the palette entries of a group's weights, in the order of its runs; 0 where pruned.
+    fn look_up(&self, layout: &Layout, group: usize, nearest: &Nearest, indices: &mut [u8]) {
+        let mut rest = indices;
         for run in layout.runs(group) {
-            let values = &self.values[run.clone()];
-            match self.keep.map(|keep| &keep[run]) {
-                None => indices.extend(values.iter().map(|&value| nearest.entry(value))),
-                Some(keep) => {
-                    indices.extend(values.iter().zip(keep).map(|(&value, &keep)| if keep { nearest.entry(value) } else { 0 }));
-                }
-            }
+            let (of_run, after) = rest.split_at_mut(run.len());
+            rest = after;
+            let (values, keep) = (&self.values[run.clone()], self.keep.map(|keep| &keep[run]));
+            of_run.par_chunks_mut(PIECE).enumerate().for_each(|(piece, indices)| {
+                let piece = piece * PIECE..piece * PIECE + indices.len();
+                nearest.write(&values[piece.clone()], keep.map(|keep| &keep[piece]), indices);
+            });
         }
-        indices
     }
 }
 
-/// The buffers of a thread for one group, reused for its next group: about 0.6 MB.
+/// A group's palette.
+#[derive(Debug)]
+struct Group {
+    /// Its entries, padded by repetitions of the last.
+    palette: Vec<f16>,
+    /// The sum over kept values of (entry - value)^2.
+    squared_error: f64,
+}
+
+/// The buffers of a thread for one group, reused for its next group: about 2 MB.
 #[derive(Debug)]
 struct Workspace {
-    histogram: Histogram,
+    counts: Counts,
+    /// For values of unequal importance.
+    histogram: Option<Histogram>,
     buckets: Vec<Bucket>,
     nearest: Nearest,
 }
 
 impl Default for Workspace {
     fn default() -> Self {
-        Workspace { histogram: Histogram::new(), buckets: Vec::new(), nearest: Nearest::new() }
+        Workspace { counts: Counts::new(), histogram: None, buckets: Vec::new(), nearest: Nearest::new() }
     }
 }
 
 impl Workspace {
-    /// The palette of a group, padded to `entries`, and its indices.
-    fn group(&mut self, values: Values<'_>, layout: &Layout, group: usize, entries: usize) -> Result<(Vec<f16>, Vec<u8>)> {
-        values.count(layout, group, true, &mut self.histogram);
-        self.histogram.drain(&mut self.buckets);
-        if self.buckets.is_empty() && values.importance.is_some() {
-            values.count(layout, group, false, &mut self.histogram);
-            self.histogram.drain(&mut self.buckets);
-        }
+    /// Finds the palette of a group, and writes its indices.
+    fn group(&mut self, values: Values<'_>, layout: &Layout, group: usize, entries: usize, indices: &mut [u8]) -> Result<Group> {
         let named = |why| Error::Argument(format!("`{}`: group {group}: {why}", values.name));
-        let mut palette = optimal_palette(&self.buckets, entries).map_err(named)?;
+        let mut palette = None;
+        if let Some(importance) = values.importance {
+            let histogram = self.histogram.get_or_insert_with(Histogram::new);
+            values.weigh(layout, group, importance, histogram);
+            histogram.drain(&mut self.buckets);
+            if !self.buckets.is_empty() {
+                palette = Some(optimal_palette(&self.buckets, entries).map_err(named)?);
+            }
+        }
+        values.count(layout, group, &mut self.counts);
+        self.counts.drain(&mut self.buckets);
+        let mut palette = palette.unwrap_or_else(|| palette_of_checked(&self.buckets, entries));
         self.nearest.set(&palette);
-        let indices = values.look_up(layout, group, &self.nearest);
+        values.look_up(layout, group, &self.nearest, indices);
+        let error = |bucket: &Bucket| {
+            let entry = palette[usize::from(self.nearest.entry(bucket.value))];
+            bucket.weight * (entry.to_f64() - bucket.value.to_f64()).powi(2)
+        };
+        let squared_error = self.buckets.iter().map(error).sum();
         // A completely pruned group has no values, and a palette of zeros.
         let last = palette.last().copied().unwrap_or(f16::ZERO);
         palette.resize(entries, last);
-        Ok((palette, indices))
+        Ok(Group { palette, squared_error })
     }
 }

@@ -37,15 +37,20 @@ const LARGEST_SUM: f64 = 1e140;
 /// the sum of the weights is above 1e140, or if `entries` is 0.
 pub fn optimal_palette(buckets: &[Bucket], entries: usize) -> Result<Vec<f16>> {
     check(buckets, entries)?;
+    Ok(palette_of_checked(buckets, entries))
+}
+
+/// As [`optimal_palette`], for buckets that are known to be such.
+pub(super) fn palette_of_checked(buckets: &[Bucket], entries: usize) -> Vec<f16> {
     if buckets.len() <= entries {
-        return Ok(buckets.iter().map(|bucket| rounded(bucket.value.to_f64())).collect());
+        return buckets.iter().map(|bucket| rounded(bucket.value.to_f64())).collect();
     }
     let line = Line::new(buckets.iter().map(|bucket| (bucket.value.to_f64(), bucket.weight)).collect());
     let ends = line.best(entries, expected_price(buckets, entries));
     let clusters = ends.windows(2).map(|ends| &buckets[ends[0]..ends[1]]);
     // Means lie between the smallest and the largest value of their clusters, which are fp16: so
     // rounding keeps them apart.
-    Ok(clusters.map(|cluster| rounded(mean(cluster))).collect())
+    clusters.map(|cluster| rounded(mean(cluster))).collect()
 }
 
 /// The value rounded to fp16; a zero has no sign.
