@@ -57,8 +57,9 @@ struct Finished {
 
 /// The longest time that finished layers wait to be written.
 const WAIT: Duration = Duration::from_secs(15);
-/// The bytes of finished layers that are written at once, however short they have waited.
-const MANY: u64 = crate::plan::WAITING / 2;
+/// The bytes of finished layers that are written at once, however short they have waited. As many
+/// wait meanwhile, and the container's writer has a copy of those that it writes.
+const MANY: u64 = crate::plan::WAITING / 4;
 
 impl Workspace {
     /// Begins a run in `folder`, or continues the run that is there.
