@@ -127,7 +127,7 @@ pub fn record(
     samples.notes.extend(pictures.as_ref().map(|_| pictures::NOTE.to_owned()));
     let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
     // A picture that is shown is made by the prompt before.
-    let together = if pictures.is_some() { 1 } else { runs_together(unet, guidances, (shape[2], shape[3])) };
+    let together = if pictures.is_some() { 1 } else { runs_together(guidances, (shape[2], shape[3])) };
     let runs: Vec<Planned<'_>> = set
         .prompts
         .iter()
@@ -187,11 +187,12 @@ impl Seeded {
 }
 
 /// The number of prompts that are run in one batch: on a GPU as many as keep it busy, on a CPU one.
-fn runs_together(unet: &Unet<'_>, guidances: &[Guidance], latents: (i64, i64)) -> usize {
+/// It does not depend on the memory, because a batch of another size has another rounding.
+fn runs_together(guidances: &[Guidance], latents: (i64, i64)) -> usize {
     /// Pixels of latents in a batch. With 64x64 latents, 16 rows.
     const ENOUGH: i64 = 1 << 16;
     let Some(like) = guidances.first().map(|guidance| &guidance.conditioning.encoder_hidden_states) else { return 1 };
-    if like.device() == Device::Cpu || !unet.is_resident() {
+    if like.device() == Device::Cpu {
         return 1;
     }
     let rows = like.size().first().copied().unwrap_or(1);

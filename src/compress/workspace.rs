@@ -57,8 +57,9 @@ struct Finished {
 
 /// The longest time that finished layers wait to be written.
 const WAIT: Duration = Duration::from_secs(15);
-/// The bytes of finished layers that are written at once, however short they have waited.
-const MANY: u64 = crate::plan::WAITING / 2;
+/// The bytes of finished layers that are written at once, however short they have waited. As many
+/// wait meanwhile, and the container's writer has a copy of those that it writes.
+const MANY: u64 = crate::plan::WAITING / 4;
 
 impl Workspace {
     /// Begins a run in `folder`, or continues the run that is there.
@@ -424,6 +425,32 @@ mod tests {
         drop(Workspace::open(&new, &identity("a"), false).unwrap());
         std::fs::remove_file(new.join("run.json.sha256")).unwrap();
         assert!(Workspace::open(&new, &identity("a"), true).unwrap().warnings().is_empty());
+    }
+
+    #[test]
+    fn layers_on_their_way_can_be_read_and_one_that_cannot_be_written_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.work");
+        let mut workspace = Workspace::open(&path, &identity("a"), false).unwrap();
+        workspace.push(report("a"), vec!["note".into()], Some(weight())).unwrap();
+        assert!(!workspace.has("a"), "only what is handed over is on its way");
+        workspace.hand_over().unwrap();
+        assert!(workspace.has("a"));
+        assert_eq!(workspace.weight("a").unwrap(), Some(weight()));
+        // Whether the thread is still at it or not, the next layers come after its.
+        workspace.push(report("b"), Vec::new(), None).unwrap();
+        workspace.flush().unwrap();
+        assert_eq!((workspace.weight("a").unwrap(), workspace.weight("b").unwrap()), (Some(weight()), None));
+        assert_eq!(
+            workspace.reports().map(|(report, notes)| (report.name.as_str(), notes.len())).collect::<Vec<_>>(),
+            [("a", 1), ("b", 0)]
+        );
+
+        std::fs::remove_dir_all(&path).unwrap();
+        workspace.push(report("c"), Vec::new(), Some(weight())).unwrap();
+        workspace.hand_over().unwrap();
+        assert!(matches!(workspace.flush(), Err(Error::Write { .. })));
+        assert!(!workspace.has("c"));
     }
 
     #[test]

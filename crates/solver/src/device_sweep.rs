@@ -14,7 +14,9 @@ pub(super) fn smallest(weight: &Tensor, upper: &Tensor, count: usize) -> Result<
         return Ok(weight.f_zeros_like()?.f_to_kind(Kind::Bool)?);
     }
     let scores = weight.f_div(&diagonal(upper)?)?.f_square()?;
-    let (threshold, _) = scores.f_flatten(1, -1)?.f_kthvalue(count as i64, 1, true)?;
+    // A GPU sorts many numbers sooner than libtorch selects one of them.
+    let (sorted, _) = scores.f_flatten(1, -1)?.f_sort(1, false)?;
+    let threshold = sorted.f_narrow(1, count as i64 - 1, 1)?;
     Ok(scores.f_le_tensor(&threshold.f_unsqueeze(2)?)?)
 }
 

@@ -151,12 +151,6 @@ impl<'a> Unet<'a> {
         &self.chain
     }
 
-    /// Whether all weights are in memory.
-    #[must_use]
-    pub fn is_resident(&self) -> bool {
-        matches!(self.stages, Stages::Resident(_))
-    }
-
     /// The prediction for noisy latents `sample` [b, c, h, w] at `timestep`: [b, out_channels, h,
     /// w].
     ///
