@@ -69,6 +69,7 @@ use super::{Hessian, Note, OutputResidual};
 /// Hessian, dampening and order, or the output residual was made of other samples than the Hessian.
 ///
 /// [`palettize`]: super::palette::palettize
+/// [`prune_with`]: super::prune_with
 pub fn joint(
     name: &str,
     weight: &Tensor,

@@ -24,7 +24,7 @@ pub struct LayerEvidence<'a> {
     pub held_out: Option<&'a Tensor>,
 }
 
-/// The result of [`joint`].
+/// The result of [`joint`](super::joint()).
 #[derive(Debug)]
 pub struct Joint {
     /// The weight [o, d], fp16 numbers, row-major; zero where pruned.
