@@ -2,10 +2,10 @@
 
 use half::f16;
 use squeeze_base::error::Result;
-use squeeze_codebook::{Codebook, PruneMethod};
+use squeeze_codebook::PruneMethod;
 use squeeze_container::CompressedWeight;
 use squeeze_numerics::sum::squares;
-use squeeze_solver::palette::{Palettized, palettize_on_device, palettizes_on_device};
+use squeeze_solver::palette::{Palettized, decode_on_device, palettize_on_device, palettizes_on_device};
 use squeeze_solver::{Hessian, Pruned, output_energies};
 use tch::{Device, Kind, Tensor};
 
@@ -101,7 +101,7 @@ fn sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: O
         Some(options) => {
             let made = palettize_on_device(name, &half, keep.as_ref(), None, options)?;
             let (Palettized { codebook, .. }, indices) = made.expect("it was asked whether a GPU makes these palettes");
-            let values = decode(&codebook, &indices, keep.as_ref())?;
+            let values = decode_on_device(&codebook, &indices, keep.as_ref())?;
             let indices = Vec::<u8>::try_from(&on_host(&indices)?)?;
             (Some(CompressedWeight::palettized(size.clone(), bools.as_deref(), codebook, &indices)?), values)
         }
@@ -119,19 +119,6 @@ fn sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: O
         loss: pruned.map(|pruned| pruned.loss),
         notes: pruned.map_or_else(Vec::new, |pruned| pruned.notes.iter().map(ToString::to_string).collect()),
     })
-}
-
-/// The values of indices [o, d] into palettes of whole output channels: fp32, zero where pruned.
-fn decode(codebook: &Codebook, indices: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
-    let (rows, columns) = indices.size2()?;
-    let palettes = Tensor::f_from_slice(&codebook.palettes)?.f_view([-1, codebook.bits.entries() as i64])?;
-    let palettes = palettes.f_to_device(indices.device())?.f_to_kind(Kind::Float)?;
-    let of_groups = indices.f_view([palettes.size()[0], -1])?.f_to_kind(Kind::Int64)?;
-    let values = palettes.f_gather(1, &of_groups, false)?.f_view([rows, columns])?;
-    match keep {
-        None => Ok(values),
-        Some(keep) => Ok(values.f_masked_fill(&keep.f_logical_not()?, 0.0)?),
-    }
 }
 
 /// The elements in row-major order, on the host.

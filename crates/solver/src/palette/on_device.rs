@@ -58,8 +58,7 @@ pub fn palettize_on_device(
     let entries = options.bits.entries() as i64;
     let palettes = kernels.palettes(groups, importance, entries)?;
     let indices = kernels.look_up(groups, &palettes)?;
-    let mut decoded = palettes.f_to_kind(Kind::Float)?.f_gather(1, &indices.f_to_kind(Kind::Int64)?, false)?;
-    let mut squares = decoded.f_sub_(&weights)?.f_square_()?;
+    let mut squares = values_of(&palettes.f_to_kind(Kind::Float)?, &indices, None)?.f_sub_(&weights)?.f_square_()?;
     let kept = match &keep {
         None => Tensor::f_from_slice(&[weights.numel() as f64])?.f_to_device(weight.device())?,
         Some(keep) => {
@@ -80,4 +79,56 @@ pub fn palettize_on_device(
         kept: sums[1] as usize,
     };
     Ok(Some((palettized, indices.f_view([rows, columns])?)))
+}
+
+/// The values of indices [o, d] into palettes of whole output channels without scales, on the
+/// indices' device: fp32, zero where `keep` [o, d] is false.
+///
+/// # Errors
+/// [`Error::Torch`] if the shapes disagree.
+pub fn decode_on_device(codebook: &Codebook, indices: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
+    let palettes = Tensor::f_from_slice(&codebook.palettes)?.f_view([-1, codebook.bits.entries() as i64])?;
+    values_of(&palettes.f_to_device(indices.device())?.f_to_kind(Kind::Float)?, indices, keep)
+}
+
+/// [`decode_on_device`] for palettes [groups, entries] in fp32. The indices may be [o, d] or
+/// [groups, o d / groups].
+pub(crate) fn values_of(palettes: &Tensor, indices: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
+    let of_groups = indices.f_reshape([palettes.size2()?.0, -1])?.f_to_kind(Kind::Int64)?;
+    let values = palettes.f_gather(1, &of_groups, false)?.f_view(indices.size().as_slice())?;
+    match keep {
+        None => Ok(values),
+        Some(keep) => Ok(values.f_masked_fill(&keep.f_logical_not()?, 0.0)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use squeeze_codebook::BitWidth;
+
+    use super::*;
+
+    #[test]
+    fn values_are_those_that_the_codebook_decodes() {
+        let (rows, columns) = (6, 7);
+        let palettes = (0..12).map(|at| f16::from_f32(at as f32 / 3.0 - 2.0)).collect();
+        let codebook = Codebook { bits: BitWidth::Two, axis: 0, group_size: 2, vector_length: 1, palettes, scales: None };
+        let indices: Vec<u8> = (0..rows * columns).map(|at| (at * 5 % 4) as u8).collect();
+        let keep: Vec<bool> = (0..rows * columns).map(|at| at % 3 > 0).collect();
+        let matrix = |tensor: Tensor| tensor.view([rows as i64, columns as i64]);
+        for keep in [None, Some(&keep)] {
+            let expected = codebook.decode(&[rows, columns], &indices, keep.map(Vec::as_slice)).unwrap();
+            let mask = keep.map(|keep| matrix(Tensor::from_slice(keep)));
+            let values = decode_on_device(&codebook, &matrix(Tensor::from_slice(&indices)), mask.as_ref()).unwrap();
+            assert_eq!(values, matrix(Tensor::from_slice(&expected)).to_kind(Kind::Float));
+        }
+    }
+
+    #[test]
+    fn a_cpu_makes_no_palettes_on_a_device() {
+        let weight = Tensor::zeros([4, 8], (Kind::Half, Device::Cpu));
+        let options = PaletteOptions { grouping: Grouping::PerTensor, ..PaletteOptions::default() };
+        assert!(!palettizes_on_device(&weight, &options));
+        assert!(palettize_on_device("a", &weight, None, None, &options).unwrap().is_none());
+    }
 }

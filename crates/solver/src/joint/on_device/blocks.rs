@@ -15,6 +15,7 @@ use super::super::sweep::sweep_row;
 use super::host::bools;
 use crate::kernels::{DevicePalettes, Kernels};
 use crate::matrix::{numbers_mut, to_vec};
+use crate::palette::values_of;
 
 /// Sorted palettes, on the device and on the host, and the steps that need them.
 #[derive(Debug)]
@@ -53,12 +54,7 @@ impl Blocks {
 
     /// The value of each index [o, d]: fp32, zero where pruned.
     pub(super) fn decode(&self, indices: &Tensor, keep: Option<&Tensor>) -> Result<Tensor> {
-        let of_rows = self.entries.f_repeat_interleave_self_int(self.sorted.group_rows as i64, 0, None)?;
-        let values = of_rows.f_gather(1, &indices.f_to_kind(tch::Kind::Int64)?, false)?;
-        match keep {
-            None => Ok(values),
-            Some(keep) => Ok(values.f_masked_fill(&keep.f_logical_not()?, 0.0)?),
-        }
+        values_of(&self.entries, indices, keep)
     }
 
     /// Rounds a block with error feedback: `values` [rows, b], contiguous, become the rounded
