@@ -51,7 +51,8 @@ const HYPER: Family = Family { name: "a Hyper-SD", steps: 4, guidance: 0.0, samp
 const TCD: Family = Family { name: "a TCD", steps: 4, guidance: 0.0, sampler: "--scheduler tcd" };
 const LCM: Family = Family { name: "an LCM", steps: 4, guidance: 1.0, sampler: "--scheduler lcm" };
 /// A whole UNet that is told its guidance scale: LCM-SDXL was distilled at scales of 3 to 13, and
-/// its model card takes 8. It is called once a step all the same.
+/// the guide "Latent Consistency Model" of diffusers draws with 8. It is called once a step all the
+/// same.
 const TOLD: Family = Family { guidance: 8.0, ..LCM };
 
 impl SamplingDefaults {
