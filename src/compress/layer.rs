@@ -97,7 +97,7 @@ fn squares<T: Wide>(a: &[T], b: &[f16]) -> (f64, f64) {
 pub struct Evidence<'a> {
     /// The Hessian of the layer's input.
     pub hessian: &'a Hessian,
-    /// The pruned weight, if it was pruned in a batch with other layers.
+    /// The pruned weight, if it was pruned together with other layers.
     pub pruned: Option<&'a Pruned>,
     /// Cached Cholesky factors and the dampening that was asked for.
     pub factors: Option<(f64, &'a [Factor])>,

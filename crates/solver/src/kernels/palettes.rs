@@ -51,9 +51,12 @@ impl Groups<'_> {
 }
 
 impl Kernels {
-    /// Whether [`palettes`](Self::palettes) takes groups of this many elements.
-    pub(crate) fn takes_groups(length: i64) -> bool {
-        length <= MOST_ELEMENTS
+    /// Whether [`palettes`](Self::palettes) and [`look_up`](Self::look_up) take this many groups of
+    /// this many elements.
+    pub(crate) fn takes_groups(groups: usize, length: i64) -> bool {
+        /// The thread blocks that a launch may have in its second dimension.
+        const MOST_GROUPS: usize = 65_535;
+        groups <= MOST_GROUPS && length <= MOST_ELEMENTS
     }
 
     /// The palette of each group that has the least sum of squared errors, each weighted by the
@@ -132,7 +135,13 @@ fn fixed_point(numbers: &[f64]) -> Vec<i64> {
 
 #[cfg(test)]
 mod tests {
-    use super::fixed_point;
+    use super::{Kernels, fixed_point};
+
+    #[test]
+    fn more_groups_than_a_launch_has_are_left_to_the_host() {
+        assert!(Kernels::takes_groups(65_535, 1 << 26));
+        assert!(!Kernels::takes_groups(65_536, 1) && !Kernels::takes_groups(1, (1 << 26) + 1));
+    }
 
     #[test]
     fn importances_keep_their_proportions() {

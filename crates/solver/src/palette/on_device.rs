@@ -21,7 +21,8 @@ fn kernels_for(device: Device, rows: usize, columns: usize, options: &PaletteOpt
         Grouping::PerGroupedChannel { .. } => return None,
     };
     let length = i64::try_from(group_rows.checked_mul(columns)?).ok()?;
-    Kernels::of(device).filter(|_| !options.per_channel_scale && Kernels::takes_groups(length))
+    let groups = rows / group_rows.max(1);
+    Kernels::of(device).filter(|_| !options.per_channel_scale && Kernels::takes_groups(groups, length))
 }
 
 /// Whether [`palettize_on_device`] makes the palettes of a weight [o, ...].
