@@ -19,8 +19,8 @@ use crate::recipe::{LayerRecipe, LayerRecipes};
 /// already are not compressed again.
 pub(super) struct Compressor<'a> {
     pub layers: &'a LayerRecipes,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without kernels
-    /// prunes in one batch; 0 solves them input by input.
+    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
+    /// kernels prunes in one batch; 0 solves them input by input.
     pub batch_bytes: u64,
     pub store: &'a mut Workspace,
     pub progress: &'a dyn Progress,

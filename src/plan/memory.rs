@@ -12,8 +12,8 @@ pub struct Memory {
     pub element_bytes: u64,
     /// Bytes of the Hessians that stay for the whole run.
     pub shared: u64,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without kernels
-    /// prunes in one batch; 0 solves them input by input.
+    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
+    /// kernels prunes in one batch; 0 solves them input by input.
     pub batch: u64,
     /// The device that solves.
     pub device: Device,

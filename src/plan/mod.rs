@@ -65,8 +65,8 @@ pub struct Plan {
     pub calls: Option<Calls>,
     /// Where carries wait.
     pub carries: CarriesIn,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without kernels
-    /// prunes in one batch; 0 solves them input by input.
+    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
+    /// kernels prunes in one batch; 0 solves them input by input.
     pub batch_bytes: u64,
     /// Bytes of all carries at their largest.
     pub carry_bytes: u64,
