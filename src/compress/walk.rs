@@ -146,6 +146,7 @@ impl<'a> Walk<'a> {
 
     /// The dense weight of a layer, on the first device.
     pub(super) fn dense_weight(&self, layer: &Layer) -> Result<Tensor> {
+        let _span = tracing::debug_span!("dense weight").entered();
         match self.shards.first().and_then(|shard| shard.dense_weight(layer.name())) {
             Some(weight) => Ok(weight),
             None => self.model.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size()),
@@ -232,6 +233,7 @@ impl<'a> Walk<'a> {
 
     /// Takes the samples past the input block, and sums text and time for the layers of `shared`.
     pub(super) fn begin(&mut self, shared: &[(PartName, String)], store: Option<&Workspace>) -> Result<()> {
+        let _span = tracing::debug_span!("first carries").entered();
         let devices = self.machine.devices;
         let layers = shared.iter().map(|(part, name)| {
             let mut layers = self.layers(*part).iter();
@@ -272,9 +274,11 @@ impl<'a> Walk<'a> {
     /// Loads a part on every device, with the stored weights of the layers that are behind.
     fn enter(&mut self, part: PartName, store: Option<&Workspace>) -> Result<()> {
         if self.loaded != Some(part) {
+            let _span = tracing::debug_span!("load").entered();
             self.shards.iter_mut().try_for_each(|shard| shard.load(self.model, part))?;
             self.loaded = Some(part);
         }
+        let _span = tracing::debug_span!("install").entered();
         match store {
             Some(store) => self.shards.iter_mut().try_for_each(|shard| shard.install(&self.behind, store)),
             None => Ok(()),
