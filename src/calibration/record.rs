@@ -2,7 +2,7 @@
 
 use sdxl_model::scheduler::{Scheduler, SchedulerConfig};
 use sdxl_model::unet::{Conditioning, Unet};
-use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, Predictor, PromptEncoder, PromptOptions};
+use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, PromptEncoder, PromptOptions};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::device::Placement;

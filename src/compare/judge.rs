@@ -156,8 +156,8 @@ impl Judge {
             let (dense_stage, new_stage) = (spec.load(dense)?, spec.load(new)?);
             let (mut off, mut all) = (0.0, 0.0);
             for (dense_carry, new_carry) in dense_carries.iter_mut().zip(&mut new_carries) {
-                *dense_carry = dense_stage.forward(dense_carry.shallow_clone(), &mut Unobserved)?;
-                *new_carry = new_stage.forward(new_carry.shallow_clone(), &mut Unobserved)?;
+                *dense_carry = dense_stage.forward_in_range(dense_carry.shallow_clone())?;
+                *new_carry = new_stage.forward_in_range(new_carry.shallow_clone())?;
                 off += squares(&new_carry.hidden_states.f_sub(&dense_carry.hidden_states)?)?;
                 all += squares(&dense_carry.hidden_states)?;
             }

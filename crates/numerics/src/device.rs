@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use squeeze_base::error::{Error, Result};
 use squeeze_base::shorten::shorten;
-use tch::{Cuda, Device, Kind};
+use tch::{Cuda, Device, Kind, Tensor};
 
 /// The device of a part of a model, and the dtype that it computes in.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,6 +58,26 @@ pub fn cuda_devices() -> Result<usize, &'static str> {
         }
     });
     count.as_ref().map(|count| *count).map_err(String::as_str)
+}
+
+/// The dtype for activations beyond fp16: bf16, with the range of fp32 and the memory of fp16, or
+/// fp32 where the device does not compute in bf16.
+#[must_use]
+pub fn beyond_half(device: Device) -> Kind {
+    let computes_in_bf16 = || -> Result<()> {
+        let ones = Tensor::f_ones([1, 1, 2, 2], (Kind::BFloat16, device))?;
+        let convolved = ones.f_conv2d(&ones, None::<&Tensor>, [1, 1], [0, 0], [1, 1], 1)?;
+        let _ = ones.f_flatten(0, 2)?.f_mm(&ones.f_flatten(0, 1)?.f_reshape([2, 2])?)?;
+        // A device that only fails later fails here.
+        convolved.f_double_value(&[0, 0, 0, 0])?;
+        Ok(())
+    };
+    match device {
+        Device::Cpu => Kind::BFloat16,
+        Device::Cuda(_) if computes_in_bf16().is_ok() => Kind::BFloat16,
+        // Metal has bf16 only on newer systems, and fallbacks to the CPU for some operations of it.
+        Device::Cuda(_) | Device::Mps | Device::Vulkan => Kind::Float,
+    }
 }
 
 /// Loads libtorch's CUDA backend, which registers itself with the libtorch that is already there.
