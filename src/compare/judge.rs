@@ -11,9 +11,10 @@ use sdxl_pipeline::picture::Picture;
 use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
+use squeeze_numerics::device::sum_kind;
 use squeeze_numerics::random::Generator;
 use squeeze_numerics::sum;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::calibration::{PicturesInTurn, PromptSet, Sample, spread};
 
@@ -203,9 +204,9 @@ impl Judge {
     }
 }
 
-/// Sum of squares, in fp64.
+/// Sum of squares, in fp64 where the device has it.
 fn squares(tensor: &Tensor) -> Result<f64> {
-    sum::squares(&tensor.f_to_kind(Kind::Double)?)
+    sum::squares(&tensor.f_to_kind(sum_kind(tensor.device()))?)
 }
 
 /// A UNet that keeps some of its calls with their outputs.

@@ -20,7 +20,7 @@ impl Placement {
     pub const CPU: Placement = Placement { device: Device::Cpu, kind: Kind::Float };
 }
 
-/// Reads a device name: `cpu`, `cuda` (the first GPU) or `cuda:N`.
+/// Reads a device name: `cpu`, `cuda` (the first GPU), `cuda:N`, or `mps` (Apple's GPU, by Metal).
 ///
 /// # Errors
 /// [`Error::Argument`] for another name, and for a GPU that this machine or this libtorch does not
@@ -28,10 +28,15 @@ impl Placement {
 pub fn parse_device(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
+        "mps" if tch::utils::has_mps() => return Ok(Device::Mps),
+        "mps" => {
+            let why = "this libtorch computes on no GPU of Apple's; that of a Mac with an M chip and macOS 12.3 or later does";
+            return Err(Error::Argument(format!("device `mps` is not there: {why}")));
+        }
         "cuda" => 0,
         _ => match name.strip_prefix("cuda:").and_then(|n| n.parse::<u16>().ok()) {
             Some(index) => usize::from(index),
-            None => return Err(Error::Argument(format!("unknown device `{}` (known: cpu, cuda, cuda:N)", shorten(name)))),
+            None => return Err(Error::Argument(format!("unknown device `{}` (known: cpu, cuda, cuda:N, mps)", shorten(name)))),
         },
     };
     match cuda_devices() {
@@ -104,7 +109,28 @@ pub fn free_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => squeeze_base::memory::available(),
         Device::Cuda(index) => cuda_free_memory(index),
-        _ => None,
+        // The GPU of a Mac has no memory of its own.
+        Device::Mps => squeeze_base::memory::available(),
+        Device::Vulkan => None,
+    }
+}
+
+/// The dtype in which a device adds up many numbers: fp64, or fp32 where it has no fp64, as Metal.
+#[must_use]
+pub fn sum_kind(device: Device) -> Kind {
+    match device {
+        Device::Cpu | Device::Cuda(_) => Kind::Double,
+        Device::Mps | Device::Vulkan => Kind::Float,
+    }
+}
+
+/// Whether a device factors matrices. Metal's routines for that are recent and fewer, so factors
+/// are made on the CPU.
+#[must_use]
+pub fn factors_matrices(device: Device) -> bool {
+    match device {
+        Device::Cpu | Device::Cuda(_) => true,
+        Device::Mps | Device::Vulkan => false,
     }
 }
 
@@ -187,6 +213,20 @@ mod tests {
         }
         assert_eq!(parse_dtype("bf16").unwrap(), Kind::BFloat16);
         assert!(parse_dtype("int8").is_err());
+    }
+
+    #[test]
+    fn metal_is_named_and_asked_for_nothing_in_fp64() {
+        match parse_device("mps") {
+            Ok(device) => assert_eq!(device, Device::Mps),
+            Err(why) => assert!(why.to_string().contains("`mps` is not there: this libtorch computes on no GPU"), "{why}"),
+        }
+        assert!(parse_device("mps:0").unwrap_err().to_string().contains("known: cpu, cuda, cuda:N, mps"));
+        assert_eq!((sum_kind(Device::Mps), sum_kind(Device::Cpu)), (Kind::Float, Kind::Double));
+        assert_eq!(sum_kind(Device::Cuda(1)), Kind::Double);
+        assert_eq!((beyond_half(Device::Mps), beyond_half(Device::Cpu)), (Kind::Float, Kind::BFloat16));
+        assert!(factors_matrices(Device::Cpu) && !factors_matrices(Device::Mps));
+        assert_eq!(free_memory(Device::Mps).is_some(), free_memory(Device::Cpu).is_some());
     }
 
     #[cfg(unix)]

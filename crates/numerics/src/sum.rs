@@ -3,14 +3,16 @@
 use squeeze_base::error::Result;
 use tch::{Device, Kind, Tensor};
 
+use super::device::sum_kind;
+
 /// The number of elements that are summed by one thread. libtorch splits a sum over a whole tensor
 /// among its threads, but it splits neither a tensor of this size nor a row of a sum by rows.
 const PIECE: i64 = 8192;
 
-/// The sum of all elements, in fp64.
+/// The sum of all elements, in fp64; in fp32 on a device without it.
 pub fn sum(tensor: &Tensor) -> Result<f64> {
     if tensor.device() != Device::Cpu {
-        return Ok(tensor.f_sum(Kind::Double)?.f_double_value(&[])?);
+        return Ok(tensor.f_sum(sum_kind(tensor.device()))?.f_double_value(&[])?);
     }
     let flat = tensor.f_reshape([-1])?;
     let count = flat.size1()?;
@@ -22,6 +24,12 @@ pub fn sum(tensor: &Tensor) -> Result<f64> {
         sum += Vec::<f64>::try_from(&pieces.f_to_device(Device::Cpu)?)?.into_iter().sum::<f64>();
     }
     Ok(sum)
+}
+
+/// The numbers of a tensor on any device, row by row, in fp64.
+pub fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    let here = tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+    Ok(Vec::try_from(&here.f_reshape([-1])?)?)
 }
 
 /// The sum of the elements' products, each product in the tensors' own dtype.

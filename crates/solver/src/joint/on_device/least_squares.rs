@@ -1,6 +1,7 @@
 //! Least-squares weights on a fixed mask.
 
 use squeeze_base::error::Result;
+use squeeze_numerics::device::sum_kind;
 use tch::{Kind, Tensor};
 
 use super::problem::{Problem, row_dots};
@@ -58,7 +59,7 @@ impl<'a> MaskedLeastSquares<'a> {
         let _span = tracing::debug_span!("conjugate gradients").entered();
         let (mut direction, mut before) = self.downhill()?;
         let _ = direction.f_neg_()?;
-        let mut left = self.losses()?.f_sum(Kind::Double)?;
+        let mut left = self.losses()?.f_sum(sum_kind(self.weight.device()))?;
         for step in 1..=steps {
             let product = self.problem.part.product(&direction)?;
             let length = share(&before, &row_dots(&direction, &product)?)?;
@@ -69,7 +70,7 @@ impl<'a> MaskedLeastSquares<'a> {
             if step == steps {
                 break;
             }
-            let lower = length.f_mul(&before)?.f_sum(Kind::Double)?;
+            let lower = length.f_mul(&before)?.f_sum(sum_kind(before.device()))?;
             left = left.f_sub(&lower)?;
             if lower.f_sub(&left.f_mul_scalar(least_gain)?)?.f_double_value(&[])? < 0.0 {
                 break;
