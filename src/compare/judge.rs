@@ -11,9 +11,8 @@ use sdxl_pipeline::picture::Picture;
 use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
-use squeeze_numerics::device::sum_kind;
 use squeeze_numerics::random::Generator;
-use squeeze_numerics::sum;
+use squeeze_numerics::sum::{self, sum_kind};
 use tch::Tensor;
 
 use crate::calibration::{PicturesInTurn, PromptSet, Sample, spread};

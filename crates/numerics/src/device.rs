@@ -115,15 +115,6 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
-/// The dtype in which a device adds up many numbers: fp64, or fp32 where it has no fp64, as Metal.
-#[must_use]
-pub fn sum_kind(device: Device) -> Kind {
-    match device {
-        Device::Cpu | Device::Cuda(_) => Kind::Double,
-        Device::Mps | Device::Vulkan => Kind::Float,
-    }
-}
-
 /// Whether a device factors matrices. Metal's routines for that are recent and fewer, so factors
 /// are made on the CPU.
 #[must_use]
@@ -216,14 +207,12 @@ mod tests {
     }
 
     #[test]
-    fn metal_is_named_and_asked_for_nothing_in_fp64() {
+    fn metal_is_named_and_factors_no_matrices() {
         match parse_device("mps") {
             Ok(device) => assert_eq!(device, Device::Mps),
             Err(why) => assert!(why.to_string().contains("`mps` is not there: this libtorch computes on no GPU"), "{why}"),
         }
         assert!(parse_device("mps:0").unwrap_err().to_string().contains("known: cpu, cuda, cuda:N, mps"));
-        assert_eq!((sum_kind(Device::Mps), sum_kind(Device::Cpu)), (Kind::Float, Kind::Double));
-        assert_eq!(sum_kind(Device::Cuda(1)), Kind::Double);
         assert_eq!((beyond_half(Device::Mps), beyond_half(Device::Cpu)), (Kind::Float, Kind::BFloat16));
         assert!(factors_matrices(Device::Cpu) && !factors_matrices(Device::Mps));
         assert_eq!(free_memory(Device::Mps).is_some(), free_memory(Device::Cpu).is_some());

@@ -3,11 +3,18 @@
 use squeeze_base::error::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::device::sum_kind;
-
 /// The number of elements that are summed by one thread. libtorch splits a sum over a whole tensor
 /// among its threads, but it splits neither a tensor of this size nor a row of a sum by rows.
 const PIECE: i64 = 8192;
+
+/// The dtype in which a device adds up many numbers: fp64, or fp32 where it has no fp64, as Metal.
+#[must_use]
+pub fn sum_kind(device: Device) -> Kind {
+    match device {
+        Device::Cpu | Device::Cuda(_) => Kind::Double,
+        Device::Mps | Device::Vulkan => Kind::Float,
+    }
+}
 
 /// The sum of all elements, in fp64; in fp32 on a device without it.
 pub fn sum(tensor: &Tensor) -> Result<f64> {
@@ -45,6 +52,13 @@ pub fn squares(tensor: &Tensor) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metal_is_asked_for_nothing_in_fp64() {
+        let kinds = [Device::Cpu, Device::Cuda(1), Device::Mps, Device::Vulkan].map(sum_kind);
+        assert_eq!(kinds, [Kind::Double, Kind::Double, Kind::Float, Kind::Float]);
+        assert_eq!(numbers(&Tensor::from_slice(&[1.5f32, -2.0]).view([2, 1])).unwrap(), [1.5, -2.0]);
+    }
 
     #[test]
     fn sums_are_right_and_the_same_on_any_number_of_threads() {

@@ -3,9 +3,8 @@
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{NmRatio, PruneOptions, Sparsity};
-use squeeze_numerics::device::sum_kind;
 use squeeze_numerics::product::add_product;
-use squeeze_numerics::sum;
+use squeeze_numerics::sum::{self, sum_kind};
 use tch::{Device, Kind, Tensor};
 
 use super::factor::inverse;

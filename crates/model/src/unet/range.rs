@@ -157,3 +157,73 @@ pub fn beyond_half_note(unit: &str, kind: Kind) -> String {
     let dtype = if kind == Kind::BFloat16 { "bf16" } else { "fp32" };
     format!("the activations of `{unit}` are beyond fp16, which ends at 65504; it computes in {dtype}")
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn carry() -> Carry {
+        let tensor = |value: f64, size: &[i64]| Tensor::full(size, value, (Kind::Half, Device::Cpu));
+        Carry {
+            hidden_states: tensor(100.0, &[1, 2, 2, 2]),
+            tokens: None,
+            down_block_res_samples: vec![tensor(1.0, &[1, 2, 2, 2])],
+            temb: tensor(0.5, &[1, 4]),
+            encoder_hidden_states: tensor(0.25, &[1, 7, 4]),
+        }
+    }
+
+    /// A stage that multiplies its input and leaves it as a residual too.
+    fn times(factor: f64) -> impl Fn(Carry) -> Result<Carry> {
+        move |mut carry| {
+            carry.hidden_states = carry.hidden_states.f_mul_scalar(factor)?;
+            carry.push_residual();
+            Ok(carry)
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_stays_wide_until_it_does() {
+        let factors = [2.0, 1000.0, 0.001, 2.0];
+        let run = |wide: &mut WideStages, checked: bool| {
+            let mut carry = carry();
+            let mut kinds = Vec::new();
+            for (index, factor) in factors.into_iter().enumerate() {
+                let (name, run) = (StageName::Down(index), times(factor));
+                carry = if checked { wide.run_checked(name, carry, &run) } else { wide.run(name, carry, &run) }.unwrap();
+                kinds.push(carry.kind().unwrap());
+            }
+            (carry, kinds)
+        };
+        let mut wide = WideStages::default();
+        let (plain, _) = run(&mut wide, false);
+        assert!(!plain.is_finite().unwrap() && wide.notes().is_empty());
+        let (checked, kinds) = run(&mut wide, true);
+        assert_eq!(kinds, [Kind::Half, Kind::BFloat16, Kind::Half, Kind::Half]);
+        assert!(checked.is_finite().unwrap());
+        assert!((checked.hidden_states.mean(Kind::Float).double_value(&[]) / 400.0 - 1.0).abs() < 0.01);
+        let residuals: Vec<Kind> = checked.down_block_res_samples.iter().map(Tensor::kind).collect();
+        assert_eq!(residuals, [Kind::Half, Kind::Half, Kind::BFloat16, Kind::Half, Kind::Half]);
+        assert_eq!((checked.temb.kind(), checked.encoder_hidden_states.kind()), (Kind::Half, Kind::Half));
+        // The stages are known now, and nothing has to be checked.
+        assert_eq!(wide.notes().len(), 2);
+        let (known, again) = run(&mut wide, false);
+        assert_eq!((&known.hidden_states, again), (&checked.hidden_states, kinds));
+        // A residual of another dtype joins the hidden states in theirs.
+        let mut carry = checked;
+        while !carry.down_block_res_samples.is_empty() {
+            carry.pop_residual().unwrap();
+            assert_eq!(carry.kind().unwrap(), Kind::Half);
+        }
+    }
+
+    #[test]
+    fn fp32_is_left_alone() {
+        let wide = carry();
+        let text = wide.encoder_hidden_states.to_kind(Kind::Float);
+        let carry = Carry { hidden_states: wide.hidden_states.to_kind(Kind::Float), encoder_hidden_states: text, ..wide };
+        assert_eq!(carry.fitted().unwrap().kind().unwrap(), Kind::Float);
+    }
+}

@@ -1,7 +1,7 @@
 //! Least-squares weights on a fixed mask.
 
 use squeeze_base::error::Result;
-use squeeze_numerics::device::sum_kind;
+use squeeze_numerics::sum::sum_kind;
 use tch::{Kind, Tensor};
 
 use super::problem::{Problem, row_dots};

@@ -1,8 +1,7 @@
 //! The least-squares problem as tensors.
 
 use squeeze_base::error::Result;
-use squeeze_numerics::device::sum_kind;
-use squeeze_numerics::sum::numbers;
+use squeeze_numerics::sum::{numbers, sum_kind};
 use tch::{Kind, Tensor};
 
 use super::super::factors::{JointFactors, Part};
