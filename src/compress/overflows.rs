@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
+use sdxl_model::Layer;
 use sdxl_model::unet::{Part, Scope, beyond_half_note};
 use tch::Kind;
 
@@ -25,14 +26,13 @@ impl Overflows {
     }
 }
 
-/// What a unit's layers are called up to where their names differ.
+/// The names of a unit's layers up to where they differ: that of a stage, a resnet, a transformer's
+/// block or a single layer. The output block's layer has a name of its own.
 fn unit(part: &Part, scope: Scope) -> String {
-    let names = part.layers().iter().map(|layer| layer.name()).filter(|name| part.scope_has(scope, name));
-    let common = |a: String, b: &str| -> String {
-        let parts = a.split('.').zip(b.split('.')).take_while(|(a, b)| a == b);
-        parts.map(|(part, _)| part).collect::<Vec<_>>().join(".")
-    };
-    let mut names = names;
+    let mut names = part.layers().iter().map(Layer::name).filter(|name| part.scope_has(scope, name));
     let first = names.next().unwrap_or_default().to_owned();
-    names.fold(first, |all, name| common(all, name))
+    names.fold(first, |common, name| {
+        let parts = common.split('.').zip(name.split('.')).take_while(|(a, b)| a == b);
+        parts.map(|(part, _)| part).collect::<Vec<_>>().join(".")
+    })
 }

@@ -18,7 +18,7 @@ const RESNET: &str = "down_blocks.1.resnets.0";
 
 /// A copy of the bundled model whose resnet has activations `scale` times as large between its two
 /// norms, the second of which brings them back into range.
-fn scaled(folder: &Path, scale: f64) -> PathBuf {
+pub(crate) fn scaled(folder: &Path, scale: f64) -> PathBuf {
     let model = folder.join(format!("scaled-{scale:.0}"));
     copy(&emoji(), &model);
     let path = model.join("unet/diffusion_pytorch_model.safetensors");

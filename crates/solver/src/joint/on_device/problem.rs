@@ -96,7 +96,8 @@ impl<'a> Problem<'a> {
     }
 }
 
-/// The dot product of each row of `a` with that of `b`, summed in fp64 where the device has it: `[o]`.
+/// The dot product of each row of `a` with that of `b`, summed in fp64 where the device has it:
+/// `[o]`.
 pub(super) fn row_dots(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(a.f_mul(b)?.f_sum_dim_intlist([1_i64].as_slice(), false, sum_kind(a.device()))?)
 }
