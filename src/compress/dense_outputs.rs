@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sdxl_model::{Layer, Observer};
 use squeeze_base::error::{Error, Result};
-use squeeze_numerics::finite::is_finite;
+use squeeze_numerics::finite::are_finite;
 use tch::Tensor;
 
 /// An observer that keeps the outputs of some layers, each with the residual that the network adds
@@ -45,7 +45,7 @@ impl DenseOutputs {
 
     /// Whether all outputs are finite. The device is waited for.
     pub(super) fn are_finite(&self) -> Result<bool> {
-        self.outputs.values().try_fold(true, |all, output| Ok(all && is_finite(output)?))
+        are_finite(self.outputs.values())
     }
 
     fn has(&self, layer: &Layer) -> bool {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use sdxl_model::checkpoint::{Prefetched, TensorSource};
 use sdxl_model::text::{ClipText, ClipTokenizer};
 use sdxl_model::unet::{Conditioning, guidance_scale_embedding};
 use squeeze_base::error::{Error, Result};
@@ -45,7 +46,9 @@ impl PromptEncoder {
             .text_encoders
             .iter()
             .map(|part| {
-                let model = ClipText::load(&part.config, &folder.text_weights(part)?.source(placement))?;
+                let weights = folder.text_weights(part)?;
+                let load = |source: &dyn TensorSource| ClipText::load(&part.config, source);
+                let model = load(&Prefetched::for_network(&weights.source(placement), load)?)?;
                 Ok((folder.tokenizer(part)?, model))
             })
             .collect::<Result<_>>()?;

@@ -3,7 +3,7 @@
 
 use squeeze_base::error::{Error, Result};
 use squeeze_numerics::device::factors_matrices;
-use squeeze_numerics::finite::is_finite;
+use squeeze_numerics::finite::{are_finite, is_finite};
 use squeeze_numerics::product::{product, subtract_product};
 use squeeze_numerics::sum::sum;
 use tch::{Device, Kind, Tensor};
@@ -126,9 +126,9 @@ impl Factor {
                 part(rows)?.f_copy_(&product(&corners[index], &sum)?.f_neg_()?)?;
             }
             let squares = solved.f_square()?.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Float)?;
-            diagonal.extend(to_vec(&squares)?);
+            diagonal.push(squares);
         }
-        Ok(diagonal)
+        to_vec(&Tensor::f_cat(&diagonal, 0)?)
     }
 
     /// Checks that the dampening is in range and the Hessian has inputs.
@@ -189,10 +189,8 @@ impl Factor {
             return Ok(None);
         }
         let triangle = triangle.to_device(device)?;
-        for index in 0..triangle.count() {
-            if !is_finite(triangle.panel(index))? {
-                return Ok(None);
-            }
+        if !are_finite((0..triangle.count()).map(|index| triangle.panel(index)))? {
+            return Ok(None);
         }
         let dead_columns = dead.f_sum(Kind::Int64)?.f_int64_value(&[])?.unsigned_abs();
         Ok(Some(Factor { triangle, dead, dead_columns, dampening, added }))
