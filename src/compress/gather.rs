@@ -1,47 +1,28 @@
-//! Gathers Hessians while calibration samples run.
+//! The sums over calibration samples that layers are compressed with.
 
 use std::collections::BTreeMap;
 
-use sdxl_model::{Layer, LayerInput, Observer};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
 use squeeze_solver::{Hessian, OutputResidual};
 use tch::{Device, Tensor};
 
-use super::dense_outputs::{DenseOutputs, with_residual};
+use super::watcher::Seen;
 use crate::geometry::input_geometry;
 
 /// Vectors that are kept of each held-out batch on a CPU.
 pub(super) const HELD_OUT_VECTORS: i64 = 144;
 
-/// An observer that sums the Hessians of the inputs of some layers. Layers that are given the same
-/// tensor share a Hessian.
+/// The Hessians of the inputs of some layers. Layers that are given the same tensor share a Hessian.
 ///
-/// Where layers have a dense target, it also correlates their inputs with their output residuals:
-/// the outputs of the dense network less those of the compressed one.
+/// Where layers have a dense target, it also has the correlations of their inputs with their output
+/// residuals: the outputs of the dense network less those of the compressed one.
 #[derive(Debug, Default)]
 pub struct Gatherer {
     /// The Hessian of each input, with the name of the layer that is first given it.
     hessians: BTreeMap<LayerInput, (String, Hessian)>,
-    /// The weight of the sample under way; `None` is 1.
-    weight: Option<f64>,
     corrections: BTreeMap<String, OutputResidual>,
-    /// How many vectors of the samples under way are kept, if they are held out: none is summed.
-    held_out_vectors: Option<i64>,
     held_out: BTreeMap<LayerInput, Tensor>,
-    /// The dense outputs for the sample under way.
-    targets: DenseOutputs,
-    /// The layers under way that have a dense target.
-    under_way: BTreeMap<String, UnderWay>,
-    /// Whether a forward ends as soon as nothing is left to be seen.
-    ends_early: bool,
-}
-
-/// A layer that is about to compute its output.
-#[derive(Debug, Default)]
-struct UnderWay {
-    input: Option<Tensor>,
-    /// The tensor that the network adds to the output.
-    residual: Option<Tensor>,
 }
 
 impl Gatherer {
@@ -75,28 +56,6 @@ impl Gatherer {
         Ok(gatherer)
     }
 
-    /// Ends forwards with [`Error::SeenEnough`] once the single input, or the outputs of its layers
-    /// where they have a dense target, have been seen.
-    pub(super) fn ending_early(self) -> Self {
-        Gatherer { ends_early: true, ..self }
-    }
-
-    /// Sets the weight of the next sample.
-    pub(super) fn set_weight(&mut self, weight: f64) {
-        self.weight = (weight != 1.0).then_some(weight);
-    }
-
-    /// Sets whether the next samples are held out, and how many of their vectors are kept then.
-    pub(super) fn hold_out(&mut self, is_held_out: bool, vectors: i64) {
-        self.held_out_vectors = is_held_out.then_some(vectors);
-    }
-
-    /// Sets the dense outputs for the next sample.
-    pub(super) fn set_targets(&mut self, targets: DenseOutputs) {
-        self.targets = targets;
-        self.under_way.clear();
-    }
-
     /// Vectors of an input that were held out, [n, d], if any.
     pub(super) fn held_out(&self, input: &LayerInput) -> Option<&Tensor> {
         self.held_out.get(input)
@@ -119,8 +78,7 @@ impl Gatherer {
         }
     }
 
-    /// Adds the sums of another gatherer. Where layers have dense targets it has to be one of the
-    /// same layers.
+    /// Adds the sums of another gatherer. Sums that only one of them has stay on their device.
     ///
     /// # Errors
     /// If Hessians of one input differ in shape.
@@ -133,8 +91,12 @@ impl Gatherer {
             self.held_out.insert(input, all);
         }
         for (layer, correction) in other.corrections {
-            let sum = self.corrections.get_mut(&layer).expect("all devices gather for the same layers");
-            sum.merge(correction)?;
+            match self.corrections.get_mut(&layer) {
+                Some(sum) => sum.merge(correction)?,
+                None => {
+                    self.corrections.insert(layer, correction);
+                }
+            }
         }
         for (input, (layer, hessian)) in other.hessians {
             match self.hessians.get_mut(&input) {
@@ -158,55 +120,33 @@ impl Gatherer {
         self.hessians.remove(input).map(|(_, hessian)| hessian)
     }
 
-    fn has_target(&self, layer: &Layer) -> bool {
-        self.held_out_vectors.is_none() && self.corrections.contains_key(layer.name())
-    }
-
-    fn end_if(&self, nothing_is_left: bool) -> Result<()> {
-        if self.ends_early && nothing_is_left { Err(Error::SeenEnough) } else { Ok(()) }
-    }
-}
-
-impl Observer for Gatherer {
-    fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
-        let Some((first, hessian)) = self.hessians.get_mut(layer.input()) else { return Ok(()) };
-        if let (true, Some(vectors)) = (first == layer.name(), self.held_out_vectors) {
-            let new = hessian.some_vectors(input, vectors).map_err(Error::layer(layer.name()))?;
-            let all = match self.held_out.get(layer.input()) {
-                Some(old) => Tensor::f_cat(&[old, &new], 0)?,
-                None => new,
-            };
-            self.held_out.insert(layer.input().clone(), all);
-        } else if first == layer.name() {
-            let weighted = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
-            hessian.add(weighted.as_ref().unwrap_or(input)).map_err(Error::layer(layer.name()))?;
+    /// Adds what a layer was given, from any device.
+    ///
+    /// # Errors
+    /// As [`Hessian::add`] and [`OutputResidual::add`].
+    pub(super) fn add_seen(&mut self, seen: Seen) -> Result<()> {
+        match seen {
+            Seen::Summed { source, input, weight } => {
+                let weighted = (weight != 1.0).then(|| input.f_mul_scalar(weight.sqrt())).transpose()?;
+                self.add(&source, weighted.as_ref().unwrap_or(&input))
+            }
+            Seen::HeldOut { source, input, vectors } => {
+                let (layer, hessian) = self.hessians.get(&source).expect("what is watched has a Hessian");
+                let new = hessian.some_vectors(&input, vectors).map_err(Error::layer(layer))?;
+                let all = match self.held_out.get(&source) {
+                    Some(old) => Tensor::f_cat(&[old, &new], 0)?,
+                    None => new,
+                };
+                self.held_out.insert(source, all);
+                Ok(())
+            }
+            Seen::Residual { layer, input, mut residual, weight, source: _ } => {
+                let correction = self.corrections.get_mut(&layer).expect("a layer with a target has a sum");
+                if weight != 1.0 {
+                    residual = residual.f_mul_scalar_(weight)?;
+                }
+                correction.add(&input, &residual).map_err(Error::layer(&layer))
+            }
         }
-        if self.has_target(layer) {
-            self.under_way.entry(layer.name().to_owned()).or_default().input = Some(input.shallow_clone());
-        }
-        self.end_if(self.held_out_vectors.is_some() || self.corrections.is_empty())
-    }
-
-    fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
-        if self.has_target(layer) {
-            self.under_way.entry(layer.name().to_owned()).or_default().residual = Some(residual.shallow_clone());
-        }
-        Ok(())
-    }
-
-    fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
-        if !self.has_target(layer) {
-            return Ok(());
-        }
-        let UnderWay { input, residual } = self.under_way.remove(layer.name()).expect("a layer's input precedes its output");
-        let input = input.expect("a layer's input precedes its output");
-        let mut target = self.targets.take(layer.name()).expect("the dense network has run the same layers before");
-        let mut output_residual = target.f_sub_(&with_residual(output, residual.as_ref())?)?;
-        if let Some(weight) = self.weight {
-            output_residual = output_residual.f_mul_scalar_(weight)?;
-        }
-        let correction = self.corrections.get_mut(layer.name()).expect("a layer with a target has a sum");
-        correction.add(&input, &output_residual).map_err(Error::layer(layer.name()))?;
-        self.end_if(self.targets.is_empty())
     }
 }
