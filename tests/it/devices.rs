@@ -1,0 +1,198 @@
+//! Runs on several devices.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use sdxl_squeeze::calibration::{Samples, calibrate};
+use sdxl_squeeze::compress::{self, Calibration, Gatherer, Job, Machine, Model, Statistics, Workspace};
+use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::plan::{Memory, Plan};
+use sdxl_squeeze::progress::{Event, Progress, Silent};
+use sdxl_squeeze::recipe::{Devices, Recipe, RunOptions};
+use sdxl_squeeze::{Error, Result};
+use serde_json::Value;
+use tch::{Device, Kind};
+
+use crate::squeeze::Squeeze;
+use crate::support::{container, interrupted_among_the_layers, repo, report, tiny};
+
+/// Compresses the tiny model by the config `yaml` with samples of a picture for each of 20 prompts.
+fn compress(folder: &Path, name: &str, yaml: &str, samples: usize) -> Squeeze {
+    let (config, prompts) = (folder.join("config.yaml"), folder.join("prompts.txt"));
+    std::fs::write(&config, yaml).unwrap();
+    let lines: Vec<String> = (0..20).map(|number| format!("{number} apples")).collect();
+    std::fs::write(&prompts, lines.join("\n")).unwrap();
+    let run = Squeeze::new("compress").model(tiny()).out(folder.join(name)).config_file(config);
+    run.with("--prompts", prompts).with("--calibration-nsamples", samples.to_string()).with("--steps", "2")
+}
+
+/// The container in `out`: its metadata without the names of the devices, and its bytes after the
+/// header. (The header names the tensors' places, which would show in the bytes.)
+fn content(out: &Path) -> (Value, Vec<u8>) {
+    let mut bytes = container(out);
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let data = bytes.split_off(8 + length);
+    let mut header: Value = serde_json::from_slice(&bytes[8..]).unwrap();
+    let metadata = header["__metadata__"].as_object_mut().unwrap();
+    let mut recipe: Value = serde_json::from_str(metadata["recipe"].as_str().unwrap()).unwrap();
+    recipe["model"].as_object_mut().unwrap().remove("device").unwrap();
+    metadata.insert("recipe".to_owned(), recipe);
+    // A hash of all metadata, so of the names of the devices too.
+    metadata.remove("metadata_sha256").unwrap();
+    (header, data)
+}
+
+/// Asserts that two and three devices write the bytes of one, whose Hessians are made of `batches`
+/// batches.
+#[track_caller]
+fn any_number_gives_the_bytes_of_one(yaml: &str, samples: usize, batches: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, devices: &str| {
+        let run = compress(folder.path(), name, yaml, samples).with("--device", devices).with("--progress", "json");
+        let said = run.succeeds().stderr;
+        let gathers = |line: &&Value| line["event"] == "begin" && line["task"] == "Hessians" && line["unit"] == "batches";
+        let events: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        assert!(events.iter().any(|line| line["event"] == "sample"), "{said}");
+        let totals: Vec<u64> = events.iter().filter(gathers).map(|line| line["total"].as_u64().unwrap()).collect();
+        assert!(!totals.is_empty() && totals.iter().all(|total| *total == batches), "{totals:?} of {batches} batches");
+        (content(&folder.path().join(name)), report(&folder.path().join(name)))
+    };
+    let ((header, data), one) = run("one", "cpu");
+    assert_eq!(one["samples"], samples);
+    for (name, devices) in [("two", "cpu,cpu"), ("three", "cpu,cpu,cpu")] {
+        let ((other_header, other_data), other) = run(name, devices);
+        assert!(data == other_data, "{devices}: other bytes");
+        assert_eq!(header, other_header, "{devices}");
+        assert_eq!(one["layers"], other["layers"], "{devices}");
+    }
+}
+
+/// The config file `name` without its prompts and their number.
+fn config(name: &str) -> String {
+    std::fs::read_to_string(repo(&format!("configs/{name}.yaml"))).unwrap()
+}
+
+/// Forty calls make three batches of up to 16 on a CPU.
+#[test]
+fn several_devices_give_the_bytes_of_one_by_the_tutorials_recipe() {
+    any_number_gives_the_bytes_of_one(&config("tutorial-s40-4bit-gs16"), 40, 3);
+}
+
+const JOINT: &str = "
+solver: joint
+sequencing: sublayer
+target: TARGET
+calibration: {timestep_weighting: early}
+prune: {global_config: {target_sparsity: 0.5}}
+palettize: {global_config: {granularity: per_grouped_channel, group_size: 16, n_bits: 4}, on_misfit: dense}
+";
+
+/// Calls of different weights are batches of their own; one of the eleven is held out.
+#[test]
+fn several_devices_give_the_bytes_of_one_by_the_joint_solver() {
+    any_number_gives_the_bytes_of_one(&JOINT.replace("TARGET", "dense"), 11, 11);
+}
+
+#[test]
+fn more_devices_than_batches_give_the_bytes_of_one() {
+    let yaml = JOINT.replace("joint", "sequential").replace("TARGET", "current");
+    any_number_gives_the_bytes_of_one(&yaml, 2, 2);
+    any_number_gives_the_bytes_of_one(&yaml.replace("early", "uniform"), 2, 1);
+}
+
+#[test]
+fn a_run_on_several_devices_is_killed_and_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let yaml = JOINT.replace("TARGET", "dense");
+    let run = |name: &str| compress(folder.path(), name, &yaml, 3).with("--device", "cpu,cpu");
+    run("whole").succeeds();
+    interrupted_among_the_layers(run("stopped").with("--progress", "json").command());
+    run("stopped").arg("--resume").succeeds();
+    assert!(container(&folder.path().join("stopped")) == container(&folder.path().join("whole")));
+
+    let mut child = run("killed").starts();
+    let finished = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name().to_string_lossy().starts_with("part-");
+    let work = folder.path().join("killed/unet.squeezed.work");
+    while !std::fs::read_dir(&work).is_ok_and(|mut entries| entries.any(finished)) {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it was killed");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    run("killed").arg("--resume").succeeds();
+    assert!(container(&folder.path().join("killed")) == container(&folder.path().join("whole")));
+}
+
+/// Compresses the tiny model by the tutorial's recipe with `samples`, each a batch of its own.
+fn compress_samples(samples: &Samples, devices: usize, progress: &dyn Progress) -> Result<Statistics> {
+    let folder = PipelineFolder::open(tiny()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
+    let recipe = Recipe::new(&config, &folder.unet).unwrap();
+    let memory = Memory::new(8 << 30, Kind::Float, Device::Cpu);
+    let plan = Plan::new(&folder.unet, &recipe.layers, recipe.sequencing, samples.shape(), memory, &|_| 4).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let mut store = Workspace::open(&out.path().join("work"), &Default::default(), false).unwrap();
+    let job = Job {
+        model: Model { chain: &folder.unet, source: &weights.narrow_source(Placement::CPU) },
+        layers: &recipe.layers,
+        plan: &plan,
+        calibration: Calibration {
+            samples,
+            weights: &vec![1.0; samples.calls.len()],
+            timesteps: &(0..1000).map(f64::from).collect::<Vec<_>>(),
+        },
+        machine: Machine { devices: &Devices::new(vec![Device::Cpu; devices]).unwrap(), kind: Kind::Float },
+    };
+    compress::compress(&job, Gatherer::default(), &mut store, progress)
+}
+
+fn five_samples() -> Samples {
+    let folder = PipelineFolder::open(tiny()).unwrap();
+    let weights = folder.unet_weights().unwrap();
+    let mut config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
+    (config.calibration.calibration_nsamples, config.calibration.steps) = (5, Some(2));
+    calibrate(&folder, &weights, &config.calibration, &RunOptions::on(Placement::CPU), &Silent).unwrap()
+}
+
+#[test]
+fn a_device_that_fails_ends_the_run_on_all() {
+    for bad in 0..5 {
+        let mut samples = five_samples();
+        let sample = &mut samples.calls[bad].sample;
+        *sample = sample.f_mul_scalar(f64::NAN).unwrap();
+        let errors = [1, 2, 3, 7].map(|devices| compress_samples(&samples, devices, &Silent).unwrap_err());
+        assert!(matches!(errors[0], Error::Layer { .. }), "{}", errors[0]);
+        let [one, others @ ..] = errors.map(|error| format!("{error:?}"));
+        assert!(one.contains("NaN"), "{one}");
+        assert!(others.iter().all(|other| *other == one), "{bad}: {one} {others:?}");
+    }
+}
+
+/// Wants the work to stop after some samples have passed a part.
+struct StopsAfter(AtomicUsize);
+
+impl Progress for StopsAfter {
+    fn report(&self, event: Event<'_>) {
+        if let Event::Sample { .. } = event {
+            let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == 0
+    }
+}
+
+#[test]
+fn a_stop_ends_the_run_on_all_devices() {
+    let samples = five_samples();
+    for after in [1, 2, 3, 5, 6, 9, 14] {
+        for devices in [2, 3, 7] {
+            let stopped = compress_samples(&samples, devices, &StopsAfter(AtomicUsize::new(after)));
+            assert!(matches!(stopped, Err(Error::Stopped)), "{after} samples, {devices} devices: {stopped:?}");
+        }
+    }
+}
