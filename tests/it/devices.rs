@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sdxl_squeeze::calibration::{Samples, calibrate};
-use sdxl_squeeze::compress::{self, Calibration, Gatherer, Job, Machine, Model, Statistics, Workspace};
+use sdxl_squeeze::compress::{self, Calibration, Gatherer, Job, LayerReport, Machine, Model, Workspace};
 use sdxl_squeeze::config::RunConfig;
+use sdxl_squeeze::container::CompressedWeight;
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::pipeline::PipelineFolder;
-use sdxl_squeeze::plan::{Memory, Plan};
+use sdxl_squeeze::plan::{CarriesIn, Memory, Plan};
 use sdxl_squeeze::progress::{Event, Progress, Silent};
 use sdxl_squeeze::recipe::{Devices, Recipe, RunOptions};
 use sdxl_squeeze::{Error, Result};
@@ -102,6 +103,15 @@ fn more_devices_than_batches_give_the_bytes_of_one() {
     any_number_gives_the_bytes_of_one(&yaml.replace("early", "uniform"), 2, 1);
 }
 
+/// The error curves of a budget are of the same Hessians, and captions are added to the samples'.
+#[test]
+fn a_budget_on_several_devices_gives_the_bytes_of_one() {
+    let captions = repo("calibration/emoji-captions.txt");
+    let calibration = format!("calibration: {{captions: {captions:?}, captions_nsamples: 9, ");
+    let yaml = JOINT.replace("TARGET", "dense").replace("calibration: {", &calibration) + "budget: {target_bits: 5}\n";
+    any_number_gives_the_bytes_of_one(&yaml, 5, 5);
+}
+
 #[test]
 fn a_run_on_several_devices_is_killed_and_goes_on() {
     let folder = tempfile::tempdir().unwrap();
@@ -125,14 +135,21 @@ fn a_run_on_several_devices_is_killed_and_goes_on() {
     assert!(container(&folder.path().join("killed")) == container(&folder.path().join("whole")));
 }
 
-/// Compresses the tiny model by the tutorial's recipe with `samples`, each a batch of its own.
-fn compress_samples(samples: &Samples, devices: usize, progress: &dyn Progress) -> Result<Statistics> {
+/// The layers of the tiny model, compressed by the tutorial's recipe with `samples`, each a batch of
+/// its own.
+fn compress_samples(
+    samples: &Samples,
+    devices: usize,
+    carries: CarriesIn,
+    progress: &dyn Progress,
+) -> Result<Vec<(LayerReport, CompressedWeight)>> {
     let folder = PipelineFolder::open(tiny()).unwrap();
     let weights = folder.unet_weights().unwrap();
     let config = RunConfig::read(&repo("configs/tutorial-s40-4bit-gs16.yaml")).unwrap();
     let recipe = Recipe::new(&config, &folder.unet).unwrap();
     let memory = Memory::new(8 << 30, Kind::Float, Device::Cpu);
-    let plan = Plan::new(&folder.unet, &recipe.layers, recipe.sequencing, samples.shape(), memory, &|_| 4).unwrap();
+    let mut plan = Plan::new(&folder.unet, &recipe.layers, recipe.sequencing, samples.shape(), memory, &|_| 4).unwrap();
+    plan.carries = carries;
     let out = tempfile::tempdir().unwrap();
     let mut store = Workspace::open(&out.path().join("work"), &Default::default(), false).unwrap();
     let job = Job {
@@ -146,7 +163,10 @@ fn compress_samples(samples: &Samples, devices: usize, progress: &dyn Progress) 
         },
         machine: Machine { devices: &Devices::new(vec![Device::Cpu; devices]).unwrap(), kind: Kind::Float },
     };
-    compress::compress(&job, Gatherer::default(), &mut store, progress)
+    compress::compress(&job, Gatherer::default(), &mut store, progress)?;
+    let reports: Vec<LayerReport> = store.reports().map(|(report, _)| report.clone()).collect();
+    let weight = |report: &LayerReport| store.weight(&report.name).map(|weight| weight.expect("a finished layer is stored"));
+    reports.into_iter().map(|report| Ok((report.clone(), weight(&report)?))).collect()
 }
 
 fn five_samples() -> Samples {
@@ -158,12 +178,27 @@ fn five_samples() -> Samples {
 }
 
 #[test]
+fn carries_of_several_devices_wait_in_files() {
+    let samples = five_samples();
+    let layers = |devices, carries| compress_samples(&samples, devices, carries, &Silent).unwrap();
+    let in_memory = layers(1, CarriesIn::Memory);
+    for devices in [1, 2, 3] {
+        let in_files = layers(devices, CarriesIn::Files);
+        assert_eq!(in_files.len(), in_memory.len());
+        for ((report, weight), (expected, expected_weight)) in in_files.iter().zip(&in_memory) {
+            assert_eq!((&report.name, report.vectors, report.errors), (&expected.name, expected.vectors, expected.errors));
+            assert!(weight == expected_weight, "{devices} devices: `{}` has other bytes", report.name);
+        }
+    }
+}
+
+#[test]
 fn a_device_that_fails_ends_the_run_on_all() {
     for bad in 0..5 {
         let mut samples = five_samples();
         let sample = &mut samples.calls[bad].sample;
         *sample = sample.f_mul_scalar(f64::NAN).unwrap();
-        let errors = [1, 2, 3, 7].map(|devices| compress_samples(&samples, devices, &Silent).unwrap_err());
+        let errors = [1, 2, 3, 7].map(|devices| compress_samples(&samples, devices, CarriesIn::Memory, &Silent).unwrap_err());
         assert!(matches!(errors[0], Error::Layer { .. }), "{}", errors[0]);
         let [one, others @ ..] = errors.map(|error| format!("{error:?}"));
         assert!(one.contains("NaN"), "{one}");
@@ -191,7 +226,7 @@ fn a_stop_ends_the_run_on_all_devices() {
     let samples = five_samples();
     for after in [1, 2, 3, 5, 6, 9, 14] {
         for devices in [2, 3, 7] {
-            let stopped = compress_samples(&samples, devices, &StopsAfter(AtomicUsize::new(after)));
+            let stopped = compress_samples(&samples, devices, CarriesIn::Memory, &StopsAfter(AtomicUsize::new(after)));
             assert!(matches!(stopped, Err(Error::Stopped)), "{after} samples, {devices} devices: {stopped:?}");
         }
     }
