@@ -1,5 +1,6 @@
 //! Runs on several devices.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,7 +8,7 @@ use sdxl_squeeze::calibration::{Samples, calibrate};
 use sdxl_squeeze::compress::{self, Calibration, Gatherer, Job, LayerReport, Machine, Model, Workspace};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::container::CompressedWeight;
-use sdxl_squeeze::device::Placement;
+use sdxl_squeeze::device::{Placement, cuda_devices};
 use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::plan::{CarriesIn, Memory, Plan};
 use sdxl_squeeze::progress::{Event, Progress, Silent};
@@ -16,6 +17,7 @@ use sdxl_squeeze::{Error, Result};
 use serde_json::Value;
 use tch::{Device, Kind};
 
+use crate::gpu::has_gpu;
 use crate::squeeze::Squeeze;
 use crate::support::{container, interrupted_among_the_layers, repo, report, tiny};
 
@@ -45,32 +47,38 @@ fn content(out: &Path) -> (Value, Vec<u8>) {
     (header, data)
 }
 
-/// Asserts that two and three devices write the bytes of one, whose Hessians are made of `batches`
-/// batches.
+/// Asserts that each list of `devices` writes the bytes of the first one, with Hessians that are
+/// made of `batches` batches.
 #[track_caller]
-fn any_number_gives_the_bytes_of_one(yaml: &str, samples: usize, batches: u64) {
+fn same_bytes_on(devices: &[&str], yaml: &str, samples: usize, batches: u64) {
     let folder = tempfile::tempdir().unwrap();
-    let run = |name: &str, devices: &str| {
-        let run = compress(folder.path(), name, yaml, samples).with("--device", devices).with("--progress", "json");
+    let results = devices.iter().enumerate().map(|(number, devices)| {
+        let name = number.to_string();
+        let run = compress(folder.path(), &name, yaml, samples).with("--device", devices).with("--progress", "json");
         let said = run.succeeds().stderr;
-        let gathers = |line: &&Value| line["event"] == "begin" && line["task"] == "Hessians" && line["unit"] == "batches";
         let events: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        assert!(events.iter().any(|line| line["event"] == "sample"), "{said}");
+        let gathers = |line: &&Value| line["event"] == "begin" && line["task"] == "Hessians" && line["unit"] == "batches";
         let totals: Vec<u64> = events.iter().filter(gathers).map(|line| line["total"].as_u64().unwrap()).collect();
         assert!(!totals.is_empty() && totals.iter().all(|total| *total == batches), "{totals:?} of {batches} batches");
-        (content(&folder.path().join(name)), report(&folder.path().join(name)))
-    };
-    let ((header, data), one) = run("one", "cpu");
+        // Each device has its batches, as far as there are any.
+        let device = |line: &Value| (line["event"] == "sample").then(|| line["device"].as_u64().unwrap());
+        let used: BTreeSet<u64> = events.iter().filter_map(device).collect();
+        let all = devices.split(',').count() as u64;
+        assert_eq!(used, (0..all.min(batches)).collect(), "{devices}");
+        (content(&folder.path().join(&name)), report(&folder.path().join(&name)))
+    });
+    let results: Vec<_> = results.collect();
+    let ((header, data), one) = &results[0];
     assert_eq!(one["samples"], samples);
-    for (name, devices) in [("two", "cpu,cpu"), ("three", "cpu,cpu,cpu")] {
-        let ((other_header, other_data), other) = run(name, devices);
+    for (((other_header, other_data), other), devices) in results.iter().zip(devices).skip(1) {
         assert!(data == other_data, "{devices}: other bytes");
         assert_eq!(header, other_header, "{devices}");
         assert_eq!(one["layers"], other["layers"], "{devices}");
     }
 }
 
-/// The config file `name` without its prompts and their number.
+const ONE_TO_THREE: [&str; 3] = ["cpu", "cpu,cpu", "cpu,cpu,cpu"];
+
 fn config(name: &str) -> String {
     std::fs::read_to_string(repo(&format!("configs/{name}.yaml"))).unwrap()
 }
@@ -78,7 +86,7 @@ fn config(name: &str) -> String {
 /// Forty calls make three batches of up to 16 on a CPU.
 #[test]
 fn several_devices_give_the_bytes_of_one_by_the_tutorials_recipe() {
-    any_number_gives_the_bytes_of_one(&config("tutorial-s40-4bit-gs16"), 40, 3);
+    same_bytes_on(&ONE_TO_THREE, &config("tutorial-s40-4bit-gs16"), 40, 3);
 }
 
 const JOINT: &str = "
@@ -93,23 +101,43 @@ palettize: {global_config: {granularity: per_grouped_channel, group_size: 16, n_
 /// Calls of different weights are batches of their own; one of the eleven is held out.
 #[test]
 fn several_devices_give_the_bytes_of_one_by_the_joint_solver() {
-    any_number_gives_the_bytes_of_one(&JOINT.replace("TARGET", "dense"), 11, 11);
+    same_bytes_on(&ONE_TO_THREE, &JOINT.replace("TARGET", "dense"), 11, 11);
 }
 
 #[test]
 fn more_devices_than_batches_give_the_bytes_of_one() {
     let yaml = JOINT.replace("joint", "sequential").replace("TARGET", "current");
-    any_number_gives_the_bytes_of_one(&yaml, 2, 2);
-    any_number_gives_the_bytes_of_one(&yaml.replace("early", "uniform"), 2, 1);
+    same_bytes_on(&ONE_TO_THREE, &yaml, 2, 2);
+    same_bytes_on(&ONE_TO_THREE, &yaml.replace("early", "uniform"), 2, 1);
 }
+
+/// One GPU that is named twice, and two if there are two. Forty calls make batches of two there.
+#[test]
+fn several_gpus_give_the_bytes_of_one() {
+    if !has_gpu("several_gpus_give_the_bytes_of_one") {
+        return;
+    }
+    let several = if cuda_devices().unwrap() > 1 { "cuda:0,cuda:1" } else { "cuda:0,cuda:0" };
+    same_bytes_on(&["cuda:0", several], &JOINT.replace("TARGET", "dense"), 11, 11);
+    same_bytes_on(&["cuda:0", several], &config("tutorial-s40-4bit-gs16"), 40, 20);
+}
+
+const BUDGET: &str = "
+calibration: {timestep_weighting: early, captions: CAPTIONS, captions_nsamples: 9}
+prune: {layers: [mid_block], global_config: {target_sparsity: 0.5}}
+palettize:
+  on_misfit: dense
+  module_name_configs:
+    'mid_block.*': {granularity: per_grouped_channel, group_size: 16, n_bits: 4}
+    '.*': null
+budget: {target_bits: 5}
+";
 
 /// The error curves of a budget are of the same Hessians, and captions are added to the samples'.
 #[test]
 fn a_budget_on_several_devices_gives_the_bytes_of_one() {
     let captions = repo("calibration/emoji-captions.txt");
-    let calibration = format!("calibration: {{captions: {captions:?}, captions_nsamples: 9, ");
-    let yaml = JOINT.replace("TARGET", "dense").replace("calibration: {", &calibration) + "budget: {target_bits: 5}\n";
-    any_number_gives_the_bytes_of_one(&yaml, 5, 5);
+    same_bytes_on(&ONE_TO_THREE, &BUDGET.replace("CAPTIONS", captions.to_str().unwrap()), 5, 5);
 }
 
 #[test]
