@@ -13,7 +13,7 @@ use crate::geometry::input_geometry;
 /// Vectors that are kept of each held-out batch on a CPU.
 pub(super) const HELD_OUT_VECTORS: i64 = 144;
 
-/// The Hessians of the inputs of some layers. Layers that are given the same tensor share a Hessian.
+/// The Hessians of the inputs of some layers. Layers that are given the same tensor share one.
 ///
 /// Where layers have a dense target, it also has the correlations of their inputs with their output
 /// residuals: the outputs of the dense network less those of the compressed one.

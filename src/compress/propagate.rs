@@ -45,10 +45,11 @@ pub(super) enum Extent {
 /// Gathers Hessians; returns multiply-adds too. Where layers have a dense target, each carry of the
 /// dense network goes before its compressed twin.
 ///
-/// A single device adds to the sums what it sees. Several run in rounds: in a round, each of them
-/// runs one batch and keeps what is to be summed. Then the sums of each input, which are on one of
-/// the devices, take it in the order of the batches. These are the additions of a single device in
-/// its order, so the sums are equal to the last bit.
+/// A single device adds to the sums what it sees. Several run in rounds. In a round, each of them
+/// runs one batch and keeps what is to be summed, which is the inputs of the layers in the dtype of
+/// the activations. Then the sums of each input, which are on one of the devices, take it in the
+/// order of the batches. These are the additions of a single device in its order, so the sums are
+/// equal to the last bit.
 pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, progress: &dyn Progress) -> Result<(Gatherer, f64)> {
     let _span = tracing::debug_span!("gather").entered();
     let batches = shards.iter().map(|shard| shard.carries.len()).sum();
@@ -62,30 +63,10 @@ pub(super) fn gather(shards: &mut [DeviceShard], request: GatherRequest<'_>, pro
     let devices: Vec<Device> = shards.iter().map(|shard| shard.device).collect();
     let mut owners = Owners::new(&layers, has_target, &devices)?;
     let pass = Pass { request, names: &names, watched: &watched, batches };
-    let mut multiply_adds = 0.0;
-    for round in 0..batches.div_ceil(shards.len()) {
-        if let [shard] = shards {
-            multiply_adds += pass.run(shard, round, round, &mut |seen| owners.add(vec![vec![seen]]))?;
-            report(&task, request.part, 0)?;
-            continue;
-        }
-        let count = shards.len();
-        let rounds = on_each(shards, &|device, shard| {
-            let (mut seen, mut multiply_adds) = (Vec::new(), 0.0);
-            let batch = round * count + device;
-            if batch < batches {
-                multiply_adds = pass.run(shard, round, batch, &mut |one| {
-                    seen.push(one);
-                    Ok(())
-                })?;
-                report(&task, request.part, device)?;
-            }
-            Ok((seen, multiply_adds))
-        })?;
-        let (seen, more): (Vec<Vec<Seen>>, Vec<f64>) = rounds.into_iter().unzip();
-        owners.add(seen)?;
-        multiply_adds += more.iter().sum::<f64>();
-    }
+    let multiply_adds = match &mut *shards {
+        [only] => pass.run_on_one(only, &mut owners, &task)?,
+        several => pass.run_in_rounds(several, &mut owners, &task)?,
+    };
     for teacher in shards.iter_mut().filter_map(|shard| shard.teacher.as_mut()) {
         teacher.set_ahead(request.teacher_advances);
     }
@@ -105,8 +86,41 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Sends the carry `index` of a device, which is the batch `batch` of all, through the scope, and
-    /// hands what is to be summed to `take`; returns multiply-adds.
+    /// Adds what a single device sees as soon as it sees it; returns multiply-adds.
+    fn run_on_one(&self, shard: &mut DeviceShard, owners: &mut Owners, task: &Task<'_>) -> Result<f64> {
+        let mut multiply_adds = 0.0;
+        for batch in 0..self.batches {
+            multiply_adds += self.run(shard, batch, batch, &mut |seen| owners.add(vec![vec![seen]]))?;
+            report(task, self.request.part, 0)?;
+        }
+        Ok(multiply_adds)
+    }
+
+    /// Adds what several devices have seen after each has run a batch; returns multiply-adds.
+    fn run_in_rounds(&self, shards: &mut [DeviceShard], owners: &mut Owners, task: &Task<'_>) -> Result<f64> {
+        let (devices, mut multiply_adds) = (shards.len(), 0.0);
+        for round in 0..self.batches.div_ceil(devices) {
+            let ran = on_each(shards, &|device, shard| {
+                let (batch, mut seen) = (round * devices + device, Vec::new());
+                if batch >= self.batches {
+                    return Ok((seen, 0.0));
+                }
+                let multiply_adds = self.run(shard, round, batch, &mut |one| {
+                    seen.push(one);
+                    Ok(())
+                })?;
+                report(task, self.request.part, device)?;
+                Ok((seen, multiply_adds))
+            })?;
+            let (seen, counts): (Vec<Vec<Seen>>, Vec<f64>) = ran.into_iter().unzip();
+            owners.add(seen)?;
+            multiply_adds += counts.iter().sum::<f64>();
+        }
+        Ok(multiply_adds)
+    }
+
+    /// Sends the carry `index` of a device, which is the batch `batch` of all, through the scope,
+    /// and hands what is to be summed to `take`; returns multiply-adds.
     fn run(&self, shard: &mut DeviceShard, index: usize, batch: usize, take: &mut dyn FnMut(Seen) -> Result<()>) -> Result<f64> {
         let GatherRequest { scope, holds_out, teacher_advances, .. } = self.request;
         let (mut targets, mut multiply_adds) = (DenseOutputs::default(), 0.0);

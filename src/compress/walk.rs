@@ -269,8 +269,8 @@ impl<'a> Walk<'a> {
             self.shards.push(DeviceShard::new(number, *device, self.carries, held_out_vectors)?);
         }
         let mut multiply_adds = 0.0;
-        // Batches go round the devices, but text and time are summed in the order of the samples, so
-        // that the sums are those of a single device.
+        // Batches go round the devices, but text and time are summed in the order of the samples,
+        // so that the sums are those of a single device.
         for (batch, calls) in calls.chunks(joined).enumerate() {
             let device = batch % devices.len();
             // A batch of several samples is one of equal weights.

@@ -163,8 +163,8 @@ fn a_run_on_several_devices_is_killed_and_goes_on() {
     assert!(container(&folder.path().join("killed")) == container(&folder.path().join("whole")));
 }
 
-/// The layers of the tiny model, compressed by the tutorial's recipe with `samples`, each a batch of
-/// its own.
+/// The layers of the tiny model, compressed by the tutorial's recipe with `samples`, each of which
+/// is a batch.
 fn compress_samples(
     samples: &Samples,
     devices: usize,
