@@ -1,4 +1,5 @@
-//! Layers of one shape pruned together, for devices that a single layer cannot keep busy.
+//! Layers of one shape pruned together, for GPUs without kernels, on which each operation of a
+//! single layer would be too small.
 
 use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
@@ -10,12 +11,13 @@ use tch::Tensor;
 use super::gather::Gatherer;
 use super::layer::Evidence;
 use super::one_layer::compress_layer;
+use super::problem::Solved;
 use super::solve::Compressor;
 use super::walk::Walk;
 use crate::geometry::input_geometry;
 use crate::plan::{Stop, batched_layer_bytes};
 
-/// Layers of one shape, each with its Hessian, that are pruned with the same options.
+/// Layers of one shape, each with its Hessian on one device, that are pruned with the same options.
 struct Batch<'a> {
     options: PruneOptions,
     layers: Vec<(&'a Layer, &'a Hessian)>,
@@ -27,7 +29,7 @@ impl Compressor<'_> {
     pub(super) fn solve_batches(&mut self, stop: &Stop, gatherer: &Gatherer, walk: &Walk<'_>, task: &Task<'_>) -> Result<()> {
         for Batch { options, layers } in self.batches(walk.layers_of(stop), gatherer) {
             let (first, _) = layers[0];
-            let most = self.batch_bytes / batched_layer_bytes(input_geometry(first), &first.weight().size()).max(1);
+            let most = self.team.spare_bytes / batched_layer_bytes(input_geometry(first), &first.weight().size()).max(1);
             for layers in layers.chunks(most.max(1) as usize) {
                 self.solve_batch(stop, layers, &options, walk, task)?;
             }
@@ -43,8 +45,11 @@ impl Compressor<'_> {
             let options = self.recipe(layer).batch_options();
             let hessian = gatherer.hessian(layer.input()).filter(|hessian| hessian.groups() == 1);
             let (Some(options), Some(hessian)) = (options, hessian) else { continue };
-            let is_alike =
-                |batch: &&mut Batch| batch.options == *options && batch.layers[0].0.weight().size() == layer.weight().size();
+            let is_alike = |batch: &&mut Batch<'_>| {
+                let (first, of_first) = batch.layers[0];
+                let same_device = of_first.device() == hessian.device();
+                same_device && batch.options == *options && first.weight().size() == layer.weight().size()
+            };
             match batches.iter_mut().find(is_alike) {
                 Some(batch) => batch.layers.push((layer, hessian)),
                 None => batches.push(Batch { options: *options, layers: vec![(layer, hessian)] }),
@@ -70,7 +75,8 @@ impl Compressor<'_> {
                 factors.push((layer.input(), factor));
             }
         }
-        let weights = layers.iter().map(|(layer, _)| walk.dense_weight(layer)).collect::<Result<Vec<Tensor>>>()?;
+        let weights = layers.iter().map(|(layer, hessian)| walk.dense_weight_on(layer, hessian.device()));
+        let weights = weights.collect::<Result<Vec<Tensor>>>()?;
         let problems = layers.iter().zip(&weights).map(|((layer, hessian), weight)| {
             let factor = factors.iter().find(|(input, _)| *input == layer.input());
             let (_, factor) = factor.expect("a factor was made for every input of the batch");
@@ -83,7 +89,7 @@ impl Compressor<'_> {
             let evidence = Evidence { pruned: Some(pruned), ..Evidence::of(hessian) };
             let compressed = tracing::debug_span!("layer")
                 .in_scope(|| compress_layer(layer.name(), weight, self.recipe(layer), Some(evidence)))?;
-            self.add(stop, layer, compressed, Some(evidence), task)?;
+            self.add(stop, layer, Solved { compressed, vectors: Some(hessian.vectors()) }, task)?;
         }
         Ok(())
     }

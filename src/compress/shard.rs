@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use sdxl_model::Layer;
-use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::checkpoint::{Prefetched, TensorSource};
 use sdxl_model::unet::{Carry, Part, PartName};
 use squeeze_base::allocator;
 use squeeze_base::error::Result;
@@ -88,7 +88,9 @@ impl DeviceShard {
     pub(super) fn load(&mut self, model: Model<'_>, name: PartName) -> Result<()> {
         // The old part is dropped first: there may not be memory for both.
         self.unload();
+        // The dense network and the compressed one share tensors until layers get their stored ones.
         let source = OnDevice { source: model.source, device: self.device };
+        let source = Prefetched::for_network(&source, |source| model.chain.load_part(name, source))?;
         self.part = Some(model.chain.load_part(name, &source)?);
         if let Some(teacher) = &mut self.teacher {
             teacher.part = Some(model.chain.load_part(name, &source)?);
@@ -132,7 +134,7 @@ pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn 
 
 /// A source whose tensors are moved to a device.
 pub(super) struct OnDevice<'a> {
-    pub source: &'a dyn TensorSource,
+    pub source: &'a (dyn TensorSource + Sync),
     pub device: Device,
 }
 

@@ -157,6 +157,7 @@ impl<'a> Walk<'a> {
 
     /// The dense weight of a layer, on `device`: that of a Hessian, for example.
     pub(super) fn dense_weight_on(&self, layer: &Layer, device: Device) -> Result<Tensor> {
+        let _span = tracing::debug_span!("dense weight").entered();
         let mut shards = self.shards.iter();
         let loaded = shards.find(|shard| shard.device == device).and_then(|shard| shard.dense_weight(layer.name()));
         match loaded {
@@ -297,9 +298,11 @@ impl<'a> Walk<'a> {
     /// Loads a part on every device, with the stored weights of the layers that are behind.
     fn enter(&mut self, part: PartName, store: Option<&Workspace>) -> Result<()> {
         if self.loaded != Some(part) {
+            let _span = tracing::debug_span!("load").entered();
             self.shards.iter_mut().try_for_each(|shard| shard.load(self.model, part))?;
             self.loaded = Some(part);
         }
+        let _span = tracing::debug_span!("install").entered();
         match store {
             Some(store) => self.shards.iter_mut().try_for_each(|shard| shard.install(&self.behind, store)),
             None => Ok(()),

@@ -13,8 +13,8 @@ mod work;
 
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
-pub(crate) use memory::batched_layer_bytes;
 pub use memory::{Memory, WAITING};
+pub(crate) use memory::{batched_layer_bytes, solving_bytes};
 use part::Outline;
 pub use part::StagePlan;
 pub use schedule::{Gather, Schedule, Stop, Then};
@@ -65,8 +65,7 @@ pub struct Plan {
     pub calls: Option<Calls>,
     /// Where carries wait.
     pub carries: CarriesIn,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
-    /// kernels prunes in one batch; 0 solves them input by input.
+    /// Bytes for layers that a GPU solves at once, besides the largest; 0 solves one by one.
     pub batch_bytes: u64,
     /// Bytes of all carries at their largest.
     pub carry_bytes: u64,
@@ -132,9 +131,6 @@ impl Plan {
     ) -> Result<Self> {
         let parts = Sketch::of_all(chain, bytes_of)?;
         let mut memory = memory;
-        if !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
-            memory.batch = 0;
-        }
         if calls.is_some() {
             memory.shared = shared_bytes(&parts);
         }

@@ -1,8 +1,10 @@
-//! CUDA kernels: the steps of the solver that go column by column, and exact palettes.
+//! CUDA kernels: the steps of the solver that go column by column, conjugate gradients, and exact
+//! palettes.
 //!
 //! They are compiled for the GPU at hand when they are first needed, by the NVRTC that comes with
 //! libtorch, and run on libtorch's stream: the device's default stream.
 
+mod descent;
 mod palettes;
 
 use std::collections::HashMap;
@@ -13,10 +15,12 @@ use cudarc::nvrtc::{CompileError, Ptx, compile_ptx};
 use squeeze_base::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::descent::Descent;
 pub(crate) use self::palettes::Groups;
 
 /// The kernels' source.
-const SOURCE: &str = concat!(include_str!("half.cu"), include_str!("rows.cu"), include_str!("palettes.cu"));
+const SOURCE: &str =
+    concat!(include_str!("half.cu"), include_str!("rows.cu"), include_str!("descent.cu"), include_str!("palettes.cu"));
 
 /// The largest number of columns of a block.
 pub(crate) const MOST_COLUMNS: i64 = 128;
@@ -29,6 +33,13 @@ pub(crate) fn takes_groups_of(m: usize) -> bool {
     m > 0 && (LANES as usize).is_multiple_of(m)
 }
 
+/// Whether a device has kernels, with which one layer is solved as fast as several in a batch. A
+/// CPU has none and needs none.
+#[must_use]
+pub fn has_kernels(device: Device) -> bool {
+    Kernels::of(device).is_some()
+}
+
 /// The number of rows of a thread block.
 const ROWS: u32 = 4;
 
@@ -38,6 +49,7 @@ pub(crate) struct Kernels {
     stream: Arc<CudaStream>,
     sweep: CudaFunction,
     polish: CudaFunction,
+    descend: CudaFunction,
     count_values: CudaFunction,
     collect_values: CudaFunction,
     cut_values: CudaFunction,
@@ -82,6 +94,7 @@ impl Kernels {
             stream: context.default_stream(),
             sweep: function("sweep")?,
             polish: function("polish")?,
+            descend: function("descend")?,
             count_values: function("count_values")?,
             collect_values: function("collect_values")?,
             cut_values: function("cut_values")?,
@@ -274,7 +287,7 @@ mod tests {
         match compile() {
             Ok(ptx) => {
                 let ptx = String::from_utf8_lossy(ptx.as_bytes().unwrap()).into_owned();
-                for kernel in ["sweep", "polish", "count_values", "collect_values", "cut_values", "look_up"] {
+                for kernel in ["sweep", "polish", "descend", "count_values", "collect_values", "cut_values", "look_up"] {
                     assert!(ptx.contains(&format!(".entry {kernel}")), "{kernel}");
                 }
             }
