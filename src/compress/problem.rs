@@ -1,7 +1,7 @@
 //! A layer to be solved, with everything that a thread needs for it.
 
 use squeeze_base::error::{Error, Result};
-use squeeze_solver::{Factor, Hessian, JointFactors, OutputResidual};
+use squeeze_solver::{Factor, Hessian, JointFactors, OutputResidual, on_own_stream};
 use tch::{Device, Tensor};
 
 use super::layer::{CompressedLayer, Evidence};
@@ -47,6 +47,7 @@ impl Problem<'_> {
         let _span = tracing::debug_span!("layer").entered();
         let Problem { name, weight, recipe, sums, .. } = self;
         let sums = sums.map(|sums| sums.to_device(device)).transpose()?;
+        let weight = weight.f_to_device(device)?;
         let evidence = sums.as_ref().map(|Sums { hessian, factors, correction, held_out }| Evidence {
             hessian,
             pruned: None,
@@ -55,7 +56,8 @@ impl Problem<'_> {
             correction: correction.as_ref(),
             held_out: held_out.as_ref(),
         });
-        let compressed = compress_layer(&name, &weight.f_to_device(device)?, recipe, evidence)?;
+        // Weight and sums are dropped once all operations with them have ended.
+        let compressed = on_own_stream(device, || compress_layer(&name, &weight, recipe, evidence))?;
         Ok(Solved { compressed, vectors: evidence.map(|evidence| evidence.hessian.vectors()) })
     }
 }

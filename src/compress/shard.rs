@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use rayon::prelude::*;
 use sdxl_model::Layer;
 use sdxl_model::checkpoint::{Prefetched, TensorSource};
 use sdxl_model::unet::{Carry, Part, PartName};
@@ -120,16 +121,26 @@ impl DeviceShard {
 /// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers
 /// that stay dense keep their weight.
 pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
-    for layer in layers {
-        if !store.has(layer.name()) || !chosen(layer.name()) {
-            continue;
-        }
-        if let Some(stored) = store.weight(layer.name())? {
-            let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
-            layer.replace_weight(&decoded)?;
+    let mut layers: Vec<&mut Layer> =
+        layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
+    // As many at once as there are threads: the dense weights that they replace are still there.
+    for layers in layers.chunks_mut(rayon::current_num_threads()) {
+        let names: Vec<(&str, Device)> = layers.iter().map(|layer| (layer.name(), layer.weight().device())).collect();
+        let decoded: Vec<_> = names.par_iter().map(|(name, device)| decoded(store, name, *device)).collect();
+        for (layer, decoded) in layers.iter_mut().zip(decoded) {
+            if let Some(decoded) = decoded? {
+                layer.replace_weight(&decoded)?;
+            }
         }
     }
     Ok(())
+}
+
+/// A stored weight in fp16; `None` if the layer stays dense.
+fn decoded(store: &Workspace, layer: &str, device: Device) -> Result<Option<Tensor>> {
+    let Some(stored) = store.weight(layer)? else { return Ok(None) };
+    let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
+    Ok(Some(decoded.f_to_device(device)?))
 }
 
 /// A source whose tensors are moved to a device.

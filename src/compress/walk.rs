@@ -90,6 +90,7 @@ pub(super) struct Walk<'a> {
     machine: Machine<'a>,
     carries: CarryStore<'a>,
     holds_out: bool,
+    keeps_parts: bool,
     progress: &'a dyn Progress,
     /// All parts, without weights.
     outlines: BTreeMap<PartName, Part>,
@@ -119,6 +120,7 @@ impl<'a> Walk<'a> {
             machine,
             carries,
             holds_out: plan.schedule.holds_out,
+            keeps_parts: plan.keeps_parts,
             progress,
             outlines: model.chain.parts().map(outline).collect::<Result<_>>()?,
             input_block: None,
@@ -219,7 +221,7 @@ impl<'a> Walk<'a> {
             }
         };
         self.statistics.add_pass(stop.part, multiply_adds);
-        if stop.then == Then::Stay {
+        if stop.then == Then::Stay && !self.keeps_parts {
             // Factors take the place of the stage's weights in memory.
             self.unload();
         }

@@ -67,6 +67,8 @@ pub struct Plan {
     pub carries: CarriesIn,
     /// Bytes for layers that a GPU solves at once, besides the largest; 0 solves one by one.
     pub batch_bytes: u64,
+    /// Whether parts stay loaded on a GPU while their layers are solved.
+    pub keeps_parts: bool,
     /// Bytes of all carries at their largest.
     pub carry_bytes: u64,
     /// The most bytes in use at once, by estimate, without the drawing of samples.
@@ -170,6 +172,7 @@ impl Plan {
             .into_iter()
             .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
         let payload_bytes = size.bytes + dense.map(|tensor| 2 * tensor.numel()).sum::<u64>();
+        let largest_part = parts.iter().map(|sketch| sketch.resident_bytes).max().unwrap_or(0);
         let largest_carry = outlines.iter().map(largest).max().unwrap_or(0);
         // Within a transformer a carry has tokens too, as many as its features; their files stay
         // until others replace them.
@@ -186,8 +189,9 @@ impl Plan {
             calls,
             carries,
             batch_bytes: memory.batch,
+            keeps_parts: memory.device != Device::Cpu && schedule.peak_bytes() + networks * largest_part <= memory.usable(),
             carry_bytes: largest_carry,
-            peak_bytes: schedule.stops.iter().map(|stop| stop.bytes).max().unwrap_or(0),
+            peak_bytes: schedule.peak_bytes(),
             disk: Disk {
                 samples: calls.map_or(0, |calls| of_samples(&calls, chain.config())),
                 carries: if in_files { largest_carry + carry_bytes(tokens) } else { 0 },

@@ -2,10 +2,12 @@
 //! palettes.
 //!
 //! They are compiled for the GPU at hand when they are first needed, by the NVRTC that comes with
-//! libtorch, and run on libtorch's stream: the device's default stream.
+//! libtorch, and run on libtorch's stream of the thread: the device's default stream, or one of
+//! [`on_own_stream`].
 
 mod descent;
 mod palettes;
+mod stream;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -17,6 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::descent::Descent;
 pub(crate) use self::palettes::Groups;
+pub use self::stream::on_own_stream;
 
 /// The kernels' source.
 const SOURCE: &str =
@@ -187,7 +190,8 @@ impl Kernels {
 
     /// Launches a kernel whose arguments are pointers, then numbers, on `blocks` of `threads`.
     fn start(&self, function: &CudaFunction, pointers: &[u64], numbers: &[Number], blocks: [u32; 2], threads: u32) -> Result<()> {
-        let mut launch = self.stream.launch_builder(function);
+        let own = stream::current();
+        let mut launch = own.as_ref().unwrap_or(&self.stream).launch_builder(function);
         for pointer in pointers {
             launch.arg(pointer);
         }
