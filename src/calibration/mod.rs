@@ -12,7 +12,7 @@ pub use calls::Calls;
 pub use draw::{calibrate, defaults, expected_calls, hint, scheduler, settings};
 pub(crate) use hold_out::is_held_out;
 pub(crate) use pictures::PicturesInTurn;
-pub use record::{PromptSet, encode, record};
+pub use record::{PromptSet, encode, prompts_together, record};
 use sdxl_model::unet::Conditioning;
 use squeeze_base::error::Result;
 use squeeze_numerics::device::Placement;

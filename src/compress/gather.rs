@@ -126,10 +126,7 @@ impl Gatherer {
     /// As [`Hessian::add`] and [`OutputResidual::add`].
     pub(super) fn add_seen(&mut self, seen: Seen) -> Result<()> {
         match seen {
-            Seen::Summed { source, input, weight } => {
-                let weighted = (weight != 1.0).then(|| input.f_mul_scalar(weight.sqrt())).transpose()?;
-                self.add(&source, weighted.as_ref().unwrap_or(&input))
-            }
+            Seen::Summed { source, input } => self.add(&source, &input),
             Seen::HeldOut { source, input, vectors } => {
                 let (layer, hessian) = self.hessians.get(&source).expect("what is watched has a Hessian");
                 let new = hessian.some_vectors(&input, vectors).map_err(Error::layer(layer))?;
@@ -140,11 +137,8 @@ impl Gatherer {
                 self.held_out.insert(source, all);
                 Ok(())
             }
-            Seen::Residual { layer, input, mut residual, weight, source: _ } => {
+            Seen::Residual { layer, input, residual, source: _ } => {
                 let correction = self.corrections.get_mut(&layer).expect("a layer with a target has a sum");
-                if weight != 1.0 {
-                    residual = residual.f_mul_scalar_(weight)?;
-                }
                 correction.add(&input, &residual).map_err(Error::layer(&layer))
             }
         }

@@ -25,6 +25,7 @@ mod job;
 mod kept;
 mod layer;
 mod one_layer;
+mod overflows;
 mod owners;
 mod part;
 mod prepare;

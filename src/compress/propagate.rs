@@ -1,7 +1,7 @@
 //! Sending the carries of all devices through the loaded part.
 
 use sdxl_model::unet::Scope;
-use sdxl_model::{Layer, LayerInput, Unobserved};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::allocator;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
@@ -10,7 +10,7 @@ use tch::Device;
 
 use super::dense_outputs::DenseOutputs;
 use super::each_device::on_each;
-use super::forward::{forward, observe};
+use super::forward::{forward, watch};
 use super::gather::Gatherer;
 use super::owners::Owners;
 use super::shard::DeviceShard;
@@ -132,7 +132,7 @@ impl Pass<'_> {
             false => BatchUse::Summed { weight: shard.weights[index] },
         };
         let mut watcher = Watcher::new(self.watched, batch_use, targets, take);
-        Ok(multiply_adds + observe(shard.part(), scope, shard.carries.get(index)?, &mut watcher)?)
+        Ok(multiply_adds + watch(shard.part(), scope, shard.carries.get(index)?, &mut watcher, &shard.overflows)?)
     }
 }
 
@@ -158,7 +158,7 @@ pub(super) fn advance(
             if let Some(teacher) = shard.teacher.as_mut().filter(|_| teacher_lags) {
                 multiply_adds += teacher.advance(index, scope)?;
             }
-            let (after, more) = forward(shard.part(), scope, shard.carries.get(index)?, &mut Unobserved)?;
+            let (after, more) = forward(shard.part(), scope, shard.carries.get(index)?, &shard.overflows)?;
             multiply_adds += more;
             if !is_finite(after.tokens.as_ref().unwrap_or(&after.hidden_states))? {
                 return Err(Error::NotFinite(format!("the output of `{part}`, compressed, has NaN or infinity in it")));

@@ -13,6 +13,7 @@ use tch::{Device, Tensor};
 
 use super::carries::Carries;
 use super::job::Model;
+use super::overflows::Overflows;
 use super::teacher::Teacher;
 use super::workspace::Workspace;
 use crate::plan::CarriesIn;
@@ -26,6 +27,8 @@ pub(super) struct DeviceShard {
     pub teacher: Option<Teacher>,
     /// How many vectors of a held-out batch are kept.
     pub held_out_vectors: i64,
+    /// The units whose activations were beyond fp16.
+    pub overflows: Overflows,
     part: Option<Part>,
     /// The layers of the part that have their stored weights.
     installed: BTreeSet<String>,
@@ -60,9 +63,16 @@ impl DeviceShard {
             weights: Vec::new(),
             teacher,
             held_out_vectors,
+            overflows: Overflows::default(),
             part: None,
             installed: BTreeSet::new(),
         })
+    }
+
+    /// Sentences about the units whose activations were beyond fp16.
+    pub(super) fn overflow_notes(&self) -> BTreeSet<String> {
+        let of_dense = self.teacher.iter().flat_map(|teacher| teacher.overflows.notes());
+        of_dense.map(|note| format!("dense network: {note}")).chain(self.overflows.notes()).collect()
     }
 
     /// Adds the first carry of a batch of samples, and that of the dense network.
@@ -121,8 +131,7 @@ impl DeviceShard {
 /// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers
 /// that stay dense keep their weight.
 pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
-    let mut layers: Vec<&mut Layer> =
-        layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
+    let mut layers: Vec<&mut Layer> = layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
     // As many at once as there are threads: the dense weights that they replace are still there.
     for layers in layers.chunks_mut(rayon::current_num_threads()) {
         let names: Vec<(&str, Device)> = layers.iter().map(|layer| (layer.name(), layer.weight().device())).collect();

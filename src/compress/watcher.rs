@@ -4,20 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use sdxl_model::{Layer, LayerInput, Observer};
 use squeeze_base::error::{Error, Result};
-use tch::Tensor;
+use squeeze_numerics::finite::is_finite;
+use tch::{Kind, Tensor};
 
 use super::dense_outputs::{DenseOutputs, with_residual};
 
 /// What a layer was given in a batch, with its place in the sums.
 #[derive(Debug)]
 pub(super) enum Seen {
-    /// An input that is summed.
-    Summed { source: LayerInput, input: Tensor, weight: f64 },
+    /// An input that is summed, times the square root of its weight.
+    Summed { source: LayerInput, input: Tensor },
     /// An input of which so many vectors are kept.
     HeldOut { source: LayerInput, input: Tensor, vectors: i64 },
-    /// The input of `layer` and what its output lacks: the output of the dense network less that of
-    /// the compressed one.
-    Residual { source: LayerInput, layer: String, input: Tensor, residual: Tensor, weight: f64 },
+    /// The input of `layer` and what its output lacks, times its weight: the output of the dense
+    /// network less that of the compressed one.
+    Residual { source: LayerInput, layer: String, input: Tensor, residual: Tensor },
 }
 
 impl Seen {
@@ -78,7 +79,16 @@ pub(super) struct Watcher<'a> {
     targets: DenseOutputs,
     /// The layers under way that have a dense target.
     under_way: BTreeMap<String, UnderWay>,
+    /// What a checked forward has handed on so far; `None` if forwards are not checked.
+    handed_on: Option<HandedOn>,
     take: &'a mut dyn FnMut(Seen) -> Result<()>,
+}
+
+/// The parts of a batch that were handed on.
+#[derive(Debug, Default)]
+struct HandedOn {
+    inputs: BTreeSet<LayerInput>,
+    residuals: BTreeSet<String>,
 }
 
 /// A layer that is about to compute its output.
@@ -97,13 +107,21 @@ impl<'a> Watcher<'a> {
         targets: DenseOutputs,
         take: &'a mut dyn FnMut(Seen) -> Result<()>,
     ) -> Self {
-        Watcher { watched, batch, targets, under_way: BTreeMap::new(), take }
+        Watcher { watched, batch, targets, under_way: BTreeMap::new(), handed_on: None, take }
     }
 
-    /// The weight of the batch if the layer's output residual is summed.
+    /// Hands on nothing that is not finite, on any device: such a forward ends with
+    /// [`Error::NotFinite`]. A forward of the same batch can then take its place, of which only what
+    /// the first one did not hand on is.
+    pub(super) fn check(&mut self) {
+        self.handed_on = Some(HandedOn::default());
+    }
+
+    /// The weight of the batch if the layer's output residual is still to be summed.
     fn weight_of_residual(&self, layer: &Layer) -> Option<f64> {
+        let is_known = self.handed_on.as_ref().is_some_and(|known| known.residuals.contains(layer.name()));
         match self.batch {
-            BatchUse::Summed { weight } => self.watched.targets.contains(layer.name()).then_some(weight),
+            BatchUse::Summed { weight } => (!is_known && self.watched.targets.contains(layer.name())).then_some(weight),
             BatchUse::HeldOut { .. } => None,
         }
     }
@@ -116,10 +134,19 @@ impl<'a> Watcher<'a> {
 impl Observer for Watcher<'_> {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
         let Some(first) = self.watched.inputs.get(layer.input()) else { return Ok(()) };
-        if first == layer.name() {
-            let (source, input) = (layer.input().clone(), input.shallow_clone());
+        let is_known = self.handed_on.as_ref().is_some_and(|known| known.inputs.contains(layer.input()));
+        if first == layer.name() && !is_known {
+            let source = layer.input().clone();
+            let input = match self.batch {
+                BatchUse::Summed { weight } if weight != 1.0 => input.f_mul_scalar(weight.sqrt())?,
+                BatchUse::Summed { .. } | BatchUse::HeldOut { .. } => input.shallow_clone(),
+            };
+            if let Some(known) = &mut self.handed_on {
+                check_finite(layer, "input", &input)?;
+                known.inputs.insert(source.clone());
+            }
             (self.take)(match self.batch {
-                BatchUse::Summed { weight } => Seen::Summed { source, input, weight },
+                BatchUse::Summed { .. } => Seen::Summed { source, input },
                 BatchUse::HeldOut { vectors } => Seen::HeldOut { source, input, vectors },
             })?;
         }
@@ -141,9 +168,38 @@ impl Observer for Watcher<'_> {
         let UnderWay { input, residual } = self.under_way.remove(layer.name()).expect("a layer's input precedes its output");
         let input = input.expect("a layer's input precedes its output");
         let mut target = self.targets.take(layer.name()).expect("the dense network has run the same layers before");
-        let residual = target.f_sub_(&with_residual(output, residual.as_ref())?)?;
+        let ours = with_residual(output, residual.as_ref())?;
+        let mut residual = match &mut self.handed_on {
+            None => target.f_sub_(&ours)?,
+            Some(known) => {
+                let wide = || target.f_to_kind(Kind::Float)?.f_sub(&ours.f_to_kind(Kind::Float)?);
+                let mut difference = if target.f_kind()? == ours.f_kind()? { target.f_sub(&ours)? } else { wide()? };
+                // Two numbers of fp16 may have a difference that is beyond it.
+                if !is_finite(&difference)? {
+                    difference = wide()?;
+                }
+                if let Err(why) = check_finite(layer, "output", &difference) {
+                    self.targets.put_back(layer.name(), target);
+                    return Err(why);
+                }
+                known.residuals.insert(layer.name().to_owned());
+                difference
+            }
+        };
+        if weight != 1.0 {
+            residual = residual.f_mul_scalar_(weight)?;
+        }
         let source = layer.input().clone();
-        (self.take)(Seen::Residual { source, layer: layer.name().to_owned(), input, residual, weight })?;
+        (self.take)(Seen::Residual { source, layer: layer.name().to_owned(), input, residual })?;
         self.end_if(self.targets.is_empty())
     }
+}
+
+/// Checks that a layer's input or output is finite. The device is waited for.
+fn check_finite(layer: &Layer, what: &str, tensor: &Tensor) -> Result<()> {
+    if is_finite(tensor)? {
+        return Ok(());
+    }
+    let problem = format!("the layer's {what} has NaN or infinite values in it");
+    Err(Error::layer(layer.name())(Error::NotFinite(problem)))
 }

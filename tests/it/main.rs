@@ -23,6 +23,7 @@ mod joint;
 mod lora;
 mod matrices;
 mod outputs;
+mod overflow;
 mod palettes;
 mod pipelines;
 mod plan;

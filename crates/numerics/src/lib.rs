@@ -10,4 +10,4 @@ mod seed_sequence;
 mod settings;
 pub mod sum;
 
-pub use settings::{Numerics, init};
+pub use settings::{Numerics, allow_tf32, init};

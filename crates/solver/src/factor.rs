@@ -2,6 +2,7 @@
 //! for the change of another one.
 
 use squeeze_base::error::{Error, Result};
+use squeeze_numerics::device::factors_matrices;
 use squeeze_numerics::finite::is_finite;
 use squeeze_numerics::product::{product, subtract_product};
 use squeeze_numerics::sum::sum;
@@ -179,9 +180,15 @@ impl Factor {
             part.f_copy_(&diagonal.f_narrow(0, start, length)?)?;
             start += length;
         }
+        let device = triangle.device();
+        let mut triangle = triangle;
+        if !factors_matrices(device) {
+            triangle = triangle.to_device(Device::Cpu)?;
+        }
         if !factor(&triangle)? {
             return Ok(None);
         }
+        let triangle = triangle.to_device(device)?;
         for index in 0..triangle.count() {
             if !is_finite(triangle.panel(index))? {
                 return Ok(None);
@@ -292,6 +299,9 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
 /// The inverse of an upper triangular R [n, n], with zeros below the diagonal. The entries of R
 /// there are not read.
 pub(super) fn inverse(r: &Tensor) -> Result<Tensor> {
+    if !factors_matrices(r.device()) {
+        return Ok(inverse(&r.f_to_device(Device::Cpu)?)?.f_to_device(r.device())?);
+    }
     let (size, smallest) = (r.size2()?.0, smallest(r.device()));
     if size <= smallest && r.device() == Device::Cpu {
         let inverse = leaf::inverse(&wide(r)?, size as usize);
