@@ -111,8 +111,8 @@ impl<'a> Watcher<'a> {
     }
 
     /// Hands on nothing that is not finite, on any device: such a forward ends with
-    /// [`Error::NotFinite`]. A forward of the same batch can then take its place, of which only what
-    /// the first one did not hand on is.
+    /// [`Error::NotFinite`]. A forward of the same batch can then take its place: what the first
+    /// one handed on is not handed on again.
     pub(super) fn check(&mut self) {
         self.handed_on = Some(HandedOn::default());
     }

@@ -33,7 +33,7 @@ fn compress(folder: &Path, name: &str, yaml: &str, samples: usize) -> Squeeze {
 
 /// The container in `out`: its metadata without the names of the devices, and its bytes after the
 /// header. (The header names the tensors' places, which would show in the bytes.)
-fn content(out: &Path) -> (Value, Vec<u8>) {
+pub(crate) fn content(out: &Path) -> (Value, Vec<u8>) {
     let mut bytes = container(out);
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let data = bytes.split_off(8 + length);
