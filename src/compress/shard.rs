@@ -121,8 +121,7 @@ impl DeviceShard {
 /// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers
 /// that stay dense keep their weight.
 pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
-    let mut layers: Vec<&mut Layer> =
-        layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
+    let mut layers: Vec<&mut Layer> = layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
     // As many at once as there are threads: the dense weights that they replace are still there.
     for layers in layers.chunks_mut(rayon::current_num_threads()) {
         let names: Vec<(&str, Device)> = layers.iter().map(|layer| (layer.name(), layer.weight().device())).collect();
