@@ -74,6 +74,25 @@ fn a_stage_beyond_fp16_predicts_in_bf16_from_then_on() {
     assert!(usual.beyond_half().is_empty());
 }
 
+#[test]
+fn a_picture_beyond_fp16_is_drawn_and_the_log_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = scaled(folder.path(), 1e5);
+    let draw = |name: &str, model: &Path| {
+        let run = Squeeze::new("generate").model(model).args(["--prompt", "an owl", "--steps", "3", "--dtype", "f16"]);
+        let latents = folder.path().join(format!("{name}.safetensors"));
+        let run = run.with("--latents-out", &latents).with("-o", folder.path().join(format!("{name}.png")));
+        (run.succeeds().text(), tensors(&latents)["latents"].shallow_clone())
+    };
+    let (said, ours) = draw("scaled", &model);
+    let said_once = said.matches("the activations of `down_blocks.1` are beyond fp16").count() == 1;
+    assert!(said_once && said.contains("it computes in bf16"), "{said}");
+    let (said, theirs) = draw("usual", &emoji());
+    assert!(!said.contains("beyond fp16"), "{said}");
+    let error = relative_error(&ours, &theirs);
+    assert!(error < 0.05, "{error}");
+}
+
 /// The errors of the calibrated layers, in order.
 fn errors(report: &Value) -> Vec<f64> {
     let layers = report["layers"].as_array().unwrap().iter();
@@ -109,6 +128,11 @@ fn a_run_with_activations_beyond_fp16_ends_well_and_says_so() {
             let part = if config == "sequential" { part.replace(".resnets.0", "") } else { part.to_string() };
             assert!(notes.contains(&part) && said.contains("beyond fp16"), "{config}: `{part}` is not in {notes}\n{said}");
         }
+        // Nothing is counted twice.
+        let vectors = |report: &Value| -> Vec<Value> {
+            report["layers"].as_array().unwrap().iter().map(|layer| layer["vectors"].clone()).collect()
+        };
+        assert_eq!(vectors(&ours), vectors(&theirs), "{config}");
         let (ours, theirs) = (errors(&ours), errors(&theirs));
         assert_eq!(ours.len(), theirs.len());
         let mean = |errors: &[f64]| errors.iter().sum::<f64>() / errors.len() as f64;
