@@ -17,7 +17,7 @@ use super::walk::Walk;
 use crate::geometry::input_geometry;
 use crate::plan::{Stop, batched_layer_bytes};
 
-/// Layers of one shape, each with its Hessian, that are pruned with the same options.
+/// Layers of one shape, each with its Hessian on one device, that are pruned with the same options.
 struct Batch<'a> {
     options: PruneOptions,
     layers: Vec<(&'a Layer, &'a Hessian)>,
@@ -45,8 +45,11 @@ impl Compressor<'_> {
             let options = self.recipe(layer).batch_options();
             let hessian = gatherer.hessian(layer.input()).filter(|hessian| hessian.groups() == 1);
             let (Some(options), Some(hessian)) = (options, hessian) else { continue };
-            let is_alike =
-                |batch: &&mut Batch| batch.options == *options && batch.layers[0].0.weight().size() == layer.weight().size();
+            let is_alike = |batch: &&mut Batch<'_>| {
+                let (first, of_first) = batch.layers[0];
+                let same_device = of_first.device() == hessian.device();
+                same_device && batch.options == *options && first.weight().size() == layer.weight().size()
+            };
             match batches.iter_mut().find(is_alike) {
                 Some(batch) => batch.layers.push((layer, hessian)),
                 None => batches.push(Batch { options: *options, layers: vec![(layer, hessian)] }),
@@ -72,7 +75,8 @@ impl Compressor<'_> {
                 factors.push((layer.input(), factor));
             }
         }
-        let weights = layers.iter().map(|(layer, _)| walk.dense_weight(layer)).collect::<Result<Vec<Tensor>>>()?;
+        let weights = layers.iter().map(|(layer, hessian)| walk.dense_weight_on(layer, hessian.device()));
+        let weights = weights.collect::<Result<Vec<Tensor>>>()?;
         let problems = layers.iter().zip(&weights).map(|((layer, hessian), weight)| {
             let factor = factors.iter().find(|(input, _)| *input == layer.input());
             let (_, factor) = factor.expect("a factor was made for every input of the batch");

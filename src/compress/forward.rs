@@ -10,9 +10,9 @@ use squeeze_base::error::{Error, Result};
 use tch::Kind;
 
 use super::dense_outputs::DenseOutputs;
-use super::gather::Gatherer;
 use super::overflows::Overflows;
 use super::statistics::Counter;
+use super::watcher::Watcher;
 
 /// Sends `carry` through `scope` of `part`; returns multiply-adds too.
 pub(super) fn forward(part: &Part, scope: Scope, carry: Carry, overflows: &Overflows) -> Result<(Carry, f64)> {
@@ -69,29 +69,28 @@ pub(super) fn dense_outputs(
     Ok((outputs, after, multiply_adds))
 }
 
-/// Sends `carry` through `scope` of `part` as far as the gatherer lets it; returns multiply-adds.
-pub(super) fn gather(part: &Part, scope: Scope, carry: Carry, gatherer: &mut Gatherer, overflows: &Overflows) -> Result<f64> {
+/// Sends `carry` through `scope` of `part` as far as the watcher lets it; returns multiply-adds.
+pub(super) fn watch(part: &Part, scope: Scope, carry: Carry, watcher: &mut Watcher<'_>, overflows: &Overflows) -> Result<f64> {
     let mut multiply_adds = 0.0;
-    let mut run = |gatherer: &mut Gatherer, carry: Carry| {
-        let mut counter = Counter::of(gatherer);
+    let mut run = |watcher: &mut Watcher<'_>, carry: Carry| {
+        let mut counter = Counter::of(watcher);
         let result = unless_ended_early(part.forward(scope, carry, &mut counter));
         multiply_adds += counter.multiply_adds;
         result
     };
     if carry.kind()? != Kind::Half {
-        run(gatherer, carry)?;
+        run(watcher, carry)?;
         return Ok(multiply_adds);
     }
-    gatherer.begin_checked();
-    let result = match run(gatherer, carry.shallow_clone()) {
-        // What was seen before the overflow is in the sums already, and is passed over.
+    watcher.check();
+    match run(watcher, carry.shallow_clone()) {
+        // What was seen before the overflow was handed on already, and is passed over.
         Err(Error::Layer { source, .. }) if matches!(*source, Error::NotFinite(_)) => {
-            again(part, scope, carry, overflows, &mut |carry| run(gatherer, carry))
+            again(part, scope, carry, overflows, &mut |carry| run(watcher, carry))?;
         }
-        result => result,
-    };
-    gatherer.end_checked();
-    result.map(|()| multiply_adds)
+        result => result?,
+    }
+    Ok(multiply_adds)
 }
 
 /// Runs a carry again in a wider dtype than fp16, which is noted.

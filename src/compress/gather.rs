@@ -1,57 +1,28 @@
-//! Gathers Hessians while calibration samples run.
+//! The sums over calibration samples that layers are compressed with.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use sdxl_model::{Layer, LayerInput, Observer};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
-use squeeze_numerics::finite::is_finite;
 use squeeze_solver::{Hessian, OutputResidual};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
-use super::dense_outputs::{DenseOutputs, with_residual};
+use super::watcher::Seen;
 use crate::geometry::input_geometry;
 
 /// Vectors that are kept of each held-out batch on a CPU.
 pub(super) const HELD_OUT_VECTORS: i64 = 144;
 
-/// An observer that sums the Hessians of the inputs of some layers. Layers that are given the same
-/// tensor share a Hessian.
+/// The Hessians of the inputs of some layers. Layers that are given the same tensor share one.
 ///
-/// Where layers have a dense target, it also correlates their inputs with their output residuals:
-/// the outputs of the dense network less those of the compressed one.
+/// Where layers have a dense target, it also has the correlations of their inputs with their output
+/// residuals: the outputs of the dense network less those of the compressed one.
 #[derive(Debug, Default)]
 pub struct Gatherer {
     /// The Hessian of each input, with the name of the layer that is first given it.
     hessians: BTreeMap<LayerInput, (String, Hessian)>,
-    /// The weight of the sample under way; `None` is 1.
-    weight: Option<f64>,
     corrections: BTreeMap<String, OutputResidual>,
-    /// How many vectors of the samples under way are kept, if they are held out: none is summed.
-    held_out_vectors: Option<i64>,
     held_out: BTreeMap<LayerInput, Tensor>,
-    /// The dense outputs for the sample under way.
-    targets: DenseOutputs,
-    /// The layers under way that have a dense target.
-    under_way: BTreeMap<String, UnderWay>,
-    /// What the checked call under way has added so far; `None` if the call is not checked.
-    checked: Option<Seen>,
-    /// Whether a forward ends as soon as nothing is left to be seen.
-    ends_early: bool,
-}
-
-/// The parts of a call that the sums have.
-#[derive(Debug, Default)]
-struct Seen {
-    inputs: BTreeSet<LayerInput>,
-    outputs: BTreeSet<String>,
-}
-
-/// A layer that is about to compute its output.
-#[derive(Debug, Default)]
-struct UnderWay {
-    input: Option<Tensor>,
-    /// The tensor that the network adds to the output.
-    residual: Option<Tensor>,
 }
 
 impl Gatherer {
@@ -85,40 +56,6 @@ impl Gatherer {
         Ok(gatherer)
     }
 
-    /// Ends forwards with [`Error::SeenEnough`] once the single input, or the outputs of its layers
-    /// where they have a dense target, have been seen.
-    pub(super) fn ending_early(self) -> Self {
-        Gatherer { ends_early: true, ..self }
-    }
-
-    /// Begins a call of which nothing is added that is not finite, on any device: such a forward
-    /// ends with [`Error::NotFinite`]. A forward of the same call can then take its place, which
-    /// adds what the first one did not.
-    pub(super) fn begin_checked(&mut self) {
-        self.checked = Some(Seen::default());
-    }
-
-    /// Ends the checked call.
-    pub(super) fn end_checked(&mut self) {
-        self.checked = None;
-    }
-
-    /// Sets the weight of the next sample.
-    pub(super) fn set_weight(&mut self, weight: f64) {
-        self.weight = (weight != 1.0).then_some(weight);
-    }
-
-    /// Sets whether the next samples are held out, and how many of their vectors are kept then.
-    pub(super) fn hold_out(&mut self, is_held_out: bool, vectors: i64) {
-        self.held_out_vectors = is_held_out.then_some(vectors);
-    }
-
-    /// Sets the dense outputs for the next sample.
-    pub(super) fn set_targets(&mut self, targets: DenseOutputs) {
-        self.targets = targets;
-        self.under_way.clear();
-    }
-
     /// Takes out the vectors of an input that were held out, [n, d], if any.
     pub(super) fn take_held_out(&mut self, input: &LayerInput) -> Option<Tensor> {
         self.held_out.remove(input)
@@ -141,8 +78,7 @@ impl Gatherer {
         }
     }
 
-    /// Adds the sums of another gatherer. Where layers have dense targets it has to be one of the
-    /// same layers.
+    /// Adds the sums of another gatherer. Sums that only one of them has stay on their device.
     ///
     /// # Errors
     /// If Hessians of one input differ in shape.
@@ -155,8 +91,12 @@ impl Gatherer {
             self.held_out.insert(input, all);
         }
         for (layer, correction) in other.corrections {
-            let sum = self.corrections.get_mut(&layer).expect("all devices gather for the same layers");
-            sum.merge(correction)?;
+            match self.corrections.get_mut(&layer) {
+                Some(sum) => sum.merge(correction)?,
+                None => {
+                    self.corrections.insert(layer, correction);
+                }
+            }
         }
         for (input, (layer, hessian)) in other.hessians {
             match self.hessians.get_mut(&input) {
@@ -180,95 +120,27 @@ impl Gatherer {
         self.hessians.remove(input).map(|(_, hessian)| hessian)
     }
 
-    fn has_target(&self, layer: &Layer) -> bool {
-        let is_known = self.checked.as_ref().is_some_and(|seen| seen.outputs.contains(layer.name()));
-        self.held_out_vectors.is_none() && !is_known && self.corrections.contains_key(layer.name())
-    }
-
-    fn end_if(&self, nothing_is_left: bool) -> Result<()> {
-        if self.ends_early && nothing_is_left { Err(Error::SeenEnough) } else { Ok(()) }
-    }
-}
-
-impl Observer for Gatherer {
-    fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
-        let Some((first, hessian)) = self.hessians.get_mut(layer.input()) else { return Ok(()) };
-        let is_known = self.checked.as_ref().is_some_and(|seen| seen.inputs.contains(layer.input()));
-        let is_added = first == layer.name() && !is_known;
-        let is_checked = self.checked.is_some();
-        if let (true, Some(vectors)) = (is_added, self.held_out_vectors) {
-            if is_checked {
-                check_finite(layer, "input", input)?;
+    /// Adds what a layer was given, from any device.
+    ///
+    /// # Errors
+    /// As [`Hessian::add`] and [`OutputResidual::add`].
+    pub(super) fn add_seen(&mut self, seen: Seen) -> Result<()> {
+        match seen {
+            Seen::Summed { source, input } => self.add(&source, &input),
+            Seen::HeldOut { source, input, vectors } => {
+                let (layer, hessian) = self.hessians.get(&source).expect("what is watched has a Hessian");
+                let new = hessian.some_vectors(&input, vectors).map_err(Error::layer(layer))?;
+                let all = match self.held_out.get(&source) {
+                    Some(old) => Tensor::f_cat(&[old, &new], 0)?,
+                    None => new,
+                };
+                self.held_out.insert(source, all);
+                Ok(())
             }
-            let new = hessian.some_vectors(input, vectors).map_err(Error::layer(layer.name()))?;
-            let all = match self.held_out.get(layer.input()) {
-                Some(old) => Tensor::f_cat(&[old, &new], 0)?,
-                None => new,
-            };
-            self.held_out.insert(layer.input().clone(), all);
-        } else if is_added {
-            let weighted = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
-            let vectors = weighted.as_ref().unwrap_or(input);
-            if is_checked {
-                check_finite(layer, "input", vectors)?;
+            Seen::Residual { layer, input, residual, source: _ } => {
+                let correction = self.corrections.get_mut(&layer).expect("a layer with a target has a sum");
+                correction.add(&input, &residual).map_err(Error::layer(&layer))
             }
-            hessian.add(vectors).map_err(Error::layer(layer.name()))?;
         }
-        if let (true, Some(seen)) = (is_added, &mut self.checked) {
-            seen.inputs.insert(layer.input().clone());
-        }
-        if self.has_target(layer) {
-            self.under_way.entry(layer.name().to_owned()).or_default().input = Some(input.shallow_clone());
-        }
-        self.end_if(self.held_out_vectors.is_some() || self.corrections.is_empty())
     }
-
-    fn residual(&mut self, layer: &Layer, residual: &Tensor) -> Result<()> {
-        if self.has_target(layer) {
-            self.under_way.entry(layer.name().to_owned()).or_default().residual = Some(residual.shallow_clone());
-        }
-        Ok(())
-    }
-
-    fn output(&mut self, layer: &Layer, output: &Tensor) -> Result<()> {
-        if !self.has_target(layer) {
-            return Ok(());
-        }
-        let UnderWay { input, residual } = self.under_way.remove(layer.name()).expect("a layer's input precedes its output");
-        let input = input.expect("a layer's input precedes its output");
-        let mut target = self.targets.take(layer.name()).expect("the dense network has run the same layers before");
-        let ours = with_residual(output, residual.as_ref())?;
-        let mut output_residual = match &mut self.checked {
-            None => target.f_sub_(&ours)?,
-            Some(seen) => {
-                let wide = || target.f_to_kind(Kind::Float)?.f_sub(&ours.f_to_kind(Kind::Float)?);
-                let mut difference = if target.f_kind()? == ours.f_kind()? { target.f_sub(&ours)? } else { wide()? };
-                // Two numbers of fp16 may have a difference that is beyond it.
-                if !is_finite(&difference)? {
-                    difference = wide()?;
-                }
-                if let Err(why) = check_finite(layer, "output", &difference) {
-                    self.targets.put_back(layer.name(), target);
-                    return Err(why);
-                }
-                seen.outputs.insert(layer.name().to_owned());
-                difference
-            }
-        };
-        if let Some(weight) = self.weight {
-            output_residual = output_residual.f_mul_scalar_(weight)?;
-        }
-        let correction = self.corrections.get_mut(layer.name()).expect("a layer with a target has a sum");
-        correction.add(&input, &output_residual).map_err(Error::layer(layer.name()))?;
-        self.end_if(self.targets.is_empty())
-    }
-}
-
-/// Checks that a layer's input or output is finite. The device is waited for.
-fn check_finite(layer: &Layer, what: &str, tensor: &Tensor) -> Result<()> {
-    if is_finite(tensor)? {
-        return Ok(());
-    }
-    let problem = format!("the layer's {what} has NaN or infinite values in it");
-    Err(Error::layer(layer.name())(Error::NotFinite(problem)))
 }

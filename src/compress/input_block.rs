@@ -19,6 +19,7 @@ use super::gather::{Gatherer, HELD_OUT_VECTORS};
 use super::job::{Calibration, Machine, Model};
 use super::shard::{DeviceShard, OnDevice, install};
 use super::statistics::Counter;
+use super::watcher::{BatchUse, Watched, Watcher};
 use super::workspace::Workspace;
 use crate::calibration::{Sample, is_held_out};
 
@@ -53,11 +54,10 @@ impl CalibratedInputBlock {
         progress: &dyn Progress,
     ) -> Result<(Gatherer, f64)> {
         let only = std::iter::once(layer);
-        let gatherer = match self.dense {
+        let mut gatherer = match self.dense {
             Some(_) => Gatherer::with_targets(only, self.device)?,
             None => Gatherer::new(only, self.device)?,
         };
-        let mut gatherer = gatherer.ending_early();
         let mut multiply_adds = 0.0;
         let dependency = self.stored.dependency_of(layer.name());
         if dependency == InputBlockDependency::Time {
@@ -73,7 +73,8 @@ impl CalibratedInputBlock {
             };
             for times in calibration.timesteps.chunks(AT_ONCE) {
                 let times = Tensor::f_from_slice(times)?.f_to_kind(Kind::Float)?.f_to_device(self.device)?;
-                multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {
+                let all_alike = BatchUse::Summed { weight: 1.0 };
+                multiply_adds += self.run_twins(layer, &mut gatherer, all_alike, &|input_block, observer| {
                     input_block.embed_times(&times, guidance.as_ref(), machine.kind, observer)
                 })?;
             }
@@ -88,10 +89,12 @@ impl CalibratedInputBlock {
         for (number, index) in chosen.iter().enumerate() {
             task.go_on()?;
             task.advance(layer.name());
-            gatherer.hold_out(holds_out && is_held_out(number, chosen.len()), HELD_OUT_VECTORS);
-            gatherer.set_weight(calibration.weight(*index));
+            let batch_use = match holds_out && is_held_out(number, chosen.len()) {
+                true => BatchUse::HeldOut { vectors: HELD_OUT_VECTORS },
+                false => BatchUse::Summed { weight: calibration.weight(*index) },
+            };
             let call = calls[*index].placed(machine.placement(self.device))?;
-            multiply_adds += self.run_twins(layer, &mut gatherer, &|input_block, observer| {
+            multiply_adds += self.run_twins(layer, &mut gatherer, batch_use, &|input_block, observer| {
                 Ok(first_carry(input_block, &call, observer)?.hidden_states)
             })?;
         }
@@ -104,67 +107,54 @@ impl CalibratedInputBlock {
         &self,
         layer: &Layer,
         gatherer: &mut Gatherer,
+        batch_use: BatchUse,
         run: &dyn Fn(&InputBlock, &mut dyn Observer) -> Result<Tensor>,
     ) -> Result<f64> {
-        let mut multiply_adds = 0.0;
+        let (mut targets, mut multiply_adds) = (DenseOutputs::default(), 0.0);
         if let Some(dense) = &self.dense {
-            let mut outputs = DenseOutputs::of(vec![layer.name().to_owned()]).ending_early();
-            let mut counter = Counter::of(&mut outputs);
+            targets = DenseOutputs::of(vec![layer.name().to_owned()]).ending_early();
+            let mut counter = Counter::of(&mut targets);
             unless_ended_early(run(dense, &mut counter))?;
             multiply_adds += counter.multiply_adds;
-            gatherer.set_targets(outputs);
         }
-        let mut counter = Counter::of(gatherer);
+        let watched = Watched::of([layer], self.dense.is_some()).ending_early();
+        let mut take = |seen| gatherer.add_seen(seen);
+        let mut watcher = Watcher::new(&watched, batch_use, targets, &mut take);
+        let mut counter = Counter::of(&mut watcher);
         unless_ended_early(run(&self.stored, &mut counter))?;
         Ok(multiply_adds + counter.multiply_adds)
     }
 
-    /// Makes the first carries of `shard`, whose batches are every `shards`th chunk of `joined`
-    /// samples from the chunk `number` on, and adds text states and SiLU(temb) to `shared`. Returns
-    /// multiply-adds.
+    /// Makes the first carry of a batch of `calls` of equal `weight` for `shard`, and adds text
+    /// states and SiLU(temb) to `shared`, which may be on another device. Returns multiply-adds.
     pub(super) fn begin(
         &self,
         shard: &mut DeviceShard,
-        share: Share,
-        calibration: Calibration<'_>,
+        calls: &[Sample],
+        weight: f64,
         machine: Machine<'_>,
         shared: &mut Gatherer,
         task: &Task<'_>,
     ) -> Result<f64> {
         let mut counted = Unobserved;
         let mut counter = Counter::of(&mut counted);
-        let batches = calibration.samples.calls.chunks(share.joined).enumerate();
-        for (batch, calls) in batches.skip(share.number).step_by(share.shards) {
-            let (mut carries, mut dense_carries) = (Vec::new(), Vec::new());
-            for call in calls {
-                task.go_on()?;
-                task.advance("head");
-                let call = call.placed(machine.placement(self.device))?;
-                let carry = first_carry(&self.stored, &call, &mut counter)?;
-                shared.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
-                shared.add(&LayerInput::Time, &silu(&carry.temb)?)?;
-                carries.push(carry);
-                if let Some(dense) = &self.dense {
-                    dense_carries.push(first_carry(dense, &call, &mut counter)?);
-                }
+        let (mut carries, mut dense_carries) = (Vec::new(), Vec::new());
+        for call in calls {
+            task.go_on()?;
+            task.advance("head");
+            let call = call.placed(machine.placement(self.device))?;
+            let carry = first_carry(&self.stored, &call, &mut counter)?;
+            shared.add(&LayerInput::Text, &carry.encoder_hidden_states)?;
+            shared.add(&LayerInput::Time, &silu(&carry.temb)?)?;
+            carries.push(carry);
+            if let Some(dense) = &self.dense {
+                dense_carries.push(first_carry(dense, &call, &mut counter)?);
             }
-            let dense = if dense_carries.is_empty() { None } else { Some(Carry::join(&dense_carries)?) };
-            // A batch of several samples is one of equal weights.
-            shard.push(Carry::join(&carries)?, dense, calibration.weight(batch * share.joined))?;
         }
+        let dense = if dense_carries.is_empty() { None } else { Some(Carry::join(&dense_carries)?) };
+        shard.push(Carry::join(&carries)?, dense, weight)?;
         Ok(counter.multiply_adds)
     }
-}
-
-/// One device's share of the batches of samples.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Share {
-    /// The number of the device.
-    pub number: usize,
-    /// The number of devices.
-    pub shards: usize,
-    /// The number of samples in a batch.
-    pub joined: usize,
 }
 
 fn first_carry(input_block: &InputBlock, call: &Sample, observer: &mut dyn Observer) -> Result<Carry> {

@@ -34,7 +34,7 @@ pub struct Calibration<'a> {
 /// Where samples run.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine<'a> {
-    /// The samples are spread over the devices; the first device solves.
+    /// Batches of samples go round the devices, and each Hessian is on one of them.
     pub devices: &'a Devices,
     /// The dtype of activations.
     pub kind: Kind,
@@ -73,11 +73,11 @@ impl Calibration<'_> {
         if self.weights.is_empty() { 1.0 } else { self.weights[index] }
     }
 
-    /// The number of samples in one batch on each of `devices`. Samples of different weights stay
-    /// apart, and each device has its share.
-    pub(super) fn joined(&self, chain: &UnetChain, devices: &Devices) -> usize {
-        let share = self.samples.calls.len().div_ceil(devices.len());
-        if self.weights.is_empty() { self.joined_on(chain, devices.first()).min(share) } else { 1 }
+    /// The number of samples in one batch, where devices are like `device`. Samples of different
+    /// weights stay apart. How many devices there are does not matter: equal batches on any number
+    /// of them give equal results.
+    pub(super) fn joined(&self, chain: &UnetChain, device: Device) -> usize {
+        if self.weights.is_empty() { self.joined_on(chain, device).min(self.samples.calls.len()) } else { 1 }
     }
 
     /// The number of samples in one batch on a CPU.

@@ -6,22 +6,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use sdxl_model::checkpoint::Blueprint;
+use sdxl_model::checkpoint::{Blueprint, TensorSource};
 use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::gather::{Gatherer, HELD_OUT_VECTORS};
-use super::input_block::{CalibratedInputBlock, Share};
+use super::input_block::CalibratedInputBlock;
 use super::job::{Calibration, Job, Machine, Model};
 use super::propagate::{self, Extent, GatherRequest};
-use super::shard::{CarryStore, DeviceShard};
+use super::shard::{CarryStore, DeviceShard, OnDevice};
 use super::statistics::Statistics;
 use super::teacher::Advances;
 use super::workspace::Workspace;
 use crate::plan::{Gather, Schedule, Stop, Then};
+use crate::recipe::Devices;
 
 /// The work at the stops of a schedule.
 pub(super) trait Visitor {
@@ -146,12 +147,27 @@ impl<'a> Walk<'a> {
         &self.shared
     }
 
+    /// The devices that samples and Hessians are spread over.
+    pub(super) fn devices(&self) -> &'a Devices {
+        self.machine.devices
+    }
+
     /// The dense weight of a layer, on the first device.
     pub(super) fn dense_weight(&self, layer: &Layer) -> Result<Tensor> {
+        self.dense_weight_on(layer, self.devices().first())
+    }
+
+    /// The dense weight of a layer, on `device`: that of a Hessian, for example.
+    pub(super) fn dense_weight_on(&self, layer: &Layer, device: Device) -> Result<Tensor> {
         let _span = tracing::debug_span!("dense weight").entered();
-        match self.shards.first().and_then(|shard| shard.dense_weight(layer.name())) {
+        let mut shards = self.shards.iter();
+        let loaded = shards.find(|shard| shard.device == device).and_then(|shard| shard.dense_weight(layer.name()));
+        match loaded {
             Some(weight) => Ok(weight),
-            None => self.model.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size()),
+            None => {
+                let source = OnDevice { source: self.model.source, device };
+                source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size())
+            }
         }
     }
 
@@ -236,27 +252,35 @@ impl<'a> Walk<'a> {
 
     /// Takes the samples past the input block, and sums text and time for the layers of `shared`.
     pub(super) fn begin(&mut self, shared: &[(PartName, String)], store: Option<&Workspace>) -> Result<()> {
-        let _span = tracing::debug_span!("first carries").entered();
-        let devices = self.machine.devices;
+        let devices = self.devices();
         let layers = shared.iter().map(|(part, name)| {
             let mut layers = self.layers(*part).iter();
             layers.find(|layer| layer.name() == name).expect("a stop's layers are those of its part")
         });
         let mut gatherer = Gatherer::new(layers, devices.first())?;
-        let joined = self.calibration.joined(self.model.chain, devices);
+        let joined = self.calibration.joined(self.model.chain, devices.first());
         // A larger batch stands for several of a CPU's.
         let held_out_vectors = HELD_OUT_VECTORS * (joined / self.calibration.joined_on_cpu(self.model.chain)).max(1) as i64;
-        let task = Task::begin(self.progress, "first carries", "samples", self.calibration.samples.calls.len());
-        let mut multiply_adds = 0.0;
+        let calls = &self.calibration.samples.calls;
+        let task = Task::begin(self.progress, "first carries", "samples", calls.len());
+        let mut input_blocks = Vec::new();
         for (number, device) in devices.as_slice().iter().enumerate() {
-            let mut shard = DeviceShard::new(number, *device, self.carries, held_out_vectors)?;
             let mut input_block = CalibratedInputBlock::load(self.model, *device, self.carries.has_teacher)?;
             if let Some(store) = store {
                 input_block.install(&self.behind, store)?;
             }
-            let share = Share { number, shards: devices.len(), joined };
-            multiply_adds += input_block.begin(&mut shard, share, self.calibration, self.machine, &mut gatherer, &task)?;
-            self.shards.push(shard);
+            input_blocks.push(input_block);
+            self.shards.push(DeviceShard::new(number, *device, self.carries, held_out_vectors)?);
+        }
+        let mut multiply_adds = 0.0;
+        // Batches go round the devices, but text and time are summed in the order of the samples,
+        // so that the sums are those of a single device.
+        for (batch, calls) in calls.chunks(joined).enumerate() {
+            let device = batch % devices.len();
+            // A batch of several samples is one of equal weights.
+            let weight = self.calibration.weight(batch * joined);
+            let shard = &mut self.shards[device];
+            multiply_adds += input_blocks[device].begin(shard, calls, weight, self.machine, &mut gatherer, &task)?;
         }
         gatherer.merge(std::mem::take(&mut self.shared))?;
         self.shared = gatherer;

@@ -9,7 +9,8 @@ use crate::config::RunConfig;
 /// Where and how a run computes.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
-    /// Samples are spread over all devices; the first device solves.
+    /// Samples and their Hessians are spread over all devices. Their number changes no byte of the
+    /// result.
     pub devices: Devices,
     /// The dtype of activations.
     pub kind: Kind,
@@ -58,7 +59,7 @@ impl RunOptions {
 pub struct Devices(Vec<Device>);
 
 impl Devices {
-    /// `devices`, in the order in which their partial sums are added.
+    /// `devices`, in the order in which batches of samples go round them.
     ///
     /// # Errors
     /// [`Error::Argument`] if there are none.

@@ -125,8 +125,10 @@ fn all_entries_of_a_comparison_are_checked_before_anything_is_drawn() {
 #[test]
 fn progress_reaches_its_total_on_several_devices() {
     let folder = tempfile::tempdir().unwrap();
-    let prompts = repo("calibration/emoji.txt");
-    let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "5", "--steps", "2", "--device", "cpu,cpu"];
+    // Eighteen samples make two batches on a CPU.
+    let prompts = folder.path().join("prompts.txt");
+    std::fs::write(&prompts, (0..18).map(|number| format!("{number} apples\n")).collect::<String>()).unwrap();
+    let few = ["--prompts", prompts.to_str().unwrap(), "--calibration-nsamples", "18", "--steps", "2", "--device", "cpu,cpu"];
     let said = compress(0, tiny(), &folder.path().join("out"), &few);
     let events: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let of = |event: &str, task: &str| -> Vec<&Value> {

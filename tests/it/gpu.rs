@@ -25,7 +25,7 @@ use crate::support::{emoji, relative_error, report, tensors};
 
 /// Returns whether there is a GPU. If there is none, the function says so on standard error, where
 /// it is visible even if the output of passing tests is captured.
-fn has_gpu(test: &str) -> bool {
+pub(crate) fn has_gpu(test: &str) -> bool {
     match cuda_devices() {
         Ok(_) => true,
         Err(why) => {

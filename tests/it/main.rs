@@ -12,6 +12,7 @@ mod compress;
 mod config;
 mod container;
 mod coreml;
+mod devices;
 mod ends;
 mod first_second;
 mod gpu;

@@ -11,6 +11,7 @@ use sdxl_squeeze::random::noise;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use crate::devices::content;
 use crate::squeeze::Squeeze;
 use crate::support::{container, copy, emoji, relative_error, report, tensors};
 
@@ -138,6 +139,29 @@ fn a_run_with_activations_beyond_fp16_ends_well_and_says_so() {
         let ratio = mean(&ours) / mean(&theirs);
         assert!((0.95..1.05).contains(&ratio), "{config}: {ratio}");
     }
+}
+
+/// Each call is a batch of its own here, of which every second one is another device's.
+#[test]
+fn several_devices_repeat_beyond_fp16_what_one_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = scaled(folder.path(), 1e5);
+    let file = folder.path().join("joint.yaml");
+    let rules = "module_name_configs: {'down_blocks\\.1\\.resnets.*': ";
+    let how = "solver: joint\nsequencing: sublayer\ntarget: dense\ncalibration: {timestep_weighting: early}\n";
+    std::fs::write(&file, format!("{how}palettize:\n  {rules}{{granularity: per_grouped_channel, group_size: 16}}}}\n")).unwrap();
+    let run = |devices: &str| {
+        let out = folder.path().join(devices);
+        let run = Squeeze::new("compress").config_file(&file).model(&model).out(&out).samples(3, 3).with("--dtype", "f16");
+        let said = run.with("--device", devices).succeeds().text();
+        assert!(said.contains("beyond fp16"), "{said}");
+        (content(&out), report(&out))
+    };
+    let ((header, data), one) = run("cpu");
+    let ((other_header, other_data), two) = run("cpu,cpu");
+    assert!(data == other_data, "other bytes on two devices");
+    assert_eq!(header, other_header);
+    assert_eq!((&one["layers"], &one["notes"]), (&two["layers"], &two["notes"]));
 }
 
 #[test]

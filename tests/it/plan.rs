@@ -104,29 +104,6 @@ fn a_stage_that_is_only_run_must_fit_the_budget() {
     plan.with("--memory-budget", least).succeeds();
 }
 
-#[test]
-fn several_devices_share_the_samples() {
-    let folder = tempfile::tempdir().unwrap();
-    let one = compress(tiny(), &folder.path().join("one"), &[]);
-    let two = compress(tiny(), &folder.path().join("two"), &["--device", "cpu,cpu"]);
-    let again = compress(tiny(), &folder.path().join("again"), &["--device", "cpu,cpu"]);
-    let bytes = |name: &str| container(&folder.path().join(name));
-    assert!(bytes("two")[8..] == bytes("again")[8..], "partial sums are added in a fixed order");
-    let mut sums = [0.0; 2];
-    for (one, two) in one["layers"].as_array().unwrap().iter().zip(two["layers"].as_array().unwrap()) {
-        assert_eq!((&one["name"], &one["vectors"]), (&two["name"], &two["vectors"]));
-        let error = |layer: &Value| layer["errors"]["output"].as_f64();
-        if let (Some(one_error), Some(two_error)) = (error(one), error(two)) {
-            // Other orders of summation choose other masks. This can change the error of one layer
-            // much, as layers are small here, but not the sum over all layers.
-            assert!((0.2..5.0).contains(&(one_error / two_error)), "{}: {one_error} {two_error}", one["name"]);
-            sums = [sums[0] + one_error, sums[1] + two_error];
-        }
-    }
-    assert!((sums[0] / sums[1] - 1.0).abs() < 0.1, "{sums:?}");
-    assert_eq!(again["samples"], 2);
-}
-
 /// A run counts its passes over the samples and the multiply-adds of all forwards. For each way of
 /// sequencing, with and without dense targets, they are those of the plan.
 #[test]

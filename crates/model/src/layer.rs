@@ -63,7 +63,7 @@ impl ConvGeometry {
 /// not change the tensors that it sees.
 pub trait Observer {
     /// Called with the `input` of `layer` before the layer computes: [.., d] for a Linear, [b, c,
-    /// h, w] for a Conv2d.
+    /// h, w] for a Conv2d. No later operation changes it, so that an observer may keep it.
     ///
     /// # Errors
     /// Any error ends the forward pass and is its result.

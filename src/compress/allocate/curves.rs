@@ -104,7 +104,7 @@ impl Trials<'_> {
                         Some(fitting) => factors.insert(fitting),
                         None => factors.insert(JointFactors::new(hessian, options.dampening(), order).map_err(failed)?),
                     };
-                    let (rows, share) = some_rows(&walk.dense_weight(layer)?, recipe, hessian.groups())?;
+                    let (rows, share) = some_rows(&walk.dense_weight_on(layer, hessian.device())?, recipe, hessian.groups())?;
                     let solved = joint(layer.name(), &rows, hessian, factors, &LayerEvidence::default(), &options);
                     let solved = solved.map_err(Error::layer(layer.name()))?;
                     self.curves.entry(layer.name().to_owned()).or_default().push(Measured {
