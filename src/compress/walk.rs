@@ -9,7 +9,7 @@ use std::path::Path;
 use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use sdxl_model::{Layer, LayerInput};
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use tch::Tensor;
 
@@ -59,9 +59,10 @@ pub(super) fn execute(schedule: &Schedule, walk: &mut Walk<'_>, visitor: &mut dy
             walk.come_to(stop.part);
         }
         let inputs = visitor.open_inputs(stop, walk);
-        let gathered = walk.gather(stop, &inputs, visitor.store())?;
-        visitor.solve(stop, gathered, walk)?;
-        walk.leave(stop, route, &shared, visitor.store())?;
+        let during = |what: &'static str| move |error: Error| error.during(&format!("{what} of `{}`", stop.part));
+        let gathered = walk.gather(stop, &inputs, visitor.store()).map_err(during("the Hessians"))?;
+        visitor.solve(stop, gathered, walk).map_err(during("the layers"))?;
+        walk.leave(stop, route, &shared, visitor.store()).map_err(during("the outputs"))?;
     }
     Ok(())
 }

@@ -326,6 +326,14 @@ impl Hessian {
         }
     }
 
+    /// The tensors that the sum consists of, in a fixed order.
+    pub(super) fn sums_mut(&mut self) -> Vec<&mut Tensor> {
+        match &mut self.sum {
+            Sum::Triangles(groups) => groups.iter_mut().flat_map(Triangle::panels_mut).collect(),
+            Sum::Correlations(correlations) => correlations.sums_mut().collect(),
+        }
+    }
+
     /// H [groups, d, d], fp32, exactly symmetric; zeros if nothing was added. A new tensor, twice
     /// as large as the Hessian itself.
     ///

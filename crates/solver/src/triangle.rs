@@ -85,6 +85,11 @@ impl Triangle {
         &self.panels[index]
     }
 
+    /// All panels.
+    pub(crate) fn panels_mut(&mut self) -> &mut [Tensor] {
+        &mut self.panels
+    }
+
     /// The whole diagonal block of panel `index`, a view.
     pub(crate) fn corner(&self, index: usize) -> Result<Tensor> {
         Ok(self.panels[index].f_narrow(1, 0, self.panels[index].size2()?.0)?)
