@@ -3,7 +3,7 @@
 use sdxl_model::checkpoint::Weights;
 use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::CLIP_LENGTH;
-use sdxl_model::unet::Unet;
+use sdxl_model::unet::{Unet, UnetChain};
 use sdxl_pipeline::{PipelineFolder, SamplingDefaults};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Progress;
@@ -43,7 +43,12 @@ pub fn calibrate(
             entry.shape.iter().product::<i64>().unsigned_abs() * bytes
         })
         .sum();
-    let room = options.memory_budget()?.saturating_sub(1 << 30);
+    // A reserve for the program, on a GPU for CUDA.
+    let mut room = options.memory_budget()?.saturating_sub(1 << 30);
+    if placement.device.is_cuda() {
+        let calls = expected_calls(folder, section)?;
+        room = room.saturating_sub(drawing_activations(&folder.unet, &calls, placement.kind.elt_size_in_bytes() as u64));
+    }
     let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
         Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
     } else if narrow <= room {
@@ -52,6 +57,19 @@ pub fn calibrate(
         Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
     };
     record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
+}
+
+/// Bytes of the activations while a GPU draws samples, in batches of its own: some four times the
+/// carry at its largest, most of which are the columns and the output of the widest convolution.
+pub(crate) fn drawing_activations(chain: &UnetChain, calls: &Calls, element_bytes: u64) -> u64 {
+    let mut carry = chain.first_carry(calls.height, calls.width);
+    let mut largest = carry.numel();
+    for stage in chain.stages() {
+        carry = stage.after(&carry);
+        largest = largest.max(carry.numel());
+    }
+    let rows = calls.batch * Calls::drawn_together(calls.batch, calls.height, calls.width);
+    4 * element_bytes * (rows * largest).unsigned_abs()
 }
 
 /// The sampler that `section` asks for.

@@ -193,6 +193,7 @@ fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<
         Some(Calls { count, batch, height, width, .. }) => {
             let carries = match plan.carries {
                 CarriesIn::Files => "files",
+                CarriesIn::Host => "the host's memory",
                 CarriesIn::Memory | CarriesIn::Nowhere => "memory",
             };
             format!(

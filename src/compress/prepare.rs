@@ -63,7 +63,11 @@ impl<'a> Prepared<'a> {
         }
         let (disk, work) = (plan.disk, workspace_folder(path));
         plan::check_disk(parent(path), disk.peak(), plan::taken(&work), &disk.text())?;
-        let (config, options, path) = (config.clone(), options.clone(), path.to_owned());
+        let (config, mut options, path) = (config.clone(), options.clone(), path.to_owned());
+        if options.placement().device.is_cuda() {
+            // Later, blocks that libtorch keeps for its next tensors would not count as free.
+            options.budget = Some(budget);
+        }
         Ok(Prepared { folder, config, options, path, weights, recipe, plan })
     }
 
@@ -138,6 +142,13 @@ pub fn plan_of_run(
     }
     if config.calibration.samples.is_some() {
         plan.disk = plan.disk.without_samples();
+        plan.drawing_bytes = 0;
+    }
+    if plan.drawing_bytes > memory.budget {
+        let [budget, least] = [memory.budget, plan.drawing_bytes].map(number::size);
+        return Err(Error::Argument(format!(
+            "{budget} of memory are too little to draw calibration samples in; {least} would do"
+        )));
     }
     Ok(plan)
 }

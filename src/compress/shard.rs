@@ -46,6 +46,7 @@ impl DeviceShard {
     pub(super) fn new(number: usize, device: Device, store: CarryStore<'_>, held_out_vectors: i64) -> Result<Self> {
         let carries = |name: String| match store.carries {
             CarriesIn::Files => Carries::in_files(&store.folder.join(format!("carries-{name}")), device),
+            CarriesIn::Host => Ok(Carries::on_host(device)),
             CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
         };
         let teacher = match store.has_teacher {

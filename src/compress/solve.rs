@@ -93,7 +93,7 @@ impl Compressor<'_> {
         }
         for input in inputs {
             // Each Hessian is dropped once its layers are solved.
-            let hessian = gatherer.take(input).expect("the gatherer was asked for the open inputs");
+            let hessian = gatherer.take(input)?.expect("the gatherer was asked for the open inputs");
             self.solve_input(stop, input, Sums { hessian: &hessian, gatherer: Some(&gatherer) }, walk, task)?;
         }
         Ok(())

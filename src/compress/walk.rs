@@ -89,6 +89,8 @@ pub(super) struct Walk<'a> {
     calibration: Calibration<'a>,
     machine: Machine<'a>,
     carries: CarryStore<'a>,
+    /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
+    hessians_wait: bool,
     holds_out: bool,
     progress: &'a dyn Progress,
     /// All parts, without weights.
@@ -118,6 +120,7 @@ impl<'a> Walk<'a> {
             calibration,
             machine,
             carries,
+            hessians_wait: plan.hessians_wait,
             holds_out: plan.schedule.holds_out,
             progress,
             outlines: model.chain.parts().map(outline).collect::<Result<_>>()?,
@@ -176,7 +179,7 @@ impl<'a> Walk<'a> {
         if inputs.is_empty() || !matches!(stop.gather, Gather::Samples(_)) {
             return Ok(None);
         }
-        let (gatherer, multiply_adds) = match stop.part {
+        let (mut gatherer, multiply_adds) = match stop.part {
             PartName::InputBlock => {
                 let input_block = match self.input_block.take() {
                     Some(input_block) => input_block,
@@ -206,6 +209,9 @@ impl<'a> Walk<'a> {
         if stop.then == Then::Stay {
             // Factors take the place of the stage's weights in memory.
             self.unload();
+            if self.hessians_wait {
+                gatherer.wait_on_host()?;
+            }
         }
         Ok(Some(gatherer))
     }

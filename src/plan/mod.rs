@@ -14,7 +14,7 @@ mod work;
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
 pub(crate) use memory::batched_layer_bytes;
-pub use memory::{Memory, WAITING};
+pub use memory::{CUDA_CONTEXT, CUDA_WORKSPACES, Memory, WAITING};
 use part::Outline;
 pub use part::StagePlan;
 pub use schedule::{Gather, Schedule, Stop, Then};
@@ -29,7 +29,7 @@ use squeeze_solver::Hessian;
 use tch::Device;
 pub use work::{Work, measured_rate};
 
-use crate::calibration::Calls;
+use crate::calibration::{Calls, drawing_activations};
 use crate::geometry::input_geometry;
 use crate::recipe::{LayerRecipes, Sequencing};
 
@@ -41,6 +41,8 @@ pub enum CarriesIn {
     Nowhere,
     /// The device's memory.
     Memory,
+    /// The host's memory, pinned where the device is a GPU.
+    Host,
     /// Files beside the result.
     Files,
 }
@@ -65,6 +67,10 @@ pub struct Plan {
     pub calls: Option<Calls>,
     /// Where carries wait.
     pub carries: CarriesIn,
+    /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
+    pub hessians_wait: bool,
+    /// Bytes of the host's memory in which carries and Hessians of a GPU wait.
+    pub host_bytes: u64,
     /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
     /// kernels prunes in one batch; 0 solves them input by input.
     pub batch_bytes: u64,
@@ -72,6 +78,10 @@ pub struct Plan {
     pub carry_bytes: u64,
     /// The most bytes in use at once, by estimate, without the drawing of samples.
     pub peak_bytes: u64,
+    /// The least bytes in which a GPU draws the samples, with one part of the UNet in memory at a
+    /// time; 0 on other devices, and for samples that are not drawn. (What they are drawn in does
+    /// not depend on the memory: a batch of another size is rounded in another way.)
+    pub drawing_bytes: u64,
     /// Its disk space.
     pub disk: Disk,
     /// Its work, without the drawing of samples.
@@ -102,23 +112,30 @@ impl Plan {
             };
             return if least > budget { Err(few()) } else { Ok(plan) };
         }
-        let in_files = attempt(memory, CarriesIn::Files);
-        let in_memory = attempt(memory, CarriesIn::Memory);
-        match (in_memory, in_files) {
-            (Ok(in_memory), Ok(in_files)) if in_files.passes() < in_memory.passes() => Ok(in_files),
-            (Ok(in_memory), _) => Ok(in_memory),
-            (Err(_), Ok(in_files)) => Ok(in_files),
-            (Err(_), Err(why)) => {
-                // The least that works, to a MiB.
-                let enough = |budget: u64| attempt(Memory { budget, ..memory }, CarriesIn::Files).is_ok();
-                let (mut low, mut high) = (memory.budget >> 20, 1 << 26);
-                while low + 1 < high {
-                    let middle = (low + high) / 2;
-                    if enough(middle << 20) { high = middle } else { low = middle }
-                }
-                Err(Error::Argument(format!("{why}; {} would do", number::size(high << 20))))
-            }
+        let waits: &[bool] = if memory.host > 0 { &[false, true] } else { &[false] };
+        // From the fastest way on.
+        let ways = [CarriesIn::Memory, CarriesIn::Host, CarriesIn::Files];
+        let ways = ways.into_iter().filter(|carries| *carries != CarriesIn::Host || memory.host > 0);
+        let ways: Vec<(CarriesIn, bool)> = ways.flat_map(|carries| waits.iter().map(move |waits| (carries, *waits))).collect();
+        let plans = |budget: u64| {
+            let one = move |&(carries, hessians_wait): &_| attempt(Memory { budget, hessians_wait, ..memory }, carries);
+            ways.iter().map(one)
+        };
+        let (plans_that_fit, mut refused) =
+            (plans(memory.budget).filter_map(Result::ok), plans(memory.budget).filter_map(Result::err));
+        // Of plans with equally many passes the first is the fastest.
+        if let Some(best) = plans_that_fit.min_by_key(Plan::passes) {
+            return Ok(best);
         }
+        let why = refused.next_back().expect("there is a way, and it does not fit");
+        // The least that works, to a MiB; carries in files take the least.
+        let enough = |budget: u64| plans(budget).rev().take(waits.len()).any(|plan| plan.is_ok());
+        let (mut low, mut high) = (memory.budget >> 20, 1 << 26);
+        while low + 1 < high {
+            let middle = (low + high) / 2;
+            if enough(middle << 20) { high = middle } else { low = middle }
+        }
+        Err(Error::Argument(format!("{why}; {} would do", number::size(high << 20))))
     }
 
     fn with_carries(
@@ -132,11 +149,16 @@ impl Plan {
     ) -> Result<Self> {
         let parts = Sketch::of_all(chain, bytes_of)?;
         let mut memory = memory;
-        if !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
+        // Hessians that wait on the host come back one by one.
+        if memory.hessians_wait || !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
             memory.batch = 0;
         }
-        if calls.is_some() {
+        if let Some(calls) = &calls {
             memory.shared = shared_bytes(&parts);
+            if memory.device.is_cuda() {
+                // Samples stay where they were drawn.
+                memory.shared += of_samples(calls, chain.config()) / 4 * memory.element_bytes;
+            }
         }
         let size = CompressedSize::of(&parts, recipes);
 
@@ -181,6 +203,32 @@ impl Plan {
         let tokens = outlines.iter().map(|outline| features(&outline.after)).max().unwrap_or(0);
         let last = outlines.last().map_or(0, |outline| outline.after.numel());
         let in_files = carries == CarriesIn::Files;
+        let waiting_carries = match (carries, calls) {
+            (CarriesIn::Host, Some(calls)) => {
+                let of_outline = |outline: &Outline| outline.waiting_bytes(&calls, &memory);
+                networks * outlines.iter().map(of_outline).max().unwrap_or(0)
+            }
+            (CarriesIn::Host | CarriesIn::Nowhere | CarriesIn::Memory | CarriesIn::Files, _) => 0,
+        };
+        let waiting_hessians = match memory.hessians_wait {
+            // Their tensors are small enough that some are rounded up by half.
+            true => schedule.stops.iter().map(|stop| stop.hessian_bytes + stop.hessian_bytes / 2).max().unwrap_or(0),
+            false => 0,
+        };
+        let host_bytes = waiting_carries + waiting_hessians;
+        if host_bytes > memory.host {
+            let size = number::size;
+            let few =
+                format!("{} of the host's memory are too little for {} that wait there", size(memory.host), size(host_bytes));
+            return Err(Error::Argument(few));
+        }
+        let largest_part = parts.iter().map(|part| part.resident_bytes).max().unwrap_or(0);
+        let drawing_bytes = match &calls {
+            Some(calls) if memory.device.is_cuda() => {
+                memory.program() + largest_part + drawing_activations(chain, calls, memory.element_bytes)
+            }
+            Some(_) | None => 0,
+        };
         Ok(Plan {
             stages,
             payload_bytes,
@@ -189,6 +237,9 @@ impl Plan {
             sparsity: size.pruned as f64 / f64::max(size.elements as f64, 1.0),
             calls,
             carries,
+            hessians_wait: memory.hessians_wait,
+            host_bytes,
+            drawing_bytes,
             batch_bytes: memory.batch,
             carry_bytes: largest_carry,
             peak_bytes: schedule.stops.iter().map(|stop| stop.bytes).max().unwrap_or(0),

@@ -112,14 +112,20 @@ pub(super) struct Room {
     pub resting: u64,
     /// The device that solves.
     pub device: Device,
+    /// Whether Hessians leave the device after the pass, and come back when they are solved with.
+    pub hessians_wait: bool,
 }
 
 impl Room {
     /// Bytes in use at once for `needs` gathered in one pass.
     pub(super) fn gathered(&self, needs: &[&Need<'_>]) -> u64 {
         let hessians = needs.iter().map(|need| need.bytes).sum::<u64>();
-        let solving = needs.iter().map(|need| need.solving_bytes(self.device)).max().unwrap_or(0);
-        self.at_once(hessians, solving)
+        let solving = |need: &&Need<'_>| need.solving_bytes(self.device);
+        if self.hessians_wait {
+            let one = needs.iter().map(|need| need.bytes + solving(need)).max().unwrap_or(0);
+            return self.fixed + (self.running + hessians).max(self.resting + one);
+        }
+        self.at_once(hessians, needs.iter().map(solving).max().unwrap_or(0))
     }
 
     /// Bytes in use at once while samples run, and while layers are solved in `solving` bytes

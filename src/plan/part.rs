@@ -5,6 +5,7 @@ use sdxl_model::{Layer, LayerInput, Operation};
 use serde::Serialize;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
+use squeeze_numerics::waiting::WaitingTensor;
 
 use super::memory::{Memory, working_set};
 use super::need::{Need, Room};
@@ -130,11 +131,32 @@ impl Outline<'_> {
         memory.element_bytes * largest.max().unwrap_or(0).unsigned_abs()
     }
 
+    /// Bytes of the host's memory in which the carries of one network wait at this part.
+    pub(super) fn waiting_bytes(&self, calls: &Calls, memory: &Memory) -> u64 {
+        let batches = calls.count.div_ceil(self.joined as usize) as u64;
+        let of_tensor = |size: &[i64; 3]| {
+            let numel = self.joined * calls.batch * size.iter().product::<i64>();
+            WaitingTensor::bytes(memory.element_bytes * numel.unsigned_abs())
+        };
+        let of_carry = |carry: &CarryShape| {
+            // Within a transformer a carry has tokens too, as many as its features.
+            let tensors = carry.down_block_res_samples.iter().chain([&carry.hidden_states, &carry.hidden_states]);
+            tensors.map(of_tensor).sum::<u64>()
+        };
+        batches * of_carry(&self.before).max(of_carry(&self.after))
+    }
+
     /// The bytes that are in use whatever the stop, beside `carries` bytes of recorded carries.
     fn room(&self, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Room {
-        let Some(calls) = calls else { return Room { fixed: memory.fixed(), running: 0, resting: 0, device: memory.device } };
+        let Memory { device, hessians_wait, .. } = *memory;
+        let Some(calls) = calls else {
+            return Room { fixed: memory.fixed(), running: 0, resting: 0, device, hessians_wait };
+        };
         let batch = &Calls { batch: calls.batch * self.joined, ..*calls };
-        let carry = 2 * memory.element_bytes * (batch.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
+        // One goes in and one comes out; one that has waited away from a GPU is there in pieces,
+        // too.
+        let copies = if device.is_cuda() { 3 } else { 2 };
+        let carry = copies * memory.element_bytes * (batch.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
         let loaded = self.networks() * self.resident_bytes;
         Room {
             fixed: memory.fixed() + carries + carry,
@@ -142,7 +164,8 @@ impl Outline<'_> {
             // A stage is not loaded while its layers are solved, unless the next stop needs it as
             // it is.
             resting: if self.runs_block_by_block() { loaded } else { 0 },
-            device: memory.device,
+            device,
+            hessians_wait,
         }
     }
 
@@ -191,6 +214,7 @@ impl Outline<'_> {
             let palettized = layers().filter(|(_, recipe)| recipe.palettize.is_some());
             work.palettized += palettized.map(|(layer, _)| layer.weight().numel() as f64).sum::<f64>();
             (stop.bytes, stop.work) = (room.gathered(&gathered).max(solving), work);
+            stop.hessian_bytes = gathered.iter().map(|need| need.bytes).sum();
         }
         // The samples go through a part in which nothing is calibrated, too.
         let peak = stops.iter().map(|stop| stop.bytes).max().unwrap_or(0);

@@ -36,6 +36,8 @@ pub struct Stop {
     pub then: Then,
     /// The most bytes in use at once, by estimate.
     pub bytes: u64,
+    /// Bytes of the Hessians that are gathered.
+    pub hessian_bytes: u64,
     /// Multiply-adds, by estimate.
     pub work: Work,
 }
@@ -156,6 +158,6 @@ fn gather_alone(need: &Need<'_>) -> Gather {
 
 impl Stop {
     fn new(part: PartName, scope: Scope, gather: Gather, layers: Vec<String>, then: Then) -> Self {
-        Stop { part, scope, gather, layers, then, bytes: 0, work: Work::default() }
+        Stop { part, scope, gather, layers, then, bytes: 0, hessian_bytes: 0, work: Work::default() }
     }
 }
