@@ -28,6 +28,12 @@ impl Calls {
         (ENOUGH / (rows * height * width).max(1)).max(1)
     }
 
+    /// The number of batches in which a GPU draws samples of this shape from so many prompts.
+    #[must_use]
+    pub fn drawn_batches(&self, prompts: usize) -> usize {
+        prompts.div_ceil(Calls::drawn_together(self.batch, self.height, self.width) as usize)
+    }
+
     /// The number of calls that go through the stages as one batch on `device`. Several small calls
     /// are joined, because starting an operation would cost more than computing it; a GPU needs
     /// larger batches to be busy, but no fewer than sixteen of them, of which one is held out.

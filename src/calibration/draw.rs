@@ -68,7 +68,9 @@ pub(crate) fn drawing_activations(chain: &UnetChain, calls: &Calls, element_byte
         carry = stage.after(&carry);
         largest = largest.max(carry.numel());
     }
-    let rows = calls.batch * Calls::drawn_together(calls.batch, calls.height, calls.width);
+    // Each prompt that is drawn gives a sample or more.
+    let prompts = Calls::drawn_together(calls.batch, calls.height, calls.width).min(calls.count.max(1) as i64);
+    let rows = calls.batch * prompts;
     4 * element_bytes * (rows * largest).unsigned_abs()
 }
 

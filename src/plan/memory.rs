@@ -34,7 +34,7 @@ pub const CUDA_CONTEXT: u64 = 640 << 20;
 
 /// Bytes of the work spaces of cuBLAS (32 MiB on Hopper) and cuDNN, and of blocks in libtorch's
 /// allocator that are too small for what is asked for.
-pub const CUDA_WORKSPACES: u64 = 384 << 20;
+const CUDA_WORKSPACES: u64 = 384 << 20;
 
 /// Finished layers that wait to be written.
 pub const WAITING: u64 = 64 << 20;

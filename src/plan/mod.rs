@@ -3,6 +3,7 @@
 //! A [`Plan`] turns recipe and chain into a [`Schedule`] and prices its stops; compression executes
 //! the same stops.
 
+mod card;
 mod disk;
 mod memory;
 mod need;
@@ -11,10 +12,11 @@ mod schedule;
 mod size;
 mod work;
 
+pub use card::{Card, Drawing};
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
 pub(crate) use memory::batched_layer_bytes;
-pub use memory::{CUDA_CONTEXT, CUDA_WORKSPACES, Memory, WAITING};
+pub use memory::{CUDA_CONTEXT, Memory, WAITING};
 use part::Outline;
 pub use part::StagePlan;
 pub use schedule::{Gather, Schedule, Stop, Then};
@@ -86,6 +88,10 @@ pub struct Plan {
     pub disk: Disk,
     /// Its work, without the drawing of samples.
     pub work: Work,
+    /// The work of one call of the UNet; 0 if no layer needs samples.
+    pub call: Work,
+    /// Bytes of the UNet's tensors in memory.
+    pub resident_bytes: u64,
 }
 
 impl Plan {
@@ -185,8 +191,15 @@ impl Plan {
             for index in range.clone() {
                 let forward = calls.map_or(0.0, |calls| outline.forward_work(&schedule, index, &calls));
                 schedule.stops[index].work.forward = forward;
+                let layer_forwards = calls.map_or(0.0, |calls| outline.layer_forwards(&schedule, index, &calls));
+                schedule.stops[index].work.layer_forwards = layer_forwards;
                 work += schedule.stops[index].work;
             }
+            work.loaded_bytes += outline.loaded_bytes(&schedule.stops[range.clone()]);
+        }
+        let mut call = Work::default();
+        if let Some(calls) = &calls {
+            outlines.iter().for_each(|outline| call += outline.call(calls));
         }
         let stages = outlines.iter().zip(&ranges).filter(|(outline, _)| matches!(outline.name, PartName::Stage(_)));
         let stages = stages.map(|(outline, range)| outline.summary(recipes, &schedule.stops[range.clone()])).collect();
@@ -251,6 +264,8 @@ impl Plan {
                 result: payload_bytes,
             },
             work,
+            call,
+            resident_bytes: parts.iter().map(|part| part.resident_bytes).sum(),
             schedule,
         })
     }

@@ -213,6 +213,8 @@ impl Outline<'_> {
             needs.iter().for_each(|need| work += need.work(items, grid(need)));
             let palettized = layers().filter(|(_, recipe)| recipe.palettize.is_some());
             work.palettized += palettized.map(|(layer, _)| layer.weight().numel() as f64).sum::<f64>();
+            let joint = layers().filter(|(_, recipe)| recipe.joint.is_some()).count() as f64;
+            (work.joint_layers, work.other_layers) = (joint, layers().count() as f64 - joint);
             (stop.bytes, stop.work) = (room.gathered(&gathered).max(solving), work);
             stop.hessian_bytes = gathered.iter().map(|need| need.bytes).sum();
         }
@@ -257,6 +259,31 @@ impl Outline<'_> {
         // The last pass of a block has taken the dense network past it already.
         let is_ahead = schedule.has_dense_target && matches!(stop.gather, Gather::Samples(_));
         gathered + if is_ahead { 1.0 } else { networks } * count * whole
+    }
+
+    /// The forward of one call.
+    pub(super) fn call(&self, calls: &Calls) -> Work {
+        let layers = self.part.layers();
+        Work { forward: self.forward(layers.iter(), calls), layer_forwards: layers.len() as f64, ..Work::default() }
+    }
+
+    /// Layers that run while all samples are sent to the stop `index` of `schedule` and past it,
+    /// for every batch of them.
+    pub(super) fn layer_forwards(&self, schedule: &Schedule, index: usize, calls: &Calls) -> f64 {
+        let stop = &schedule.stops[index];
+        let layers = self.part.layers().iter().filter(|layer| self.part.scope_has(stop.scope, layer.name())).count();
+        let gathers = matches!(stop.gather, Gather::Samples(_));
+        let passes = u64::from(gathers) + u64::from(schedule.advances(index, &|_| true));
+        (self.networks() * passes) as f64 * (layers * calls.count.div_ceil(self.joined as usize)) as f64
+    }
+
+    /// Bytes of weights that are loaded for `stops` of the part. A stage whose Hessians are
+    /// gathered at once is loaded for each pass and to be left, and its weights are read once more
+    /// to be solved.
+    pub(super) fn loaded_bytes(&self, stops: &[Stop]) -> f64 {
+        let passes = stops.iter().filter(|stop| matches!(stop.gather, Gather::Samples(_))).count() as u64;
+        let times = if self.runs_block_by_block() || passes == 0 { self.networks() } else { self.networks() * (passes + 1) + 1 };
+        (times * self.resident_bytes) as f64
     }
 
     fn pass(&self, scope: Scope, inputs: &[LayerInput], calls: &Calls) -> Pass {

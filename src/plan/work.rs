@@ -1,8 +1,11 @@
 //! The work of a run.
 
 use std::ops::AddAssign;
+use std::time::Instant;
 
 use serde::Serialize;
+use squeeze_base::error::Result;
+use tch::{Device, Kind, Tensor};
 
 /// Multiply-adds of a run's parts, by the formulas of the algorithms, and elements that are
 /// palettized.
@@ -18,6 +21,14 @@ pub struct Work {
     pub sweeps: f64,
     /// Elements that are palettized.
     pub palettized: f64,
+    /// Layers that forwards run, counted once for every batch of samples.
+    pub layer_forwards: f64,
+    /// Layers that the joint solver solves.
+    pub joint_layers: f64,
+    /// Layers that are pruned or palettized in another way.
+    pub other_layers: f64,
+    /// Bytes of weights that are loaded on the device.
+    pub loaded_bytes: f64,
 }
 
 impl Work {
@@ -45,6 +56,10 @@ impl AddAssign for Work {
         self.factors += other.factors;
         self.sweeps += other.sweeps;
         self.palettized += other.palettized;
+        self.layer_forwards += other.layer_forwards;
+        self.joint_layers += other.joint_layers;
+        self.other_layers += other.other_layers;
+        self.loaded_bytes += other.loaded_bytes;
     }
 }
 
@@ -54,12 +69,17 @@ impl AddAssign for Work {
 ///
 /// # Errors
 /// If libtorch refuses.
-pub fn measured_rate(device: tch::Device) -> squeeze_base::Result<f64> {
-    let size = if device == tch::Device::Cpu { 1024 } else { 8192 };
-    let matrix = tch::Tensor::f_ones([size, size], (tch::Kind::Float, device))?;
-    let product = || -> squeeze_base::Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
+pub fn measured_rate(device: Device) -> Result<f64> {
+    rate_of_products(device, Kind::Float)
+}
+
+/// [`measured_rate`] for products of this dtype.
+pub(super) fn rate_of_products(device: Device, kind: Kind) -> Result<f64> {
+    let size = if device == Device::Cpu { 1024 } else { 8192 };
+    let matrix = Tensor::f_ones([size, size], (kind, device))?;
+    let product = || -> Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
     product()?;
-    let (start, mut count) = (std::time::Instant::now(), 0);
+    let (start, mut count) = (Instant::now(), 0);
     while start.elapsed().as_secs_f64() < 0.1 || count < 3 {
         product()?;
         count += 1;

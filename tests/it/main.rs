@@ -21,6 +21,7 @@ mod integrity;
 mod joint;
 mod lora;
 mod matrices;
+mod memory;
 mod outputs;
 mod palettes;
 mod pipelines;
