@@ -22,6 +22,8 @@ pub(super) struct Away {
     place: Place,
     rows: Vec<Row>,
     device: Device,
+    /// How many residuals, counted from the last, come back with a carry; `None` is all.
+    residuals: Option<usize>,
 }
 
 /// Where carries are away.
@@ -94,13 +96,13 @@ impl Carries {
 
     /// An empty list in the host's memory; carries come back to `device`, which they come from.
     pub(super) fn on_host(device: Device) -> Self {
-        Carries::Away(Away { place: Place::Host, rows: Vec::new(), device })
+        Carries::Away(Away { place: Place::Host, rows: Vec::new(), device, residuals: None })
     }
 
     /// An empty list in files of `folder`, which is created; carries are read back to `device`.
     pub(super) fn in_files(folder: &Path, device: Device) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
-        Ok(Carries::Away(Away { place: Place::Folder(folder.to_owned()), rows: Vec::new(), device }))
+        Ok(Carries::Away(Away { place: Place::Folder(folder.to_owned()), rows: Vec::new(), device, residuals: None }))
     }
 
     /// The number of carries.
@@ -123,6 +125,15 @@ impl Carries {
         Ok(())
     }
 
+    /// Sets how many residuals, counted from the last, the next passes need; `None` is all. Where
+    /// carries are away, tensors without elements stand for the others.
+    pub(super) fn need_residuals(&mut self, last: Option<usize>) {
+        match self {
+            Carries::Memory(_) => {}
+            Carries::Away(away) => away.residuals = last,
+        }
+    }
+
     /// The carry of the batch `index`.
     pub(super) fn get(&self, index: usize) -> Result<Carry> {
         Ok(match self {
@@ -130,10 +141,16 @@ impl Carries {
             Carries::Away(away) => {
                 let row = &away.rows[index];
                 let back = |stored: &Stored| stored.back(away.device);
+                let absent = row.residuals.len() - away.residuals.unwrap_or(usize::MAX).min(row.residuals.len());
+                let residual = |(number, stored): (usize, &Stored)| {
+                    // No operation takes two dimensions for an image's four.
+                    let nothing = || Ok(Tensor::f_empty([0, 0], (Kind::Float, away.device))?);
+                    if number < absent { nothing() } else { back(stored) }
+                };
                 Carry {
                     hidden_states: back(&row.hidden_states)?,
                     tokens: row.tokens.as_ref().map(back).transpose()?,
-                    down_block_res_samples: row.residuals.iter().map(back).collect::<Result<_>>()?,
+                    down_block_res_samples: row.residuals.iter().enumerate().map(residual).collect::<Result<_>>()?,
                     temb: row.temb.shallow_clone(),
                     encoder_hidden_states: row.encoder_hidden_states.shallow_clone(),
                 }
@@ -247,6 +264,21 @@ mod tests {
             for away in [&in_files, &on_host] {
                 assert!(equal(&away.get(index).unwrap(), &in_memory.get(index).unwrap()), "{index}");
             }
+        }
+        // A block that takes one residual is given one, and the others stay as they are.
+        for away in [&mut in_files, &mut on_host] {
+            away.replace(0, carry(5.0, 3)).unwrap();
+            away.need_residuals(Some(1));
+            let mut some = away.get(0).unwrap();
+            let numels: Vec<usize> = some.down_block_res_samples.iter().map(Tensor::numel).collect();
+            assert_eq!(numels, [0, 0, 12]);
+            some.down_block_res_samples.pop();
+            away.replace(0, some).unwrap();
+            away.need_residuals(None);
+            let mut expected = carry(5.0, 3);
+            expected.down_block_res_samples.pop();
+            assert_eq!(away.get(0).unwrap().down_block_res_samples[1], expected.down_block_res_samples[1]);
+            away.replace(0, carry(0.0, 0)).unwrap();
         }
         // Any flipped bit is found.
         let path = folder.path().join("carries/00002-hidden");

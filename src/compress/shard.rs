@@ -5,7 +5,7 @@ use std::path::Path;
 
 use sdxl_model::Layer;
 use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::unet::{Carry, Part, PartName};
+use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use squeeze_base::allocator;
 use squeeze_base::error::Result;
 use tch::{Device, Tensor};
@@ -73,6 +73,19 @@ impl DeviceShard {
         self.carries.push(carry)?;
         self.weights.push(weight);
         Ok(())
+    }
+
+    /// Says which portion of a part the carries are sent through next: a block takes one residual
+    /// at most.
+    pub(super) fn expect(&mut self, scope: Scope) {
+        let last = match scope {
+            Scope::Whole => None,
+            Scope::Block(_) => Some(1),
+        };
+        self.carries.need_residuals(last);
+        if let Some(teacher) = &mut self.teacher {
+            teacher.carries.need_residuals(last);
+        }
     }
 
     /// Drops the loaded part.

@@ -61,6 +61,9 @@ pub(super) fn execute(schedule: &Schedule, walk: &mut Walk<'_>, visitor: &mut dy
         let inputs = visitor.open_inputs(stop, walk);
         let during = |what: &'static str| move |error: Error| error.during(&format!("{what} of `{}`", stop.part));
         let gathered = walk.gather(stop, &inputs, visitor.store()).map_err(during("the Hessians"))?;
+        if stop.unloads {
+            walk.unload();
+        }
         visitor.solve(stop, gathered, walk).map_err(during("the layers"))?;
         walk.leave(stop, route, &shared, visitor.store()).map_err(during("the outputs"))?;
     }
@@ -195,6 +198,7 @@ impl<'a> Walk<'a> {
             }
             PartName::Stage(_) | PartName::OutputBlock => {
                 self.enter(stop.part, store)?;
+                self.shards.iter_mut().for_each(|shard| shard.expect(stop.scope));
                 let request = GatherRequest {
                     part: &stop.part.to_string(),
                     scope: stop.scope,
@@ -269,6 +273,7 @@ impl<'a> Walk<'a> {
     /// Takes the samples past `scope` of a part.
     pub(super) fn advance(&mut self, part: PartName, scope: Scope, extent: Extent, store: Option<&Workspace>) -> Result<()> {
         self.enter(part, store)?;
+        self.shards.iter_mut().for_each(|shard| shard.expect(scope));
         let multiply_adds = propagate::advance(&mut self.shards, &part.to_string(), scope, extent, self.progress)?;
         if extent == Extent::All {
             self.statistics.add_advance(part, multiply_adds);

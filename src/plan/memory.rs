@@ -23,6 +23,8 @@ pub struct Memory {
     pub host: u64,
     /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
     pub hessians_wait: bool,
+    /// Whether carries are away from the device between two passes.
+    pub carries_away: bool,
 }
 
 /// Bytes of the program and libtorch with its kernels and buffers, measured on Linux.
@@ -36,6 +38,9 @@ pub const CUDA_CONTEXT: u64 = 640 << 20;
 /// allocator that are too small for what is asked for.
 const CUDA_WORKSPACES: u64 = 384 << 20;
 
+/// The most bytes of a batch of layers; larger ones are no faster.
+const BATCH: u64 = 2 << 30;
+
 /// Finished layers that wait to be written.
 pub const WAITING: u64 = 64 << 20;
 
@@ -43,12 +48,16 @@ impl Memory {
     /// For activations of this dtype on `device`.
     #[must_use]
     pub fn new(budget: u64, kind: Kind, device: Device) -> Self {
-        /// Larger batches are no faster.
-        const BATCH: u64 = 2 << 30;
         let batch = if device == Device::Cpu { 0 } else { BATCH.min(budget / 8) };
         let host = if device.is_cuda() { waiting_room() } else { 0 };
         let element_bytes = kind.elt_size_in_bytes() as u64;
-        Memory { budget, element_bytes, shared: 0, batch, device, host, hessians_wait: false }
+        Memory { budget, element_bytes, shared: 0, batch, device, host, hessians_wait: false, carries_away: false }
+    }
+
+    /// The same memory with another limit.
+    pub(super) fn with_budget(self, budget: u64) -> Self {
+        let batch = if self.batch > 0 { BATCH.min(budget / 8) } else { 0 };
+        Memory { budget, batch, ..self }
     }
 
     /// Bytes of the program on the device.

@@ -124,7 +124,8 @@ impl Plan {
         let ways = ways.into_iter().filter(|carries| *carries != CarriesIn::Host || memory.host > 0);
         let ways: Vec<(CarriesIn, bool)> = ways.flat_map(|carries| waits.iter().map(move |waits| (carries, *waits))).collect();
         let plans = |budget: u64| {
-            let one = move |&(carries, hessians_wait): &_| attempt(Memory { budget, hessians_wait, ..memory }, carries);
+            let one =
+                move |&(carries, hessians_wait): &_| attempt(Memory { hessians_wait, ..memory.with_budget(budget) }, carries);
             ways.iter().map(one)
         };
         let (plans_that_fit, mut refused) =
@@ -155,6 +156,7 @@ impl Plan {
     ) -> Result<Self> {
         let parts = Sketch::of_all(chain, bytes_of)?;
         let mut memory = memory;
+        memory.carries_away = matches!(carries, CarriesIn::Host | CarriesIn::Files);
         // Hessians that wait on the host come back one by one.
         if memory.hessians_wait || !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
             memory.batch = 0;

@@ -146,6 +146,18 @@ impl Outline<'_> {
         batches * of_carry(&self.before).max(of_carry(&self.after))
     }
 
+    /// Elements of the carries of one batch of `rows` rows that are on the device while it runs: one
+    /// goes in and one comes out. One that has been away from a GPU is there in pieces, too; a block
+    /// needs its features, its tokens and one residual.
+    fn carry_in_use(&self, memory: &Memory, rows: i64) -> i64 {
+        let largest = |size: &dyn Fn(&CarryShape) -> i64| rows * size(&self.before).max(size(&self.after));
+        match (memory.device.is_cuda() && memory.carries_away, self.runs_block_by_block()) {
+            (false, _) => 2 * largest(&CarryShape::numel),
+            (true, false) => 3 * largest(&CarryShape::numel),
+            (true, true) => 3 * 3 * largest(&|carry| carry.hidden_states.iter().product()),
+        }
+    }
+
     /// The bytes that are in use whatever the stop, beside `carries` bytes of recorded carries.
     fn room(&self, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Room {
         let Memory { device, hessians_wait, .. } = *memory;
@@ -153,10 +165,7 @@ impl Outline<'_> {
             return Room { fixed: memory.fixed(), running: 0, resting: 0, device, hessians_wait };
         };
         let batch = &Calls { batch: calls.batch * self.joined, ..*calls };
-        // One goes in and one comes out; one that has waited away from a GPU is there in pieces,
-        // too.
-        let copies = if device.is_cuda() { 3 } else { 2 };
-        let carry = copies * memory.element_bytes * (batch.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
+        let carry = memory.element_bytes * self.carry_in_use(memory, batch.batch).unsigned_abs();
         let loaded = self.networks() * self.resident_bytes;
         Room {
             fixed: memory.fixed() + carries + carry,
@@ -184,8 +193,10 @@ impl Outline<'_> {
         let has_dense_target = self.sequencing.has_dense_target();
         let needs = Need::of(self.compressed(recipes), has_dense_target);
         let room = self.room(calls, memory, carries);
+        // Stages and the output block can be loaded again after their layers are solved.
+        let least = if self.name == PartName::InputBlock { room } else { Room { resting: 0, ..room } };
         for need in needs.iter().filter(|need| need.is_gathered()) {
-            let alone = room.gathered(&[need]);
+            let alone = least.gathered(&[need]);
             if alone > memory.usable() {
                 let layer = format!("{} needs {}", need.first().name(), number::size(alone));
                 return Err(self.too_little(memory, &format!(": {layer}")));
@@ -202,11 +213,13 @@ impl Outline<'_> {
             let layers = || self.compressed(recipes).filter(|(layer, _)| stop.layers.iter().any(|name| name == layer.name()));
             let needs = Need::of(layers(), has_dense_target);
             let gathered: Vec<&Need> = needs.iter().filter(|need| need.is_gathered()).collect();
-            let shared =
-                needs.iter().filter(|need| !need.is_gathered()).map(|need| room.at_once(0, need.solving_bytes(memory.device)));
+            let shared = needs.iter().filter(|need| !need.is_gathered()).map(|need| need.solving_bytes(memory.device));
             let others = layers().filter(|(_, recipe)| !recipe.needs_hessian());
             let others = others.map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), memory.device));
-            let solving = shared.max().unwrap_or(0).max(room.at_once(0, others.max().unwrap_or(0)));
+            let alone = shared.chain(others).max().unwrap_or(0);
+            let bytes = |room: &Room| room.gathered(&gathered).max(room.at_once(0, alone));
+            stop.unloads = bytes(&room) > memory.usable() && bytes(&least) < bytes(&room);
+            stop.bytes = bytes(if stop.unloads { &least } else { &room });
             let items = calls.map_or(0.0, |calls| (calls.count as i64 * calls.batch) as f64);
             let grid = |need: &Need| calls.map_or([0, 0], |calls| self.grid(need.first(), calls));
             let mut work = Work::default();
@@ -215,7 +228,7 @@ impl Outline<'_> {
             work.palettized += palettized.map(|(layer, _)| layer.weight().numel() as f64).sum::<f64>();
             let joint = layers().filter(|(_, recipe)| recipe.joint.is_some()).count() as f64;
             (work.joint_layers, work.other_layers) = (joint, layers().count() as f64 - joint);
-            (stop.bytes, stop.work) = (room.gathered(&gathered).max(solving), work);
+            stop.work = work;
             stop.hessian_bytes = gathered.iter().map(|need| need.bytes).sum();
         }
         // The samples go through a part in which nothing is calibrated, too.
@@ -282,7 +295,11 @@ impl Outline<'_> {
     /// to be solved.
     pub(super) fn loaded_bytes(&self, stops: &[Stop]) -> f64 {
         let passes = stops.iter().filter(|stop| matches!(stop.gather, Gather::Samples(_))).count() as u64;
-        let times = if self.runs_block_by_block() || passes == 0 { self.networks() } else { self.networks() * (passes + 1) + 1 };
+        let times = if self.runs_block_by_block() || passes == 0 {
+            self.networks() * (1 + stops.iter().filter(|stop| stop.unloads).count() as u64)
+        } else {
+            self.networks() * (passes + 1) + 1
+        };
         (times * self.resident_bytes) as f64
     }
 
