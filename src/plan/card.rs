@@ -43,11 +43,12 @@ mod fitted {
     /// Seconds until CUDA, cuBLAS and cuDNN are loaded and the kernels are compiled. Of the bundled
     /// model's 18.9 s, what its operations do not explain.
     pub(super) const BEGIN: f64 = 6.0;
-    /// Bytes per second in which the host reads and converts weights: the 6.7 GB of the UNet and the text
-    /// encoders take some 7 s of the 8.5 s (tutorial) and 16.4 s (default) of calibration.
+    /// Bytes per second in which the host reads and converts weights: the 6.7 GB of the UNet and the
+    /// text encoders take some 7 s of the 8.5 s (tutorial) and 16.4 s (default) of calibration.
     pub(super) const READING: f64 = 1.2e9;
     /// The share of the products' rate that forwards reach beside the start of their operations:
-    /// 3.7e15 multiply-adds in some 20 of the 47 s that forwards and Hessians of the default config take.
+    /// 3.7e15 multiply-adds in some 20 of the 47 s that forwards and Hessians of the default config
+    /// take.
     pub(super) const FORWARD: f64 = 0.55;
     /// The share of the fp32 products' rate that sums of Hessians reach: 1e14 multiply-adds in some
     /// 4.5 of the tutorial's 7.3 s, 6.5e14 in the others of the 47 s.
@@ -57,6 +58,9 @@ mod fitted {
     /// The same for sweeps, conjugate gradients and errors: 3.5e14 multiply-adds in some 60 of the
     /// 114 s in which the default config's layers are solved.
     pub(super) const SWEEPS: f64 = 0.23;
+    /// How many times as fast copies from and to pinned memory are as others. This is the usual ratio
+    /// on PCIe, and not measured: runs in which carries wait on the host were not timed.
+    pub(super) const PINNED: f64 = 3.0;
     /// Operations that the forward of a layer starts, with those between the layers.
     pub(super) const FORWARD_OPERATIONS: f64 = 10.0;
     /// Operations that the joint solver starts for a layer: 40 ms a layer of the bundled model.
@@ -93,6 +97,7 @@ impl Card {
     pub fn seconds(&self, plan: &Plan, drawing: &Drawing) -> f64 {
         let work = plan.work;
         let loaded = if drawing.calls > 0 { work.loaded_bytes + plan.resident_bytes as f64 } else { work.loaded_bytes };
+        let carrying = work.carried_bytes / (fitted::PINNED * self.copies);
         let reading = loaded * (1.0 / fitted::READING + 1.0 / self.copies);
         let hashing = (plan.resident_bytes as f64 + fitted::CONTAINER * plan.payload_bytes as f64) / self.hashing;
         let forward = work.forward + drawing.calls as f64 * plan.call.forward;
@@ -103,7 +108,7 @@ impl Card {
             + fitted::TEXT_OPERATIONS * drawing.encoded as f64;
         let fp32 = work.hessians / fitted::HESSIANS + work.factors / fitted::FACTORS + work.sweeps / fitted::SWEEPS;
         let products = forward / (fitted::FORWARD * self.products) + fp32 / self.fp32_products;
-        fitted::BEGIN + reading + hashing + products + self.start * operations + fitted::ELEMENT * work.palettized
+        fitted::BEGIN + reading + carrying + hashing + products + self.start * operations + fitted::ELEMENT * work.palettized
     }
 }
 

@@ -130,8 +130,9 @@ impl Plan {
         };
         let (plans_that_fit, mut refused) =
             (plans(memory.budget).filter_map(Result::ok), plans(memory.budget).filter_map(Result::err));
-        // Of plans with equally many passes the first is the fastest.
-        if let Some(best) = plans_that_fit.min_by_key(Plan::passes) {
+        // Loading a part again takes about as long as a pass. Of equal plans the first is the
+        // fastest.
+        if let Some(best) = plans_that_fit.min_by_key(|plan| plan.passes() + plan.unloads()) {
             return Ok(best);
         }
         let why = refused.next_back().expect("there is a way, and it does not fit");
@@ -195,6 +196,8 @@ impl Plan {
                 schedule.stops[index].work.forward = forward;
                 let layer_forwards = calls.map_or(0.0, |calls| outline.layer_forwards(&schedule, index, &calls));
                 schedule.stops[index].work.layer_forwards = layer_forwards;
+                let carried_bytes = calls.map_or(0.0, |calls| outline.carried_bytes(&schedule, index, &calls, &memory));
+                schedule.stops[index].work.carried_bytes = carried_bytes;
                 work += schedule.stops[index].work;
             }
             work.loaded_bytes += outline.loaded_bytes(&schedule.stops[range.clone()]);
@@ -276,6 +279,12 @@ impl Plan {
     #[must_use]
     pub fn passes(&self) -> usize {
         self.stages.iter().map(|stage| stage.passes).sum()
+    }
+
+    /// The number of stops at which the part leaves the device while its layers are solved.
+    #[must_use]
+    pub fn unloads(&self) -> usize {
+        self.schedule.stops.iter().filter(|stop| stop.unloads).count()
     }
 }
 

@@ -146,16 +146,37 @@ impl Outline<'_> {
         batches * of_carry(&self.before).max(of_carry(&self.after))
     }
 
-    /// Elements of the carries of one batch of `rows` rows that are on the device while it runs: one
-    /// goes in and one comes out. One that has been away from a GPU is there in pieces, too; a block
-    /// needs its features, its tokens and one residual.
+    /// Elements of the carries of one batch of `rows` rows that are on the device while it runs:
+    /// one goes in and one comes out. One that has been away from a GPU is there in pieces, too.
     fn carry_in_use(&self, memory: &Memory, rows: i64) -> i64 {
-        let largest = |size: &dyn Fn(&CarryShape) -> i64| rows * size(&self.before).max(size(&self.after));
-        match (memory.device.is_cuda() && memory.carries_away, self.runs_block_by_block()) {
-            (false, _) => 2 * largest(&CarryShape::numel),
-            (true, false) => 3 * largest(&CarryShape::numel),
-            (true, true) => 3 * 3 * largest(&|carry| carry.hidden_states.iter().product()),
+        if memory.device.is_cuda() && memory.carries_away {
+            3 * rows * self.brought_back()
+        } else {
+            2 * rows * self.before.numel().max(self.after.numel())
         }
+    }
+
+    /// Elements of a carry that come back from where it was away, for each item of the batch: for a
+    /// block its features, its tokens and one residual.
+    fn brought_back(&self) -> i64 {
+        let largest = |size: &dyn Fn(&CarryShape) -> i64| size(&self.before).max(size(&self.after));
+        if self.runs_block_by_block() {
+            3 * largest(&|carry| carry.hidden_states.iter().product())
+        } else {
+            largest(&CarryShape::numel)
+        }
+    }
+
+    /// Bytes of carries that are copied to a GPU and away from it at the stop `index` of
+    /// `schedule`.
+    pub(super) fn carried_bytes(&self, schedule: &Schedule, index: usize, calls: &Calls, memory: &Memory) -> f64 {
+        if !(memory.device.is_cuda() && memory.carries_away) {
+            return 0.0;
+        }
+        let gathers = matches!(schedule.stops[index].gather, Gather::Samples(_));
+        let times = u64::from(gathers) + 2 * u64::from(schedule.advances(index, &|_| true));
+        let carry = memory.element_bytes * (calls.count as i64 * calls.batch * self.brought_back()).unsigned_abs();
+        (self.networks() * times * carry) as f64
     }
 
     /// The bytes that are in use whatever the stop, beside `carries` bytes of recorded carries.

@@ -29,6 +29,8 @@ pub struct Work {
     pub other_layers: f64,
     /// Bytes of weights that are loaded on the device.
     pub loaded_bytes: f64,
+    /// Bytes of carries that are copied to a GPU and away from it.
+    pub carried_bytes: f64,
 }
 
 impl Work {
@@ -60,6 +62,7 @@ impl AddAssign for Work {
         self.joint_layers += other.joint_layers;
         self.other_layers += other.other_layers;
         self.loaded_bytes += other.loaded_bytes;
+        self.carried_bytes += other.carried_bytes;
     }
 }
 
