@@ -1,8 +1,8 @@
 //! The calibration samples that a config asks for.
 
-use sdxl_model::checkpoint::Weights;
+use sdxl_model::checkpoint::{Blueprint, TensorSpec, Weights};
 use sdxl_model::scheduler::SchedulerConfig;
-use sdxl_model::text::CLIP_LENGTH;
+use sdxl_model::text::{CLIP_LENGTH, ClipText};
 use sdxl_model::unet::{Unet, UnetChain};
 use sdxl_pipeline::{PipelineFolder, SamplingDefaults};
 use squeeze_base::error::Result;
@@ -72,6 +72,20 @@ pub(crate) fn drawing_activations(chain: &UnetChain, calls: &Calls, element_byte
     let prompts = Calls::drawn_together(calls.batch, calls.height, calls.width).min(calls.count.max(1) as i64);
     let rows = calls.batch * prompts;
     4 * element_bytes * (rows * largest).unsigned_abs()
+}
+
+/// Bytes of the pipeline's text encoders with weights of `element_bytes`.
+///
+/// # Errors
+/// If their configs do not fit together.
+pub fn encoder_bytes(folder: &PipelineFolder, element_bytes: u64) -> Result<u64> {
+    let mut elements = 0;
+    for part in &folder.text_encoders {
+        let blueprint = Blueprint::default();
+        ClipText::load(&part.config, &blueprint)?;
+        elements += blueprint.into_tensors().iter().map(TensorSpec::numel).sum::<u64>();
+    }
+    Ok(element_bytes * elements)
 }
 
 /// The sampler that `section` asks for.

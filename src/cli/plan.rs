@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, hint, settings};
+use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, encoder_bytes, expected_calls, hint, settings};
 use sdxl_squeeze::compress::plan_of_run;
 use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig, read_prompts};
 use sdxl_squeeze::device::Placement;
@@ -45,6 +45,8 @@ struct Target {
     drawn: Option<Result<String>>,
     /// How much is drawn and encoded, as far as it is known.
     drawing: Drawing,
+    /// Bytes of the text encoders, as far as they are known.
+    encoders: u64,
     /// Bytes of an element in memory, by tensor.
     bytes_of: Box<dyn Fn(&str) -> usize>,
 }
@@ -62,6 +64,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         let recipe = Recipe::new(&config, &target.chain)?;
         let drawn = target.drawn.filter(|_| recipe.needs_samples()).transpose()?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
+        let memory = memory.with_encoders(target.encoders);
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let Placement { device, kind } = options.placement();
         let seconds = match device {
@@ -116,7 +119,14 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
         text: CLIP_LENGTH,
     };
     // SDXL is published in fp16.
-    Ok(Target { chain: UnetChain::new(unet), calls, drawn: None, drawing: Drawing::default(), bytes_of: Box::new(|_| 2) })
+    Ok(Target {
+        chain: UnetChain::new(unet),
+        calls,
+        drawn: None,
+        drawing: Drawing::default(),
+        encoders: 0,
+        bytes_of: Box::new(|_| 2),
+    })
 }
 
 fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
@@ -141,8 +151,9 @@ fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
         }
         drawn = Some(of_drawing(&set, &folder, config));
     }
+    let encoders = encoder_bytes(&folder, placement.kind.elt_size_in_bytes() as u64)?;
     let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("`unet_weights` has checked every tensor");
-    Ok(Target { chain: folder.unet, calls, drawn, drawing, bytes_of: Box::new(bytes_of) })
+    Ok(Target { chain: folder.unet, calls, drawn, drawing, encoders, bytes_of: Box::new(bytes_of) })
 }
 
 /// A sentence on how calibration draws its samples: the sampler, its steps and the guidance, and
@@ -178,7 +189,7 @@ fn waiting(plan: &Plan) -> String {
         text += &format!(", and {} of the host's{hessians}", number::size(plan.host_bytes));
     }
     if plan.drawing_bytes > 0 {
-        text += &format!(" ({} at least to draw samples)", number::size(plan.drawing_bytes));
+        text += &format!(" ({} at least to encode prompts and draw samples)", number::size(plan.drawing_bytes));
     }
     text
 }

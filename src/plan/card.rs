@@ -43,8 +43,9 @@ mod fitted {
     /// Seconds until CUDA, cuBLAS and cuDNN are loaded and the kernels are compiled. Of the bundled
     /// model's 18.9 s, what its operations do not explain.
     pub(super) const BEGIN: f64 = 6.0;
-    /// Bytes per second in which the host reads and converts weights: the 6.7 GB of the UNet and the
-    /// text encoders take some 7 s of the 8.5 s (tutorial) and 16.4 s (default) of calibration.
+    /// Bytes per second in which the host reads and converts weights: the 6.7 GB of the UNet and
+    /// the text encoders take some 7 s of the 8.5 s (tutorial) and 16.4 s (default) of
+    /// calibration.
     pub(super) const READING: f64 = 1.2e9;
     /// The share of the products' rate that forwards reach beside the start of their operations:
     /// 3.7e15 multiply-adds in some 20 of the 47 s that forwards and Hessians of the default config
@@ -58,8 +59,8 @@ mod fitted {
     /// The same for sweeps, conjugate gradients and errors: 3.5e14 multiply-adds in some 60 of the
     /// 114 s in which the default config's layers are solved.
     pub(super) const SWEEPS: f64 = 0.23;
-    /// How many times as fast copies from and to pinned memory are as others. This is the usual ratio
-    /// on PCIe, and not measured: runs in which carries wait on the host were not timed.
+    /// How many times as fast copies from and to pinned memory are as others. This is the usual
+    /// ratio on PCIe, and not measured: runs in which carries wait on the host were not timed.
     pub(super) const PINNED: f64 = 3.0;
     /// Operations that the forward of a layer starts, with those between the layers.
     pub(super) const FORWARD_OPERATIONS: f64 = 10.0;

@@ -25,6 +25,8 @@ pub struct Memory {
     pub hessians_wait: bool,
     /// Whether carries are away from the device between two passes.
     pub carries_away: bool,
+    /// Bytes of the text encoders, which are on the device before the UNet is.
+    pub encoders: u64,
 }
 
 /// Bytes of the program and libtorch with its kernels and buffers, measured on Linux.
@@ -51,7 +53,18 @@ impl Memory {
         let batch = if device == Device::Cpu { 0 } else { BATCH.min(budget / 8) };
         let host = if device.is_cuda() { waiting_room() } else { 0 };
         let element_bytes = kind.elt_size_in_bytes() as u64;
-        Memory { budget, element_bytes, shared: 0, batch, device, host, hessians_wait: false, carries_away: false }
+        Memory { budget, element_bytes, shared: 0, batch, device, host, hessians_wait: false, carries_away: false, encoders: 0 }
+    }
+
+    /// The same memory for a run that encodes texts, with encoders of so many bytes.
+    #[must_use]
+    pub fn with_encoders(self, encoders: u64) -> Self {
+        Memory { encoders, ..self }
+    }
+
+    /// Bytes in which a GPU encodes texts; 0 on other devices.
+    pub(crate) fn encoding_bytes(&self) -> u64 {
+        if self.device.is_cuda() { self.program() + self.encoders } else { 0 }
     }
 
     /// The same memory with another limit.

@@ -80,9 +80,10 @@ pub struct Plan {
     pub carry_bytes: u64,
     /// The most bytes in use at once, by estimate, without the drawing of samples.
     pub peak_bytes: u64,
-    /// The least bytes in which a GPU draws the samples, with one part of the UNet in memory at a
-    /// time; 0 on other devices, and for samples that are not drawn. (What they are drawn in does
-    /// not depend on the memory: a batch of another size is rounded in another way.)
+    /// The least bytes in which a GPU encodes texts and draws the samples, with one part of the
+    /// UNet in memory at a time; 0 on other devices, and for samples that are not drawn. (The
+    /// number of prompts in a batch does not depend on the memory: a batch of another size is
+    /// rounded in another way.)
     pub drawing_bytes: u64,
     /// Its disk space.
     pub disk: Disk,
@@ -243,7 +244,8 @@ impl Plan {
         let largest_part = parts.iter().map(|part| part.resident_bytes).max().unwrap_or(0);
         let drawing_bytes = match &calls {
             Some(calls) if memory.device.is_cuda() => {
-                memory.program() + largest_part + drawing_activations(chain, calls, memory.element_bytes)
+                let drawn = memory.program() + largest_part + drawing_activations(chain, calls, memory.element_bytes);
+                drawn.max(memory.encoding_bytes())
             }
             Some(_) | None => 0,
         };

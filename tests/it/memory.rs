@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sdxl_squeeze::calibration::{Calls, Samples, calibrate};
+use sdxl_squeeze::calibration::{Calls, Samples, calibrate, encoder_bytes};
 use sdxl_squeeze::checkpoint::{TensorSource, Weights};
 use sdxl_squeeze::compress::{self, Calibration, Gatherer, Job, Machine, Model, Workspace, plan_of_run};
 use sdxl_squeeze::config::RunConfig;
@@ -155,6 +155,24 @@ fn what_does_not_fit_a_card_waits_on_the_host_and_then_in_files() {
 }
 
 #[test]
+fn encoding_and_drawing_have_to_fit_a_card_too() {
+    let memory = gpu(8 << 30, 100 << 30);
+    let encoders = encoder_bytes(&PipelineFolder::open(&emoji()).unwrap(), memory.element_bytes).unwrap();
+    let size = |name: &str| std::fs::metadata(emoji().join(name).join("model.safetensors")).unwrap().len();
+    let files = size("text_encoder") + size("text_encoder_2");
+    assert!(encoders > files / 2 && encoders < 2 * files + (1 << 20), "{encoders} bytes, {files} in files");
+    let plan = |encoders: u64| plan_of_sdxl("dense-4bit", 8, memory.with_encoders(encoders));
+    // Without samples there is nothing to draw.
+    assert_eq!(plan(1 << 40).unwrap().drawing_bytes, 0);
+    let plan = |encoders: u64| plan_of_sdxl("tutorial-s40-4bit-gs16", 8, memory.with_encoders(encoders));
+    let (small, large) = (plan(0).unwrap().drawing_bytes, plan(6 << 30).unwrap().drawing_bytes);
+    assert!(small > 3 << 30 && small < 5 << 30 && large > 6 << 30, "{small} and {large}");
+    let refused = plan(8 << 30).unwrap_err();
+    assert!(refused.is_bad_input(), "{refused}");
+    assert!(refused.to_string().contains("8.000 GiB of memory are too little to encode prompts and draw"), "{refused}");
+}
+
+#[test]
 fn hessians_wait_where_this_saves_passes_or_memory() {
     let plan = |gib: u64, host: u64| plan_of_sdxl("tutorial-s40-4bit-gs16", 128, gpu(gib << 30, host << 30));
     let ample = plan(70, 0).unwrap();
@@ -174,7 +192,9 @@ fn hessians_wait_where_this_saves_passes_or_memory() {
         match plan_of_sdxl("tutorial-s40-4bit-gs16", 128, memory) {
             Ok(plan) => assert!(plan.peak_bytes <= least),
             // Then it is the drawing of samples that takes more.
-            Err(why) => assert!(why.to_string().contains("too little to draw calibration samples in"), "{why}"),
+            Err(why) => {
+                assert!(why.to_string().contains("too little to encode prompts and draw calibration samples in"), "{why}")
+            }
         }
     }
 }
