@@ -84,13 +84,15 @@ impl Card {
     /// # Errors
     /// If libtorch refuses, usually for want of memory.
     pub fn measure(device: Device, kind: Kind) -> Result<Self> {
-        Ok(Card {
+        let card = Card {
             products: rate_of_products(device, kind)?,
             fp32_products: measured_rate(device)?,
             start: seconds_to_start(device)?,
             copies: rate_of_copies(device)?,
             hashing: rate_of_hashing(),
-        })
+        };
+        tracing::info!("measured {card:?}");
+        Ok(card)
     }
 
     /// Seconds of a run by `plan`, with `drawing`, from the start of the program to its end.

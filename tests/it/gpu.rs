@@ -259,6 +259,22 @@ fn what_waits_on_the_host_comes_back_to_a_gpu_as_it_was() {
 }
 
 #[test]
+fn a_run_that_a_gpu_has_no_memory_for_goes_on_when_it_has() {
+    if !has_gpu("a_run_that_a_gpu_has_no_memory_for_goes_on_when_it_has") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, ended) = (folder.path().join("whole"), folder.path().join("ended"));
+    run_on_gpu("tutorial-s40-4bit-gs16", &whole).succeeds();
+    // Some MiB for all tensors.
+    let settings = "per_process_memory_fraction:0.0005";
+    let run = run_on_gpu("tutorial-s40-4bit-gs16", &ended).env("PYTORCH_CUDA_ALLOC_CONF", settings).ends_with(1);
+    run.says(&["the device's memory is too small for ", "CUDA out of memory", "--memory-budget", "--resume"]);
+    run_on_gpu("tutorial-s40-4bit-gs16", &ended).arg("--resume").succeeds();
+    assert!(container(&whole) == container(&ended), "other bytes after a run without memory");
+}
+
+#[test]
 fn a_small_memory_budget_and_a_byte_budget_work_on_a_gpu() {
     if !has_gpu("a_small_memory_budget_and_a_byte_budget_work_on_a_gpu") {
         return;
