@@ -33,7 +33,8 @@ pub fn calibrate(
     let placement = options.placement();
     let set = PromptSet { prompts: section.prompts.load()?, ..settings(folder, section)? };
     // The encoders are dropped before the UNet is loaded.
-    let guidances = encode(folder, &set.encoder(folder, placement)?, &set, progress)?;
+    let guidances =
+        tracing::debug_span!("encode").in_scope(|| encode(folder, &set.encoder(folder, placement)?, &set, progress))?;
     let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
     let narrow: u64 = weights
         .entries()
@@ -49,6 +50,7 @@ pub fn calibrate(
         let calls = expected_calls(folder, section)?;
         room = room.saturating_sub(drawing_activations(&folder.unet, &calls, placement.kind.elt_size_in_bytes() as u64));
     }
+    let loading = tracing::debug_span!("load").entered();
     let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
         Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
     } else if narrow <= room {
@@ -56,6 +58,7 @@ pub fn calibrate(
     } else {
         Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
     };
+    drop(loading);
     record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
 }
 

@@ -1,4 +1,5 @@
-//! Layers of one shape pruned together, for devices that a single layer cannot keep busy.
+//! Layers of one shape pruned together, for GPUs without kernels, on which each operation of a
+//! single layer would be too small.
 
 use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
@@ -10,6 +11,7 @@ use tch::Tensor;
 use super::gather::Gatherer;
 use super::layer::Evidence;
 use super::one_layer::compress_layer;
+use super::problem::Solved;
 use super::solve::Compressor;
 use super::walk::Walk;
 use crate::geometry::input_geometry;
@@ -27,7 +29,7 @@ impl Compressor<'_> {
     pub(super) fn solve_batches(&mut self, stop: &Stop, gatherer: &Gatherer, walk: &Walk<'_>, task: &Task<'_>) -> Result<()> {
         for Batch { options, layers } in self.batches(walk.layers_of(stop), gatherer) {
             let (first, _) = layers[0];
-            let most = self.batch_bytes / batched_layer_bytes(input_geometry(first), &first.weight().size()).max(1);
+            let most = self.team.spare_bytes / batched_layer_bytes(input_geometry(first), &first.weight().size()).max(1);
             for layers in layers.chunks(most.max(1) as usize) {
                 self.solve_batch(stop, layers, &options, walk, task)?;
             }
@@ -83,7 +85,7 @@ impl Compressor<'_> {
             let evidence = Evidence { pruned: Some(pruned), ..Evidence::of(hessian) };
             let compressed = tracing::debug_span!("layer")
                 .in_scope(|| compress_layer(layer.name(), weight, self.recipe(layer), Some(evidence)))?;
-            self.add(stop, layer, compressed, Some(evidence), task)?;
+            self.add(stop, layer, Solved { compressed, vectors: Some(hessian.vectors()) }, task)?;
         }
         Ok(())
     }

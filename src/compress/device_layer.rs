@@ -1,15 +1,15 @@
 //! Compresses one layer whose weight is on a GPU: only packing is left to the host.
 
-use half::f16;
 use squeeze_base::error::Result;
 use squeeze_codebook::PruneMethod;
 use squeeze_container::CompressedWeight;
 use squeeze_numerics::sum::squares;
 use squeeze_solver::palette::{Palettized, decode_on_device, palettize_on_device, palettizes_on_device};
-use squeeze_solver::{Hessian, Pruned, output_energies};
+use squeeze_solver::{DeviceJoint, Hessian, Pruned, joint_on_device, output_energies};
 use tch::{Device, Kind, Tensor};
 
-use super::layer::{CompressedLayer, Evidence, LayerErrors, prune_by_evidence, solve_jointly};
+use super::device_pack;
+use super::layer::{CompressedLayer, Evidence, JointProblem, LayerErrors, prune_by_evidence};
 use crate::recipe::LayerRecipe;
 
 /// A solved weight on its device.
@@ -71,11 +71,24 @@ impl LayerErrors {
 
 /// Finds mask, weights and palettes together.
 fn jointly(name: &str, weight: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solved> {
-    let mut solution = solve_jointly(name, weight, recipe, evidence)?;
-    let values = Tensor::f_from_slice(&solution.values)?.f_to_device(weight.device())?;
-    let values = values.f_to_kind(Kind::Float)?.f_view(weight.size().as_slice())?;
-    let stored = solution.pack(&weight.size())?;
-    Ok(Solved { stored, values, target: solution.target, loss: solution.loss, notes: solution.notes })
+    let size = weight.size();
+    let shaped = |values: &Tensor| -> Result<Tensor> { Ok(values.f_to_kind(Kind::Float)?.f_view(size.as_slice())?) };
+    let problem = JointProblem::new(recipe, evidence)?;
+    let Some(solved) = problem.solve_with(name, weight, joint_on_device)? else {
+        let mut solution = problem.solution(name, weight)?;
+        let values = shaped(&Tensor::f_from_slice(&solution.values)?.f_to_device(weight.device())?)?;
+        let stored = solution.pack(&size)?;
+        return Ok(Solved { stored, values, target: solution.target, loss: solution.loss, notes: solution.notes });
+    };
+    let DeviceJoint { weight: values, mask, palettized, pruned_loss: loss, target, notes, .. } = solved;
+    let stored = match (palettized, &mask) {
+        (Some((Palettized { codebook, .. }, indices)), mask) => {
+            Some(device_pack::palettized(size.clone(), mask.as_ref(), codebook, &indices)?)
+        }
+        (None, Some(mask)) => Some(device_pack::sparse(size.clone(), mask, &values)?),
+        (None, None) => None,
+    };
+    Ok(Solved { stored, values: shaped(&values)?, target, loss, notes: notes.iter().map(ToString::to_string).collect() })
 }
 
 /// Prunes, then palettizes the kept weights.
@@ -95,21 +108,16 @@ fn sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: O
     let rows = [size[0], -1];
     let half = pruned.map_or(original, |pruned| &pruned.weight).f_to_kind(Kind::Half)?.f_reshape(rows)?;
     let keep = pruned.map(|pruned| pruned.mask.f_reshape(rows)).transpose()?;
-    let bools = |keep: &Tensor| -> Result<Vec<bool>> { Ok(Vec::try_from(&on_host(keep)?)?) };
-    let bools = keep.as_ref().map(bools).transpose()?;
     let (stored, values) = match &recipe.palettize {
         Some(options) => {
             let made = palettize_on_device(name, &half, keep.as_ref(), None, options)?;
             let (Palettized { codebook, .. }, indices) = made.expect("it was asked whether a GPU makes these palettes");
             let values = decode_on_device(&codebook, &indices, keep.as_ref())?;
-            let indices = Vec::<u8>::try_from(&on_host(&indices)?)?;
-            (Some(CompressedWeight::palettized(size.clone(), bools.as_deref(), codebook, &indices)?), values)
+            (Some(device_pack::palettized(size.clone(), keep.as_ref(), codebook, &indices)?), values)
         }
         None => {
-            let sparse = |keep: Vec<bool>| -> Result<CompressedWeight> {
-                CompressedWeight::sparse(size.clone(), &keep, &Vec::<f16>::try_from(&on_host(&half)?)?)
-            };
-            (bools.map(sparse).transpose()?, half.f_to_kind(Kind::Float)?)
+            let stored = keep.as_ref().map(|keep| device_pack::sparse(size.clone(), keep, &half)).transpose()?;
+            (stored, half.f_to_kind(Kind::Float)?)
         }
     };
     Ok(Solved {
@@ -119,9 +127,4 @@ fn sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: O
         loss: pruned.map(|pruned| pruned.loss),
         notes: pruned.map_or_else(Vec::new, |pruned| pruned.notes.iter().map(ToString::to_string).collect()),
     })
-}
-
-/// The elements in row-major order, on the host.
-fn on_host(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.f_contiguous()?.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)
 }

@@ -99,15 +99,15 @@ impl Gatherer {
         self.under_way.clear();
     }
 
-    /// Vectors of an input that were held out, [n, d], if any.
-    pub(super) fn held_out(&self, input: &LayerInput) -> Option<&Tensor> {
-        self.held_out.get(input)
+    /// Takes out the vectors of an input that were held out, [n, d], if any.
+    pub(super) fn take_held_out(&mut self, input: &LayerInput) -> Option<Tensor> {
+        self.held_out.remove(input)
     }
 
-    /// The correlation of a layer's input with its output residual, where the layer has a dense
-    /// target.
-    pub(super) fn correction(&self, layer: &str) -> Option<&OutputResidual> {
-        self.corrections.get(layer)
+    /// Takes out the correlation of a layer's input with its output residual, where the layer has a
+    /// dense target.
+    pub(super) fn take_correction(&mut self, layer: &str) -> Option<OutputResidual> {
+        self.corrections.remove(layer)
     }
 
     /// Adds an input that is known without running a stage: text states or SiLU(temb).
@@ -165,6 +165,11 @@ impl Gatherer {
             Some(waiting) => waiting.back().map(Some),
             None => Ok(self.hessians.remove(input).map(|(_, hessian)| hessian)),
         }
+    }
+
+    /// Whether Hessians wait in the host's memory.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
     /// Lets all Hessians wait in the host's memory, which frees their memory on the device. Nothing

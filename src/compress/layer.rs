@@ -8,7 +8,8 @@ use squeeze_codebook::{PruneMethod, PruneOptions};
 use squeeze_container::CompressedWeight;
 use squeeze_solver::palette::{Palettized, palettize};
 use squeeze_solver::{
-    Factor, Hessian, Joint, JointFactors, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, prune, prune_with,
+    Factor, Hessian, Joint, JointFactors, JointOptions, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, prune,
+    prune_with,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -165,7 +166,7 @@ pub(super) fn compress_on_host(
     let needs_singles = evidence.is_some() || recipe.prune.is_some() || original.kind() != Kind::Half;
     let original = if needs_singles { original.f_to_kind(Kind::Float)? } else { original };
     let mut solution = match recipe.joint {
-        Some(_) => solve_jointly(name, weight, recipe, evidence)?,
+        Some(_) => JointProblem::new(recipe, evidence)?.solution(name, weight)?,
         None => solve_sequentially(name, &original, recipe, evidence)?,
     };
     let stored = solution.pack(&size)?;
@@ -195,29 +196,45 @@ fn singles(weight: &Tensor) -> Result<Vec<f32>> {
     Ok(Vec::try_from(&weight.f_reshape([-1])?)?)
 }
 
-/// Finds mask, weights and palettes of `weight` [o, ...] together.
-pub(super) fn solve_jointly(
-    name: &str,
-    weight: &Tensor,
-    recipe: &LayerRecipe,
-    evidence: Option<Evidence<'_>>,
-) -> Result<Solution> {
-    let (Some(options), Some(evidence)) = (recipe.joint_options(), evidence) else {
-        return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
-    };
-    let Evidence { hessian, joint: cached, correction, held_out, .. } = evidence;
-    let new;
-    let factors = match cached.filter(|cached| cached.fit(options.dampening(), options.order())) {
-        Some(cached) => cached,
-        None => {
-            new = JointFactors::new(hessian, options.dampening(), options.order())?;
-            &new
-        }
-    };
-    let solved = joint(name, weight, hessian, factors, &LayerEvidence { residual: correction, held_out }, &options)?;
-    let Joint { weight: values, mask, palettized, pruned_loss, notes, target, .. } = solved;
-    let notes = notes.iter().map(ToString::to_string).collect();
-    Ok(Solution { values, keep: mask, palettized, loss: pruned_loss, target, notes })
+/// What the joint solver is given besides the weight.
+pub(super) struct JointProblem<'a> {
+    options: JointOptions,
+    evidence: Evidence<'a>,
+    /// The factors, if those of the evidence do not fit.
+    new: Option<JointFactors>,
+}
+
+/// [`joint`] or [`joint_on_device`](squeeze_solver::joint_on_device).
+type JointSolver<T> = fn(&str, &Tensor, &Hessian, &JointFactors, &LayerEvidence<'_>, &JointOptions) -> Result<T>;
+
+impl<'a> JointProblem<'a> {
+    /// The problem of a layer with this recipe. It makes the factors that are not there.
+    ///
+    /// # Errors
+    /// If there is no evidence, or the Hessian cannot be factored.
+    pub(super) fn new(recipe: &LayerRecipe, evidence: Option<Evidence<'a>>) -> Result<Self> {
+        let (Some(options), Some(evidence)) = (recipe.joint_options(), evidence) else {
+            return Err(Error::Argument("cannot be solved jointly: no calibration input reached it".into()));
+        };
+        let (dampening, order) = (options.dampening(), options.order());
+        let fits = evidence.joint.is_some_and(|cached| cached.fit(dampening, order));
+        let new = if fits { None } else { Some(JointFactors::new(evidence.hessian, dampening, order)?) };
+        Ok(JointProblem { options, evidence, new })
+    }
+
+    /// The result of `solver` for `weight` [o, ...].
+    pub(super) fn solve_with<T>(&self, name: &str, weight: &Tensor, solver: JointSolver<T>) -> Result<T> {
+        let Evidence { hessian, joint: cached, correction, held_out, .. } = self.evidence;
+        let factors = self.new.as_ref().or(cached).expect("factors were made where there were none");
+        solver(name, weight, hessian, factors, &LayerEvidence { residual: correction, held_out }, &self.options)
+    }
+
+    /// Mask, weights and palettes of `weight` [o, ...], found together.
+    pub(super) fn solution(&self, name: &str, weight: &Tensor) -> Result<Solution> {
+        let Joint { weight: values, mask, palettized, pruned_loss, notes, target, .. } = self.solve_with(name, weight, joint)?;
+        let notes = notes.iter().map(ToString::to_string).collect();
+        Ok(Solution { values, keep: mask, palettized, loss: pruned_loss, target, notes })
+    }
 }
 
 /// Prunes, then palettizes the kept weights. `original` is the weight on the CPU, in fp32 if it is

@@ -9,11 +9,13 @@
 
 mod allocate;
 mod batch;
+mod beside;
 mod captions;
 mod carries;
 mod container;
 mod dense_outputs;
 mod device_layer;
+mod device_pack;
 mod forward;
 mod gather;
 mod identity;
@@ -24,6 +26,7 @@ mod layer;
 mod one_layer;
 mod part;
 mod prepare;
+mod problem;
 mod propagate;
 mod report;
 mod run;
@@ -32,6 +35,7 @@ mod shard;
 mod solve;
 mod statistics;
 mod teacher;
+mod team;
 mod walk;
 mod workspace;
 

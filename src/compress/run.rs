@@ -9,6 +9,7 @@ use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 
 use super::allocate::{self, Measurement};
+use super::beside::{Unseen, beside};
 use super::captions;
 use super::container::{FinishedUnet, write_container};
 use super::gather::Gatherer;
@@ -16,12 +17,13 @@ use super::identity::{Inputs, sources_of};
 use super::job::{Calibration, Job, Machine, Model};
 use super::prepare::Prepared;
 use super::report::{JobReport, LayerReport};
-use super::samples::kept_samples;
+use super::samples;
 use super::solve::Compressor;
 use super::statistics::Statistics;
+use super::team::Team;
 use super::walk::{Walk, execute};
-use super::workspace::{Workspace, workspace_folder};
-use crate::calibration::{self, Samples};
+use super::workspace::{Claim, Workspace, workspace_folder};
+use crate::calibration::{self, Samples, calibrate};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
 use crate::plan::{Memory, Plan};
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
@@ -42,7 +44,8 @@ pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progre
     }
     let folder = store.folder().to_owned();
     let mut walk = Walk::new(job, captions, &folder, progress)?;
-    let mut compressor = Compressor { layers: job.layers, batch_bytes: job.plan.batch_bytes, store, progress };
+    let team = Team { devices: job.machine.devices.as_slice(), spare_bytes: job.plan.batch_bytes };
+    let mut compressor = Compressor { layers: job.layers, team, store, progress };
     let task = Task::begin(progress, "compressing", "parts", job.model.chain.stages().len() + 2);
     let ended = execute(&job.plan.schedule, &mut walk, &mut compressor, &task);
     // Layers that were finished before an error are kept.
@@ -67,12 +70,28 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let numerics = crate::init();
     let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
     let mut inputs = Inputs::read(folder, config, samples, recipe.needs_samples())?;
-    let sources = tracing::debug_span!("hash").in_scope(|| sources_of(folder, weights, progress))?;
+    let place = workspace_folder(path);
+    let claim = Claim::of(&place)?;
+    let is_drawn = samples.is_none() && inputs.samples.is_none() && recipe.needs_samples();
+    let hash = |progress: &dyn Progress| tracing::debug_span!("hash").in_scope(|| sources_of(folder, weights, progress));
+    // Which run an unfinished one is, is known once its model is hashed.
+    let (sources, first) = if is_drawn && !(options.resume && claim.has_run()) {
+        let draw = |progress: &dyn Progress| {
+            let section = inputs.section(&config.calibration);
+            tracing::debug_span!("calibration").in_scope(|| calibrate(folder, weights, &section, options, progress))
+        };
+        let unseen = Unseen(progress);
+        let drawn = beside(|| hash(&unseen), draw, progress);
+        let (sources, samples) = drawn.map_err(|error| error.during("the calibration samples"))?;
+        (sources, Some(samples))
+    } else {
+        (hash(progress)?, None)
+    };
     let identity = inputs.identity(config, &sources, options);
-    let mut workspace = Workspace::open(&workspace_folder(path), &identity, options.resume)?;
+    let mut workspace = claim.open(&identity, options.resume)?;
     let drawn = match samples {
         Some(_) => None,
-        None => own_samples(prepared, &mut inputs, &mut workspace, progress)
+        None => own_samples(prepared, &mut inputs, first, &mut workspace, progress)
             .map_err(|error| error.during("the calibration samples"))?,
     };
     let none = Samples::default();
@@ -215,21 +234,30 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The samples of a run that is given none: read from the config's file, or drawn if a layer needs
-/// them.
+/// The samples of a run that is given none: read from the config's file, `drawn` already, or drawn
+/// if a layer needs them.
 fn own_samples(
     prepared: &Prepared<'_>,
     inputs: &mut Inputs,
+    drawn: Option<Samples>,
     workspace: &mut Workspace,
     progress: &dyn Progress,
 ) -> Result<Option<Samples>> {
-    let _span = tracing::debug_span!("calibration").entered();
     let Prepared { folder, config, options, weights, recipe, .. } = prepared;
     match inputs.samples.take() {
         Some(read) => Ok(Some(read)),
         None if recipe.needs_samples() => {
-            let section = inputs.section(&config.calibration);
-            let samples = kept_samples(folder, weights, &section, options, workspace, progress)?;
+            let samples = match drawn {
+                Some(drawn) => {
+                    samples::keep(&drawn, workspace)?;
+                    drawn
+                }
+                None => {
+                    let _span = tracing::debug_span!("calibration").entered();
+                    let section = inputs.section(&config.calibration);
+                    samples::kept_samples(folder, weights, &section, options, workspace, progress)?
+                }
+            };
             inputs.check_prompt_files(folder)?;
             Ok(Some(samples))
         }

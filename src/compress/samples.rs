@@ -33,10 +33,15 @@ pub(super) fn kept_samples(
         }
     }
     let samples = calibrate(folder, weights, section, options, progress)?;
+    keep(&samples, workspace)?;
+    Ok(samples)
+}
+
+/// Keeps samples in `workspace`.
+pub(super) fn keep(samples: &Samples, workspace: &Workspace) -> Result<()> {
     let notes = serde_json::to_vec(&samples.notes).map_err(|why| Error::Failed(why.to_string()))?;
     workspace.keep(NOTES, &notes)?;
-    workspace.keep(SAMPLES, &samples.to_bytes()?)?;
-    Ok(samples)
+    workspace.keep(SAMPLES, &samples.to_bytes()?)
 }
 
 fn read(folder: &PipelineFolder, workspace: &Workspace, notes: &[u8]) -> Result<Samples> {

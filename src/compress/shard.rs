@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use rayon::prelude::*;
 use sdxl_model::Layer;
-use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::checkpoint::{Prefetched, TensorSource};
 use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use squeeze_base::allocator;
 use squeeze_base::error::Result;
@@ -102,7 +103,9 @@ impl DeviceShard {
     pub(super) fn load(&mut self, model: Model<'_>, name: PartName) -> Result<()> {
         // The old part is dropped first: there may not be memory for both.
         self.unload();
+        // The dense network and the compressed one share tensors until layers get their stored ones.
         let source = OnDevice { source: model.source, device: self.device };
+        let source = Prefetched::for_network(&source, |source| model.chain.load_part(name, source))?;
         self.part = Some(model.chain.load_part(name, &source)?);
         if let Some(teacher) = &mut self.teacher {
             teacher.part = Some(model.chain.load_part(name, &source)?);
@@ -132,21 +135,30 @@ impl DeviceShard {
 /// Gives the `chosen` ones of `layers` their stored weights, as far as `store` has them. Layers
 /// that stay dense keep their weight.
 pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
-    for layer in layers {
-        if !store.has(layer.name()) || !chosen(layer.name()) {
-            continue;
-        }
-        if let Some(stored) = store.weight(layer.name())? {
-            let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
-            layer.replace_weight(&decoded)?;
+    let mut layers: Vec<&mut Layer> = layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
+    // As many at once as there are threads: the dense weights that they replace are still there.
+    for layers in layers.chunks_mut(rayon::current_num_threads()) {
+        let names: Vec<(&str, Device)> = layers.iter().map(|layer| (layer.name(), layer.weight().device())).collect();
+        let decoded: Vec<_> = names.par_iter().map(|(name, device)| decoded(store, name, *device)).collect();
+        for (layer, decoded) in layers.iter_mut().zip(decoded) {
+            if let Some(decoded) = decoded? {
+                layer.replace_weight(&decoded)?;
+            }
         }
     }
     Ok(())
 }
 
+/// A stored weight in fp16; `None` if the layer stays dense.
+fn decoded(store: &Workspace, layer: &str, device: Device) -> Result<Option<Tensor>> {
+    let Some(stored) = store.weight(layer)? else { return Ok(None) };
+    let decoded = Tensor::f_from_slice(&stored.decode()?)?.f_view(stored.shape.as_slice())?;
+    Ok(Some(decoded.f_to_device(device)?))
+}
+
 /// A source whose tensors are moved to a device.
 pub(super) struct OnDevice<'a> {
-    pub source: &'a dyn TensorSource,
+    pub source: &'a (dyn TensorSource + Sync),
     pub device: Device,
 }
 

@@ -2,26 +2,27 @@
 
 use sdxl_model::{Layer, LayerInput};
 use squeeze_base::allocator;
-use squeeze_base::error::{Error, Result};
+use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
-use squeeze_solver::{Factor, Hessian, JointFactors};
+use squeeze_solver::{Hessian, OutputResidual, has_kernels};
+use tch::Tensor;
 
 use super::gather::Gatherer;
-use super::layer::{CompressedLayer, Evidence};
-use super::one_layer::compress_layer;
+use super::problem::{Problem, SharedFactors, Solved, Sums};
 use super::report::LayerReport;
+use super::team::Team;
 use super::walk::{Visitor, Walk};
 use super::workspace::Workspace;
-use crate::plan::{Stop, Then};
+use crate::geometry::input_geometry;
+use crate::plan::{Stop, Then, solving_bytes};
 use crate::recipe::{LayerRecipe, LayerRecipes};
 
 /// Compresses the layers of every stop and adds them to a workspace. Layers that the workspace has
 /// already are not compressed again.
 pub(super) struct Compressor<'a> {
     pub layers: &'a LayerRecipes,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
-    /// kernels prunes in one batch; 0 solves them input by input.
-    pub batch_bytes: u64,
+    /// The devices that solve.
+    pub team: Team<'a>,
     pub store: &'a mut Workspace,
     pub progress: &'a dyn Progress,
 }
@@ -39,16 +40,11 @@ impl Visitor for Compressor<'_> {
         if !inputs.is_empty() {
             let of_inputs = layers.iter().filter(|layer| inputs.contains(layer.input()));
             let task = Task::begin(self.progress, "layers", "layers", of_inputs.count());
-            match gathered {
-                Some(gatherer) => self.solve_gathered(stop, &inputs, gatherer, walk, &task)?,
-                None => {
-                    for input in &inputs {
-                        let hessian = walk.shared().hessian(input);
-                        let hessian = hessian.expect("text and time are summed before the first stage");
-                        self.solve_input(stop, input, Sums { hessian, gatherer: None }, walk, &task)?;
-                    }
-                }
+            let are_slow_alone = self.team.spare_bytes > 0 && self.team.devices.iter().all(|device| !has_kernels(*device));
+            if let (Some(gatherer), true, Then::Stay) = (&gathered, are_slow_alone, stop.then) {
+                self.solve_batches(stop, gatherer, walk, &task)?;
             }
+            self.solve_inputs(stop, &inputs, gathered, walk, &task)?;
         }
         self.solve_without_hessians(stop, &layers, walk)?;
         // Layers of a stage that stays dense are needed when it is left.
@@ -60,12 +56,41 @@ impl Visitor for Compressor<'_> {
     }
 }
 
-/// The sums that layers of one input are solved with.
-#[derive(Clone, Copy)]
-struct Sums<'a> {
-    hessian: &'a Hessian,
-    /// Has held-out vectors and corrections.
-    gatherer: Option<&'a Gatherer>,
+/// The sums of the input whose layers are being solved.
+struct OfInput {
+    /// The input's place in the list.
+    index: usize,
+    hessian: Hessian,
+    factors: SharedFactors,
+    held_out: Option<Tensor>,
+}
+
+impl OfInput {
+    /// Takes the sums of an input out of `gathered`, or, for text and time, those of the walk.
+    fn new(index: usize, input: &LayerInput, gathered: Option<&mut Gatherer>, walk: &Walk<'_>) -> Result<Self> {
+        let factors = SharedFactors::default();
+        Ok(match gathered {
+            Some(gatherer) => {
+                let hessian = gatherer.take(input)?.expect("the gatherer was asked for the open inputs");
+                OfInput { index, hessian, factors, held_out: gatherer.take_held_out(input) }
+            }
+            None => {
+                let shared = walk.shared().hessian(input).expect("text and time are summed before the first stage");
+                OfInput { index, hessian: shared.to_device(shared.device())?, factors, held_out: None }
+            }
+        })
+    }
+
+    /// Handles to the sums for a layer with this correction.
+    fn share(&self, correction: Option<OutputResidual>) -> Result<Sums> {
+        let device = self.hessian.device();
+        Ok(Sums {
+            hessian: self.hessian.to_device(device)?,
+            factors: self.factors.to_device(device)?,
+            correction,
+            held_out: self.held_out.as_ref().map(Tensor::shallow_clone),
+        })
+    }
 }
 
 impl Compressor<'_> {
@@ -77,139 +102,107 @@ impl Compressor<'_> {
 
     /// The recipe of a layer that is part of a stop.
     pub(super) fn recipe(&self, layer: &Layer) -> &LayerRecipe {
-        self.layers.get(layer.name()).expect("a stop has only layers with a recipe")
+        recipe_of(self.layers, layer)
     }
 
-    fn solve_gathered(
+    /// Compresses the open layers of `inputs`, input by input. `gathered` has the Hessians of inputs
+    /// that the samples ran for. A Hessian is factored once for all of its layers, and dropped once
+    /// they are solved.
+    fn solve_inputs(
         &mut self,
         stop: &Stop,
         inputs: &[LayerInput],
-        mut gatherer: Gatherer,
+        mut gathered: Option<Gatherer>,
         walk: &Walk<'_>,
         task: &Task<'_>,
     ) -> Result<()> {
-        if self.batch_bytes > 0 && stop.then == Then::Stay {
-            self.solve_batches(stop, &gatherer, walk, task)?;
-        }
-        for input in inputs {
-            // Each Hessian is dropped once its layers are solved.
-            let hessian = gatherer.take(input)?.expect("the gatherer was asked for the open inputs");
-            self.solve_input(stop, input, Sums { hessian: &hessian, gatherer: Some(&gatherer) }, walk, task)?;
-        }
-        Ok(())
-    }
-
-    /// Compresses the layers of one input. Its Hessian is factored once for all of them.
-    fn solve_input(&mut self, stop: &Stop, input: &LayerInput, sums: Sums<'_>, walk: &Walk<'_>, task: &Task<'_>) -> Result<()> {
         let layers = walk.layers_of(stop);
-        let layers: Vec<&Layer> =
-            layers.into_iter().filter(|layer| layer.input() == input && self.is_open(layer, true)).collect();
-        let Sums { hessian, gatherer } = sums;
-        let mut factors = SharedFactors::default();
-        for layer in &layers {
+        let of_input = |input: &LayerInput| -> Vec<&Layer> {
+            layers.iter().copied().filter(|layer| layer.input() == input && self.is_open(layer, true)).collect()
+        };
+        let by_input: Vec<Vec<&Layer>> = inputs.iter().map(of_input).collect();
+        let open: Vec<(usize, &Layer)> =
+            by_input.iter().enumerate().flat_map(|(index, layers)| layers.iter().map(move |layer| (index, *layer))).collect();
+        let (recipes, team) = (self.layers, self.team);
+        let hessians_wait = gathered.as_ref().is_some_and(Gatherer::has_waiting);
+        let mut current: Option<OfInput> = None;
+        let mut problems = open.iter().enumerate().map(|(number, (index, layer))| {
             task.go_on()?;
             task.advance(layer.name());
-            // A layer alone makes its factors itself and drops them before the errors are computed.
-            if layers.len() > 1 {
-                factors.prepare(hessian, self.recipe(layer)).map_err(Error::layer(layer.name()))?;
-            }
-            let evidence = Evidence {
-                hessian,
-                pruned: None,
-                factors: factors.sequential.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice())),
-                joint: factors.joint.as_ref(),
-                correction: gatherer.and_then(|gatherer| gatherer.correction(layer.name())),
-                held_out: gatherer.and_then(|gatherer| gatherer.held_out(input)),
+            let of_input = match current.take().filter(|current| current.index == *index) {
+                Some(same) => current.insert(same),
+                None => current.insert(OfInput::new(*index, &inputs[*index], gathered.as_mut(), walk)?),
             };
-            self.compress(stop, layer, walk, Some(evidence), task)?;
-        }
-        Ok(())
+            let recipe = recipe_of(recipes, layer);
+            // A layer alone makes its factors itself and drops them before the errors are computed.
+            if by_input[*index].len() > 1 {
+                of_input.factors.prepare(&of_input.hessian, layer.name(), recipe)?;
+            }
+            let correction = gathered.as_mut().and_then(|gatherer| gatherer.take_correction(layer.name()));
+            let (geometry, shape) = (input_geometry(layer), layer.weight().size());
+            // A Hessian that has waited is on the device for its layers only.
+            let hessian_bytes = if hessians_wait { Hessian::bytes(geometry, &shape) } else { 0 };
+            Ok(Problem {
+                name: layer.name().to_owned(),
+                weight: walk.dense_weight(layer)?,
+                recipe,
+                sums: Some(of_input.share(correction)?),
+                place: team.place(of_input.hessian.device(), number, inputs.len()),
+                bytes: hessian_bytes + solving_bytes(geometry, &shape, recipe, of_input.hessian.device()),
+            })
+        });
+        let mut solved = open.iter().map(|(_, layer)| *layer);
+        team.solve(&mut problems, &mut |result| {
+            let layer = solved.next().expect("there are as many results as layers");
+            if layer.weight().numel() > LARGE {
+                allocator::give_back();
+            }
+            self.add(stop, layer, result, task)
+        })
     }
 
-    /// Compresses the layers that need no Hessian, with one weight in memory at a time.
+    /// Compresses the layers that need no Hessian. On a CPU one weight at a time is in memory.
     fn solve_without_hessians(&mut self, stop: &Stop, layers: &[&Layer], walk: &Walk<'_>) -> Result<()> {
         let open: Vec<&Layer> = layers.iter().copied().filter(|layer| self.is_open(layer, false)).collect();
         if open.is_empty() {
             return Ok(());
         }
         let task = Task::begin(self.progress, "layers", "layers", open.len());
-        for layer in open {
+        let (recipes, team) = (self.layers, self.team);
+        let mut problems = open.iter().enumerate().map(|(number, layer)| {
             task.go_on()?;
             task.advance(layer.name());
-            self.compress(stop, layer, walk, None, &task)?;
-        }
-        Ok(())
-    }
-
-    fn compress(
-        &mut self,
-        stop: &Stop,
-        layer: &Layer,
-        walk: &Walk<'_>,
-        evidence: Option<Evidence<'_>>,
-        task: &Task<'_>,
-    ) -> Result<()> {
-        let weight = walk.dense_weight(layer)?;
-        let compressed =
-            tracing::debug_span!("layer").in_scope(|| compress_layer(layer.name(), &weight, self.recipe(layer), evidence))?;
-        if weight.numel() > LARGE && evidence.is_some() {
-            allocator::give_back();
-        }
-        self.add(stop, layer, compressed, evidence, task)
+            let recipe = recipe_of(recipes, layer);
+            let place = number % team.devices.len();
+            let bytes = solving_bytes(input_geometry(layer), &layer.weight().size(), recipe, team.devices[place]);
+            Ok(Problem { name: layer.name().to_owned(), weight: walk.dense_weight(layer)?, recipe, sums: None, place, bytes })
+        });
+        let mut solved = open.iter();
+        team.solve(&mut problems, &mut |result| {
+            let layer = solved.next().expect("there are as many results as layers");
+            self.add(stop, layer, result, &task)
+        })
     }
 
     /// Reports a compressed layer and adds it to the workspace.
-    pub(super) fn add(
-        &mut self,
-        stop: &Stop,
-        layer: &Layer,
-        compressed: CompressedLayer,
-        evidence: Option<Evidence<'_>>,
-        task: &Task<'_>,
-    ) -> Result<()> {
+    pub(super) fn add(&mut self, stop: &Stop, layer: &Layer, solved: Solved, task: &Task<'_>) -> Result<()> {
+        let Solved { compressed, vectors } = solved;
         let mut notes = Vec::new();
         for note in &compressed.notes {
             tracing::warn!("{}: {note}", layer.name());
             notes.push(format!("{}: {note}", layer.name()));
         }
-        let vectors = evidence.map(|evidence| evidence.hessian.vectors());
         let report = LayerReport::of(layer, stop.part, &compressed, vectors);
         task.layer(report.progress());
         tracing::debug_span!("store").in_scope(|| self.store.push(report, notes, compressed.stored))
     }
 }
 
+/// The recipe of a layer that is part of a stop.
+fn recipe_of<'a>(layers: &'a LayerRecipes, layer: &Layer) -> &'a LayerRecipe {
+    layers.get(layer.name()).expect("a stop has only layers with a recipe")
+}
+
 /// Weights of more elements than this, with a Hessian and its factors, leave blocks in the
 /// allocator that nothing else fits into.
 const LARGE: usize = 4 << 20;
-
-/// The factors of a Hessian that several layers share.
-#[derive(Default)]
-struct SharedFactors {
-    /// For SparseGPT, with the dampening that was asked for.
-    sequential: Option<(f64, Vec<Factor>)>,
-    joint: Option<JointFactors>,
-}
-
-impl SharedFactors {
-    /// Makes the factors that `recipe` needs, unless they are there.
-    fn prepare(&mut self, hessian: &Hessian, recipe: &LayerRecipe) -> Result<()> {
-        match (recipe.joint_options(), recipe.batch_options()) {
-            (Some(options), _) => {
-                let (dampening, order) = (options.dampening(), options.order());
-                if self.joint.as_ref().is_none_or(|factors| !factors.fit(dampening, order)) {
-                    // The old factors are dropped first: there may not be memory for both.
-                    self.joint = None;
-                    self.joint = Some(JointFactors::new(hessian, dampening, order)?);
-                }
-            }
-            (None, Some(options)) => {
-                if self.sequential.as_ref().is_none_or(|(dampening, _)| *dampening != options.dampening) {
-                    self.sequential = Some((options.dampening, Factor::all(hessian, options.dampening)?));
-                }
-            }
-            (None, None) => {}
-        }
-        Ok(())
-    }
-}

@@ -95,6 +95,7 @@ pub(super) struct Walk<'a> {
     /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
     hessians_wait: bool,
     holds_out: bool,
+    keeps_parts: bool,
     progress: &'a dyn Progress,
     /// All parts, without weights.
     outlines: BTreeMap<PartName, Part>,
@@ -125,6 +126,7 @@ impl<'a> Walk<'a> {
             carries,
             hessians_wait: plan.hessians_wait,
             holds_out: plan.schedule.holds_out,
+            keeps_parts: plan.keeps_parts,
             progress,
             outlines: model.chain.parts().map(outline).collect::<Result<_>>()?,
             input_block: None,
@@ -153,6 +155,7 @@ impl<'a> Walk<'a> {
 
     /// The dense weight of a layer, on the first device.
     pub(super) fn dense_weight(&self, layer: &Layer) -> Result<Tensor> {
+        let _span = tracing::debug_span!("dense weight").entered();
         match self.shards.first().and_then(|shard| shard.dense_weight(layer.name())) {
             Some(weight) => Ok(weight),
             None => self.model.source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size()),
@@ -210,7 +213,7 @@ impl<'a> Walk<'a> {
             }
         };
         self.statistics.add_pass(stop.part, multiply_adds);
-        if stop.then == Then::Stay {
+        if stop.then == Then::Stay && !self.keeps_parts {
             // Factors take the place of the stage's weights in memory.
             self.unload();
             if self.hessians_wait {
@@ -243,6 +246,7 @@ impl<'a> Walk<'a> {
 
     /// Takes the samples past the input block, and sums text and time for the layers of `shared`.
     pub(super) fn begin(&mut self, shared: &[(PartName, String)], store: Option<&Workspace>) -> Result<()> {
+        let _span = tracing::debug_span!("first carries").entered();
         let devices = self.machine.devices;
         let layers = shared.iter().map(|(part, name)| {
             let mut layers = self.layers(*part).iter();
@@ -284,9 +288,11 @@ impl<'a> Walk<'a> {
     /// Loads a part on every device, with the stored weights of the layers that are behind.
     fn enter(&mut self, part: PartName, store: Option<&Workspace>) -> Result<()> {
         if self.loaded != Some(part) {
+            let _span = tracing::debug_span!("load").entered();
             self.shards.iter_mut().try_for_each(|shard| shard.load(self.model, part))?;
             self.loaded = Some(part);
         }
+        let _span = tracing::debug_span!("install").entered();
         match store {
             Some(store) => self.shards.iter_mut().try_for_each(|shard| shard.install(&self.behind, store)),
             None => Ok(()),

@@ -48,6 +48,40 @@ pub struct Workspace {
     since: Instant,
 }
 
+/// A folder that no other run can work in, before it is known which run this one is.
+#[derive(Debug)]
+pub(super) struct Claim {
+    folder: PathBuf,
+    lock: File,
+}
+
+impl Claim {
+    /// Takes the lock of `folder`, which is created if it is absent.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if another process works in it; [`Error::Write`].
+    pub(super) fn of(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
+        let path = folder.join(LOCK);
+        let lock = File::create(&path).map_err(Error::write(&path))?;
+        lock.try_lock().map_err(|_| Error::Argument(format!("another run is at work in {}", folder.display())))?;
+        Ok(Claim { folder: folder.to_owned(), lock })
+    }
+
+    /// Whether the folder has results of an unfinished run, of this identity or another.
+    pub(super) fn has_run(&self) -> bool {
+        self.folder.join(RUN).exists() || has_results(&self.folder).unwrap_or(true)
+    }
+
+    /// [`Workspace::open`] of the folder.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn open(self, identity: &Map<String, Value>, resume: bool) -> Result<Workspace> {
+        Workspace::begin(self, identity, resume)
+    }
+}
+
 #[derive(Debug)]
 struct Finished {
     part: usize,
@@ -73,11 +107,11 @@ impl Workspace {
     /// [`Error::Argument`] naming the entries that differ, or if another process works in the
     /// folder; [`Error::Write`].
     pub fn open(folder: &Path, identity: &Map<String, Value>, resume: bool) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
-        let lock_path = folder.join("lock");
-        let lock = File::create(&lock_path).map_err(Error::write(&lock_path))?;
-        lock.try_lock().map_err(|_| Error::Argument(format!("another run is at work in {}", folder.display())))?;
+        Claim::of(folder)?.open(identity, resume)
+    }
 
+    fn begin(Claim { folder, lock }: Claim, identity: &Map<String, Value>, resume: bool) -> Result<Self> {
+        let folder = folder.as_path();
         let stored = match kept::read(folder, UNKNOWN, RUN) {
             Kept::Whole(text) => serde_json::from_slice::<Map<String, Value>>(&text).map_or(Kept::Damaged, Kept::Whole),
             // A run writes its identity before anything else.
@@ -109,7 +143,7 @@ impl Workspace {
                     let folder = folder.display();
                     tracing::warn!("an unfinished run in {folder} is thrown away; --resume would have gone on with it");
                 }
-                workspace.clear(&lock_path)?;
+                workspace.clear()?;
                 kept::write(folder, UNKNOWN, RUN, &text)?;
             }
         }
@@ -118,7 +152,8 @@ impl Workspace {
     }
 
     /// Removes everything but the lock.
-    fn clear(&self, lock: &Path) -> Result<()> {
+    fn clear(&self) -> Result<()> {
+        let lock = self.folder.join(LOCK);
         for entry in std::fs::read_dir(&self.folder).map_err(Error::read(&self.folder))?.flatten() {
             let path = entry.path();
             if path != lock {
@@ -309,6 +344,7 @@ impl Workspace {
 }
 
 /// The file with the identity of the run.
+const LOCK: &str = "lock";
 const RUN: &str = "run.json";
 /// The run in the seal of [`RUN`] itself, which cannot depend on its own content.
 const UNKNOWN: &str = "";
@@ -318,7 +354,7 @@ fn has_results(folder: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(folder).map_err(Error::read(folder))?;
     let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
     // Temporary files of killed runs begin with a dot.
-    let result = |name: String| name != "lock" && !name.starts_with(RUN) && !name.starts_with('.');
+    let result = |name: String| name != LOCK && !name.starts_with(RUN) && !name.starts_with('.');
     Ok(names.into_iter().any(result))
 }
 

@@ -1,8 +1,10 @@
 //! The memory of a run: its limit, and the needs of its pieces.
 
 use squeeze_numerics::device::free_memory;
-use squeeze_solver::{Hessian, InputGeometry};
+use squeeze_solver::{Hessian, InputGeometry, has_whole};
 use tch::{Device, Kind};
+
+use crate::recipe::LayerRecipe;
 
 /// The memory that a run may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,8 +15,7 @@ pub struct Memory {
     pub element_bytes: u64,
     /// Bytes of the Hessians that stay for the whole run.
     pub shared: u64,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
-    /// kernels prunes in one batch; 0 solves them input by input.
+    /// Bytes for layers that a GPU solves at once, besides the largest; 0 solves one by one.
     pub batch: u64,
     /// The device that solves.
     pub device: Device,
@@ -107,6 +108,29 @@ pub(super) fn working_set(shape: &[i64], joint: bool, device: Device) -> u64 {
         (true, _) => 96,
     };
     bytes * shape.iter().product::<i64>().unsigned_abs()
+}
+
+/// Bytes that solving a layer with a weight of this shape takes besides its Hessian, by estimate.
+pub(crate) fn solving_bytes(geometry: InputGeometry, shape: &[i64], recipe: &LayerRecipe, device: Device) -> u64 {
+    let factors = if recipe.needs_hessian() {
+        let dimension = shape.iter().skip(1).product();
+        triangles(recipe, device, dimension) * Hessian::factor_bytes(geometry, shape)
+    } else {
+        0
+    };
+    working_set(shape, recipe.joint.is_some(), device) + factors
+}
+
+/// Triangles of the size of the Hessian, of a layer with this number of inputs, that solving the
+/// layer takes besides it: the factor; for the joint solver the damped Hessian too, the whole of it
+/// on a GPU, and while its columns are reordered a whole matrix.
+pub(super) fn triangles(recipe: &LayerRecipe, device: Device, dimension: i64) -> u64 {
+    let whole = if has_whole(device, dimension) { 2 } else { 0 };
+    match (recipe.joint.is_some(), &recipe.prune) {
+        (false, _) => 1,
+        (true, Some(_)) => 2 + whole,
+        (true, None) => 4 + whole,
+    }
 }
 
 /// Bytes for each layer of a batch: its factor, and its weight before and after, in a block and as

@@ -15,8 +15,8 @@ mod work;
 pub use card::{Card, Drawing};
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
-pub(crate) use memory::batched_layer_bytes;
 pub use memory::{CUDA_CONTEXT, Memory, WAITING};
+pub(crate) use memory::{batched_layer_bytes, solving_bytes};
 use part::Outline;
 pub use part::StagePlan;
 pub use schedule::{Gather, Schedule, Stop, Then};
@@ -73,9 +73,10 @@ pub struct Plan {
     pub hessians_wait: bool,
     /// Bytes of the host's memory in which carries and Hessians of a GPU wait.
     pub host_bytes: u64,
-    /// Bytes for layers of one shape whose factors are there at once, and which a GPU without
-    /// kernels prunes in one batch; 0 solves them input by input.
+    /// Bytes for layers that a GPU solves at once, besides the largest; 0 solves one by one.
     pub batch_bytes: u64,
+    /// Whether parts stay loaded on a GPU while their layers are solved.
+    pub keeps_parts: bool,
     /// Bytes of all carries at their largest.
     pub carry_bytes: u64,
     /// The most bytes in use at once, by estimate, without the drawing of samples.
@@ -159,10 +160,6 @@ impl Plan {
         let parts = Sketch::of_all(chain, bytes_of)?;
         let mut memory = memory;
         memory.carries_away = matches!(carries, CarriesIn::Host | CarriesIn::Files);
-        // Hessians that wait on the host come back one by one.
-        if memory.hessians_wait || !recipes.values().any(|recipe| recipe.batch_options().is_some()) {
-            memory.batch = 0;
-        }
         if let Some(calls) = &calls {
             memory.shared = shared_bytes(&parts);
             if memory.device.is_cuda() {
@@ -215,6 +212,7 @@ impl Plan {
             .into_iter()
             .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
         let payload_bytes = size.bytes + dense.map(|tensor| 2 * tensor.numel()).sum::<u64>();
+        let largest_part = parts.iter().map(|sketch| sketch.resident_bytes).max().unwrap_or(0);
         let largest_carry = outlines.iter().map(largest).max().unwrap_or(0);
         // Within a transformer a carry has tokens too, as many as its features; their files stay
         // until others replace them.
@@ -241,7 +239,6 @@ impl Plan {
                 format!("{} of the host's memory are too little for {} that wait there", size(memory.host), size(host_bytes));
             return Err(Error::Argument(few));
         }
-        let largest_part = parts.iter().map(|part| part.resident_bytes).max().unwrap_or(0);
         let drawing_bytes = match &calls {
             Some(calls) if memory.device.is_cuda() => {
                 let drawn = memory.program() + largest_part + drawing_activations(chain, calls, memory.element_bytes);
@@ -261,8 +258,9 @@ impl Plan {
             host_bytes,
             drawing_bytes,
             batch_bytes: memory.batch,
+            keeps_parts: memory.device != Device::Cpu && schedule.peak_bytes() + networks * largest_part <= memory.usable(),
             carry_bytes: largest_carry,
-            peak_bytes: schedule.stops.iter().map(|stop| stop.bytes).max().unwrap_or(0),
+            peak_bytes: schedule.peak_bytes(),
             disk: Disk {
                 samples: calls.map_or(0, |calls| of_samples(&calls, chain.config())),
                 carries: if in_files { largest_carry + carry_bytes(tokens) } else { 0 },

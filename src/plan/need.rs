@@ -1,10 +1,10 @@
 //! An input whose Hessian is needed.
 
 use sdxl_model::{Layer, LayerInput};
-use squeeze_solver::{Hessian, OutputResidual, has_whole};
+use squeeze_solver::{Hessian, OutputResidual};
 use tch::Device;
 
-use super::memory::{Memory, working_set};
+use super::memory::{Memory, triangles, working_set};
 use super::work::Work;
 use crate::geometry::input_geometry;
 use crate::recipe::LayerRecipe;
@@ -63,10 +63,20 @@ impl<'a> Need<'a> {
     /// of them.
     pub(super) fn solving_bytes(&self, device: Device) -> u64 {
         let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), device));
+        set.max().unwrap_or(0) + self.factor_bytes(device)
+    }
+
+    /// Bytes of the factors that solving the layers takes.
+    fn factor_bytes(&self, device: Device) -> u64 {
         let dimension = self.first().weight().size().iter().skip(1).product();
-        let whole = if has_whole(device, dimension) { 2 } else { 0 };
-        let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe, whole)).max().unwrap_or(0);
-        set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
+        let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe, device, dimension)).max().unwrap_or(0);
+        triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
+    }
+
+    /// Bytes of the input whose layers come next while others are solved: the Hessian, and the
+    /// factors that its layers share.
+    fn next_bytes(&self, device: Device) -> u64 {
+        self.bytes + if self.layers.len() > 1 { self.factor_bytes(device) } else { 0 }
     }
 
     /// Work of summing the Hessian over `items` samples, each with a layer input of height and
@@ -87,17 +97,6 @@ impl<'a> Need<'a> {
             work.sweeps += effort.products() * rows(layer) * d * d;
         }
         work
-    }
-}
-
-/// Triangles of the size of the Hessian that solving a layer takes besides it: the factor; for the
-/// joint solver the damped Hessian too, the `whole` of it on a GPU, and while its columns are
-/// reordered a whole matrix.
-fn triangles(recipe: &LayerRecipe, whole: u64) -> u64 {
-    match (recipe.joint.is_some(), &recipe.prune) {
-        (false, _) => 1,
-        (true, Some(_)) => 2 + whole,
-        (true, None) => 4 + whole,
     }
 }
 
@@ -123,7 +122,8 @@ impl Room {
         let solving = |need: &&Need<'_>| need.solving_bytes(self.device);
         if self.hessians_wait {
             let one = needs.iter().map(|need| need.bytes + solving(need)).max().unwrap_or(0);
-            return self.fixed + (self.running + hessians).max(self.resting + one);
+            let next = needs.iter().map(|need| need.next_bytes(self.device)).max().unwrap_or(0);
+            return self.fixed + (self.running + hessians).max(self.resting + one + next);
         }
         self.at_once(hessians, needs.iter().map(solving).max().unwrap_or(0))
     }

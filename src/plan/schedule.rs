@@ -80,6 +80,12 @@ impl Gather {
 }
 
 impl Schedule {
+    /// The most bytes in use at once, by estimate.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        self.stops.iter().map(|stop| stop.bytes).max().unwrap_or(0)
+    }
+
     /// Whether the samples have to advance past the stop `index`, because a later stop needs them:
     /// one of those for which `gathers` says that a Hessian is still missing.
     pub fn advances(&self, index: usize, gathers: &dyn Fn(&Stop) -> bool) -> bool {

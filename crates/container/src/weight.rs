@@ -65,6 +65,15 @@ impl CompressedWeight {
         Self { shape, mask: Some(Mask::from_bools(keep)), values }.checked()
     }
 
+    /// A weight of parts that are packed already.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if they disagree; [`Error::NotFinite`] if a value, palette or scale is NaN
+    /// or infinite.
+    pub fn new(shape: Vec<i64>, mask: Option<Mask>, values: Values) -> Result<Self> {
+        Self { shape, mask, values }.checked()
+    }
+
     fn checked(self) -> Result<Self> {
         self.check_structure().map_err(Error::Argument)?;
         self.check_finite().map_err(Error::NotFinite)?;

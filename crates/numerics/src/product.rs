@@ -34,8 +34,14 @@ pub fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     Ok(left.f_mm(right)?)
 }
 
-/// T + A B in the place of T [m, n], for A [m, k] and B [k, n].
+/// T + A B in the place of T [m, n], for A [m, k] and B [k, n]. On a CUDA GPU A and B may be fp16 or
+/// bf16 beside a T in fp32: their products are exact in fp32, and so are not rounded before they are
+/// summed.
 pub fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
+    if sums_halves(target.device(), left.f_kind()?) && target.f_kind()? == Kind::Float {
+        let _ = target.f_addmm_dtype_out(target, left, right, Kind::Float)?;
+        return Ok(());
+    }
     if faer_product(target, left, right, Change::Add)? {
         return Ok(());
     }
@@ -48,6 +54,12 @@ pub fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()>
         let _ = target.f_addmm_(left, right)?;
     }
     Ok(())
+}
+
+/// Whether [`add_product`] takes factors of this dtype beside a sum in fp32.
+#[must_use]
+pub fn sums_halves(device: Device, kind: Kind) -> bool {
+    matches!(device, Device::Cuda(_)) && matches!(kind, Kind::Half | Kind::BFloat16)
 }
 
 /// T - A B in the place of T [m, n], for A [m, k] and B [k, n].

@@ -266,7 +266,7 @@ pub fn generate(
         let weights;
         let open = if request.unverified { Container::open_unverified } else { Container::open };
         let container = request.unet.as_deref().map(open).transpose()?;
-        let source: Box<dyn TensorSource> = match &container {
+        let source: Box<dyn TensorSource + Sync> = match &container {
             Some(container) => {
                 let weights = UnetWeights::from(container);
                 weights.chain_of(folder)?;

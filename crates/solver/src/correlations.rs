@@ -92,6 +92,12 @@ fn terms(kernel: [i64; 2], padding: [i64; 2]) -> BTreeSet<Term> {
 }
 
 impl Correlations {
+    /// The correlations on `device`: the same tensors if they are there already.
+    pub(super) fn to_device(&self, device: Device) -> Result<Self> {
+        let sums = self.sums.iter().map(|(term, sum)| Ok((*term, sum.f_to_device(device)?))).collect::<Result<_>>()?;
+        Ok(Correlations { sums, ..*self })
+    }
+
     /// Zeros for a convolution of `channels` with this kernel and padding, stride 1, one group.
     pub(crate) fn zeros(channels: i64, kernel: [i64; 2], padding: [i64; 2], device: Device) -> Result<Self> {
         let sums = terms(kernel, padding)

@@ -67,6 +67,14 @@ impl Factor {
         Self::of(&|| hessian.triangle(group), dampening)
     }
 
+    /// The factor on `device`, with the same memory where it is there already.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the memory is not there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        Ok(Factor { triangle: self.triangle.to_device(device)?, dead: self.dead.f_to_device(device)?, ..*self })
+    }
+
     /// R_jj = 1 / U_jj. Its square is the cost of an error in column j when the columns after it
     /// compensate.
     pub(super) fn diagonal(&self) -> Result<Vec<f32>> {

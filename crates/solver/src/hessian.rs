@@ -2,6 +2,7 @@
 
 use squeeze_base::error::{Error, Result};
 use squeeze_numerics::finite::is_finite;
+use squeeze_numerics::product::sums_halves;
 use tch::{Device, Kind, Tensor};
 
 use super::correlations::Correlations;
@@ -48,6 +49,13 @@ struct Unfolding {
     channels: i64,
     kernel: [i64; 2],
     windows: Windows,
+}
+
+/// A tensor in the dtype in which it enters a sum of products: fp32, unless the device takes it as
+/// it is.
+pub(super) fn for_sum(input: &Tensor) -> Result<Tensor> {
+    let kind = input.f_kind()?;
+    Ok(if sums_halves(input.device(), kind) { input.shallow_clone() } else { input.f_to_kind(Kind::Float)? })
 }
 
 impl Hessian {
@@ -172,7 +180,7 @@ impl Hessian {
         if input.numel() == 0 {
             return Ok(());
         }
-        let input = input.f_detach()?.f_to_device(self.device())?.f_to_kind(Kind::Float)?;
+        let input = for_sum(&input.f_detach()?.f_to_device(self.device())?)?;
         if input.device() == Device::Cpu && !is_finite(&input)? {
             return Err(Error::NotFinite("the layer's input has NaN or infinite values in it".into()));
         }
@@ -332,6 +340,19 @@ impl Hessian {
             Sum::Triangles(groups) => groups.iter_mut().flat_map(Triangle::panels_mut).collect(),
             Sum::Correlations(correlations) => correlations.sums_mut().collect(),
         }
+    }
+
+    /// The Hessian on `device`. Where it is there already, the result shares its memory, so that two
+    /// threads can read it.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the memory is not there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        let sum = match &self.sum {
+            Sum::Triangles(groups) => Sum::Triangles(groups.iter().map(|group| group.to_device(device)).collect::<Result<_>>()?),
+            Sum::Correlations(correlations) => Sum::Correlations(correlations.to_device(device)?),
+        };
+        Ok(Hessian { sum, ..*self })
     }
 
     /// H [groups, d, d], fp32, exactly symmetric; zeros if nothing was added. A new tensor, twice

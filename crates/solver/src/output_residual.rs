@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Hessian;
 use super::geometry::{InputGeometry, Inputs, Windows};
+use super::hessian::for_sum;
 use super::matrix::panels;
 
 /// The largest part of a convolution's unfolded input in memory at once, in elements (64 MiB in
@@ -46,8 +47,12 @@ impl OutputResidual {
     /// [`Error::Torch`] if the shapes are not the layer's; [`Error::NotFinite`] if there is NaN or
     /// infinity in `residual`. On a GPU, which nothing waits for here, the joint solver finds them.
     pub fn add(&mut self, input: &Tensor, residual: &Tensor) -> Result<()> {
-        let place = |tensor: &Tensor| tensor.f_detach()?.f_to_device(self.sum.device())?.f_to_kind(Kind::Float);
+        let place = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_to_device(self.sum.device())?) };
         let (input, residual) = (place(input)?, place(residual)?);
+        let (input, residual) = match input.f_kind()? == residual.f_kind()? {
+            true => (for_sum(&input)?, for_sum(&residual)?),
+            false => (input.f_to_kind(Kind::Float)?, residual.f_to_kind(Kind::Float)?),
+        };
         if residual.device() == Device::Cpu && !is_finite(&residual)? {
             return Err(Error::NotFinite("the residual of the layer's outputs has NaN or infinite values in it".into()));
         }
@@ -93,6 +98,14 @@ impl OutputResidual {
         let _ = self.sum.f_add_(&other.sum.f_to_device(self.sum.device())?)?;
         self.samples += other.samples;
         Ok(())
+    }
+
+    /// The residual on `device`, with the same memory where it is there already.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the memory is not there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        Ok(OutputResidual { sum: self.sum.f_to_device(device)?, ..*self })
     }
 
     /// D [o, d], fp32; zeros if nothing was added.

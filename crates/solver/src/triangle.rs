@@ -59,6 +59,12 @@ impl Triangle {
         Ok(Triangle { panels, ..*self })
     }
 
+    /// The triangle on `device`: the same tensors if they are there already.
+    pub(crate) fn to_device(&self, device: Device) -> Result<Self> {
+        let panels = self.panels.iter().map(|panel| Ok(panel.f_to_device(device)?)).collect::<Result<_>>()?;
+        Ok(Triangle { panels, ..*self })
+    }
+
     /// d.
     pub(crate) fn dimension(&self) -> i64 {
         self.dimension

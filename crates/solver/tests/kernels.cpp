@@ -89,6 +89,7 @@ static unsigned short half_of(double value) {
 }
 
 #include "../src/kernels/rows.cu"
+#include "../src/kernels/descent.cu"
 #include "../src/kernels/palettes.cu"
 
 static void launch(int across, int down, int threads, const std::function<void()>& kernel) {
@@ -328,6 +329,55 @@ static void rows(int count, int width, int entries, bool pruned, int n, int m, i
     }
 }
 
+// Two steps of conjugate gradients. The last row is solved: its direction is zero.
+static void descent(int count, int width, int number) {
+    std::vector<float> weights(count * width), gradients(count * width), directions(count * width), mask(count * width), conditioner(width);
+    for (auto& value : weights) value = normal();
+    for (auto& value : gradients) value = normal();
+    for (auto& value : mask) value = random_bits() % 3 > 0;
+    for (auto& value : conditioner) value = random_bits() % 9 > 0 ? std::fabs(normal()) : 0;
+    std::vector<double> before(count), lower(count, -1);
+    for (int row = 0; row < count; ++row) {
+        for (int column = 0; column < width; ++column) {
+            int at = row * width + column;
+            if (row + 1 == count) gradients[at] = 0;
+            directions[at] = -gradients[at] * mask[at] * conditioner[column];
+            before[row] -= (double)gradients[at] * directions[at];
+        }
+    }
+    std::vector<double> w(weights.begin(), weights.end()), g(gradients.begin(), gradients.end()), p(directions.begin(), directions.end());
+    std::vector<double> was = before;
+    for (int step = 0; step < 2; ++step) {
+        // Products with a diagonal H.
+        std::vector<float> products(count * width);
+        for (int at = 0; at < count * width; ++at) products[at] = directions[at] * (1 + at % width % 5);
+        launch(count, 1, WORKERS, [&] {
+            descend(weights.data(), gradients.data(), directions.data(), products.data(), mask.data(), conditioner.data(), before.data(),
+                    lower.data(), count, width);
+        });
+        for (int row = 0; row < count; ++row) {
+            double curvature = 0, now = 0;
+            for (int at = row * width; at < (row + 1) * width; ++at) curvature += p[at] * p[at] * (1 + at % width % 5);
+            double length = curvature > 0 ? was[row] / curvature : 0;
+            for (int at = row * width; at < (row + 1) * width; ++at) {
+                w[at] += length * p[at];
+                g[at] += length * p[at] * (1 + at % width % 5);
+                now += g[at] * g[at] * mask[at] * conditioner[at % width];
+            }
+            double kept = was[row] > 0 ? now / was[row] : 0;
+            for (int at = row * width; at < (row + 1) * width; ++at) {
+                p[at] = kept * p[at] - g[at] * mask[at] * conditioner[at % width];
+                check(std::fabs(weights[at] - w[at]) < 1e-4, "a weight of the descent", number);
+                check(std::fabs(gradients[at] - g[at]) < 1e-4, "a gradient of the descent", number);
+                check(std::fabs(directions[at] - p[at]) < 1e-4, "a direction of the descent", number);
+            }
+            check(std::fabs(lower[row] - length * was[row]) <= 1e-4 * was[row], "the gain of the descent", number);
+            check(std::fabs(before[row] - now) <= 1e-4 * (now + 1e-3), "the dot product of the descent", number);
+            was[row] = now;
+        }
+    }
+}
+
 int main() {
     PaletteCase cases[] = {{2, 1500, 150, 16, true, true, 0}, {1, 500, 50, 4, false, false, 0}, {3, 64, 32, 16, false, true, 5},
                            {1, 900, 90, 8, true, false, 0},   {1, 40, 20, 64, false, false, 0}, {1, 700, 70, 2, true, true, 0},
@@ -340,6 +390,8 @@ int main() {
     rows(2, 128, 256, false, 0, 0, number++);
     rows(3, 126, 2, false, 2, 4, number++);
     rows(2, 64, 2, false, 5, 8, number++);
+    descent(3, 300, number++);
+    descent(2, 37, number++);
     std::printf("%d cases, %d failures\n", number, failures);
     return failures > 0;
 }

@@ -15,5 +15,5 @@ fn kernels_compute_what_plain_loops_do() {
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
     let run = Command::new(&program).output().unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
-    assert!(String::from_utf8_lossy(&run.stdout).contains("14 cases, 0 failures"));
+    assert!(String::from_utf8_lossy(&run.stdout).contains("16 cases, 0 failures"));
 }

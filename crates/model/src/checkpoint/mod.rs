@@ -2,12 +2,14 @@
 
 mod config_file;
 pub mod lora;
+mod prefetched;
 mod source;
 mod tensor;
 mod view;
 mod weights;
 
 pub use config_file::ConfigFile;
+pub use prefetched::Prefetched;
 pub use source::{Blueprint, TensorSource, TensorSpec};
 pub use squeeze_base::input::SourceFile;
 pub use squeeze_base::input::SteadyFile;

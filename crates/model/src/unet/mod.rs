@@ -21,7 +21,7 @@ use tch::Tensor;
 pub use transformer::TransformerShape;
 
 use super::layer::Observer;
-use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
+use crate::checkpoint::{Blueprint, Prefetched, TensorSource, TensorSpec};
 
 /// The UNet without weights: a list of its parts, in the order of execution.
 ///
@@ -121,12 +121,12 @@ impl<'a> Unet<'a> {
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
-    pub fn resident(chain: UnetChain, source: impl TensorSource, progress: &dyn Progress) -> Result<Self> {
+    pub fn resident(chain: UnetChain, source: impl TensorSource + Sync, progress: &dyn Progress) -> Result<Self> {
         let task = Task::begin(progress, "loading the UNet", "stages", chain.stages.len());
         let mut stages = Vec::new();
         for spec in &chain.stages {
             task.advance(&spec.name().to_string());
-            stages.push(spec.load(&source)?);
+            stages.push(spec.load(&Prefetched::for_network(&source, |source| spec.load(source))?)?);
         }
         Ok(Unet {
             input_block: chain.load_input_block(&source)?,

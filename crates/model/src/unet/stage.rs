@@ -8,7 +8,7 @@ use tch::Tensor;
 
 use super::carry::{Carry, CarryShape};
 use super::config::{Depth, MidBlock, UnetConfig};
-use super::transformer::{Transformer, TransformerShape};
+use super::transformer::{Sublayer, Transformer, TransformerShape};
 use crate::checkpoint::TensorSource;
 use crate::layer::{ConvGeometry, Layer, Observer};
 use crate::network::{Builder, LayerId, Run};
@@ -208,7 +208,8 @@ impl StageSpec {
             if let Some(shape) = self.transformers.get(i) {
                 transformers.push(Transformer::build(&mut top.at("attentions").at(i), *shape)?);
                 units.push(Unit::Begin(i));
-                units.extend((0..shape.depth).map(|block| Unit::Block(i, block)));
+                let of_block = |block| Sublayer::ALL.map(|sublayer| Unit::Sublayer(i, block, sublayer));
+                units.extend((0..shape.depth).flat_map(of_block));
                 units.push(Unit::End(i));
             }
         }
@@ -257,12 +258,12 @@ pub struct Stage {
 }
 
 /// The smallest part of a stage through which a carry can be sent: a resnet, the begin of a
-/// transformer, one of its blocks, its end, or the resampling convolution.
+/// transformer, a sublayer of one of its blocks, its end, or the resampling convolution.
 #[derive(Debug, Clone, Copy)]
 enum Unit {
     Resnet(usize),
     Begin(usize),
-    Block(usize, usize),
+    Sublayer(usize, usize, Sublayer),
     End(usize),
     Resample,
 }
@@ -298,7 +299,8 @@ impl Stage {
         &mut self.layers
     }
 
-    /// The number of units: resnets, parts of transformers, a resampling convolution.
+    /// The number of units: resnets, parts of transformers and of their blocks, a resampling
+    /// convolution.
     #[must_use]
     pub fn units(&self) -> usize {
         self.units.len()
@@ -315,7 +317,9 @@ impl Stage {
         match &self.units[unit] {
             Unit::Resnet(i) => below(format!("resnets.{i}.")),
             Unit::Begin(i) => path == format!("attentions.{i}.proj_in"),
-            Unit::Block(i, block) => below(format!("attentions.{i}.transformer_blocks.{block}.")),
+            Unit::Sublayer(i, block, sublayer) => {
+                below(format!("attentions.{i}.transformer_blocks.{block}.{}.", sublayer.name()))
+            }
             Unit::End(i) => path == format!("attentions.{i}.proj_out"),
             Unit::Resample => below("downsamplers.".into()) || below("upsamplers.".into()),
         }
@@ -359,9 +363,10 @@ impl Stage {
                 }
             }
             Unit::Begin(i) => carry.tokens = Some(self.transformers[i].begin(&carry.hidden_states, &mut run)?),
-            Unit::Block(i, block) => {
+            Unit::Sublayer(i, block, sublayer) => {
                 let tokens = carry.tokens.take().ok_or_else(outside)?;
-                carry.tokens = Some(self.transformers[i].block(block, tokens, &carry.encoder_hidden_states, &mut run)?);
+                let text = &carry.encoder_hidden_states;
+                carry.tokens = Some(self.transformers[i].sublayer(block, sublayer, &tokens, text, &mut run)?);
             }
             Unit::End(i) => {
                 let tokens = carry.tokens.take().ok_or_else(outside)?;

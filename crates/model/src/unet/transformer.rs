@@ -64,9 +64,16 @@ impl Transformer {
         }
     }
 
-    /// Runs one block: [b, h w, c] to [b, h w, c].
-    pub(super) fn block(&self, index: usize, tokens: Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
-        self.blocks[index].forward(tokens, encoder_hidden_states, run)
+    /// Runs a sublayer of block `index`: [b, h w, c] to [b, h w, c].
+    pub(super) fn sublayer(
+        &self,
+        index: usize,
+        sublayer: Sublayer,
+        tokens: &Tensor,
+        encoder_hidden_states: &Tensor,
+        run: &mut Run,
+    ) -> Result<Tensor> {
+        self.blocks[index].forward(sublayer, tokens, encoder_hidden_states, run)
     }
 
     /// Projects the output of the last block, [b, h w, c], as an image, and adds it to the `input`
@@ -90,8 +97,30 @@ fn to_tokens(image: &Tensor) -> Result<Tensor, tch::TchError> {
     image.f_permute([0, 2, 3, 1])?.f_reshape([batch, height * width, channels])
 }
 
-/// `diffusers.models.attention.BasicTransformerBlock` with layer norms before each of its three
-/// parts.
+/// One of the three parts of a transformer block, each of which is added to its input. They run in
+/// this order.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Sublayer {
+    SelfAttention,
+    CrossAttention,
+    FeedForward,
+}
+
+impl Sublayer {
+    pub(super) const ALL: [Self; 3] = [Self::SelfAttention, Self::CrossAttention, Self::FeedForward];
+
+    /// The module's name in a block.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Sublayer::SelfAttention => "attn1",
+            Sublayer::CrossAttention => "attn2",
+            Sublayer::FeedForward => "ff",
+        }
+    }
+}
+
+/// `diffusers.models.attention.BasicTransformerBlock` with a layer norm before each of its
+/// sublayers.
 #[derive(Debug)]
 struct TransformerBlock {
     norm1: LayerNorm,
@@ -107,24 +136,33 @@ impl TransformerBlock {
         let width = shape.channels;
         Ok(TransformerBlock {
             norm1: b.layer_norm("norm1", width, 1e-5)?,
-            attn1: Attention::build(&mut b.at("attn1"), width, None, shape.heads)?,
+            attn1: Attention::build(&mut b.at(Sublayer::SelfAttention.name()), width, None, shape.heads)?,
             norm2: b.layer_norm("norm2", width, 1e-5)?,
-            attn2: Attention::build(&mut b.at("attn2"), width, Some(shape.cross_attention_dim), shape.heads)?,
+            attn2: Attention::build(
+                &mut b.at(Sublayer::CrossAttention.name()),
+                width,
+                Some(shape.cross_attention_dim),
+                shape.heads,
+            )?,
             norm3: b.layer_norm("norm3", width, 1e-5)?,
-            feed_forward: FeedForward::build(&mut b.at("ff"), width)?,
+            feed_forward: FeedForward::build(&mut b.at(Sublayer::FeedForward.name()), width)?,
         })
     }
 
-    fn forward(&self, hidden: Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let normed = self.norm1.forward(&hidden)?;
-        run.onto(self.attn1.to_out, &hidden)?;
-        let hidden = self.attn1.forward(&normed, &normed, run)?.f_add_(&hidden)?;
-        let normed = self.norm2.forward(&hidden)?;
-        run.onto(self.attn2.to_out, &hidden)?;
-        let hidden = self.attn2.forward(&normed, encoder_hidden_states, run)?.f_add_(&hidden)?;
-        let normed = self.norm3.forward(&hidden)?;
-        run.onto(self.feed_forward.out, &hidden)?;
-        Ok(self.feed_forward.forward(&normed, run)?.f_add_(&hidden)?)
+    fn forward(&self, sublayer: Sublayer, hidden: &Tensor, encoder_hidden_states: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let (norm, out) = match sublayer {
+            Sublayer::SelfAttention => (&self.norm1, self.attn1.to_out),
+            Sublayer::CrossAttention => (&self.norm2, self.attn2.to_out),
+            Sublayer::FeedForward => (&self.norm3, self.feed_forward.out),
+        };
+        let normed = norm.forward(hidden)?;
+        run.onto(out, hidden)?;
+        let mut output = match sublayer {
+            Sublayer::SelfAttention => self.attn1.forward(&normed, &normed, run)?,
+            Sublayer::CrossAttention => self.attn2.forward(&normed, encoder_hidden_states, run)?,
+            Sublayer::FeedForward => self.feed_forward.forward(&normed, run)?,
+        };
+        Ok(output.f_add_(hidden)?)
     }
 }
 

@@ -101,6 +101,19 @@ impl JointFactors {
         Ok(joint)
     }
 
+    /// The factors on `device`, with the same memory where they are there already.
+    ///
+    /// # Errors
+    /// [`Error::Torch`](squeeze_base::Error::Torch) if the memory is not there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        Ok(JointFactors {
+            parts: self.parts.iter().map(|part| part.to_device(device)).collect::<Result<_>>()?,
+            factors: self.factors.iter().map(|factor| factor.to_device(device)).collect::<Result<_>>()?,
+            asked: self.asked,
+            notes: self.notes.clone(),
+        })
+    }
+
     /// Whether these are the factors for this dampening and order.
     #[must_use]
     pub fn fit(&self, dampening: f64, order: Order) -> bool {
@@ -128,6 +141,19 @@ pub fn has_whole(device: Device, dimension: i64) -> bool {
 }
 
 impl Part {
+    fn to_device(&self, device: Device) -> Result<Self> {
+        Ok(Part {
+            h: self.h.to_device(device)?,
+            whole: self.whole.as_ref().map(|whole| whole.f_to_device(device)).transpose()?,
+            diagonal: self.diagonal.clone(),
+            conditioner: self.conditioner.clone(),
+            added: self.added,
+            scale: self.scale.clone(),
+            dead: self.dead.clone(),
+            order: self.order.clone(),
+        })
+    }
+
     /// X H for X [rows, d], row-major.
     pub(super) fn times(&self, x: &[f32]) -> Result<Vec<f32>> {
         to_vec(&self.product(&Tensor::f_from_slice(x)?.f_reshape([-1, self.h.dimension()])?)?)

@@ -34,6 +34,7 @@ mod tests;
 pub use factors::{JointFactors, Order, has_whole};
 use least_squares::MaskedLeastSquares;
 use natural::Natural;
+pub use on_device::DeviceJoint;
 pub use options::JointOptions;
 use options::along_outputs;
 pub use outcome::{Joint, LayerEvidence};
@@ -78,18 +79,12 @@ pub fn joint(
     evidence: &LayerEvidence<'_>,
     options: &JointOptions,
 ) -> Result<Joint> {
+    if let Some(solved) = joint_on_device(name, weight, hessian, factors, evidence, options)? {
+        return solved.into_joint();
+    }
     let _span = tracing::debug_span!("joint").entered();
-    let mut flat = flat_for(weight, hessian)?;
+    let mut flat = checked(name, weight, hessian, factors, evidence, options)?;
     let (o, d) = flat.size2()?;
-    if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
-        return Err(Error::State(format!("`{name}`: factors of another Hessian, dampening or order")));
-    }
-    if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
-        return Err(Error::State(format!("`{name}`: the output residual and the Hessian were made of different samples")));
-    }
-    if on_device::serves(hessian, options) {
-        return on_device::solve(name, (flat, &weight.size()), hessian, factors, evidence, options);
-    }
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
     let mut target = None;
@@ -163,6 +158,47 @@ pub fn joint(
         natural.restore(&mut palettized.indices);
     }
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
+}
+
+/// [`joint`] of a weight whose Hessian is on a GPU, without copies to the host. `None` where the host
+/// has a part in it: for several groups, palettes along input channels or with scales, and palettes
+/// that are refitted.
+///
+/// # Errors
+/// As [`joint`].
+pub fn joint_on_device(
+    name: &str,
+    weight: &Tensor,
+    hessian: &Hessian,
+    factors: &JointFactors,
+    evidence: &LayerEvidence<'_>,
+    options: &JointOptions,
+) -> Result<Option<DeviceJoint>> {
+    if !on_device::serves(hessian, options) {
+        return Ok(None);
+    }
+    let _span = tracing::debug_span!("joint").entered();
+    let flat = checked(name, weight, hessian, factors, evidence, options)?;
+    on_device::solve(name, (flat, &weight.size()), hessian, factors, evidence, options).map(Some)
+}
+
+/// The flat weight [o, d], once the other arguments of [`joint`] are known to belong to it.
+fn checked(
+    name: &str,
+    weight: &Tensor,
+    hessian: &Hessian,
+    factors: &JointFactors,
+    evidence: &LayerEvidence<'_>,
+    options: &JointOptions,
+) -> Result<Tensor> {
+    let flat = flat_for(weight, hessian)?;
+    if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
+        return Err(Error::State(format!("`{name}`: factors of another Hessian, dampening or order")));
+    }
+    if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
+        return Err(Error::State(format!("`{name}`: the output residual and the Hessian were made of different samples")));
+    }
+    Ok(flat)
 }
 
 /// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its

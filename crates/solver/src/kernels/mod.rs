@@ -1,9 +1,13 @@
-//! CUDA kernels: the steps of the solver that go column by column, and exact palettes.
+//! CUDA kernels: the steps of the solver that go column by column, conjugate gradients, and exact
+//! palettes.
 //!
 //! They are compiled for the GPU at hand when they are first needed, by the NVRTC that comes with
-//! libtorch, and run on libtorch's stream: the device's default stream.
+//! libtorch, and run on libtorch's stream of the thread: the device's default stream, or one of
+//! [`on_own_stream`].
 
+mod descent;
 mod palettes;
+mod stream;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -13,10 +17,13 @@ use cudarc::nvrtc::{CompileError, Ptx, compile_ptx};
 use squeeze_base::error::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::descent::Descent;
 pub(crate) use self::palettes::Groups;
+pub use self::stream::on_own_stream;
 
 /// The kernels' source.
-const SOURCE: &str = concat!(include_str!("half.cu"), include_str!("rows.cu"), include_str!("palettes.cu"));
+const SOURCE: &str =
+    concat!(include_str!("half.cu"), include_str!("rows.cu"), include_str!("descent.cu"), include_str!("palettes.cu"));
 
 /// The largest number of columns of a block.
 pub(crate) const MOST_COLUMNS: i64 = 128;
@@ -29,6 +36,13 @@ pub(crate) fn takes_groups_of(m: usize) -> bool {
     m > 0 && (LANES as usize).is_multiple_of(m)
 }
 
+/// Whether a device has kernels, with which one layer is solved as fast as several in a batch. A
+/// CPU has none and needs none.
+#[must_use]
+pub fn has_kernels(device: Device) -> bool {
+    Kernels::of(device).is_some()
+}
+
 /// The number of rows of a thread block.
 const ROWS: u32 = 4;
 
@@ -38,6 +52,7 @@ pub(crate) struct Kernels {
     stream: Arc<CudaStream>,
     sweep: CudaFunction,
     polish: CudaFunction,
+    descend: CudaFunction,
     count_values: CudaFunction,
     collect_values: CudaFunction,
     cut_values: CudaFunction,
@@ -82,6 +97,7 @@ impl Kernels {
             stream: context.default_stream(),
             sweep: function("sweep")?,
             polish: function("polish")?,
+            descend: function("descend")?,
             count_values: function("count_values")?,
             collect_values: function("collect_values")?,
             cut_values: function("cut_values")?,
@@ -174,7 +190,8 @@ impl Kernels {
 
     /// Launches a kernel whose arguments are pointers, then numbers, on `blocks` of `threads`.
     fn start(&self, function: &CudaFunction, pointers: &[u64], numbers: &[Number], blocks: [u32; 2], threads: u32) -> Result<()> {
-        let mut launch = self.stream.launch_builder(function);
+        let own = stream::current();
+        let mut launch = own.as_ref().unwrap_or(&self.stream).launch_builder(function);
         for pointer in pointers {
             launch.arg(pointer);
         }
@@ -274,7 +291,7 @@ mod tests {
         match compile() {
             Ok(ptx) => {
                 let ptx = String::from_utf8_lossy(ptx.as_bytes().unwrap()).into_owned();
-                for kernel in ["sweep", "polish", "count_values", "collect_values", "cut_values", "look_up"] {
+                for kernel in ["sweep", "polish", "descend", "count_values", "collect_values", "cut_values", "look_up"] {
                     assert!(ptx.contains(&format!(".entry {kernel}")), "{kernel}");
                 }
             }

@@ -4,6 +4,7 @@ use squeeze_base::error::Result;
 use tch::{Kind, Tensor};
 
 use super::problem::{Problem, row_dots};
+use crate::kernels::{Descent, Kernels};
 use crate::matrix::copy;
 
 /// The state of the masked least-squares solve: weights, gradient and mask, [o, d] each. The
@@ -25,7 +26,7 @@ impl<'a> MaskedLeastSquares<'a> {
     pub(super) fn new(problem: &'a Problem<'a>, weight: &Tensor, keep: &Tensor) -> Result<Self> {
         let weight = copy(weight)?;
         let gradient = problem.part.product(&weight.f_sub(&problem.original)?)?;
-        Ok(MaskedLeastSquares { problem, weight, gradient, mask: keep.f_to_kind(Kind::Float)? })
+        Ok(MaskedLeastSquares { problem, weight, gradient, mask: keep.f_to_kind(Kind::Float)?.f_contiguous()? })
     }
 
     /// A copy in new memory.
@@ -58,28 +59,49 @@ impl<'a> MaskedLeastSquares<'a> {
         let _span = tracing::debug_span!("conjugate gradients").entered();
         let (mut direction, mut before) = self.downhill()?;
         let _ = direction.f_neg_()?;
-        let mut left = self.losses()?.f_sum(Kind::Double)?;
+        let kernels = Kernels::of(direction.device());
+        let mut left = self.losses()?.f_sum(Kind::Double)?.f_double_value(&[])?;
         for step in 1..=steps {
             let product = self.problem.part.product(&direction)?;
-            let length = share(&before, &row_dots(&direction, &product)?)?;
-            let of_rows = length.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
-            let _ = self.weight.f_addcmul_(&of_rows, &direction)?;
-            let _ = self.gradient.f_addcmul_(&of_rows, &product)?;
+            let lower = match &kernels {
+                Some(kernels) => self.step_by_kernel(kernels, &direction, &product, &before)?,
+                None => self.step(&mut direction, &product, &mut before)?,
+            };
             drop(product);
             if step == steps {
                 break;
             }
-            let lower = length.f_mul(&before)?.f_sum(Kind::Double)?;
-            left = left.f_sub(&lower)?;
-            if lower.f_sub(&left.f_mul_scalar(least_gain)?)?.f_double_value(&[])? < 0.0 {
+            let lower = lower.f_sum(Kind::Double)?.f_double_value(&[])?;
+            left -= lower;
+            if lower < left * least_gain {
                 break;
             }
-            let (next, now) = self.downhill()?;
-            let keep_on = share(&now, &before)?.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
-            direction = direction.f_mul_(&keep_on)?.f_sub_(&next)?;
-            before = now;
         }
         Ok(())
+    }
+
+    /// A step along `direction`, whose product with H is `product`. `before` is the dot product of
+    /// the gradient with the conditioned gradient for each row; both are those of the next step
+    /// afterwards. Returns by how much the step has lowered the objective of each row.
+    fn step(&mut self, direction: &mut Tensor, product: &Tensor, before: &mut Tensor) -> Result<Tensor> {
+        let length = share(before, &row_dots(direction, product)?)?;
+        let of_rows = length.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
+        let _ = self.weight.f_addcmul_(&of_rows, direction)?;
+        let _ = self.gradient.f_addcmul_(&of_rows, product)?;
+        let lower = length.f_mul(before)?;
+        let (next, now) = self.downhill()?;
+        let keep_on = share(&now, before)?.f_to_kind(Kind::Float)?.f_unsqueeze(1)?;
+        *direction = direction.f_mul_(&keep_on)?.f_sub_(&next)?;
+        *before = now;
+        Ok(lower)
+    }
+
+    /// [`step`](Self::step) by a kernel.
+    fn step_by_kernel(&self, kernels: &Kernels, direction: &Tensor, product: &Tensor, before: &Tensor) -> Result<Tensor> {
+        let lower = before.f_empty_like()?;
+        let state = Descent { weight: &self.weight, gradient: &self.gradient, direction, before, lower: &lower };
+        kernels.descend(&state, product, &self.mask, &self.problem.conditioner)?;
+        Ok(lower)
     }
 
     /// The gradient of the kept weights divided by the diagonal of H, and its dot product with the

@@ -28,7 +28,7 @@ use super::exact;
 use super::factors::JointFactors;
 use super::options::{JointOptions, along_outputs};
 use super::outcome::{Joint, LEAST_STEP_GAIN, LayerEvidence, best_of, first_mask};
-use crate::Hessian;
+use crate::{Hessian, Note};
 use host::{bools, on_host};
 use least_squares::MaskedLeastSquares;
 use problem::Problem;
@@ -47,6 +47,49 @@ fn takes(hessian: &Hessian, options: &JointOptions) -> bool {
     hessian.groups() == 1 && are_plain && options.effort.palette_steps == 0
 }
 
+/// The result of [`joint_on_device`](super::joint_on_device): that of [`joint`](super::joint()), with
+/// matrices on the weight's device.
+#[derive(Debug)]
+pub struct DeviceJoint {
+    /// The weight [o, d], fp16; zero where pruned.
+    pub weight: Tensor,
+    /// The kept elements [o, d], bool; `None` if the options have no pruning.
+    pub mask: Option<Tensor>,
+    /// Palettes without indices, and the indices [o, d], u8, if the options have palettes.
+    pub palettized: Option<(Palettized, Tensor)>,
+    /// As in [`Joint`].
+    pub pruned_loss: Option<f64>,
+    /// As in [`Joint`].
+    pub loss: f64,
+    /// As in [`Joint`].
+    pub sequential_loss: f64,
+    /// As in [`Joint`].
+    pub target: Option<Tensor>,
+    /// As in [`Joint`].
+    pub notes: Vec<Note>,
+}
+
+impl DeviceJoint {
+    /// The result on the host.
+    pub(super) fn into_joint(self) -> Result<Joint> {
+        let DeviceJoint { weight, mask, palettized, pruned_loss, loss, sequential_loss, target, notes } = self;
+        let palettized = match palettized {
+            None => None,
+            Some((palettized, indices)) => Some(Palettized { indices: Vec::try_from(&on_host(&indices)?)?, ..palettized }),
+        };
+        Ok(Joint {
+            weight: Vec::try_from(&on_host(&weight)?)?,
+            mask: mask.as_ref().map(bools).transpose()?,
+            palettized,
+            pruned_loss,
+            loss,
+            sequential_loss,
+            target,
+            notes,
+        })
+    }
+}
+
 /// [`joint`](super::joint()) of the flat weight [o, d], which is on the Hessian's device, of a
 /// layer with a weight of `shape`.
 pub(super) fn solve(
@@ -56,7 +99,7 @@ pub(super) fn solve(
     factors: &JointFactors,
     evidence: &LayerEvidence<'_>,
     options: &JointOptions,
-) -> Result<Joint> {
+) -> Result<DeviceJoint> {
     let mut notes = factors.notes().to_vec();
     let mut problem = Problem::new(factors, &flat)?;
     let mut target = None;
@@ -118,16 +161,11 @@ pub(super) fn solve(
     let keep =
         if worse && options.effort.exchange_turns > 0 { first_keep } else { problem.keep.as_ref().map(Tensor::shallow_clone) };
     let Solution { weight, palettized, loss } = solution;
-    let palettized = match palettized {
-        None => None,
-        Some((palettized, indices)) => {
-            Some(Palettized { indices: Vec::try_from(&on_host(&problem.natural(&indices)?)?)?, ..palettized })
-        }
-    };
-    Ok(Joint {
-        weight: Vec::try_from(&on_host(&problem.natural(&weight)?)?)?,
-        mask: keep.as_ref().map(bools).transpose()?,
-        palettized,
+    let palettized = palettized.map(|(palettized, indices)| Ok::<_, Error>((palettized, problem.natural(&indices)?)));
+    Ok(DeviceJoint {
+        weight: problem.natural(&weight)?,
+        mask: keep,
+        palettized: palettized.transpose()?,
         pruned_loss,
         loss: loss.bare,
         sequential_loss,

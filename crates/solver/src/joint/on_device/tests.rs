@@ -60,7 +60,8 @@ fn the_tensor_form_finds_what_the_solver_for_cpus_finds() {
                 false => LayerEvidence::default(),
             };
             let theirs = joint("a", &weight, &hessian, &factors, &evidence, &options).unwrap();
-            let ours = solve("a", (weight.shallow_clone(), &weight.size()), &hessian, &factors, &evidence, &options).unwrap();
+            let ours = solve("a", (weight.shallow_clone(), &weight.size()), &hessian, &factors, &evidence, &options);
+            let ours = ours.unwrap().into_joint().unwrap();
             let what = format!("{sparsity:?}, {palettize:?}, evidence {with_evidence}");
             let near = |a: f64, b: f64| (a / b - 1.0).abs() < 0.01;
             assert!(
@@ -106,7 +107,8 @@ fn weights_that_their_palettes_hold_stay_as_they_are() {
     let options = JointOptions::new(None, Some(palettes(BitWidth::One, 8)));
     let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
     let evidence = LayerEvidence { residual: Some(&residual), held_out: None };
-    let solved = solve("a", (weight.shallow_clone(), &[8, 60]), &hessian, &factors, &evidence, &options).unwrap();
+    let solved = solve("a", (weight.shallow_clone(), &[8, 60]), &hessian, &factors, &evidence, &options);
+    let solved = solved.unwrap().into_joint().unwrap();
     let theirs = joint("a", &weight, &hessian, &factors, &evidence, &options).unwrap();
     assert_eq!(solved.weight, theirs.weight);
     let other = JointOptions { effort: squeeze_codebook::Effort { palette_steps: 1, ..options.effort }, ..options };
