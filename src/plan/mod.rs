@@ -198,7 +198,6 @@ impl Plan {
                 schedule.stops[index].work.carried_bytes = carried_bytes;
                 work += schedule.stops[index].work;
             }
-            work.loaded_bytes += outline.loaded_bytes(&schedule.stops[range.clone()]);
         }
         let mut call = Work::default();
         if let Some(calls) = &calls {
@@ -213,6 +212,10 @@ impl Plan {
             .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
         let payload_bytes = size.bytes + dense.map(|tensor| 2 * tensor.numel()).sum::<u64>();
         let largest_part = parts.iter().map(|sketch| sketch.resident_bytes).max().unwrap_or(0);
+        let keeps_parts = memory.device != Device::Cpu && schedule.peak_bytes() + networks * largest_part <= memory.usable();
+        for (outline, range) in outlines.iter().zip(ranges) {
+            work.loaded_bytes += outline.loaded_bytes(&schedule.stops[range], keeps_parts);
+        }
         let largest_carry = outlines.iter().map(largest).max().unwrap_or(0);
         // Within a transformer a carry has tokens too, as many as its features; their files stay
         // until others replace them.
@@ -258,7 +261,7 @@ impl Plan {
             host_bytes,
             drawing_bytes,
             batch_bytes: memory.batch,
-            keeps_parts: memory.device != Device::Cpu && schedule.peak_bytes() + networks * largest_part <= memory.usable(),
+            keeps_parts,
             carry_bytes: largest_carry,
             peak_bytes: schedule.peak_bytes(),
             disk: Disk {

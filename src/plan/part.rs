@@ -311,16 +311,14 @@ impl Outline<'_> {
         (self.networks() * passes) as f64 * (layers * calls.count.div_ceil(self.joined as usize)) as f64
     }
 
-    /// Bytes of weights that are loaded for `stops` of the part. A stage whose Hessians are
-    /// gathered at once is loaded for each pass and to be left, and its weights are read once more
-    /// to be solved.
-    pub(super) fn loaded_bytes(&self, stops: &[Stop]) -> f64 {
-        let passes = stops.iter().filter(|stop| matches!(stop.gather, Gather::Samples(_))).count() as u64;
-        let times = if self.runs_block_by_block() || passes == 0 {
-            self.networks() * (1 + stops.iter().filter(|stop| stop.unloads).count() as u64)
-        } else {
-            self.networks() * (passes + 1) + 1
-        };
+    /// Bytes of weights that are loaded for `stops` of the part: once, and again where the part has
+    /// left the device. A part that does not stay while its layers are solved is loaded for each
+    /// pass and to be left, and its weights are read once more to be solved.
+    pub(super) fn loaded_bytes(&self, stops: &[Stop], keeps_parts: bool) -> f64 {
+        let count = |is_one: &dyn Fn(&&Stop) -> bool| stops.iter().filter(is_one).count() as u64;
+        let passes = count(&|stop| matches!(stop.gather, Gather::Samples(_)));
+        let times =
+            if self.runs_block_by_block() || passes == 0 || keeps_parts { 1 + count(&|stop| stop.unloads) } else { passes + 2 };
         (times * self.resident_bytes) as f64
     }
 
