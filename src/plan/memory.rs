@@ -41,9 +41,6 @@ pub const CUDA_CONTEXT: u64 = 640 << 20;
 /// allocator that are too small for what is asked for.
 const CUDA_WORKSPACES: u64 = 384 << 20;
 
-/// The most bytes of a batch of layers; larger ones are no faster.
-const BATCH: u64 = 2 << 30;
-
 /// Finished layers that wait to be written.
 pub const WAITING: u64 = 64 << 20;
 
@@ -51,6 +48,8 @@ impl Memory {
     /// For activations of this dtype on `device`.
     #[must_use]
     pub fn new(budget: u64, kind: Kind, device: Device) -> Self {
+        /// Larger batches are no faster.
+        const BATCH: u64 = 2 << 30;
         let batch = if device == Device::Cpu { 0 } else { BATCH.min(budget / 8) };
         let host = if device.is_cuda() { waiting_room() } else { 0 };
         let element_bytes = kind.elt_size_in_bytes() as u64;
@@ -66,12 +65,6 @@ impl Memory {
     /// Bytes in which a GPU encodes texts; 0 on other devices.
     pub(crate) fn encoding_bytes(&self) -> u64 {
         if self.device.is_cuda() { self.program() + self.encoders } else { 0 }
-    }
-
-    /// The same memory with another limit.
-    pub(super) fn with_budget(self, budget: u64) -> Self {
-        let batch = if self.batch > 0 { BATCH.min(budget / 8) } else { 0 };
-        Memory { budget, batch, ..self }
     }
 
     /// Bytes of the program on the device.

@@ -125,21 +125,21 @@ impl Plan {
         let ways = [CarriesIn::Memory, CarriesIn::Host, CarriesIn::Files];
         let ways = ways.into_iter().filter(|carries| *carries != CarriesIn::Host || memory.host > 0);
         let ways: Vec<(CarriesIn, bool)> = ways.flat_map(|carries| waits.iter().map(move |waits| (carries, *waits))).collect();
-        let plans = |budget: u64| {
-            let one =
-                move |&(carries, hessians_wait): &_| attempt(Memory { hessians_wait, ..memory.with_budget(budget) }, carries);
+        let plans = |memory: Memory| {
+            let one = move |&(carries, hessians_wait): &_| attempt(Memory { hessians_wait, ..memory }, carries);
             ways.iter().map(one)
         };
-        let (plans_that_fit, mut refused) =
-            (plans(memory.budget).filter_map(Result::ok), plans(memory.budget).filter_map(Result::err));
         // Loading a part again takes about as long as a pass. Of equal plans the first is the
         // fastest.
-        if let Some(best) = plans_that_fit.min_by_key(|plan| plan.passes() + plan.unloads()) {
+        let best = |memory| plans(memory).filter_map(Result::ok).min_by_key(|plan| plan.passes() + plan.unloads());
+        // Layers that a GPU solves at once are worth more than a few passes.
+        let alone = Memory { batch: 0, ..memory };
+        if let Some(best) = best(memory).or_else(|| if memory.batch > 0 { best(alone) } else { None }) {
             return Ok(best);
         }
-        let why = refused.next_back().expect("there is a way, and it does not fit");
+        let why = plans(alone).filter_map(Result::err).last().expect("there is a way, and it does not fit");
         // The least that works, to a MiB; carries in files take the least.
-        let enough = |budget: u64| plans(budget).rev().take(waits.len()).any(|plan| plan.is_ok());
+        let enough = |budget: u64| plans(Memory { budget, ..alone }).rev().take(waits.len()).any(|plan| plan.is_ok());
         let (mut low, mut high) = (memory.budget >> 20, 1 << 26);
         while low + 1 < high {
             let middle = (low + high) / 2;

@@ -174,13 +174,28 @@ fn encoding_and_drawing_have_to_fit_a_card_too() {
 
 #[test]
 fn hessians_wait_where_this_saves_passes_or_memory() {
+    let unet = UnetChain::new(UnetConfig::parse(Preset::SdxlBase.unet_config()).unwrap());
+    let config = RunConfig::read(&repo("configs/squeeze-s40-4bit-gs16.yaml")).unwrap();
+    let recipes = Recipe::new(&config, &unet).unwrap().layers;
+    let calls = Calls { count: 32, batch: 2, height: 64, width: 64, text: 77 };
+    let plan =
+        |gib: u64, host: u64| Plan::new(&unet, &recipes, Sequencing::Stage, Some(calls), gpu(gib << 30, host << 30), &|_| 2);
+    assert!(!plan(70, 200).unwrap().hessians_wait);
+    let mut saves = 0;
+    for gib in 8..16 {
+        let (without, with) = (plan(gib, 0), plan(gib, 200));
+        let Ok(with) = with else { continue };
+        assert!(with.peak_bytes <= gib << 30 && (with.host_bytes > 0) == (with.hessians_wait || with.carries == CarriesIn::Host));
+        match without {
+            Ok(without) => {
+                assert!(!without.hessians_wait && with.passes() + with.unloads() <= without.passes() + without.unloads());
+                saves += usize::from(with.passes() < without.passes() && with.hessians_wait);
+            }
+            Err(_) => saves += usize::from(with.hessians_wait),
+        }
+    }
+    assert!(saves > 0);
     let plan = |gib: u64, host: u64| plan_of_sdxl("tutorial-s40-4bit-gs16", 128, gpu(gib << 30, host << 30));
-    let ample = plan(70, 0).unwrap();
-    assert!(!ample.hessians_wait);
-    let [without, with] = [0, 200].map(|host| plan(8, host).unwrap());
-    assert!(!without.hessians_wait && with.hessians_wait, "{} and {} passes", without.passes(), with.passes());
-    assert!(ample.passes() <= with.passes() && with.passes() < without.passes());
-    assert!(with.host_bytes > 0 && with.peak_bytes <= 8 << 30);
     // What is too little is refused with the least that does.
     for host in [0, 200] {
         let refused = plan(1, host).unwrap_err();
