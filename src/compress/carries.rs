@@ -143,8 +143,9 @@ impl Carries {
                 let back = |stored: &Stored| stored.back(away.device);
                 let absent = row.residuals.len() - away.residuals.unwrap_or(usize::MAX).min(row.residuals.len());
                 let residual = |(number, stored): (usize, &Stored)| {
-                    // No operation takes two dimensions for an image's four.
-                    let nothing = || Ok(Tensor::f_empty([0, 0], (Kind::Float, away.device))?);
+                    // No operation takes two dimensions for an image's four, and fp16 is not
+                    // converted where activations go beyond it.
+                    let nothing = || Ok(Tensor::f_empty([0, 0], (Kind::Half, away.device))?);
                     if number < absent { nothing() } else { back(stored) }
                 };
                 Carry {
