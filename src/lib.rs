@@ -94,11 +94,14 @@ pub mod synth;
 pub use sdxl_model::{self as model, checkpoint};
 pub use sdxl_pipeline::{self as pipeline, picture};
 pub use squeeze_base::{Bug, Error, Mistake, Place, Result, pattern, progress};
-// The modules that are hidden from the documentation are public for the command line.
+// The modules that are hidden from the documentation are public for the command line, and
+// `allow_tf32` for a bench.
 #[doc(hidden)]
 pub use squeeze_base::{input, memory, number, output};
 pub use squeeze_codebook as codebook;
 pub use squeeze_container as container;
 pub use squeeze_coreml as coreml;
+#[doc(hidden)]
+pub use squeeze_numerics::allow_tf32;
 pub use squeeze_numerics::{Numerics, device, init, random};
 pub use squeeze_solver as solver;

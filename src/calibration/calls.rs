@@ -36,13 +36,13 @@ impl Calls {
 
     /// The number of calls that go through the stages as one batch on `device`. Several small calls
     /// are joined, because starting an operation would cost more than computing it; a GPU needs
-    /// larger batches to be busy, but no fewer than sixteen of them, of which one is held out.
+    /// larger batches to be busy, but no fewer than twelve of them, of which one is held out.
     /// `numel` is the size of the first carry for a batch of one.
     #[must_use]
     pub fn joined(&self, numel: i64, device: Device) -> usize {
         let (enough, most) = match device {
             Device::Cpu => (1 << 19, 16),
-            _ => (1 << 26, (self.count as i64 / 16).clamp(1, 64)),
+            _ => (1 << 26, (self.count as i64 / 12).clamp(1, 64)),
         };
         (enough / (self.batch * numel).max(1)).clamp(1, most) as usize
     }

@@ -59,7 +59,9 @@ pub fn calibrate(
         Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
     };
     drop(loading);
-    record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)
+    let mut samples = record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)?;
+    samples.notes.extend(unet.beyond_half().into_iter().map(|note| format!("calibration runs: {note}")));
+    Ok(samples)
 }
 
 /// Bytes of the activations while a GPU draws samples, in batches of its own: some four times the

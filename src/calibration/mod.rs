@@ -13,7 +13,7 @@ pub(crate) use draw::drawing_activations;
 pub use draw::{calibrate, defaults, encoder_bytes, expected_calls, hint, scheduler, settings};
 pub(crate) use hold_out::is_held_out;
 pub(crate) use pictures::PicturesInTurn;
-pub use record::{PromptSet, encode, record};
+pub use record::{PromptSet, encode, prompts_together, record};
 use sdxl_model::unet::Conditioning;
 use squeeze_base::error::Result;
 use squeeze_numerics::device::Placement;

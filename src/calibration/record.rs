@@ -2,7 +2,7 @@
 
 use sdxl_model::scheduler::{Scheduler, SchedulerConfig};
 use sdxl_model::unet::{Conditioning, Unet};
-use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, Predictor, PromptEncoder, PromptOptions};
+use sdxl_pipeline::{Denoised, Guidance, PipelineFolder, PromptEncoder, PromptOptions};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::device::Placement;
@@ -72,6 +72,23 @@ impl PromptSet {
         let guidance = Guidance::encode(encoder, folder, prompt, negative, self.guidance, self.size)?;
         Ok(Guidance { rescale: self.guidance_rescale, ..guidance })
     }
+
+    /// The guidances of several prompts, which are encoded in one batch.
+    ///
+    /// # Errors
+    /// If one cannot be encoded.
+    pub fn guidances_of(&self, prompts: &[&str], folder: &PipelineFolder, encoder: &PromptEncoder) -> Result<Vec<Guidance>> {
+        let negative = self.negative_prompt.as_deref();
+        let guidances = Guidance::encode_all(encoder, folder, prompts, negative, self.guidance, self.size)?;
+        Ok(guidances.into_iter().map(|guidance| Guidance { rescale: self.guidance_rescale, ..guidance }).collect())
+    }
+}
+
+/// The number of prompts that are encoded in one batch: on a CPU one. It does not depend on the
+/// memory, because a batch of another size has another rounding.
+#[must_use]
+pub fn prompts_together(device: Device) -> usize {
+    if device == Device::Cpu { 1 } else { 64 }
 }
 
 /// The guidance of every prompt, after which the encoders are not needed any more.
@@ -85,11 +102,18 @@ pub fn encode(
     progress: &dyn Progress,
 ) -> Result<Vec<Guidance>> {
     let task = Task::begin(progress, "encoding", "prompts", set.prompts.len());
-    let one = |prompt: &String| {
-        task.advance(prompt);
-        set.guidance_of(prompt, folder, encoder)
-    };
-    set.prompts.iter().map(one).collect()
+    let mut guidances = Vec::with_capacity(set.prompts.len());
+    for prompts in set.prompts.chunks(prompts_together(encoder.placement().device)) {
+        prompts.iter().for_each(|prompt| task.advance(prompt));
+        match prompts {
+            [prompt] => guidances.push(set.guidance_of(prompt, folder, encoder)?),
+            prompts => {
+                let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+                guidances.extend(set.guidances_of(&prompts, folder, encoder)?);
+            }
+        }
+    }
+    Ok(guidances)
 }
 
 /// Runs every prompt through the dense pipeline and keeps `wanted` calls of

@@ -87,7 +87,7 @@ pub(super) struct Args {
     /// Share of noise that each step of DDIM or TCD adds
     #[arg(long, value_name = "ETA", default_value_t = 0.0, allow_negative_numbers = true)]
     eta: f64,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Where to compute: cpu, cuda, cuda:N or mps
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     /// Precision: f32, f16 or bf16 (the VAE always decodes in f32)

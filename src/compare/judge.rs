@@ -12,8 +12,8 @@ use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_w
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
 use squeeze_numerics::random::Generator;
-use squeeze_numerics::sum;
-use tch::{Kind, Tensor};
+use squeeze_numerics::sum::{self, sum_kind};
+use tch::Tensor;
 
 use crate::calibration::{PicturesInTurn, PromptSet, Sample, spread};
 
@@ -156,8 +156,8 @@ impl Judge {
             let (dense_stage, new_stage) = (spec.load(dense)?, spec.load(new)?);
             let (mut off, mut all) = (0.0, 0.0);
             for (dense_carry, new_carry) in dense_carries.iter_mut().zip(&mut new_carries) {
-                *dense_carry = dense_stage.forward(dense_carry.shallow_clone(), &mut Unobserved)?;
-                *new_carry = new_stage.forward(new_carry.shallow_clone(), &mut Unobserved)?;
+                *dense_carry = dense_stage.forward_in_range(dense_carry.shallow_clone())?;
+                *new_carry = new_stage.forward_in_range(new_carry.shallow_clone())?;
                 off += squares(&new_carry.hidden_states.f_sub(&dense_carry.hidden_states)?)?;
                 all += squares(&dense_carry.hidden_states)?;
             }
@@ -203,9 +203,9 @@ impl Judge {
     }
 }
 
-/// Sum of squares, in fp64.
+/// Sum of squares, in fp64 where the device has it.
 fn squares(tensor: &Tensor) -> Result<f64> {
-    sum::squares(&tensor.f_to_kind(Kind::Double)?)
+    sum::squares(&tensor.f_to_kind(sum_kind(tensor.device()))?)
 }
 
 /// A UNet that keeps some of its calls with their outputs.

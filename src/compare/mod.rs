@@ -60,10 +60,10 @@ pub fn compare(
     let placement = options.placement();
     let weights = folder.unet_weights()?;
     let source = weights.source(placement);
-    let judge = {
+    let (judge, warnings) = {
         let encoder = judged.encoder(folder, placement)?;
         let unet = Unet::resident(folder.unet.clone(), source, progress)?;
-        Judge::record(folder, &encoder, &unet, judged, held_out, progress)?
+        (Judge::record(folder, &encoder, &unet, judged, held_out, progress)?, unet.beyond_half())
     };
     let dense_pictures: Vec<_> = judge.pictures().cloned().collect();
     let dense =
@@ -83,13 +83,14 @@ pub fn compare(
         // A peak that cannot be reset would be that of the entries before this one.
         let own_peak = memory::reset_peak();
         let start = Instant::now();
-        let report = run(prepared, samples, progress)?;
+        let mut report = run(prepared, samples, progress)?;
         let cost = Cost { seconds: start.elapsed().as_secs_f64(), peak_bytes: memory::peak().filter(|_| own_peak) };
         // Judged on the stored weights, read back.
         let container = Container::open(prepared.path())?;
         let stored = sdxl_pipeline::UnetWeights::from(&container).source(placement);
         let unet = Unet::resident(folder.unet.clone(), stored, progress)?;
         let measured = judge.measure(folder, &unet, progress)?;
+        report.notes.extend(unet.beyond_half().into_iter().map(|note| format!("judged runs: {note}")));
         drop(unet);
         let stages = judge.stage_errors(&folder.unet, &source, &stored)?;
         let compressed_weight_bytes = container.layers().map(|layer| layer.bytes).sum();
@@ -113,7 +114,7 @@ pub fn compare(
             .collect(),
         dense,
         rows,
-        warnings: Vec::new(),
+        warnings,
         how: how(set, judge.held_out()),
     })
 }

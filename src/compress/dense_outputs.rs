@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use sdxl_model::{Layer, Observer};
 use squeeze_base::error::{Error, Result};
+use squeeze_numerics::finite::are_finite;
 use tch::Tensor;
 
 /// An observer that keeps the outputs of some layers, each with the residual that the network adds
@@ -35,6 +36,16 @@ impl DenseOutputs {
     /// Whether every output has been taken.
     pub(super) fn is_empty(&self) -> bool {
         self.outputs.is_empty()
+    }
+
+    /// Puts back an output that was taken.
+    pub(super) fn put_back(&mut self, layer: &str, output: Tensor) {
+        self.outputs.insert(layer.to_owned(), output);
+    }
+
+    /// Whether all outputs are finite. The device is waited for.
+    pub(super) fn are_finite(&self) -> Result<bool> {
+        are_finite(self.outputs.values())
     }
 
     fn has(&self, layer: &Layer) -> bool {

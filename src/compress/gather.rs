@@ -1,11 +1,12 @@
 //! Gathers Hessians while calibration samples run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sdxl_model::{Layer, LayerInput, Observer};
 use squeeze_base::error::{Error, Result};
+use squeeze_numerics::finite::is_finite;
 use squeeze_solver::{Hessian, OutputResidual, WaitingHessian};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::dense_outputs::{DenseOutputs, with_residual};
 use crate::geometry::input_geometry;
@@ -34,8 +35,17 @@ pub struct Gatherer {
     targets: DenseOutputs,
     /// The layers under way that have a dense target.
     under_way: BTreeMap<String, UnderWay>,
+    /// What the checked call under way has added so far; `None` if the call is not checked.
+    checked: Option<Seen>,
     /// Whether a forward ends as soon as nothing is left to be seen.
     ends_early: bool,
+}
+
+/// The parts of a call that the sums have.
+#[derive(Debug, Default)]
+struct Seen {
+    inputs: BTreeSet<LayerInput>,
+    outputs: BTreeSet<String>,
 }
 
 /// A layer that is about to compute its output.
@@ -81,6 +91,18 @@ impl Gatherer {
     /// where they have a dense target, have been seen.
     pub(super) fn ending_early(self) -> Self {
         Gatherer { ends_early: true, ..self }
+    }
+
+    /// Begins a call of which nothing is added that is not finite, on any device: such a forward
+    /// ends with [`Error::NotFinite`]. A forward of the same call can then take its place, which
+    /// adds what the first one did not.
+    pub(super) fn begin_checked(&mut self) {
+        self.checked = Some(Seen::default());
+    }
+
+    /// Ends the checked call.
+    pub(super) fn end_checked(&mut self) {
+        self.checked = None;
     }
 
     /// Sets the weight of the next sample.
@@ -186,7 +208,8 @@ impl Gatherer {
     }
 
     fn has_target(&self, layer: &Layer) -> bool {
-        self.held_out_vectors.is_none() && self.corrections.contains_key(layer.name())
+        let is_known = self.checked.as_ref().is_some_and(|seen| seen.outputs.contains(layer.name()));
+        self.held_out_vectors.is_none() && !is_known && self.corrections.contains_key(layer.name())
     }
 
     fn end_if(&self, nothing_is_left: bool) -> Result<()> {
@@ -197,16 +220,29 @@ impl Gatherer {
 impl Observer for Gatherer {
     fn input(&mut self, layer: &Layer, input: &Tensor) -> Result<()> {
         let Some((first, hessian)) = self.hessians.get_mut(layer.input()) else { return Ok(()) };
-        if let (true, Some(vectors)) = (first == layer.name(), self.held_out_vectors) {
+        let is_known = self.checked.as_ref().is_some_and(|seen| seen.inputs.contains(layer.input()));
+        let is_added = first == layer.name() && !is_known;
+        let is_checked = self.checked.is_some();
+        if let (true, Some(vectors)) = (is_added, self.held_out_vectors) {
+            if is_checked {
+                check_finite(layer, "input", input)?;
+            }
             let new = hessian.some_vectors(input, vectors).map_err(Error::layer(layer.name()))?;
             let all = match self.held_out.get(layer.input()) {
                 Some(old) => Tensor::f_cat(&[old, &new], 0)?,
                 None => new,
             };
             self.held_out.insert(layer.input().clone(), all);
-        } else if first == layer.name() {
+        } else if is_added {
             let weighted = self.weight.map(|weight| input.f_mul_scalar(weight.sqrt())).transpose()?;
-            hessian.add(weighted.as_ref().unwrap_or(input)).map_err(Error::layer(layer.name()))?;
+            let vectors = weighted.as_ref().unwrap_or(input);
+            if is_checked {
+                check_finite(layer, "input", vectors)?;
+            }
+            hessian.add(vectors).map_err(Error::layer(layer.name()))?;
+        }
+        if let (true, Some(seen)) = (is_added, &mut self.checked) {
+            seen.inputs.insert(layer.input().clone());
         }
         if self.has_target(layer) {
             self.under_way.entry(layer.name().to_owned()).or_default().input = Some(input.shallow_clone());
@@ -228,7 +264,24 @@ impl Observer for Gatherer {
         let UnderWay { input, residual } = self.under_way.remove(layer.name()).expect("a layer's input precedes its output");
         let input = input.expect("a layer's input precedes its output");
         let mut target = self.targets.take(layer.name()).expect("the dense network has run the same layers before");
-        let mut output_residual = target.f_sub_(&with_residual(output, residual.as_ref())?)?;
+        let ours = with_residual(output, residual.as_ref())?;
+        let mut output_residual = match &mut self.checked {
+            None => target.f_sub_(&ours)?,
+            Some(seen) => {
+                let wide = || target.f_to_kind(Kind::Float)?.f_sub(&ours.f_to_kind(Kind::Float)?);
+                let mut difference = if target.f_kind()? == ours.f_kind()? { target.f_sub(&ours)? } else { wide()? };
+                // Two numbers of fp16 may have a difference that is beyond it.
+                if !is_finite(&difference)? {
+                    difference = wide()?;
+                }
+                if let Err(why) = check_finite(layer, "output", &difference) {
+                    self.targets.put_back(layer.name(), target);
+                    return Err(why);
+                }
+                seen.outputs.insert(layer.name().to_owned());
+                difference
+            }
+        };
         if let Some(weight) = self.weight {
             output_residual = output_residual.f_mul_scalar_(weight)?;
         }
@@ -236,4 +289,13 @@ impl Observer for Gatherer {
         correction.add(&input, &output_residual).map_err(Error::layer(layer.name()))?;
         self.end_if(self.targets.is_empty())
     }
+}
+
+/// Checks that a layer's input or output is finite. The device is waited for.
+fn check_finite(layer: &Layer, what: &str, tensor: &Tensor) -> Result<()> {
+    if is_finite(tensor)? {
+        return Ok(());
+    }
+    let problem = format!("the layer's {what} has NaN or infinite values in it");
+    Err(Error::layer(layer.name())(Error::NotFinite(problem)))
 }

@@ -24,6 +24,7 @@ mod job;
 mod kept;
 mod layer;
 mod one_layer;
+mod overflows;
 mod part;
 mod prepare;
 mod problem;

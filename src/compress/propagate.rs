@@ -1,13 +1,13 @@
 //! Sending the carries of all devices through the loaded part.
 
 use sdxl_model::unet::Scope;
-use sdxl_model::{Layer, LayerInput, Unobserved};
+use sdxl_model::{Layer, LayerInput};
 use squeeze_base::allocator;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::finite::is_finite;
 
-use super::forward::{forward, observe};
+use super::forward::{self, forward};
 use super::gather::Gatherer;
 use super::shard::DeviceShard;
 use super::teacher::Advances;
@@ -75,7 +75,8 @@ fn gather_on(shard: &mut DeviceShard, request: GatherRequest<'_>, batch: Batch<'
             gatherer.set_targets(outputs);
             multiply_adds += more;
         }
-        multiply_adds += observe(shard.part(), request.scope, shard.carries.get(index)?, &mut gatherer)?;
+        let carry = shard.carries.get(index)?;
+        multiply_adds += forward::gather(shard.part(), request.scope, carry, &mut gatherer, &shard.overflows)?;
         batch.done()?;
     }
     if let Some(teacher) = &mut shard.teacher {
@@ -106,7 +107,7 @@ pub(super) fn advance(
             if let Some(teacher) = shard.teacher.as_mut().filter(|_| teacher_lags) {
                 multiply_adds += teacher.advance(index, scope)?;
             }
-            let (after, more) = forward(shard.part(), scope, shard.carries.get(index)?, &mut Unobserved)?;
+            let (after, more) = forward(shard.part(), scope, shard.carries.get(index)?, &shard.overflows)?;
             multiply_adds += more;
             if !is_finite(after.tokens.as_ref().unwrap_or(&after.hidden_states))? {
                 return Err(Error::NotFinite(format!("the output of `{part}`, compressed, has NaN or infinity in it")));

@@ -107,7 +107,8 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
         Some(_) => run.captions(&recipe.layers)?,
         None => Gatherer::default(),
     };
-    compress(&run.job(&source, &recipe.layers, &plan), captions, &mut workspace, progress)?;
+    let statistics = compress(&run.job(&source, &recipe.layers, &plan), captions, &mut workspace, progress)?;
+    run.notes.extend(statistics.overflows);
 
     let (chain, unet_config) = (&folder.unet, folder.unet_config());
     let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, settings: config.to_json(), sources };

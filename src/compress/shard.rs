@@ -13,6 +13,7 @@ use tch::{Device, Tensor};
 
 use super::carries::Carries;
 use super::job::Model;
+use super::overflows::Overflows;
 use super::teacher::Teacher;
 use super::workspace::Workspace;
 use crate::plan::CarriesIn;
@@ -26,6 +27,8 @@ pub(super) struct DeviceShard {
     pub teacher: Option<Teacher>,
     /// How many vectors of a held-out batch are kept.
     pub held_out_vectors: i64,
+    /// The units whose activations were beyond fp16.
+    pub overflows: Overflows,
     part: Option<Part>,
     /// The layers of the part that have their stored weights.
     installed: BTreeSet<String>,
@@ -61,9 +64,16 @@ impl DeviceShard {
             weights: Vec::new(),
             teacher,
             held_out_vectors,
+            overflows: Overflows::default(),
             part: None,
             installed: BTreeSet::new(),
         })
+    }
+
+    /// Sentences about the units whose activations were beyond fp16.
+    pub(super) fn overflow_notes(&self) -> BTreeSet<String> {
+        let of_dense = self.teacher.iter().flat_map(|teacher| teacher.overflows.notes());
+        of_dense.map(|note| format!("dense network: {note}")).chain(self.overflows.notes()).collect()
     }
 
     /// Adds the first carry of a batch of samples, and that of the dense network.

@@ -1,6 +1,6 @@
 //! Counts of what a run computed, in the terms of its plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sdxl_model::unet::PartName;
 use sdxl_model::{Layer, Observer};
@@ -12,6 +12,8 @@ use tch::Tensor;
 pub struct Statistics {
     /// The parts that samples have run through.
     pub parts: BTreeMap<PartName, PartStatistics>,
+    /// Sentences about the units whose activations were beyond fp16.
+    pub overflows: BTreeSet<String>,
 }
 
 /// Counts of the passes and multiply-adds in one part.

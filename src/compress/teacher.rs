@@ -1,24 +1,26 @@
 //! The dense network that runs beside the compressed one, where layers are fitted to its outputs.
 
-use sdxl_model::Unobserved;
 use sdxl_model::unet::{Part, Scope};
 use squeeze_base::error::Result;
 
 use super::carries::Carries;
 use super::dense_outputs::DenseOutputs;
-use super::forward::{forward, observe};
+use super::forward::{dense_outputs, forward};
+use super::overflows::Overflows;
 
 /// The dense network on one device, with its own carries of the device's samples.
 pub(super) struct Teacher {
     pub carries: Carries,
     pub part: Option<Part>,
+    /// The units whose activations were beyond fp16.
+    pub overflows: Overflows,
     /// Whether its carries have already passed the block that the compressed network is in.
     is_ahead: bool,
 }
 
 impl Teacher {
     pub(super) fn new(carries: Carries) -> Self {
-        Teacher { carries, part: None, is_ahead: false }
+        Teacher { carries, part: None, overflows: Overflows::default(), is_ahead: false }
     }
 
     fn part(&self) -> &Part {
@@ -34,19 +36,12 @@ impl Teacher {
         layers: &[String],
         advances: Advances,
     ) -> Result<(DenseOutputs, f64)> {
-        let mut outputs = DenseOutputs::of(layers.to_vec());
         let carry = self.carries.get(index)?;
-        let multiply_adds = match advances {
-            Advances::No => {
-                outputs = outputs.ending_early();
-                observe(self.part(), scope, carry, &mut outputs)?
-            }
-            Advances::Yes => {
-                let (after, multiply_adds) = forward(self.part(), scope, carry, &mut outputs)?;
-                self.carries.replace(index, after)?;
-                multiply_adds
-            }
-        };
+        let advances = advances == Advances::Yes;
+        let (outputs, after, multiply_adds) = dense_outputs(self.part(), scope, carry, layers, advances, &self.overflows)?;
+        if let Some(after) = after {
+            self.carries.replace(index, after)?;
+        }
         Ok((outputs, multiply_adds))
     }
 
@@ -65,7 +60,7 @@ impl Teacher {
 
     /// Sends the carry `index` through `scope`; returns multiply-adds.
     pub(super) fn advance(&mut self, index: usize, scope: Scope) -> Result<f64> {
-        let (after, multiply_adds) = forward(self.part(), scope, self.carries.get(index)?, &mut Unobserved)?;
+        let (after, multiply_adds) = forward(self.part(), scope, self.carries.get(index)?, &self.overflows)?;
         self.carries.replace(index, after)?;
         Ok(multiply_adds)
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::thread::{Scope, ScopedJoinHandle};
 
 use squeeze_base::error::Result;
+use squeeze_solver::ready_for_threads;
 use tch::Device;
 
 use super::problem::{Problem, Solved};
@@ -47,6 +48,7 @@ impl Team<'_> {
             }
             return Ok(());
         }
+        self.devices.iter().try_for_each(|device| ready_for_threads(*device))?;
         std::thread::scope(|scope| {
             let mut under_way = VecDeque::new();
             let mut failed = None;

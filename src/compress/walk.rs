@@ -169,7 +169,8 @@ impl<'a> Walk<'a> {
     }
 
     /// The counts of the run so far.
-    pub(super) fn into_statistics(self) -> Statistics {
+    pub(super) fn into_statistics(mut self) -> Statistics {
+        self.statistics.overflows.extend(self.shards.iter().flat_map(DeviceShard::overflow_notes));
         self.statistics
     }
 

@@ -107,7 +107,7 @@ keys! {
         /// Tensors of the LoRAs to leave out: an expression for whole names. Without it a tensor
         /// that matches no module is an error.
         LORA_IGNORE: String = ("lora_ignore", kinds::PATTERN, Preset::Absent("none"), flag Flag::new("lora-ignore", "REGEX"));
-        /// Where to compute: cpu, cuda or cuda:N, or several with commas.
+        /// Where to compute: cpu, cuda, cuda:N or mps, or several with commas.
         DEVICE: String = ("device", kinds::DEVICES, Preset::Text("cpu"), flag Flag::new("device", "DEVICE"));
         /// Precision of activations. Hessians are fp32 in any case.
         DTYPE: String = ("dtype", kinds::DTYPE, Preset::Text("f32"), flag Flag::new("dtype", "DTYPE"));

@@ -118,8 +118,8 @@ pub(super) const PATTERN: Kind<String> = kind!(Text, "a regular expression", { "
 
 pub(super) const DEVICES: Kind<String> = kind!(
     Text,
-    "`cpu`, `cuda`, `cuda:N`",
-    { "type": "string", "pattern": "^\\s*(cpu|cuda|cuda:[0-9]+)\\s*(,\\s*(cpu|cuda|cuda:[0-9]+)\\s*)*$" },
+    "`cpu`, `cuda`, `cuda:N`, `mps`",
+    { "type": "string", "pattern": "^\\s*(cpu|cuda|cuda:[0-9]+|mps)\\s*(,\\s*(cpu|cuda|cuda:[0-9]+|mps)\\s*)*$" },
     |node| limits::device(text(node)?)
 );
 

@@ -102,11 +102,11 @@ pub(super) fn whole_groups(NmRatio { n, m }: NmRatio, block: usize) -> Checked<(
 /// A device's name. Whether this machine has the device is checked when a run begins.
 pub(super) fn device(name: &str) -> Checked<String> {
     let numbered = |name: &str| name.strip_prefix("cuda:").is_some_and(|index| index.parse::<u16>().is_ok());
-    let known = |name: &str| matches!(name, "cpu" | "cuda") || numbered(name);
+    let known = |name: &str| matches!(name, "cpu" | "cuda" | "mps") || numbered(name);
     if name.split(',').all(|name| known(name.trim())) {
         Ok(name.to_owned())
     } else {
-        Err("must be cpu, cuda or cuda:N, or several of them with commas".into())
+        Err("must be cpu, cuda, cuda:N or mps, or several of them with commas".into())
     }
 }
 

@@ -35,8 +35,8 @@ pub struct ModelSection {
     /// A regular expression for whole names of tensors in the LoRAs that are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_ignore: Option<String>,
-    /// cpu, cuda or cuda:N, or several with commas. Whether this machine has them is checked by the
-    /// run.
+    /// cpu, cuda, cuda:N or mps, or several with commas. Whether this machine has them is
+    /// checked by the run.
     pub device: String,
     /// The precision of the UNet's runs: f32, f16 or bf16.
     pub dtype: String,

@@ -20,8 +20,9 @@ use sdxl_squeeze::solver::{
 use tch::{Device, Kind, Tensor};
 
 use crate::memory::waiting_changes_no_byte;
+use crate::overflow::scaled;
 use crate::squeeze::Squeeze;
-use crate::support::{emoji, relative_error, tensors};
+use crate::support::{emoji, relative_error, report, tensors};
 
 /// Returns whether there is a GPU. If there is none, the function says so on standard error, where
 /// it is visible even if the output of passing tests is captured.
@@ -67,6 +68,54 @@ fn a_gpu_draws_what_the_cpu_draws() {
         .succeeds();
     let error = relative_error(&tensors(&latents)["latents"], &final_latents(Device::Cpu));
     assert!(error < 1e-3, "{error}");
+}
+
+#[test]
+fn a_gpu_encodes_many_prompts_as_the_cpu_encodes_each() {
+    if !has_gpu("a_gpu_encodes_many_prompts_as_the_cpu_encodes_each") {
+        return;
+    }
+    let folder = PipelineFolder::open(&emoji()).unwrap();
+    let encoder = |device| PromptEncoder::load(&folder, Placement { device, kind: Kind::Float }).unwrap();
+    let (gpu, cpu) = (encoder(Device::Cuda(0)), encoder(Device::Cpu));
+    let prompts: Vec<String> = (0..130).map(|number| format!("a picture of {number} owls")).collect();
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let all = Guidance::encode_all(&gpu, &folder, &prompts, None, 4.0, (64, 64)).unwrap();
+    for (ours, prompt) in all.iter().zip(prompts) {
+        let single = Guidance::encode(&cpu, &folder, prompt, None, 4.0, (64, 64)).unwrap();
+        let (ours, theirs) = (&ours.conditioning, &single.conditioning);
+        let here = |tensor: &Tensor| tensor.to_device(Device::Cpu);
+        assert!(relative_error(&here(&ours.encoder_hidden_states), &theirs.encoder_hidden_states) < 1e-4, "{prompt}");
+        assert!(relative_error(&here(&ours.text_embeds), &theirs.text_embeds) < 1e-4, "{prompt}");
+    }
+}
+
+#[test]
+fn a_gpu_computes_in_bf16_what_is_beyond_fp16() {
+    if !has_gpu("a_gpu_computes_in_bf16_what_is_beyond_fp16") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let model = scaled(folder.path(), 1e5);
+    let run = |name: &str, dtype: &str| {
+        let out = folder.path().join(name);
+        let run = Squeeze::new("compress").config("squeeze-s40-4bit-gs16").model(&model).out(&out).samples(32, 4);
+        run.args(["--device", "cuda", "--dtype", dtype]).succeeds();
+        out
+    };
+    let (first, second, wide) = (run("first", "f16"), run("second", "f16"), run("wide", "f32"));
+    assert!(container(&first) == container(&second), "another run, other bytes");
+    let notes = report(&first)["notes"].to_string();
+    assert!(notes.contains("the activations of `down_blocks.1.resnets.0") && notes.contains("computes in bf16"), "{notes}");
+    assert!(!report(&wide)["notes"].to_string().contains("beyond fp16"));
+    let mean = |out: &Path| {
+        let report = report(out);
+        let errors = report["layers"].as_array().unwrap().iter().filter_map(|layer| layer["errors"]["output"].as_f64());
+        let errors: Vec<f64> = errors.collect();
+        errors.iter().sum::<f64>() / errors.len() as f64
+    };
+    let ratio = mean(&first) / mean(&wide);
+    assert!((0.9..1.1).contains(&ratio), "{ratio}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use tch::{Kind, Tensor};
 
 use crate::architectures::{GUIDANCE, PROMPT, SEED, STEPS, checker, golden, pipeline};
 use crate::squeeze::Squeeze;
-use crate::support::repo;
+use crate::support::{relative_error, repo};
 
 fn request(image: Option<ImageRequest>) -> GenerateRequest {
     GenerateRequest {
@@ -206,6 +206,37 @@ fn long_prompts_in_pieces() {
     assert!((second - empty).abs().max().double_value(&[]) > 0.1);
     let drawn = draw(&folder, &GenerateRequest { prompt: text, ..request(None) });
     assert_eq!(drawn.latents.kind(), Kind::Float);
+}
+
+#[test]
+fn prompts_of_a_batch_have_the_states_of_single_ones() {
+    let long = "the cat and the dog sat on a red mat, ".repeat(12);
+    let prompts = ["a cat", &long, "", "the dog and two cats on a mat", "a cat"];
+    for model in [repo("tests/golden/base-like"), repo("models/emoji-sdxl")] {
+        let folder = PipelineFolder::open(&model).unwrap();
+        for (options, negative, scale) in [
+            (PromptOptions::default(), None, 4.0),
+            (PromptOptions { clip_skip: 1, long_prompts: true }, Some("a dog"), 4.0),
+            (PromptOptions { clip_skip: 0, long_prompts: true }, None, 1.0),
+        ] {
+            let encoder = PromptEncoder::load(&folder, Placement::CPU).unwrap().with_options(options);
+            let all = Guidance::encode_all(&encoder, &folder, &prompts, negative, scale, (64, 64)).unwrap();
+            assert_eq!(all.len(), prompts.len());
+            for (batched, prompt) in all.iter().zip(prompts) {
+                let single = Guidance::encode(&encoder, &folder, prompt, negative, scale, (64, 64)).unwrap();
+                assert_eq!(batched.scale, single.scale);
+                let (ours, theirs) = (&batched.conditioning, &single.conditioning);
+                for (ours, theirs) in [
+                    (&ours.encoder_hidden_states, &theirs.encoder_hidden_states),
+                    (&ours.text_embeds, &theirs.text_embeds),
+                    (&ours.time_ids, &theirs.time_ids),
+                ] {
+                    let error = relative_error(ours, theirs);
+                    assert!(error < 1e-5, "`{prompt}`, {options:?}: {error}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

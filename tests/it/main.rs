@@ -23,6 +23,7 @@ mod lora;
 mod matrices;
 mod memory;
 mod outputs;
+mod overflow;
 mod palettes;
 mod pipelines;
 mod plan;

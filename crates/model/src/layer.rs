@@ -159,7 +159,10 @@ impl Layer {
 
     pub(super) fn forward(&self, input: &Tensor, observer: &mut dyn Observer) -> Result<Tensor> {
         observer.input(self, input)?;
-        let (weight, bias) = (self.weight.f_to_kind(input.f_kind()?)?, self.bias.as_ref());
+        let kind = input.f_kind()?;
+        let weight = self.weight.f_to_kind(kind)?;
+        let bias = self.bias.as_ref().map(|bias| bias.f_to_kind(kind)).transpose()?;
+        let bias = bias.as_ref();
         let output = match self.operation {
             Operation::Linear => linear(input, &weight, bias)?,
             Operation::Conv2d(geometry) if geometry == ConvGeometry::new(1, 0) && weight.size().ends_with(&[1, 1]) => {

@@ -129,7 +129,9 @@ pub(super) struct GroupNorm {
 
 impl GroupNorm {
     pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(input.f_group_norm(self.groups, Some(&self.weight), Some(&self.bias), self.eps, true)?)
+        let kind = input.f_kind()?;
+        let (weight, bias) = (self.weight.f_to_kind(kind)?, self.bias.f_to_kind(kind)?);
+        Ok(input.f_group_norm(self.groups, Some(&weight), Some(&bias), self.eps, true)?)
     }
 }
 
@@ -143,7 +145,9 @@ pub(super) struct LayerNorm {
 
 impl LayerNorm {
     pub(crate) fn forward(&self, input: &Tensor) -> Result<Tensor> {
-        Ok(input.f_layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.eps, true)?)
+        let kind = input.f_kind()?;
+        let (weight, bias) = (self.weight.f_to_kind(kind)?, self.bias.f_to_kind(kind)?);
+        Ok(input.f_layer_norm(weight.size(), Some(&weight), Some(&bias), self.eps, true)?)
     }
 }
 

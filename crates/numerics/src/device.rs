@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use squeeze_base::error::{Error, Result};
 use squeeze_base::shorten::shorten;
-use tch::{Cuda, Device, Kind};
+use tch::{Cuda, Device, Kind, Tensor};
 
 /// The device of a part of a model, and the dtype that it computes in.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,7 +20,7 @@ impl Placement {
     pub const CPU: Placement = Placement { device: Device::Cpu, kind: Kind::Float };
 }
 
-/// Reads a device name: `cpu`, `cuda` (the first GPU) or `cuda:N`.
+/// Reads a device name: `cpu`, `cuda` (the first GPU), `cuda:N`, or `mps` (Apple's GPU, by Metal).
 ///
 /// # Errors
 /// [`Error::Argument`] for another name, and for a GPU that this machine or this libtorch does not
@@ -28,10 +28,15 @@ impl Placement {
 pub fn parse_device(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
+        "mps" if tch::utils::has_mps() => return Ok(Device::Mps),
+        "mps" => {
+            let why = "this libtorch computes on no GPU of Apple's; that of a Mac with an M chip and macOS 12.3 or later does";
+            return Err(Error::Argument(format!("device `mps` is not there: {why}")));
+        }
         "cuda" => 0,
         _ => match name.strip_prefix("cuda:").and_then(|n| n.parse::<u16>().ok()) {
             Some(index) => usize::from(index),
-            None => return Err(Error::Argument(format!("unknown device `{}` (known: cpu, cuda, cuda:N)", shorten(name)))),
+            None => return Err(Error::Argument(format!("unknown device `{}` (known: cpu, cuda, cuda:N, mps)", shorten(name)))),
         },
     };
     match cuda_devices() {
@@ -60,6 +65,26 @@ pub fn cuda_devices() -> Result<usize, &'static str> {
     count.as_ref().map(|count| *count).map_err(String::as_str)
 }
 
+/// The dtype for activations beyond fp16: bf16, with the range of fp32 and the memory of fp16, or
+/// fp32 where the device does not compute in bf16.
+#[must_use]
+pub fn beyond_half(device: Device) -> Kind {
+    let computes_in_bf16 = || -> Result<()> {
+        let ones = Tensor::f_ones([1, 1, 2, 2], (Kind::BFloat16, device))?;
+        let convolved = ones.f_conv2d(&ones, None::<&Tensor>, [1, 1], [0, 0], [1, 1], 1)?;
+        let _ = ones.f_flatten(0, 2)?.f_mm(&ones.f_flatten(0, 1)?.f_reshape([2, 2])?)?;
+        // A device that only fails later fails here.
+        convolved.f_double_value(&[0, 0, 0, 0])?;
+        Ok(())
+    };
+    match device {
+        Device::Cpu => Kind::BFloat16,
+        Device::Cuda(_) if computes_in_bf16().is_ok() => Kind::BFloat16,
+        // Metal has bf16 only on newer systems, and fallbacks to the CPU for some operations of it.
+        Device::Cuda(_) | Device::Mps | Device::Vulkan => Kind::Float,
+    }
+}
+
 /// Loads libtorch's CUDA backend, which registers itself with the libtorch that is already there.
 fn load_cuda() -> Result<(), libloading::Error> {
     // SAFETY: the library comes from the rpath or the folder that this process's own libtorch comes
@@ -84,7 +109,9 @@ pub fn free_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => squeeze_base::memory::available(),
         Device::Cuda(index) => cuda_memory(index).map(|[free, _]| free),
-        _ => None,
+        // The GPU of a Mac has no memory of its own.
+        Device::Mps => squeeze_base::memory::available(),
+        Device::Vulkan => None,
     }
 }
 
@@ -93,7 +120,17 @@ pub fn free_memory(device: Device) -> Option<u64> {
 pub fn total_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cuda(index) => cuda_memory(index).map(|[_, total]| total),
-        _ => None,
+        Device::Cpu | Device::Mps | Device::Vulkan => None,
+    }
+}
+
+/// Whether a device factors matrices. Metal's routines for that are recent and fewer, so factors
+/// are made on the CPU.
+#[must_use]
+pub fn factors_matrices(device: Device) -> bool {
+    match device {
+        Device::Cpu | Device::Cuda(_) => true,
+        Device::Mps | Device::Vulkan => false,
     }
 }
 
@@ -176,6 +213,18 @@ mod tests {
         }
         assert_eq!(parse_dtype("bf16").unwrap(), Kind::BFloat16);
         assert!(parse_dtype("int8").is_err());
+    }
+
+    #[test]
+    fn metal_is_named_and_factors_no_matrices() {
+        match parse_device("mps") {
+            Ok(device) => assert_eq!(device, Device::Mps),
+            Err(why) => assert!(why.to_string().contains("`mps` is not there: this libtorch computes on no GPU"), "{why}"),
+        }
+        assert!(parse_device("mps:0").unwrap_err().to_string().contains("known: cpu, cuda, cuda:N, mps"));
+        assert_eq!((beyond_half(Device::Mps), beyond_half(Device::Cpu)), (Kind::Float, Kind::BFloat16));
+        assert!(factors_matrices(Device::Cpu) && !factors_matrices(Device::Mps));
+        assert_eq!(free_memory(Device::Mps).is_some(), free_memory(Device::Cpu).is_some());
     }
 
     #[cfg(unix)]

@@ -1,7 +1,7 @@
 //! The check for NaN and infinity.
 
 use squeeze_base::error::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Whether all elements of `tensor` are finite. If their sum is finite, so are they, and one pass
 /// is enough.
@@ -11,6 +11,23 @@ pub fn is_finite(tensor: &Tensor) -> Result<bool> {
     }
     // The sum of large finite numbers may overflow.
     Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
+}
+
+/// Whether all elements of all `tensors`, which are on one device, are finite. A GPU is waited for
+/// once.
+///
+/// # Errors
+/// If libtorch refuses.
+pub fn are_finite<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<bool> {
+    let tensors: Vec<&Tensor> = tensors.into_iter().collect();
+    let each = || tensors.iter().try_fold(true, |all, tensor| Ok(all && is_finite(tensor)?));
+    match tensors.first() {
+        Some(first) if first.device() != Device::Cpu => {
+            let sums = tensors.iter().map(|tensor| Ok(tensor.f_sum(Kind::Float)?)).collect::<Result<Vec<_>>>()?;
+            if is_finite(&Tensor::f_stack(&sums, 0)?)? { Ok(true) } else { each() }
+        }
+        Some(_) | None => each(),
+    }
 }
 
 #[cfg(test)]
@@ -27,6 +44,8 @@ mod tests {
             }
             assert!(!finite(&[f32::INFINITY, f32::NEG_INFINITY], kind));
         }
+        let numbers = |last: f32| [Tensor::from_slice(&[1.0_f32, 2.0]), Tensor::from_slice(&[last])];
+        assert!(are_finite(&numbers(3.0)).unwrap() && !are_finite(&numbers(f32::NAN)).unwrap() && are_finite(&[]).unwrap());
         assert!(finite(&[f32::MAX; 9], Kind::Float), "finite numbers whose sum is not");
         assert!(finite(&[65504.0; 9], Kind::Half));
     }

@@ -11,4 +11,4 @@ mod settings;
 pub mod sum;
 pub mod waiting;
 
-pub use settings::{Numerics, init};
+pub use settings::{Numerics, allow_tf32, init};

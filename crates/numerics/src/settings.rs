@@ -46,13 +46,22 @@ pub fn init() -> Numerics {
     *REACHED.get_or_init(|| {
         allocator::reuse_large_blocks();
         let process = Library::this();
-        Numerics { tf32_is_off: tf32_off(&process).is_some(), mkl_is_strict: mkl_strict(&process) }
+        Numerics { tf32_is_off: set_tf32(&process, false).is_some(), mkl_is_strict: mkl_strict(&process) }
     })
 }
 
-/// `at::globalContext().setAllowTF32CuDNN(false)` and `.setAllowTF32CuBLAS(false)`: tch has no
+/// Allows TF32 for fp32 products and convolutions on a GPU, or forbids it again; false if this
+/// libtorch does not take the setting. Only for measurements of what it would cost: [`init`]
+/// forbids it.
+#[doc(hidden)]
+#[must_use]
+pub fn allow_tf32(allowed: bool) -> bool {
+    set_tf32(&Library::this(), allowed).is_some()
+}
+
+/// `at::globalContext().setAllowTF32CuDNN(allowed)` and `.setAllowTF32CuBLAS(allowed)`: tch has no
 /// function for them.
-fn tf32_off(process: &Library) -> Option<()> {
+fn set_tf32(process: &Library, allowed: bool) -> Option<()> {
     type Context = unsafe extern "C" fn() -> *mut c_void;
     type Set = unsafe extern "C" fn(*mut c_void, bool);
     // SAFETY: the names are those of C++ functions under the Itanium ABI that libtorch is built
@@ -64,8 +73,8 @@ fn tf32_off(process: &Library) -> Option<()> {
         let convolutions: Symbol<Set> = process.get(b"_ZN2at7Context17setAllowTF32CuDNNEb\0").ok()?;
         let products: Symbol<Set> = process.get(b"_ZN2at7Context18setAllowTF32CuBLASEb\0").ok()?;
         let context = context();
-        convolutions(context, false);
-        products(context, false);
+        convolutions(context, allowed);
+        products(context, allowed);
     }
     Some(())
 }
@@ -104,11 +113,12 @@ mod tests {
         assert_eq!(reached, Numerics { tf32_is_off: true, mkl_is_strict: true });
         assert_eq!(reached.note(), None);
         assert!(Numerics { mkl_is_strict: false, ..reached }.note().unwrap().contains("number of threads"));
-        // As libtorch itself sees it.
+        // As libtorch itself sees it. The bench allows TF32 and forbids it again.
+        assert!(allow_tf32(true) && allow_tf32(false));
         type Context = unsafe extern "C" fn() -> *mut c_void;
         type Get = unsafe extern "C" fn(*const c_void) -> bool;
         let process = Library::this();
-        // SAFETY: as in `tf32_off`; the getter is a const member function without arguments.
+        // SAFETY: as in `set_tf32`; the getter is a const member function without arguments.
         let allowed = unsafe {
             let context: Symbol<Context> = process.get(b"_ZN2at13globalContextEv\0").unwrap();
             let get: Symbol<Get> = process.get(b"_ZNK2at7Context15allowTF32CuBLASEv\0").unwrap();

@@ -7,10 +7,19 @@ use tch::{Device, Kind, Tensor};
 /// among its threads, but it splits neither a tensor of this size nor a row of a sum by rows.
 const PIECE: i64 = 8192;
 
-/// The sum of all elements, in fp64.
+/// The dtype in which a device adds up many numbers: fp64, or fp32 where it has no fp64, as Metal.
+#[must_use]
+pub fn sum_kind(device: Device) -> Kind {
+    match device {
+        Device::Cpu | Device::Cuda(_) => Kind::Double,
+        Device::Mps | Device::Vulkan => Kind::Float,
+    }
+}
+
+/// The sum of all elements, in fp64; in fp32 on a device without it.
 pub fn sum(tensor: &Tensor) -> Result<f64> {
     if tensor.device() != Device::Cpu {
-        return Ok(tensor.f_sum(Kind::Double)?.f_double_value(&[])?);
+        return Ok(tensor.f_sum(sum_kind(tensor.device()))?.f_double_value(&[])?);
     }
     let flat = tensor.f_reshape([-1])?;
     let count = flat.size1()?;
@@ -22,6 +31,12 @@ pub fn sum(tensor: &Tensor) -> Result<f64> {
         sum += Vec::<f64>::try_from(&pieces.f_to_device(Device::Cpu)?)?.into_iter().sum::<f64>();
     }
     Ok(sum)
+}
+
+/// The numbers of a tensor on any device, row by row, in fp64.
+pub fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    let here = tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+    Ok(Vec::try_from(&here.f_reshape([-1])?)?)
 }
 
 /// The sum of the elements' products, each product in the tensors' own dtype.
@@ -37,6 +52,13 @@ pub fn squares(tensor: &Tensor) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metal_is_asked_for_nothing_in_fp64() {
+        let kinds = [Device::Cpu, Device::Cuda(1), Device::Mps, Device::Vulkan].map(sum_kind);
+        assert_eq!(kinds, [Kind::Double, Kind::Double, Kind::Float, Kind::Float]);
+        assert_eq!(numbers(&Tensor::from_slice(&[1.5f32, -2.0]).view([2, 1])).unwrap(), [1.5, -2.0]);
+    }
 
     #[test]
     fn sums_are_right_and_the_same_on_any_number_of_threads() {

@@ -12,6 +12,7 @@ pub mod picture;
 mod picture_file;
 mod pieces;
 mod prompt;
+mod prompt_batch;
 mod prompt_options;
 mod sampling;
 mod single;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use sdxl_model::checkpoint::{Prefetched, TensorSource};
 use sdxl_model::text::{ClipText, ClipTokenizer};
 use sdxl_model::unet::{Conditioning, guidance_scale_embedding};
 use squeeze_base::error::{Error, Result};
@@ -16,11 +17,11 @@ use super::prompt_options::{PromptOptions, weight_in_brackets};
 /// The tokenizers and text encoders of a pipeline.
 #[derive(Debug)]
 pub struct PromptEncoder {
-    parts: Vec<(ClipTokenizer, ClipText)>,
+    pub(super) parts: Vec<(ClipTokenizer, ClipText)>,
     placement: Placement,
-    options: PromptOptions,
+    pub(super) options: PromptOptions,
     /// The fewest pieces in which a text is encoded.
-    least_pieces: usize,
+    pub(super) least_pieces: usize,
     /// Whether the log has said that weights in brackets are not interpreted.
     has_said: AtomicBool,
 }
@@ -45,7 +46,9 @@ impl PromptEncoder {
             .text_encoders
             .iter()
             .map(|part| {
-                let model = ClipText::load(&part.config, &folder.text_weights(part)?.source(placement))?;
+                let weights = folder.text_weights(part)?;
+                let load = |source: &dyn TensorSource| ClipText::load(&part.config, source);
+                let model = load(&Prefetched::for_network(&weights.source(placement), load)?)?;
                 Ok((folder.tokenizer(part)?, model))
             })
             .collect::<Result<_>>()?;
@@ -124,7 +127,7 @@ impl PromptEncoder {
     }
 
     /// Says once that weights in brackets are not interpreted, if a prompt looks as if it had some.
-    fn say_of_brackets(&self, text: &str) {
+    pub(super) fn say_of_brackets(&self, text: &str) {
         if let Some(part) = weight_in_brackets(text)
             && !self.has_said.swap(true, Ordering::Relaxed)
         {
@@ -157,7 +160,7 @@ impl PromptEncoder {
 }
 
 /// The ids of a text that is cut to one piece, which the log says.
-fn cut(tokenizer: &ClipTokenizer, text: &str) -> Result<Vec<i64>> {
+pub(super) fn cut(tokenizer: &ClipTokenizer, text: &str) -> Result<Vec<i64>> {
     let tokens = tokenizer.encode(text)?;
     if let Some(end) = tokens.dropped {
         tracing::warn!("the prompt is cut to {} tokens; not read: `{}`", tokenizer.length(), both_ends(&end));
@@ -233,10 +236,23 @@ impl Guidance {
         scale: f64,
         (height, width): (i64, i64),
     ) -> Result<Self> {
-        let placement = encoder.placement();
         let PromptOptions { clip_skip, .. } = encoder.options;
         let pieces = encoder.pieces(&[prompt, negative_prompt.unwrap_or_default()])?;
         let positive = encoder.encode_in_pieces(&[prompt], pieces, clip_skip)?;
+        let negative = |positive: &PromptEmbedding| encoder.negative(folder, negative_prompt, positive);
+        Self::of(folder, encoder.placement(), positive, &negative, scale, (height, width))
+    }
+
+    /// As [`encode`](Self::encode), for a prompt that is encoded already. `negative` gives the
+    /// encoded negative prompt where guidance needs it.
+    pub(super) fn of(
+        folder: &PipelineFolder,
+        placement: Placement,
+        positive: PromptEmbedding,
+        negative: &dyn Fn(&PromptEmbedding) -> Result<PromptEmbedding>,
+        scale: f64,
+        (height, width): (i64, i64),
+    ) -> Result<Self> {
         let ids = time_ids(folder, height, width, false, placement)?;
         let timestep_cond = embedded_scale(folder, scale, placement)?;
         if scale <= 1.0 || timestep_cond.is_some() {
@@ -248,7 +264,7 @@ impl Guidance {
             };
             return Ok(Guidance { conditioning, scale: None, rescale: 0.0, image_scale: None, image: None });
         }
-        let negative = encoder.negative(folder, negative_prompt, &positive)?;
+        let negative = negative(&positive)?;
         if folder.image_channels() == ImageChannels::Picture {
             let (states, pooled) = (&negative.states, &negative.pooled);
             let conditioning = Conditioning {

@@ -1,6 +1,5 @@
 //! The denoising loop.
 
-use sdxl_model::Unobserved;
 use sdxl_model::scheduler::Scheduler;
 use sdxl_model::unet::{Conditioning, Unet};
 use squeeze_base::error::{Error, Result};
@@ -23,7 +22,7 @@ pub trait Predictor {
 
 impl Predictor for Unet<'_> {
     fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
-        self.forward(sample, timestep, conditioning, &mut Unobserved)
+        Unet::predict(self, sample, timestep, conditioning)
     }
 }
 

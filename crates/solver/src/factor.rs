@@ -2,7 +2,8 @@
 //! for the change of another one.
 
 use squeeze_base::error::{Error, Result};
-use squeeze_numerics::finite::is_finite;
+use squeeze_numerics::device::factors_matrices;
+use squeeze_numerics::finite::{are_finite, is_finite};
 use squeeze_numerics::product::{product, subtract_product};
 use squeeze_numerics::sum::sum;
 use tch::{Device, Kind, Tensor};
@@ -125,9 +126,9 @@ impl Factor {
                 part(rows)?.f_copy_(&product(&corners[index], &sum)?.f_neg_()?)?;
             }
             let squares = solved.f_square()?.f_sum_dim_intlist([0_i64].as_slice(), false, Kind::Float)?;
-            diagonal.extend(to_vec(&squares)?);
+            diagonal.push(squares);
         }
-        Ok(diagonal)
+        to_vec(&Tensor::f_cat(&diagonal, 0)?)
     }
 
     /// Checks that the dampening is in range and the Hessian has inputs.
@@ -179,13 +180,17 @@ impl Factor {
             part.f_copy_(&diagonal.f_narrow(0, start, length)?)?;
             start += length;
         }
+        let device = triangle.device();
+        let mut triangle = triangle;
+        if !factors_matrices(device) {
+            triangle = triangle.to_device(Device::Cpu)?;
+        }
         if !factor(&triangle)? {
             return Ok(None);
         }
-        for index in 0..triangle.count() {
-            if !is_finite(triangle.panel(index))? {
-                return Ok(None);
-            }
+        let triangle = triangle.to_device(device)?;
+        if !are_finite((0..triangle.count()).map(|index| triangle.panel(index)))? {
+            return Ok(None);
         }
         let dead_columns = dead.f_sum(Kind::Int64)?.f_int64_value(&[])?.unsigned_abs();
         Ok(Some(Factor { triangle, dead, dead_columns, dampening, added }))
@@ -292,6 +297,9 @@ fn factor_in_place(h: &Tensor) -> Result<bool> {
 /// The inverse of an upper triangular R [n, n], with zeros below the diagonal. The entries of R
 /// there are not read.
 pub(super) fn inverse(r: &Tensor) -> Result<Tensor> {
+    if !factors_matrices(r.device()) {
+        return Ok(inverse(&r.f_to_device(Device::Cpu)?)?.f_to_device(r.device())?);
+    }
     let (size, smallest) = (r.size2()?.0, smallest(r.device()));
     if size <= smallest && r.device() == Device::Cpu {
         let inverse = leaf::inverse(&wide(r)?, size as usize);

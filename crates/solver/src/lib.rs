@@ -30,7 +30,7 @@ pub use factor::Factor;
 pub use geometry::{InputGeometry, Windows};
 pub use hessian::Hessian;
 pub use joint::{DeviceJoint, Joint, JointFactors, JointOptions, LayerEvidence, Order, has_whole, joint, joint_on_device};
-pub use kernels::{has_kernels, on_own_stream};
+pub use kernels::{has_kernels, on_own_stream, ready_for_threads};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;
 pub use output_error::{output_energies, output_energy, output_error};

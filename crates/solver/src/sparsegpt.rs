@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{NmRatio, PruneOptions, Sparsity};
 use squeeze_numerics::product::add_product;
-use squeeze_numerics::sum;
+use squeeze_numerics::sum::{self, sum_kind};
 use tch::{Device, Kind, Tensor};
 
 use super::factor::inverse;
@@ -139,7 +139,7 @@ fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) 
     let factors: Vec<&Factor> = layers.iter().map(|(_, _, factor)| *factor).collect();
     let mut quota = Quota::new(options.sparsity.share(originals.size3()?.2 as usize), true);
     let losses = prune_on_device((&originals, &new, &pruned), &factors, blocks(options), &mut quota)?;
-    let losses = Vec::<f64>::try_from(&losses.f_to_device(Device::Cpu)?)?;
+    let losses = sum::numbers(&losses)?;
     let mut all = Vec::with_capacity(layers.len());
     for (index, (loss, (weight, hessian, factor))) in (0..).zip(losses.into_iter().zip(layers)) {
         let mut notes = Vec::new();
@@ -281,7 +281,7 @@ fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>
 }
 
 /// [`prune_on_host`] by tensor operations, for weights on a GPU: for several layers at once, [l, o,
-/// d], and without transfers to the host. Returns the loss of each layer in fp64, on the device.
+/// d], and without transfers to the host. Returns the loss of each layer, on the device.
 fn prune_on_device(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factors: &[&Factor],
@@ -295,11 +295,12 @@ fn prune_on_device(
     };
     let dead = of_each(&|factor| Ok(factor.dead.shallow_clone()))?.f_unsqueeze(1)?;
     let added: Vec<f64> = factors.iter().map(|factor| factor.added).collect();
-    let added = Tensor::f_from_slice(&added)?.f_to_device(device)?;
+    let sums = sum_kind(device);
+    let added = Tensor::f_from_slice(&added)?.f_to_kind(sums)?.f_to_device(device)?;
     // The kernels choose n:m within 32 neighbouring columns.
     let kernels = Kernels::of(device).filter(|_| ratio.is_none_or(|(_, m)| kernels::takes_groups_of(m)));
-    let mut loss = Tensor::f_zeros([layers], (Kind::Double, device))?;
-    let energies = |tensor: &Tensor| tensor.f_square()?.f_sum_dim_intlist([1_i64, 2].as_slice(), false, Kind::Double);
+    let mut loss = Tensor::f_zeros([layers], (sums, device))?;
+    let energies = |tensor: &Tensor| tensor.f_square()?.f_sum_dim_intlist([1_i64, 2].as_slice(), false, sums);
     for panel in panels(d, columns.min(d as usize) as i64) {
         let (width, rest) = (panel.end - panel.start, d - panel.end);
         let rows = of_each(&|factor| factor.triangle.tail_of(panel.clone()))?;

@@ -53,15 +53,15 @@ impl Triangle {
         4 * numbers.sum::<i64>().unsigned_abs()
     }
 
-    /// The triangle times `factor`, in new memory.
-    pub(crate) fn scaled(&self, factor: f64) -> Result<Self> {
-        let panels = self.panels.iter().map(|panel| Ok(panel.f_mul_scalar(factor)?)).collect::<Result<_>>()?;
+    /// The triangle on `device`. One that is already there is not copied.
+    pub(crate) fn to_device(&self, device: Device) -> Result<Self> {
+        let panels = self.panels.iter().map(|panel| Ok(panel.f_to_device(device)?)).collect::<Result<_>>()?;
         Ok(Triangle { panels, ..*self })
     }
 
-    /// The triangle on `device`: the same tensors if they are there already.
-    pub(crate) fn to_device(&self, device: Device) -> Result<Self> {
-        let panels = self.panels.iter().map(|panel| Ok(panel.f_to_device(device)?)).collect::<Result<_>>()?;
+    /// The triangle times `factor`, in new memory.
+    pub(crate) fn scaled(&self, factor: f64) -> Result<Self> {
+        let panels = self.panels.iter().map(|panel| Ok(panel.f_mul_scalar(factor)?)).collect::<Result<_>>()?;
         Ok(Triangle { panels, ..*self })
     }
 

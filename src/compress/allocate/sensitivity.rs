@@ -125,8 +125,13 @@ fn backward(stage: &Part, carry: Carry, gradient: &mut Gradient, add: AddLayer<'
     let mut inputs = Vec::new();
     let mut carry = carry;
     for block in 0..stage.blocks() {
-        inputs.push(carry.shallow_clone());
-        carry = stage.forward(Scope::Block(block), carry, &mut Unobserved)?;
+        let mut after = stage.forward(Scope::Block(block), carry.shallow_clone(), &mut Unobserved)?;
+        if carry.kind()? == Kind::Half && !after.is_finite()? {
+            carry = carry.beyond_half()?;
+            after = stage.forward(Scope::Block(block), carry.shallow_clone(), &mut Unobserved)?;
+        }
+        inputs.push(carry);
+        carry = after.fitted()?;
     }
     drop(carry);
     for (block, carry) in inputs.into_iter().enumerate().rev() {

@@ -91,7 +91,7 @@ fn values_out_of_bounds() {
     wrong("calibration:\n  height: 512\n", 2, 11, &["`height` and `width` go together"]);
     wrong("calibration:\n  height: 512\n  width: 0\n", 3, 10, &["`width` must be between 1"]);
     wrong("palettize:\n  weight_threshold: -1\n", 2, 21, &["weight_threshold", "not -1"]);
-    wrong("model:\n  device: gpu\n", 2, 11, &["`device` must be cpu, cuda or cuda:N", "not `gpu`"]);
+    wrong("model:\n  device: gpu\n", 2, 11, &["`device` must be cpu, cuda, cuda:N or mps", "not `gpu`"]);
     wrong("model:\n  dtype: int8\n", 2, 10, &["`dtype` must be f32, f16 or bf16"]);
     wrong("palettize:\n  on_misfit: smaller_groups\n", 2, 14, &["smaller_group, dense, error", "perhaps `smaller_group`"]);
     wrong("prune:\n  algorithm: gptq\n", 2, 14, &["must be sparse_gpt, or magnitude, not `gptq`"]);

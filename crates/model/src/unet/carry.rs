@@ -85,6 +85,7 @@ impl Carry {
             .down_block_res_samples
             .pop()
             .ok_or_else(|| Error::internal("an up stage was given a carry without residuals: the stages ran out of order"))?;
+        let residual = residual.f_to_kind(self.hidden_states.f_kind()?)?;
         self.hidden_states = Tensor::f_cat(&[&self.hidden_states, &residual], 1)?;
         Ok(())
     }

@@ -154,6 +154,20 @@ impl InputBlock {
         self.time_embedding.forward(&times, &mut run)
     }
 
+    /// The embedding of timesteps `times` `[b]` and of the conditioning: [b, time_embed_dim] in
+    /// `kind`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn embed(&self, times: &Tensor, conditioning: &Conditioning, kind: Kind, observer: &mut dyn Observer) -> Result<Tensor> {
+        let temb = self.embed_times(times, conditioning.timestep_cond.as_ref(), kind, observer)?;
+        let mut run = Run::new(&self.layers, observer);
+        let ids = self.time_ids.of(&conditioning.time_ids.f_flatten(0, -1)?)?.f_reshape([times.size1()?, -1])?;
+        let text_embeds = conditioning.text_embeds.f_to_kind(ids.f_kind()?)?;
+        let added = Tensor::f_cat(&[text_embeds, ids], -1)?.f_to_kind(kind)?;
+        Ok(temb.f_add(&self.add_embedding.forward(&added, &mut run)?)?)
+    }
+
     /// Embeds noisy latents `sample` [b, c, h, w] at `timestep` (in training steps, 0 to 999).
     ///
     /// # Errors
@@ -168,14 +182,9 @@ impl InputBlock {
         let kind = sample.f_kind()?;
         let batch = sample.size4()?.0;
         let time = Tensor::f_full([batch], timestep, (Kind::Float, sample.device()))?;
-        let temb = self.embed_times(&time, conditioning.timestep_cond.as_ref(), kind, observer)?;
+        let temb = self.embed(&time, conditioning, kind, observer)?;
 
         let mut run = Run::new(&self.layers, observer);
-        let ids = self.time_ids.of(&conditioning.time_ids.f_flatten(0, -1)?)?.f_reshape([batch, -1])?;
-        let text_embeds = conditioning.text_embeds.f_to_kind(ids.f_kind()?)?;
-        let added = Tensor::f_cat(&[text_embeds, ids], -1)?.f_to_kind(kind)?;
-        let temb = temb.f_add(&self.add_embedding.forward(&added, &mut run)?)?;
-
         let centered = if self.center_input_sample { Some(sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?) } else { None };
         let hidden_states = run.layer(self.conv_in, centered.as_ref().unwrap_or(sample))?;
         Ok(Carry {

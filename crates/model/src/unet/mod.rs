@@ -1,9 +1,12 @@
 //! The UNet as a chain of stages.
 
+use std::cell::RefCell;
+
 mod carry;
 mod config;
 mod ends;
 mod part;
+mod range;
 mod stage;
 mod transformer;
 
@@ -12,15 +15,18 @@ pub use config::{Depth, MidBlock, UnetConfig};
 pub use ends::{Conditioning, InputBlock, InputBlockDependency, OutputBlock};
 pub use ends::{Sinusoids, guidance_scale_embedding};
 pub use part::{Part, PartName, Scope};
+use range::WideStages;
+pub use range::beyond_half_note;
 use squeeze_base::error::Result;
 use squeeze_base::pattern::NamePattern;
 use squeeze_base::progress::{Progress, Task};
+use squeeze_numerics::finite::is_finite;
 pub use stage::Resample;
 pub use stage::{Stage, StageName, StageSpec};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 pub use transformer::TransformerShape;
 
-use super::layer::Observer;
+use super::layer::{Observer, Unobserved};
 use crate::checkpoint::{Blueprint, Prefetched, TensorSource, TensorSpec};
 
 /// The UNet without weights: a list of its parts, in the order of execution.
@@ -106,6 +112,8 @@ pub struct Unet<'a> {
     input_block: InputBlock,
     stages: Stages<'a>,
     output_block: OutputBlock,
+    /// The stages whose activations were beyond fp16 in a call so far.
+    wide: RefCell<WideStages>,
 }
 
 /// The storage of a UNet's stages between two forward passes.
@@ -133,6 +141,7 @@ impl<'a> Unet<'a> {
             output_block: chain.load_output_block(&source)?,
             stages: Stages::Resident(stages),
             chain,
+            wide: RefCell::default(),
         })
     }
 
@@ -142,7 +151,8 @@ impl<'a> Unet<'a> {
     /// If a tensor is missing or misshapen.
     pub fn one_at_a_time(chain: UnetChain, source: impl TensorSource + 'a) -> Result<Self> {
         let (input_block, output_block) = (chain.load_input_block(&source)?, chain.load_output_block(&source)?);
-        Ok(Unet { input_block, output_block, stages: Stages::OneAtATime(Box::new(source)), chain })
+        let (stages, wide) = (Stages::OneAtATime(Box::new(source)), RefCell::default());
+        Ok(Unet { input_block, output_block, stages, chain, wide })
     }
 
     /// The architecture.
@@ -165,11 +175,68 @@ impl<'a> Unet<'a> {
     ) -> Result<Tensor> {
         let mut carry = self.input_block.forward(sample, timestep, conditioning, observer)?;
         for (index, spec) in self.chain.stages.iter().enumerate() {
-            carry = match &self.stages {
-                Stages::Resident(stages) => stages[index].forward(carry, observer)?,
-                Stages::OneAtATime(source) => spec.load(source.as_ref())?.forward(carry, observer)?,
-            };
+            carry = self.run_stage(index, spec, carry, observer)?;
         }
         self.output_block.forward(&carry, observer)
+    }
+
+    /// As [`forward`](Self::forward), unobserved and with care for fp16: where the prediction in
+    /// fp16 is not finite, each stage whose output is not finite is run again in bf16 (fp32 where
+    /// the device has no bf16), in this call and in all later ones, which the log says. One check
+    /// of the whole prediction waits for the device. A prediction that is not finite in a wider
+    /// dtype either is returned as it is.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+        let kind = sample.f_kind()?;
+        if kind != Kind::Half {
+            return self.forward(sample, timestep, conditioning, &mut Unobserved);
+        }
+        let prediction = self.predict_with(&mut self.wide.borrow().clone(), false, (sample, timestep, conditioning))?;
+        if is_finite(&prediction)? {
+            return Ok(prediction);
+        }
+        let mut wide = self.wide.borrow().clone();
+        let again = self.predict_with(&mut wide, true, (sample, timestep, conditioning))?;
+        if !is_finite(&again)? {
+            return Ok(prediction);
+        }
+        let known = self.beyond_half();
+        wide.notes().iter().filter(|note| !known.contains(note)).for_each(|note| tracing::warn!("{note}"));
+        self.wide.replace(wide);
+        Ok(again)
+    }
+
+    /// Sentences about the stages that compute in a wider dtype than fp16, because
+    /// [`predict`](Self::predict) found their activations beyond it.
+    pub fn beyond_half(&self) -> Vec<String> {
+        self.wide.borrow().notes()
+    }
+
+    /// The prediction with the stages of `wide` in their own dtypes, to which those are added that
+    /// need it if the outputs are `checked`.
+    fn predict_with(
+        &self,
+        wide: &mut WideStages,
+        checked: bool,
+        (sample, timestep, conditioning): (&Tensor, f64, &Conditioning),
+    ) -> Result<Tensor> {
+        let mut carry = self.input_block.forward(sample, timestep, conditioning, &mut Unobserved)?;
+        for (index, spec) in self.chain.stages.iter().enumerate() {
+            let run = |carry: Carry| self.run_stage(index, spec, carry, &mut Unobserved);
+            carry = match checked {
+                true => wide.run_checked(spec.name(), carry, &run)?,
+                false => wide.run(spec.name(), carry, &run)?,
+            };
+        }
+        Ok(self.output_block.forward(&carry, &mut Unobserved)?.f_to_kind(sample.f_kind()?)?)
+    }
+
+    fn run_stage(&self, index: usize, spec: &StageSpec, carry: Carry, observer: &mut dyn Observer) -> Result<Carry> {
+        match &self.stages {
+            Stages::Resident(stages) => stages[index].forward(carry, observer),
+            Stages::OneAtATime(source) => spec.load(source.as_ref())?.forward(carry, observer),
+        }
     }
 }

@@ -342,7 +342,9 @@ impl Stage {
         }
     }
 
-    /// Runs one unit. Running all units in order is [`forward`](Self::forward).
+    /// Runs one unit. Running all units in order is [`forward`](Self::forward). The unit computes
+    /// in the dtype of the carry's features, tokens before hidden states; weights, time embedding
+    /// and text states are converted to it.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and if there is no such unit.
@@ -355,7 +357,8 @@ impl Stage {
                 if let StageName::Up(_) = self.name {
                     carry.pop_residual()?;
                 }
-                let silu_temb = silu(&carry.temb)?;
+                // A unit computes in the dtype of the features that it is given.
+                let silu_temb = silu(&carry.temb.f_to_kind(carry.hidden_states.f_kind()?)?)?;
                 carry.hidden_states = self.resnets[i].forward(&carry.hidden_states, Some(&silu_temb), &mut run)?;
                 // With transformers, the residual is pushed after the transformer instead.
                 if self.transformers.is_empty() {
@@ -365,12 +368,13 @@ impl Stage {
             Unit::Begin(i) => carry.tokens = Some(self.transformers[i].begin(&carry.hidden_states, &mut run)?),
             Unit::Sublayer(i, block, sublayer) => {
                 let tokens = carry.tokens.take().ok_or_else(outside)?;
-                let text = &carry.encoder_hidden_states;
-                carry.tokens = Some(self.transformers[i].sublayer(block, sublayer, &tokens, text, &mut run)?);
+                let text = carry.encoder_hidden_states.f_to_kind(tokens.f_kind()?)?;
+                carry.tokens = Some(self.transformers[i].sublayer(block, sublayer, &tokens, &text, &mut run)?);
             }
             Unit::End(i) => {
                 let tokens = carry.tokens.take().ok_or_else(outside)?;
-                carry.hidden_states = self.transformers[i].end(&tokens, &carry.hidden_states, &mut run)?;
+                let input = carry.hidden_states.f_to_kind(tokens.f_kind()?)?;
+                carry.hidden_states = self.transformers[i].end(&tokens, &input, &mut run)?;
                 self.push(&mut carry);
             }
             Unit::Resample => match self.resampler {

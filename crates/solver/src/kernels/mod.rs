@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::descent::Descent;
 pub(crate) use self::palettes::Groups;
-pub use self::stream::on_own_stream;
+pub use self::stream::{on_own_stream, ready_for_threads};
 
 /// The kernels' source.
 const SOURCE: &str =

@@ -6,7 +6,8 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream};
-use tch::Device;
+use squeeze_base::error::Result;
+use tch::{Device, Kind, Tensor};
 
 thread_local! {
     /// The stream that the thread works on, where it is not the default one.
@@ -26,6 +27,21 @@ pub fn on_own_stream<T>(device: Device, work: impl FnOnce() -> T) -> T {
     let result = work();
     drop(lent);
     result
+}
+
+/// Makes a GPU ready for several threads. To be called before the first of them begins: libtorch
+/// loads its linear algebra with the first factorization, and refuses if two threads are first.
+///
+/// # Errors
+/// If libtorch refuses.
+pub fn ready_for_threads(device: Device) -> Result<()> {
+    static IS_READY: Mutex<bool> = Mutex::new(false);
+    let mut is_ready = IS_READY.lock().unwrap_or_else(PoisonError::into_inner);
+    if matches!(device, Device::Cuda(_)) && !*is_ready {
+        let _ = Tensor::f_eye(2, (Kind::Float, device))?.f_linalg_cholesky_ex(false, false)?;
+        *is_ready = true;
+    }
+    Ok(())
 }
 
 /// The stream that libtorch's operations of this thread run on, if it is not the default one.
@@ -128,5 +144,6 @@ mod tests {
     fn work_on_a_cpu_just_runs() {
         assert_eq!(on_own_stream(Device::Cpu, || 3), 3);
         assert!(current().is_none());
+        ready_for_threads(Device::Cpu).unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! Least-squares weights on a fixed mask.
 
 use squeeze_base::error::Result;
+use squeeze_numerics::sum::sum_kind;
 use tch::{Kind, Tensor};
 
 use super::problem::{Problem, row_dots};
@@ -60,7 +61,7 @@ impl<'a> MaskedLeastSquares<'a> {
         let (mut direction, mut before) = self.downhill()?;
         let _ = direction.f_neg_()?;
         let kernels = Kernels::of(direction.device());
-        let mut left = self.losses()?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        let mut left = self.losses()?.f_sum(sum_kind(self.weight.device()))?.f_double_value(&[])?;
         for step in 1..=steps {
             let product = self.problem.part.product(&direction)?;
             let lower = match &kernels {
@@ -71,7 +72,7 @@ impl<'a> MaskedLeastSquares<'a> {
             if step == steps {
                 break;
             }
-            let lower = lower.f_sum(Kind::Double)?.f_double_value(&[])?;
+            let lower = lower.f_sum(sum_kind(before.device()))?.f_double_value(&[])?;
             left -= lower;
             if lower < left * least_gain {
                 break;

@@ -1,6 +1,7 @@
 //! The least-squares problem as tensors.
 
 use squeeze_base::error::Result;
+use squeeze_numerics::sum::{numbers, sum_kind};
 use tch::{Kind, Tensor};
 
 use super::super::factors::{JointFactors, Part};
@@ -88,14 +89,15 @@ impl<'a> Problem<'a> {
 
     /// The loss of a change D, given D and D H.
     pub(super) fn loss_of(&self, change: &Tensor, product: &Tensor) -> Result<Loss> {
-        let damped = row_dots(change, product)?.f_sum(Kind::Double)?;
-        let square = row_dots(change, change)?.f_sum(Kind::Double)?;
-        let numbers = Vec::<f64>::try_from(&Tensor::f_stack(&[damped, square], 0)?.f_to_device(tch::Device::Cpu)?)?;
+        let damped = row_dots(change, product)?.f_sum(sum_kind(change.device()))?;
+        let square = row_dots(change, change)?.f_sum(sum_kind(change.device()))?;
+        let numbers = numbers(&Tensor::f_stack(&[damped, square], 0)?)?;
         Ok(Loss { damped: numbers[0], bare: (numbers[0] - self.part.added * numbers[1]).max(0.0) })
     }
 }
 
-/// The dot product of each row of `a` with that of `b`, summed in fp64: `[o]`.
+/// The dot product of each row of `a` with that of `b`, summed in fp64 where the device has it:
+/// `[o]`.
 pub(super) fn row_dots(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(a.f_mul(b)?.f_sum_dim_intlist([1_i64].as_slice(), false, Kind::Double)?)
+    Ok(a.f_mul(b)?.f_sum_dim_intlist([1_i64].as_slice(), false, sum_kind(a.device()))?)
 }
