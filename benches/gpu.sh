@@ -4,7 +4,8 @@
 #   benches/gpu.sh PROGRAM OUT [STEP ...]
 #
 # PROGRAM is `sdxl-squeeze`, OUT a folder for profiles, logs and the table `times.tsv`, which is written
-# step by step. Steps: synth, bundled, tutorial, default (all of them in this order if none is given).
+# step by step. Steps: synth, bundled, tutorial, default (all of them in this order if none is given), and
+# plan (the predictions for these runs), budgets (the tutorial's run, in less memory: after it, to compare bytes).
 # LIMIT, in seconds, stops each compression early; its profile then has the steps so far.
 # The full-size model takes 7 GB in the folder MODEL (OUT/model if not set).
 set -eu
@@ -61,6 +62,20 @@ for step in "$@"; do
         ;;
     default)
         compress default --config configs/squeeze-s40-4bit-gs16.yaml --model "$model" --dtype f16 --height 512 --width 512
+        ;;
+    plan)
+        for config in tutorial-s40-4bit-gs16 squeeze-s40-4bit-gs16; do
+            "$program" plan --device cuda:0 "configs/$config.yaml" --model "$model" --dtype f16 --height 512 --width 512
+        done >"$out/plan.txt"
+        "$program" plan --device cuda:0 configs/emoji/squeeze-s40-4bit-gs16.yaml --model models/emoji-sdxl >>"$out/plan.txt"
+        grep -E '^#|peak memory' "$out/plan.txt"
+        ;;
+    budgets)
+        for budget in ${BUDGETS:-8GiB 12GiB}; do
+            compress "tutorial-$budget" --config configs/tutorial-s40-4bit-gs16.yaml --model "$model" --dtype f16 --height 512 --width 512 \
+                --memory-budget "$budget"
+            cmp "$work/tutorial/unet.squeezed.safetensors" "$work/tutorial-$budget/unet.squeezed.safetensors" && echo "$budget: the same bytes"
+        done
         ;;
     *)
         echo "unknown step: $step" >&2

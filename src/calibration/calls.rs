@@ -19,6 +19,21 @@ pub struct Calls {
 }
 
 impl Calls {
+    /// The number of prompts that a GPU draws in one batch, each with `rows` rows of latents of
+    /// `height` x `width`: as many as keep it busy. It does not depend on the memory, because a
+    /// batch of another size has another rounding.
+    pub(super) fn drawn_together(rows: i64, height: i64, width: i64) -> i64 {
+        /// Pixels of latents in a batch. With 64x64 latents, 16 rows.
+        const ENOUGH: i64 = 1 << 16;
+        (ENOUGH / (rows * height * width).max(1)).max(1)
+    }
+
+    /// The number of batches in which a GPU draws samples of this shape from so many prompts.
+    #[must_use]
+    pub fn drawn_batches(&self, prompts: usize) -> usize {
+        prompts.div_ceil(Calls::drawn_together(self.batch, self.height, self.width) as usize)
+    }
+
     /// The number of calls that go through the stages as one batch on `device`. Several small calls
     /// are joined, because starting an operation would cost more than computing it; a GPU needs
     /// larger batches to be busy, but no fewer than twelve of them, of which one is held out.

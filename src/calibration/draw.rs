@@ -1,9 +1,9 @@
 //! The calibration samples that a config asks for.
 
-use sdxl_model::checkpoint::Weights;
+use sdxl_model::checkpoint::{Blueprint, TensorSpec, Weights};
 use sdxl_model::scheduler::SchedulerConfig;
-use sdxl_model::text::CLIP_LENGTH;
-use sdxl_model::unet::Unet;
+use sdxl_model::text::{CLIP_LENGTH, ClipText};
+use sdxl_model::unet::{Unet, UnetChain};
 use sdxl_pipeline::{PipelineFolder, SamplingDefaults};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Progress;
@@ -44,7 +44,12 @@ pub fn calibrate(
             entry.shape.iter().product::<i64>().unsigned_abs() * bytes
         })
         .sum();
-    let room = options.memory_budget()?.saturating_sub(1 << 30);
+    // A reserve for the program, on a GPU for CUDA.
+    let mut room = options.memory_budget()?.saturating_sub(1 << 30);
+    if placement.device.is_cuda() {
+        let calls = expected_calls(folder, section)?;
+        room = room.saturating_sub(drawing_activations(&folder.unet, &calls, placement.kind.elt_size_in_bytes() as u64));
+    }
     let loading = tracing::debug_span!("load").entered();
     let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
         Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
@@ -57,6 +62,35 @@ pub fn calibrate(
     let mut samples = record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)?;
     samples.notes.extend(unet.beyond_half().into_iter().map(|note| format!("calibration runs: {note}")));
     Ok(samples)
+}
+
+/// Bytes of the activations while a GPU draws samples, in batches of its own: some four times the
+/// carry at its largest, most of which are the columns and the output of the widest convolution.
+pub(crate) fn drawing_activations(chain: &UnetChain, calls: &Calls, element_bytes: u64) -> u64 {
+    let mut carry = chain.first_carry(calls.height, calls.width);
+    let mut largest = carry.numel();
+    for stage in chain.stages() {
+        carry = stage.after(&carry);
+        largest = largest.max(carry.numel());
+    }
+    // Each prompt that is drawn gives a sample or more.
+    let prompts = Calls::drawn_together(calls.batch, calls.height, calls.width).min(calls.count.max(1) as i64);
+    let rows = calls.batch * prompts;
+    4 * element_bytes * (rows * largest).unsigned_abs()
+}
+
+/// Bytes of the pipeline's text encoders with weights of `element_bytes`.
+///
+/// # Errors
+/// If their configs do not fit together.
+pub fn encoder_bytes(folder: &PipelineFolder, element_bytes: u64) -> Result<u64> {
+    let mut elements = 0;
+    for part in &folder.text_encoders {
+        let blueprint = Blueprint::default();
+        ClipText::load(&part.config, &blueprint)?;
+        elements += blueprint.into_tensors().iter().map(TensorSpec::numel).sum::<u64>();
+    }
+    Ok(element_bytes * elements)
 }
 
 /// The sampler that `section` asks for.

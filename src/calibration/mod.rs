@@ -9,7 +9,8 @@ mod record;
 mod weighting;
 
 pub use calls::Calls;
-pub use draw::{calibrate, defaults, expected_calls, hint, scheduler, settings};
+pub(crate) use draw::drawing_activations;
+pub use draw::{calibrate, defaults, encoder_bytes, expected_calls, hint, scheduler, settings};
 pub(crate) use hold_out::is_held_out;
 pub(crate) use pictures::PicturesInTurn;
 pub use record::{PromptSet, encode, prompts_together, record};

@@ -10,7 +10,7 @@ use squeeze_numerics::random::Generator;
 use tch::{Device, Tensor};
 
 use super::pictures::{self, PicturesInTurn};
-use super::{Sample, Samples, spread};
+use super::{Calls, Sample, Samples, spread};
 
 /// Prompts, and how they are run.
 #[derive(Debug, Clone, PartialEq)]
@@ -210,17 +210,14 @@ impl Seeded {
     }
 }
 
-/// The number of prompts that are run in one batch: on a GPU as many as keep it busy, on a CPU one.
-/// It does not depend on the memory, because a batch of another size has another rounding.
+/// The number of prompts that are run in one batch: on a CPU one.
 fn runs_together(guidances: &[Guidance], latents: (i64, i64)) -> usize {
-    /// Pixels of latents in a batch. With 64x64 latents, 16 rows.
-    const ENOUGH: i64 = 1 << 16;
     let Some(like) = guidances.first().map(|guidance| &guidance.conditioning.encoder_hidden_states) else { return 1 };
     if like.device() == Device::Cpu {
         return 1;
     }
     let rows = like.size().first().copied().unwrap_or(1);
-    (ENOUGH / (rows * latents.0 * latents.1).max(1)).max(1) as usize
+    Calls::drawn_together(rows, latents.0, latents.1) as usize
 }
 
 /// Runs prompts step by step, all in one batch where their conditioning has one shape. Returns the

@@ -5,6 +5,8 @@ use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::memory::parse_size;
 use sdxl_squeeze::recipe::RunOptions;
 
+use super::device_limit;
+
 /// The limits of a run.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct LimitArgs {
@@ -19,8 +21,18 @@ impl LimitArgs {
         self.memory_budget.as_deref().map(parse_size).transpose()
     }
 
-    /// The devices, dtype and limits that config and flags give.
+    /// The devices, dtype and limits that config and flags give. A budget for a GPU is enforced
+    /// from here on.
     pub(super) fn options(&self, config: &RunConfig) -> Result<RunOptions> {
-        Ok(RunOptions { budget: self.budget()?, ..RunOptions::of(config)? })
+        let mut options = RunOptions { budget: self.budget()?, ..RunOptions::of(config)? };
+        let device = options.placement().device;
+        if device.is_cuda() {
+            match options.budget {
+                Some(budget) => device_limit::set(device, budget),
+                // Once libtorch keeps freed blocks, less seems to be free.
+                None => options.budget = Some(options.memory_budget()?),
+            }
+        }
+        Ok(options)
     }
 }

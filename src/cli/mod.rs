@@ -5,6 +5,7 @@ mod compare;
 mod completions;
 mod compress;
 mod container;
+mod device_limit;
 mod edits;
 mod environment;
 mod export;

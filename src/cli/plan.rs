@@ -2,17 +2,18 @@
 
 use std::path::PathBuf;
 
-use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, expected_calls, hint, settings};
+use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, encoder_bytes, expected_calls, hint, settings};
 use sdxl_squeeze::compress::plan_of_run;
-use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig};
+use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig, read_prompts};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::{ImageChannels, PipelineFolder};
-use sdxl_squeeze::plan::{CarriesIn, Memory, Plan, measured_rate};
+use sdxl_squeeze::plan::{Card, CarriesIn, Drawing, Memory, Plan, measured_rate};
 use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
 use sdxl_squeeze::{Result, number};
+use tch::Device;
 
 use super::edits::{Edits, model_of};
 use super::limits::LimitArgs;
@@ -42,6 +43,10 @@ struct Target {
     calls: Calls,
     /// How the samples are drawn, in a sentence; `None` if they are not drawn.
     drawn: Option<Result<String>>,
+    /// How much is drawn and encoded, as far as it is known.
+    drawing: Drawing,
+    /// Bytes of the text encoders, as far as they are known.
+    encoders: u64,
     /// Bytes of an element in memory, by tensor.
     bytes_of: Box<dyn Fn(&str) -> usize>,
 }
@@ -59,13 +64,20 @@ pub(super) fn run(args: Args) -> Result<()> {
         let recipe = Recipe::new(&config, &target.chain)?;
         let drawn = target.drawn.filter(|_| recipe.needs_samples()).transpose()?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
+        let memory = memory.with_encoders(target.encoders);
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
-        let seconds = plan.work.seconds(measured_rate(options.placement().device)?);
+        let Placement { device, kind } = options.placement();
+        let seconds = match device {
+            Device::Cpu => plan.work.seconds(measured_rate(device)?),
+            _ => Card::measure(device, kind)?.seconds(&plan, &target.drawing),
+        };
         let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
         if args.json {
             json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
         } else {
-            stdout::print(&detail(&name, &recipe, &plan, seconds, drawn.as_deref()))?;
+            let counts_drawing = device != Device::Cpu && target.drawing.calls > 0;
+            let time = Time { seconds, counts_drawing };
+            stdout::print(&detail(&name, &recipe, &plan, time, drawn.as_deref()))?;
             if let Some(budget) = &config.budget {
                 stdout::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
             }
@@ -107,7 +119,14 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
         text: CLIP_LENGTH,
     };
     // SDXL is published in fp16.
-    Ok(Target { chain: UnetChain::new(unet), calls, drawn: None, bytes_of: Box::new(|_| 2) })
+    Ok(Target {
+        chain: UnetChain::new(unet),
+        calls,
+        drawn: None,
+        drawing: Drawing::default(),
+        encoders: 0,
+        bytes_of: Box::new(|_| 2),
+    })
 }
 
 fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
@@ -115,16 +134,26 @@ fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
     let weights = folder.unet_weights()?;
     let mut calls = expected_calls(&folder, &config.calibration)?;
     let mut drawn = None;
+    let mut drawing = Drawing::default();
+    if let Some(captions) = &config.calibration.captions {
+        // A plan can be made before they are there.
+        drawing.encoded += read_prompts(captions).map_or(0, |lines| lines.len().min(config.calibration.captions_nsamples)) as u64;
+    }
     if config.calibration.samples.is_none() {
         let set = settings(&folder, &config.calibration)?;
         // A plan can be made before the prompts are there.
         if let (Ok(prompts), Ok(each)) = (config.calibration.prompts.load(), set.calls()) {
             calls.count = calls.count.min(prompts.len().saturating_mul(each));
+            let prompts = prompts.len().min(calls.count);
+            drawing.calls = prompts.saturating_mul(each) as u64;
+            drawing.batches = calls.drawn_batches(prompts).saturating_mul(each) as u64;
+            drawing.encoded += prompts as u64;
         }
         drawn = Some(of_drawing(&set, &folder, config));
     }
+    let encoders = encoder_bytes(&folder, placement.kind.elt_size_in_bytes() as u64)?;
     let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("`unet_weights` has checked every tensor");
-    Ok(Target { chain: folder.unet, calls, drawn, bytes_of: Box::new(bytes_of) })
+    Ok(Target { chain: folder.unet, calls, drawn, drawing, encoders, bytes_of: Box::new(bytes_of) })
 }
 
 /// A sentence on how calibration draws its samples: the sampler, its steps and the guidance, and
@@ -152,7 +181,27 @@ fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> R
     ))
 }
 
-fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<&str>) -> String {
+/// What the peak of a GPU's memory leaves out, if anything.
+fn waiting(plan: &Plan) -> String {
+    let mut text = String::new();
+    if plan.host_bytes > 0 {
+        let hessians = if plan.hessians_wait { ", where Hessians wait" } else { "" };
+        text += &format!(", and {} of the host's{hessians}", number::size(plan.host_bytes));
+    }
+    if plan.drawing_bytes > 0 {
+        text += &format!(" ({} at least to encode prompts and draw samples)", number::size(plan.drawing_bytes));
+    }
+    text
+}
+
+/// The time of a run.
+struct Time {
+    seconds: f64,
+    /// Whether the drawing of samples is counted.
+    counts_drawing: bool,
+}
+
+fn detail(name: &str, recipe: &Recipe, plan: &Plan, time: Time, drawn: Option<&str>) -> String {
     let mut text = format!("# {name}\n\n");
     let mut rules = table::new(&["rule", "matches", "decides"]);
     for rule in &recipe.resolution.rules {
@@ -193,6 +242,7 @@ fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<
         Some(Calls { count, batch, height, width, .. }) => {
             let carries = match plan.carries {
                 CarriesIn::Files => "files",
+                CarriesIn::Host => "the host's memory",
                 CarriesIn::Memory | CarriesIn::Nowhere => "memory",
             };
             format!(
@@ -208,13 +258,15 @@ fn detail(name: &str, recipe: &Recipe, plan: &Plan, seconds: f64, drawn: Option<
         }
     };
     text += &format!(
-        "\nsize {} ({} bytes), {:.3} bits a compressed weight, {} of them zero; peak memory {}; about {} on this machine, calibration runs not counted\n{}\n\n",
+        "\nsize {} ({} bytes), {:.3} bits a compressed weight, {} of them zero; peak memory {}{}; about {} on this machine, calibration runs {}counted\n{}\n\n",
         number::size(plan.payload_bytes),
         number::count(plan.payload_bytes),
         8.0 * plan.compressed_bytes as f64 / plan.compressed_elements.max(1) as f64,
         number::percent(plan.sparsity),
         number::size(plan.peak_bytes),
-        number::time(seconds),
+        waiting(plan),
+        number::time(time.seconds),
+        if time.counts_drawing { "" } else { "not " },
         plan.disk.text(),
     );
     text

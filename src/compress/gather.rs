@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
-use squeeze_solver::{Hessian, OutputResidual};
+use squeeze_solver::{Hessian, OutputResidual, WaitingHessian};
 use tch::{Device, Tensor};
 
 use super::watcher::Seen;
@@ -21,6 +21,8 @@ pub(super) const HELD_OUT_VECTORS: i64 = 144;
 pub struct Gatherer {
     /// The Hessian of each input, with the name of the layer that is first given it.
     hessians: BTreeMap<LayerInput, (String, Hessian)>,
+    /// Hessians that wait in the host's memory until they are taken.
+    waiting: BTreeMap<LayerInput, WaitingHessian>,
     corrections: BTreeMap<String, OutputResidual>,
     held_out: BTreeMap<LayerInput, Tensor>,
 }
@@ -115,9 +117,34 @@ impl Gatherer {
         self.hessians.get(input).map(|(_, hessian)| hessian)
     }
 
-    /// Takes the Hessian of an input out.
-    pub fn take(&mut self, input: &LayerInput) -> Option<Hessian> {
-        self.hessians.remove(input).map(|(_, hessian)| hessian)
+    /// Takes the Hessian of an input out; one that [waits](Self::wait_on_host) comes back to its
+    /// device.
+    ///
+    /// # Errors
+    /// If the device's memory is too small for it.
+    pub fn take(&mut self, input: &LayerInput) -> Result<Option<Hessian>> {
+        match self.waiting.remove(input) {
+            Some(waiting) => waiting.back().map(Some),
+            None => Ok(self.hessians.remove(input).map(|(_, hessian)| hessian)),
+        }
+    }
+
+    /// Whether Hessians wait in the host's memory.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Lets all Hessians wait in the host's memory, which frees their memory on the device. Nothing
+    /// can be added to them then, and [`hessian`](Self::hessian) does not find them.
+    ///
+    /// # Errors
+    /// If the host's memory is too small.
+    pub(super) fn wait_on_host(&mut self) -> Result<()> {
+        while let Some((input, (layer, hessian))) = self.hessians.pop_first() {
+            let waiting = WaitingHessian::of(hessian).map_err(Error::layer(&layer))?;
+            self.waiting.insert(input, waiting);
+        }
+        Ok(())
     }
 
     /// Adds what a layer was given, from any device.

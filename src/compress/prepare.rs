@@ -13,7 +13,7 @@ use tch::Device;
 
 use super::allocate;
 use super::workspace::workspace_folder;
-use crate::calibration::{Calls, defaults, expected_calls, hint, settings};
+use crate::calibration::{Calls, defaults, encoder_bytes, expected_calls, hint, settings};
 use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
 use crate::plan::{self, Disk, Memory, Plan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
@@ -54,8 +54,9 @@ impl<'a> Prepared<'a> {
             let few = || Error::Argument(format!("{} of memory are too little for {} of samples", size(budget), size(samples)));
             budget = budget.checked_sub(samples).ok_or_else(few)?;
         }
-        let memory = Memory::new(budget, options.kind, options.placement().device);
         let placement = options.placement();
+        let memory = Memory::new(budget, options.kind, placement.device);
+        let memory = memory.with_encoders(encoder_bytes(folder, memory.element_bytes)?);
         let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
         let mut plan = plan_of_run(&folder.unet, config, &recipe, calls, memory, &bytes_of)?;
         if shares {
@@ -63,7 +64,11 @@ impl<'a> Prepared<'a> {
         }
         let (disk, work) = (plan.disk, workspace_folder(path));
         plan::check_disk(parent(path), disk.peak(), plan::taken(&work), &disk.text())?;
-        let (config, options, path) = (config.clone(), options.clone(), path.to_owned());
+        let (config, mut options, path) = (config.clone(), options.clone(), path.to_owned());
+        if options.placement().device.is_cuda() {
+            // Later, blocks that libtorch keeps for its next tensors would not count as free.
+            options.budget = Some(budget);
+        }
         Ok(Prepared { folder, config, options, path, weights, recipe, plan })
     }
 
@@ -110,7 +115,8 @@ impl<'a> Prepared<'a> {
         let plan = Plan::new(&self.folder.unet, recipes, sequencing, calls, memory, &bytes_of)?;
         // Whether samples are kept on the disk was decided with the first plan.
         let keeps = self.plan.disk.samples > 0;
-        Ok(Plan { disk: if keeps { plan.disk } else { plan.disk.without_samples() }, ..plan })
+        let disk = if keeps { plan.disk } else { plan.disk.without_samples() };
+        Ok(Plan { disk, drawing_bytes: self.plan.drawing_bytes, ..plan })
     }
 }
 
@@ -138,6 +144,15 @@ pub fn plan_of_run(
     }
     if config.calibration.samples.is_some() {
         plan.disk = plan.disk.without_samples();
+        // Captions are encoded beside samples that are given.
+        let encodes = config.calibration.captions.is_some() && plan.calls.is_some();
+        plan.drawing_bytes = if encodes { memory.encoding_bytes() } else { 0 };
+    }
+    if plan.drawing_bytes > memory.budget {
+        let [budget, least] = [memory.budget, plan.drawing_bytes].map(number::size);
+        return Err(Error::Argument(format!(
+            "{budget} of memory are too little to encode prompts and draw calibration samples in; {least} would do"
+        )));
     }
     Ok(plan)
 }

@@ -81,7 +81,8 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
             tracing::debug_span!("calibration").in_scope(|| calibrate(folder, weights, &section, options, progress))
         };
         let unseen = Unseen(progress);
-        let (sources, samples) = beside(|| hash(&unseen), draw, progress)?;
+        let drawn = beside(|| hash(&unseen), draw, progress);
+        let (sources, samples) = drawn.map_err(|error| error.during("the calibration samples"))?;
         (sources, Some(samples))
     } else {
         (hash(progress)?, None)
@@ -90,7 +91,8 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let mut workspace = claim.open(&identity, options.resume)?;
     let drawn = match samples {
         Some(_) => None,
-        None => own_samples(prepared, &mut inputs, first, &mut workspace, progress)?,
+        None => own_samples(prepared, &mut inputs, first, &mut workspace, progress)
+            .map_err(|error| error.during("the calibration samples"))?,
     };
     let none = Samples::default();
     let mut run = Run::new(prepared, &inputs, samples.or(drawn.as_ref()).unwrap_or(&none), progress)?;
@@ -185,7 +187,8 @@ impl<'a> Run<'a> {
         let Prepared { folder, options, weights, .. } = self.prepared;
         let needs_hessian = |layer: &Layer| layers.get(layer.name()).is_some_and(LayerRecipe::needs_hessian);
         let captions = captions::Captions { lines: &self.inputs.captions, section: &self.section };
-        let gathered = captions::gather(folder, weights, captions, &needs_hessian, options, self.progress)?;
+        let gathered = captions::gather(folder, weights, captions, &needs_hessian, options, self.progress)
+            .map_err(|error| error.during("the captions"))?;
         if !self.inputs.captions.is_empty() {
             self.inputs.check_prompt_files(folder)?;
         }

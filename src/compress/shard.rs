@@ -6,7 +6,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use sdxl_model::Layer;
 use sdxl_model::checkpoint::{Prefetched, TensorSource};
-use sdxl_model::unet::{Carry, Part, PartName};
+use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use squeeze_base::allocator;
 use squeeze_base::error::Result;
 use tch::{Device, Tensor};
@@ -50,6 +50,7 @@ impl DeviceShard {
     pub(super) fn new(number: usize, device: Device, store: CarryStore<'_>, held_out_vectors: i64) -> Result<Self> {
         let carries = |name: String| match store.carries {
             CarriesIn::Files => Carries::in_files(&store.folder.join(format!("carries-{name}")), device),
+            CarriesIn::Host => Ok(Carries::on_host(device)),
             CarriesIn::Memory | CarriesIn::Nowhere => Ok(Carries::in_memory()),
         };
         let teacher = match store.has_teacher {
@@ -83,6 +84,19 @@ impl DeviceShard {
         self.carries.push(carry)?;
         self.weights.push(weight);
         Ok(())
+    }
+
+    /// Says which portion of a part the carries are sent through next: a block takes one residual
+    /// at most.
+    pub(super) fn expect(&mut self, scope: Scope) {
+        let last = match scope {
+            Scope::Whole => None,
+            Scope::Block(_) => Some(1),
+        };
+        self.carries.need_residuals(last);
+        if let Some(teacher) = &mut self.teacher {
+            teacher.carries.need_residuals(last);
+        }
     }
 
     /// Drops the loaded part.

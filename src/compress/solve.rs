@@ -71,7 +71,7 @@ impl OfInput {
         let factors = SharedFactors::default();
         Ok(match gathered {
             Some(gatherer) => {
-                let hessian = gatherer.take(input).expect("the gatherer was asked for the open inputs");
+                let hessian = gatherer.take(input)?.expect("the gatherer was asked for the open inputs");
                 OfInput { index, hessian, factors, held_out: gatherer.take_held_out(input) }
             }
             None => {
@@ -124,6 +124,7 @@ impl Compressor<'_> {
         let open: Vec<(usize, &Layer)> =
             by_input.iter().enumerate().flat_map(|(index, layers)| layers.iter().map(move |layer| (index, *layer))).collect();
         let (recipes, team) = (self.layers, self.team);
+        let hessians_wait = gathered.as_ref().is_some_and(Gatherer::has_waiting);
         let mut current: Option<OfInput> = None;
         let mut problems = open.iter().enumerate().map(|(number, (index, layer))| {
             task.go_on()?;
@@ -138,13 +139,16 @@ impl Compressor<'_> {
                 of_input.factors.prepare(&of_input.hessian, layer.name(), recipe)?;
             }
             let correction = gathered.as_mut().and_then(|gatherer| gatherer.take_correction(layer.name()));
+            let (geometry, shape) = (input_geometry(layer), layer.weight().size());
+            // A Hessian that has waited is on the device for its layers only.
+            let hessian_bytes = if hessians_wait { Hessian::bytes(geometry, &shape) } else { 0 };
             Ok(Problem {
                 name: layer.name().to_owned(),
                 weight: walk.dense_weight(layer)?,
                 recipe,
                 sums: Some(of_input.share(correction)?),
                 place: team.place(of_input.hessian.device(), number, inputs.len()),
-                bytes: solving_bytes(input_geometry(layer), &layer.weight().size(), recipe, of_input.hessian.device()),
+                bytes: hessian_bytes + solving_bytes(geometry, &shape, recipe, of_input.hessian.device()),
             })
         });
         let mut solved = open.iter().map(|(_, layer)| *layer);

@@ -9,7 +9,7 @@ use std::path::Path;
 use sdxl_model::checkpoint::{Blueprint, TensorSource};
 use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use sdxl_model::{Layer, LayerInput};
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use tch::{Device, Tensor};
 
@@ -60,9 +60,13 @@ pub(super) fn execute(schedule: &Schedule, walk: &mut Walk<'_>, visitor: &mut dy
             walk.come_to(stop.part);
         }
         let inputs = visitor.open_inputs(stop, walk);
-        let gathered = walk.gather(stop, &inputs, visitor.store())?;
-        visitor.solve(stop, gathered, walk)?;
-        walk.leave(stop, route, &shared, visitor.store())?;
+        let during = |what: &'static str| move |error: Error| error.during(&format!("{what} of `{}`", stop.part));
+        let gathered = walk.gather(stop, &inputs, visitor.store()).map_err(during("the Hessians"))?;
+        if stop.unloads {
+            walk.unload();
+        }
+        visitor.solve(stop, gathered, walk).map_err(during("the layers"))?;
+        walk.leave(stop, route, &shared, visitor.store()).map_err(during("the outputs"))?;
     }
     Ok(())
 }
@@ -89,6 +93,8 @@ pub(super) struct Walk<'a> {
     calibration: Calibration<'a>,
     machine: Machine<'a>,
     carries: CarryStore<'a>,
+    /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
+    hessians_wait: bool,
     holds_out: bool,
     keeps_parts: bool,
     progress: &'a dyn Progress,
@@ -119,6 +125,7 @@ impl<'a> Walk<'a> {
             calibration,
             machine,
             carries,
+            hessians_wait: plan.hessians_wait,
             holds_out: plan.schedule.holds_out,
             keeps_parts: plan.keeps_parts,
             progress,
@@ -195,7 +202,7 @@ impl<'a> Walk<'a> {
         if inputs.is_empty() || !matches!(stop.gather, Gather::Samples(_)) {
             return Ok(None);
         }
-        let (gatherer, multiply_adds) = match stop.part {
+        let (mut gatherer, multiply_adds) = match stop.part {
             PartName::InputBlock => {
                 let input_block = match self.input_block.take() {
                     Some(input_block) => input_block,
@@ -211,6 +218,7 @@ impl<'a> Walk<'a> {
             }
             PartName::Stage(_) | PartName::OutputBlock => {
                 self.enter(stop.part, store)?;
+                self.shards.iter_mut().for_each(|shard| shard.expect(stop.scope));
                 let request = GatherRequest {
                     part: &stop.part.to_string(),
                     scope: stop.scope,
@@ -225,6 +233,9 @@ impl<'a> Walk<'a> {
         if stop.then == Then::Stay && !self.keeps_parts {
             // Factors take the place of the stage's weights in memory.
             self.unload();
+            if self.hessians_wait {
+                gatherer.wait_on_host()?;
+            }
         }
         Ok(Some(gatherer))
     }
@@ -291,6 +302,7 @@ impl<'a> Walk<'a> {
     /// Takes the samples past `scope` of a part.
     pub(super) fn advance(&mut self, part: PartName, scope: Scope, extent: Extent, store: Option<&Workspace>) -> Result<()> {
         self.enter(part, store)?;
+        self.shards.iter_mut().for_each(|shard| shard.expect(scope));
         let multiply_adds = propagate::advance(&mut self.shards, &part.to_string(), scope, extent, self.progress)?;
         if extent == Extent::All {
             self.statistics.add_advance(part, multiply_adds);

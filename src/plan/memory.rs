@@ -1,5 +1,6 @@
 //! The memory of a run: its limit, and the needs of its pieces.
 
+use squeeze_numerics::device::free_memory;
 use squeeze_solver::{Hessian, InputGeometry, has_whole};
 use tch::{Device, Kind};
 
@@ -18,10 +19,27 @@ pub struct Memory {
     pub batch: u64,
     /// The device that solves.
     pub device: Device,
+    /// Bytes of the host's memory in which carries and Hessians of a GPU may wait; 0 on other
+    /// devices, whose memory is the host's.
+    pub host: u64,
+    /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
+    pub hessians_wait: bool,
+    /// Whether carries are away from the device between two passes.
+    pub carries_away: bool,
+    /// Bytes of the text encoders, which are on the device before the UNet is.
+    pub encoders: u64,
 }
 
 /// Bytes of the program and libtorch with its kernels and buffers, measured on Linux.
 const PROGRAM: u64 = 320 << 20;
+
+/// Bytes that CUDA takes on a GPU beside libtorch's allocator, for the context and loaded kernels:
+/// 0.5 to 0.6 GiB on an H100.
+pub const CUDA_CONTEXT: u64 = 640 << 20;
+
+/// Bytes of the work spaces of cuBLAS (32 MiB on Hopper) and cuDNN, and of blocks in libtorch's
+/// allocator that are too small for what is asked for.
+const CUDA_WORKSPACES: u64 = 384 << 20;
 
 /// Finished layers that wait to be written.
 pub const WAITING: u64 = 64 << 20;
@@ -33,7 +51,25 @@ impl Memory {
         /// Larger batches are no faster.
         const BATCH: u64 = 2 << 30;
         let batch = if device == Device::Cpu { 0 } else { BATCH.min(budget / 8) };
-        Memory { budget, element_bytes: kind.elt_size_in_bytes() as u64, shared: 0, batch, device }
+        let host = if device.is_cuda() { waiting_room() } else { 0 };
+        let element_bytes = kind.elt_size_in_bytes() as u64;
+        Memory { budget, element_bytes, shared: 0, batch, device, host, hessians_wait: false, carries_away: false, encoders: 0 }
+    }
+
+    /// The same memory for a run that encodes texts, with encoders of so many bytes.
+    #[must_use]
+    pub fn with_encoders(self, encoders: u64) -> Self {
+        Memory { encoders, ..self }
+    }
+
+    /// Bytes in which a GPU encodes texts; 0 on other devices.
+    pub(crate) fn encoding_bytes(&self) -> u64 {
+        if self.device.is_cuda() { self.program() + self.encoders } else { 0 }
+    }
+
+    /// Bytes of the program on the device.
+    pub(super) fn program(&self) -> u64 {
+        if self.device.is_cuda() { CUDA_CONTEXT + CUDA_WORKSPACES } else { PROGRAM + WAITING }
     }
 
     /// Bytes to plan with: the budget less a reserve for libtorch's temporary allocations.
@@ -43,8 +79,16 @@ impl Memory {
 
     /// Bytes resident regardless of the stage.
     pub(super) fn fixed(&self) -> u64 {
-        PROGRAM + WAITING + self.shared + self.batch
+        self.program() + self.shared + self.batch
     }
+}
+
+/// Bytes of the host's memory that tensors of a GPU may wait in: nine tenths of what is free, less
+/// the program with CUDA's libraries, finished layers and samples.
+fn waiting_room() -> u64 {
+    const PROGRAM_WITH_CUDA: u64 = 3 << 30;
+    let free = free_memory(Device::Cpu).unwrap_or(0);
+    (free - free / 10).saturating_sub(PROGRAM_WITH_CUDA)
 }
 
 /// Bytes for compressing a weight, besides its Hessian and factor: the weight in fp32, its new

@@ -3,6 +3,7 @@
 //! A [`Plan`] turns recipe and chain into a [`Schedule`] and prices its stops; compression executes
 //! the same stops.
 
+mod card;
 mod disk;
 mod memory;
 mod need;
@@ -11,9 +12,10 @@ mod schedule;
 mod size;
 mod work;
 
+pub use card::{Card, Drawing};
 pub use disk::Disk;
 pub(crate) use disk::{check as check_disk, of_samples, taken};
-pub use memory::{Memory, WAITING};
+pub use memory::{CUDA_CONTEXT, Memory, WAITING};
 pub(crate) use memory::{batched_layer_bytes, solving_bytes};
 use part::Outline;
 pub use part::StagePlan;
@@ -29,7 +31,7 @@ use squeeze_solver::Hessian;
 use tch::Device;
 pub use work::{Work, measured_rate};
 
-use crate::calibration::Calls;
+use crate::calibration::{Calls, drawing_activations};
 use crate::geometry::input_geometry;
 use crate::recipe::{LayerRecipes, Sequencing};
 
@@ -41,6 +43,8 @@ pub enum CarriesIn {
     Nowhere,
     /// The device's memory.
     Memory,
+    /// The host's memory, pinned where the device is a GPU.
+    Host,
     /// Files beside the result.
     Files,
 }
@@ -65,6 +69,10 @@ pub struct Plan {
     pub calls: Option<Calls>,
     /// Where carries wait.
     pub carries: CarriesIn,
+    /// Whether the Hessians of a pass wait in the host's memory until they are solved with.
+    pub hessians_wait: bool,
+    /// Bytes of the host's memory in which carries and Hessians of a GPU wait.
+    pub host_bytes: u64,
     /// Bytes for layers that a GPU solves at once, besides the largest; 0 solves one by one.
     pub batch_bytes: u64,
     /// Whether parts stay loaded on a GPU while their layers are solved.
@@ -73,10 +81,19 @@ pub struct Plan {
     pub carry_bytes: u64,
     /// The most bytes in use at once, by estimate, without the drawing of samples.
     pub peak_bytes: u64,
+    /// The least bytes in which a GPU encodes texts and draws the samples, with one part of the
+    /// UNet in memory at a time; 0 on other devices, and for samples that are not drawn. (The
+    /// number of prompts in a batch does not depend on the memory: a batch of another size is
+    /// rounded in another way.)
+    pub drawing_bytes: u64,
     /// Its disk space.
     pub disk: Disk,
     /// Its work, without the drawing of samples.
     pub work: Work,
+    /// The work of one call of the UNet; 0 if no layer needs samples.
+    pub call: Work,
+    /// Bytes of the UNet's tensors in memory.
+    pub resident_bytes: u64,
 }
 
 impl Plan {
@@ -103,23 +120,32 @@ impl Plan {
             };
             return if least > budget { Err(few()) } else { Ok(plan) };
         }
-        let in_files = attempt(memory, CarriesIn::Files);
-        let in_memory = attempt(memory, CarriesIn::Memory);
-        match (in_memory, in_files) {
-            (Ok(in_memory), Ok(in_files)) if in_files.passes() < in_memory.passes() => Ok(in_files),
-            (Ok(in_memory), _) => Ok(in_memory),
-            (Err(_), Ok(in_files)) => Ok(in_files),
-            (Err(_), Err(why)) => {
-                // The least that works, to a MiB.
-                let enough = |budget: u64| attempt(Memory { budget, ..memory }, CarriesIn::Files).is_ok();
-                let (mut low, mut high) = (memory.budget >> 20, 1 << 26);
-                while low + 1 < high {
-                    let middle = (low + high) / 2;
-                    if enough(middle << 20) { high = middle } else { low = middle }
-                }
-                Err(Error::Argument(format!("{why}; {} would do", number::size(high << 20))))
-            }
+        let waits: &[bool] = if memory.host > 0 { &[false, true] } else { &[false] };
+        // From the fastest way on.
+        let ways = [CarriesIn::Memory, CarriesIn::Host, CarriesIn::Files];
+        let ways = ways.into_iter().filter(|carries| *carries != CarriesIn::Host || memory.host > 0);
+        let ways: Vec<(CarriesIn, bool)> = ways.flat_map(|carries| waits.iter().map(move |waits| (carries, *waits))).collect();
+        let plans = |memory: Memory| {
+            let one = move |&(carries, hessians_wait): &_| attempt(Memory { hessians_wait, ..memory }, carries);
+            ways.iter().map(one)
+        };
+        // Loading a part again takes about as long as a pass. Of equal plans the first is the
+        // fastest.
+        let best = |memory| plans(memory).filter_map(Result::ok).min_by_key(|plan| plan.passes() + plan.unloads());
+        // Layers that a GPU solves at once are worth more than a few passes.
+        let alone = Memory { batch: 0, ..memory };
+        if let Some(best) = best(memory).or_else(|| if memory.batch > 0 { best(alone) } else { None }) {
+            return Ok(best);
         }
+        let why = plans(alone).filter_map(Result::err).last().expect("there is a way, and it does not fit");
+        // The least that works, to a MiB; carries in files take the least.
+        let enough = |budget: u64| plans(Memory { budget, ..alone }).rev().take(waits.len()).any(|plan| plan.is_ok());
+        let (mut low, mut high) = (memory.budget >> 20, 1 << 26);
+        while low + 1 < high {
+            let middle = (low + high) / 2;
+            if enough(middle << 20) { high = middle } else { low = middle }
+        }
+        Err(Error::Argument(format!("{why}; {} would do", number::size(high << 20))))
     }
 
     fn with_carries(
@@ -133,8 +159,13 @@ impl Plan {
     ) -> Result<Self> {
         let parts = Sketch::of_all(chain, bytes_of)?;
         let mut memory = memory;
-        if calls.is_some() {
+        memory.carries_away = matches!(carries, CarriesIn::Host | CarriesIn::Files);
+        if let Some(calls) = &calls {
             memory.shared = shared_bytes(&parts);
+            if memory.device.is_cuda() {
+                // Samples stay where they were drawn.
+                memory.shared += of_samples(calls, chain.config()) / 4 * memory.element_bytes;
+            }
         }
         let size = CompressedSize::of(&parts, recipes);
 
@@ -161,8 +192,16 @@ impl Plan {
             for index in range.clone() {
                 let forward = calls.map_or(0.0, |calls| outline.forward_work(&schedule, index, &calls));
                 schedule.stops[index].work.forward = forward;
+                let layer_forwards = calls.map_or(0.0, |calls| outline.layer_forwards(&schedule, index, &calls));
+                schedule.stops[index].work.layer_forwards = layer_forwards;
+                let carried_bytes = calls.map_or(0.0, |calls| outline.carried_bytes(&schedule, index, &calls, &memory));
+                schedule.stops[index].work.carried_bytes = carried_bytes;
                 work += schedule.stops[index].work;
             }
+        }
+        let mut call = Work::default();
+        if let Some(calls) = &calls {
+            outlines.iter().for_each(|outline| call += outline.call(calls));
         }
         let stages = outlines.iter().zip(&ranges).filter(|(outline, _)| matches!(outline.name, PartName::Stage(_)));
         let stages = stages.map(|(outline, range)| outline.summary(recipes, &schedule.stops[range.clone()])).collect();
@@ -173,6 +212,10 @@ impl Plan {
             .filter(|tensor| tensor.name.strip_suffix(".weight").is_none_or(|layer| !recipes.contains_key(layer)));
         let payload_bytes = size.bytes + dense.map(|tensor| 2 * tensor.numel()).sum::<u64>();
         let largest_part = parts.iter().map(|sketch| sketch.resident_bytes).max().unwrap_or(0);
+        let keeps_parts = memory.device != Device::Cpu && schedule.peak_bytes() + networks * largest_part <= memory.usable();
+        for (outline, range) in outlines.iter().zip(ranges) {
+            work.loaded_bytes += outline.loaded_bytes(&schedule.stops[range], keeps_parts);
+        }
         let largest_carry = outlines.iter().map(largest).max().unwrap_or(0);
         // Within a transformer a carry has tokens too, as many as its features; their files stay
         // until others replace them.
@@ -180,6 +223,32 @@ impl Plan {
         let tokens = outlines.iter().map(|outline| features(&outline.after)).max().unwrap_or(0);
         let last = outlines.last().map_or(0, |outline| outline.after.numel());
         let in_files = carries == CarriesIn::Files;
+        let waiting_carries = match (carries, calls) {
+            (CarriesIn::Host, Some(calls)) => {
+                let of_outline = |outline: &Outline| outline.waiting_bytes(&calls, &memory);
+                networks * outlines.iter().map(of_outline).max().unwrap_or(0)
+            }
+            (CarriesIn::Host | CarriesIn::Nowhere | CarriesIn::Memory | CarriesIn::Files, _) => 0,
+        };
+        let waiting_hessians = match memory.hessians_wait {
+            // Their tensors are small enough that some are rounded up by half.
+            true => schedule.stops.iter().map(|stop| stop.hessian_bytes + stop.hessian_bytes / 2).max().unwrap_or(0),
+            false => 0,
+        };
+        let host_bytes = waiting_carries + waiting_hessians;
+        if host_bytes > memory.host {
+            let size = number::size;
+            let few =
+                format!("{} of the host's memory are too little for {} that wait there", size(memory.host), size(host_bytes));
+            return Err(Error::Argument(few));
+        }
+        let drawing_bytes = match &calls {
+            Some(calls) if memory.device.is_cuda() => {
+                let drawn = memory.program() + largest_part + drawing_activations(chain, calls, memory.element_bytes);
+                drawn.max(memory.encoding_bytes())
+            }
+            Some(_) | None => 0,
+        };
         Ok(Plan {
             stages,
             payload_bytes,
@@ -188,8 +257,11 @@ impl Plan {
             sparsity: size.pruned as f64 / f64::max(size.elements as f64, 1.0),
             calls,
             carries,
+            hessians_wait: memory.hessians_wait,
+            host_bytes,
+            drawing_bytes,
             batch_bytes: memory.batch,
-            keeps_parts: memory.device != Device::Cpu && schedule.peak_bytes() + networks * largest_part <= memory.usable(),
+            keeps_parts,
             carry_bytes: largest_carry,
             peak_bytes: schedule.peak_bytes(),
             disk: Disk {
@@ -200,6 +272,8 @@ impl Plan {
                 result: payload_bytes,
             },
             work,
+            call,
+            resident_bytes: parts.iter().map(|part| part.resident_bytes).sum(),
             schedule,
         })
     }
@@ -208,6 +282,12 @@ impl Plan {
     #[must_use]
     pub fn passes(&self) -> usize {
         self.stages.iter().map(|stage| stage.passes).sum()
+    }
+
+    /// The number of stops at which the part leaves the device while its layers are solved.
+    #[must_use]
+    pub fn unloads(&self) -> usize {
+        self.schedule.stops.iter().filter(|stop| stop.unloads).count()
     }
 }
 

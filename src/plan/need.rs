@@ -63,9 +63,20 @@ impl<'a> Need<'a> {
     /// of them.
     pub(super) fn solving_bytes(&self, device: Device) -> u64 {
         let set = self.layers.iter().map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), device));
+        set.max().unwrap_or(0) + self.factor_bytes(device)
+    }
+
+    /// Bytes of the factors that solving the layers takes.
+    fn factor_bytes(&self, device: Device) -> u64 {
         let dimension = self.first().weight().size().iter().skip(1).product();
         let triangles = self.layers.iter().map(|(_, recipe)| triangles(recipe, device, dimension)).max().unwrap_or(0);
-        set.max().unwrap_or(0) + triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
+        triangles * Hessian::factor_bytes(input_geometry(self.first()), &self.first().weight().size())
+    }
+
+    /// Bytes of the input whose layers come next while others are solved: the Hessian, and the
+    /// factors that its layers share.
+    fn next_bytes(&self, device: Device) -> u64 {
+        self.bytes + if self.layers.len() > 1 { self.factor_bytes(device) } else { 0 }
     }
 
     /// Work of summing the Hessian over `items` samples, each with a layer input of height and
@@ -100,14 +111,21 @@ pub(super) struct Room {
     pub resting: u64,
     /// The device that solves.
     pub device: Device,
+    /// Whether Hessians leave the device after the pass, and come back when they are solved with.
+    pub hessians_wait: bool,
 }
 
 impl Room {
     /// Bytes in use at once for `needs` gathered in one pass.
     pub(super) fn gathered(&self, needs: &[&Need<'_>]) -> u64 {
         let hessians = needs.iter().map(|need| need.bytes).sum::<u64>();
-        let solving = needs.iter().map(|need| need.solving_bytes(self.device)).max().unwrap_or(0);
-        self.at_once(hessians, solving)
+        let solving = |need: &&Need<'_>| need.solving_bytes(self.device);
+        if self.hessians_wait {
+            let one = needs.iter().map(|need| need.bytes + solving(need)).max().unwrap_or(0);
+            let next = needs.iter().map(|need| need.next_bytes(self.device)).max().unwrap_or(0);
+            return self.fixed + (self.running + hessians).max(self.resting + one + next);
+        }
+        self.at_once(hessians, needs.iter().map(solving).max().unwrap_or(0))
     }
 
     /// Bytes in use at once while samples run, and while layers are solved in `solving` bytes

@@ -5,6 +5,7 @@ use sdxl_model::{Layer, LayerInput, Operation};
 use serde::Serialize;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
+use squeeze_numerics::waiting::WaitingTensor;
 
 use super::memory::{Memory, working_set};
 use super::need::{Need, Room};
@@ -130,11 +131,62 @@ impl Outline<'_> {
         memory.element_bytes * largest.max().unwrap_or(0).unsigned_abs()
     }
 
+    /// Bytes of the host's memory in which the carries of one network wait at this part.
+    pub(super) fn waiting_bytes(&self, calls: &Calls, memory: &Memory) -> u64 {
+        let batches = calls.count.div_ceil(self.joined as usize) as u64;
+        let of_tensor = |size: &[i64; 3]| {
+            let numel = self.joined * calls.batch * size.iter().product::<i64>();
+            WaitingTensor::bytes(memory.element_bytes * numel.unsigned_abs())
+        };
+        let of_carry = |carry: &CarryShape| {
+            // Within a transformer a carry has tokens too, as many as its features.
+            let tensors = carry.down_block_res_samples.iter().chain([&carry.hidden_states, &carry.hidden_states]);
+            tensors.map(of_tensor).sum::<u64>()
+        };
+        batches * of_carry(&self.before).max(of_carry(&self.after))
+    }
+
+    /// Elements of the carries of one batch of `rows` rows that are on the device while it runs:
+    /// one goes in and one comes out. One that has been away from a GPU is there in pieces, too.
+    fn carry_in_use(&self, memory: &Memory, rows: i64) -> i64 {
+        if memory.device.is_cuda() && memory.carries_away {
+            3 * rows * self.brought_back()
+        } else {
+            2 * rows * self.before.numel().max(self.after.numel())
+        }
+    }
+
+    /// Elements of a carry that come back from where it was away, for each item of the batch: for a
+    /// block its features, its tokens and one residual.
+    fn brought_back(&self) -> i64 {
+        let largest = |size: &dyn Fn(&CarryShape) -> i64| size(&self.before).max(size(&self.after));
+        if self.runs_block_by_block() {
+            3 * largest(&|carry| carry.hidden_states.iter().product())
+        } else {
+            largest(&CarryShape::numel)
+        }
+    }
+
+    /// Bytes of carries that are copied to a GPU and away from it at the stop `index` of
+    /// `schedule`.
+    pub(super) fn carried_bytes(&self, schedule: &Schedule, index: usize, calls: &Calls, memory: &Memory) -> f64 {
+        if !(memory.device.is_cuda() && memory.carries_away) {
+            return 0.0;
+        }
+        let gathers = matches!(schedule.stops[index].gather, Gather::Samples(_));
+        let times = u64::from(gathers) + 2 * u64::from(schedule.advances(index, &|_| true));
+        let carry = memory.element_bytes * (calls.count as i64 * calls.batch * self.brought_back()).unsigned_abs();
+        (self.networks() * times * carry) as f64
+    }
+
     /// The bytes that are in use whatever the stop, beside `carries` bytes of recorded carries.
     fn room(&self, calls: Option<&Calls>, memory: &Memory, carries: u64) -> Room {
-        let Some(calls) = calls else { return Room { fixed: memory.fixed(), running: 0, resting: 0, device: memory.device } };
+        let Memory { device, hessians_wait, .. } = *memory;
+        let Some(calls) = calls else {
+            return Room { fixed: memory.fixed(), running: 0, resting: 0, device, hessians_wait };
+        };
         let batch = &Calls { batch: calls.batch * self.joined, ..*calls };
-        let carry = 2 * memory.element_bytes * (batch.batch * self.before.numel().max(self.after.numel())).unsigned_abs();
+        let carry = memory.element_bytes * self.carry_in_use(memory, batch.batch).unsigned_abs();
         let loaded = self.networks() * self.resident_bytes;
         Room {
             fixed: memory.fixed() + carries + carry,
@@ -142,7 +194,8 @@ impl Outline<'_> {
             // A stage is not loaded while its layers are solved, unless the next stop needs it as
             // it is.
             resting: if self.runs_block_by_block() { loaded } else { 0 },
-            device: memory.device,
+            device,
+            hessians_wait,
         }
     }
 
@@ -161,8 +214,10 @@ impl Outline<'_> {
         let has_dense_target = self.sequencing.has_dense_target();
         let needs = Need::of(self.compressed(recipes), has_dense_target);
         let room = self.room(calls, memory, carries);
+        // Stages and the output block can be loaded again after their layers are solved.
+        let least = if self.name == PartName::InputBlock { room } else { Room { resting: 0, ..room } };
         for need in needs.iter().filter(|need| need.is_gathered()) {
-            let alone = room.gathered(&[need]);
+            let alone = least.gathered(&[need]);
             if alone > memory.usable() {
                 let layer = format!("{} needs {}", need.first().name(), number::size(alone));
                 return Err(self.too_little(memory, &format!(": {layer}")));
@@ -179,18 +234,23 @@ impl Outline<'_> {
             let layers = || self.compressed(recipes).filter(|(layer, _)| stop.layers.iter().any(|name| name == layer.name()));
             let needs = Need::of(layers(), has_dense_target);
             let gathered: Vec<&Need> = needs.iter().filter(|need| need.is_gathered()).collect();
-            let shared =
-                needs.iter().filter(|need| !need.is_gathered()).map(|need| room.at_once(0, need.solving_bytes(memory.device)));
+            let shared = needs.iter().filter(|need| !need.is_gathered()).map(|need| need.solving_bytes(memory.device));
             let others = layers().filter(|(_, recipe)| !recipe.needs_hessian());
             let others = others.map(|(layer, recipe)| working_set(&layer.weight().size(), recipe.joint.is_some(), memory.device));
-            let solving = shared.max().unwrap_or(0).max(room.at_once(0, others.max().unwrap_or(0)));
+            let alone = shared.chain(others).max().unwrap_or(0);
+            let bytes = |room: &Room| room.gathered(&gathered).max(room.at_once(0, alone));
+            stop.unloads = bytes(&room) > memory.usable() && bytes(&least) < bytes(&room);
+            stop.bytes = bytes(if stop.unloads { &least } else { &room });
             let items = calls.map_or(0.0, |calls| (calls.count as i64 * calls.batch) as f64);
             let grid = |need: &Need| calls.map_or([0, 0], |calls| self.grid(need.first(), calls));
             let mut work = Work::default();
             needs.iter().for_each(|need| work += need.work(items, grid(need)));
             let palettized = layers().filter(|(_, recipe)| recipe.palettize.is_some());
             work.palettized += palettized.map(|(layer, _)| layer.weight().numel() as f64).sum::<f64>();
-            (stop.bytes, stop.work) = (room.gathered(&gathered).max(solving), work);
+            let joint = layers().filter(|(_, recipe)| recipe.joint.is_some()).count() as f64;
+            (work.joint_layers, work.other_layers) = (joint, layers().count() as f64 - joint);
+            stop.work = work;
+            stop.hessian_bytes = gathered.iter().map(|need| need.bytes).sum();
         }
         // The samples go through a part in which nothing is calibrated, too.
         let peak = stops.iter().map(|stop| stop.bytes).max().unwrap_or(0);
@@ -233,6 +293,33 @@ impl Outline<'_> {
         // The last pass of a block has taken the dense network past it already.
         let is_ahead = schedule.has_dense_target && matches!(stop.gather, Gather::Samples(_));
         gathered + if is_ahead { 1.0 } else { networks } * count * whole
+    }
+
+    /// The forward of one call.
+    pub(super) fn call(&self, calls: &Calls) -> Work {
+        let layers = self.part.layers();
+        Work { forward: self.forward(layers.iter(), calls), layer_forwards: layers.len() as f64, ..Work::default() }
+    }
+
+    /// Layers that run while all samples are sent to the stop `index` of `schedule` and past it,
+    /// for every batch of them.
+    pub(super) fn layer_forwards(&self, schedule: &Schedule, index: usize, calls: &Calls) -> f64 {
+        let stop = &schedule.stops[index];
+        let layers = self.part.layers().iter().filter(|layer| self.part.scope_has(stop.scope, layer.name())).count();
+        let gathers = matches!(stop.gather, Gather::Samples(_));
+        let passes = u64::from(gathers) + u64::from(schedule.advances(index, &|_| true));
+        (self.networks() * passes) as f64 * (layers * calls.count.div_ceil(self.joined as usize)) as f64
+    }
+
+    /// Bytes of weights that are loaded for `stops` of the part: once, and again where the part has
+    /// left the device. A part that does not stay while its layers are solved is loaded for each
+    /// pass and to be left, and its weights are read once more to be solved.
+    pub(super) fn loaded_bytes(&self, stops: &[Stop], keeps_parts: bool) -> f64 {
+        let count = |is_one: &dyn Fn(&&Stop) -> bool| stops.iter().filter(is_one).count() as u64;
+        let passes = count(&|stop| matches!(stop.gather, Gather::Samples(_)));
+        let times =
+            if self.runs_block_by_block() || passes == 0 || keeps_parts { 1 + count(&|stop| stop.unloads) } else { passes + 2 };
+        (times * self.resident_bytes) as f64
     }
 
     fn pass(&self, scope: Scope, inputs: &[LayerInput], calls: &Calls) -> Pass {

@@ -32,10 +32,15 @@ pub struct Stop {
     pub gather: Gather,
     /// The names of the layers that are solved, in execution order.
     pub layers: Vec<String>,
+    /// Whether the part leaves the device before the layers are solved, because there is no memory
+    /// for both.
+    pub unloads: bool,
     /// The step that follows once the layers are stored.
     pub then: Then,
     /// The most bytes in use at once, by estimate.
     pub bytes: u64,
+    /// Bytes of the Hessians that are gathered.
+    pub hessian_bytes: u64,
     /// Multiply-adds, by estimate.
     pub work: Work,
 }
@@ -162,6 +167,6 @@ fn gather_alone(need: &Need<'_>) -> Gather {
 
 impl Stop {
     fn new(part: PartName, scope: Scope, gather: Gather, layers: Vec<String>, then: Then) -> Self {
-        Stop { part, scope, gather, layers, then, bytes: 0, work: Work::default() }
+        Stop { part, scope, gather, layers, unloads: false, then, bytes: 0, hessian_bytes: 0, work: Work::default() }
     }
 }

@@ -1,8 +1,11 @@
 //! The work of a run.
 
 use std::ops::AddAssign;
+use std::time::Instant;
 
 use serde::Serialize;
+use squeeze_base::error::Result;
+use tch::{Device, Kind, Tensor};
 
 /// Multiply-adds of a run's parts, by the formulas of the algorithms, and elements that are
 /// palettized.
@@ -18,6 +21,16 @@ pub struct Work {
     pub sweeps: f64,
     /// Elements that are palettized.
     pub palettized: f64,
+    /// Layers that forwards run, counted once for every batch of samples.
+    pub layer_forwards: f64,
+    /// Layers that the joint solver solves.
+    pub joint_layers: f64,
+    /// Layers that are pruned or palettized in another way.
+    pub other_layers: f64,
+    /// Bytes of weights that are loaded on the device.
+    pub loaded_bytes: f64,
+    /// Bytes of carries that are copied to a GPU and away from it.
+    pub carried_bytes: f64,
 }
 
 impl Work {
@@ -45,6 +58,11 @@ impl AddAssign for Work {
         self.factors += other.factors;
         self.sweeps += other.sweeps;
         self.palettized += other.palettized;
+        self.layer_forwards += other.layer_forwards;
+        self.joint_layers += other.joint_layers;
+        self.other_layers += other.other_layers;
+        self.loaded_bytes += other.loaded_bytes;
+        self.carried_bytes += other.carried_bytes;
     }
 }
 
@@ -54,15 +72,27 @@ impl AddAssign for Work {
 ///
 /// # Errors
 /// If libtorch refuses.
-pub fn measured_rate(device: tch::Device) -> squeeze_base::Result<f64> {
-    let size = if device == tch::Device::Cpu { 1024 } else { 8192 };
-    let matrix = tch::Tensor::f_ones([size, size], (tch::Kind::Float, device))?;
-    let product = || -> squeeze_base::Result<f64> { Ok(matrix.f_mm(&matrix)?.f_double_value(&[0, 0])?) };
-    product()?;
-    let (start, mut count) = (std::time::Instant::now(), 0);
+pub fn measured_rate(device: Device) -> Result<f64> {
+    rate_of_products(device, Kind::Float)
+}
+
+/// [`measured_rate`] for products of this dtype.
+pub(super) fn rate_of_products(device: Device, kind: Kind) -> Result<f64> {
+    // A GPU is waited for after several products only. Small budgets have to have room for them.
+    let (size, several) = if device == Device::Cpu { (1024, 1) } else { (4096, 16) };
+    let matrix = Tensor::f_ones([size, size], (kind, device))?;
+    let products = || -> Result<f64> {
+        let mut product = matrix.f_mm(&matrix)?;
+        for _ in 1..several {
+            product = matrix.f_mm(&matrix)?;
+        }
+        Ok(product.f_double_value(&[0, 0])?)
+    };
+    products()?;
+    let (start, mut count) = (Instant::now(), 0);
     while start.elapsed().as_secs_f64() < 0.1 || count < 3 {
-        product()?;
-        count += 1;
+        products()?;
+        count += several;
     }
     Ok(f64::from(count) * (size as f64).powi(3) / start.elapsed().as_secs_f64())
 }

@@ -18,7 +18,7 @@ const FLOORS: &[&[&str]] = &[
     &["output", "safetensors_file"],
     &["codebook"],
     &["container"],
-    &["product", "sum", "elementwise", "finite", "random", "seed_sequence", "device", "settings"],
+    &["product", "sum", "elementwise", "finite", "random", "seed_sequence", "device", "settings", "waiting"],
     &["brownian"],
     &["solver", "model"],
     &["geometry", "pipeline"],

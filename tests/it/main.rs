@@ -22,6 +22,7 @@ mod integrity;
 mod joint;
 mod lora;
 mod matrices;
+mod memory;
 mod outputs;
 mod overflow;
 mod palettes;

@@ -108,10 +108,19 @@ pub fn parse_devices(names: &str) -> Result<Vec<Device>> {
 pub fn free_memory(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => squeeze_base::memory::available(),
-        Device::Cuda(index) => cuda_free_memory(index),
+        Device::Cuda(index) => cuda_memory(index).map(|[free, _]| free),
         // The GPU of a Mac has no memory of its own.
         Device::Mps => squeeze_base::memory::available(),
         Device::Vulkan => None,
+    }
+}
+
+/// Bytes of all memory of a GPU, if known.
+#[must_use]
+pub fn total_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(index) => cuda_memory(index).map(|[_, total]| total),
+        Device::Cpu | Device::Mps | Device::Vulkan => None,
     }
 }
 
@@ -155,9 +164,9 @@ fn cuda_runtime() -> Option<libloading::os::unix::Library> {
     cuda_runtimes(&map).into_iter().find_map(|name| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_NOLOAD) }.ok())
 }
 
-/// Free bytes on GPU `index`, from the CUDA runtime.
+/// Free bytes and all bytes of GPU `index`, from the CUDA runtime.
 #[cfg(unix)]
-fn cuda_free_memory(index: usize) -> Option<u64> {
+fn cuda_memory(index: usize) -> Option<[u64; 2]> {
     cuda_devices().ok()?;
     let runtime = cuda_runtime()?;
     // SAFETY: the runtime is the one that libtorch has loaded already; both functions are of its
@@ -167,13 +176,13 @@ fn cuda_free_memory(index: usize) -> Option<u64> {
         let set_device = runtime.get::<unsafe extern "C" fn(i32) -> i32>(b"cudaSetDevice\0").ok()?;
         let info = runtime.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> i32>(b"cudaMemGetInfo\0").ok()?;
         let (mut free, mut total) = (0, 0);
-        (set_device(i32::try_from(index).ok()?) == 0 && info(&mut free, &mut total) == 0).then_some(free as u64)
+        (set_device(i32::try_from(index).ok()?) == 0 && info(&mut free, &mut total) == 0).then_some([free as u64, total as u64])
     }
 }
 
 /// Only Unix has runtimes of these names.
 #[cfg(not(unix))]
-fn cuda_free_memory(_index: usize) -> Option<u64> {
+fn cuda_memory(_index: usize) -> Option<[u64; 2]> {
     None
 }
 
@@ -229,9 +238,10 @@ mod tests {
         assert_eq!(cuda_runtimes(map)[0], "/opt/a b/libcudart-d0da41ae.so.11.0");
         assert_eq!(cuda_runtimes(map)[1..], versions);
         if cuda_devices().is_err() {
-            assert!(free_memory(Device::Cuda(0)).is_none());
+            assert!(free_memory(Device::Cuda(0)).is_none() && total_memory(Device::Cuda(0)).is_none());
         } else {
-            assert!(free_memory(Device::Cuda(0)).is_some_and(|free| free > 0));
+            let free = free_memory(Device::Cuda(0)).unwrap();
+            assert!(free > 0 && total_memory(Device::Cuda(0)).is_some_and(|total| total >= free));
         }
     }
 

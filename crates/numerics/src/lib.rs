@@ -9,5 +9,6 @@ pub mod random;
 mod seed_sequence;
 mod settings;
 pub mod sum;
+pub mod waiting;
 
 pub use settings::{Numerics, allow_tf32, init};

@@ -112,6 +112,11 @@ impl Correlations {
         4 * terms(kernel, padding).len() as u64 * (channels * channels).unsigned_abs()
     }
 
+    /// The sums of all terms, in order.
+    pub(crate) fn sums_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.sums.iter_mut().map(|(_, sum)| sum)
+    }
+
     /// Multiply-adds for an input of `height` x `width` pixels.
     pub(crate) fn work(channels: i64, kernel: [i64; 2], padding: [i64; 2], height: i64, width: i64) -> f64 {
         let places = terms(kernel, padding).into_iter().map(|Term { shift, places }| match places {

@@ -334,6 +334,14 @@ impl Hessian {
         }
     }
 
+    /// The tensors that the sum consists of, in a fixed order.
+    pub(super) fn sums_mut(&mut self) -> Vec<&mut Tensor> {
+        match &mut self.sum {
+            Sum::Triangles(groups) => groups.iter_mut().flat_map(Triangle::panels_mut).collect(),
+            Sum::Correlations(correlations) => correlations.sums_mut().collect(),
+        }
+    }
+
     /// The Hessian on `device`. Where it is there already, the result shares its memory, so that two
     /// threads can read it.
     ///

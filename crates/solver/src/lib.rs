@@ -23,6 +23,7 @@ mod sparsegpt;
 mod sparsity;
 mod sweep;
 mod triangle;
+mod waiting;
 mod weight;
 
 pub use factor::Factor;
@@ -35,3 +36,4 @@ pub use note::Note;
 pub use output_error::{output_energies, output_energy, output_error};
 pub use output_residual::OutputResidual;
 pub use sparsegpt::{Pruned, prune, prune_many, prune_with};
+pub use waiting::WaitingHessian;

@@ -53,6 +53,12 @@ impl Triangle {
         4 * numbers.sum::<i64>().unsigned_abs()
     }
 
+    /// The triangle on `device`. One that is already there is not copied.
+    pub(crate) fn to_device(&self, device: Device) -> Result<Self> {
+        let panels = self.panels.iter().map(|panel| Ok(panel.f_to_device(device)?)).collect::<Result<_>>()?;
+        Ok(Triangle { panels, ..*self })
+    }
+
     /// The triangle times `factor`, in new memory.
     pub(crate) fn scaled(&self, factor: f64) -> Result<Self> {
         let panels = self.panels.iter().map(|panel| Ok(panel.f_mul_scalar(factor)?)).collect::<Result<_>>()?;
@@ -83,6 +89,11 @@ impl Triangle {
     /// Panel `index`: [rows, d - first row].
     pub(crate) fn panel(&self, index: usize) -> &Tensor {
         &self.panels[index]
+    }
+
+    /// All panels.
+    pub(crate) fn panels_mut(&mut self) -> &mut [Tensor] {
+        &mut self.panels
     }
 
     /// The whole diagonal block of panel `index`, a view.

@@ -64,7 +64,7 @@ impl Visitor for Trials<'_> {
         for input in self.open_inputs(stop, walk) {
             match &mut gathered {
                 Some(gatherer) => {
-                    let hessian = gatherer.take(&input).expect("the gatherer was asked for the open inputs");
+                    let hessian = gatherer.take(&input)?.expect("the gatherer was asked for the open inputs");
                     self.try_input(stop, &input, &hessian, walk)?;
                 }
                 None => {

@@ -117,6 +117,15 @@ pub enum Error {
     /// libtorch refused an operation. The text is libtorch's: a message, then its C++ stack.
     #[error("libtorch: {}", first_line(.0))]
     Torch(String),
+    /// A device whose memory is too small for an operation.
+    #[error("{}", out_of_memory(step.as_deref(), text))]
+    OutOfMemory {
+        /// The step of the run that needed the memory, as "the Hessians of `mid_block`"; `None`
+        /// until [`Error::during`] gives it.
+        step: Option<String>,
+        /// libtorch's text: a message, then its C++ stack.
+        text: String,
+    },
     /// A tensor with NaN or infinite values where finite ones are needed.
     #[error("{0}")]
     NotFinite(String),
@@ -163,12 +172,26 @@ impl Error {
             | Error::Failed(_)
             | Error::Internal(_)
             | Error::Torch(_)
+            | Error::OutOfMemory { .. }
             | Error::NotFinite(_)
             | Error::NotPositiveDefinite { .. }
             | Error::Stopped
             | Error::SeenEnough => false,
             Error::Layer { source, .. } => source.is_bad_input(),
         }
+    }
+
+    /// The error; if it is an [`Error::OutOfMemory`] whose step is not known yet, with this step.
+    #[must_use]
+    pub fn during(mut self, step: &str) -> Error {
+        let mut error = &mut self;
+        while let Error::Layer { source, .. } = error {
+            error = source;
+        }
+        if let Error::OutOfMemory { step: unknown @ None, .. } = error {
+            *unknown = Some(step.to_owned());
+        }
+        self
     }
 
     /// The bug that this error reports, if it reports one.
@@ -226,6 +249,19 @@ fn first_line(text: &str) -> &str {
     text.split_once('\n').map_or(text, |(first, _)| first)
 }
 
+/// The message of an [`Error::OutOfMemory`]: what was asked for, and what to set.
+fn out_of_memory(step: Option<&str>, text: &str) -> String {
+    let what = step.map_or(String::new(), |step| format!(" for {step}"));
+    let line = first_line(text);
+    // After the sizes, libtorch lists processes and settings of its own.
+    let sizes = line.find(" is free.").map_or(line, |end| &line[..end + " is free".len()]);
+    format!(
+        "the device's memory is too small{what}: {}; set another --memory-budget (a smaller one if other programs use the device, \
+         a larger one if the run was given too little), and go on from the finished layers with --resume",
+        sizes.trim_end_matches('.')
+    )
+}
+
 fn one_a_line(mistakes: &[Mistake]) -> String {
     mistakes.iter().map(Mistake::to_string).collect::<Vec<_>>().join("\n")
 }
@@ -246,6 +282,32 @@ mod tests {
         let layer = Error::layer("conv_in")(error);
         assert!(!layer.is_bad_input() && layer.bug().is_some());
         assert!(Error::Argument("no such device".into()).bug().is_none());
+    }
+
+    #[test]
+    fn a_device_without_memory_says_where_how_much_and_what_to_set() {
+        let text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.92 GiB of which 1.06 GiB is \
+                    free. Process 4711 has 6.86 GiB memory in use. See PYTORCH_CUDA_ALLOC_CONF.\nException raised from malloc";
+        let torch = |text: &str| Error::from(tch::TchError::Torch(text.into()));
+        let error = Error::layer("conv_in")(torch(text)).during("the Hessians of `mid_block`").during("a later step");
+        assert!(!error.is_bad_input());
+        let Error::Layer { source, .. } = error else { panic!("the layer is gone") };
+        assert_eq!(
+            source.to_string(),
+            "the device's memory is too small for the Hessians of `mid_block`: CUDA out of memory. Tried to allocate 2.00 GiB. \
+             GPU 0 has a total capacity of 7.92 GiB of which 1.06 GiB is free; set another --memory-budget (a smaller one if \
+             other programs use the device, a larger one if the run was given too little), and go on from the finished layers \
+             with --resume"
+        );
+        for text in
+            ["CUDA error: out of memory\nstack", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
+        {
+            assert!(torch(text).to_string().starts_with("the device's memory is too small: CUDA error: "), "{text}");
+        }
+        // The host's memory, and a stack that names the allocator's error.
+        for text in ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", "shapes\nout of memory"] {
+            assert!(matches!(torch(text).during("a step"), Error::Torch(_)), "{text}");
+        }
     }
 
     #[test]
