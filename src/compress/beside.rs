@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Event, Progress};
 
-/// Runs `check` in a thread of its own beside `work`. If `check` fails, `work` is asked to stop, and
-/// the error is that of `check`, which is the cause of others.
+/// Runs `check` in a thread of its own beside `work`. If `check` fails, `work` is asked to stop,
+/// and the error is that of `check`, which is the cause of others.
 ///
 /// # Errors
 /// As `check` and `work`.

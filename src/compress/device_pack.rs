@@ -38,8 +38,8 @@ fn mask(keep: &Tensor) -> Result<Mask> {
     Mask::from_bytes(packed_bytes(&keep.f_flatten(0, -1)?.f_to_kind(Kind::Uint8)?, BitWidth::One)?, keep.numel())
 }
 
-/// Numbers [n] of u8, each below 2^bits, as [`Packed`] has them: number i in bits [i b, (i + 1) b) of
-/// the stream, lowest bit first.
+/// Numbers [n] of u8, each below 2^bits, as [`Packed`] has them: number i in bits [i b, (i + 1) b)
+/// of the stream, lowest bit first.
 fn packed_bytes(numbers: &Tensor, bits: BitWidth) -> Result<Vec<u8>> {
     /// Numbers that are spread out to bits at once, a multiple of 8.
     const PIECE: i64 = 1 << 23;

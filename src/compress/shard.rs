@@ -113,7 +113,8 @@ impl DeviceShard {
     pub(super) fn load(&mut self, model: Model<'_>, name: PartName) -> Result<()> {
         // The old part is dropped first: there may not be memory for both.
         self.unload();
-        // The dense network and the compressed one share tensors until layers get their stored ones.
+        // The dense network and the compressed one share tensors until layers get their stored
+        // ones.
         let source = OnDevice { source: model.source, device: self.device };
         let source = Prefetched::for_network(&source, |source| model.chain.load_part(name, source))?;
         self.part = Some(model.chain.load_part(name, &source)?);

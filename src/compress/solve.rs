@@ -105,9 +105,9 @@ impl Compressor<'_> {
         recipe_of(self.layers, layer)
     }
 
-    /// Compresses the open layers of `inputs`, input by input. `gathered` has the Hessians of inputs
-    /// that the samples ran for. A Hessian is factored once for all of its layers, and dropped once
-    /// they are solved.
+    /// Compresses the open layers of `inputs`, input by input. `gathered` has the Hessians of
+    /// inputs that the samples ran for. A Hessian is factored once for all of its layers, and
+    /// dropped once they are solved.
     fn solve_inputs(
         &mut self,
         stop: &Stop,

@@ -34,9 +34,9 @@ pub fn product(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     Ok(left.f_mm(right)?)
 }
 
-/// T + A B in the place of T [m, n], for A [m, k] and B [k, n]. On a CUDA GPU A and B may be fp16 or
-/// bf16 beside a T in fp32: their products are exact in fp32, and so are not rounded before they are
-/// summed.
+/// T + A B in the place of T [m, n], for A [m, k] and B [k, n]. On a CUDA GPU A and B may be fp16
+/// or bf16 beside a T in fp32: their products are exact in fp32, and so are not rounded before they
+/// are summed.
 pub fn add_product(target: &Tensor, left: &Tensor, right: &Tensor) -> Result<()> {
     if sums_halves(target.device(), left.f_kind()?) && target.f_kind()? == Kind::Float {
         let _ = target.f_addmm_dtype_out(target, left, right, Kind::Float)?;

@@ -342,8 +342,8 @@ impl Hessian {
         }
     }
 
-    /// The Hessian on `device`. Where it is there already, the result shares its memory, so that two
-    /// threads can read it.
+    /// The Hessian on `device`. Where it is there already, the result shares its memory, so that
+    /// two threads can read it.
     ///
     /// # Errors
     /// [`Error::Torch`] if the memory is not there.

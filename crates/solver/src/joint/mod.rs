@@ -160,9 +160,9 @@ pub fn joint(
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
 }
 
-/// [`joint`] of a weight whose Hessian is on a GPU, without copies to the host. `None` where the host
-/// has a part in it: for several groups, palettes along input channels or with scales, and palettes
-/// that are refitted.
+/// [`joint`] of a weight whose Hessian is on a GPU, without copies to the host. `None` where the
+/// host has a part in it: for several groups, palettes along input channels or with scales, and
+/// palettes that are refitted.
 ///
 /// # Errors
 /// As [`joint`].

@@ -1,5 +1,5 @@
-//! Streams of a GPU, one for each thread that solves, so that the small kernels of several layers run
-//! beside one another.
+//! Streams of a GPU, one for each thread that solves, so that the small kernels of several layers
+//! run beside one another.
 
 use std::collections::HashMap;
 use std::ffi::c_void;

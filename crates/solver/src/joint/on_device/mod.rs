@@ -47,8 +47,8 @@ fn takes(hessian: &Hessian, options: &JointOptions) -> bool {
     hessian.groups() == 1 && are_plain && options.effort.palette_steps == 0
 }
 
-/// The result of [`joint_on_device`](super::joint_on_device): that of [`joint`](super::joint()), with
-/// matrices on the weight's device.
+/// The result of [`joint_on_device`](super::joint_on_device): that of [`joint`](super::joint()),
+/// with matrices on the weight's device.
 #[derive(Debug)]
 pub struct DeviceJoint {
     /// The weight [o, d], fp16; zero where pruned.
