@@ -85,7 +85,7 @@ impl Team<'_> {
 
     fn has_room(&self, under_way: &VecDeque<UnderWay<'_>>, problem: &Problem<'_>) -> bool {
         let on_device = under_way.iter().filter(|other| other.place == problem.place);
-        let most = if self.devices[problem.place] == Device::Cpu { 1 } else { ON_A_GPU };
+        let most = if matches!(self.devices[problem.place], Device::Cuda(_)) { ON_A_GPU } else { 1 };
         let bytes: u64 = on_device.clone().map(|other| other.bytes).sum();
         match on_device.count() {
             0 => true,

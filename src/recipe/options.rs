@@ -70,7 +70,7 @@ impl Devices {
         Ok(Devices(devices))
     }
 
-    /// The device that solves.
+    /// The first device.
     #[must_use]
     pub fn first(&self) -> Device {
         self.0[0]

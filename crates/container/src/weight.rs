@@ -68,8 +68,8 @@ impl CompressedWeight {
     /// A weight of parts that are packed already.
     ///
     /// # Errors
-    /// [`Error::Argument`] if they disagree; [`Error::NotFinite`] if a value, palette or scale is NaN
-    /// or infinite.
+    /// [`Error::Argument`] if they disagree; [`Error::NotFinite`] if a value, palette or scale is
+    /// NaN or infinite.
     pub fn new(shape: Vec<i64>, mask: Option<Mask>, values: Values) -> Result<Self> {
         Self { shape, mask, values }.checked()
     }
