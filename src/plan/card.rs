@@ -36,45 +36,47 @@ pub struct Drawing {
 }
 
 /// The constants of the prediction, fitted to whole runs on one H100 (libtorch 2.11, 16 processor
-/// threads; `benches/RESULTS.md` has the default config's steps, `benches/gpu.sh` measures them).
-/// To refit: run `benches/gpu.sh`, and divide the seconds of each step by what the plan counts for
-/// it (`plan --json`) and by the card's measured speed.
+/// threads; `benches/RESULTS.md` has the runs and their steps, `benches/gpu.sh` measures them). To
+/// refit: run `benches/gpu.sh`, and divide the seconds of each step by what the plan counts for it
+/// (`plan --json`) and by the card's measured speed.
 mod fitted {
-    /// Seconds until CUDA, cuBLAS and cuDNN are loaded and the kernels are compiled. Of the bundled
-    /// model's 18.9 s, what its operations do not explain.
-    pub(super) const BEGIN: f64 = 6.0;
-    /// Bytes per second in which the host reads and converts weights: the 6.7 GB of the UNet and
-    /// the text encoders take some 7 s of the 8.5 s (tutorial) and 16.4 s (default) of
-    /// calibration.
-    pub(super) const READING: f64 = 1.2e9;
+    /// Seconds until CUDA, cuBLAS and cuDNN are loaded and the kernels are compiled: of the bundled
+    /// model's 12 s, what its operations do not explain.
+    pub(super) const BEGIN: f64 = 5.5;
+    /// Bytes per second in which the host reads and converts weights, with the text encoders, which
+    /// are not counted: the UNet twice and the encoders in some 5 s of the tutorial's run.
+    pub(super) const READING: f64 = 3.0e9;
     /// The share of the products' rate that forwards reach beside the start of their operations:
-    /// 3.7e15 multiply-adds in some 20 of the 47 s that forwards and Hessians of the default config
-    /// take.
-    pub(super) const FORWARD: f64 = 0.55;
-    /// The share of the fp32 products' rate that sums of Hessians reach: 1e14 multiply-adds in some
-    /// 4.5 of the tutorial's 7.3 s, 6.5e14 in the others of the 47 s.
+    /// 4.1e15 multiply-adds in some 27 s of the default config's run.
+    pub(super) const FORWARD: f64 = 0.5;
+    /// The share of the products' rate that sums of Hessians reach in fp16: 2.2e14 multiply-adds in
+    /// 2.1 s of the tutorial's run, 6.5e14 in 5.3 s of the default config's.
+    pub(super) const HALF_HESSIANS: f64 = 0.36;
+    /// The share of the fp32 products' rate that they reach in fp32, in runs with fp32 sums.
     pub(super) const HESSIANS: f64 = 0.9;
-    /// The same for Cholesky factors: 1.1e13 multiply-adds in 5.4 s of the tutorial's run.
-    pub(super) const FACTORS: f64 = 0.09;
-    /// The same for sweeps, conjugate gradients and errors: 3.5e14 multiply-adds in some 60 of the
-    /// 114 s in which the default config's layers are solved.
-    pub(super) const SWEEPS: f64 = 0.23;
+    /// The same for Cholesky factors, several at once: some 3 s of the 10.5 s in which the
+    /// tutorial's layers are solved.
+    pub(super) const FACTORS: f64 = 0.15;
+    /// The same for sweeps, conjugate gradients and errors: 3.5e14 multiply-adds in some 40 of the
+    /// 68 s in which the default config's layers are solved.
+    pub(super) const SWEEPS: f64 = 0.35;
     /// How many times as fast copies from and to pinned memory are as others. This is the usual
     /// ratio on PCIe, and not measured: runs in which carries wait on the host were not timed.
     pub(super) const PINNED: f64 = 3.0;
     /// Operations that the forward of a layer starts, with those between the layers.
     pub(super) const FORWARD_OPERATIONS: f64 = 10.0;
-    /// Operations that the joint solver starts for a layer: 40 ms a layer of the bundled model.
-    pub(super) const JOINT_OPERATIONS: f64 = 8000.0;
-    /// Operations that the other solvers start for a layer.
-    pub(super) const OTHER_OPERATIONS: f64 = 800.0;
-    /// Operations that encoding a text starts, with its time embeddings: 1,000 captions in 8.3 s.
-    pub(super) const TEXT_OPERATIONS: f64 = 1700.0;
-    /// Seconds for an element to be palettized, copied to the host, packed and compared: 15.1 s of
-    /// the tutorial's run.
-    pub(super) const ELEMENT: f64 = 5.9e-9;
+    /// Operations that the joint solver starts for a layer: 20 ms a layer of the bundled model.
+    pub(super) const JOINT_OPERATIONS: f64 = 4000.0;
+    /// Operations that the other solvers start for a layer, less those of layers beside it.
+    pub(super) const OTHER_OPERATIONS: f64 = 750.0;
+    /// Operations that encoding a text starts, in batches, with its time embeddings: 1,000 captions
+    /// in 2.6 s.
+    pub(super) const TEXT_OPERATIONS: f64 = 500.0;
+    /// Seconds for an element to be palettized, packed, compared, and decoded for the samples: some
+    /// 4.5 s of the tutorial's run.
+    pub(super) const ELEMENT: f64 = 1.7e-9;
     /// How often the bytes of a container are hashed, or what takes as long, while it is written:
-    /// 2.6 s for 1.1 GB where SHA-256 runs at 1.2 GB/s.
+    /// 2.9 s for 1.1 GB where SHA-256 runs at 1.2 GB/s.
     pub(super) const CONTAINER: f64 = 2.8;
 }
 
@@ -102,15 +104,18 @@ impl Card {
         let loaded = if drawing.calls > 0 { work.loaded_bytes + plan.resident_bytes as f64 } else { work.loaded_bytes };
         let carrying = work.carried_bytes / (fitted::PINNED * self.copies);
         let reading = loaded * (1.0 / fitted::READING + 1.0 / self.copies);
-        let hashing = (plan.resident_bytes as f64 + fitted::CONTAINER * plan.payload_bytes as f64) / self.hashing;
+        // The model is hashed while samples are drawn, which takes longer.
+        let hashed = if drawing.calls > 0 { 0.0 } else { plan.resident_bytes as f64 };
+        let hashing = (hashed + fitted::CONTAINER * plan.payload_bytes as f64) / self.hashing;
         let forward = work.forward + drawing.calls as f64 * plan.call.forward;
         let layer_forwards = work.layer_forwards + drawing.batches as f64 * plan.call.layer_forwards;
         let operations = fitted::FORWARD_OPERATIONS * layer_forwards
             + fitted::JOINT_OPERATIONS * work.joint_layers
             + fitted::OTHER_OPERATIONS * work.other_layers
             + fitted::TEXT_OPERATIONS * drawing.encoded as f64;
-        let fp32 = work.hessians / fitted::HESSIANS + work.factors / fitted::FACTORS + work.sweeps / fitted::SWEEPS;
-        let products = forward / (fitted::FORWARD * self.products) + fp32 / self.fp32_products;
+        let sums = (fitted::HALF_HESSIANS * self.products).max(fitted::HESSIANS * self.fp32_products);
+        let fp32 = work.factors / fitted::FACTORS + work.sweeps / fitted::SWEEPS;
+        let products = forward / (fitted::FORWARD * self.products) + work.hessians / sums + fp32 / self.fp32_products;
         fitted::BEGIN + reading + carrying + hashing + products + self.start * operations + fitted::ELEMENT * work.palettized
     }
 }

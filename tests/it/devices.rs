@@ -119,7 +119,8 @@ fn several_gpus_give_the_bytes_of_one() {
     }
     let several = if cuda_devices().unwrap() > 1 { "cuda:0,cuda:1" } else { "cuda:0,cuda:0" };
     same_bytes_on(&["cuda:0", several], &JOINT.replace("TARGET", "dense"), 11, 11);
-    same_bytes_on(&["cuda:0", several], &config("tutorial-s40-4bit-gs16"), 40, 20);
+    // A GPU takes three samples in a batch, where a CPU takes two.
+    same_bytes_on(&["cuda:0", several], &config("tutorial-s40-4bit-gs16"), 40, 14);
 }
 
 const BUDGET: &str = "

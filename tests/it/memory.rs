@@ -223,15 +223,15 @@ fn the_predicted_time_is_that_of_an_h100_to_a_quarter() {
         assert!((0.75..1.25).contains(&(seconds / measured)), "{what}: {seconds:.1} s, measured {measured} s");
     };
     let memory = gpu(70 << 30, 100 << 30);
-    let tutorial = plan_of_sdxl("tutorial-s40-4bit-gs16", 60, memory).unwrap();
-    check("tutorial", &tutorial, Drawing { calls: 80, batches: 20, encoded: 4 }, 64.6);
+    let tutorial = plan_of_sdxl("tutorial-s40-4bit-gs16", 128, memory).unwrap();
+    check("tutorial", &tutorial, Drawing { calls: 140, batches: 20, encoded: 8 }, 34.6);
     let default = plan_of_sdxl("squeeze-s40-4bit-gs16", 384, memory).unwrap();
-    check("default", &default, Drawing { calls: 960, batches: 120, encoded: 1048 }, 212.9);
+    check("default", &default, Drawing { calls: 960, batches: 120, encoded: 1048 }, 139.9);
     let folder = PipelineFolder::open(&emoji()).unwrap();
     let config = RunConfig::read(&repo("configs/emoji/squeeze-s40-4bit-gs16.yaml")).unwrap();
     let recipe = Recipe::new(&config, &folder.unet).unwrap();
     let calls = Calls { count: 384, batch: 2, height: 16, width: 16, text: 77 };
     let memory = Memory::new(70 << 30, Kind::Float, Device::Cuda(0));
     let bundled = plan_of_run(&folder.unet, &config, &recipe, Some(calls), memory, &|_| 2).unwrap();
-    check("bundled", &bundled, Drawing { calls: 48 * 30, batches: 30, encoded: 48 }, 18.9);
+    check("bundled", &bundled, Drawing { calls: 48 * 30, batches: 30, encoded: 48 }, 12.4);
 }
