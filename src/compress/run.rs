@@ -70,12 +70,13 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let numerics = crate::init();
     let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
     let mut inputs = Inputs::read(folder, config, samples, recipe.needs_samples())?;
-    let place = workspace_folder(path);
-    let claim = Claim::of(&place)?;
     let is_drawn = samples.is_none() && inputs.samples.is_none() && recipe.needs_samples();
     let hash = |progress: &dyn Progress| tracing::debug_span!("hash").in_scope(|| sources_of(folder, weights, progress));
-    // Which run an unfinished one is, is known once its model is hashed.
-    let (sources, first) = if is_drawn && !(options.resume && claim.has_run()) {
+    let (claim, (sources, first)) = Claim::of(&workspace_folder(path))?.during(|claim| {
+        // Which run an unfinished one is, is known once its model is hashed.
+        if !is_drawn || (options.resume && claim.has_run()) {
+            return Ok((hash(progress)?, None));
+        }
         let draw = |progress: &dyn Progress| {
             let section = inputs.section(&config.calibration);
             tracing::debug_span!("calibration").in_scope(|| calibrate(folder, weights, &section, options, progress))
@@ -83,10 +84,8 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
         let unseen = Unseen(progress);
         let drawn = beside(|| hash(&unseen), draw, progress);
         let (sources, samples) = drawn.map_err(|error| error.during("the calibration samples"))?;
-        (sources, Some(samples))
-    } else {
-        (hash(progress)?, None)
-    };
+        Ok((sources, Some(samples)))
+    })?;
     let identity = inputs.identity(config, &sources, options);
     let mut workspace = claim.open(&identity, options.resume)?;
     let drawn = match samples {

@@ -73,6 +73,29 @@ impl Claim {
         self.folder.join(RUN).exists() || has_results(&self.folder).unwrap_or(true)
     }
 
+    /// Gives a folder back in which no run has been at work: nothing is left of it.
+    fn give_back(self) {
+        if !self.has_run() {
+            // What cannot be removed is in nobody's way.
+            let _ = std::fs::remove_file(self.folder.join(LOCK));
+            let _ = std::fs::remove_dir(&self.folder);
+        }
+    }
+
+    /// The result of `work` with this claim, which is given back if there is none.
+    ///
+    /// # Errors
+    /// As `work`.
+    pub(super) fn during<T>(self, work: impl FnOnce(&Self) -> Result<T>) -> Result<(Self, T)> {
+        match work(&self) {
+            Ok(result) => Ok((self, result)),
+            Err(error) => {
+                self.give_back();
+                Err(error)
+            }
+        }
+    }
+
     /// [`Workspace::open`] of the folder.
     ///
     /// # Errors
