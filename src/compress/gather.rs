@@ -117,7 +117,7 @@ impl Gatherer {
         self.hessians.get(input).map(|(_, hessian)| hessian)
     }
 
-    /// Takes the Hessian of an input out; one that [waits](Self::wait_on_host) comes back to its
+    /// Takes the Hessian of an input out; one that waits on the host comes back to its
     /// device.
     ///
     /// # Errors

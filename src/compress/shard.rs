@@ -147,10 +147,15 @@ impl DeviceShard {
 /// that stay dense keep their weight.
 pub(super) fn install(layers: &mut [Layer], store: &Workspace, chosen: &mut dyn FnMut(&str) -> bool) -> Result<()> {
     let mut layers: Vec<&mut Layer> = layers.iter_mut().filter(|layer| store.has(layer.name()) && chosen(layer.name())).collect();
-    // As many at once as there are threads: the dense weights that they replace are still there.
+    // As many at once as there are threads: the dense weights that they replace are still there. On
+    // a CPU libtorch's operations stay on one thread, as in `Prefetched`.
     for layers in layers.chunks_mut(rayon::current_num_threads()) {
         let names: Vec<(&str, Device)> = layers.iter().map(|layer| (layer.name(), layer.weight().device())).collect();
-        let decoded: Vec<_> = names.par_iter().map(|(name, device)| decoded(store, name, *device)).collect();
+        let one = |(name, device): &(&str, Device)| decoded(store, name, *device);
+        let decoded: Vec<_> = match names[0].1 {
+            Device::Cpu => names.iter().map(one).collect(),
+            _ => names.par_iter().map(one).collect(),
+        };
         for (layer, decoded) in layers.iter_mut().zip(decoded) {
             if let Some(decoded) = decoded? {
                 layer.replace_weight(&decoded)?;

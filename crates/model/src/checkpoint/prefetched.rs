@@ -1,10 +1,10 @@
-//! Tensors that are read on all threads before a network is made of them.
+//! Tensors that are read before a network is made of them: for a GPU on all threads.
 
 use std::collections::HashMap;
 
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::source::{Blueprint, TensorSource, TensorSpec};
 
@@ -14,14 +14,23 @@ use super::source::{Blueprint, TensorSource, TensorSpec};
 pub struct Prefetched(HashMap<String, Tensor>);
 
 impl Prefetched {
-    /// Reads the tensors of `specs`, several at a time.
+    /// Reads the tensors of `specs`: several at a time if they go to another device than the CPU.
+    ///
+    /// On a CPU, libtorch's operations stay on the thread that calls this: each thread that calls
+    /// them has OpenMP threads of its own, and where OpenMP has more threads than the machine, all
+    /// of them sleep between operations, which makes every forward twice as slow.
     ///
     /// # Errors
     /// As the source, for the first of the tensors that cannot be read.
     pub fn new(source: &(dyn TensorSource + Sync), specs: &[TensorSpec]) -> Result<Self> {
         let read = |spec: &TensorSpec| Ok((spec.name.clone(), source.tensor(&spec.name, &spec.shape)?));
-        let tensors: Vec<Result<(String, Tensor)>> = specs.par_iter().map(read).collect();
-        Ok(Prefetched(tensors.into_iter().collect::<Result<_>>()?))
+        let Some((first, rest)) = specs.split_first() else { return Ok(Prefetched(HashMap::new())) };
+        let first = read(first)?;
+        let rest: Vec<Result<(String, Tensor)>> = match first.1.device() {
+            Device::Cpu => rest.iter().map(read).collect(),
+            _ => rest.par_iter().map(read).collect(),
+        };
+        Ok(Prefetched([Ok(first)].into_iter().chain(rest).collect::<Result<_>>()?))
     }
 
     /// The tensors that `build` asks for.
@@ -45,7 +54,7 @@ impl TensorSource for Prefetched {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::Kind;
 
     use super::*;
 
