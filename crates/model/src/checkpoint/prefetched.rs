@@ -58,11 +58,15 @@ mod tests {
 
     use super::*;
 
+    /// The thread of the test, which has the test's name.
+    const TEST: Option<&str> = Some("checkpoint::prefetched::tests::tensors_are_shared_and_the_first_error_is_told");
+
     /// Zeros of any shape, but not of every name.
     struct Zeros;
 
     impl TensorSource for Zeros {
         fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+            assert_eq!(std::thread::current().name(), TEST, "tensors of a CPU are read on the thread that asks");
             match name {
                 "absent" | "lost" => Err(Error::Argument(format!("`{name}` is absent"))),
                 _ => Ok(Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?),
