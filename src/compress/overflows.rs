@@ -26,8 +26,8 @@ impl Overflows {
     }
 }
 
-/// The names of a unit's layers up to where they differ: that of a stage, a resnet, a transformer's
-/// block or a single layer. The output block's layer has a name of its own.
+/// The names of a unit's layers up to where they differ: that of a stage, a resnet, a sublayer
+/// of a transformer's block or a single layer. The output block's layer has a name of its own.
 fn unit(part: &Part, scope: Scope) -> String {
     let mut names = part.layers().iter().map(Layer::name).filter(|name| part.scope_has(scope, name));
     let first = names.next().unwrap_or_default().to_owned();

@@ -111,7 +111,7 @@ fn more_devices_than_batches_give_the_bytes_of_one() {
     same_bytes_on(&ONE_TO_THREE, &yaml.replace("early", "uniform"), 2, 1);
 }
 
-/// One GPU that is named twice, and two if there are two. Forty calls make batches of two there.
+/// One GPU that is named twice, and two if there are two.
 #[test]
 fn several_gpus_give_the_bytes_of_one() {
     if !has_gpu("several_gpus_give_the_bytes_of_one") {
@@ -119,7 +119,7 @@ fn several_gpus_give_the_bytes_of_one() {
     }
     let several = if cuda_devices().unwrap() > 1 { "cuda:0,cuda:1" } else { "cuda:0,cuda:0" };
     same_bytes_on(&["cuda:0", several], &JOINT.replace("TARGET", "dense"), 11, 11);
-    // A GPU takes three samples in a batch, where a CPU takes two.
+    // Forty calls make batches of three on a GPU.
     same_bytes_on(&["cuda:0", several], &config("tutorial-s40-4bit-gs16"), 40, 14);
 }
 

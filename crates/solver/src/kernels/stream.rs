@@ -24,6 +24,9 @@ pub fn on_own_stream<T>(device: Device, work: impl FnOnce() -> T) -> T {
         Device::Cuda(ordinal) => Lent::new(ordinal),
         _ => None,
     };
+    if lent.is_none() && matches!(device, Device::Cuda(_)) {
+        tracing::debug!("{device:?}: no stream of its own for this layer, which shares the default one");
+    }
     let result = work();
     drop(lent);
     result
