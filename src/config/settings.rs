@@ -78,11 +78,12 @@ impl Settings for PaletteOptions {
             grouping: grouping(fields, mistakes),
             axis: fields.value(&CHANNEL_AXIS, mistakes),
             per_channel_scale: fields.value(&ENABLE_PER_CHANNEL_SCALE, mistakes),
+            vector_length: 1,
         }
     }
 
     fn written(&self) -> PaletteKeys {
-        let PaletteOptions { bits, grouping, axis, per_channel_scale } = *self;
+        let PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length: _ } = *self;
         let granularity = match grouping {
             Grouping::PerTensor => GranularityWord::PerTensor,
             Grouping::PerGroupedChannel { .. } => GranularityWord::PerGroupedChannel,
@@ -151,6 +152,7 @@ mod tests {
             grouping: Grouping::PerTensor,
             axis: keys::palette_settings::CHANNEL_AXIS.default_value(),
             per_channel_scale: keys::palette_settings::ENABLE_PER_CHANNEL_SCALE.default_value(),
+            vector_length: 1,
         };
         assert_eq!(PaletteOptions::default(), expected);
     }

@@ -35,7 +35,7 @@ pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
     let kept = kept(o, d, recipe);
     let values = match &recipe.palettize {
         None => 2 * kept,
-        Some(PaletteOptions { bits, grouping, axis, per_channel_scale }) => {
+        Some(PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length: _ }) => {
             let palettes = match grouping {
                 Grouping::PerTensor => 1,
                 Grouping::PerGroupedChannel { group_size } => {

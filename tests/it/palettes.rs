@@ -17,7 +17,7 @@ fn options(bits: u8, group: Option<(usize, usize)>) -> PaletteOptions {
         None => (Grouping::PerTensor, 0),
         Some((group_size, axis)) => (Grouping::PerGroupedChannel { group_size }, axis),
     };
-    PaletteOptions { bits: BitWidth::try_from(bits).unwrap(), grouping, axis, per_channel_scale: false }
+    PaletteOptions { bits: BitWidth::try_from(bits).unwrap(), grouping, axis, ..PaletteOptions::default() }
 }
 
 fn done(palettized: Result<Palettized>) -> Palettized {

@@ -36,11 +36,20 @@ pub struct PaletteOptions {
     /// Whether each output channel is first divided by its largest magnitude, and the divisor
     /// stored (`enable_per_channel_scale`).
     pub per_channel_scale: bool,
+    /// The number of neighbouring output channels whose weights share an index, at least 1
+    /// (`cluster_dim`). A palette's entry is then a vector of as many values.
+    pub vector_length: usize,
 }
 
 impl Default for PaletteOptions {
-    /// 4 bits, one palette for the whole weight, no scales.
+    /// 4 bits, one palette for the whole weight, no scales, no vectors.
     fn default() -> Self {
-        PaletteOptions { bits: BitWidth::Four, grouping: Grouping::PerTensor, axis: 0, per_channel_scale: false }
+        PaletteOptions {
+            bits: BitWidth::Four,
+            grouping: Grouping::PerTensor,
+            axis: 0,
+            per_channel_scale: false,
+            vector_length: 1,
+        }
     }
 }
