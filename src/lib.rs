@@ -56,6 +56,7 @@
 //! | [`recipe`] | a config, resolved on the layers of one UNet; devices and limits of a run |
 //! | [`calibration`] | the inputs of the UNet, recorded while the dense pipeline draws |
 //! | [`plan`] | sizes, memory, passes and work of a run, before it starts |
+//! | [`tune`](mod@tune) | training of palettes, norms and biases by gradients |
 //! | [`compress`] | the run: stage by stage, layer by layer, resumable |
 //! | [`export`], [`coreml`] | diffusers folders, coremltools checkpoints, Core ML packages |
 //! | [`inspect`](mod@inspect) | the stages, layers and sizes of a model |
@@ -90,6 +91,7 @@ pub mod plan;
 pub mod recipe;
 pub mod report;
 pub mod synth;
+pub mod tune;
 
 pub use sdxl_model::{self as model, checkpoint};
 pub use sdxl_pipeline::{self as pipeline, picture};

@@ -3,18 +3,21 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use half::f16;
 use sdxl_model::checkpoint::{TensorSource, Weights, halves};
 use sdxl_model::unet::UnetChain;
 use serde_json::{Map, Value, json};
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 use squeeze_base::progress::{Progress, Task};
-use squeeze_container::{ContainerInfo, ContainerWriter, StoredLayer, Written};
+use squeeze_codebook::Codebook;
+use squeeze_container::{CompressedWeight, ContainerInfo, ContainerWriter, StoredLayer, Values, Written};
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind};
 
 use super::report::LayerReport;
 use super::workspace::Workspace;
+use crate::tune::Trained;
 
 /// A UNet whose compressed layers are finished.
 pub(super) struct FinishedUnet<'a> {
@@ -25,6 +28,8 @@ pub(super) struct FinishedUnet<'a> {
     pub weights: &'a Weights,
     /// Its compressed layers.
     pub layers: &'a Workspace,
+    /// The trained values that take the place of palettes, norms and biases, if it is tuned.
+    pub tuned: Option<&'a Trained>,
     /// The config of the run.
     pub settings: Value,
     /// The files that the dense weights come from.
@@ -46,6 +51,12 @@ impl Sums {
         self.bytes += weight.bytes;
     }
 
+    fn add_tuned(&mut self, weight: &CompressedWeight) {
+        self.elements += weight.numel() as u64;
+        self.kept += weight.kept() as u64;
+        self.bytes += weight.stored_bytes();
+    }
+
     /// The pruned share of all compressed weights.
     pub(super) fn sparsity(&self) -> f64 {
         1.0 - self.kept as f64 / self.elements.max(1) as f64
@@ -59,7 +70,7 @@ impl Sums {
 
 /// Writes the container `path`.
 pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dyn Progress) -> Result<(Written, Sums)> {
-    let FinishedUnet { chain, unet_config, weights, layers, settings, sources } = unet;
+    let FinishedUnet { chain, unet_config, weights, layers, tuned, settings, sources } = unet;
     let info = ContainerInfo { unet_config: unet_config.clone(), recipe: settings, sources };
     let mut writer = ContainerWriter::create(path, info)?;
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
@@ -70,12 +81,22 @@ pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dy
     for spec in tensors {
         task.advance(&spec.name);
         let report = spec.name.strip_suffix(".weight").and_then(|layer| reports.get(layer));
+        let trained = tuned.and_then(|tuned| tuned.values.get(&spec.name));
+        if let (Some(report), Some(palettes)) = (report, trained)
+            && let Some(weight) = layers.weight(&report.name)?
+        {
+            let weight = with_palettes(weight, palettes)?;
+            writer.add_weight(&spec.name, &weight, json!(report.errors))?;
+            sums.add_tuned(&weight);
+            continue;
+        }
         let stored = match report {
             Some(report) => layers.copy(&report.name, &mut writer, json!(report.errors))?,
             None => None,
         };
         match stored {
             Some(stored) => sums.add(&stored),
+            None if let Some(values) = trained => writer.add_tensor(&spec.name, &spec.shape, values)?,
             None => {
                 let tensor = source.tensor(&spec.name, &spec.shape)?;
                 writer.add_tensor(&spec.name, &spec.shape, &halves(&tensor)?)?;
@@ -85,4 +106,16 @@ pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dy
     // The container names its sources, so none of it may be of another model.
     weights.check_unchanged()?;
     Ok((writer.finish()?, sums))
+}
+
+/// A palettized weight with other palettes.
+fn with_palettes(weight: CompressedWeight, palettes: &[f16]) -> Result<CompressedWeight> {
+    let CompressedWeight { shape, mask, values } = weight;
+    match values {
+        Values::Palettized { codebook, indices } => {
+            let codebook = Codebook { palettes: palettes.to_vec(), ..codebook };
+            CompressedWeight::new(shape, mask, Values::Palettized { codebook, indices })
+        }
+        Values::Plain(_) => Err(Error::internal("palettes were trained for a weight that has none")),
+    }
 }

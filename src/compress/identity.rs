@@ -23,6 +23,8 @@ pub(super) struct Inputs {
     pub prompts: Vec<String>,
     /// The captions of the calibration; empty if there are none or they are not needed.
     pub captions: Vec<String>,
+    /// The prompts that the UNet is tuned with; empty if it is not tuned.
+    pub tuning_prompts: Vec<String>,
     /// Samples from a file.
     pub samples: Option<Samples>,
     /// The files that prompts and captions are encoded with; empty if nothing is encoded.
@@ -59,8 +61,13 @@ impl Inputs {
             inputs.captions = read_prompts(path)?;
             inputs.entries.insert("captions".to_owned(), json!(of_lines(&inputs.captions)));
         }
+        if let Some(tune) = &config.tune {
+            inputs.tuning_prompts = tune.prompts.as_ref().unwrap_or(&section.prompts).load()?;
+            inputs.entries.insert("tuning prompts".to_owned(), json!(of_lines(&inputs.tuning_prompts)));
+        }
+        let encodes = !inputs.captions.is_empty() || !inputs.tuning_prompts.is_empty();
         // The caller's samples have been encoded already.
-        if (given.is_none() && !inputs.prompts.is_empty()) || !inputs.captions.is_empty() {
+        if (given.is_none() && !inputs.prompts.is_empty()) || encodes {
             inputs.prompt_files = folder.prompt_files()?;
             inputs.entries.insert("text encoders and scheduler".to_owned(), json!(inputs.prompt_files));
         }

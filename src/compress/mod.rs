@@ -39,6 +39,7 @@ mod solve;
 mod statistics;
 mod teacher;
 mod team;
+mod tuning;
 mod walk;
 mod watcher;
 mod workspace;

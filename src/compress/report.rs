@@ -9,6 +9,7 @@ use squeeze_container::CompressedWeight;
 use super::layer::{CompressedLayer, LayerErrors};
 use crate::config::RunConfig;
 use crate::plan::Plan;
+use crate::tune::Log;
 
 /// A compressed layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -76,6 +77,9 @@ pub struct JobReport {
     pub bits_per_weight: f64,
     /// The plan of the run.
     pub plan: Plan,
+    /// What tuning did; absent if there was none. The errors of the layers are those before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Log>,
     /// Every compressed layer, in execution order.
     pub layers: Vec<LayerReport>,
     /// Warnings and remarks.

@@ -21,12 +21,14 @@ use super::samples;
 use super::solve::Compressor;
 use super::statistics::Statistics;
 use super::team::Team;
+use super::tuning::tune_layers;
 use super::walk::{Walk, execute};
 use super::workspace::{Claim, Workspace, workspace_folder};
 use crate::calibration::{self, Samples, calibrate};
 use crate::config::{CalibrationSection, RunConfig, TimestepWeighting};
 use crate::plan::{Memory, Plan};
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, Sequencing};
+use crate::tune::Trained;
 
 /// Compresses the layers of `job` that `store` does not have yet, and adds them to it.
 ///
@@ -108,9 +110,10 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     };
     let statistics = compress(&run.job(&source, &recipe.layers, &plan), captions, &mut workspace, progress)?;
     run.notes.extend(statistics.overflows);
+    let tuned = run.tune(&config, &source, &mut workspace)?;
 
     let (chain, unet_config) = (&folder.unet, folder.unet_config());
-    let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, settings: config.to_json(), sources };
+    let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, tuned: tuned.as_ref(), settings: config.to_json(), sources };
     let (written, sums) = tracing::debug_span!("container").in_scope(|| write_container(path, unet, progress))?;
     let is_calibrated = drawn.is_some() || plan.calls.is_some();
     let layers = in_execution_order(&recipe, &workspace);
@@ -123,6 +126,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
         layers: layers.iter().map(|(report, _)| (*report).clone()).collect(),
         notes: run.notes_of(&recipe, &workspace, &layers),
         plan,
+        tuning: tuned.map(|tuned| tuned.log),
         config,
     };
     workspace.remove()?;
@@ -220,6 +224,22 @@ impl<'a> Run<'a> {
         };
         let recipe = Recipe::new(&allocated, &folder.unet)?;
         Ok((allocated, recipe))
+    }
+
+    /// Tunes the finished layers, if `config` asks for it.
+    fn tune(
+        &mut self,
+        config: &RunConfig,
+        source: &dyn TensorSource,
+        workspace: &mut Workspace,
+    ) -> Result<Option<Trained>> {
+        let Some(section) = &config.tune else { return Ok(None) };
+        let _span = tracing::debug_span!("tuning").entered();
+        let tuned = tune_layers(self.prepared, section, self.inputs, source, workspace, self.progress)
+            .map_err(|error| error.during("the tuning"))?;
+        tracing::info!("{}", tuned.log);
+        self.notes.push(tuned.log.to_string());
+        Ok(Some(tuned))
     }
 
     /// Everything that the report has to say, in the order in which it was found.

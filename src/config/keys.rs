@@ -14,7 +14,7 @@ use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
 use super::tree::{Node, Value};
-use super::words::{GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting};
+use super::words::{GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};
 
 /// Declares the keys of a section, and the section.
 macro_rules! keys {
@@ -58,7 +58,7 @@ macro_rules! keys {
 
 keys! {
     /// A run of sdxl-squeeze.
-    root "the config" sections [model, calibration, prune, palettize, joint, budget] {
+    root "the config" sections [model, calibration, prune, palettize, joint, budget, tune] {
         /// How mask, weights and palettes are found. `joint` chooses the three of a layer together,
         /// for the least error of its output. `sequential` prunes by SparseGPT and then makes
         /// palettes without looking at the inputs, as coremltools does.
@@ -324,6 +324,32 @@ keys! {
         MAX_SPARSITY: f64 = ("max_sparsity", kinds::SPARSITY, Preset::Number(0.6));
         /// Samples by which the effect of a layer's error on the network's output is measured.
         PROBES: usize = ("probes", kinds::COUNT, Preset::Integer(8));
+    }
+}
+
+keys! {
+    /// Training of palette entries, norms and biases after the layers are compressed, until the
+    /// UNet predicts what the dense one does. Masks, indices and the size stay as they are.
+    tune "tune" {
+        /// Prompts whose dense trajectories are learned from, one a line. A tenth of them is held
+        /// out and judged by. Few prompts overfit: some hundreds are needed.
+        PROMPTS: Node = (
+            "prompts",
+            kinds::PROMPTS,
+            Preset::Absent("the calibration's"),
+            flag Flag { reach: Reach::PresentSection, ..Flag::new("tune-prompts", "FILE") }
+        );
+        /// How many UNet calls are taken, evenly over prompts and timesteps.
+        NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(2400));
+        /// Steps of the optimizer.
+        STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(300), flag Flag::new("tune-steps", "N"));
+        /// UNet calls in each step.
+        BATCH: usize = ("batch", kinds::COUNT, Preset::Integer(16));
+        /// The share of the mean magnitude of a tensor's values by which a step moves them at most,
+        /// about.
+        LEARNING_RATE: f64 = ("learning_rate", kinds::NOT_NEGATIVE, Preset::Number(0.003));
+        /// How much the error of a call counts.
+        TIMESTEP_WEIGHTING: TuneWeighting = ("timestep_weighting", Kind::WORD, Preset::Text("effect"));
     }
 }
 

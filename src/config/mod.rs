@@ -1,5 +1,5 @@
 //! The config of a run: a YAML file with the sections `model`, `calibration`, `prune`, `palettize`,
-//! `joint` and `budget`, in coremltools' words where it has them, and the keys `solver`,
+//! `joint`, `budget` and `tune`, in coremltools' words where it has them, and the keys `solver`,
 //! `sequencing` and `target`. Every key is declared once, in `keys.rs`.
 //!
 //! A file is parsed into a tree in which every value knows its place, the command line's flags edit
@@ -26,6 +26,7 @@ mod run_config;
 mod sections;
 mod settings;
 mod tree;
+mod tune;
 mod words;
 
 pub use edit::{ConfigFlag, Edit, flags};
@@ -38,4 +39,5 @@ pub use rules::{RuleIndex, Rules};
 pub use run_config::{Remarks, RunConfig};
 pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
 pub use squeeze_base::error::{Mistake, Place};
-pub use words::{SequencingWord, SolverKind, Target, TimestepWeighting};
+pub use tune::TuneSection;
+pub use words::{SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};

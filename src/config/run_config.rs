@@ -9,6 +9,7 @@ use super::finding::Finding;
 use super::mistake::Mistakes;
 use super::sections::{BudgetSection, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
 use super::tree::Node;
+use super::tune::TuneSection;
 use super::words::{SequencingWord, SolverKind, Target};
 
 /// Everything that decides the result of a run.
@@ -33,6 +34,9 @@ pub struct RunConfig {
     pub palettize: Option<PalettizeSection>,
     /// The size that the result keeps to; `None` leaves it to the sections above.
     pub budget: Option<BudgetSection>,
+    /// Training after the layers are compressed; `None` trains nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tune: Option<TuneSection>,
     /// Warnings about the way in which the config is written.
     #[serde(skip)]
     pub remarks: Remarks,
@@ -64,6 +68,7 @@ impl Default for RunConfig {
             prune: None,
             palettize: Some(PalettizeSection::default()),
             budget: None,
+            tune: None,
             remarks: Remarks::default(),
         }
     }
@@ -79,7 +84,7 @@ impl RunConfig {
     /// Reads a tree to its end. Mistakes are added to `mistakes`, with defaults in their places.
     pub(super) fn from_tree(root: &Node, mistakes: &mut Mistakes<'_>) -> RunConfig {
         use super::keys::root::*;
-        use super::keys::{budget, calibration, joint, model, palettize, prune};
+        use super::keys::{budget, calibration, joint, model, palettize, prune, tune};
         let fields = Fields::new(SECTION.name, &SECTION, root, mistakes);
         let prune = fields.section(&prune::SECTION, mistakes).map(|fields| PruneSection::read(&fields, mistakes));
         let solver = fields
@@ -93,6 +98,7 @@ impl RunConfig {
         let effort = fields.section(&joint::SECTION, mistakes).map(|fields| effort::read(&fields, mistakes));
         let palettize = fields.section(&palettize::SECTION, mistakes).map(|fields| PalettizeSection::read(&fields, mistakes));
         let budget = fields.section(&budget::SECTION, mistakes).map(|fields| BudgetSection::read(&fields, mistakes));
+        let tune = fields.section(&tune::SECTION, mistakes).map(|fields| TuneSection::read(&fields, mistakes));
         let config = RunConfig {
             model: model.unwrap_or_default(),
             calibration: calibration.unwrap_or_default(),
@@ -103,6 +109,7 @@ impl RunConfig {
             prune,
             palettize,
             budget: budget.flatten(),
+            tune,
             remarks: Remarks::default(),
         };
         let rules = [

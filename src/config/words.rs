@@ -57,6 +57,17 @@ pub enum TimestepWeighting {
     Log,
 }
 
+/// How much the error of a call counts where the UNet is tuned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TuneWeighting {
+    /// `effect`: by the square of the change of sigma in the call's step, which is the share of the
+    /// prediction's error that reaches the latents.
+    #[default]
+    Effect,
+    /// `uniform`: all calls alike.
+    Uniform,
+}
+
 /// The values of the key `granularity`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GranularityWord {
@@ -97,6 +108,7 @@ words!(SolverKind, "sequential" => Sequential, "joint" => Joint);
 words!(SequencingWord, "stage" => Stage, "sublayer" => Sublayer);
 words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
+words!(TuneWeighting, "effect" => Effect, "uniform" => Uniform);
 words!(GranularityWord, "per_tensor" => PerTensor, "per_grouped_channel" => PerGroupedChannel);
 
 impl Words for PruneMethod {

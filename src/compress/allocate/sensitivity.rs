@@ -6,6 +6,7 @@ use sdxl_model::unet::{Carry, Part, PartName, Scope};
 use sdxl_model::{Layer, Observer, Unobserved};
 use squeeze_base::error::Result;
 use squeeze_base::progress::Task;
+use squeeze_numerics::one_thread::OneThread;
 use squeeze_numerics::random::noise;
 use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
@@ -36,6 +37,7 @@ pub(super) struct Sensitivities {
 /// of one block are in memory at a time.
 pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Sensitivities> {
     let Measurement { job, folder, progress, .. } = measurement;
+    // Each probe is one forward and one backward, so this takes little time beside the error curves.
     let _one = OneThread::begin();
     let task = Task::begin(*progress, "sensitivities", "parts", 2 * job.model.chain.stages().len() + 1);
     let device = job.machine.devices.first();
@@ -88,25 +90,6 @@ pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Se
         }
     }
     Ok(sensitivities)
-}
-
-/// Keeps libtorch on one thread until it is dropped, because gradients of SiLU, and of products
-/// with few rows, depend on the number of threads. Each probe is one forward and one backward, so
-/// this takes little time beside the error curves.
-struct OneThread(i32);
-
-impl OneThread {
-    fn begin() -> Self {
-        let threads = tch::get_num_threads();
-        tch::set_num_threads(1);
-        OneThread(threads)
-    }
-}
-
-impl Drop for OneThread {
-    fn drop(&mut self) {
-        tch::set_num_threads(self.0);
-    }
 }
 
 /// The gradient with respect to each tensor of a carry.

@@ -1,0 +1,77 @@
+//! What is learned: calls of the dense UNet, its predictions, and how much each error counts.
+
+use sdxl_model::scheduler::SchedulerConfig;
+use squeeze_base::error::{Error, Result};
+use tch::{Kind, Tensor};
+
+use crate::calibration::{Sample, spread};
+use crate::config::TuneWeighting;
+
+/// Of so many prompts one is held out.
+const HELD_OUT: usize = 10;
+
+/// A call of the dense UNet, with its prediction.
+#[derive(Debug)]
+pub struct Lesson {
+    /// The call.
+    pub call: Sample,
+    /// The dense prediction: [rows, c, h, w].
+    pub target: Tensor,
+    /// How much the squared error of the prediction counts.
+    pub weight: f64,
+    /// Whether its prompt is held out: the network is judged by it and does not learn from it.
+    pub held_out: bool,
+}
+
+/// For each of `nsamples` calls, spread over `prompts` of `calls` calls as
+/// [`record`](crate::calibration::record) keeps them: whether its prompt is held out.
+///
+/// # Errors
+/// [`Error::Argument`] if there are too few prompts to hold one out.
+pub fn held_out(prompts: usize, calls: usize, nsamples: usize) -> Result<Vec<bool>> {
+    if prompts < HELD_OUT {
+        return Err(Error::Argument(format!(
+            "`tune` has {prompts} prompts; it needs at least {HELD_OUT}, of which it holds one out, and some hundreds are better"
+        )));
+    }
+    let kept = spread(prompts, calls, nsamples).into_iter().enumerate();
+    Ok(kept.flat_map(|(prompt, steps)| steps.into_iter().map(move |_| prompt % HELD_OUT == HELD_OUT - 1)).collect())
+}
+
+/// How much the error of a call at each of the sampler's `timesteps` counts.
+///
+/// By its effect: the latents of a sampler in terms of sigma move by the prediction of the noise
+/// times the change of sigma (Karras et al. 2022, the probability flow), so that the square of that
+/// change is the share of a squared error that reaches them.
+///
+/// # Errors
+/// If the sampler has no noise schedule.
+pub fn timestep_weights(timesteps: &[f64], scheduler: &SchedulerConfig, by: TuneWeighting) -> Result<Vec<f64>> {
+    match by {
+        TuneWeighting::Uniform => Ok(vec![1.0; timesteps.len()]),
+        TuneWeighting::Effect => {
+            let sigmas = scheduler.sigmas(timesteps)?;
+            let next = sigmas.iter().skip(1).chain([&0.0]);
+            Ok(sigmas.iter().zip(next).map(|(sigma, next)| (sigma - next).powi(2)).collect())
+        }
+    }
+}
+
+/// The prediction that moves the latents, of each call: [calls, c, h, w] of [calls x rows, c, h,
+/// w], in fp32. With guidance and two rows it is u + g (c - u); all rows side by side otherwise.
+pub(super) fn effective(prediction: &Tensor, rows: i64, guidance: f64) -> Result<Tensor> {
+    let prediction = prediction.f_to_kind(Kind::Float)?.f_flatten(1, -1)?;
+    let calls = prediction.size2()?.0 / rows;
+    let each = prediction.f_view([calls, rows, -1])?;
+    if rows != 2 {
+        return Ok(each.f_flatten(1, -1)?);
+    }
+    let (negative, positive) = (each.f_select(1, 0)?, each.f_select(1, 1)?);
+    Ok(positive.f_mul_scalar(guidance)?.f_add(&negative.f_mul_scalar(1.0 - guidance)?)?)
+}
+
+/// The squared error of each call, fp32 `[calls]`.
+pub(super) fn squared_errors(prediction: &Tensor, target: &Tensor, rows: i64, guidance: f64) -> Result<Tensor> {
+    let error = effective(prediction, rows, guidance)?.f_sub(&effective(target, rows, guidance)?)?;
+    Ok(error.f_mul(&error)?.f_sum_dim_intlist([1_i64].as_slice(), false, Kind::Float)?)
+}

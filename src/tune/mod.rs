@@ -1,0 +1,15 @@
+//! Tuning: after the layers are compressed, palette entries, norms and biases are trained by
+//! gradients until the UNet predicts what the dense one does.
+
+mod adam;
+mod backward;
+mod chances;
+mod lesson;
+mod parameters;
+mod state;
+mod table;
+mod train;
+
+pub use lesson::{Lesson, held_out, timestep_weights};
+pub use state::{Log, State};
+pub use train::{Trained, Training, tune};
