@@ -9,7 +9,7 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::{ImageChannels, PipelineFolder};
-use sdxl_squeeze::plan::{Card, CarriesIn, Drawing, Memory, Plan, measured_rate};
+use sdxl_squeeze::plan::{Card, CarriesIn, Drawing, Memory, Plan, TuningPlan, measured_rate};
 use sdxl_squeeze::recipe::Recipe;
 use sdxl_squeeze::synth::Preset;
 use sdxl_squeeze::{Result, number};
@@ -66,6 +66,13 @@ pub(super) fn run(args: Args) -> Result<()> {
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
         let memory = memory.with_encoders(target.encoders);
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
+        let tuning = match &config.tune {
+            Some(section) => {
+                let plan = TuningPlan::new(&target.chain, section, &recipe.layers, target.calls, memory, &target.bytes_of)?;
+                Some((section, plan))
+            }
+            None => None,
+        };
         let Placement { device, kind } = options.placement();
         let seconds = match device {
             Device::Cpu => plan.work.seconds(measured_rate(device)?),
@@ -73,13 +80,20 @@ pub(super) fn run(args: Args) -> Result<()> {
         };
         let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
         if args.json {
-            json.push(serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan }));
+            let mut row = serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan });
+            if let Some((_, tuning)) = tuning {
+                row["tuning"] = serde_json::json!(tuning);
+            }
+            json.push(row);
         } else {
             let counts_drawing = device != Device::Cpu && target.drawing.calls > 0;
             let time = Time { seconds, counts_drawing };
             stdout::print(&detail(&name, &recipe, &plan, time, drawn.as_deref()))?;
             if let Some(budget) = &config.budget {
                 stdout::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
+            }
+            if let Some((section, tuning)) = tuning {
+                stdout::print(&format!("{}; its time is not counted above\n\n", tuning.text(section)))?;
             }
         }
         rows.push((name, plan, seconds));

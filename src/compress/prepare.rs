@@ -14,8 +14,8 @@ use tch::Device;
 use super::allocate;
 use super::workspace::workspace_folder;
 use crate::calibration::{Calls, defaults, encoder_bytes, expected_calls, hint, settings};
-use crate::config::{BudgetSection, BudgetTarget, RunConfig, read_prompts};
-use crate::plan::{self, Disk, Memory, Plan};
+use crate::config::{BudgetSection, BudgetTarget, CalibrationSection, RunConfig, read_prompts};
+use crate::plan::{self, Disk, Memory, Plan, TuningPlan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
 
 /// A run that has passed all checks that are possible before it computes: its config fits the
@@ -59,6 +59,12 @@ impl<'a> Prepared<'a> {
         let memory = memory.with_encoders(encoder_bytes(folder, memory.element_bytes)?);
         let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
         let mut plan = plan_of_run(&folder.unet, config, &recipe, calls, memory, &bytes_of)?;
+        if let Some(section) = &config.tune {
+            let shape = expected_calls(folder, &CalibrationSection { samples: None, ..config.calibration.clone() })?;
+            let tuning = TuningPlan::new(&folder.unet, section, &recipe.layers, shape, memory, &bytes_of)?;
+            tuning.check(budget)?;
+            plan.disk.parts += tuning.disk_bytes;
+        }
         if shares {
             plan.disk = plan.disk.without_samples();
         }

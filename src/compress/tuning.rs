@@ -13,6 +13,7 @@ use super::prepare::Prepared;
 use super::workspace::Workspace;
 use crate::calibration::{PromptSet, calibrate, settings};
 use crate::config::{CalibrationSection, Prompts, TuneSection};
+use crate::plan::joined;
 use crate::tune::{Lesson, State, Trained, Training, held_out, timestep_weights, tune};
 
 /// The two files that states are written to in turn, so that one of them is whole whenever a run is
@@ -68,13 +69,6 @@ pub(super) fn tune_layers(
         workspace.keep(name, bytes)
     };
     tune(&training, &weight, &stored, placement, state.map(|(_, state)| state), &mut keep, progress)
-}
-
-/// The number of calls that go through the network together: as many as keep the device busy.
-/// `numel` is the size of a call's first carry.
-fn joined(numel: i64, device: Device) -> usize {
-    let enough = if device == Device::Cpu { 1 << 18 } else { 1 << 26 };
-    (enough / numel.max(1)).clamp(1, 16) as usize
 }
 
 /// The calls of `set`, with the dense predictions.

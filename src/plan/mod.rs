@@ -10,6 +10,7 @@ mod need;
 mod part;
 mod schedule;
 mod size;
+mod tuning;
 mod work;
 
 pub use card::{Card, Drawing};
@@ -29,6 +30,8 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_solver::Hessian;
 use tch::Device;
+pub(crate) use tuning::joined;
+pub use tuning::TuningPlan;
 pub use work::{Work, measured_rate};
 
 use crate::calibration::{Calls, drawing_activations};

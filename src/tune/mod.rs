@@ -8,6 +8,8 @@ mod lesson;
 mod parameters;
 mod state;
 mod table;
+#[cfg(test)]
+mod tests;
 mod train;
 
 pub use lesson::{Lesson, held_out, timestep_weights};

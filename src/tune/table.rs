@@ -121,9 +121,4 @@ impl Table {
         let sums = Tensor::f_zeros([self.values], (Kind::Float, gradient.device()))?;
         Ok(sums.f_index_put(&[Some(places)], &gradient, true)?)
     }
-
-    /// Bytes that the fixed parts of a weight of `numel` elements take on a device.
-    pub(super) fn bytes(numel: u64, masked: bool) -> u64 {
-        numel * if masked { 2 } else { 1 }
-    }
 }
