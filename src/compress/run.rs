@@ -230,7 +230,7 @@ impl<'a> Run<'a> {
     fn tune(
         &mut self,
         config: &RunConfig,
-        source: &dyn TensorSource,
+        source: &(dyn TensorSource + Sync),
         workspace: &mut Workspace,
     ) -> Result<Option<Trained>> {
         let Some(section) = &config.tune else { return Ok(None) };

@@ -348,7 +348,8 @@ keys! {
         /// The share of the mean magnitude of a tensor's values by which a step moves them at most,
         /// about.
         LEARNING_RATE: f64 = ("learning_rate", kinds::NOT_NEGATIVE, Preset::Number(0.003));
-        /// How much the error of a call counts.
+        /// How much the error of a call counts: `effect`, by how far it reaches the final latents,
+        /// which is measured, or `uniform`.
         TIMESTEP_WEIGHTING: TuneWeighting = ("timestep_weighting", Kind::WORD, Preset::Text("effect"));
     }
 }

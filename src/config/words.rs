@@ -60,8 +60,7 @@ pub enum TimestepWeighting {
 /// How much the error of a call counts where the UNet is tuned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TuneWeighting {
-    /// `effect`: by the square of the change of sigma in the call's step, which is the share of the
-    /// prediction's error that reaches the latents.
+    /// `effect`: by how far it reaches the final latents, which is measured.
     #[default]
     Effect,
     /// `uniform`: all calls alike.

@@ -1,11 +1,9 @@
 //! What is learned: calls of the dense UNet, its predictions, and how much each error counts.
 
-use sdxl_model::scheduler::SchedulerConfig;
 use squeeze_base::error::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::calibration::{Sample, spread};
-use crate::config::TuneWeighting;
 
 /// Of so many prompts one is held out.
 const HELD_OUT: usize = 10;
@@ -36,25 +34,6 @@ pub fn held_out(prompts: usize, calls: usize, nsamples: usize) -> Result<Vec<boo
     }
     let kept = spread(prompts, calls, nsamples).into_iter().enumerate();
     Ok(kept.flat_map(|(prompt, steps)| steps.into_iter().map(move |_| prompt % HELD_OUT == HELD_OUT - 1)).collect())
-}
-
-/// How much the error of a call at each of the sampler's `timesteps` counts.
-///
-/// By its effect: the latents of a sampler in terms of sigma move by the prediction of the noise
-/// times the change of sigma (Karras et al. 2022, the probability flow), so that the square of that
-/// change is the share of a squared error that reaches them.
-///
-/// # Errors
-/// If the sampler has no noise schedule.
-pub fn timestep_weights(timesteps: &[f64], scheduler: &SchedulerConfig, by: TuneWeighting) -> Result<Vec<f64>> {
-    match by {
-        TuneWeighting::Uniform => Ok(vec![1.0; timesteps.len()]),
-        TuneWeighting::Effect => {
-            let sigmas = scheduler.sigmas(timesteps)?;
-            let next = sigmas.iter().skip(1).chain([&0.0]);
-            Ok(sigmas.iter().zip(next).map(|(sigma, next)| (sigma - next).powi(2)).collect())
-        }
-    }
 }
 
 /// The prediction that moves the latents, of each call: [calls, c, h, w] of [calls x rows, c, h,

@@ -4,6 +4,7 @@
 mod adam;
 mod backward;
 mod chances;
+mod effect;
 mod lesson;
 mod parameters;
 mod state;
@@ -12,6 +13,7 @@ mod table;
 mod tests;
 mod train;
 
-pub use lesson::{Lesson, held_out, timestep_weights};
+pub use effect::{Effects, Probe, effects};
+pub use lesson::{Lesson, held_out};
 pub use state::{Log, State};
 pub use train::{Trained, Training, tune};
