@@ -41,6 +41,8 @@ pub(super) struct Args {
 struct Target {
     chain: UnetChain,
     calls: Calls,
+    /// Calls for each picture.
+    each: usize,
     /// How the samples are drawn, in a sentence; `None` if they are not drawn.
     drawn: Option<Result<String>>,
     /// How much is drawn and encoded, as far as it is known.
@@ -68,7 +70,7 @@ pub(super) fn run(args: Args) -> Result<()> {
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let tuning = match &config.tune {
             Some(section) => {
-                let plan = TuningPlan::new(&target.chain, section, &recipe.layers, target.calls, memory, &target.bytes_of)?;
+                let plan = TuningPlan::new(&target.chain, section, &recipe.layers, (target.calls, target.each), memory, &target.bytes_of)?;
                 Some((section, plan))
             }
             None => None,
@@ -136,6 +138,7 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
     Ok(Target {
         chain: UnetChain::new(unet),
         calls,
+        each: config.calibration.steps.unwrap_or(CalibrationSection::STEPS),
         drawn: None,
         drawing: Drawing::default(),
         encoders: 0,
@@ -167,7 +170,8 @@ fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
     }
     let encoders = encoder_bytes(&folder, placement.kind.elt_size_in_bytes() as u64)?;
     let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("`unet_weights` has checked every tensor");
-    Ok(Target { chain: folder.unet, calls, drawn, drawing, encoders, bytes_of: Box::new(bytes_of) })
+    let each = settings(&folder, &config.calibration)?.calls()?;
+    Ok(Target { chain: folder.unet, calls, each, drawn, drawing, encoders, bytes_of: Box::new(bytes_of) })
 }
 
 /// A sentence on how calibration draws its samples: the sampler, its steps and the guidance, and

@@ -61,7 +61,8 @@ impl<'a> Prepared<'a> {
         let mut plan = plan_of_run(&folder.unet, config, &recipe, calls, memory, &bytes_of)?;
         if let Some(section) = &config.tune {
             let shape = expected_calls(folder, &CalibrationSection { samples: None, ..config.calibration.clone() })?;
-            let tuning = TuningPlan::new(&folder.unet, section, &recipe.layers, shape, memory, &bytes_of)?;
+            let steps = settings(folder, &config.calibration)?.calls()?;
+            let tuning = TuningPlan::new(&folder.unet, section, &recipe.layers, (shape, steps), memory, &bytes_of)?;
             tuning.check(budget)?;
             plan.disk.parts += tuning.disk_bytes;
         }

@@ -1,7 +1,7 @@
 //! Tuning as a part of a run: what is learned, the stored network, the state on the disk.
 
 use sdxl_model::checkpoint::{SafetensorsFile, TensorSource};
-use sdxl_model::unet::Unet;
+use sdxl_model::unet::{Conditioning, Unet};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::CompressedWeight;
@@ -14,7 +14,7 @@ use super::prepare::Prepared;
 use super::workspace::Workspace;
 use crate::calibration::{PicturesInTurn, PromptSet, Sample, calibrate, settings};
 use crate::config::{CalibrationSection, Prompts, TuneSection, TuneWeighting};
-use crate::plan::joined;
+use crate::plan::{PROBES, joined};
 use crate::tune::{Effects, Lesson, Probe, State, Trained, Training, effects, held_out, tune};
 
 /// The two files that states are written to in turn, so that one of them is whole whenever a run is
@@ -72,8 +72,6 @@ pub(super) fn tune_layers(
     tune(&training, &weight, &stored, placement, state.map(|(_, state)| state), &mut keep, progress)
 }
 
-/// Pictures on which the effect of errors is measured.
-const PROBES: usize = 4;
 /// The share of the error in which all calls count alike.
 const SHARE: f64 = 0.3;
 
@@ -99,10 +97,11 @@ fn lessons(
         TuneWeighting::Effect => measured(prepared, set, &dense, stored, progress)?.weights(SHARE),
     };
     let task = Task::begin(progress, "dense predictions", "calls", samples.calls.len());
-    let lesson = |(call, held_out): (Sample, bool)| {
+    let mut shared: Option<(*mut std::ffi::c_void, Conditioning)> = None;
+    let lesson = |(call, held_out): (&Sample, bool)| {
         task.go_on()?;
         task.advance(&format!("timestep {:.0}", call.timestep));
-        let target = dense.predict(&call.sample, call.timestep, &call.conditioning)?;
+        let target = dense.predict(&call.sample, call.timestep, &call.conditioning)?.f_to_device(Device::Cpu)?;
         let weight = match section.timestep_weighting {
             TuneWeighting::Uniform => 1.0,
             TuneWeighting::Effect => {
@@ -110,9 +109,17 @@ fn lessons(
                 found.ok_or_else(|| Error::internal("a call is at none of the sampler's timesteps"))?.1
             }
         };
-        Ok(Lesson { call, target, weight, held_out })
+        // They wait in the host's memory, in the dtype that they have. Neighbours of one prompt
+        // share their conditioning, which is much larger than the latents.
+        let texts = call.conditioning.encoder_hidden_states.data_ptr();
+        let mut here = call.placed(Placement { device: Device::Cpu, kind: call.sample.f_kind()? })?;
+        match &shared {
+            Some((same, conditioning)) if *same == texts => here.conditioning = conditioning.shallow_clone(),
+            Some(_) | None => shared = Some((texts, here.conditioning.shallow_clone())),
+        }
+        Ok(Lesson { call: here, target, weight, held_out })
     };
-    samples.calls.into_iter().zip(held_out).map(lesson).collect()
+    samples.calls.iter().zip(held_out).map(lesson).collect()
 }
 
 /// The effects of the errors of the stored network.

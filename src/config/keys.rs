@@ -340,7 +340,7 @@ keys! {
             flag Flag { reach: Reach::PresentSection, ..Flag::new("tune-prompts", "FILE") }
         );
         /// How many UNet calls are taken, evenly over prompts and timesteps.
-        NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(2400));
+        NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(6000));
         /// Steps of the optimizer.
         STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(300), flag Flag::new("tune-steps", "N"));
         /// UNet calls in each step.

@@ -11,13 +11,15 @@ use tch::Device;
 
 use super::{Memory, Sketch, of_samples, outlines};
 use crate::calibration::Calls;
-use crate::config::TuneSection;
+use crate::config::{TuneSection, TuneWeighting};
 use crate::recipe::{LayerRecipes, Sequencing};
 
-/// Times that the held-out calls are judged: at the start, and on the way.
-const JUDGED: usize = 11;
-/// Of so many calls one is held out.
-const HELD_OUT: usize = 10;
+/// How often the network is judged by the held-out calls on its way, besides the start.
+pub(crate) const JUDGED: usize = 5;
+/// Of so many prompts one is held out.
+pub(crate) const HELD_OUT: usize = 10;
+/// Pictures on which the effect of errors is measured.
+pub(crate) const PROBES: usize = 4;
 /// A call's forward, the forward that is made again, and its backward, in forwards.
 const FORWARDS_OF_A_STEP: usize = 4;
 
@@ -37,7 +39,8 @@ pub struct TuningPlan {
 }
 
 impl TuningPlan {
-    /// Plans the tuning of a UNet whose calls have the shape of `calls`. `bytes_of` gives the bytes
+    /// Plans the tuning of a UNet whose calls have the shape of `calls`, with `steps` of them for a
+    /// picture. `bytes_of` gives the bytes
     /// of an element of a dense tensor in memory.
     ///
     /// # Errors
@@ -46,7 +49,7 @@ impl TuningPlan {
         chain: &UnetChain,
         section: &TuneSection,
         recipes: &LayerRecipes,
-        calls: Calls,
+        (calls, steps): (Calls, usize),
         memory: Memory,
         bytes_of: &dyn Fn(&str) -> usize,
     ) -> Result<Self> {
@@ -74,19 +77,24 @@ impl TuningPlan {
         let activations = rows * element * (inputs + inside);
         let layers = parts.iter().flat_map(|sketch| sketch.part.layers());
         let indices: u64 = layers.map(|layer| fixed_bytes(layer, recipes)).sum();
-        let trained: u64 = chain.tensors()?.iter().map(|tensor| trained_values(tensor, recipes)).sum();
+        let values: u64 = chain.tensors()?.iter().map(|tensor| trained_values(tensor, recipes)).sum();
         // Weights of a part and their gradients; places, masks and sums of the largest weight.
         let of_part = 2 * element * weights + 40 * largest;
         let lessons = of_samples(&calls, chain.config()) / 4 * element;
         let held_out = calls.count.div_ceil(HELD_OUT);
-        let forwards = calls.count + JUDGED * held_out + FORWARDS_OF_A_STEP * section.steps * section.batch;
+        let effects = match section.timestep_weighting {
+            TuneWeighting::Effect => PROBES * steps * (steps + 3) / 2,
+            TuneWeighting::Uniform => 0,
+        };
+        let trained = FORWARDS_OF_A_STEP * section.steps * section.batch;
+        let forwards = effects + calls.count + (1 + JUDGED) * held_out + trained;
         Ok(TuningPlan {
             calls: calls.count,
             joined,
             multiply_adds: forwards as f64 * one,
             // Values, gradients, moments and the best values, in fp32 and for a moment in copies.
-            peak_bytes: memory.program() + lessons + indices + 32 * trained + of_part + activations,
-            disk_bytes: 2 * 14 * trained,
+            peak_bytes: memory.program() + lessons + indices + 32 * values + of_part + activations,
+            disk_bytes: 2 * 14 * values,
         })
     }
 

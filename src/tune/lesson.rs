@@ -4,9 +4,7 @@ use squeeze_base::error::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::calibration::{Sample, spread};
-
-/// Of so many prompts one is held out.
-const HELD_OUT: usize = 10;
+use crate::plan::HELD_OUT;
 
 /// A call of the dense UNet, with its prediction.
 #[derive(Debug)]

@@ -23,11 +23,10 @@ use super::parameters::Parameters;
 use super::state::{Log, State};
 use crate::calibration::Sample;
 use crate::config::TuneSection;
+use crate::plan::JUDGED;
 
-/// How often the network is judged on its way.
-const JUDGED: usize = 10;
 /// Judgements without a new best state after which training ends early.
-const PATIENCE: usize = 4;
+const PATIENCE: usize = 3;
 /// The longest time between two states that are kept.
 const KEPT: Duration = Duration::from_secs(60);
 /// The factor of the loss in fp16 at the start. It is halved where a gradient overflows, and doubled
