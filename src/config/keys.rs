@@ -331,17 +331,17 @@ keys! {
     /// Training of palette entries, norms and biases after the layers are compressed, until the
     /// UNet predicts what the dense one does. Masks, indices and the size stay as they are.
     tune "tune" {
-        /// Prompts whose dense trajectories are learned from, one a line. A tenth of them is held
-        /// out and judged by. Few prompts overfit: some hundreds are needed.
+        /// Prompts to tune with, one a line. Their dense trajectories are learned from; a tenth of
+        /// the prompts is held out and judged by. Few prompts overfit: some hundreds are needed.
         PROMPTS: Node = (
             "prompts",
             kinds::PROMPTS,
             Preset::Absent("the calibration's"),
-            flag Flag { reach: Reach::PresentSection, ..Flag::new("tune-prompts", "FILE") }
+            flag Flag::new("tune-prompts", "FILE")
         );
         /// How many UNet calls are taken, evenly over prompts and timesteps.
         NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(6000));
-        /// Steps of the optimizer.
+        /// Steps of tuning.
         STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(300), flag Flag::new("tune-steps", "N"));
         /// UNet calls in each step.
         BATCH: usize = ("batch", kinds::COUNT, Preset::Integer(16));
