@@ -116,9 +116,9 @@ impl PolishedRows<'_> {
         }
     }
 
-    /// With the gradient g of a vector of weights and the step s, the objective changes by H_jj ‖s
-    /// + g / H_jj‖², up to a constant, since the rows have the same H: the nearest entry is the
-    /// best.
+    /// With the gradient g of a vector of weights and the step s, the objective changes by
+    /// `H_jj ‖s + g / H_jj‖²`, up to a constant, since the rows have the same H: the nearest entry
+    /// is the best.
     #[inline(always)]
     fn descend<const V: usize>(
         self,
