@@ -18,8 +18,8 @@ fn scrambled(i: usize) -> u64 {
 }
 
 /// Compresses the UNet of `model` and treats each layer differently. The container has all widths
-/// of indices, both axes, masks of all densities, scales, weights that are only pruned, and some
-/// that are stored dense. Palette entries are values of the layer, so that the UNet still computes
+/// of indices, both axes, masks of all densities, scales, vectors, weights that are only pruned, and
+/// some that are stored dense. Palette entries are values of the layer, so that the UNet still computes
 /// sensible numbers.
 pub(crate) fn container(model: &Path, path: &Path) {
     let pipeline = PipelineFolder::open(model).unwrap();
@@ -56,6 +56,19 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
     let keep: Vec<bool> = (0..values.len()).map(|i| scrambled(i + 31 * layer) % 10 >= layer as u64 % 11).collect();
     if layer % 13 == 12 {
         return CompressedWeight::sparse(shape.to_vec(), &keep, values).unwrap();
+    }
+    // Some layers have vectors of 2, 3 or 4 output channels.
+    let vector_length = [2, 4, 3][layer / 7 % 3];
+    if layer % 7 == 5 && shape[0] as usize % vector_length == 0 {
+        let groups = if layer % 2 == 0 { 1 } else { shape[0] as usize / vector_length };
+        let count = values.len() / vector_length;
+        let palettes =
+            (0..groups * bits.entries() * vector_length).map(|i| values[scrambled(i) as usize % values.len()]).collect();
+        let indices: Vec<u8> = (0..count).map(|i| (scrambled(i + 17) as u8) & bits.max_index()).collect();
+        let group_size = shape[0] as usize / groups;
+        let codebook = Codebook { bits, axis: 0, group_size, vector_length, palettes, scales: None };
+        let keep = (layer % 4 != 3).then_some(&keep[..count]);
+        return CompressedWeight::palettized(shape.to_vec(), keep, codebook, &indices).unwrap();
     }
     let palettes = (0..channels / group_size * bits.entries()).map(|i| values[scrambled(i) as usize % values.len()]).collect();
     let indices: Vec<u8> = (0..values.len()).map(|i| (scrambled(i + 17) as u8) & bits.max_index()).collect();
