@@ -22,6 +22,16 @@ fn scrambled(i: usize) -> u64 {
 /// some that are stored dense. Palette entries are values of the layer, so that the UNet still computes
 /// sensible numbers.
 pub(crate) fn container(model: &Path, path: &Path) {
+    write(model, path, true);
+}
+
+/// As [`container`], but weights with vectors are never pruned: coremltools 9.0 cannot convert
+/// those.
+pub(crate) fn container_without_masked_vectors(model: &Path, path: &Path) {
+    write(model, path, false);
+}
+
+fn write(model: &Path, path: &Path, masked_vectors: bool) {
     let pipeline = PipelineFolder::open(model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
@@ -40,14 +50,14 @@ pub(crate) fn container(model: &Path, path: &Path) {
             writer.add_tensor(&spec.name, &spec.shape, &values).unwrap();
             continue;
         }
-        let weight = compressed(layer, &spec.shape, &values);
+        let weight = compressed(layer, &spec.shape, &values, masked_vectors);
         writer.add_weight(&spec.name, &weight, Value::Null).unwrap();
         layer += 1;
     }
     writer.finish().unwrap();
 }
 
-fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
+fn compressed(layer: usize, shape: &[i64], values: &[f16], masked_vectors: bool) -> CompressedWeight {
     let bits = BitWidth::ALL[layer % BitWidth::ALL.len()];
     let axis = layer / 6 % 2;
     let channels = shape[axis] as usize;
@@ -67,7 +77,7 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
         let indices: Vec<u8> = (0..count).map(|i| (scrambled(i + 17) as u8) & bits.max_index()).collect();
         let group_size = shape[0] as usize / groups;
         let codebook = Codebook { bits, axis: 0, group_size, vector_length, palettes, scales: None };
-        let keep = (layer % 4 != 3).then_some(&keep[..count]);
+        let keep = (layer % 4 != 3 && masked_vectors).then_some(&keep[..count]);
         return CompressedWeight::palettized(shape.to_vec(), keep, codebook, &indices).unwrap();
     }
     let palettes = (0..channels / group_size * bits.entries()).map(|i| values[scrambled(i) as usize % values.len()]).collect();
