@@ -62,3 +62,54 @@ pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
     };
     mask + values
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+    use squeeze_codebook::{BitWidth, Codebook, PruneOptions};
+    use squeeze_container::CompressedWeight;
+
+    use super::*;
+
+    fn recipe(method: PruneMethod, sparsity: Option<Sparsity>, palettize: PaletteOptions) -> LayerRecipe {
+        let prune = sparsity.map(|sparsity| PruneOptions { sparsity, block: 16, ..PruneOptions::default() });
+        LayerRecipe { method, prune, palettize: Some(palettize), joint: None }
+    }
+
+    /// A weight [24, 40] of which as many vectors are kept as the plan says.
+    #[test]
+    fn planned_bytes_are_those_of_a_weight_that_keeps_as_many_vectors() {
+        let grouped = Grouping::PerGroupedChannel { group_size: 12 };
+        for (bits, grouping, vector_length) in [
+            (BitWidth::Six, grouped, 1),
+            (BitWidth::Six, grouped, 2),
+            (BitWidth::Eight, Grouping::PerTensor, 4),
+            (BitWidth::Three, grouped, 4),
+        ] {
+            let options = PaletteOptions { bits, grouping, vector_length, ..PaletteOptions::default() };
+            let rows = 24 / vector_length as u64;
+            // Two blocks of 16 columns and one of 8, with one vector more pruned in each.
+            let share = |columns: u64| (rows * columns * 2 / 5) + 1;
+            let cases = [
+                (recipe(PruneMethod::SparseGpt, None, options), rows * 40),
+                (
+                    recipe(PruneMethod::SparseGpt, Some(Sparsity::Unstructured(0.4)), options),
+                    rows * 40 - 2 * share(16) - share(8),
+                ),
+                (recipe(PruneMethod::Magnitude, Some(Sparsity::Unstructured(0.25)), options), rows * 30),
+                (recipe(PruneMethod::SparseGpt, Some(Sparsity::NOfM(NmRatio { n: 1, m: 4 })), options), rows * 30),
+            ];
+            for (recipe, vectors) in cases {
+                assert_eq!(kept(24, 40, &recipe), vectors * vector_length as u64, "{recipe:?}");
+                let keep: Vec<bool> = (0..rows * 40).map(|vector| vector < vectors).collect();
+                let group_size = grouping.group_size().unwrap_or(24);
+                let palettes = vec![f16::ONE; 24 / group_size * bits.entries() * vector_length];
+                let codebook = Codebook { bits, axis: 0, group_size, vector_length, palettes, scales: None };
+                let keep = recipe.prune.map(|_| keep);
+                let weight =
+                    CompressedWeight::palettized(vec![24, 40], keep.as_deref(), codebook, &vec![0; rows as usize * 40]).unwrap();
+                assert_eq!(stored_bytes(&[24, 40], &recipe), weight.stored_bytes(), "{recipe:?}");
+            }
+        }
+    }
+}

@@ -249,9 +249,10 @@ fn vectors_that_do_not_fit() {
     assert_eq!(dense.layers[0].palettize, Choice::Leave(Why::Misfit));
     assert!(of(&dense, Severity::Warning)[0].ends_with("it stays fp16"));
 
-    // Groups of 6 hold vectors of 2. 125 channels are first cut into groups of 5, which hold none.
+    // Groups of 6 hold vectors of 2. 125 channels are first cut into groups of 5, which hold none,
+    // and 128 into groups of 4, which are too few for their palette.
     let groups = config("smaller_group", ", granularity: per_grouped_channel, group_size: 6").resolve(&uneven);
-    assert_eq!(vectors(&groups), [(2, 6), (4, 4), (1, 5)]);
+    assert_eq!(vectors(&groups), [(2, 6), (4, 16), (1, 5)]);
     let said = of(&groups, Severity::Warning);
     assert!(said.contains(
         &"palettize: `a` has 126 output channels in groups of 6, which vectors of 4 do not divide; it gets vectors of 2".into()
