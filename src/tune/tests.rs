@@ -20,7 +20,20 @@ use crate::synth::{Preset, synthesize};
 /// A made-up weight with palettes of multiples of 1/1024, which fp16 holds, as it does their
 /// neighbours.
 fn palettized(shape: &[i64], axis: usize, group_size: usize, masked: bool, scaled: bool, seed: u64) -> CompressedWeight {
-    let numel: i64 = shape.iter().product();
+    vectors(shape, axis, group_size, masked, scaled, 1, seed)
+}
+
+/// As [`palettized`], with `length` output channels that share an index.
+fn vectors(
+    shape: &[i64],
+    axis: usize,
+    group_size: usize,
+    masked: bool,
+    scaled: bool,
+    length: usize,
+    seed: u64,
+) -> CompressedWeight {
+    let numel: i64 = shape.iter().product::<i64>() / length as i64;
     let random = |count: i64, seed: u64| Vec::<f32>::try_from(noise(&[count], seed, Kind::Float).unwrap()).unwrap();
     let groups = shape[axis] as usize / group_size;
     let entry = |value: f32| f16::from_f32((value * 128.0).round() / 1024.0);
@@ -28,8 +41,8 @@ fn palettized(shape: &[i64], axis: usize, group_size: usize, masked: bool, scale
         bits: BitWidth::Two,
         axis,
         group_size,
-        vector_length: 1,
-        palettes: random(4 * groups as i64, seed).into_iter().map(entry).collect(),
+        vector_length: length,
+        palettes: random((4 * groups * length) as i64, seed).into_iter().map(entry).collect(),
         scales: scaled.then(|| random(shape[0], seed + 1).into_iter().map(|scale| f16::from_f32(scale.abs() + 0.5)).collect()),
     };
     let indices: Vec<u8> = random(numel, seed + 2).into_iter().map(|value| (value.abs() * 2.0) as u8 & 3).collect();
@@ -39,9 +52,20 @@ fn palettized(shape: &[i64], axis: usize, group_size: usize, masked: bool, scale
 
 #[test]
 fn tables_decode_as_containers_do_and_their_gradient_is_that_of_the_definition() {
-    for (shape, axis, group_size) in [(&[8_i64, 6][..], 0, 4), (&[8, 6], 1, 3), (&[4, 6, 3, 3], 0, 2), (&[4, 6, 3, 3], 1, 2)] {
+    let weights = [
+        (&[8_i64, 6][..], 0, 4, 1),
+        (&[8, 6], 1, 3, 1),
+        (&[4, 6, 3, 3], 0, 2, 1),
+        (&[4, 6, 3, 3], 1, 2, 1),
+        (&[8, 6], 0, 4, 2),
+        (&[8, 6, 3, 3], 0, 8, 4),
+    ];
+    for (shape, axis, group_size, length) in weights {
         for (masked, scaled) in [(false, false), (true, false), (false, true), (true, true)] {
-            let weight = palettized(shape, axis, group_size, masked, scaled, 3);
+            if scaled && length > 1 {
+                continue;
+            }
+            let weight = vectors(shape, axis, group_size, masked, scaled, length, 3);
             let (table, palettes) = Table::of(&weight, Device::Cpu).unwrap().unwrap();
             let value = Tensor::from_slice(&palettes).to_kind(Kind::Float);
             let decoded = table.decode(&value).unwrap();
