@@ -353,7 +353,8 @@ keys! {
     /// UNet predicts what the dense one does. Masks, indices and the size stay as they are.
     tune "tune" {
         /// Prompts to tune with, one a line. Their dense trajectories are learned from; a tenth of
-        /// the prompts is held out and judged by. Few prompts overfit: some hundreds are needed.
+        /// them, 20 at most, is held out and judged by. Few prompts overfit: some hundreds are
+        /// needed.
         PROMPTS: Node = (
             "prompts",
             kinds::PROMPTS,

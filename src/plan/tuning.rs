@@ -18,6 +18,8 @@ use crate::recipe::{LayerRecipes, Sequencing};
 pub(crate) const JUDGED: usize = 5;
 /// Of so many prompts one is held out.
 pub(crate) const HELD_OUT: usize = 10;
+/// Held-out prompts that are drawn to judge by, at most.
+pub(crate) const MOST_HELD_OUT: usize = 20;
 /// Pictures on which the effect of errors is measured.
 pub(crate) const PROBES: usize = 4;
 /// A call's forward, the forward that is made again, and its backward, in forwards.
@@ -81,13 +83,13 @@ impl TuningPlan {
         // Weights of a part and their gradients; places, masks and sums of the largest weight.
         let of_part = 2 * element * weights + 40 * largest;
         let lessons = of_samples(&calls, chain.config()) / 4 * element;
-        let held_out = calls.count.div_ceil(HELD_OUT);
+        let held_out = MOST_HELD_OUT * steps;
         let effects = match section.timestep_weighting {
             TuneWeighting::Effect => PROBES * steps * (steps + 3) / 2,
             TuneWeighting::Uniform => 0,
         };
         let trained = FORWARDS_OF_A_STEP * section.steps * section.batch;
-        let forwards = effects + calls.count + (1 + JUDGED) * held_out + trained;
+        let forwards = effects + calls.count + (2 + JUDGED) * held_out + trained;
         Ok(TuningPlan {
             calls: calls.count,
             joined,

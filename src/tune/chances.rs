@@ -12,7 +12,7 @@ const EVEN: f64 = 0.1;
 /// gradient is that of the whole error.
 ///
 /// Calls whose weighted error is large are drawn more often, which lowers the variance of the
-/// gradient (importance sampling). The error of a call is taken to be the mean at its timestep.
+/// gradient (importance sampling).
 #[derive(Debug)]
 pub(super) struct Chances {
     /// Sums of the chances up to each call.
@@ -22,28 +22,17 @@ pub(super) struct Chances {
 }
 
 impl Chances {
-    /// The chances of `lessons`, some of which are held out and have none. `errors` are the squared
-    /// errors of held-out calls before training, by the bits of their timesteps.
-    pub(super) fn new(lessons: &[Lesson], errors: &[(f64, f64)]) -> Self {
-        let mean = |errors: &mut dyn Iterator<Item = f64>| {
-            let (count, sum) = errors.fold((0.0, 0.0), |(count, sum), error| (count + 1.0, sum + error));
-            if count > 0.0 { Some(sum / count) } else { None }
-        };
-        let overall = mean(&mut errors.iter().map(|(_, error)| *error)).unwrap_or(1.0);
-        let expected = |lesson: &Lesson| {
-            let mut here = errors.iter().filter(|(timestep, _)| *timestep == lesson.call.timestep).map(|(_, error)| *error);
-            lesson.weight * mean(&mut here).unwrap_or(overall)
-        };
-        let expected: Vec<f64> = lessons.iter().map(|lesson| if lesson.held_out { 0.0 } else { expected(lesson) }).collect();
-        let total: f64 = expected.iter().sum();
-        let learned = lessons.iter().filter(|lesson| !lesson.held_out).count().max(1) as f64;
+    /// The chances of `lessons`.
+    pub(super) fn new(lessons: &[Lesson]) -> Self {
+        let expected = |lesson: &Lesson| lesson.weight * lesson.expected;
+        let total: f64 = lessons.iter().map(expected).sum();
+        let even = 1.0 / lessons.len().max(1) as f64;
         let (mut sums, mut factors, mut sum) = (Vec::new(), Vec::new(), 0.0);
-        for (lesson, expected) in lessons.iter().zip(expected) {
-            let even = if lesson.held_out { 0.0 } else { 1.0 / learned };
-            let chance = if total > 0.0 { EVEN * even + (1.0 - EVEN) * expected / total } else { even };
+        for lesson in lessons {
+            let chance = if total > 0.0 { EVEN * even + (1.0 - EVEN) * expected(lesson) / total } else { even };
             sum += chance;
             sums.push(sum);
-            factors.push(if chance > 0.0 && total > 0.0 { lesson.weight / (total * chance) } else { 0.0 });
+            factors.push(if total > 0.0 { lesson.weight / (total * chance) } else { 0.0 });
         }
         Chances { sums, factors }
     }

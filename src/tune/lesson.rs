@@ -3,8 +3,8 @@
 use squeeze_base::error::{Error, Result};
 use tch::{Kind, Tensor};
 
-use crate::calibration::{Sample, spread};
-use crate::plan::HELD_OUT;
+use crate::calibration::Sample;
+use crate::plan::{HELD_OUT, MOST_HELD_OUT as MOST};
 
 /// A call of the dense UNet, with its prediction.
 #[derive(Debug)]
@@ -15,23 +15,28 @@ pub struct Lesson {
     pub target: Tensor,
     /// How much the squared error of the prediction counts.
     pub weight: f64,
-    /// Whether its prompt is held out: the network is judged by it and does not learn from it.
-    pub held_out: bool,
+    /// The squared error to expect at the start, by which the call is drawn more or less often.
+    pub expected: f64,
 }
 
-/// For each of `nsamples` calls, spread over `prompts` of `calls` calls as
-/// [`record`](crate::calibration::record) keeps them: whether its prompt is held out.
+/// Splits prompts into those that are learned from and those that are held out, each with its
+/// place: every tenth, and of many prompts [`MOST`].
 ///
 /// # Errors
 /// [`Error::Argument`] if there are too few prompts to hold one out.
-pub fn held_out(prompts: usize, calls: usize, nsamples: usize) -> Result<Vec<bool>> {
-    if prompts < HELD_OUT {
+pub fn split(prompts: &[String]) -> Result<(Vec<String>, Vec<(usize, String)>)> {
+    if prompts.len() < HELD_OUT {
         return Err(Error::Argument(format!(
-            "`tune` has {prompts} prompts; it needs at least {HELD_OUT}, of which it holds one out, and some hundreds are better"
+            "`tune` has {} prompts; it needs at least {HELD_OUT}, of which it holds one out, and some hundreds are better",
+            prompts.len()
         )));
     }
-    let kept = spread(prompts, calls, nsamples).into_iter().enumerate();
-    Ok(kept.flat_map(|(prompt, steps)| steps.into_iter().map(move |_| prompt % HELD_OUT == HELD_OUT - 1)).collect())
+    let all = prompts.iter().cloned().enumerate();
+    let (held_out, learned): (Vec<_>, Vec<_>) = all.partition(|(place, _)| place % HELD_OUT == HELD_OUT - 1);
+    // Spread over all of them.
+    let (count, most) = (held_out.len(), held_out.len().min(MOST));
+    let chosen = (0..most).map(|index| held_out[(2 * index + 1) * count / (2 * most)].clone()).collect();
+    Ok((learned.into_iter().map(|(_, prompt)| prompt).collect(), chosen))
 }
 
 /// The prediction that moves the latents, of each call: [calls, c, h, w] of [calls x rows, c, h,

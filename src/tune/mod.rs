@@ -5,6 +5,7 @@ mod adam;
 mod backward;
 mod chances;
 mod effect;
+mod judge;
 mod lesson;
 mod parameters;
 mod state;
@@ -13,7 +14,8 @@ mod table;
 mod tests;
 mod train;
 
-pub use effect::{Effects, Probe, effects};
-pub use lesson::{Lesson, held_out};
+pub use effect::{Effects, Weight, effects};
+pub use judge::{Drawing, Judge, Predict, Probe};
+pub use lesson::{Lesson, split};
 pub use state::{Log, State};
 pub use train::{Trained, Training, tune};

@@ -18,8 +18,8 @@ use super::parameters::Parameters;
 pub struct Log {
     /// Steps taken.
     pub steps: usize,
-    /// Each judgement by the held-out prompts: after which step, and the error, ‖e‖² / ‖t‖² of the
-    /// weighted predictions.
+    /// Each judgement by the held-out prompts: after which step, and the error of the final latents,
+    /// ‖x - x'‖² / ‖x'‖².
     pub judged: Vec<(usize, f64)>,
     /// The step after which the best state was, 0 being the start.
     pub best: usize,
@@ -45,7 +45,7 @@ impl Display for Log {
         let (best, start) = self.errors().unwrap_or((f64::NAN, f64::NAN));
         let Log { steps, best: after, skipped, .. } = self;
         let percent = |error: f64| format!("{:.3} %", 100.0 * error);
-        write!(f, "tuning: the error on held-out prompts fell from {} to {} after {after} of {steps} steps", percent(start), percent(best))?;
+        write!(f, "tuning: the latents of held-out prompts were {} off, and are {} after {after} of {steps} steps", percent(start), percent(best))?;
         if *after == 0 {
             f.write_str(", so nothing is changed")?;
         }

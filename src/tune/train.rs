@@ -12,13 +12,13 @@ use squeeze_container::CompressedWeight;
 use squeeze_numerics::device::Placement;
 use squeeze_numerics::finite::is_finite;
 use squeeze_numerics::one_thread::OneThread;
-use squeeze_numerics::sum;
 use tch::{Kind, Tensor};
 
 use super::adam::{Adam, schedule};
-use super::backward::{Gradients, add_gradient, predict};
+use super::backward::{Gradients, add_gradient};
 use super::chances::Chances;
-use super::lesson::{Lesson, effective, squared_errors};
+use super::judge::Judge;
+use super::lesson::{Lesson, squared_errors};
 use super::parameters::Parameters;
 use super::state::{Log, State};
 use crate::calibration::Sample;
@@ -40,6 +40,8 @@ pub struct Training<'a> {
     pub chain: &'a UnetChain,
     /// What is learned.
     pub lessons: &'a [Lesson],
+    /// What it is judged by.
+    pub judge: &'a Judge<'a>,
     /// The guidance scale with which the two rows of a call become one prediction.
     pub guidance: f64,
     /// The settings.
@@ -64,8 +66,7 @@ pub struct Trained {
 /// `keep` is given the bytes of states, for [`State::read`].
 ///
 /// # Errors
-/// If no lesson or none that is held out is there, a prediction or a gradient is not finite, `keep`
-/// fails, or libtorch refuses, usually for want of memory; [`Error::Stopped`].
+/// If there is no lesson, a gradient is not finite, `keep` fails, or libtorch refuses, usually for want of memory; [`Error::Stopped`].
 pub fn tune(
     training: &Training<'_>,
     weight: &dyn Fn(&str) -> Result<Option<CompressedWeight>>,
@@ -88,19 +89,19 @@ fn train(
     keep: &mut dyn FnMut(&[u8]) -> Result<()>,
     progress: &dyn Progress,
 ) -> Result<Trained> {
-    let Training { lessons, section, .. } = *training;
-    if !lessons.iter().any(|lesson| lesson.held_out) || lessons.iter().all(|lesson| lesson.held_out) {
-        return Err(Error::Argument("`tune` has too few calls: some to learn from and some that are held out are needed".into()));
+    let Training { chain, lessons, judge, section, .. } = *training;
+    if lessons.is_empty() {
+        return Err(Error::Argument("`tune` has no calls to learn from".into()));
     }
     let task = Task::begin(progress, "tuning", "steps", section.steps);
     let mut adam = Adam::new(&parameters)?;
-    // The chances depend on the state at the start, which a continued run comes from too.
-    let (error, errors) = judge(training, &parameters)?;
-    let chances = Chances::new(lessons, &errors);
+    let chances = Chances::new(lessons);
+    let judged = |parameters: &Parameters<'_>| judge.error(chain, parameters, &|_| task.go_on());
     let (mut log, mut best) = match state {
         Some(state) => state.restore(&mut parameters, &mut adam)?,
         None => {
             let loss_scale = if parameters.placement().kind == Kind::Half { LOSS_SCALE } else { 1.0 };
+            let error = judged(&parameters)?;
             let log = Log { steps: 0, judged: vec![(0, error)], best: 0, loss_scale, since: 0, skipped: 0 };
             (log, parameters.stored()?)
         }
@@ -109,7 +110,7 @@ fn train(
     let mut kept = Instant::now();
     while log.steps < section.steps && !has_no_hope(&log) {
         task.go_on()?;
-        task.advance(&format!("error {:.3e}", log.judged.last().map_or(error, |(_, error)| *error)));
+        task.advance(&format!("error {:.3e}", log.judged.last().map_or(f64::NAN, |(_, error)| *error)));
         let mut gradients = Gradients::new();
         let drawn = chances.draw(training.seed, log.steps, section.batch);
         for calls in drawn.chunks(training.joined) {
@@ -119,7 +120,7 @@ fn train(
         let is_last = log.steps == section.steps;
         let is_judged = is_last || log.steps.is_multiple_of(every);
         if is_judged {
-            let (error, _) = judge(training, &parameters)?;
+            let error = judged(&parameters)?;
             let least = log.errors().map_or(f64::INFINITY, |(best, _)| best);
             log.judged.push((log.steps, error));
             if error < least {
@@ -191,34 +192,6 @@ fn advance(
     }
     log.steps += 1;
     Ok(())
-}
-
-/// The error on the held-out calls, Σ w ‖p - t‖² / Σ w ‖t‖², and the squared error of each with its
-/// timestep.
-fn judge(training: &Training<'_>, parameters: &Parameters<'_>) -> Result<(f64, Vec<(f64, f64)>)> {
-    let Training { chain, lessons, guidance, .. } = *training;
-    let held_out: Vec<&Lesson> = lessons.iter().filter(|lesson| lesson.held_out).collect();
-    let (mut off, mut all, mut errors) = (0.0, 0.0, Vec::with_capacity(held_out.len()));
-    for lessons in held_out.chunks(training.joined) {
-        let placed = lessons.iter().map(|lesson| lesson.call.placed(parameters.placement())).collect::<Result<Vec<_>>>()?;
-        let prediction = predict(chain, parameters, &placed.iter().collect::<Vec<_>>())?;
-        let target = targets(lessons.iter().copied(), parameters)?;
-        let rows = lessons[0].call.sample.size()[0];
-        let squares = effective(&target, rows, guidance)?;
-        let squares = squares.f_mul(&squares)?.f_sum_dim_intlist([1_i64].as_slice(), false, Kind::Float)?;
-        let (found, squares) = (sum::numbers(&squared_errors(&prediction, &target, rows, guidance)?)?, sum::numbers(&squares)?);
-        for ((lesson, error), square) in lessons.iter().zip(found).zip(squares) {
-            off += lesson.weight * error;
-            all += lesson.weight * square;
-            errors.push((lesson.call.timestep, error));
-        }
-    }
-    let error = off / all;
-    if error.is_finite() {
-        Ok((error, errors))
-    } else {
-        Err(Error::NotFinite("the UNet's error on the held-out prompts of `tune` is no number".into()))
-    }
 }
 
 /// The dense predictions of some lessons, one after the other.

@@ -60,7 +60,7 @@ fn a_tuned_container_has_the_masks_indices_and_size_of_an_untuned_one_and_a_smal
     let config = config(folder.path(), "");
     let (tuned, untuned) = (folder.path().join("tuned"), folder.path().join("untuned"));
     let text = compress(&config, &tuned).succeeds().text();
-    assert!(text.contains("tuning: the error on held-out prompts fell from"), "{text}");
+    assert!(text.contains("tuning: the latents of held-out prompts were"), "{text}");
     let without = std::fs::read_to_string(&config).unwrap();
     let without: String = without.lines().filter(|line| !line.starts_with("tune:")).map(|line| format!("{line}\n")).collect();
     let plain = folder.path().join("plain.yaml");
@@ -189,7 +189,6 @@ fn mistakes_are_named() {
     refused("steps: 6", "steps: 0", &["`steps` must be between 1"]);
     refused("batch: 3", "batches: 3", &["unknown key `batches` in tune", "did you mean `batch`?"]);
     refused("learning_rate: 0.01", "learning_rate: -1", &["`learning_rate` must be at least 0"]);
-    refused("nsamples: 40", "timestep_weighting: early", &["`timestep_weighting` must be one of effect, uniform"]);
+    refused("nsamples: 40", "timestep_weighting: early", &["`timestep_weighting` must be effect, or uniform"]);
     refused("tune: {prompts: [", "tune: {prompts: ['a cat'], nsamples: 3} #", &["`tune` has 1 prompts; it needs at least 10"]);
-    refused("nsamples: 40", "nsamples: 5", &["too few calls"]);
 }
