@@ -70,7 +70,14 @@ pub(super) fn run(args: Args) -> Result<()> {
         let plan = plan_of_run(&target.chain, &config, &recipe, Some(target.calls), memory, &target.bytes_of)?;
         let tuning = match &config.tune {
             Some(section) => {
-                let plan = TuningPlan::new(&target.chain, section, &recipe.layers, (target.calls, target.each), memory, &target.bytes_of)?;
+                let plan = TuningPlan::new(
+                    &target.chain,
+                    section,
+                    &recipe.layers,
+                    (target.calls, target.each),
+                    memory,
+                    &target.bytes_of,
+                )?;
                 Some((section, plan))
             }
             None => None,

@@ -113,7 +113,15 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let tuned = run.tune(&config, &source, &mut workspace)?;
 
     let (chain, unet_config) = (&folder.unet, folder.unet_config());
-    let unet = FinishedUnet { chain, unet_config, weights, layers: &workspace, tuned: tuned.as_ref(), settings: config.to_json(), sources };
+    let unet = FinishedUnet {
+        chain,
+        unet_config,
+        weights,
+        layers: &workspace,
+        tuned: tuned.as_ref(),
+        settings: config.to_json(),
+        sources,
+    };
     let (written, sums) = tracing::debug_span!("container").in_scope(|| write_container(path, unet, progress))?;
     let is_calibrated = drawn.is_some() || plan.calls.is_some();
     let layers = in_execution_order(&recipe, &workspace);

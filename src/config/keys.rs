@@ -364,12 +364,12 @@ keys! {
         /// How many UNet calls are taken, evenly over prompts and timesteps.
         NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(6000));
         /// Steps of tuning.
-        STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(300), flag Flag::new("tune-steps", "N"));
+        STEPS: usize = ("steps", kinds::COUNT, Preset::Integer(100), flag Flag::new("tune-steps", "N"));
         /// UNet calls in each step.
         BATCH: usize = ("batch", kinds::COUNT, Preset::Integer(16));
         /// The share of the mean magnitude of a tensor's values by which a step moves them at most,
         /// about.
-        LEARNING_RATE: f64 = ("learning_rate", kinds::NOT_NEGATIVE, Preset::Number(0.003));
+        LEARNING_RATE: f64 = ("learning_rate", kinds::NOT_NEGATIVE, Preset::Number(0.0005));
         /// How much the error of a call counts: `effect`, by how far it reaches the final latents,
         /// which is measured, or `uniform`.
         TIMESTEP_WEIGHTING: TuneWeighting = ("timestep_weighting", Kind::WORD, Preset::Text("effect"));

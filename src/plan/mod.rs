@@ -30,8 +30,8 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_solver::Hessian;
 use tch::Device;
-pub(crate) use tuning::{HELD_OUT, JUDGED, MOST_HELD_OUT, PROBES, joined};
 pub use tuning::TuningPlan;
+pub(crate) use tuning::{HELD_OUT, JUDGED, MOST_HELD_OUT, PROBES, joined};
 pub use work::{Work, measured_rate};
 
 use crate::calibration::{Calls, drawing_activations};

@@ -54,13 +54,7 @@ impl Adam {
     ///
     /// # Errors
     /// If libtorch refuses an operation.
-    pub(super) fn step(
-        &mut self,
-        parameters: &mut Parameters<'_>,
-        gradients: &Gradients,
-        step: usize,
-        rate: f64,
-    ) -> Result<()> {
+    pub(super) fn step(&mut self, parameters: &mut Parameters<'_>, gradients: &Gradients, step: usize, rate: f64) -> Result<()> {
         // Beyond this, powers of the decays are zero.
         let taken = i32::try_from(step + 1).unwrap_or(i32::MAX);
         let (first_bias, second_bias) = (1.0 - FIRST.powi(taken), 1.0 - SECOND.powi(taken));

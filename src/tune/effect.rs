@@ -159,8 +159,11 @@ mod tests {
 
     #[test]
     fn weights_add_up_to_the_error_of_the_latents_and_a_share_for_every_call() {
-        let effects =
-            Effects { timesteps: vec![900.0, 500.0, 500.0, 1.0], errors: vec![1.0, 2.0, 2.0, 4.0], reached: vec![0.0, 1.0, 1.0, 6.0] };
+        let effects = Effects {
+            timesteps: vec![900.0, 500.0, 500.0, 1.0],
+            errors: vec![1.0, 2.0, 2.0, 4.0],
+            reached: vec![0.0, 1.0, 1.0, 6.0],
+        };
         for share in [0.0, 0.3, 1.0] {
             let weights = effects.weights(share);
             assert_eq!(weights.iter().map(|one| one.timestep).collect::<Vec<_>>(), [900.0, 500.0, 1.0]);

@@ -90,7 +90,12 @@ impl Judge<'_> {
     ///
     /// # Errors
     /// If libtorch refuses, usually for want of memory.
-    pub(super) fn error(&self, chain: &UnetChain, parameters: &Parameters<'_>, on_call: &dyn Fn(f64) -> Result<()>) -> Result<f64> {
+    pub(super) fn error(
+        &self,
+        chain: &UnetChain,
+        parameters: &Parameters<'_>,
+        on_call: &dyn Fn(f64) -> Result<()>,
+    ) -> Result<f64> {
         let placement = parameters.placement();
         let together = |inputs: &[Tensor], timestep: f64, conditionings: &[&Conditioning]| -> Result<Vec<Tensor>> {
             let call = |(input, conditioning): (&Tensor, &&Conditioning)| {

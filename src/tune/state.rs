@@ -45,7 +45,12 @@ impl Display for Log {
         let (best, start) = self.errors().unwrap_or((f64::NAN, f64::NAN));
         let Log { steps, best: after, skipped, .. } = self;
         let percent = |error: f64| format!("{:.3} %", 100.0 * error);
-        write!(f, "tuning: the latents of held-out prompts were {} off, and are {} after {after} of {steps} steps", percent(start), percent(best))?;
+        write!(
+            f,
+            "tuning: the latents of held-out prompts were {} off, and are {} after {after} of {steps} steps",
+            percent(start),
+            percent(best)
+        )?;
         if *after == 0 {
             f.write_str(", so nothing is changed")?;
         }
@@ -81,7 +86,12 @@ impl State {
     ///
     /// # Errors
     /// If libtorch refuses to copy a tensor.
-    pub(super) fn to_bytes(log: &Log, parameters: &Parameters<'_>, adam: &Adam, best: &BTreeMap<String, Vec<f16>>) -> Result<Vec<u8>> {
+    pub(super) fn to_bytes(
+        log: &Log,
+        parameters: &Parameters<'_>,
+        adam: &Adam,
+        best: &BTreeMap<String, Vec<f16>>,
+    ) -> Result<Vec<u8>> {
         let mut tensors = Vec::new();
         for (name, parameter) in &parameters.by_name {
             tensors.push((format!("{VALUE} {name}"), TensorBytes::of(&parameter.value)?));
@@ -115,7 +125,8 @@ impl State {
                     state.values.insert(name.to_owned(), read(Kind::Float)?);
                 }
                 FIRST => {
-                    let second = read_tensor(file, &format!("{SECOND} {name}"), Placement { device: Device::Cpu, kind: Kind::Float })?;
+                    let second =
+                        read_tensor(file, &format!("{SECOND} {name}"), Placement { device: Device::Cpu, kind: Kind::Float })?;
                     state.moments.insert(name.to_owned(), Moments { first: read(Kind::Float)?, second });
                 }
                 SECOND => {}
@@ -139,7 +150,8 @@ impl State {
         for (name, parameter) in &mut parameters.by_name {
             let (value, moments) = values.remove(name).zip(moments.remove(name)).ok_or_else(other)?;
             let size = parameter.value.size();
-            let sizes = [value.size(), moments.first.size(), moments.second.size(), vec![best.get(name).map_or(0, Vec::len) as i64]];
+            let sizes =
+                [value.size(), moments.first.size(), moments.second.size(), vec![best.get(name).map_or(0, Vec::len) as i64]];
             if sizes.iter().any(|of_state| *of_state != size) {
                 return Err(other());
             }
@@ -147,6 +159,10 @@ impl State {
             let moments = Moments { first: moments.first.f_to_device(device)?, second: moments.second.f_to_device(device)? };
             adam.moments.insert(name.clone(), moments);
         }
-        if values.is_empty() && moments.is_empty() && best.len() == parameters.by_name.len() { Ok((log, best)) } else { Err(other()) }
+        if values.is_empty() && moments.is_empty() && best.len() == parameters.by_name.len() {
+            Ok((log, best))
+        } else {
+            Err(other())
+        }
     }
 }

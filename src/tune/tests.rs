@@ -94,7 +94,8 @@ impl TensorSource for MadeUp {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let seed = name.bytes().fold(7, |seed, byte| seed * 31 % 1_000_003 + u64::from(byte));
         let scale = if shape.len() == 1 { 0.2 } else { 0.05 };
-        let values = noise(shape, seed, Kind::Double)? * scale + if name.contains("norm") && name.ends_with(".weight") { 1.0 } else { 0.0 };
+        let values = noise(shape, seed, Kind::Double)? * scale
+            + if name.contains("norm") && name.ends_with(".weight") { 1.0 } else { 0.0 };
         Ok((values * 1024.0).round() / 1024.0)
     }
 }
@@ -165,6 +166,9 @@ fn gradients_are_those_of_finite_differences() {
         let difference = (8.0 * (moved(step) - moved(-step)) - (moved(2.0 * step) - moved(-2.0 * step))) / (12.0 * step);
         parameters.by_name.get_mut(name).unwrap().value = before;
         let gradient = gradients[name].double_value(&[entry]);
-        assert!((gradient - difference).abs() < 1e-4 * difference.abs().max(1e-3 * value), "{name} {entry}: {gradient}, not {difference}");
+        assert!(
+            (gradient - difference).abs() < 1e-4 * difference.abs().max(1e-3 * value),
+            "{name} {entry}: {gradient}, not {difference}"
+        );
     }
 }
