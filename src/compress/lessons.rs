@@ -4,7 +4,6 @@ use std::ffi::c_void;
 
 use sdxl_model::checkpoint::TensorSource;
 use sdxl_model::unet::{Conditioning, Unet};
-use sdxl_pipeline::PromptEncoder;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_numerics::device::Placement;
@@ -58,7 +57,7 @@ pub(super) fn teach(
     // Spread over the prompts, whose order may have a meaning.
     let measured = (0..PROBES).map(|number| (2 * number + 1) * set.prompts.len() / (2 * PROBES));
     let measured = measured.map(|index| probe(index, &set.prompts[index])).collect::<Result<Vec<_>>>()?;
-    drop::<PromptEncoder>(encoder);
+    drop(encoder);
     let drawing = drawing(prepared, set, &probes);
     let source = weights.source(placement);
     let dense = unet(prepared, &source, progress)?;
