@@ -14,7 +14,7 @@ use super::stored::Stored;
 use super::workspace::Workspace;
 use crate::calibration::{PromptSet, settings};
 use crate::config::{CalibrationSection, Prompts, TuneSection};
-use crate::tune::{Judge, State, Trained, Training, split, tune};
+use crate::tune::{Judge, Split, State, Trained, Training, split, tune};
 
 /// The two files that states are written to in turn, so that one of them is whole whenever a run is
 /// killed.
@@ -37,7 +37,7 @@ pub(super) fn tune_layers(
     let state = newest_state(workspace);
     let workspace = &*workspace;
     let stored = Stored { workspace, source };
-    let (learned, held_out) = split(&inputs.tuning_prompts)?;
+    let Split { learned, held_out } = split(&inputs.tuning_prompts)?;
     let calibration = CalibrationSection {
         prompts: Prompts::List(learned.clone()),
         samples: None,

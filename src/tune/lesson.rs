@@ -19,12 +19,20 @@ pub struct Lesson {
     pub expected: f64,
 }
 
-/// Splits prompts into those that are learned from and those that are held out, each with its
-/// place: every tenth, and of many prompts [`MOST`].
+/// Prompts that are learned from, and prompts that are held out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Split {
+    /// Those that are learned from.
+    pub learned: Vec<String>,
+    /// Those that are held out, each with its place among all.
+    pub held_out: Vec<(usize, String)>,
+}
+
+/// Holds out every tenth prompt. Of those of many prompts, 20 are kept.
 ///
 /// # Errors
 /// [`Error::Argument`] if there are too few prompts to hold one out.
-pub fn split(prompts: &[String]) -> Result<(Vec<String>, Vec<(usize, String)>)> {
+pub fn split(prompts: &[String]) -> Result<Split> {
     if prompts.len() < HELD_OUT {
         return Err(Error::Argument(format!(
             "`tune` has {} prompts; it needs at least {HELD_OUT}, of which it holds one out, and some hundreds are better",
@@ -35,8 +43,8 @@ pub fn split(prompts: &[String]) -> Result<(Vec<String>, Vec<(usize, String)>)> 
     let (held_out, learned): (Vec<_>, Vec<_>) = all.partition(|(place, _)| place % HELD_OUT == HELD_OUT - 1);
     // Spread over all of them.
     let (count, most) = (held_out.len(), held_out.len().min(MOST));
-    let chosen = (0..most).map(|index| held_out[(2 * index + 1) * count / (2 * most)].clone()).collect();
-    Ok((learned.into_iter().map(|(_, prompt)| prompt).collect(), chosen))
+    let chosen: Vec<_> = (0..most).map(|index| held_out[(2 * index + 1) * count / (2 * most)].clone()).collect();
+    Ok(Split { learned: learned.into_iter().map(|(_, prompt)| prompt).collect(), held_out: chosen })
 }
 
 /// The prediction that moves the latents, of each call: [calls, c, h, w] of [calls x rows, c, h,

@@ -16,6 +16,6 @@ mod train;
 
 pub use effect::{Effects, Weight, effects};
 pub use judge::{Drawing, Judge, Predict, Probe};
-pub use lesson::{Lesson, split};
+pub use lesson::{Lesson, Split, split};
 pub use state::{Log, State};
 pub use train::{Trained, Training, tune};

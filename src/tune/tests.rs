@@ -115,8 +115,8 @@ fn gradients_are_those_of_finite_differences() {
     let weight = |name: &str| -> Result<Option<CompressedWeight>> {
         let shape = &shapes[name];
         // Every second matrix, so that some weights stay as they are.
-        let chosen = shape.len() > 1 && shape[0] % 4 == 0 && name.len() % 2 == 0;
-        Ok(chosen.then(|| palettized(shape, 0, 4, name.len() % 4 == 0, false, name.len() as u64)))
+        let chosen = shape.len() > 1 && shape[0] % 4 == 0 && name.len().is_multiple_of(2);
+        Ok(chosen.then(|| palettized(shape, 0, 4, name.len().is_multiple_of(4), false, name.len() as u64)))
     };
     let mut parameters = Parameters::new(chain.tensors().unwrap(), &weight, &MadeUp, placement).unwrap();
     let pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim;
