@@ -18,8 +18,8 @@ use super::parameters::Parameters;
 pub struct Log {
     /// Steps taken.
     pub steps: usize,
-    /// Each judgement by the held-out prompts: after which step, and the error of the final latents,
-    /// ‖x - x'‖² / ‖x'‖².
+    /// Each judgement by the held-out prompts: after which step, and the error of the final
+    /// latents, ‖x - x'‖² / ‖x'‖².
     pub judged: Vec<(usize, f64)>,
     /// The step after which the best state was, 0 being the start.
     pub best: usize,

@@ -29,8 +29,8 @@ use crate::plan::JUDGED;
 const PATIENCE: usize = 3;
 /// The longest time between two states that are kept.
 const KEPT: Duration = Duration::from_secs(60);
-/// The factor of the loss in fp16 at the start. It is halved where a gradient overflows, and doubled
-/// after so many steps without (Micikevicius et al. 2018).
+/// The factor of the loss in fp16 at the start. It is halved where a gradient overflows, and
+/// doubled after so many steps without (Micikevicius et al. 2018).
 const LOSS_SCALE: f64 = 65_536.0;
 const GROWS_AFTER: usize = 200;
 
@@ -66,7 +66,8 @@ pub struct Trained {
 /// `keep` is given the bytes of states, for [`State::read`].
 ///
 /// # Errors
-/// If there is no lesson, a gradient is not finite, `keep` fails, or libtorch refuses, usually for want of memory; [`Error::Stopped`].
+/// If there is no lesson, a gradient is not finite, `keep` fails, or libtorch refuses, usually for
+/// want of memory; [`Error::Stopped`].
 pub fn tune(
     training: &Training<'_>,
     weight: &dyn Fn(&str) -> Result<Option<CompressedWeight>>,

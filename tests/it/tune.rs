@@ -121,8 +121,8 @@ fn the_same_bytes_on_any_number_of_threads() {
     });
 }
 
-/// Kills a run as soon as a state of its tuning is there, resumes it, and kills that one at its next
-/// state, until it ends.
+/// Kills a run as soon as a state of its tuning is there, resumes it, and kills that one at its
+/// next state, until it ends.
 #[test]
 fn killed_while_it_is_tuned_and_resumed_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
