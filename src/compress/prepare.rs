@@ -17,6 +17,7 @@ use crate::calibration::{Calls, defaults, encoder_bytes, expected_calls, hint, s
 use crate::config::{BudgetSection, BudgetTarget, CalibrationSection, RunConfig, read_prompts};
 use crate::plan::{self, Disk, Memory, Plan, TuningPlan};
 use crate::recipe::{LayerRecipes, Recipe, RunOptions, Sequencing};
+use crate::tune::split;
 
 /// A run that has passed all checks that are possible before it computes: its config fits the
 /// model, its prompts can be read, and memory and disk are enough by its [plan](Plan).
@@ -60,6 +61,8 @@ impl<'a> Prepared<'a> {
         let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
         let mut plan = plan_of_run(&folder.unet, config, &recipe, calls, memory, &bytes_of)?;
         if let Some(section) = &config.tune {
+            // Too few prompts would be found hours later otherwise.
+            split(&section.prompts.as_ref().unwrap_or(&config.calibration.prompts).load()?)?;
             let shape = expected_calls(folder, &CalibrationSection { samples: None, ..config.calibration.clone() })?;
             let steps = settings(folder, &config.calibration)?.calls()?;
             let tuning = TuningPlan::new(&folder.unet, section, &recipe.layers, (shape, steps), memory, &bytes_of)?;

@@ -242,7 +242,15 @@ impl<'a> Run<'a> {
         workspace: &mut Workspace,
     ) -> Result<Option<Trained>> {
         let Some(section) = &config.tune else { return Ok(None) };
+        /// 48 prompts make the bundled model worse.
+        const MANY: usize = 100;
         let _span = tracing::debug_span!("tuning").entered();
+        let prompts = self.inputs.tuning_prompts.len();
+        if prompts < MANY {
+            let few = format!("{prompts} prompts are few for `tune`, which overfits them; some hundreds are better");
+            tracing::warn!("{few}");
+            self.notes.push(few);
+        }
         let tuned = tune_layers(self.prepared, section, self.inputs, source, workspace, self.progress)
             .map_err(|error| error.during("the tuning"))?;
         tracing::info!("{}", tuned.log);

@@ -59,6 +59,7 @@ fn a_tuned_container_has_the_masks_indices_and_size_of_an_untuned_one_and_a_smal
     let config = config(folder.path(), "");
     let (tuned, untuned) = (folder.path().join("tuned"), folder.path().join("untuned"));
     let text = compress(&config, &tuned).succeeds().text();
+    assert!(text.contains("12 prompts are few for `tune`"), "{text}");
     assert!(text.contains("tuning: the latents of held-out prompts were"), "{text}");
     let without = std::fs::read_to_string(&config).unwrap();
     let without: String = without.lines().filter(|line| !line.starts_with("tune:")).map(|line| format!("{line}\n")).collect();
