@@ -9,23 +9,31 @@ use super::table::VectorTable;
 /// all points. With 256 entries each has 256 of them.
 const SEARCHED: usize = 1 << 16;
 
-/// Rounds of [`lloyd`] at most.
-const ROUNDS: usize = 60;
+/// The rounds of [`lloyd`]: their largest number, and the least share by which each must lower the
+/// loss for another to follow.
+type Rounds = (usize, f64);
 
-/// Rounds on all points, after the search on some.
-const LAST_ROUNDS: usize = 3;
+/// From each start.
+const SEARCH: Rounds = (100, 3e-4);
 
-/// Rounds go on while each lowers the loss by at least this share.
-const LEAST_ROUND_GAIN: f64 = 5e-4;
+/// From the best of the results.
+const REFINEMENT: Rounds = (200, 1e-5);
+
+/// On all points, after the search on some.
+const ON_ALL: Rounds = (3, 0.0);
 
 /// Starts at most.
-const STARTS: u64 = 8;
+const STARTS: u64 = 24;
 
-/// New starts go on while one of the last [`PATIENCE`] has lowered the loss by at least this share.
+/// New starts go on while one of the last ones has lowered the loss by at least this share.
 const LEAST_START_GAIN: f64 = 2e-3;
 
-/// Starts without a gain after which there are no more.
-const PATIENCE: u64 = 2;
+/// Starts without a gain after which there are no more: many where they are cheap, few where many
+/// entries make all results alike.
+fn patience(points: usize, entries: usize) -> u64 {
+    const CHEAP: usize = 1 << 19;
+    if points * entries <= CHEAP { 8 } else { 2 }
+}
 
 /// At most `entries` vectors that lower the sum of weight * squared distance to the nearest:
 /// weighted k-means from several seeded starts, of which the best is taken. Points with at most
@@ -40,9 +48,9 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
     let thin = if is_thin { points.thinned(SEARCHED) } else { Points::default() };
     let searched = if is_thin { &thin } else { points };
     let mut best: Option<(f64, Vec<[f32; V]>)> = None;
-    let mut last_gain = 0;
+    let (mut last_gain, patience) = (0, patience(searched.len(), entries));
     for start in 0..STARTS {
-        let (loss, vectors) = lloyd(searched, spread(searched, entries, start), ROUNDS);
+        let (loss, vectors) = lloyd(searched, spread(searched, entries, start), SEARCH);
         let before = best.as_ref().map_or(f64::INFINITY, |(loss, _)| *loss);
         if loss < before * (1.0 - LEAST_START_GAIN) {
             last_gain = start;
@@ -50,12 +58,13 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
         if loss < before {
             best = Some((loss, vectors));
         }
-        if start >= last_gain + PATIENCE {
+        if start >= last_gain + patience {
             break;
         }
     }
     let (_, vectors) = best.expect("the first start has a loss that is a number");
-    if is_thin { lloyd(points, vectors, LAST_ROUNDS).1 } else { vectors }
+    let (_, vectors) = lloyd(searched, vectors, REFINEMENT);
+    if is_thin { lloyd(points, vectors, ON_ALL).1 } else { vectors }
 }
 
 /// The different vectors, if there are at most `most`, in ascending order.
@@ -116,10 +125,10 @@ fn draw(costs: &[f32], sums: &[f64], share: f64) -> Option<usize> {
     here.or_else(|| costs.iter().rposition(|cost| *cost > 0.0)).map(|at| first + at)
 }
 
-/// Moves each vector to the mean of its points until this no longer pays, or `rounds` times. A
-/// vector without points goes to the point of the largest error. Returns the loss of the vectors
-/// before the last round, and the vectors.
-fn lloyd<const V: usize>(points: &Points<V>, mut vectors: Vec<[f32; V]>, rounds: usize) -> (f64, Vec<[f32; V]>) {
+/// Moves each vector to the mean of its points, as often as `rounds` say. A vector without points
+/// goes to the point of the largest error. Returns the loss of the vectors before the last round,
+/// and the vectors.
+fn lloyd<const V: usize>(points: &Points<V>, mut vectors: Vec<[f32; V]>, (rounds, least_gain): Rounds) -> (f64, Vec<[f32; V]>) {
     let mut before = f64::INFINITY;
     for _ in 0..rounds {
         let Cells { cells, loss, farthest } = points.cells(&VectorTable::new(&vectors), vectors.len());
@@ -131,7 +140,7 @@ fn lloyd<const V: usize>(points: &Points<V>, mut vectors: Vec<[f32; V]>, rounds:
                 *vector = points.vectors[farthest.0];
             }
         }
-        if loss >= before * (1.0 - LEAST_ROUND_GAIN) {
+        if loss >= before * (1.0 - least_gain) {
             return (loss, vectors);
         }
         before = loss;
