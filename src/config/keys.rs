@@ -335,6 +335,14 @@ keys! {
         MIN_BITS: BitWidth = ("min_bits", kinds::BIT_WIDTH, Preset::Integer(2));
         /// Largest sparsity of any layer.
         MAX_SPARSITY: f64 = ("max_sparsity", kinds::SPARSITY, Preset::Number(0.6));
+        /// Whether palettes of vectors (`cluster_dim`) are left out, for systems before macOS 15.2
+        /// and iOS 18.2.
+        NO_VECTORS: bool = (
+            "no_vectors",
+            kinds::BOOLEAN,
+            Preset::Boolean(false),
+            flag Flag { reach: Reach::PresentSection, ..Flag::new("no-vectors", "BOOL") }
+        );
         /// Samples by which the effect of a layer's error on the network's output is measured.
         PROBES: usize = ("probes", kinds::COUNT, Preset::Integer(8));
     }

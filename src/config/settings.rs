@@ -39,6 +39,8 @@ impl Settings for PruneOptions {
             sparsity: fields.get(&N_M_RATIO, mistakes).map_or(Sparsity::Unstructured(share), Sparsity::NOfM),
             dampening: fields.value(&HESSIAN_DAMPENING, mistakes),
             block: fields.value(&PROCESSING_GROUP_SIZE, mistakes),
+            // The palettes decide it, when the recipe is resolved.
+            rows_together: 1,
         };
         if let (Sparsity::NOfM(pair), Some(node)) = (settings.sparsity, ratio)
             && let Err(problem) = limits::whole_groups(pair, settings.block)
@@ -49,7 +51,7 @@ impl Settings for PruneOptions {
     }
 
     fn written(&self) -> PruneKeys {
-        let PruneOptions { sparsity, dampening, block } = *self;
+        let PruneOptions { sparsity, dampening, block, rows_together: _ } = *self;
         let (target_sparsity, n_m_ratio) = match sparsity {
             Sparsity::Unstructured(share) => (Some(share), None),
             Sparsity::NOfM(NmRatio { n, m }) => (None, Some(FlowSeq([n, m]))),
@@ -166,6 +168,7 @@ mod tests {
             sparsity: Sparsity::Unstructured(prune),
             dampening: keys::prune_settings::HESSIAN_DAMPENING.default_value(),
             block: keys::prune_settings::PROCESSING_GROUP_SIZE.default_value(),
+            rows_together: 1,
         };
         assert_eq!(PruneOptions::default(), expected);
         let expected = PaletteOptions {
