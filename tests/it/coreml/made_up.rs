@@ -18,9 +18,9 @@ fn scrambled(i: usize) -> u64 {
 }
 
 /// Compresses the UNet of `model` and treats each layer differently. The container has all widths
-/// of indices, both axes, masks of all densities, scales, vectors, weights that are only pruned, and
-/// some that are stored dense. Palette entries are values of the layer, so that the UNet still computes
-/// sensible numbers.
+/// of indices, both axes, masks of all densities, scales, vectors, weights that are only pruned,
+/// and some that are stored dense. Palette entries are values of the layer, so that the UNet still
+/// computes sensible numbers.
 pub(crate) fn container(model: &Path, path: &Path) {
     write(model, path, true);
 }
