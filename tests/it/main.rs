@@ -45,4 +45,5 @@ mod synth;
 mod tokens;
 #[cfg(unix)]
 mod traps;
+mod vector_palettes;
 mod watched;
