@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::calibration::{PromptSet, settings};
-use sdxl_squeeze::compare::{Entry, compare, container_path};
+use sdxl_squeeze::compare::{Entry, Judging, Lpips, compare, container_path, row_path};
 use sdxl_squeeze::compress::workspace_folder;
 use sdxl_squeeze::config::{RunConfig, read_prompts};
 use sdxl_squeeze::output::write_file;
@@ -28,12 +28,31 @@ pub(super) struct Args {
     /// Prompts to judge the results on, one a line; no run may be calibrated on any of them
     #[arg(long, value_name = "FILE")]
     judge: PathBuf,
-    /// Seed of the first judged picture; each further one has the next
+    /// Seed of the first judged picture; each further prompt has the next
     #[arg(long, value_name = "N", default_value_t = 231)]
     judge_seed: u64,
-    /// UNet calls on which the error of the UNet's output is measured
-    #[arg(long, value_name = "N", default_value_t = 48)]
-    held_out: usize,
+    /// Noises for each judged prompt; the k-th noise of a prompt has its seed + 2^20 k
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seeds: usize,
+    /// UNet calls on which the error of the UNet's output is measured [default: one for each
+    /// picture, at least 48]
+    #[arg(long, value_name = "N")]
+    held_out: Option<usize>,
+    /// The config that all others are compared with, by the name of its file without .yaml
+    /// [default: the first]
+    #[arg(long, value_name = "NAME")]
+    baseline: Option<String>,
+    /// Leaves out the dense model in fp16 (beside runs in fp16 or bf16: in fp32), whose row shows
+    /// how far pictures differ by rounding alone
+    #[arg(long)]
+    no_noise_floor: bool,
+    /// Weights of LPIPS with AlexNet as safetensors, to measure LPIPS too (docs/usage.md says how
+    /// to make them)
+    #[arg(long, value_name = "FILE")]
+    lpips: Option<PathBuf>,
+    /// Pictures of each model that the report shows, from the first on
+    #[arg(long, value_name = "N", default_value_t = Judging::SHOWN)]
+    pictures: usize,
     #[command(flatten)]
     edits: Edits,
     #[command(flatten)]
@@ -43,12 +62,16 @@ pub(super) struct Args {
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut outputs = Paths::default().reads("--judge", Some(&args.judge)).puts_into("--out", &args.out);
+    outputs = outputs.reads("--lpips", args.lpips.as_deref());
     for path in &args.configs {
         let config = args.edits.config(path)?;
         let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
         let container = container_path(&args.out, &name);
         outputs = outputs.run("the config", path, &config);
-        outputs = outputs.writes(&name, Some(&container)).fills(&name, &workspace_folder(&container));
+        outputs = outputs
+            .writes(&name, Some(&container))
+            .writes(&name, Some(&row_path(&args.out, &name)))
+            .fills(&name, &workspace_folder(&container));
         if let Some(first) = entries.first() {
             check_alike((&args.configs[0], &first.config), (path, &config))?;
         }
@@ -61,9 +84,18 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     outputs.check()?;
     let folder = model_of(&first.config)?;
     let options = args.limits.options(&first.config)?;
-    let judged =
+    let set =
         PromptSet { prompts: read_prompts(&args.judge)?, seed: args.judge_seed, ..settings(&folder, &first.config.calibration)? };
-    let comparison = compare(&folder, &entries, judged, args.held_out, &options, &args.out, reporter)?;
+    let judging = Judging {
+        seeds: args.seeds,
+        held_out: args.held_out,
+        baseline: args.baseline,
+        noise_floor: !args.no_noise_floor,
+        lpips: args.lpips.as_deref().map(|path| Lpips::read(path, options.placement().device)).transpose()?,
+        shown: args.pictures,
+        ..Judging::of(set)
+    };
+    let comparison = compare(&folder, &entries, &judging, &options, &args.out, reporter)?;
     let written = report::write(&comparison, &args.out)?;
     write_file(&args.out.join("table.md"), |out| out.write_all(report::table::markdown(&comparison).as_bytes()))?;
     stdout::print(&format!("{}\n{}\n", report::table::plain(&comparison), written.html.display()))
