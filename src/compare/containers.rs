@@ -33,9 +33,16 @@ pub(super) struct Facts {
     /// Hash of everything that the container depends on.
     identity: String,
     /// SHA-256 of the container.
-    pub sha256: String,
+    sha256: String,
     /// The row of the report, without measurements.
     pub row: Row,
+}
+
+impl Facts {
+    /// Hashes of what the container was made from, and of the container itself.
+    pub(super) fn hashes(&self) -> (&str, &str) {
+        (&self.identity, &self.sha256)
+    }
 }
 
 /// The containers of `entries` in `out`. Those that are there already, made from the same config,

@@ -132,3 +132,107 @@ fn unit(features: &Tensor) -> Result<Tensor> {
     let length = features.f_square()?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Float)?.f_sqrt()?;
     Ok(features.f_div(&length.f_add_scalar(1e-10)?)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::TensorView;
+    use serde_json::Value;
+    use squeeze_numerics::random::noise;
+
+    use super::*;
+
+    fn golden() -> Value {
+        serde_json::from_str(include_str!("../../tests/golden/lpips.json")).unwrap()
+    }
+
+    /// The weights of the golden values, as `make_lpips.py` draws them.
+    fn weights() -> Vec<(String, Tensor)> {
+        let drawn = |tensor: &Value| {
+            let shape: Vec<i64> = serde_json::from_value(tensor["shape"].clone()).unwrap();
+            let name = tensor["name"].as_str().unwrap().to_owned();
+            let values = noise(&shape, tensor["seed"].as_u64().unwrap(), Kind::Float).unwrap();
+            let fan_in = shape[1..].iter().product::<i64>().max(1) as f64;
+            let values = match shape.len() {
+                _ if name.starts_with("lin") => values.abs() * 0.1,
+                1 => values * 0.1,
+                _ => values * (1.4 / fan_in).sqrt(),
+            };
+            let mean = values.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+            assert!((mean - tensor["mean"].as_f64().unwrap()).abs() < 1e-9, "{name}");
+            (name, values)
+        };
+        let mut all: Vec<(String, Tensor)> = golden()["tensors"].as_array().unwrap().iter().map(drawn).collect();
+        // As the package has them: `ScalingLayer` in lpips.py.
+        for (name, values) in [("shift", [-0.030_f32, -0.088, -0.188]), ("scale", [0.458, 0.448, 0.450])] {
+            all.push((format!("scaling_layer.{name}"), Tensor::from_slice(&values).view([1, 3, 1, 1])));
+        }
+        all
+    }
+
+    fn write(path: &Path, tensors: &[(String, Tensor)]) {
+        let bytes = |tensor: &Tensor| -> Vec<u8> {
+            let values: Vec<f32> = tensor.flatten(0, -1).try_into().unwrap();
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+        let stored: Vec<(Vec<usize>, Vec<u8>)> =
+            tensors.iter().map(|(_, tensor)| (tensor.size().iter().map(|size| *size as usize).collect(), bytes(tensor))).collect();
+        let views = tensors.iter().zip(&stored).map(|((name, _), (shape, bytes))| {
+            (name.as_str(), TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+        });
+        std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn picture(height: i64, width: i64, seed: u64) -> Tensor {
+        (noise(&[1, 3, height, width], seed, Kind::Float).unwrap() * 60 + 128).clamp(0, 255).round()
+    }
+
+    fn stored(pixels: &Tensor) -> Picture {
+        let (_, _, height, width) = pixels.size4().unwrap();
+        let rows = pixels.squeeze_dim(0).permute([1, 2, 0]).contiguous().to_kind(Kind::Uint8);
+        Picture { width: width as u32, height: height as u32, rgb: rows.flatten(0, -1).try_into().unwrap() }
+    }
+
+    #[test]
+    fn distances_are_those_of_the_lpips_package() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lpips.safetensors");
+        write(&path, &weights());
+        let lpips = Lpips::read(&path, Device::Cpu).unwrap();
+        for case in golden()["cases"].as_array().unwrap() {
+            let number = |value: &Value| value.as_f64().unwrap();
+            let (height, width) = (number(&case["height"]) as i64, number(&case["width"]) as i64);
+            let [a, b] = [0, 1].map(|index| picture(height, width, case["seeds"][index].as_u64().unwrap()));
+            let near = ((&a * 3 + &b) / 4).round();
+            for (other, expected) in [&b, &near, &a].into_iter().zip(case["lpips"].as_array().unwrap()) {
+                let found = lpips.distance(&stored(&a), &stored(other)).unwrap();
+                assert!((found - number(expected)).abs() < 1e-5, "{width}x{height}: {found}, not {expected}");
+            }
+        }
+        let small = stored(&picture(30, 64, 0));
+        assert!(lpips.distance(&small, &small).unwrap_err().to_string().contains("31x31"));
+        assert!(lpips.distance(&small, &stored(&picture(64, 30, 0))).unwrap_err().is_bad_input());
+    }
+
+    #[test]
+    fn files_of_other_tensors_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lpips.safetensors");
+        let refused = |tensors: &[(String, Tensor)], part: &str| {
+            write(&path, tensors);
+            let why = Lpips::read(&path, Device::Cpu).unwrap_err();
+            assert!(why.is_bad_input() && why.to_string().contains(part), "{why}");
+        };
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        let mut all = weights();
+        all.push(("lins.0.model.1.weight".to_owned(), zeros(&[1, 64, 1, 1])));
+        write(&path, &all);
+        Lpips::read(&path, Device::Cpu).unwrap();
+        all.push(("net.slice6.0.weight".to_owned(), zeros(&[1])));
+        refused(&all, "unknown tensor `net.slice6.0.weight`");
+        all.pop();
+        all[1].1 = zeros(&[63]);
+        refused(&all, "is [63], not [64]");
+        let _first = all.remove(0);
+        refused(&all, "has no tensor `net.slice1.0.weight`");
+    }
+}

@@ -9,21 +9,27 @@ mod judge;
 mod judging;
 mod lpips;
 mod pairs;
+mod part;
 mod results;
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use containers::Facts;
 pub use entry::{Entry, container_path, row_path};
 use judge::Judge;
 pub use judging::Judging;
 pub use lpips::Lpips;
+use part::PartFile;
+pub use part::{Part, merge};
 use results::{ModelResults, Results};
 use sdxl_model::checkpoint::Weights;
 use sdxl_model::unet::Unet;
 use sdxl_pipeline::{PipelineFolder, UnetWeights};
+use serde_json::json;
+use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
+use squeeze_base::input::SourceFile;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::Container;
 
@@ -58,6 +64,56 @@ pub fn compare(
     let frame = comparing.frame(facts)?;
     let results = comparing.judged(0..comparing.judge.pairs().len(), progress)?;
     figures::figures(frame, results)
+}
+
+/// Compresses as [`compare`] does, without judging: what `--part` needs.
+///
+/// # Errors
+/// As [`compare`].
+pub fn make_containers(
+    folder: &PipelineFolder,
+    entries: &[Entry],
+    judging: &Judging,
+    options: &RunOptions,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let _checked = Comparing::new(folder, entries, judging, options, out)?;
+    containers::made(folder, entries, options, out, progress).map(drop)
+}
+
+/// Judges the containers in `out` on a part of the pictures, and writes what was measured to
+/// [`Part::path`], which is returned. A part that is there already and whole is not drawn again.
+///
+/// # Errors
+/// As [`compare`]; [`Error::Argument`] if a container is missing.
+pub fn judge_part(
+    folder: &PipelineFolder,
+    entries: &[Entry],
+    judging: &Judging,
+    options: &RunOptions,
+    (out, part): (&Path, Part),
+    progress: &dyn Progress,
+) -> Result<PathBuf> {
+    let comparing = Comparing::new(folder, entries, judging, options, out)?;
+    let facts = containers::all_found(folder, entries, options, out)?;
+    let identity = comparing.identity(&facts)?;
+    let frame = comparing.frame(facts)?;
+    let path = part.path(out);
+    if path.exists() {
+        match PartFile::read(&path) {
+            Ok(there) if there.identity == identity => {
+                tracing::info!("{} is there already", path.display());
+                return Ok(path);
+            }
+            Ok(_) => tracing::warn!("{} is of another comparison, so it is drawn again", path.display()),
+            Err(why) => tracing::warn!("{why}"),
+        }
+    }
+    let range = comparing.judge.share(part.number(), part.parts());
+    let results = comparing.judged(range.clone(), progress)?;
+    PartFile::new(part, identity, (range.start, range.end), frame, results).write(&path)?;
+    Ok(path)
 }
 
 /// A comparison whose entries have been checked.
@@ -103,6 +159,27 @@ impl<'a> Comparing<'a> {
     fn frame(&self, facts: Vec<Facts>) -> Result<Comparison> {
         let (judging, placement, calibration) = (self.judging, self.options.placement(), self.calibration.clone());
         frame::frame(self.folder, &self.weights, judging, &self.judge, placement, calibration, facts)
+    }
+
+    /// A hash of everything that the measurements of all parts depend on.
+    fn identity(&self, facts: &[Facts]) -> Result<String> {
+        let Judging { set, seeds, held_out, baseline, noise_floor, lpips, shown } = self.judging;
+        let (vae, placement) = (self.folder.vae_weights()?, self.options.placement());
+        let vae = vae.files().map(|file| SourceFile::read(file, "")).collect::<Result<Vec<_>>>()?;
+        let all = json!({
+            "containers": facts.iter().map(Facts::hashes).collect::<Vec<_>>(),
+            "encoders": self.folder.prompt_files()?,
+            "vae": vae,
+            "set": format!("{set:?}"),
+            "seeds": seeds,
+            "held_out": held_out,
+            "baseline": baseline,
+            "noise_floor": noise_floor,
+            "lpips": lpips.as_ref().map(Lpips::sha256),
+            "shown": shown,
+            "device and dtype": format!("{placement:?}"),
+        });
+        Ok(digest::of_bytes(all.to_string().as_bytes()))
     }
 
     /// Judges the containers on the pictures of `range`.
