@@ -2,12 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use sdxl_squeeze::calibration::{PromptSet, settings};
-use sdxl_squeeze::compare::{
-    Entry, Judging, Lpips, Part, compare, container_path, judge_part, make_containers, merge, row_path,
-};
+use sdxl_squeeze::calibration::{PromptSet, settings, settings_for};
+use sdxl_squeeze::compare::{Entry, Judging, Lpips, Part, compare, container_path, judge_part, make_containers, merge, row_path};
 use sdxl_squeeze::compress::workspace_folder;
-use sdxl_squeeze::config::{RunConfig, read_prompts};
+use sdxl_squeeze::config::{Feed, RunConfig, read_prompts};
 use sdxl_squeeze::output::write_file;
 use sdxl_squeeze::pipeline::LoraFile;
 use sdxl_squeeze::report::{self, Comparison};
@@ -56,6 +54,10 @@ pub(super) struct Args {
     /// Pictures of each model that the report shows, from the first on
     #[arg(long, value_name = "N", default_value_t = Judging::SHOWN, conflicts_with = "merge")]
     pictures: usize,
+    /// What the UNet is given when results are judged: as diffusers does, or as Apple's Swift
+    /// pipeline [default: the first of the first config's mix, which is diffusers]
+    #[arg(long, value_name = "FEED", value_parser = Feed::ALL.map(Feed::name), conflicts_with = "merge")]
+    feed: Option<String>,
     /// Compresses and does not judge: the first step of judging in parts
     #[arg(long, conflicts_with_all = ["part", "merge"])]
     containers_only: bool,
@@ -95,7 +97,8 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         entries.push(Entry { name, config });
     }
     let Some(first) = entries.first() else { return Err(Error::Argument("there is nothing to compare".into())) };
-    let part = args.part.as_deref().map(|text| text.parse::<Part>().map_err(|why| Error::Argument(format!("--part {text} {why}"))));
+    let part =
+        args.part.as_deref().map(|text| text.parse::<Part>().map_err(|why| Error::Argument(format!("--part {text} {why}"))));
     let part = part.transpose()?;
     for path in REPORT.map(|name| out.join(name)).into_iter().chain(part.map(|part| part.path(out))) {
         outputs = outputs.writes("--out", Some(&path));
@@ -103,7 +106,13 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     outputs.check()?;
     let folder = model_of(&first.config)?;
     let options = args.limits.options(&first.config)?;
-    let set = PromptSet { prompts: read_prompts(judge)?, seed: args.judge_seed, ..settings(&folder, &first.config.calibration)? };
+    let section = &first.config.calibration;
+    let feed = args.feed.as_deref().and_then(|name| Feed::ALL.into_iter().find(|feed| feed.name() == name));
+    let set = match feed {
+        Some(feed) => settings_for(&folder, section, feed)?,
+        None => settings(&folder, section)?,
+    };
+    let set = PromptSet { prompts: read_prompts(judge)?, seed: args.judge_seed, ..set };
     let judging = Judging {
         seeds: args.seeds,
         held_out: args.held_out,

@@ -17,7 +17,7 @@ use super::judge::{Judge, floor_kind};
 use super::judging::Judging;
 use super::pairs::Pair;
 use crate::calibration::PromptSet;
-use crate::config::read_prompts;
+use crate::config::{Feed, read_prompts};
 use crate::report::{Comparison, Dense, Judged, Row};
 
 /// The comparison without measurements and pictures. `calibration` are the prompts of
@@ -140,6 +140,13 @@ fn how(judging: &Judging, judge: &Judge<'_>, kind: Kind) -> Vec<String> {
         "Latent error: the relative squared error of the latents after each step, mean over the pictures.".into(),
         "PSNR and SSIM: each picture against the dense model's picture at the same seed; mean and worst.".into(),
     ];
+    if set.feed == Feed::Swift {
+        how.push(
+            "The UNet is fed as by Apple's Swift pipeline: the encoded empty text as the negative prompt, time ids of 1,024 x 1,024 \
+             pixels at every size."
+                .into(),
+        );
+    }
     if judging.lpips.is_some() {
         how.push(
             "LPIPS: the perceptual distance to the dense model's picture, with AlexNet, version 0.1; lower is closer.".into(),

@@ -174,8 +174,10 @@ mod tests {
             let values: Vec<f32> = tensor.flatten(0, -1).try_into().unwrap();
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
-        let stored: Vec<(Vec<usize>, Vec<u8>)> =
-            tensors.iter().map(|(_, tensor)| (tensor.size().iter().map(|size| *size as usize).collect(), bytes(tensor))).collect();
+        let stored: Vec<(Vec<usize>, Vec<u8>)> = tensors
+            .iter()
+            .map(|(_, tensor)| (tensor.size().iter().map(|size| *size as usize).collect(), bytes(tensor)))
+            .collect();
         let views = tensors.iter().zip(&stored).map(|((name, _), (shape, bytes))| {
             (name.as_str(), TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
         });

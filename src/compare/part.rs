@@ -140,7 +140,10 @@ pub fn merge(folder: &Path) -> Result<Comparison> {
     let shown = folder.display();
     if found.len() > 1 {
         let counts: Vec<String> = found.keys().map(usize::to_string).collect();
-        return Err(Error::Argument(format!("{shown} has parts of {} and keeps only one set; remove the others", counts.join(" and of "))));
+        return Err(Error::Argument(format!(
+            "{shown} has parts of {} and keeps only one set; remove the others",
+            counts.join(" and of ")
+        )));
     }
     let Some((parts, numbers)) = found.pop_first() else {
         return Err(Error::Argument(format!("{shown} has no parts; draw them with --part 1/N to N/N")));
