@@ -30,6 +30,7 @@ use serde_json::json;
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
+use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::Container;
 
@@ -116,6 +117,25 @@ pub fn judge_part(
     Ok(path)
 }
 
+/// Checks that the memory holds the dense model in the noise floor's dtype, where that is the wider
+/// one.
+fn check_floor(folder: &PipelineFolder, options: &RunOptions) -> Result<()> {
+    let kind = judge::floor_kind(options.kind);
+    if kind.elt_size_in_bytes() <= options.kind.elt_size_in_bytes() {
+        return Ok(());
+    }
+    let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
+    let (needed, budget) = (elements * kind.elt_size_in_bytes() as u64, options.memory_budget()?);
+    if needed <= budget {
+        return Ok(());
+    }
+    let [needed, budget] = [needed, budget].map(number::size);
+    Err(Error::Argument(format!(
+        "the noise floor needs the dense UNet in fp32, which takes {needed} and {budget} of memory are free; leave it out with \
+         --no-noise-floor"
+    )))
+}
+
 /// A comparison whose entries have been checked.
 struct Comparing<'a> {
     folder: &'a PipelineFolder,
@@ -149,6 +169,9 @@ impl<'a> Comparing<'a> {
             && !entries.iter().any(|entry| entry.name == *baseline)
         {
             return Err(Error::Argument(format!("no config is named `{baseline}`, the baseline")));
+        }
+        if judging.noise_floor {
+            check_floor(folder, options)?;
         }
         let judge = Judge::new(folder, judging, options.placement())?;
         let calibration = frame::calibration_prompts(entries, &judging.set)?;

@@ -8,6 +8,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::report::{or_nan, or_nans};
 
+/// The most bytes of a model's pictures that are read: more than a contact sheet may have.
+const MOST_PIXEL_BYTES: usize = 1 << 31;
+
 /// A squared distance, and the square that it is a share of.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -121,9 +124,13 @@ fn as_pngs<S: Serializer>(pictures: &[Picture], serializer: S) -> Result<S::Ok, 
 
 fn from_pngs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Picture>, D::Error> {
     let encoded = Vec::<String>::deserialize(deserializer)?;
+    let mut bytes = 0;
     let decoded = encoded.iter().map(|text| {
-        let bytes = STANDARD.decode(text).map_err(|why| D::Error::custom(format!("a picture is no base64: {why}")))?;
-        Picture::from_png_bytes(&bytes).map_err(D::Error::custom)
+        let png = STANDARD.decode(text).map_err(|why| D::Error::custom(format!("a picture is no base64: {why}")))?;
+        let picture = Picture::from_png_bytes(&png).map_err(D::Error::custom)?;
+        // A small PNG can hold a large picture of one colour.
+        bytes += picture.rgb.len();
+        if bytes > MOST_PIXEL_BYTES { Err(D::Error::custom("the pictures are too large")) } else { Ok(picture) }
     });
     decoded.collect()
 }
