@@ -18,6 +18,8 @@ use super::progress::Reporter;
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "sdxl-squeeze compare [OPTIONS] --out <DIR> --judge <FILE> <CONFIG.yaml>...
+       sdxl-squeeze compare --merge <DIR> [--out <DIR>]")]
 pub(super) struct Args {
     /// The runs to compare
     #[arg(value_name = "CONFIG.yaml", required_unless_present = "merge", conflicts_with = "merge")]
@@ -43,7 +45,7 @@ pub(super) struct Args {
     /// [default: the first]
     #[arg(long, value_name = "NAME", conflicts_with = "merge")]
     baseline: Option<String>,
-    /// Leaves out the dense model in fp16 (beside runs in fp16 or bf16: in fp32), whose row shows
+    /// Leave out the dense model in fp16 (beside runs in fp16 or bf16: in fp32), whose row shows
     /// how far pictures differ by rounding alone
     #[arg(long, conflicts_with = "merge")]
     no_noise_floor: bool,
@@ -58,14 +60,14 @@ pub(super) struct Args {
     /// pipeline [default: the first of the first config's mix, which is diffusers]
     #[arg(long, value_name = "FEED", value_parser = Feed::ALL.map(Feed::name), conflicts_with = "merge")]
     feed: Option<String>,
-    /// Compresses and does not judge: the first step of judging in parts
+    /// Compress and do not judge: the first step of judging in parts
     #[arg(long, conflicts_with_all = ["part", "merge"])]
     containers_only: bool,
-    /// Judges the K-th of N parts of the pictures, with the containers of --containers-only, into
+    /// Judge the K-th of N parts of the pictures, with the containers of --containers-only, into
     /// one file in --out; a part that is there already is not drawn again
     #[arg(long, value_name = "K/N", conflicts_with = "merge")]
     part: Option<String>,
-    /// Makes the report of the parts in DIR, or says which are missing
+    /// Make the report of the parts in DIR, or say which are missing
     #[arg(long, value_name = "DIR")]
     merge: Option<PathBuf>,
     #[command(flatten)]
