@@ -155,7 +155,7 @@ mod tests {
             let values = match shape.len() {
                 _ if name.starts_with("lin") => values.abs() * 0.1,
                 1 => values * 0.1,
-                _ => values * (1.4 / fan_in).sqrt(),
+                _ => values * (1.4 / fan_in.sqrt()),
             };
             let mean = values.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
             assert!((mean - tensor["mean"].as_f64().unwrap()).abs() < 1e-9, "{name}");
