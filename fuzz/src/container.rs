@@ -104,7 +104,7 @@ fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>)
         let mut row = weight.row();
         row.insert("sha256".into(), sha256(&to_bytes(&dense)).into());
         if lies && choices.rarely(4) {
-            let keys = ["axis", "bits", "group_size", "kept", "masked", "scaled", "sha256", "shape", "report", "more"];
+            let keys = ["axis", "bits", "group_size", "kept", "masked", "scaled", "sha256", "shape", "report", "vector_length", "more"];
             let value = match choices.below(5) {
                 0 => Value::Null,
                 1 => json!(choices.number()),
@@ -134,8 +134,10 @@ fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>)
     }
     let data: Vec<u8> = tensors.iter().flat_map(|tensor| tensor.data.iter().copied()).collect();
     let mut metadata = Map::new();
+    let vectors = rows.values().any(|row| row.get("vector_length").is_some());
+    let version = if vectors != (lies && choices.rarely(16)) { "2" } else { "1" };
     for (key, value) in
-        [("format", "sdxl-squeeze"), ("version", "1"), ("unet_config", "{}"), ("recipe", "null"), ("sources", "[]")]
+        [("format", "sdxl-squeeze"), ("version", version), ("unet_config", "{}"), ("recipe", "null"), ("sources", "[]")]
     {
         metadata.insert(key.into(), value.into());
     }
@@ -165,25 +167,29 @@ struct Weight {
     keep: Option<Vec<bool>>,
     /// The bits, the axis and the group size, if the weight has palettes.
     palette: Option<(u32, usize, usize)>,
+    /// The output channels that share an index and a bit of the mask.
+    length: usize,
     /// The palettes, or the kept values of a weight without palettes.
     values: Vec<f16>,
-    /// The index of each kept element; empty without palettes.
+    /// The index of each kept element or vector; empty without palettes.
     indices: Vec<u8>,
     scales: Option<Vec<f16>>,
 }
 
 impl Weight {
     fn any(choices: &mut Choices, lies: bool) -> Self {
-        let group_size = 1 + choices.below(4);
+        // Vectors lie along the output channels and have no scales.
+        let length = [1, 1, 2, 3, 4, 16][choices.below(6)];
+        let group_size = length * (1 + choices.below(4));
         let grouped = group_size * (1 + choices.below(4));
         let other = 1 + choices.below(9);
-        let axis = choices.below(2);
+        let axis = if length == 1 { choices.below(2) } else { 0 };
         let mut shape = if axis == 0 { vec![grouped as u64, other as u64] } else { vec![other as u64, grouped as u64] };
         if choices.below(2) == 1 {
             shape.extend([1 + choices.below(3) as u64, 1 + choices.below(3) as u64]);
         }
-        let numel = shape.iter().product::<u64>() as usize;
-        let palettized = choices.below(4) != 3;
+        let palettized = length > 1 || choices.below(4) != 3;
+        let numel = shape.iter().product::<u64>() as usize / length;
         // A compressed weight has a mask, palettes, or both.
         let masked = !palettized || choices.below(2) == 1;
         let bits = choices.of(&[1, 2, 3, 4, 6, 8]);
@@ -198,12 +204,13 @@ impl Weight {
         };
         let (values, indices) = if palettized {
             let indices = choices.bytes(kept).iter().map(|index| index & (0xff >> (8 - bits))).collect();
-            (halves(choices, (grouped / group_size) << bits), indices)
+            (halves(choices, (grouped / group_size * length) << bits), indices)
         } else {
             (halves(choices, kept), Vec::new())
         };
-        let scales = (palettized && choices.below(2) == 1).then(|| halves(choices, shape[0] as usize));
-        let mut weight = Weight { shape, keep, palette: palettized.then_some((bits, axis, group_size)), values, indices, scales };
+        let scales = (palettized && length == 1 && choices.below(2) == 1).then(|| halves(choices, shape[0] as usize));
+        let palette = palettized.then_some((bits, axis, group_size));
+        let mut weight = Weight { shape, keep, palette, length, values, indices, scales };
         if lies && choices.rarely(4) {
             let at = choices.below(weight.shape.len());
             weight.shape[at] = choices.number();
@@ -221,21 +228,33 @@ impl Weight {
         let numel = self.shape.iter().try_fold(1u64, |product, n| product.checked_mul(*n)).filter(|numel| *numel < 1 << 16);
         let numel = numel.unwrap_or(0) as usize;
         let inner = self.shape[2..].iter().fold(1u64, |product, n| product.saturating_mul(*n)).max(1);
-        let mut k = 0;
+        let columns = (inner as usize).saturating_mul(self.shape[1].max(1) as usize);
+        let is_kept = |vector: usize| self.keep.as_ref().is_none_or(|keep| keep.get(vector).copied().unwrap_or(false));
+        // The number of the index or value of each vector, if it is kept.
+        let numbers: Vec<usize> = (0..numel)
+            .scan(0, |kept, vector| {
+                let number = *kept;
+                *kept += usize::from(is_kept(vector));
+                Some(number)
+            })
+            .collect();
         (0..numel)
             .map(|e| {
-                if self.keep.as_ref().is_some_and(|keep| !keep.get(e).copied().unwrap_or(false)) {
+                let (row, column) = (e as u64 / inner / self.shape[1].max(1), e as u64 / inner % self.shape[1].max(1));
+                // Each vector has a bit of the mask, and an index or value if it is kept.
+                let vector = row as usize / self.length * columns + e % columns;
+                if !is_kept(vector) {
                     return f16::ZERO;
                 }
-                let (row, column) = (e as u64 / inner / self.shape[1].max(1), e as u64 / inner % self.shape[1].max(1));
+                let k = numbers[vector];
                 let entry = match self.palette {
                     None => k,
                     Some((bits, axis, group_size)) => {
                         let group = if axis == 0 { row } else { column } as usize / group_size;
-                        (group << bits) + usize::from(self.indices.get(k).copied().unwrap_or(0))
+                        let entry = (group << bits) + usize::from(self.indices.get(k).copied().unwrap_or(0));
+                        entry * self.length + row as usize % self.length
                     }
                 };
-                k += 1;
                 let value = self.values.get(entry).copied().unwrap_or(f16::ZERO);
                 match &self.scales {
                     None => value,
@@ -251,7 +270,7 @@ impl Weight {
 
     fn row(&self) -> Map<String, Value> {
         let kept = self.keep.as_ref().map_or(self.shape.iter().fold(1u64, |product, n| product.wrapping_mul(*n)), |keep| {
-            keep.iter().filter(|kept| **kept).count() as u64
+            (self.length * keep.iter().filter(|kept| **kept).count()) as u64
         });
         let mut row = Map::new();
         row.insert("shape".into(), json!(self.shape));
@@ -264,6 +283,9 @@ impl Weight {
         }
         if self.scales.is_some() {
             row.insert("scaled".into(), json!(true));
+        }
+        if self.length > 1 {
+            row.insert("vector_length".into(), json!(self.length));
         }
         row
     }
@@ -280,7 +302,9 @@ impl Weight {
             None => tensors.push(half("values", &[self.values.len() as u64], &self.values)),
             Some((bits, ..)) => {
                 tensors.push(packed("indices", pack(self.indices.iter().copied(), bits)));
-                tensors.push(half("palettes", &[self.values.len() as u64 >> bits, 1 << bits], &self.values));
+                let length = self.length as u64;
+                let shape = [(self.values.len() as u64 / length) >> bits, 1 << bits, length];
+                tensors.push(half("palettes", if length > 1 { &shape } else { &shape[..2] }, &self.values));
             }
         }
         if let Some(scales) = &self.scales {

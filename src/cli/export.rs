@@ -139,15 +139,24 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
             }
             let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
             stdout::print(&format!(
-                "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n",
+                "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n{}",
                 args.out.display(),
                 number::size(written.bytes),
                 number::size(written.program_bytes),
                 number::count(written.operations as u64),
                 number::count(written.compressed as u64),
                 number::count(written.dense.len() as u64),
+                vectors_need(written.vectors),
             ))
         }
+    }
+}
+
+/// The line about a package with vector palettes; nothing without any.
+pub(super) fn vectors_need(vectors: usize) -> String {
+    match vectors {
+        0 => String::new(),
+        count => format!("needs {}: {} weights have vector palettes\n", coreml::VECTORS_NEED, number::count(count as u64)),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use sdxl_squeeze::Result;
-use sdxl_squeeze::container::Container;
+use sdxl_squeeze::container::{Container, StoredLayer};
 use sdxl_squeeze::inspect::{CheckpointRow, Inspection, inspect};
 use sdxl_squeeze::model::ldm::Skipped;
 use sdxl_squeeze::number::{count, size as bytes};
@@ -105,6 +105,15 @@ fn shape(sizes: &[i64]) -> String {
     sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
 
+/// The bits of an index, and the output channels that share it if there are several: `8 V2`.
+fn bits(layer: &StoredLayer) -> String {
+    match (layer.bits, layer.vector_length) {
+        (None, _) => "16".to_owned(),
+        (Some(bits), None | Some(1)) => bits.to_string(),
+        (Some(bits), Some(length)) => format!("{bits} V{length}"),
+    }
+}
+
 /// Prints a row for each layer: its storage and its error.
 fn inspect_container(container: &Container, json: bool, summary: bool) -> Result<()> {
     UnetWeights::from(container).chain()?;
@@ -121,7 +130,7 @@ fn inspect_container(container: &Container, json: bool, summary: bool) -> Result
             rows.add_row([
                 layer.name.trim_end_matches(".weight").to_owned(),
                 shape(&layer.shape),
-                layer.bits.map_or("16".to_owned(), |bits| bits.to_string()),
+                bits(&layer),
                 layer.group_size.map_or(String::new(), |size| size.to_string()),
                 format!("{:.2} %", 100.0 * layer.sparsity),
                 format!("{:.3}", layer.bits_per_weight),

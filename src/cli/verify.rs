@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use sdxl_squeeze::pipeline::verify;
 use sdxl_squeeze::{Error, Result, coreml, number};
 
+use super::export::vectors_need;
 use super::stdout;
 
 #[derive(Debug, clap::Args)]
@@ -51,7 +52,7 @@ fn package(path: &Path, json: bool) -> Result<()> {
     let share = checked.pruned as f64 / (checked.compressed_elements.max(1)) as f64;
     let hashes = if checked.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };
     stdout::print(&format!(
-        "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}\n{}\n",
+        "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}{}\n{}\n",
         path.display(),
         number::count(checked.operations as u64),
         number::count(checked.compressed as u64),
@@ -59,6 +60,7 @@ fn package(path: &Path, json: bool) -> Result<()> {
         100.0 * share,
         number::count(checked.blobs as u64),
         number::size(checked.bytes),
+        vectors_need(checked.vectors),
         checked.inputs.iter().map(|input| format!("in  {input}")).collect::<Vec<_>>().join("\n"),
         checked.outputs.iter().map(|output| format!("out {output}")).collect::<Vec<_>>().join("\n"),
     ))

@@ -144,6 +144,13 @@ impl Solution {
         let keep = self.keep.take();
         Ok(match (self.palettized.take(), &keep) {
             (Some(Palettized { codebook, indices, .. }), keep) => {
+                // Rows that share indices have one mask.
+                let row = self.values.len() / size[0].unsigned_abs() as usize;
+                let first = |keep: &Vec<bool>| keep.chunks(row).step_by(codebook.vector_length).flatten().copied().collect();
+                let keep: Option<Vec<bool>> = match codebook.vector_length {
+                    1 => keep.clone(),
+                    _ => keep.as_ref().map(first),
+                };
                 Some(CompressedWeight::palettized(size.to_vec(), keep.as_deref(), codebook, &indices)?)
             }
             (None, Some(keep)) => Some(CompressedWeight::sparse(size.to_vec(), keep, &self.values)?),
@@ -253,7 +260,7 @@ fn prune_weight(original: &Tensor, recipe: &LayerRecipe, evidence: Option<Eviden
         return Ok(Solution { values: halves(original)?, ..Solution::default() });
     };
     if recipe.method == PruneMethod::Magnitude {
-        let masked = magnitude_prune(original, options.sparsity)?;
+        let masked = magnitude_prune(original, options.sparsity, options.rows_together)?;
         let keep = Some(Vec::try_from(&masked.mask.f_flatten(0, -1)?)?);
         return Ok(Solution { values: halves(&masked.weight)?, keep, ..Solution::default() });
     }

@@ -133,7 +133,7 @@ fn elsewhere(key: &str) -> Option<&'static str> {
         "on_misfit" | "weight_threshold" => "it belongs to palettize itself, once for all its layers",
         "weight_dtype" => "SparseGPT here prunes only; palettize sets the bits",
         "input_cacher" => "the UNet's inputs are always recorded",
-        "lut_dtype" | "cluster_dim" => "palettes here are of fp16 scalars",
+        "lut_dtype" => "palettes here are of fp16",
         "enable_fast_kmeans_mode" | "rounding_precision" => "palettes here are always exact",
         _ => return None,
     })

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display};
 
 use squeeze_base::error::{Mistake, Place};
-use squeeze_codebook::{LayerKind, Misfit, NmRatio};
+use squeeze_codebook::{BitWidth, LayerKind, Misfit, NmRatio};
 
 /// The sections that have rules for layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -135,6 +135,44 @@ pub enum Finding {
         /// The treatment of the layer.
         becomes: Misfit,
     },
+    /// A layer whose output channels or groups its vectors do not divide. An error or a warning,
+    /// depending on `on_misfit`.
+    VectorMisfit {
+        /// The layer.
+        layer: String,
+        /// Its output channels.
+        channels: i64,
+        /// The group size, if it has groups.
+        group_size: Option<usize>,
+        /// The output channels that were to share an index.
+        vector_length: usize,
+        /// The treatment of the layer.
+        becomes: VectorMisfit,
+    },
+    /// Layers whose groups were widened, since a group had too few indices for a palette of
+    /// vectors. A warning.
+    WiderGroups {
+        /// The group size asked for.
+        group_size: usize,
+        /// The group size that they get; none for one palette.
+        becomes: Option<usize>,
+        /// The output channels that share an index.
+        vector_length: usize,
+        /// The bits of an index.
+        bits: BitWidth,
+        /// The layers, in the model's order.
+        layers: Vec<String>,
+    },
+    /// Layers that get scalar palettes, since one palette of vectors would be larger than all their
+    /// indices. A warning.
+    TooSmallForVectors {
+        /// The output channels that were to share an index.
+        vector_length: usize,
+        /// The bits of an index.
+        bits: BitWidth,
+        /// The layers, in the model's order.
+        layers: Vec<String>,
+    },
     /// A layer whose rows n:m groups do not divide. An error.
     RatioMisfit {
         /// The layer.
@@ -155,6 +193,17 @@ pub enum Finding {
     },
 }
 
+/// The outcome for a layer whose output channels or groups its vectors do not divide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VectorMisfit {
+    /// The layer gets vectors of this length; 1 is a scalar palette.
+    Shorter(usize),
+    /// The layer stays fp16.
+    Dense,
+    /// The policy forbids it.
+    Error,
+}
+
 impl Finding {
     /// The severity.
     #[must_use]
@@ -162,11 +211,15 @@ impl Finding {
         match self {
             Finding::NoStage { .. } | Finding::NoLayer { .. } | Finding::RatioMisfit { .. } => Severity::Error,
             Finding::GroupMisfit { becomes: Misfit::Error, .. } => Severity::Error,
+            Finding::VectorMisfit { becomes: VectorMisfit::Error, .. } => Severity::Error,
+            Finding::VectorMisfit { becomes: VectorMisfit::Shorter(_) | VectorMisfit::Dense, .. } => Severity::Warning,
             Finding::GroupMisfit { becomes: Misfit::SmallerGroup(_) | Misfit::Dense, .. } => Severity::Warning,
             Finding::FormerName { .. }
             | Finding::Shadowed { .. }
             | Finding::OutOfReach { .. }
             | Finding::NoLayerOfType { .. }
+            | Finding::WiderGroups { .. }
+            | Finding::TooSmallForVectors { .. }
             | Finding::Idle { .. } => Severity::Warning,
             Finding::NoMidBlock { .. } | Finding::LeftAlone { .. } => Severity::Note,
         }
@@ -185,6 +238,9 @@ impl Finding {
             Finding::NoLayerOfType { .. }
             | Finding::Idle { .. }
             | Finding::GroupMisfit { .. }
+            | Finding::VectorMisfit { .. }
+            | Finding::WiderGroups { .. }
+            | Finding::TooSmallForVectors { .. }
             | Finding::RatioMisfit { .. }
             | Finding::LeftAlone { .. } => Place::Default,
         }
@@ -228,6 +284,36 @@ impl Display for Finding {
                     Misfit::Dense => f.write_str("it stays fp16"),
                     Misfit::Error => f.write_str("say `on_misfit: smaller_group` or `dense`, or give it a rule of its own"),
                 }
+            }
+            Finding::VectorMisfit { layer, channels, group_size, vector_length, becomes } => {
+                let groups = group_size.map_or(String::new(), |size| format!(" in groups of {size}"));
+                write!(
+                    f,
+                    "palettize: `{layer}` has {channels} output channels{groups}, which vectors of {vector_length} do not divide; "
+                )?;
+                match becomes {
+                    VectorMisfit::Shorter(1) => f.write_str("it gets scalar palettes"),
+                    VectorMisfit::Shorter(length) => write!(f, "it gets vectors of {length}"),
+                    VectorMisfit::Dense => f.write_str("it stays fp16"),
+                    VectorMisfit::Error => f.write_str("say `on_misfit: smaller_group` or `dense`, or give it a rule of its own"),
+                }
+            }
+            Finding::WiderGroups { group_size, becomes, vector_length, bits, layers } => {
+                let becomes = becomes.map_or("one palette".to_owned(), |size| format!("groups of {size}"));
+                write!(
+                    f,
+                    "palettize: groups of {group_size} channels have too few indices for palettes of {bits} bits with vectors of \
+                     {vector_length}; {becomes} for {}",
+                    some(layers)
+                )
+            }
+            Finding::TooSmallForVectors { vector_length, bits, layers } => {
+                write!(
+                    f,
+                    "palettize: a palette of {bits} bits with vectors of {vector_length} is larger than all indices; scalar palettes \
+                     for {}",
+                    some(layers)
+                )
             }
             Finding::RatioMisfit { layer, columns, ratio: NmRatio { n, m } } => {
                 write!(

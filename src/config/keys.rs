@@ -273,6 +273,19 @@ keys! {
             Preset::Absent("none"),
             flag Flag { implies: Some(("granularity", "per_grouped_channel")), ..Flag::of_rules("group-size", "N") }
         );
+        /// Neighbouring output channels that share an index: the palette then has vectors of as
+        /// many values. In a pruned layer they also share a bit of the mask, so that they are kept
+        /// or pruned together. Where `cluster_dim` does not divide the channels or the groups,
+        /// `on_misfit` decides (`smaller_group`: the next smaller one that does). Groups whose
+        /// palette would take more than a sixteenth of the bytes of their indices are widened.
+        /// Needs `channel_axis: 0` and no scales; Core ML packages then need iOS 18.2 or macOS
+        /// 15.2.
+        CLUSTER_DIM: usize = (
+            "cluster_dim",
+            kinds::VECTOR_LENGTH,
+            Preset::Integer(1),
+            flag Flag::of_rules("cluster-dim", "N")
+        );
         /// The channels that are grouped: 0 for output channels, 1 for input channels.
         CHANNEL_AXIS: usize = ("channel_axis", kinds::AXIS, Preset::Integer(0));
         /// Whether each output channel is divided by its largest magnitude first, which is then
@@ -327,6 +340,14 @@ keys! {
         MIN_BITS: BitWidth = ("min_bits", kinds::BIT_WIDTH, Preset::Integer(2));
         /// Largest sparsity of any layer.
         MAX_SPARSITY: f64 = ("max_sparsity", kinds::SPARSITY, Preset::Number(0.6));
+        /// Whether palettes of vectors (`cluster_dim`) are left out, for systems before macOS 15.2
+        /// and iOS 18.2.
+        NO_VECTORS: bool = (
+            "no_vectors",
+            kinds::BOOLEAN,
+            Preset::Boolean(false),
+            flag Flag { reach: Reach::PresentSection, ..Flag::new("no-vectors", "BOOL") }
+        );
         /// Samples by which the effect of a layer's error on the network's output is measured.
         PROBES: usize = ("probes", kinds::COUNT, Preset::Integer(8));
     }

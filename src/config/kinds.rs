@@ -88,6 +88,10 @@ pub(super) const BIT_WIDTH: Kind<BitWidth> = Kind {
     argument: Argument::Number,
 };
 
+pub(super) const VECTOR_LENGTH: Kind<usize> = kind!(Number, "1, 2, 4", { "enum": limits::VECTOR_LENGTHS }, |node| {
+    limits::cluster_dim(whole(node)?)
+});
+
 pub(super) const AXIS: Kind<usize> = kind!(Number, "0, 1", { "enum": [0, 1] }, |node| limits::channel_axis(whole(node)?));
 
 pub(super) const PATH: Kind<PathBuf> = kind!(Text, "a path", { "type": "string", "pattern": "\\S" }, |node| {

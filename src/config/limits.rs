@@ -18,6 +18,16 @@ pub(super) fn n_bits(value: i128) -> Checked<BitWidth> {
     width.ok_or_else(|| format!("must be {}", BitWidth::choices("or")))
 }
 
+/// The numbers of output channels that may share an index, ascending: those that divide SDXL's
+/// channels and that Apple tests.
+pub(super) const VECTOR_LENGTHS: [usize; 3] = [1, 2, 4];
+
+/// The number of output channels that share an index.
+pub(super) fn cluster_dim(value: i128) -> Checked<usize> {
+    let length = VECTOR_LENGTHS.into_iter().find(|length| *length as i128 == value);
+    length.ok_or_else(|| "must be 1, 2 or 4".into())
+}
+
 /// The weight's dimension whose channels are grouped: 0 for output, 1 for input channels.
 pub(super) fn channel_axis(value: i128) -> Checked<usize> {
     match value {

@@ -26,10 +26,11 @@ mod run_config;
 mod sections;
 mod settings;
 mod tree;
+mod vectors;
 mod words;
 
 pub use edit::{ConfigFlag, Edit, flags};
-pub use finding::{Finding, Section, Severity, Why};
+pub use finding::{Finding, Section, Severity, VectorMisfit, Why};
 pub use layer_info::LayerInfo;
 pub use mistake::Written;
 pub use prompts::{Prompts, read_prompts};

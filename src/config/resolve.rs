@@ -12,6 +12,7 @@ use super::mistake::{Written, nearest};
 use super::rules::{Decided, RuleIndex, Rules};
 use super::run_config::RunConfig;
 use super::sections::{PalettizeSection, PruneSection};
+use super::vectors;
 
 /// The settings of each layer, the effect of each rule, and the findings.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,7 +96,7 @@ impl RunConfig {
             None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
         };
         let palettized = match palettize {
-            Some(section) => resolve_palettize(section, layers, &mut rules, &mut findings),
+            Some(section) => resolve_palettize(section, layers, &pruned, &mut rules, &mut findings),
             None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
         };
         // A stable sort keeps the order of the config and of the model among equals.
@@ -145,12 +146,13 @@ fn resolve_prune(
 fn resolve_palettize(
     section: &PalettizeSection,
     layers: &[LayerInfo],
+    pruned: &[Choice<PruneOptions>],
     uses: &mut Vec<RuleUse>,
     findings: &mut Vec<Finding>,
 ) -> Vec<Choice<PaletteOptions>> {
     let PalettizeSection { rules, on_misfit, weight_threshold } = section;
     let decided = check_rules(Section::Palettize, rules, layers, &vec![true; layers.len()], uses, findings);
-    let choose = |(layer, rule): (&LayerInfo, &RuleIndex)| {
+    let choose = |((layer, rule), pruned): ((&LayerInfo, &RuleIndex), &Choice<PruneOptions>)| {
         let settings = match rules.settings(*rule) {
             Some(settings) => *settings,
             None => return Choice::Leave(Why::NoSettings(describe(rules, *rule))),
@@ -158,20 +160,26 @@ fn resolve_palettize(
         if layer.elements() <= *weight_threshold {
             return Choice::Leave(Why::Small { weight_threshold: *weight_threshold });
         }
-        let Some(group_size) = settings.grouping.group_size() else { return Choice::Apply(settings) };
         // A caller's shape without such a dimension counts as one channel.
         let channels = layer.shape.get(settings.axis).copied().unwrap_or(1);
         let count = usize::try_from(channels).unwrap_or(1).max(1);
-        let Some(becomes) = on_misfit.outcome(count, group_size) else { return Choice::Apply(settings) };
-        findings.push(Finding::GroupMisfit { layer: layer.name.clone(), channels, group_size, becomes });
-        match becomes {
-            Misfit::SmallerGroup(group_size) => {
-                Choice::Apply(PaletteOptions { grouping: Grouping::PerGroupedChannel { group_size }, ..settings })
+        let misfit = settings.grouping.group_size().and_then(|size| Some((size, on_misfit.outcome(count, size)?)));
+        let settings = match misfit {
+            None => settings,
+            Some((group_size, becomes)) => {
+                findings.push(Finding::GroupMisfit { layer: layer.name.clone(), channels, group_size, becomes });
+                let Misfit::SmallerGroup(group_size) = becomes else { return Choice::Leave(Why::Misfit) };
+                PaletteOptions { grouping: Grouping::PerGroupedChannel { group_size }, ..settings }
             }
-            Misfit::Dense | Misfit::Error => Choice::Leave(Why::Misfit),
+        };
+        if settings.vector_length == 1 {
+            return Choice::Apply(settings);
         }
+        let columns = usize::try_from(layer.columns()).unwrap_or(1).max(1);
+        let share = pruned.settings().map_or(0.0, |options| options.sparsity.share(columns));
+        vectors::fit(settings, layer, share, *on_misfit, findings).map_or(Choice::Leave(Why::Misfit), Choice::Apply)
     };
-    let choices: Vec<_> = layers.iter().zip(&decided).map(choose).collect();
+    let choices: Vec<_> = layers.iter().zip(&decided).zip(pruned).map(choose).collect();
     left_alone(Section::Palettize, layers, &choices, findings);
     choices
 }

@@ -127,6 +127,8 @@ pub struct BudgetSection {
     pub min_bits: BitWidth,
     /// Largest sparsity of any layer. In [0, 1).
     pub max_sparsity: f64,
+    /// Whether no layer gets palettes of vectors.
+    pub no_vectors: bool,
     /// Samples by which the effect of a layer's error on the network's output is measured. At least
     /// 1.
     pub probes: usize,
@@ -324,6 +326,7 @@ impl BudgetSection {
             target,
             min_bits: MIN_BITS.default_value(),
             max_sparsity: MAX_SPARSITY.default_value(),
+            no_vectors: NO_VECTORS.default_value(),
             probes: PROBES.default_value(),
         }
     }
@@ -340,7 +343,8 @@ impl BudgetSection {
         let bits = fields.get(&TARGET_BITS, mistakes).map(BudgetTarget::Bits);
         let (min_bits, max_sparsity) = (fields.value(&MIN_BITS, mistakes), fields.value(&MAX_SPARSITY, mistakes));
         let probes = fields.value(&PROBES, mistakes);
-        Some(BudgetSection { target: size.or(bits)?, min_bits, max_sparsity, probes })
+        let no_vectors = fields.value(&NO_VECTORS, mistakes);
+        Some(BudgetSection { target: size.or(bits)?, min_bits, max_sparsity, no_vectors, probes })
     }
 }
 

@@ -39,6 +39,8 @@ impl Settings for PruneOptions {
             sparsity: fields.get(&N_M_RATIO, mistakes).map_or(Sparsity::Unstructured(share), Sparsity::NOfM),
             dampening: fields.value(&HESSIAN_DAMPENING, mistakes),
             block: fields.value(&PROCESSING_GROUP_SIZE, mistakes),
+            // The palettes decide it, when the recipe is resolved.
+            rows_together: 1,
         };
         if let (Sparsity::NOfM(pair), Some(node)) = (settings.sparsity, ratio)
             && let Err(problem) = limits::whole_groups(pair, settings.block)
@@ -49,7 +51,7 @@ impl Settings for PruneOptions {
     }
 
     fn written(&self) -> PruneKeys {
-        let PruneOptions { sparsity, dampening, block } = *self;
+        let PruneOptions { sparsity, dampening, block, rows_together: _ } = *self;
         let (target_sparsity, n_m_ratio) = match sparsity {
             Sparsity::Unstructured(share) => (Some(share), None),
             Sparsity::NOfM(NmRatio { n, m }) => (None, Some(FlowSeq([n, m]))),
@@ -73,17 +75,33 @@ impl Settings for PaletteOptions {
 
     fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
         use keys::palette_settings::*;
-        PaletteOptions {
+        let settings = PaletteOptions {
             bits: fields.value(&N_BITS, mistakes),
             grouping: grouping(fields, mistakes),
             axis: fields.value(&CHANNEL_AXIS, mistakes),
             per_channel_scale: fields.value(&ENABLE_PER_CHANNEL_SCALE, mistakes),
-            vector_length: 1,
+            vector_length: fields.value(&CLUSTER_DIM, mistakes),
+        };
+        let PaletteOptions { axis, per_channel_scale, vector_length, .. } = settings;
+        if let (2.., Some(node)) = (vector_length, fields.given(CLUSTER_DIM.name)) {
+            if axis != 0 {
+                mistakes.add(
+                    node.position,
+                    format!("`cluster_dim: {vector_length}` needs `channel_axis: 0`, along which vectors lie"),
+                );
+            }
+            if per_channel_scale {
+                mistakes.add(
+                    node.position,
+                    format!("`cluster_dim: {vector_length}` and `enable_per_channel_scale` exclude each other"),
+                );
+            }
         }
+        settings
     }
 
     fn written(&self) -> PaletteKeys {
-        let PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length: _ } = *self;
+        let PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length } = *self;
         let granularity = match grouping {
             Grouping::PerTensor => GranularityWord::PerTensor,
             Grouping::PerGroupedChannel { .. } => GranularityWord::PerGroupedChannel,
@@ -92,6 +110,7 @@ impl Settings for PaletteOptions {
             n_bits: bits,
             granularity,
             group_size: grouping.group_size(),
+            cluster_dim: Some(vector_length).filter(|length| *length > 1),
             channel_axis: axis,
             enable_per_channel_scale: per_channel_scale,
         }
@@ -104,6 +123,10 @@ pub(super) struct PaletteKeys {
     n_bits: BitWidth,
     granularity: GranularityWord,
     group_size: Option<usize>,
+    /// Not written for scalar palettes, so that configs from before there were vectors are written
+    /// as they were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_dim: Option<usize>,
     channel_axis: usize,
     enable_per_channel_scale: bool,
 }
@@ -145,6 +168,7 @@ mod tests {
             sparsity: Sparsity::Unstructured(prune),
             dampening: keys::prune_settings::HESSIAN_DAMPENING.default_value(),
             block: keys::prune_settings::PROCESSING_GROUP_SIZE.default_value(),
+            rows_together: 1,
         };
         assert_eq!(PruneOptions::default(), expected);
         let expected = PaletteOptions {
@@ -152,7 +176,7 @@ mod tests {
             grouping: Grouping::PerTensor,
             axis: keys::palette_settings::CHANNEL_AXIS.default_value(),
             per_channel_scale: keys::palette_settings::ENABLE_PER_CHANNEL_SCALE.default_value(),
-            vector_length: 1,
+            vector_length: keys::palette_settings::CLUSTER_DIM.default_value(),
         };
         assert_eq!(PaletteOptions::default(), expected);
     }

@@ -4,7 +4,8 @@
 //! from the dense weight and each layer's buffers `_COREML_/weight/compression_type` and
 //! `_COREML_/weight/lut` (`optimize/torch/_utils/metadata_utils.py`,
 //! `converters/mil/frontend/torch/converter.py`). In a pruned weight it takes everything up to
-//! 2^-10 as pruned, whatever the palette.
+//! 2^-10 as pruned, whatever the palette. Palettes of vectors also have the buffer `vector_axis`;
+//! with a mask coremltools 9.0 cannot convert them.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -50,7 +51,8 @@ pub struct Moved {
 ///
 /// # Errors
 /// [`Error::Argument`] naming the weights of which coremltools would drop some, if they are not to
-/// be moved; if a weight cannot be read, or the file cannot be written.
+/// be moved, or those that are pruned and have palettes of vectors; if a weight cannot be read, or
+/// the file cannot be written.
 pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progress: &dyn Progress) -> Result<Vec<Moved>> {
     let tensors = weights.chain()?.tensors()?;
     let compressed = || tensors.iter().filter(|tensor| weights.is_compressed(&tensor.name));
@@ -63,6 +65,11 @@ pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progr
         }
     }
     drop(task);
+    let masked_vectors: Vec<&str> =
+        buffers.iter().filter(|(_, buffers)| buffers.has_vectors && buffers.is_pruned()).map(|(name, _)| name.as_str()).collect();
+    if !masked_vectors.is_empty() {
+        return Err(masked_vectors_refusal(&masked_vectors));
+    }
     let moved = buffers.iter().filter(|(_, buffers)| buffers.small > 0);
     let moved: Vec<Moved> = moved.map(|(name, buffers)| Moved { name: name.clone(), elements: buffers.small }).collect();
     if small == SmallWeights::Refuse && !moved.is_empty() {
@@ -74,6 +81,8 @@ pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progr
     let written = write_file(path, |out| {
         out.write_all(&header)?;
         buffers.values().try_for_each(|buffers| buffers.write_types(out))?;
+        // The axis of vectors is 0.
+        buffers.values().filter(|buffers| buffers.has_vectors).try_for_each(|_| out.write_all(&0i64.to_le_bytes()))?;
         out.write_all(&1i64.to_le_bytes())?;
         for buffers in buffers.values() {
             write_halves(out, buffers.lut.iter().flat_map(|lut| &lut.entries).copied().map(|entry| buffers.adjust(entry)))?;
@@ -110,6 +119,8 @@ struct Buffers {
     types: Vec<i64>,
     lut: Option<Lut>,
     lut_shape: Vec<i64>,
+    /// Whether the palettes are of vectors.
+    has_vectors: bool,
     /// The number of elements that coremltools would drop.
     small: u64,
 }
@@ -122,18 +133,22 @@ impl Buffers {
         };
         let mut types: Vec<i64> = weight.mask.iter().map(|_| 1).collect();
         let Values::Palettized { codebook, .. } = &weight.values else {
-            return Ok(Buffers { types, lut: None, lut_shape: Vec::new(), small });
+            return Ok(Buffers { types, lut: None, lut_shape: Vec::new(), has_vectors: false, small });
         };
         types.push(2);
         let lut = Lut::of(weight, codebook)?;
         let lut_shape = lut.array(weight.shape.len()).shape.iter().map(|n| *n as i64).collect();
-        Ok(Buffers { types, lut: Some(lut), lut_shape, small })
+        Ok(Buffers { types, lut: Some(lut), lut_shape, has_vectors: codebook.vector_length > 1, small })
+    }
+
+    fn is_pruned(&self) -> bool {
+        self.types.first() == Some(&1)
     }
 
     /// In a pruned weight, moves a value above the limit of coremltools.
     fn adjust(&self, value: f16) -> f16 {
         let above = f16::from_bits(f16::from_f32(DROPPED).to_bits() + 1);
-        if self.types.first() == Some(&1) && is_dropped(value) { above.copysign(value) } else { value }
+        if self.is_pruned() && is_dropped(value) { above.copysign(value) } else { value }
     }
 
     fn write_types(&self, out: &mut dyn Write) -> std::io::Result<()> {
@@ -153,6 +168,9 @@ fn header(config: &Map<String, Value>, tensors: &[TensorSpec], buffers: &BTreeMa
     let buffer = |weight: &str, key: &str| format!("{}._COREML_/weight/{key}", weight.trim_end_matches(".weight"));
     for (name, buffers) in buffers {
         push(&buffer(name, "compression_type"), Dtype::I64, &[buffers.types.len() as i64]);
+    }
+    for (name, _) in buffers.iter().filter(|(_, buffers)| buffers.has_vectors) {
+        push(&buffer(name, "vector_axis"), Dtype::I64, &[]);
     }
     push("_COREML_/metadata_version", Dtype::I64, &[]);
     for (name, buffers) in buffers.iter().filter(|(_, buffers)| buffers.lut.is_some()) {
@@ -175,6 +193,18 @@ fn write_halves(out: &mut dyn Write, values: impl Iterator<Item = f16>) -> std::
         }
     }
     out.write_all(&bytes)
+}
+
+fn masked_vectors_refusal(names: &[&str]) -> Error {
+    const SHOWN: usize = 8;
+    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+    let shown: Vec<&str> = names.iter().copied().take(SHOWN).collect();
+    Error::Argument(format!(
+        "coremltools 9.0 cannot convert weights that are pruned and have vector palettes, as {} are: {}{more}; --to coreml has no such \
+         limit",
+        names.len(),
+        shown.join(", "),
+    ))
 }
 
 fn refusal(moved: &[Moved]) -> Error {

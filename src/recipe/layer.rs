@@ -30,6 +30,12 @@ impl LayerRecipe {
         self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
     }
 
+    /// Whether the layer stays fp16.
+    #[must_use]
+    pub fn is_dense(&self) -> bool {
+        self.prune.is_none() && self.palettize.is_none()
+    }
+
     /// The pruning options if layers of one shape can be pruned in one batch, which only SparseGPT
     /// can do.
     #[must_use]

@@ -14,6 +14,7 @@ use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::UnetChain;
 pub use sequencing::Sequencing;
 use squeeze_base::error::Result;
+use squeeze_codebook::PruneOptions;
 
 use crate::config::{LayerInfo, Resolution, RunConfig, SequencingWord, SolverKind, Target};
 
@@ -45,11 +46,13 @@ impl Recipe {
         let method = config.prune.as_ref().map(|section| section.algorithm).unwrap_or_default();
         let mut layers = LayerRecipes::new();
         for layer in &resolution.layers {
+            let palettize = layer.palettize.settings().copied();
+            let rows_together = palettize.map_or(1, |palette| palette.vector_length);
             let recipe = LayerRecipe {
                 joint: (config.solver == SolverKind::Joint).then_some(config.effort),
-                prune: layer.prune.settings().copied(),
+                prune: layer.prune.settings().map(|prune| PruneOptions { rows_together, ..*prune }),
                 method,
-                palettize: layer.palettize.settings().copied(),
+                palettize,
             };
             if recipe.prune.is_some() || recipe.palettize.is_some() {
                 layers.insert(layer.name.clone(), recipe);

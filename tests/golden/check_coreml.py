@@ -61,6 +61,9 @@ class Stored:
         row = self.rows[name]
         shape = row["shape"]
         numel = int(np.prod(shape))
+        length = row.get("vector_length", 1)
+        if length > 1:
+            return self.vectors(name, row, length)
         keep = unpack(self.content(f"{name}.mask"), 1, numel).astype(bool) if row["masked"] else np.ones(numel, bool)
         dense = np.zeros(numel, np.float16)
         if "bits" not in row:
@@ -76,6 +79,18 @@ class Stored:
             values = (values.astype(np.float32) * self.content(f"{name}.scales")[of_row[keep]].astype(np.float32)).astype(np.float16)
         dense[keep] = values
         return dense.reshape(shape)
+
+    def vectors(self, name, row, length):
+        """A weight whose indices stand for vectors of `length` output channels."""
+        shape = row["shape"]
+        places = [shape[0] // length, *shape[1:]]
+        count = int(np.prod(places))
+        keep = unpack(self.content(f"{name}.mask"), 1, count).astype(bool) if row["masked"] else np.ones(count, bool)
+        indices = unpack(self.content(f"{name}.indices"), row["bits"], row["kept"] // length)
+        group = np.nonzero(keep)[0] // (count // places[0]) * length // row["group_size"]
+        dense = np.zeros((count, length), np.float16)
+        dense[keep] = self.content(f"{name}.palettes")[group, indices]
+        return np.ascontiguousarray(np.moveaxis(dense.reshape(*places, length), -1, 1)).reshape(shape)
 
 
 def loader(path):

@@ -84,7 +84,7 @@ def table_hash(table):
 def read_container(path):
     """Returns decoded weights and uncompressed tensors by name, as fp16 arrays, and checks every hash."""
     metadata, table, data = read_safetensors(path)
-    assert metadata["format"] == "sdxl-squeeze" and metadata["version"] == "1"
+    assert metadata["format"] == "sdxl-squeeze" and metadata["version"] in ("1", "2")
     assert metadata["metadata_sha256"] == lines_hash((k, metadata[k]) for k in sorted(metadata) if k != "metadata_sha256")
     assert metadata["data_sha256"] == sha256(data)
     assert metadata["tensors_sha256"] == table_hash(table)
@@ -98,24 +98,34 @@ def read_container(path):
     for name, row in json.loads(metadata["weights"]).items():
         shape = row["shape"]
         numel = math.prod(shape)
-        keep = np.ones(numel, bool)
+        # Output channels that share an index and a bit of the mask.
+        length = row.get("vector_length", 1)
+        assert metadata["version"] == "2" or "vector_length" not in row
+        places = [shape[0] // length, *shape[1:]]
+        keep = np.ones(numel // length, bool)
         if row["masked"]:
-            keep = unpack(content(f"{name}.mask").tobytes(), 1, numel).astype(bool)
-        assert keep.sum() == row["kept"]
+            keep = unpack(content(f"{name}.mask").tobytes(), 1, numel // length).astype(bool)
+        assert keep.sum() * length == row["kept"]
         if "bits" in row:
             groups = shape[row["axis"]] // row["group_size"]
-            indices = unpack(content(f"{name}.indices").tobytes(), row["bits"], row["kept"])
+            indices = unpack(content(f"{name}.indices").tobytes(), row["bits"], row["kept"] // length)
             palettes = content(f"{name}.palettes")
-            assert palettes.shape == (groups, 2 ** row["bits"])
-            position = np.unravel_index(np.nonzero(keep)[0], shape)
-            values = palettes[position[row["axis"]] // row["group_size"], indices]
+            assert palettes.shape == (groups, 2 ** row["bits"], length)[: 3 if length > 1 else 2]
+            position = np.unravel_index(np.nonzero(keep)[0], places)
+            if length > 1:
+                assert length <= 16 and row["axis"] == 0 and row["group_size"] % length == 0 and not row.get("scaled", False)
+                values = palettes[position[0] * length // row["group_size"], indices]
+            else:
+                values = palettes[position[row["axis"]] // row["group_size"], indices]
             if row.get("scaled", False):
                 scales = content(f"{name}.scales")
                 values = (values.astype(np.float32) * scales[position[0]].astype(np.float32)).astype(np.float16)
         else:
             values = content(f"{name}.values")
-        dense = np.zeros(numel, np.float16)
-        dense[keep] = values
+        dense = np.zeros((numel // length, length), np.float16)
+        dense[keep] = values.reshape(-1, length)
+        # [o / length, i, ..., length] becomes [o / length, length, i, ...].
+        dense = np.ascontiguousarray(np.moveaxis(dense.reshape(*places, length), -1, 1)).reshape(-1)
         assert sha256(dense.astype("<f2").tobytes()) == row["sha256"], name
         out[name] = dense.reshape(shape)
     for name in list(table):
@@ -142,11 +152,14 @@ class Writer:
         self.half(name, values)
         self.dense.append((name, "F16", values.shape, values.astype("<f2").tobytes()))
 
-    def weight(self, name, shape, keep=None, values=None, bits=None, axis=0, group_size=1, palettes=None, indices=None, scales=None, report=None):
-        """Adds a weight with `values`, or with `palettes` and `indices`, which have an entry for each element."""
+    def weight(self, name, shape, keep=None, values=None, bits=None, axis=0, group_size=1, palettes=None, indices=None, scales=None, report=None, length=1):
+        """Adds a weight with `values`, or with `palettes` and `indices`, which have an entry for each element.
+
+        With vectors of `length` output channels, indices and `keep` have an entry for each vector.
+        """
         numel = math.prod(shape)
-        kept = np.ones(numel, bool) if keep is None else keep
-        row = {"kept": int(kept.sum()), "masked": keep is not None, "shape": list(shape)}
+        kept = np.ones(numel // length, bool) if keep is None else keep
+        row = {"kept": int(kept.sum()) * length, "masked": keep is not None, "shape": list(shape)}
         if report is not None:
             row["report"] = report
         if keep is not None:
@@ -157,10 +170,16 @@ class Writer:
             dense[kept] = values[kept]
         else:
             row |= {"bits": bits, "axis": axis, "group_size": group_size}
+            row |= {"vector_length": length} if length > 1 else {}
             self.byte(f"{name}.indices", pack(indices[kept], bits))
             self.half(f"{name}.palettes", palettes)
             inner = math.prod(shape[2:])
-            for e in np.nonzero(kept)[0]:
+            # The first element of each vector: its row is a multiple of `length`.
+            for k in np.nonzero(kept)[0] if length > 1 else []:
+                r, rest = k // (shape[1] * inner) * length, k % (shape[1] * inner)
+                for member in range(length):
+                    dense[(r + member) * shape[1] * inner + rest] = palettes[r // group_size, indices[k], member]
+            for e in np.nonzero(kept)[0] if length == 1 else []:
                 r, c = e // (shape[1] * inner), e // inner % shape[1]
                 entry = palettes[(r if axis == 0 else c) // group_size, indices[e]]
                 # The product is exact in double precision, and is rounded once.
@@ -176,7 +195,7 @@ class Writer:
     def finish(self, path, decoded):
         tensors = self.halves + self.bytes
         data = b"".join(content for *_, content in tensors)
-        metadata = {"format": "sdxl-squeeze", "version": "1", "weights": compact(self.weights), "data_sha256": sha256(data)}
+        metadata = {"format": "sdxl-squeeze", "version": "2" if any("vector_length" in row for row in self.weights.values()) else "1", "weights": compact(self.weights), "data_sha256": sha256(data)}
         metadata |= {key: compact(value) for key, value in self.info.items()}
         table, end = {}, 0
         for name, dtype, shape, content in tensors:
@@ -233,6 +252,33 @@ def make(folder):
     writer.tensor("norm.weight", halves(2, 3))
     writer.finish(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")
     compare(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")
+    make_vectors(folder, sources)
+
+
+def make_vectors(folder, sources):
+    """A container of version 2: vector palettes, and beside them a weight that version 1 could hold."""
+    random = np.random.default_rng(7)
+    halves = lambda *shape: random.normal(size=shape).astype(np.float16)
+    writer = Writer({"_class_name": "UNet2DConditionModel", "sample_size": 16}, {"palettize": {"cluster_dim": 2}}, sources)
+
+    def vectors(name, shape, bits, length, group_size, sparsity=None):
+        count = math.prod(shape) // length
+        keep = None if sparsity is None else random.random(count) >= sparsity
+        palettes = halves(shape[0] // group_size, 2**bits, *([length] if length > 1 else []))
+        indices = random.integers(0, 2**bits, count)
+        writer.weight(name, shape, keep, bits=bits, group_size=group_size, palettes=palettes, indices=indices, length=length)
+
+    writer.tensor("conv_in.bias", halves(6))
+    for bits in WIDTHS:
+        vectors(f"linear_{bits}.weight", [8, 11], bits, 2, 4)
+        vectors(f"pruned_{bits}.weight", [12, 11], bits, 2 + bits % 3, 12, sparsity=0.4)
+    vectors("conv.weight", [8, 5, 3, 3], 4, 4, 4, sparsity=0.5)
+    vectors("long.weight", [32, 7], 3, 16, 16)
+    vectors("scalar.weight", [8, 5], 4, 1, 2, sparsity=0.3)
+    vectors("empty.weight", [4, 4], 4, 2, 2, sparsity=1.0)
+    vectors("full.weight", [4, 4], 4, 4, 4, sparsity=0.0)
+    writer.finish(folder / "vectors.squeezed.safetensors", folder / "vectors-decoded.safetensors")
+    compare(folder / "vectors.squeezed.safetensors", folder / "vectors-decoded.safetensors")
 
 
 def packing(path):

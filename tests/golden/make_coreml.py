@@ -3,6 +3,8 @@
     python make_coreml.py operations base-like/unet coreml/operations.json   # every operation's parameters, in converted networks
     python make_coreml.py blobs coreml/blobs.bin                             # a weight.bin by Apple's own writer
     python make_coreml.py package coreml/by-coremltools.mlpackage            # a small package by coremltools
+    python make_coreml.py vectors coreml/vectors-by-coremltools.mlpackage    # a small package with vector palettes
+    python make_coreml.py decoded coreml/vectors.safetensors                 # vector palettes, decoded by coremltools
 """
 
 import json
@@ -137,6 +139,78 @@ class Compressed(torch.nn.Module):
         return sample
 
 
+def lookup(random, shape, bits, length, groups, sparsity):
+    """Random indices, look-up table and mask of a weight of `shape` with vectors of `length` output channels."""
+    places = [shape[0] // length, *shape[1:]]
+    lut = random.normal(size=[groups, *[1] * (len(shape) - 1), 2**bits, length]).astype(np.float16)
+    mask = None if sparsity is None else (random.random(places) >= sparsity).astype(np.uint8)
+    count = places if mask is None else [int(mask.sum())]
+    return random.integers(0, 2**bits, count).astype(np.uint8), lut, mask
+
+
+def vectors(out):
+    """A network of linear layers and convolutions whose weights are looked up as vectors, with and without masks.
+
+    coremltools' own converter cannot make a masked weight with vectors: it takes the mask of elements for one of vectors.
+    """
+    import shutil
+
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.mil import types
+
+    random = np.random.default_rng(5)
+    narrow = lambda values, bits: values.astype(types.nptype_from_builtin(types.string_to_builtin(f"uint{bits}")))
+
+    def weight(name, shape, bits, length, groups, sparsity):
+        indices, lut, mask = lookup(random, shape, bits, length, groups, sparsity)
+        axis = {"vector_axis": np.int32(0)} if length > 1 else {}
+        if mask is None:
+            return mb.constexpr_lut_to_dense(indices=narrow(indices, bits), lut=lut, name=name, **axis)
+        mask, values = mb.constexpr_lut_to_sparse(
+            indices_mask=narrow(mask, 1), indices_nonzero_data=narrow(indices, bits), lut=lut, name=f"{name}_palettized", **axis
+        )
+        return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=mask, name=name)
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=(2, 16, 8, 8), dtype=types.fp16)], opset_version=ct.target.iOS18)
+    def program(sample):
+        zeros = np.zeros(16, np.float16)
+        conv = dict(bias=zeros, strides=[1, 1], pad_type="custom", dilations=[1, 1], groups=1)
+        for i, (bits, length, groups, sparsity) in enumerate([(4, 2, 4, None), (8, 4, 1, None), (4, 2, 1, 0.4), (6, 4, 2, 0.3)]):
+            sample = mb.conv(x=sample, weight=weight(f"conv_{i}", [16, 16, 3, 3], bits, length, groups, sparsity), pad=[1, 1, 1, 1], **conv)
+            tokens = mb.transpose(x=sample, perm=[0, 2, 3, 1])
+            tokens = mb.linear(x=tokens, weight=weight(f"linear_{i}", [16, 16], bits, length, groups, sparsity), bias=zeros)
+            sample = mb.transpose(x=tokens, perm=[0, 3, 1, 2])
+        return mb.cast(x=sample, dtype="fp32", name="noise_pred")
+
+    model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32, skip_model_load=True)
+    shutil.rmtree(out, ignore_errors=True)
+    model.save(str(out))
+
+
+def decoded(out):
+    """Vector palettes of many kinds as the value inference of MIL's operations decodes them."""
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_lut_to_dense, constexpr_lut_to_sparse, constexpr_sparse_to_dense
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(6)
+    found = {}
+    for bits in (1, 2, 3, 4, 6, 8):
+        for length in (2, 3, 4, 8):
+            for groups, sparsity in ((1, None), (2, None), (3, 0.4), (1, 0.7)):
+                shape = [[length * groups * 2, 5], [length * groups, 3, 2, 3]][bits % 2]
+                indices, lut, mask = lookup(random, shape, bits, length, groups, sparsity)
+                if mask is None:
+                    dense = constexpr_lut_to_dense.decompress(indices, lut, 0)
+                else:
+                    whole, values = constexpr_lut_to_sparse.decompress(mask, indices, lut, 0)
+                    dense = constexpr_sparse_to_dense.decompress(values, whole)
+                assert list(dense.shape) == shape and dense.dtype == np.float16
+                name = f"{bits}-{length}-{groups}-{'dense' if mask is None else 'masked'}"
+                found |= {f"{name}.indices": indices, f"{name}.lut": lut, f"{name}.dense": np.ascontiguousarray(dense)}
+                found |= {} if mask is None else {f"{name}.mask": mask}
+    save_file(found, out)
+
+
 def operations(path, out):
     torch.manual_seed(0)
     found = {}
@@ -150,7 +224,8 @@ def operations(path, out):
             convert(Split(), {"sample": torch.randn(2, 64, 4, 4), "encoder_hidden_states": torch.randn(2, 7, 64)}, folder),
             convert(Compressed(), {"sample": torch.randn(2, 16, 8, 8)}, folder),
         ]
-        for package in packages:
+        vectors(pathlib.Path(folder) / "vectors.mlpackage")
+        for package in packages + [pathlib.Path(folder) / "vectors.mlpackage"]:
             for kind, parameters in patterns(package).items():
                 found.setdefault(kind, set()).update(parameters)
     rows = {kind: sorted(" ".join(map(str, row)).strip() for row in parameters) for kind, parameters in found.items()}
@@ -182,4 +257,4 @@ def package(out):
 
 
 if __name__ == "__main__":
-    {"operations": operations, "blobs": blobs, "package": package}[sys.argv[1]](*sys.argv[2:])
+    {"operations": operations, "blobs": blobs, "package": package, "vectors": vectors, "decoded": decoded}[sys.argv[1]](*sys.argv[2:])

@@ -77,29 +77,41 @@ class Package:
 
 
 def palette(indices, lut, mask):
-    """The palette entry of each kept element. `indices` has the indices of these elements in the order of `mask`."""
+    """The palette entry of each kept place, [kept, values of an entry]. `indices` are in the order of `mask`."""
     groups = lut.shape[: mask.ndim]
     place = np.zeros(mask.shape, np.int64)
     for axis, (size, parts) in enumerate(zip(mask.shape, groups)):
         at = (np.arange(size) // (size // parts)).reshape([-1 if i == axis else 1 for i in range(mask.ndim)])
         place = place * parts + at
-    return lut.reshape(-1, lut.shape[-2])[place[mask], indices]
+    return lut.reshape(-1, *lut.shape[-2:])[place[mask], indices]
+
+
+def spread(entries, mask, axis):
+    """The array whose `axis` has the values of each place's entry side by side; zero where `mask` is."""
+    length = entries.shape[-1]
+    apart = np.zeros((*mask.shape, length), entries.dtype)
+    apart[mask] = entries
+    shape = [size * length if i == axis % mask.ndim else size for i, size in enumerate(mask.shape)]
+    return np.moveaxis(apart, -1, axis % mask.ndim + 1).reshape(shape)
 
 
 def constexpr(kind, a):
+    axis = int(a.get("vector_axis", 0))
+    assert "lut" not in a or a["lut"].shape[-1] == 1 or "vector_axis" in a
     if kind == "constexpr_lut_to_dense":
         mask = np.ones(a["indices"].shape, bool)
-        return palette(a["indices"].reshape(-1), a["lut"], mask).reshape(mask.shape)
+        return spread(palette(a["indices"].reshape(-1), a["lut"], mask), mask, axis)
     if kind == "constexpr_lut_to_sparse":
         mask = a["indices_mask"].astype(bool)
-        return a["indices_mask"], palette(a["indices_nonzero_data"], a["lut"], mask)
+        entries = palette(a["indices_nonzero_data"], a["lut"], mask)
+        whole = np.repeat(a["indices_mask"], entries.shape[-1], axis)
+        return whole, spread(entries, mask, axis)[whole.astype(bool)]
     if kind == "constexpr_sparse_to_dense":
         dense = np.zeros(a["mask"].shape, a["nonzero_data"].dtype)
         assert a["mask"].sum() == a["nonzero_data"].size
         dense[a["mask"].astype(bool)] = a["nonzero_data"]
         return dense
     raise NotImplementedError(kind)
-
 
 
 def conv(a):

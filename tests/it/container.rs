@@ -25,6 +25,11 @@ fn golden() -> PathBuf {
     repo("tests/golden/container/unet.squeezed.safetensors")
 }
 
+/// Of version 2, with vector palettes.
+fn golden_vectors() -> PathBuf {
+    repo("tests/golden/container/vectors.squeezed.safetensors")
+}
+
 fn halves(bytes: &[u8]) -> Vec<f16> {
     bytes.chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect()
 }
@@ -38,11 +43,10 @@ fn tensor_bits(tensor: &Tensor) -> Vec<u16> {
     bits(&Vec::<f16>::try_from(&tensor.f_view([-1]).unwrap()).unwrap())
 }
 
-#[test]
-fn a_container_from_python_decodes_to_what_python_says() {
-    let container = Container::open(&golden()).unwrap();
-    let decoded = SafetensorsFile::open(&repo("tests/golden/container/decoded.safetensors")).unwrap();
-    let source = UnetWeights::from(&container).source(AS_STORED);
+/// Compares the weights and tensors of a container by Python with those that Python decoded.
+fn decodes_to(container: &Container, decoded: &str) {
+    let decoded = SafetensorsFile::open(&repo(decoded)).unwrap();
+    let source = UnetWeights::from(container).source(AS_STORED);
     for (name, entry) in decoded.entries() {
         let ours = source.tensor(name, &entry.shape).unwrap();
         assert_eq!(tensor_bits(&ours), bits(&halves(&decoded.read(name).unwrap())), "{name}");
@@ -50,6 +54,12 @@ fn a_container_from_python_decodes_to_what_python_says() {
     }
     assert!(source.tensor("other.weight", &[1]).unwrap_err().to_string().contains("other.weight"));
     assert_eq!(container.layers().len() + container.tensors().count(), decoded.entries().len());
+}
+
+#[test]
+fn a_container_from_python_decodes_to_what_python_says() {
+    let container = Container::open(&golden()).unwrap();
+    decodes_to(&container, "tests/golden/container/decoded.safetensors");
 
     let verification = container.verify().unwrap();
     assert_eq!((verification.weights, verification.tensors, verification.version), (22, 2, 1));
@@ -64,6 +74,55 @@ fn a_container_from_python_decodes_to_what_python_says() {
     );
     let weight = container.weight("pruned_4.weight").unwrap();
     assert_eq!((pruned.bytes, pruned.sparsity, pruned.kept), (weight.stored_bytes(), weight.sparsity(), weight.kept() as u64));
+}
+
+#[test]
+fn vector_palettes_from_python_decode_to_what_python_says() {
+    let container = Container::open(&golden_vectors()).unwrap();
+    decodes_to(&container, "tests/golden/container/vectors-decoded.safetensors");
+    let verification = container.verify().unwrap();
+    assert_eq!((verification.weights, verification.tensors, verification.version), (17, 1, 2));
+    let lengths: BTreeMap<String, Option<usize>> = container.layers().map(|layer| (layer.name, layer.vector_length)).collect();
+    let length = |name: &str| lengths[name];
+    assert_eq!([length("pruned_4.weight"), length("long.weight"), length("scalar.weight")], [Some(3), Some(16), Some(1)]);
+    for layer in container.layers() {
+        let weight = container.weight(&layer.name).unwrap();
+        let zeros = weight.decode().unwrap().iter().filter(|value| **value == f16::ZERO).count();
+        assert_eq!((weight.kept() as u64, weight.numel() - weight.kept()), (layer.kept, zeros), "{}", layer.name);
+        assert_eq!((layer.bytes, layer.sparsity), (weight.stored_bytes(), weight.sparsity()));
+    }
+}
+
+/// MIL's own operations decode vectors, dense and masked, of every width.
+#[test]
+fn vector_palettes_decode_as_by_coremltools() {
+    let file = SafetensorsFile::open(&repo("tests/golden/coreml/vectors.safetensors")).unwrap();
+    let cases: Vec<&str> = file.entries().keys().filter_map(|name| name.strip_suffix(".dense")).collect();
+    assert_eq!(cases.len(), 96);
+    for case in cases {
+        let read = |part: &str| file.read(&format!("{case}.{part}")).unwrap();
+        let shape = file.entries()[&format!("{case}.dense")].shape.clone();
+        let lut = file.entries()[&format!("{case}.lut")].shape.clone();
+        let [entries, vector_length] = [lut.len() - 2, lut.len() - 1].map(|axis| lut[axis] as usize);
+        let codebook = Codebook {
+            bits: BitWidth::try_from(entries.ilog2() as u8).unwrap(),
+            axis: 0,
+            group_size: (shape[0] / lut[0]) as usize,
+            vector_length,
+            palettes: halves(&read("lut")),
+            scales: None,
+        };
+        let masked = file.entries().contains_key(&format!("{case}.mask"));
+        let keep: Option<Vec<bool>> = masked.then(|| read("mask").iter().map(|bit| *bit == 1).collect());
+        let mut stored = read("indices").into_iter();
+        // An index for each vector; those of pruned ones have no meaning.
+        let indices: Vec<u8> = match &keep {
+            None => stored.collect(),
+            Some(keep) => keep.iter().map(|kept| if *kept { stored.next().unwrap() } else { 0 }).collect(),
+        };
+        let weight = CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices).unwrap();
+        assert_eq!(bits(&weight.decode().unwrap()), bits(&halves(&read("dense"))), "{case}");
+    }
 }
 
 #[test]
@@ -106,6 +165,8 @@ fn the_same_container_is_the_same_bytes_as_from_python() {
     let path = folder.path().join("again.safetensors");
     rewrite(&golden(), &repo("tests/golden/container/decoded.safetensors"), &path);
     assert!(std::fs::read(&path).unwrap() == std::fs::read(golden()).unwrap());
+    rewrite(&golden_vectors(), &repo("tests/golden/container/vectors-decoded.safetensors"), &path);
+    assert!(std::fs::read(&path).unwrap() == std::fs::read(golden_vectors()).unwrap());
 }
 
 /// Rounds a weight to 2^bits evenly spaced levels and prunes its smallest elements. This is fast,
@@ -352,7 +413,11 @@ fn lies_are_named() {
         }) as Box<dyn Fn(&mut Raw)>
     };
     let mut lies: Vec<Lie> = vec![
-        ("version `2`", entry("version", "2")),
+        ("version `3`", entry("version", "3")),
+        ("version `0`", entry("version", "0")),
+        ("version `02`", entry("version", "02")),
+        ("`pruned_4.weight` has a `vector_length`, which version 1 does not know", set(pruned, "vector_length", json!(3))),
+        ("`pruned_4.weight` has a `vector_length`, which version 1 does not know", set(pruned, "vector_length", json!(1))),
         ("not a compressed UNet", entry("format", "pt")),
         ("`weights`", entry("weights", "[1]")),
         ("`unet_config`", entry("unet_config", "7")),
@@ -469,10 +534,82 @@ fn lies_are_named() {
 }
 
 #[test]
+fn lies_about_vectors_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lies.safetensors");
+    let good = Raw::read(&golden_vectors());
+    good.clone().seal().write(&path);
+    Container::open(&path).unwrap().verify().unwrap();
+    // [12, 11], vectors of 3, one group, 4 bits.
+    let pruned = "pruned_4.weight";
+    type Lie = (&'static str, Box<dyn Fn(&mut Raw)>);
+    let set = |name: &'static str, key: &'static str, value: Value| {
+        Box::new(move |raw: &mut Raw| raw.row(name, |row| drop(row.insert(key.into(), value.clone())))) as Box<dyn Fn(&mut Raw)>
+    };
+    let lies: Vec<Lie> = vec![
+        ("vectors of 0 values", set(pruned, "vector_length", json!(0))),
+        ("vectors of 17 values", set(pruned, "vector_length", json!(17))),
+        ("vectors of 18446744073709551615 values", set(pruned, "vector_length", json!(u64::MAX))),
+        ("invalid value", set(pruned, "vector_length", json!(-2))),
+        ("vectors of 5 do not divide groups of 12", set(pruned, "vector_length", json!(5))),
+        ("87 elements are said to be kept, which are no vectors of 2", set(pruned, "vector_length", json!(2))),
+        ("no vectors of 3", set(pruned, "kept", json!(1))),
+        ("vectors lie along axis 0, but the groups along axis 1", set(pruned, "axis", json!(1))),
+        ("vectors of 3 cannot have scales", set(pruned, "scaled", json!(true))),
+        ("vectors of 3 do not divide groups of 4", set(pruned, "group_size", json!(4))),
+        ("groups of 9 do not divide the 12 channels", set(pruned, "group_size", json!(9))),
+        ("`pruned_4.weight.palettes` is F16 [1, 16, 3], but must be F16 [2, 16, 3]", set(pruned, "group_size", json!(6))),
+        ("27 elements are said to be kept, which are no vectors of 2", set("scalar.weight", "vector_length", json!(2))),
+        (
+            "`linear_4.weight.palettes` is F16 [2, 16, 2], but must be F16 [2, 16]",
+            set("linear_4.weight", "vector_length", Value::Null),
+        ),
+        (
+            "has vectors but no palettes",
+            Box::new(|raw| {
+                raw.row("linear_4.weight", |row| ["bits", "axis", "group_size"].iter().for_each(|key| drop(row.remove(*key))))
+            }),
+        ),
+        ("`linear_1.weight` has a `vector_length`", Box::new(|raw| drop(raw.metadata.insert("version".into(), "1".into())))),
+        ("the mask keeps", Box::new(|raw| raw.bytes("pruned_4.weight.mask")[0] ^= 1)),
+        ("bits set after its last number", Box::new(|raw| *raw.bytes("pruned_4.weight.mask").last_mut().unwrap() |= 0x80)),
+        ("NaN or infinite", Box::new(|raw| raw.bytes("linear_4.weight.palettes")[..2].copy_from_slice(&[0x01, 0x7e]))),
+        ("is not the weight that was written", Box::new(|raw| raw.bytes("linear_4.weight.indices")[0] ^= 1)),
+        ("`linear_4.weight.indices` is missing", Box::new(|raw| raw.drop("linear_4.weight.indices"))),
+    ];
+    for (expected, lie) in &lies {
+        let mut raw = good.clone();
+        lie(&mut raw);
+        raw.seal().write(&path);
+        let error = Container::open_unverified(&path).and_then(|container| container.verify()).expect_err(expected);
+        let message = error.to_string();
+        assert!(message.contains(expected) && message.contains("lies.safetensors"), "{expected}: {message}");
+        assert!(error.is_bad_input(), "{message}");
+        if let Ok(container) = Container::open_unverified(&path) {
+            container.layers().for_each(|layer| drop(container.decode(&layer.name)));
+        }
+    }
+    // A container of version 2 may hold scalar palettes alone, and may say that they are.
+    let mut raw = good.clone();
+    raw.row("scalar.weight", |row| drop(row.insert("vector_length".into(), json!(1))));
+    raw.seal().write(&path);
+    Container::open(&path).unwrap().verify().unwrap();
+}
+
+#[test]
 fn damage_anywhere_is_found() {
+    damage_is_found(&golden());
+}
+
+#[test]
+fn damage_anywhere_in_a_container_of_version_2_is_found() {
+    damage_is_found(&golden_vectors());
+}
+
+fn damage_is_found(golden: &Path) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("damaged.safetensors");
-    let good = std::fs::read(golden()).unwrap();
+    let good = std::fs::read(golden).unwrap();
     let refused = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
         let verified = Container::open_unverified(&path).and_then(|container| container.verify());

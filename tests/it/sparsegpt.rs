@@ -178,7 +178,7 @@ fn far_better_than_magnitudes_on_correlated_inputs() {
     let (weight, hessian) = (numbers(&[64, 192], 6), hessian(&correlated(600, 192, 8, 7)));
     for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
         let ours = prune(&weight, &hessian, &options(sparsity)).unwrap();
-        let magnitude = magnitude_prune(&weight, sparsity).unwrap();
+        let magnitude = magnitude_prune(&weight, sparsity, 1).unwrap();
         let theirs = output_error(&weight, &magnitude.weight, &hessian).unwrap();
         let ours = output_error(&weight, &ours.weight, &hessian).unwrap();
         assert!(ours < 0.5 * theirs, "{sparsity:?}: {ours:.4} against {theirs:.4}");
@@ -209,7 +209,7 @@ fn the_sparsity_is_the_one_asked_for() {
             consistent(&pruned);
             assert!((pruned.sparsity - share).abs() < 0.001, "{o} x {d}: {} for {share}", pruned.sparsity);
             assert_eq!(pruned.notes, []);
-            let magnitude = magnitude_prune(&weight, Sparsity::Unstructured(share)).unwrap();
+            let magnitude = magnitude_prune(&weight, Sparsity::Unstructured(share), 1).unwrap();
             let kept = magnitude.mask.to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]);
             assert_eq!(kept, o * d - ((o * d) as f64 * share) as i64);
         }
@@ -227,7 +227,7 @@ fn n_of_every_m() {
         let sparsity = Sparsity::NOfM(NmRatio { n, m });
         let pruned = prune(&weight, &hessian, &options(sparsity)).unwrap();
         consistent(&pruned);
-        let magnitude = magnitude_prune(&weight, sparsity).unwrap();
+        let magnitude = magnitude_prune(&weight, sparsity, 1).unwrap();
         for mask in [&pruned.mask, &magnitude.mask] {
             for row in 0..9 {
                 let kept = Vec::<bool>::try_from(mask.select(0, row)).unwrap();
@@ -246,7 +246,7 @@ fn any_block_size() {
     let (weight, hessian) = (numbers(&[64, 100], 14), hessian(&correlated(400, 100, 16, 15)));
     for block in [1, 7, 100, 128, usize::MAX] {
         for sparsity in [Sparsity::Unstructured(0.5), Sparsity::NOfM(NmRatio { n: 2, m: 4 })] {
-            let pruned = prune(&weight, &hessian, &PruneOptions { sparsity, dampening: 0.01, block }).unwrap();
+            let pruned = prune(&weight, &hessian, &PruneOptions { sparsity, dampening: 0.01, block, rows_together: 1 }).unwrap();
             consistent(&pruned);
             assert!(
                 (0.49..0.52).contains(&pruned.sparsity) && lost(&pruned, &weight, &hessian) < 0.1,
@@ -370,7 +370,7 @@ fn hostile_inputs_are_refused() {
         let mut hessian = hessian(&numbers(&[50, 12], 26));
         assert!(matches!(hessian.add(&spoiled), Err(Error::NotFinite(_))));
         assert_eq!((hessian.vectors(), hessian.matrix().unwrap()), (50, good.matrix().unwrap()));
-        assert!(matches!(magnitude_prune(&spoiled, Sparsity::Unstructured(0.5)), Err(Error::NotFinite(_))));
+        assert!(matches!(magnitude_prune(&spoiled, Sparsity::Unstructured(0.5), 1), Err(Error::NotFinite(_))));
     }
     assert!(matches!(prune(&weight, &hessian(&Tensor::full([9, 12], 1e30, CPU)), &half()), Err(Error::NotFinite(_))));
     let tiny = prune(&weight, &hessian(&(1e-21 * numbers(&[50, 12], 28))), &half());

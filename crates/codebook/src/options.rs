@@ -14,12 +14,15 @@ pub struct PruneOptions {
     /// The number of columns whose mask is chosen together, at least 1 (`processing_group_size`).
     /// For n:m sparsity the next smaller multiple of m is used.
     pub block: usize,
+    /// The number of neighbouring output channels that are pruned together, at least 1: those whose
+    /// weights share an index ([`PaletteOptions::vector_length`]).
+    pub rows_together: usize,
 }
 
 impl Default for PruneOptions {
     /// Half of the elements, a dampening of 0.01, blocks of 128 columns.
     fn default() -> Self {
-        PruneOptions { sparsity: Sparsity::Unstructured(0.5), dampening: 0.01, block: 128 }
+        PruneOptions { sparsity: Sparsity::Unstructured(0.5), dampening: 0.01, block: 128, rows_together: 1 }
     }
 }
 

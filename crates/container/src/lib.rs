@@ -11,9 +11,11 @@
 #![doc = include_str!("../../../docs/container.md")]
 
 mod half_bytes;
+mod look_up;
 mod metadata;
 mod packed;
 mod reader;
+mod vectors;
 mod verify;
 mod weight;
 mod writer;

@@ -16,8 +16,8 @@ use super::{packed, weight};
 
 /// The value of `format`.
 pub const FORMAT: &str = "sdxl-squeeze";
-/// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+/// The newest version. Version 2 has vector palettes; a container without them is of version 1.
+pub const VERSION: u32 = 2;
 
 /// The hash of all metadata but itself.
 pub(super) const METADATA_HASH: &str = "metadata_sha256";
@@ -60,6 +60,10 @@ pub(super) struct WeightRow {
     pub sha256: String,
     /// The dense weight's shape.
     pub shape: Vec<i64>,
+    /// The values in a palette's entry, and the output channels that share an index; absent for
+    /// scalar palettes, as in all of version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vector_length: Option<usize>,
 }
 
 /// A part of a compressed weight: a tensor of the file.
@@ -107,16 +111,24 @@ impl WeightRow {
         if self.kept > numel || (!self.masked && self.kept != numel) {
             return Err(format!("{} elements are said to be kept of {numel}", self.kept));
         }
+        let vector = self.vector()?;
+        if !self.kept.is_multiple_of(vector) {
+            return Err(format!("{} elements are said to be kept, which are no vectors of {vector}", self.kept));
+        }
         let mut parts = Vec::new();
         if self.masked {
-            parts.push((Part::Mask, Dtype::U8, vec![length(numel.div_ceil(8))?]));
+            parts.push((Part::Mask, Dtype::U8, vec![length((numel / vector).div_ceil(8))?]));
         }
         match (self.bits, self.axis, self.group_size) {
             (Some(bits), Some(axis), Some(group_size)) => {
                 let bits = BitWidth::try_from(bits)?;
                 let groups = Codebook::groups_of(&weight::sizes(&self.shape), axis, group_size)?;
-                parts.push((Part::Indices, Dtype::U8, vec![length(packed::byte_count(self.kept, bits)?)?]));
-                parts.push((Part::Palettes, Dtype::F16, vec![length(groups)?, length(bits.entries())?]));
+                parts.push((Part::Indices, Dtype::U8, vec![length(packed::byte_count(self.kept / vector, bits)?)?]));
+                let mut palettes = vec![length(groups)?, length(bits.entries())?];
+                if vector > 1 {
+                    palettes.push(length(vector)?);
+                }
+                parts.push((Part::Palettes, Dtype::F16, palettes));
             }
             (None, None, None) if self.masked => parts.push((Part::Values, Dtype::F16, vec![length(self.kept)?])),
             (None, None, None) => return Err("is neither pruned nor palettized".into()),
@@ -129,6 +141,19 @@ impl WeightRow {
         }
         Ok(parts)
     }
+
+    /// The values in a palette's entry: 1 for scalar palettes, and for weights without palettes.
+    ///
+    /// # Errors
+    /// If vectors of this length have no place in this weight.
+    pub(crate) fn vector(&self) -> Result<usize, String> {
+        let Some(length) = self.vector_length else { return Ok(1) };
+        let (Some(axis), Some(group_size)) = (self.axis, self.group_size) else {
+            return Err("has vectors but no palettes".into());
+        };
+        weight::check_vectors(length, axis, group_size, self.scaled)?;
+        Ok(length)
+    }
 }
 
 /// A length as a dimension.
@@ -140,6 +165,8 @@ fn length(n: usize) -> Result<i64, String> {
 #[derive(Debug)]
 pub(super) struct Metadata {
     pub info: ContainerInfo,
+    /// The format's version.
+    pub version: u32,
     /// The compressed weights by name.
     pub weights: BTreeMap<String, WeightRow>,
     /// The hash of all bytes after the header.
@@ -149,11 +176,16 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
+    /// The lowest version that has a place for all of `weights`.
+    pub(crate) fn version_for(weights: &BTreeMap<String, WeightRow>) -> u32 {
+        if weights.values().any(|row| row.vector_length.is_some()) { 2 } else { 1 }
+    }
+
     /// The strings of the safetensors header's `__metadata__`.
     pub(crate) fn to_entries(&self) -> BTreeMap<String, String> {
         let mut entries = BTreeMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
-            ("version".to_owned(), VERSION.to_string()),
+            ("version".to_owned(), self.version.to_string()),
             ("unet_config".to_owned(), to_json(&self.info.unet_config)),
             ("recipe".to_owned(), to_json(&self.info.recipe)),
             ("sources".to_owned(), to_json(&self.info.sources)),
@@ -178,10 +210,10 @@ impl Metadata {
             return Err(wrong(format!("not a compressed UNet: its metadata does not say format = {FORMAT}")));
         }
         let version = text("version")?;
-        if *version != VERSION.to_string() {
+        let Some(version) = (1..=VERSION).find(|known| *version == known.to_string()) else {
             let version: String = version.chars().take(20).collect();
-            return Err(wrong(format!("a container of version `{version}`; version {VERSION} is read")));
-        }
+            return Err(wrong(format!("a container of version `{version}`; versions 1 to {VERSION} are read")));
+        };
         if *text(METADATA_HASH)? != digest::of_entries(text_pairs(entries).filter(|(key, _)| *key != METADATA_HASH)) {
             return Err(wrong(format!("the metadata is damaged: it does not have the hash that `{METADATA_HASH}` says")));
         }
@@ -190,9 +222,12 @@ impl Metadata {
             recipe: json(path, "recipe", text("recipe")?)?,
             sources: json(path, "sources", text("sources")?)?,
         };
-        let weights = json(path, "weights", text("weights")?)?;
+        let weights: BTreeMap<String, WeightRow> = json(path, "weights", text("weights")?)?;
+        if let (1, Some((name, _))) = (version, weights.iter().find(|(_, row)| row.vector_length.is_some())) {
+            return Err(wrong(format!("`{name}` has a `vector_length`, which version 1 does not know")));
+        }
         let (data_sha256, tensors_sha256) = (text("data_sha256")?.clone(), text("tensors_sha256")?.clone());
-        Ok(Metadata { info, weights, data_sha256, tensors_sha256 })
+        Ok(Metadata { info, version, weights, data_sha256, tensors_sha256 })
     }
 }
 

@@ -4,6 +4,8 @@
 //! stream is bit k % 8 of byte k / 8. The last byte is filled up with zeros. (coremltools:
 //! `optimize/_utils.py`, `pack_elements_into_bits`.)
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::BitWidth;
@@ -137,8 +139,8 @@ pub(super) fn byte_count(len: usize, bits: BitWidth) -> Result<usize, String> {
     Ok(bits.div_ceil(8))
 }
 
-/// Which elements of a weight are kept: one bit an element in row-major order, 1 = kept, packed as
-/// [`Packed`] of one bit.
+/// Which elements, or vectors of elements, of a weight are kept: one bit each in row-major order,
+/// 1 = kept, packed as [`Packed`] of one bit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask(Packed);
 
@@ -190,6 +192,17 @@ impl Mask {
     #[must_use]
     pub fn kept(&self) -> usize {
         count_ones(&self.0.bytes)
+    }
+
+    /// How many of a range of elements are kept, which must end by [`len`](Self::len).
+    pub(super) fn kept_in(&self, range: Range<usize>) -> usize {
+        let bytes = self.bytes();
+        // The kept elements among those of a byte that lie before an element.
+        let before = |at: usize| match at % 8 {
+            0 => 0,
+            bits => (bytes[at / 8] << (8 - bits)).count_ones() as usize,
+        };
+        count_ones(&bytes[range.start / 8..range.end / 8]) + before(range.end) - before(range.start)
     }
 
     /// The packed bytes: ceil(len / 8).
@@ -257,6 +270,11 @@ mod tests {
             let mask = Mask::from_bools(&keep);
             prop_assert_eq!(mask.to_bools(), keep.clone());
             prop_assert_eq!(mask.kept(), keep.iter().filter(|kept| **kept).count());
+            for first in 0..=keep.len().min(20) {
+                let kept = keep[first..].iter().filter(|kept| **kept).count();
+                prop_assert_eq!(mask.kept_in(first..keep.len()), kept);
+                prop_assert_eq!(mask.kept_in(0..first), mask.kept() - kept);
+            }
             prop_assert_eq!(mask.bytes(), pack_by_bits(&keep.iter().map(|kept| u8::from(*kept)).collect::<Vec<_>>(), BitWidth::One));
             prop_assert_eq!(Mask::from_bytes(mask.bytes().to_vec(), keep.len()).unwrap(), mask);
         }

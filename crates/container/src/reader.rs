@@ -37,6 +37,9 @@ pub struct StoredLayer {
     pub axis: Option<usize>,
     /// Channels in a group, if palettized.
     pub group_size: Option<usize>,
+    /// Neighbouring output channels that share an index, if palettized: 1 unless the palettes are
+    /// of vectors.
+    pub vector_length: Option<usize>,
     /// Whether palette entries are multiplied by a scale for each output channel.
     pub scaled: bool,
     /// Elements that are kept.
@@ -164,6 +167,7 @@ impl Container {
             bits: row.bits,
             axis: row.axis,
             group_size: row.group_size,
+            vector_length: row.bits.map(|_| row.vector_length.unwrap_or(1)),
             scaled: row.scaled,
             kept: row.kept as u64,
             sparsity: 1.0 - row.kept as f64 / numel,
@@ -270,21 +274,27 @@ impl Container {
 /// The weight of `row` from the bytes of its parts, with everything checked that can be.
 fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<CompressedWeight, String> {
     let mut take = |part: Part| parts.remove(&part).ok_or_else(|| format!("{part:?} is missing"));
+    let vector_length = row.vector()?;
     let mask = match row.masked {
-        true => Some(Mask::checked(take(Part::Mask)?, numel(&row.shape)?).map_err(|problem| format!("the mask {problem}"))?),
+        true => {
+            let count = numel(&row.shape)? / vector_length;
+            Some(Mask::checked(take(Part::Mask)?, count).map_err(|problem| format!("the mask {problem}"))?)
+        }
         false => None,
     };
-    if let Some(kept) = mask.as_ref().map(Mask::kept).filter(|kept| *kept != row.kept) {
-        return Err(format!("the mask keeps {kept} elements, but there are {} values", row.kept));
+    let count = row.kept / vector_length;
+    if let Some(kept) = mask.as_ref().map(Mask::kept).filter(|kept| *kept != count) {
+        let what = if vector_length == 1 { "elements" } else { "vectors" };
+        return Err(format!("the mask keeps {kept} {what}, but there are {count} values"));
     }
     let values = match (row.bits, row.axis, row.group_size) {
         (Some(bits), Some(axis), Some(group_size)) => {
             let bits = BitWidth::try_from(bits)?;
             let palettes = half_bytes::from_bytes(&take(Part::Palettes)?);
-            let indices = Packed::checked(take(Part::Indices)?, bits, row.kept);
+            let indices = Packed::checked(take(Part::Indices)?, bits, count);
             let indices = indices.map_err(|problem| format!("the indices' part {problem}"))?;
             let scales = if row.scaled { Some(half_bytes::from_bytes(&take(Part::Scales)?)) } else { None };
-            Values::Palettized { codebook: Codebook { bits, axis, group_size, vector_length: 1, palettes, scales }, indices }
+            Values::Palettized { codebook: Codebook { bits, axis, group_size, vector_length, palettes, scales }, indices }
         }
         (None, None, None) => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),
         (Some(_) | None, ..) => return Err("must have all of bits, axis and group_size, or none".into()),

@@ -8,7 +8,6 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 
 use super::half_bytes;
-use super::metadata::VERSION;
 use super::reader::{Container, StoredLayer};
 
 /// A verified container, in numbers.
@@ -90,7 +89,7 @@ impl Container {
             path: self.path().to_owned(),
             bytes,
             payload_bytes,
-            version: VERSION,
+            version: self.metadata().version,
             weights: layers.len(),
             weight_elements,
             kept,

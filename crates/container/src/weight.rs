@@ -3,9 +3,14 @@
 use half::f16;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{BitWidth, Codebook, Run};
+use squeeze_codebook::{Codebook, Run};
 
+use super::look_up::{look_up, look_up_kept};
 use super::packed::{Mask, Packed, count_ones};
+use super::vectors;
+
+/// The most values of an entry that a container holds.
+const LONGEST_VECTOR: usize = 16;
 
 /// A Conv2d or Linear weight of `shape` [o, i, …]: which elements are kept, and their values.
 /// Everything is in row-major order.
@@ -13,7 +18,8 @@ use super::packed::{Mask, Packed, count_ones};
 pub struct CompressedWeight {
     /// The dense weight's shape, output channels first.
     pub shape: Vec<i64>,
-    /// Which elements are kept; all of them if absent. Pruned elements are +0.0.
+    /// Which elements are kept; all of them if absent. Pruned elements are +0.0. With vector
+    /// palettes it has a bit for each vector of elements: [o / vector length, i, …].
     pub mask: Option<Mask>,
     /// The values of the kept elements.
     pub values: Values,
@@ -28,23 +34,28 @@ pub enum Values {
     Palettized {
         /// The palettes.
         codebook: Codebook,
-        /// An index for each kept element.
+        /// An index for each kept element, or for each kept vector of elements.
         indices: Packed,
     },
 }
 
 impl CompressedWeight {
     /// A palettized weight. `indices` has an entry for each element; those of elements that `keep`
-    /// leaves out are not read.
+    /// leaves out are not read. With vector palettes both have an entry for each vector of
+    /// neighbouring output channels, [o / vector length, i, …].
     ///
     /// # Errors
     /// [`Error::Argument`] if sizes disagree, the group size does not divide the channels, or an
-    /// index is too large. [`Error::NotFinite`] if a palette or scale has NaN or infinite
-    /// values.
+    /// index is too large; for vectors of more than 16 values, with scales, along input channels,
+    /// or that do not divide the groups. [`Error::NotFinite`] if a palette or scale has NaN or
+    /// infinite values.
     pub fn palettized(shape: Vec<i64>, keep: Option<&[bool]>, codebook: Codebook, indices: &[u8]) -> Result<Self> {
         let numel = numel(&shape).map_err(Error::Argument)?;
-        if indices.len() != numel {
-            return Err(Error::shape("the list of indices", [indices.len() as i64], format!("the {numel} of {shape:?}")));
+        check_vectors(codebook.vector_length, codebook.axis, codebook.group_size, codebook.scales.is_some())
+            .map_err(Error::Argument)?;
+        let count = numel / codebook.vector_length;
+        if indices.len() != count {
+            return Err(Error::shape("the list of indices", [indices.len() as i64], format!("the {count} of {shape:?}")));
         }
         let indices = match keep {
             None => Packed::pack(indices, codebook.bits)?,
@@ -104,6 +115,12 @@ impl CompressedWeight {
     fn decode_checked(&self) -> Vec<f16> {
         const BLOCK: usize = 1 << 16;
         let mut dense = vec![f16::ZERO; self.numel()];
+        if let Values::Palettized { codebook, indices } = &self.values
+            && codebook.vector_length > 1
+        {
+            vectors::decode(codebook, indices, self.mask.as_ref(), &mut dense);
+            return dense;
+        }
         let mut first_values = Vec::with_capacity(dense.len().div_ceil(BLOCK));
         match &self.mask {
             None => first_values.extend((0..dense.len()).step_by(BLOCK)),
@@ -174,8 +191,22 @@ impl CompressedWeight {
     }
 
     /// The number of kept elements.
+    ///
+    /// # Panics
+    /// As [`numel`](Self::numel).
+    #[must_use]
     pub fn kept(&self) -> usize {
-        self.mask.as_ref().map_or(self.numel(), Mask::kept)
+        self.mask.as_ref().map_or(self.numel(), |mask| mask.kept() * self.vector_length())
+    }
+
+    /// How many neighbouring output channels share an index and a bit of the mask: 1 unless the
+    /// palettes are of vectors.
+    #[must_use]
+    pub fn vector_length(&self) -> usize {
+        match &self.values {
+            Values::Plain(_) => 1,
+            Values::Palettized { codebook, .. } => codebook.vector_length,
+        }
     }
 
     /// The bytes of mask, indices, palettes, scales and values in a file, without names and
@@ -206,20 +237,22 @@ impl CompressedWeight {
     /// Whether the sizes of all parts agree. Nothing is allocated.
     pub(super) fn check_structure(&self) -> Result<(), String> {
         let numel = numel(&self.shape)?;
-        if let Some(mask) = self.mask.as_ref().filter(|mask| mask.len() != numel) {
-            return Err(format!("a mask of {} elements for a weight of {:?}", mask.len(), self.shape));
+        if let Values::Palettized { codebook, .. } = &self.values {
+            check_vectors(codebook.vector_length, codebook.axis, codebook.group_size, codebook.scales.is_some())?;
+            codebook.check(&sizes(&self.shape))?;
         }
-        let kept = self.kept();
+        // Each has a bit of the mask, and an index or value if it is kept.
+        let count = numel / self.vector_length();
+        if let Some(mask) = self.mask.as_ref().filter(|mask| mask.len() != count) {
+            return Err(format!("a mask of {} entries for a weight of {:?}, which needs {count}", mask.len(), self.shape));
+        }
+        let kept = self.mask.as_ref().map_or(count, Mask::kept);
         let agree = |what: &str, have: usize, want: usize| {
             if have == want { Ok(()) } else { Err(format!("{have} {what} where there should be {want}")) }
         };
         match &self.values {
             Values::Plain(values) => agree("values", values.len(), kept),
             Values::Palettized { codebook, indices } => {
-                if codebook.vector_length != 1 {
-                    return Err(format!("palettes of vectors of {} have no place in a container yet", codebook.vector_length));
-                }
-                codebook.check(&sizes(&self.shape))?;
                 agree("indices", indices.len(), kept)?;
                 agree("bits an index", usize::from(indices.bits().bits()), usize::from(codebook.bits.bits()))
             }
@@ -236,6 +269,24 @@ impl CompressedWeight {
     }
 }
 
+/// Checks the length of a palette's vectors against what a container holds: at most 16 neighbouring
+/// output channels of one group, without scales.
+pub(super) fn check_vectors(length: usize, axis: usize, group_size: usize, scaled: bool) -> Result<(), String> {
+    if !(1..=LONGEST_VECTOR).contains(&length) {
+        return Err(format!("vectors of {length} values are not supported (1 to {LONGEST_VECTOR} are)"));
+    }
+    if length == 1 {
+        return Ok(());
+    }
+    if axis != 0 {
+        return Err(format!("vectors lie along axis 0, but the groups along axis {axis}"));
+    }
+    if !group_size.is_multiple_of(length) {
+        return Err(format!("vectors of {length} do not divide groups of {group_size}"));
+    }
+    if scaled { Err(format!("vectors of {length} cannot have scales")) } else { Ok(()) }
+}
+
 /// The number of elements of a weight.
 pub(super) fn numel(shape: &[i64]) -> Result<usize, String> {
     let product = shape.iter().try_fold(1usize, |product, n| product.checked_mul(usize::try_from(*n).ok().filter(|n| *n > 0)?));
@@ -248,67 +299,6 @@ pub(super) fn numel(shape: &[i64]) -> Result<usize, String> {
 /// The dimensions of a shape that [`numel`] accepts.
 pub(super) fn sizes(shape: &[i64]) -> Vec<usize> {
     shape.iter().map(|size| usize::try_from(*size).expect("`numel` refuses sizes below 1")).collect()
-}
-
-/// Writes the entries for the indices from number `value` on to `elements`; returns the number of
-/// the next index.
-fn look_up(table: &[f16; 256], indices: &Packed, elements: &mut [f16], value: usize) -> usize {
-    match indices.bits() {
-        BitWidth::One => look_up_bits::<1>(table, indices, elements, value),
-        BitWidth::Two => look_up_bits::<2>(table, indices, elements, value),
-        BitWidth::Three => look_up_bits::<3>(table, indices, elements, value),
-        BitWidth::Four => look_up_bits::<4>(table, indices, elements, value),
-        BitWidth::Six => look_up_bits::<6>(table, indices, elements, value),
-        BitWidth::Eight => look_up_bits::<8>(table, indices, elements, value),
-    }
-    value + elements.len()
-}
-
-/// [`look_up`] for a number of bits that is known when this is compiled, which is several times as
-/// fast.
-fn look_up_bits<const BITS: usize>(table: &[f16; 256], indices: &Packed, elements: &mut [f16], value: usize) {
-    let entry = |word: u64, i: usize| table[(word >> (i * BITS)) as usize & ((1 << BITS) - 1)];
-    let (eights, rest) = elements.as_chunks_mut::<8>();
-    let after = value + 8 * eights.len();
-    for (place, eight) in eights.iter_mut().enumerate() {
-        let word = indices.eight(value + 8 * place);
-        for (i, element) in eight.iter_mut().enumerate() {
-            *element = entry(word, i);
-        }
-    }
-    if !rest.is_empty() {
-        let word = indices.eight(after);
-        rest.iter_mut().enumerate().for_each(|(i, element)| *element = entry(word, i));
-    }
-}
-
-/// As [`look_up`], for the kept elements among those from element `at` on; the others are zero.
-fn look_up_kept(table: &[f16; 256], indices: &Packed, mask: &Mask, at: usize, elements: &mut [f16], mut value: usize) -> usize {
-    let (width, most) = (indices.bits().bits(), indices.bits().max_index());
-    // Up to a whole byte of the mask, and then byte by byte.
-    let head = (at.next_multiple_of(8) - at).min(elements.len());
-    let (first, rest) = elements.split_at_mut(head);
-    let mut piece = |at: usize, elements: &mut [f16]| {
-        let Some(byte) = mask.bytes().get(at / 8) else { return };
-        let mut kept = byte >> (at % 8);
-        let mut word = indices.eight(value);
-        // Masks are so irregular that there is no branch on their bits.
-        for element in elements {
-            let is_kept = kept & 1;
-            *element = f16::from_bits(table[usize::from(word as u8 & most)].to_bits() * u16::from(is_kept));
-            word >>= is_kept * width;
-            value += usize::from(is_kept);
-            kept >>= 1;
-        }
-    };
-    piece(at, first);
-    let (eights, last) = rest.as_chunks_mut::<8>();
-    let after = at + head + 8 * eights.len();
-    for (place, eight) in eights.iter_mut().enumerate() {
-        piece(at + head + 8 * place, eight);
-    }
-    piece(after, last);
-    value
 }
 
 /// The values at the elements that `keep` is true for.
@@ -345,6 +335,7 @@ fn kept<T: Copy + Default + Send + Sync>(keep: &[bool], all: &[T]) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use squeeze_codebook::BitWidth;
 
     use super::*;
 
@@ -356,6 +347,7 @@ mod tests {
         bits: BitWidth,
         axis: usize,
         group_size: usize,
+        vector_length: usize,
         palettes: Vec<f16>,
         indices: Vec<u8>,
         scales: Option<Vec<f16>>,
@@ -363,20 +355,23 @@ mod tests {
 
     impl Parts {
         fn build(&self) -> Result<CompressedWeight> {
-            let Parts { shape, keep, bits, axis, group_size, palettes, indices, scales } = self.clone();
-            let codebook = Codebook { bits, axis, group_size, vector_length: 1, palettes, scales };
+            let Parts { shape, keep, bits, axis, group_size, vector_length, palettes, indices, scales } = self.clone();
+            let codebook = Codebook { bits, axis, group_size, vector_length, palettes, scales };
             CompressedWeight::palettized(shape, keep.as_deref(), codebook, &indices)
         }
 
         /// The definition, an element at a time.
         fn value(&self, element: usize) -> f16 {
-            if self.keep.as_ref().is_some_and(|keep| !keep[element]) {
+            let inner: usize = self.shape[2..].iter().map(|n| *n as usize).product();
+            let columns = self.shape[1] as usize * inner;
+            let row = element / columns;
+            let vector = row / self.vector_length * columns + element % columns;
+            if self.keep.as_ref().is_some_and(|keep| !keep[vector]) {
                 return f16::ZERO;
             }
-            let inner: usize = self.shape[2..].iter().map(|n| *n as usize).product();
-            let (row, column) = (element / inner / self.shape[1] as usize, element / inner % self.shape[1] as usize);
-            let group = if self.axis == 0 { row } else { column } / self.group_size;
-            let entry = self.palettes[group * self.bits.entries() + usize::from(self.indices[element])];
+            let group = if self.axis == 0 { row } else { element / inner % self.shape[1] as usize } / self.group_size;
+            let entry = group * self.bits.entries() + usize::from(self.indices[vector]);
+            let entry = self.palettes[entry * self.vector_length + row % self.vector_length];
             match &self.scales {
                 None => entry,
                 Some(scales) => f16::from_f64(entry.to_f64() * scales[row].to_f64()),
@@ -390,23 +385,29 @@ mod tests {
 
     fn parts() -> impl Strategy<Value = Parts> {
         let sizes = (1..4usize, 1..4usize, 1..4usize, 1..4usize, prop::option::of((1..4i64, 1..4i64)));
-        (sizes, prop::sample::select(&BitWidth::ALL[..]), 0..2usize, any::<[bool; 2]>())
-            .prop_flat_map(|((groups, group_size, others, more, kernel), bits, axis, [masked, scaled])| {
+        let vectors = prop::sample::select(vec![1, 1, 2, 3, 4, 16]);
+        (sizes, prop::sample::select(&BitWidth::ALL[..]), 0..2usize, any::<[bool; 2]>(), vectors)
+            .prop_flat_map(|((groups, group_size, others, more, kernel), bits, axis, [masked, scaled], vector_length)| {
+                // Vectors lie along the output channels and have no scales.
+                let (axis, scaled) = if vector_length > 1 { (0, false) } else { (axis, scaled) };
+                let group_size = group_size * vector_length;
                 let (grouped, other) = (groups * group_size, others * more);
                 let mut shape = if axis == 0 { vec![grouped as i64, other as i64] } else { vec![other as i64, grouped as i64] };
                 shape.extend(kernel.into_iter().flat_map(|(height, width)| [height, width]));
-                let numel = shape.iter().product::<i64>() as usize;
-                let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & bits.max_index()), numel);
-                let keep = prop::collection::vec(any::<bool>(), numel).prop_map(move |keep| masked.then_some(keep));
+                let count = shape.iter().product::<i64>() as usize / vector_length;
+                let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & bits.max_index()), count);
+                let keep = prop::collection::vec(any::<bool>(), count).prop_map(move |keep| masked.then_some(keep));
                 let scales = halves(shape[0] as usize).prop_map(move |scales| scaled.then_some(scales));
-                (Just((shape, bits, axis, group_size)), halves(groups * bits.entries()), indices, keep, scales)
+                let palettes = halves(groups * bits.entries() * vector_length);
+                (Just((shape, bits, axis, group_size, vector_length)), palettes, indices, keep, scales)
             })
-            .prop_map(|((shape, bits, axis, group_size), palettes, indices, keep, scales)| Parts {
+            .prop_map(|((shape, bits, axis, group_size, vector_length), palettes, indices, keep, scales)| Parts {
                 shape,
                 keep,
                 bits,
                 axis,
                 group_size,
+                vector_length,
                 palettes,
                 indices,
                 scales,
@@ -422,15 +423,17 @@ mod tests {
         #[test]
         fn decoding_follows_the_definition(parts in parts()) {
             let weight = parts.build().unwrap();
-            let numel = parts.indices.len();
+            let count = parts.indices.len();
+            let numel = count * parts.vector_length;
             let expected: Vec<f16> = (0..numel).map(|element| parts.value(element)).collect();
             prop_assert_eq!(bits(&weight.decode().unwrap()), bits(&expected));
-            let kept = parts.keep.as_ref().map_or(numel, |keep| keep.iter().filter(|kept| **kept).count());
-            let mask = if parts.keep.is_some() { numel.div_ceil(8) } else { 0 };
+            let indices = parts.keep.as_ref().map_or(count, |keep| keep.iter().filter(|kept| **kept).count());
+            let mask = if parts.keep.is_some() { count.div_ceil(8) } else { 0 };
             let scales = parts.scales.as_ref().map_or(0, Vec::len);
-            let bytes = mask + (kept * usize::from(parts.bits.bits())).div_ceil(8) + 2 * (parts.palettes.len() + scales);
+            let bytes = mask + (indices * usize::from(parts.bits.bits())).div_ceil(8) + 2 * (parts.palettes.len() + scales);
+            let kept = indices * parts.vector_length;
             prop_assert_eq!(weight.stored_bytes(), bytes as u64);
-            prop_assert_eq!(weight.kept(), kept);
+            prop_assert_eq!((weight.kept(), weight.vector_length()), (kept, parts.vector_length));
             prop_assert!((weight.sparsity() - (1.0 - kept as f64 / numel as f64)).abs() < 1e-12);
             prop_assert!((weight.bits_per_weight() - 8.0 * bytes as f64 / numel as f64).abs() < 1e-12);
         }
@@ -444,7 +447,7 @@ mod tests {
         }
 
         #[test]
-        fn parts_that_disagree_are_refused(parts in parts(), which in 0..8) {
+        fn parts_that_disagree_are_refused(parts in parts(), which in 0..12) {
             let mut wrong = parts.clone();
             match which {
                 0 => wrong.palettes.push(f16::ONE),
@@ -454,6 +457,10 @@ mod tests {
                 4 => wrong.group_size = parts.shape[parts.axis] as usize + 1,
                 5 => wrong.axis = 2,
                 6 => wrong.palettes[0] = f16::NAN,
+                7 => wrong.vector_length = 0,
+                8 => wrong.vector_length = 17 * parts.vector_length,
+                9 => wrong.vector_length += 1,
+                10 => (wrong.vector_length, wrong.scales) = (2, Some(vec![f16::ONE; parts.shape[0] as usize])),
                 _ => wrong.shape.push(2),
             }
             prop_assert!(wrong.build().is_err());
@@ -480,6 +487,7 @@ mod tests {
                 bits: BitWidth::Three,
                 axis,
                 group_size,
+                vector_length: 1,
                 palettes: (0..groups << 3).map(|i| f16::from_f32(i as f32 / 7.0 - 3.0)).collect(),
                 indices: (0..rows * columns).map(|i| (random(i) >> 8) as u8 & 7).collect(),
                 scales: (axis == 1).then(|| (0..rows).map(|i| f16::from_f32(1.0 + i as f32 / 100.0)).collect()),
@@ -489,6 +497,38 @@ mod tests {
             for threads in [1, 2, 5] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 assert_eq!(bits(&pool.install(|| weight.decode()).unwrap()), bits(&expected));
+            }
+        }
+    }
+
+    /// Rows of vectors that begin within a byte of the mask, on any number of threads.
+    #[test]
+    fn vectors_decode_to_what_the_definition_says_on_any_number_of_threads() {
+        let (rows, columns) = (516, 389);
+        let random = |i: usize| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+        for (vector_length, width, group_size) in [(2, BitWidth::Six, 258), (4, BitWidth::Eight, 12), (3, BitWidth::Three, 516)] {
+            let count = rows * columns / vector_length;
+            let parts = |keep| Parts {
+                shape: vec![rows as i64, columns as i64],
+                keep,
+                bits: width,
+                axis: 0,
+                group_size,
+                vector_length,
+                palettes: (0..rows / group_size * width.entries() * vector_length)
+                    .map(|i| f16::from_f32(i as f32 / 7.0))
+                    .collect(),
+                indices: (0..count).map(|i| (random(i) >> 8) as u8 & width.max_index()).collect(),
+                scales: None,
+            };
+            for keep in [None, Some((0..count).map(|i| random(i) % 5 > 1).collect())] {
+                let parts = parts(keep);
+                let expected: Vec<f16> = (0..rows * columns).map(|element| parts.value(element)).collect();
+                let weight = parts.build().unwrap();
+                for threads in [1, 2, 5] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    assert_eq!(bits(&pool.install(|| weight.decode()).unwrap()), bits(&expected));
+                }
             }
         }
     }
@@ -508,8 +548,11 @@ mod tests {
         let none = CompressedWeight::palettized(vec![2, 2], Some(&keep), codebook(2, f16::ONE, None), &[1; 4]).unwrap();
         assert_eq!((none.decode().unwrap(), none.sparsity(), none.stored_bytes()), (vec![f16::ZERO; 4], 1.0, 5));
         let vectors = Codebook { vector_length: 2, palettes: vec![f16::ONE; 4], ..codebook(2, f16::ONE, None) };
-        let refused = CompressedWeight::palettized(vec![2, 2], None, vectors, &[1; 4]).unwrap_err().to_string();
-        assert!(refused.contains("vectors of 2 have no place"), "{refused}");
+        let along_inputs = Codebook { axis: 1, ..vectors.clone() };
+        let pruned = CompressedWeight::palettized(vec![2, 2], Some(&[false; 2]), vectors, &[1; 2]).unwrap();
+        assert_eq!((pruned.decode().unwrap(), pruned.sparsity(), pruned.stored_bytes()), (vec![f16::ZERO; 4], 1.0, 9));
+        let refused = CompressedWeight::palettized(vec![2, 2], None, along_inputs, &[1; 2]).unwrap_err().to_string();
+        assert!(refused.contains("vectors lie along axis 0"), "{refused}");
         let large = |scale| {
             let scales = Some(vec![f16::from_f32(scale)]);
             CompressedWeight::palettized(vec![1, 1], None, codebook(1, f16::MAX, scales), &[1]).unwrap().decode()

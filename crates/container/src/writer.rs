@@ -118,6 +118,7 @@ impl ContainerWriter {
             scaled: false,
             sha256: half_bytes::sha256(&dense),
             shape: weight.shape.clone(),
+            vector_length: Some(weight.vector_length()).filter(|length| *length > 1),
         };
         if let Values::Palettized { codebook, .. } = &weight.values {
             (row.bits, row.axis, row.group_size) = (Some(codebook.bits.bits()), Some(codebook.axis), Some(codebook.group_size));
@@ -220,7 +221,8 @@ impl ContainerWriter {
         let data_sha256 = hash(&mut self.halves, &mut self.bytes).map_err(Error::write(&path))?;
         let tensors = places([&self.halves, &self.bytes]);
         let tensors_sha256 = table_hash(tensors.iter().copied());
-        let metadata = Metadata { info: self.info, weights: self.weights, data_sha256, tensors_sha256 };
+        let version = Metadata::version_for(&self.weights);
+        let metadata = Metadata { info: self.info, version, weights: self.weights, data_sha256, tensors_sha256 };
         let mut header = Header::new(&metadata.to_entries());
         for (name, dtype, shape, [start, end]) in tensors {
             header.push(name, dtype, shape, end - start);

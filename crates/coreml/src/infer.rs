@@ -78,7 +78,8 @@ pub(super) fn infer(name: &str, operands: &Operands) -> Inferred {
     if let Some(missing) = parameters.iter().find(|parameter| !operands.0.contains_key(*parameter)) {
         return Err(format!("`{missing}` is missing"));
     }
-    if let Some(surplus) = operands.0.keys().find(|given| !parameters.contains(given)) {
+    let optional = |given: &str| parameters.contains(&"lut") && given == compressed::VECTOR_AXIS;
+    if let Some(surplus) = operands.0.keys().find(|given| !parameters.contains(given) && !optional(given)) {
         return Err(format!("has no parameter `{surplus}`"));
     }
     infer(operands)

@@ -33,6 +33,10 @@ pub(super) const WEIGHTS_HASH: &str = "sdxl-squeeze.weights_sha256";
 /// The metadata key of the program's hash: SHA-256 of `model.mlmodel` without this entry.
 pub(super) const MODEL_HASH: &str = "sdxl-squeeze.model_sha256";
 
+/// The first systems that read vector palettes right: Apple's tests skip them on macOS 15.1 (in
+/// coremltools, "Bug fixed in macOS 15.2").
+pub const VECTORS_NEED: &str = "iOS 18.2 or macOS 15.2";
+
 /// The beginning of every metadata key and version of this library.
 pub(super) const MAKER: &str = "sdxl-squeeze";
 /// The metadata key of the UNet's `config.json`.
@@ -53,6 +57,9 @@ pub struct WrittenPackage {
     pub constants: usize,
     /// The weights that stay compressed.
     pub compressed: usize,
+    /// Those of them with vector palettes. If there are any, the package needs
+    /// [`VECTORS_NEED`](super::VECTORS_NEED).
+    pub vectors: usize,
     /// The bytes of the arrays in the program, by the kind of operation that holds them.
     pub constant_bytes: BTreeMap<String, u64>,
     /// The dense fp16 constants of at least 16 KiB, the largest first: weights that are not
@@ -89,11 +96,12 @@ pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn
         operations: operations.iter().filter(|op| op.r#type != "const" && !op.r#type.starts_with("constexpr_")).count(),
         constants: operations.iter().filter(|op| op.r#type == "const").count(),
         compressed: operations.iter().filter(|op| is_dense_weight(op)).count(),
+        vectors: operations.iter().filter(|op| op.inputs.contains_key("vector_axis")).count(),
         constant_bytes: constants::bytes_by_kind(&operations),
         dense: constants::large_and_dense(&operations),
     };
     let description = ModelDescription {
-        metadata: Some(metadata(weights, options, &blobs)),
+        metadata: Some(metadata(weights, options, &blobs, written.vectors > 0)),
         input: inputs.iter().map(feature).collect(),
         output: vec![feature(&output)],
     };
@@ -134,8 +142,8 @@ fn is_dense_weight(operation: &Operation) -> bool {
     matches!(operation.r#type.as_str(), "constexpr_lut_to_dense" | "constexpr_sparse_to_dense")
 }
 
-/// The package's own fields.
-fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Metadata {
+/// The package's own fields; those of a package with vector palettes say what system it needs.
+fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vectors: bool) -> Metadata {
     let text = |value: &Value| value.to_string();
     let mut user_defined = BTreeMap::from([
         (WEIGHTS_HASH.to_owned(), blobs.sha256.clone()),
@@ -163,6 +171,10 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile) -> Metada
         user_defined.insert("sdxl-squeeze.sources".to_owned(), text(&sources));
     }
     user_defined.insert("sdxl-squeeze.sizes".to_owned(), text(&Value::Object(sizes)));
+    if has_vectors {
+        about = format!("{about}; needs {VECTORS_NEED}");
+        user_defined.insert("sdxl-squeeze.needs".to_owned(), VECTORS_NEED.to_owned());
+    }
     Metadata {
         short_description: about,
         version_string: format!("{MAKER} {}", env!("CARGO_PKG_VERSION")),

@@ -48,6 +48,8 @@ pub(super) enum Arg<'a> {
     Literal(Literal),
     /// A value inside the operation, as the parameters of `constexpr` operations have.
     Inline(ArrayType, Value),
+    /// A small value inside the operation.
+    InlineLiteral(Literal),
 }
 
 impl<'a> From<&'a Var> for Arg<'a> {
@@ -122,6 +124,11 @@ impl ProgramBuilder {
                 Arg::Inline(array, value) => {
                     let binding = Binding { binding: Some(binding::Binding::Value(value.clone())) };
                     (vec![binding], vec![Operand { array: array.clone(), literal: None, constant: true, ones: None }])
+                }
+                Arg::InlineLiteral(literal) => {
+                    let binding = Binding { binding: Some(binding::Binding::Value(literal.to_proto())) };
+                    let (array, literal) = (literal.array_type(), Some(literal.clone()));
+                    (vec![binding], vec![Operand { array, literal, constant: true, ones: None }])
                 }
             };
             inputs.insert((*parameter).to_owned(), Argument { arguments: bindings });

@@ -6,6 +6,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_container::{CompressedWeight, Values};
 
 use super::element::{ArrayType, Element};
+use super::literal::Literal;
 use super::lut::Lut;
 use super::program::{Arg, ProgramBuilder, Var};
 
@@ -18,11 +19,16 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
     };
     let CompressedWeight { mask, values, .. } = &weight;
     let flat = |element, length: usize| ArrayType::new(element, [length as u64]);
-    let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::BIT, shape), mask));
+    // The shape of mask and indices: a vector of output channels has one of each.
+    let vector_length = weight.vector_length() as u64;
+    let mut vectors = shape.to_vec();
+    vectors.iter_mut().take(1).for_each(|outputs| *outputs /= vector_length);
+    let mask = mask.as_ref().map(|mask| (ArrayType::new(Element::BIT, vectors.clone()), mask));
     match (mask, values) {
         // Core ML has no empty arrays: one element is kept, and it is zero.
-        (Some((array, mask)), _) if mask.kept() == 0 => {
-            let mut bytes = mask.bytes().to_vec();
+        (Some((_, mask)), _) if mask.kept() == 0 => {
+            let array = ArrayType::new(Element::BIT, shape);
+            let mut bytes = vec![0; weight.numel().div_ceil(8)];
             bytes.iter_mut().take(1).for_each(|byte| *byte = 1);
             let one = flat(Element::F16, 1);
             let parameters = [("nonzero_data", inline(program, one, &[0, 0])?), ("mask", inline(program, array, &bytes)?)];
@@ -40,18 +46,21 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             let lut = Lut::of(&weight, codebook)?;
             let (lut_array, lut_bytes) = (lut.array(shape.len()), lut.bytes());
             let element = Element::Unsigned(codebook.bits);
+            let vector_axis = (vector_length > 1).then_some(("vector_axis", Arg::InlineLiteral(Literal::Int(0))));
             let Some((array, mask)) = mask else {
-                let parameters = [
-                    ("indices", inline(program, ArrayType::new(element, shape), indices.bytes())?),
+                let mut parameters = vec![
+                    ("indices", inline(program, ArrayType::new(element, vectors), indices.bytes())?),
                     ("lut", inline(program, lut_array, &lut_bytes)?),
                 ];
+                parameters.extend(vector_axis);
                 return program.op("constexpr_lut_to_dense", name, &parameters);
             };
-            let parameters = [
+            let mut parameters = vec![
                 ("indices_mask", inline(program, array, mask.bytes())?),
                 ("indices_nonzero_data", inline(program, flat(element, indices.len()), indices.bytes())?),
                 ("lut", inline(program, lut_array, &lut_bytes)?),
             ];
+            parameters.extend(vector_axis);
             let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
             let [mask, values] = &sparse[..] else {
                 return Err(Error::internal(format!("`{name}` did not become a mask and values")));

@@ -8,16 +8,33 @@ use super::kernels::Kernels;
 
 /// Marks the `count` smallest of w^2 / U_jj^2 of each layer in a block of columns, weights [l, o,
 /// b], and all elements equal to the last of them: coremltools' rule (`SparseGPT._compress_impl`).
-/// A bool tensor [l, o, b].
-pub(super) fn smallest(weight: &Tensor, upper: &Tensor, count: usize) -> Result<Tensor> {
+/// Of rows that are pruned together, `count` vectors by the sums of their scores. A bool tensor [l,
+/// o, b].
+pub(super) fn smallest(weight: &Tensor, upper: &Tensor, count: usize, rows_together: usize) -> Result<Tensor> {
     if count == 0 {
         return Ok(weight.f_zeros_like()?.f_to_kind(Kind::Bool)?);
     }
-    let scores = weight.f_div(&diagonal(upper)?)?.f_square()?;
+    let scores = of_vectors(weight.f_div(&diagonal(upper)?)?.f_square()?, rows_together)?;
     // A GPU sorts many numbers sooner than libtorch selects one of them.
     let (sorted, _) = scores.f_flatten(1, -1)?.f_sort(1, false)?;
     let threshold = sorted.f_narrow(1, count as i64 - 1, 1)?;
-    Ok(scores.f_le_tensor(&threshold.f_unsqueeze(2)?)?)
+    of_rows(scores.f_le_tensor(&threshold.f_unsqueeze(2)?)?, rows_together)
+}
+
+/// The sums over vectors of rows: [l, o, b] to [l, o / V, b].
+fn of_vectors(scores: Tensor, rows_together: usize) -> Result<Tensor> {
+    if rows_together == 1 {
+        return Ok(scores);
+    }
+    let (layers, rows, columns) = scores.size3()?;
+    let together = rows_together as i64;
+    let vectors = scores.f_reshape([layers, rows / together, together, columns])?;
+    Ok(vectors.f_sum_dim_intlist([2_i64].as_slice(), false, Kind::Float)?)
+}
+
+/// The marks of vectors of rows for each row: [l, o / V, b] to [l, o, b].
+fn of_rows(marks: Tensor, rows_together: usize) -> Result<Tensor> {
+    if rows_together == 1 { Ok(marks) } else { Ok(marks.f_repeat_interleave_self_int(rows_together as i64, 1, None)?) }
 }
 
 /// The diagonals of U [l, b, b]: [l, 1, b].
@@ -29,7 +46,13 @@ fn diagonal(upper: &Tensor) -> Result<Tensor> {
 /// [l, b, b] of these columns. Returns each element's error, [l, o, b], zero where it was kept.
 ///
 /// It launches two operations per column on the device, and never waits for a result on the host.
-pub(super) fn sweep(weight: &Tensor, upper: &Tensor, pruned: &Tensor, ratio: Option<(usize, usize)>) -> Result<Tensor> {
+pub(super) fn sweep(
+    weight: &Tensor,
+    upper: &Tensor,
+    pruned: &Tensor,
+    ratio: Option<(usize, usize)>,
+    rows_together: usize,
+) -> Result<Tensor> {
     let columns = weight.size3()?.2;
     let diagonal = diagonal(upper)?;
     let factors = diagonal.f_reciprocal()?.f_neg()?;
@@ -42,8 +65,9 @@ pub(super) fn sweep(weight: &Tensor, upper: &Tensor, pruned: &Tensor, ratio: Opt
             && column + m <= columns
         {
             let group = |tensor: &Tensor| tensor.f_narrow(2, column, m);
-            let scores = group(weight)?.f_div(&group(&diagonal)?)?.f_square()?;
+            let scores = of_vectors(group(weight)?.f_div(&group(&diagonal)?)?.f_square()?, rows_together)?;
             let (_, chosen) = scores.f_topk(n, 2, false, false)?;
+            let chosen = of_rows(chosen, rows_together)?;
             let marks = group(pruned)?.f_zero_()?.f_scatter_value_(2, &chosen, 1)?;
             group(&passed)?.f_copy_(&marks.f_to_kind(Kind::Float)?.f_mul(&group(&factors)?)?)?;
         }

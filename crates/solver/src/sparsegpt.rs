@@ -11,7 +11,7 @@ use super::factor::inverse;
 use super::kernels::{self, Kernels};
 use super::matrix::{block, copy, numbers_mut, panels, to_vec};
 use super::sparsity::{Quota, mark_smallest};
-use super::sweep::{Block, score, sweep};
+use super::sweep::{Block, LANES, score, sweep};
 use super::weight::flat_for;
 use super::{Factor, Hessian, Note, device_sweep};
 
@@ -38,7 +38,8 @@ pub struct Pruned {
 /// Columns are processed in blocks. In a block, the elements with the smallest w^2 / U_jj^2 are
 /// masked, over all rows at once. Each masked element becomes zero, and its error is fed back to
 /// the columns after it: e U_j with e = w / U_jj. For n:m sparsity the mask is chosen row by row,
-/// at every m-th column. U is the inverse of the [`Factor`] R, of which only blocks on the diagonal
+/// at every m-th column. Rows that are pruned together have one mask, chosen by the sum of their
+/// scores. U is the inverse of the [`Factor`] R, of which only blocks on the diagonal
 /// are computed. Updates are lazy: with D the change of all earlier columns, a block starts at w +
 /// (D R) U. The rows of a convolution of several groups are pruned group by group, each with its
 /// own H; the sparsity is met over all groups.
@@ -74,6 +75,7 @@ pub fn prune_with(weight: &Tensor, hessian: &Hessian, factors: &[Factor], option
     }
     let original = flat_for(weight, hessian)?;
     let (o, d) = original.size2()?;
+    check_rows_together(o / hessian.groups(), options.rows_together)?;
     // Without pruning the new weight is a copy; otherwise it is filled block by block.
     let new = if options.sparsity == Sparsity::Unstructured(0.0) { copy(&original)? } else { original.f_zeros_like()? };
     let pruned = Tensor::f_zeros([o, d], (Kind::Bool, original.device()))?;
@@ -125,6 +127,9 @@ fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) 
     let _span = tracing::debug_span!("prune").entered();
     options.sparsity.check()?;
     let originals = layers.iter().map(|(weight, hessian, _)| flat_for(weight, hessian)).collect::<Result<Vec<_>>>()?;
+    for original in &originals {
+        check_rows_together(original.size2()?.0, options.rows_together)?;
+    }
     if options.block == 0 || layers.iter().any(|(_, hessian, _)| hessian.groups() != 1) {
         return Err(Error::Argument("a batch takes layers of one group, and blocks of at least one column".into()));
     }
@@ -138,7 +143,7 @@ fn prune_batch(layers: &[(&Tensor, &Hessian, &Factor)], options: &PruneOptions) 
     let (new, pruned) = (originals.f_zeros_like()?, originals.f_zeros_like()?.f_to_kind(Kind::Bool)?);
     let factors: Vec<&Factor> = layers.iter().map(|(_, _, factor)| *factor).collect();
     let mut quota = Quota::new(options.sparsity.share(originals.size3()?.2 as usize), true);
-    let losses = prune_on_device((&originals, &new, &pruned), &factors, blocks(options), &mut quota)?;
+    let losses = prune_on_device((&originals, &new, &pruned), &factors, Blocks::of(options), &mut quota)?;
     let losses = sum::numbers(&losses)?;
     let mut all = Vec::with_capacity(layers.len());
     for (index, (loss, (weight, hessian, factor))) in (0..).zip(losses.into_iter().zip(layers)) {
@@ -175,6 +180,18 @@ impl Pruned {
     }
 }
 
+/// Checks that the rows of a group can be pruned so many at a time: a tile of the sweep has whole
+/// vectors.
+fn check_rows_together(rows: i64, rows_together: usize) -> Result<()> {
+    if rows_together == 0 || !LANES.is_multiple_of(rows_together) {
+        return Err(Error::range("the number of rows that are pruned together", rows_together, "1, 2, 4, 8 or 16"));
+    }
+    if rows % rows_together as i64 != 0 {
+        return Err(Error::Argument(format!("{rows} output channels cannot be pruned {rows_together} at a time")));
+    }
+    Ok(())
+}
+
 /// Collects the notes about the Hessian and its factors.
 fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, notes: &mut Vec<Note>) {
     let d = hessian.dimension();
@@ -196,11 +213,24 @@ fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, not
     }
 }
 
-/// n and m of n:m sparsity, if requested, and the number of columns of a block.
-fn blocks(options: &PruneOptions) -> (Option<(usize, usize)>, usize) {
-    match options.sparsity {
-        Sparsity::Unstructured(_) => (None, options.block),
-        Sparsity::NOfM(NmRatio { n, m }) => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
+/// How a mask is chosen.
+#[derive(Debug, Clone, Copy)]
+struct Blocks {
+    /// n and m of n:m sparsity, if requested.
+    ratio: Option<(usize, usize)>,
+    /// The number of columns of a block.
+    columns: usize,
+    /// The number of rows that are pruned together.
+    rows_together: usize,
+}
+
+impl Blocks {
+    fn of(options: &PruneOptions) -> Self {
+        let (ratio, columns) = match options.sparsity {
+            Sparsity::Unstructured(_) => (None, options.block),
+            Sparsity::NOfM(NmRatio { n, m }) => (Some((n, m)), (options.block / m).max(1).saturating_mul(m)),
+        };
+        Blocks { ratio, columns, rows_together: options.rows_together }
     }
 }
 
@@ -215,20 +245,21 @@ fn prune_rows(
     quota: &mut Quota,
 ) -> Result<f64> {
     if original.device() == Device::Cpu {
-        return prune_on_host((original, new, pruned), factor, blocks(options), quota);
+        return prune_on_host((original, new, pruned), factor, Blocks::of(options), quota);
     }
     let one = |tensor: &Tensor| tensor.f_unsqueeze(0);
     let matrices = (&one(original)?, &one(new)?, &one(pruned)?);
-    Ok(prune_on_device(matrices, &[factor], blocks(options), quota)?.f_double_value(&[0])?)
+    Ok(prune_on_device(matrices, &[factor], Blocks::of(options), quota)?.f_double_value(&[0])?)
 }
 
 /// [`prune_rows`] on the CPU, with rows in SIMD lanes.
 fn prune_on_host(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factor: &Factor,
-    (ratio, columns): (Option<(usize, usize)>, usize),
+    blocks: Blocks,
     quota: &mut Quota,
 ) -> Result<f64> {
+    let Blocks { ratio, columns, rows_together } = blocks;
     let (o, d) = original.size2()?;
     let mut loss = 0.0;
     for panel in panels(d, columns.min(d as usize) as i64) {
@@ -243,8 +274,8 @@ fn prune_on_host(
         }
         let mut weight = copy(&before)?;
         add_product(&weight, &place, &upper)?;
-        let count = ratio.is_none().then(|| quota.next((o * width) as usize));
-        let (marks, squares) = host_block(&mut weight, &upper, ratio, count)?;
+        let count = ratio.is_none().then(|| quota.next((o * width) as usize / rows_together));
+        let (marks, squares) = host_block(&mut weight, &upper, blocks, count)?;
         place.f_copy_(&weight)?;
         let change = before.f_sub(&weight)?;
         // The sweep returns the loss under the damped Hessian: the dampening's part is subtracted.
@@ -257,10 +288,11 @@ fn prune_on_host(
     Ok(loss)
 }
 
-/// Sweeps a block [o, b] in place, with U [b, b] of its columns. Either `ratio` (n, m) or the
-/// `count` of elements to prune is given. Returns the mask of pruned elements and the sum of the
-/// squared errors.
-fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>, count: Option<usize>) -> Result<(Tensor, f64)> {
+/// Sweeps a block [o, b] in place, with U [b, b] of its columns. `count` is the number of elements
+/// to prune, or of vectors of rows that are pruned together; `None` for n:m. Returns the mask of
+/// pruned elements and the sum of the squared errors.
+fn host_block(weight: &mut Tensor, upper: &Tensor, blocks: Blocks, count: Option<usize>) -> Result<(Tensor, f64)> {
+    let Blocks { ratio, rows_together, .. } = blocks;
     let size = weight.size();
     let upper = to_vec(upper)?;
     let values = numbers_mut(weight)?;
@@ -268,15 +300,20 @@ fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>
     let mut marks = vec![false; values.len()];
     if let Some(count) = count {
         let diagonal: Vec<f32> = upper.iter().step_by(columns + 1).copied().collect();
-        let mut scores = vec![0.0; values.len()];
-        let rows = scores.par_chunks_mut(columns).zip(values.par_chunks(columns)).with_min_len(64);
+        let mut scores = vec![0.0; values.len() / rows_together];
+        let rows = scores.par_chunks_mut(columns).zip(values.par_chunks(rows_together * columns)).with_min_len(64);
         rows.for_each(|(scores, values)| {
-            let pairs = values.iter().zip(&diagonal);
-            scores.iter_mut().zip(pairs).for_each(|(cost, (weight, upper))| *cost = score(*weight, *upper));
+            for values in values.chunks(columns) {
+                let pairs = values.iter().zip(&diagonal);
+                scores.iter_mut().zip(pairs).for_each(|(cost, (weight, upper))| *cost += score(*weight, *upper));
+            }
         });
-        mark_smallest(&scores, count, &mut marks);
+        let mut of_vectors = vec![false; scores.len()];
+        mark_smallest(&scores, count, &mut of_vectors);
+        let rows = marks.chunks_mut(rows_together * columns).zip(of_vectors.chunks(columns));
+        rows.for_each(|(marks, of_vectors)| marks.chunks_mut(columns).for_each(|marks| marks.copy_from_slice(of_vectors)));
     }
-    let squares = sweep(Block { weight: values, pruned: &mut marks, upper: &upper, columns }, ratio);
+    let squares = sweep(Block { weight: values, pruned: &mut marks, upper: &upper, columns, rows_together }, ratio);
     Ok((Tensor::f_from_slice(&marks)?.f_view(size.as_slice())?, squares))
 }
 
@@ -285,9 +322,10 @@ fn host_block(weight: &mut Tensor, upper: &Tensor, ratio: Option<(usize, usize)>
 fn prune_on_device(
     (original, new, pruned): (&Tensor, &Tensor, &Tensor),
     factors: &[&Factor],
-    (ratio, columns): (Option<(usize, usize)>, usize),
+    blocks: Blocks,
     quota: &mut Quota,
 ) -> Result<Tensor> {
+    let Blocks { ratio, columns, rows_together } = blocks;
     let (layers, o, d) = original.size3()?;
     let device = original.device();
     let of_each = |part: &dyn Fn(&Factor) -> Result<Tensor>| -> Result<Tensor> {
@@ -297,8 +335,9 @@ fn prune_on_device(
     let added: Vec<f64> = factors.iter().map(|factor| factor.added).collect();
     let sums = sum_kind(device);
     let added = Tensor::f_from_slice(&added)?.f_to_kind(sums)?.f_to_device(device)?;
-    // The kernels choose n:m within 32 neighbouring columns.
-    let kernels = Kernels::of(device).filter(|_| ratio.is_none_or(|(_, m)| kernels::takes_groups_of(m)));
+    // The kernels choose n:m within 32 neighbouring columns, for each row alone.
+    let is_taken = ratio.is_none_or(|(_, m)| kernels::takes_groups_of(m) && rows_together == 1);
+    let kernels = Kernels::of(device).filter(|_| is_taken);
     let mut loss = Tensor::f_zeros([layers], (sums, device))?;
     let energies = |tensor: &Tensor| tensor.f_square()?.f_sum_dim_intlist([1_i64, 2].as_slice(), false, sums);
     for panel in panels(d, columns.min(d as usize) as i64) {
@@ -311,11 +350,11 @@ fn prune_on_device(
         let weight = before.f_baddbmm(&place, &upper, 1, 1)?;
         let marks = match ratio {
             Some(_) => weight.f_zeros_like()?.f_to_kind(Kind::Bool)?,
-            None => device_sweep::smallest(&weight, &upper, quota.next((o * width) as usize))?,
+            None => device_sweep::smallest(&weight, &upper, quota.next((o * width) as usize / rows_together), rows_together)?,
         };
         let squares = match kernels.as_deref().filter(|_| width <= kernels::MOST_COLUMNS) {
             Some(kernels) => device_sweep::sweep_by_kernel(kernels, &weight, &upper, &marks, ratio)?,
-            None => energies(&device_sweep::sweep(&weight, &upper, &marks, ratio)?)?,
+            None => energies(&device_sweep::sweep(&weight, &upper, &marks, ratio, rows_together)?)?,
         };
         place.f_copy_(&weight)?;
         let change = before.f_sub(&weight)?;
@@ -351,15 +390,25 @@ mod tests {
         let factors: Vec<Factor> = hessians.iter().map(|hessian| Factor::new(hessian, 0, 0.01).unwrap()).collect();
         let weights: Vec<Tensor> = (0..3).map(|at| random([70, 300], at + 20)).collect();
         let layers: Vec<_> = (0..3).map(|at| (&weights[at], &hessians[at], &factors[at])).collect();
-        for (ratio, block) in [(None, 128), (None, 37), (Some((2, 4)), 128), (Some((1, 3)), 126)] {
+        for (ratio, block, rows_together) in [
+            (None, 128, 1),
+            (None, 37, 1),
+            (None, 128, 2),
+            (Some((2, 4)), 128, 1),
+            (Some((1, 3)), 126, 1),
+            (Some((2, 4)), 128, 2),
+        ] {
             let sparsity = ratio.map_or(Sparsity::Unstructured(0.4), |(n, m)| Sparsity::NOfM(NmRatio { n, m }));
-            let options = PruneOptions { sparsity, block, ..PruneOptions::default() };
+            let options = PruneOptions { sparsity, block, rows_together, ..PruneOptions::default() };
             let batch = prune_batch(&layers, &options).unwrap();
             for (device, host) in batch.iter().zip(prune_many(&layers, &options).unwrap()) {
                 assert_eq!(device.mask, host.mask, "{ratio:?} {block}: another mask");
                 assert_eq!((device.sparsity, &device.notes), (host.sparsity, &host.notes));
                 let off = ((&device.weight - &host.weight).norm() / host.weight.norm()).double_value(&[]);
                 assert!(off < 1e-5 && (device.loss / host.loss - 1.0).abs() < 1e-5, "{ratio:?} {block}: {off:.1e}");
+                let vectors = host.mask.reshape([-1, rows_together as i64, 300]);
+                assert_eq!(vectors, vectors.narrow(1, 0, 1).expand_as(&vectors), "a part of a vector is pruned");
+                assert!((host.sparsity - sparsity.share(300)).abs() < 0.02);
             }
         }
         let (other, wide) = (random([71, 300], 30), random([70, 301], 31));

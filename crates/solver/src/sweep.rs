@@ -1,13 +1,11 @@
 //! The part of SparseGPT that goes column by column: prunes a column, and feeds its errors back to
 //! the columns after it.
 
-use std::ops::Range;
-
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// The number of rows that are swept together, one in each SIMD lane. Rows are independent.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// The number of columns whose errors are fed back together, while the columns after them are in
 /// registers.
@@ -26,18 +24,22 @@ pub(super) struct Block<'a> {
     pub upper: &'a [f32],
     /// b.
     pub columns: usize,
+    /// The number of neighbouring rows with one mask; it divides [`LANES`] and o.
+    pub rows_together: usize,
 }
 
 /// Sweeps over the columns of a block: a pruned weight w_j goes to zero, and with e = w_j / U_jj
 /// the columns after it become w_k - e U_jk.
 ///
 /// With `ratio` (n, m) the mask is chosen during the sweep: at every m-th column, for the next m
-/// columns, from the current weights (smallest w^2 / U_jj^2, the first of equals). An incomplete
+/// columns, from the current weights (smallest w^2 / U_jj^2, the first of equals; summed over rows
+/// with one mask). An incomplete
 /// last group stays dense.
 ///
 /// Returns the sum of the squared errors e, which does not depend on the number of threads.
 pub(super) fn sweep(block: Block<'_>, ratio: Option<(usize, usize)>) -> f64 {
-    let Block { weight, pruned, upper, columns } = block;
+    let Block { weight, pruned, upper, columns, rows_together } = block;
+    let ratio = ratio.map(|(n, m)| Ratio { n, m, rows_together });
     let arch = Arch::new();
     let tiles = weight.par_chunks_mut(LANES * columns).zip(pruned.par_chunks_mut(LANES * columns));
     let squares = tiles
@@ -56,7 +58,15 @@ struct Task<'a> {
     weight: &'a mut [f32],
     pruned: &'a mut [bool],
     upper: &'a [f32],
-    ratio: Option<(usize, usize)>,
+    ratio: Option<Ratio>,
+}
+
+/// n:m for rows with one mask.
+#[derive(Clone, Copy)]
+struct Ratio {
+    n: usize,
+    m: usize,
+    rows_together: usize,
 }
 
 impl WithSimd for Task<'_> {
@@ -90,14 +100,7 @@ impl Tile {
 
     /// Up to [`LANES`] rows of a block.
     #[inline(always)]
-    fn sweep<S: Simd>(
-        &mut self,
-        simd: S,
-        weight: &mut [f32],
-        pruned: &mut [bool],
-        upper: &[f32],
-        ratio: Option<(usize, usize)>,
-    ) -> f64 {
+    fn sweep<S: Simd>(&mut self, simd: S, weight: &mut [f32], pruned: &mut [bool], upper: &[f32], ratio: Option<Ratio>) -> f64 {
         let columns = self.weight.len();
         let rows = weight.len() / columns;
         for (row, (weight, pruned)) in weight.chunks(columns).zip(pruned.chunks(columns)).enumerate() {
@@ -106,17 +109,17 @@ impl Tile {
         }
         // In a tile of fewer rows the other lanes prune nothing.
         self.pruned.iter_mut().for_each(|pruned| pruned[rows..].fill(0.0));
-        let strip = ratio.map_or(STRIP, |(_, m)| m * STRIP.div_ceil(m));
+        let strip = ratio.map_or(STRIP, |Ratio { m, .. }| m * STRIP.div_ceil(m));
         let mut squares = [0.0; LANES];
         for start in (0..columns).step_by(strip) {
             let end = columns.min(start + strip);
             self.errors.clear();
             for column in start..end {
-                if let Some((n, m)) = ratio
-                    && column.is_multiple_of(m)
-                    && column + m <= columns
+                if let Some(ratio) = ratio
+                    && column.is_multiple_of(ratio.m)
+                    && column + ratio.m <= columns
                 {
-                    self.choose(n, column..column + m, rows, upper);
+                    self.choose(ratio, column, rows, upper);
                 }
                 self.prune(simd, column, end, &upper[column * columns..][..columns], &mut squares);
             }
@@ -145,16 +148,23 @@ impl Tile {
         self.errors.push(error);
     }
 
-    /// Marks the n of a group with the smallest w^2 / U_jj^2, in each of the first `rows` lanes.
-    fn choose(&mut self, n: usize, group: Range<usize>, rows: usize, upper: &[f32]) {
+    /// Marks the n of the group from `column` on with the smallest w^2 / U_jj^2, in each of the
+    /// first `rows` lanes.
+    fn choose(&mut self, ratio: Ratio, column: usize, rows: usize, upper: &[f32]) {
+        let Ratio { n, m, rows_together } = ratio;
         let columns = self.weight.len();
-        for lane in 0..rows {
-            let score = |column: usize| (score(self.weight[column][lane], upper[column * (columns + 1)]), column);
+        for lane in (0..rows).step_by(rows_together) {
+            let lanes = lane..lane + rows_together;
+            let score = |column: usize| {
+                let scores =
+                    self.weight[column][lanes.clone()].iter().map(|weight| score(*weight, upper[column * (columns + 1)]));
+                (scores.sum::<f32>(), column)
+            };
             self.order.clear();
-            self.order.extend(group.clone().map(score));
+            self.order.extend((column..column + m).map(score));
             self.order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
             for (rank, (_, column)) in self.order.iter().enumerate() {
-                self.pruned[*column][lane] = if rank < n { 1.0 } else { 0.0 };
+                self.pruned[*column][lanes.clone()].fill(if rank < n { 1.0 } else { 0.0 });
             }
         }
     }

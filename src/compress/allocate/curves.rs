@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::unet::PartName;
 use sdxl_model::{Layer, LayerInput};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
@@ -87,9 +88,12 @@ impl Trials<'_> {
         let layers: Vec<&Layer> =
             layers.into_iter().filter(|layer| layer.input() == input && self.settings.contains_key(layer.name())).collect();
         let task = Task::begin(self.progress, "settings tried", "layers", layers.len());
-        // The Hessian is 2/n sum x x^T, and n counts the items of a batch unless the input has two
-        // dimensions.
-        let to_error = if *input == LayerInput::Time { 0.5 } else { 0.5 * self.batch };
+        // The Hessian is 2/n sum x x^T, and n counts the items of a batch. An input of two
+        // dimensions is one item of several vectors, of which a call has one for each row.
+        let items = hessian.samples() as f64;
+        let is_flat = *input == LayerInput::Time
+            || (stop.part == PartName::InputBlock && layers.iter().all(|layer| layer.weight().dim() == 2));
+        let to_error = 0.5 * self.batch * if is_flat { items / hessian.vectors().max(1) as f64 } else { 1.0 };
         for order in [Order::Natural, Order::Activation] {
             let mut factors: Option<JointFactors> = None;
             for layer in &layers {
@@ -99,6 +103,12 @@ impl Trials<'_> {
                 }
                 let recipes = self.settings[layer.name()].iter().map(|recipe| (recipe, trial_options(recipe)));
                 for (recipe, options) in recipes.filter(|(_, options)| options.order() == order) {
+                    let bytes = stored_bytes(&layer.weight().size(), recipe);
+                    let curve = self.curves.entry(layer.name().to_owned()).or_default();
+                    if recipe.is_dense() {
+                        curve.push(Measured { recipe: recipe.clone(), bytes, error: 0.0 });
+                        continue;
+                    }
                     let failed = Error::layer(layer.name());
                     let factors = match factors.take().filter(|factors| factors.fit(options.dampening(), order)) {
                         Some(fitting) => factors.insert(fitting),
@@ -107,11 +117,7 @@ impl Trials<'_> {
                     let (rows, share) = some_rows(&walk.dense_weight_on(layer, hessian.device())?, recipe, hessian.groups())?;
                     let solved = joint(layer.name(), &rows, hessian, factors, &LayerEvidence::default(), &options);
                     let solved = solved.map_err(Error::layer(layer.name()))?;
-                    self.curves.entry(layer.name().to_owned()).or_default().push(Measured {
-                        recipe: recipe.clone(),
-                        bytes: stored_bytes(&layer.weight().size(), recipe),
-                        error: to_error * solved.loss / share,
-                    });
+                    curve.push(Measured { recipe: recipe.clone(), bytes, error: to_error * solved.loss / share });
                 }
             }
         }
@@ -148,8 +154,8 @@ fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tens
     Ok((Tensor::f_cat(&parts, 0)?, wanted as f64 / all as f64))
 }
 
-/// The settings that each layer may get within `limits`: its own, and variants of it with more or
-/// fewer bits, pruned or not.
+/// The settings that each layer may get within `limits`: its own, fp16, and variants of it with more
+/// or fewer bits, in vectors or not, pruned or not.
 pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &Limits) -> Settings {
     const SPARSE: [(f64, BitWidth); 6] = [
         (0.4, BitWidth::Four),
@@ -159,6 +165,18 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
         (0.5, BitWidth::Three),
         (0.5, BitWidth::Two),
     ];
+    /// Vectors with the width of their indices: 1.5 to 4 bits a weight.
+    const VECTORS: [(usize, BitWidth); 6] = [
+        (2, BitWidth::Three),
+        (2, BitWidth::Four),
+        (2, BitWidth::Six),
+        (2, BitWidth::Eight),
+        (4, BitWidth::Six),
+        (4, BitWidth::Eight),
+    ];
+    /// Output channels that share a palette of vectors, besides all of them: palettes of vectors
+    /// have so many values that fewer channels are not worth one.
+    const WIDE: usize = 64;
     const FINE: usize = 4;
     let mut settings = BTreeMap::new();
     for (name, base) in recipes {
@@ -191,6 +209,21 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
                 add(with(bits, Some(FINE), None));
             }
         }
+        let least_bits = f64::from(limits.min_bits.bits());
+        for (length, bits) in VECTORS.into_iter().filter(|(length, bits)| f64::from(bits.bits()) / *length as f64 >= least_bits) {
+            let rows = shape.first().map_or(0, |rows| *rows as usize);
+            let is_plain = palettize.axis == 0 && !palettize.per_channel_scale;
+            if !(limits.vectors && is_plain && rows.is_multiple_of(length)) {
+                continue;
+            }
+            let vectors = PaletteOptions { bits, vector_length: length, grouping: Grouping::PerTensor, ..palettize };
+            add(LayerRecipe { prune: None, palettize: Some(vectors), ..base.clone() });
+            if rows > WIDE && rows.is_multiple_of(WIDE) {
+                let grouping = Grouping::PerGroupedChannel { group_size: WIDE };
+                add(LayerRecipe { prune: None, palettize: Some(PaletteOptions { grouping, ..vectors }), ..base.clone() });
+            }
+        }
+        add(LayerRecipe { prune: None, palettize: None, ..base.clone() });
         if base.prune.is_some() {
             for (share, bits) in SPARSE {
                 if share <= limits.max_sparsity && bits >= limits.min_bits {

@@ -24,4 +24,6 @@ pub(in super::super) struct Measurement<'a> {
 pub(super) struct Limits {
     pub min_bits: BitWidth,
     pub max_sparsity: f64,
+    /// Whether palettes of vectors are allowed.
+    pub vectors: bool,
 }

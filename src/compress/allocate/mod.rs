@@ -49,17 +49,16 @@ pub(super) fn allocate(
     plan: &Plan,
     budget: &BudgetSection,
 ) -> Result<Allocation> {
-    // The input and output blocks keep their settings: they are few bytes, and the effect of their
-    // errors is not measured.
-    let staged = layers_of(measurement.job.model.chain)?.into_iter().filter(|layer| layer.stage.is_some());
-    let shapes: BTreeMap<String, Vec<i64>> = staged.map(|layer| (layer.name, layer.shape)).collect();
-    let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity };
-    let settings = curves::settings(&recipe.layers, &shapes, &limits);
+    let layers = layers_of(measurement.job.model.chain)?.into_iter();
+    let shapes: BTreeMap<String, Vec<i64>> = layers.map(|layer| (layer.name, layer.shape)).collect();
+    let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity, vectors: !budget.no_vectors };
+    let mut settings = curves::settings(&recipe.layers, &shapes, &limits);
     if settings.is_empty() {
         return Err(Error::Argument("a budget needs layers that are palettized by the joint solver; there are none".into()));
     }
     measurement.job.calibration.check()?;
     let sensitivities = sensitivity::measure(&measurement, budget.probes)?;
+    settings.retain(|name, _| sensitivities.by_layer.contains_key(name));
     let curves = curves::measure(measurement, &settings)?;
 
     // Rounded, so that summation-order noise cannot change the choice.
@@ -67,7 +66,7 @@ pub(super) fn allocate(
     let mut names = Vec::new();
     let mut choices = Vec::new();
     for (name, measured) in &curves {
-        let sensitivity = sensitivities.by_layer.get(name).expect("every layer of a stage has a sensitivity");
+        let sensitivity = sensitivities.by_layer.get(name).expect("settings are those of layers with a sensitivity");
         let weight = rounded(sensitivity / sensitivities.energy.max(f64::MIN_POSITIVE));
         let choice = |measured: &curves::Measured| Choice { bytes: measured.bytes, cost: weight * rounded(measured.error) };
         names.push(name);

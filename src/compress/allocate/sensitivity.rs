@@ -37,7 +37,7 @@ pub(super) struct Sensitivities {
 pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Sensitivities> {
     let Measurement { job, folder, progress, .. } = measurement;
     let _one = OneThread::begin();
-    let task = Task::begin(*progress, "sensitivities", "parts", 2 * job.model.chain.stages().len() + 1);
+    let task = Task::begin(*progress, "sensitivities", "parts", 2 * job.model.chain.stages().len() + 2);
     let device = job.machine.devices.first();
     let (samples, total) = (&job.calibration.samples.calls, job.calibration.samples.calls.len());
     let count = probes.min(total);
@@ -69,12 +69,15 @@ pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Se
     let mut gradients = Vec::new();
     for (number, carry) in walk.carries()?.iter().enumerate() {
         let carry = leaf(carry)?;
-        let output = output_block.forward(Scope::Whole, carry.shallow_clone(), &mut Unobserved)?.hidden_states;
+        let mut outputs = Outputs::default();
+        let output = output_block.forward(Scope::Whole, carry.shallow_clone(), &mut outputs)?.hidden_states;
         sensitivities.energy += squares(&output)? / count as f64;
         let probe = noise(&output.size(), number as u64, Kind::Float)?.f_to_device(device)?;
         let along = output.f_to_kind(Kind::Float)?.f_mul(&probe)?.f_sum(Kind::Float)?;
-        let gradient = Tensor::f_run_backward(&[along], std::slice::from_ref(&carry.hidden_states), false, false)?;
-        gradients.push(Gradient { hidden_states: gradient.into_iter().next(), tokens: None, residuals: Vec::new() });
+        let mut of_carry = outputs.backward(&[along], vec![carry.hidden_states], &mut |layer, squares, numel| {
+            sensitivities.add(layer, squares / numel, count);
+        })?;
+        gradients.push(Gradient { hidden_states: of_carry.remove(0), tokens: None, residuals: Vec::new(), temb: None });
     }
     drop(walk);
     for (name, before) in stages.iter().zip(before).rev() {
@@ -82,12 +85,27 @@ pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Se
         task.advance(&name.to_string());
         let stage = job.model.chain.load_part(*name, job.model.source)?;
         for (carry, gradient) in before.into_iter().zip(&mut gradients) {
-            backward(&stage, carry, gradient, &mut |layer, squares, numel| {
-                *sensitivities.by_layer.entry(layer.to_owned()).or_default() += 1.0 / count as f64 * squares / numel;
-            })?;
+            backward(&stage, carry, gradient, &mut |layer, squares, numel| sensitivities.add(layer, squares / numel, count))?;
         }
     }
+    task.go_on()?;
+    task.advance(&PartName::InputBlock.to_string());
+    let input_block = job.model.chain.load_input_block(job.model.source)?;
+    for (call, gradient) in samples.calls.iter().zip(&gradients) {
+        let mut outputs = Outputs::default();
+        let carry = input_block.forward(&call.sample, call.timestep, &call.conditioning, &mut outputs)?;
+        let along = gradient.along(&carry)?;
+        let mut add = |layer: &str, squares, numel: f64| sensitivities.add(layer, squares / numel, count);
+        outputs.backward(&along, Vec::new(), &mut add)?;
+    }
     Ok(sensitivities)
+}
+
+impl Sensitivities {
+    /// Adds the squared gradient of a layer's output, for one of `count` probes.
+    fn add(&mut self, layer: &str, square: f64, count: usize) {
+        *self.by_layer.entry(layer.to_owned()).or_default() += 1.0 / count as f64 * square;
+    }
 }
 
 /// Keeps libtorch on one thread until it is dropped, because gradients of SiLU, and of products
@@ -109,11 +127,30 @@ impl Drop for OneThread {
     }
 }
 
-/// The gradient with respect to each tensor of a carry.
+/// The gradient with respect to each tensor of a carry; `None` where the output does not depend on
+/// it.
 struct Gradient {
     hidden_states: Option<Tensor>,
     tokens: Option<Tensor>,
-    residuals: Vec<Tensor>,
+    residuals: Vec<Option<Tensor>>,
+    temb: Option<Tensor>,
+}
+
+impl Gradient {
+    /// The scalar products with a carry's tensors, whose gradient is to be found.
+    fn along(&self, carry: &Carry) -> Result<Vec<Tensor>> {
+        let tensors = [Some(&carry.hidden_states), carry.tokens.as_ref(), Some(&carry.temb)].into_iter();
+        let gradients = [&self.hidden_states, &self.tokens, &self.temb].into_iter();
+        let residuals = carry.down_block_res_samples.iter().map(Some).zip(&self.residuals);
+        let pairs = tensors.zip(gradients).chain(residuals);
+        let product = |(tensor, gradient): (Option<&Tensor>, &Option<Tensor>)| match (tensor, gradient) {
+            (Some(tensor), Some(gradient)) if tensor.requires_grad() => {
+                Some(tensor.f_mul(gradient).and_then(|product| product.f_sum(Kind::Float)))
+            }
+            (_, _) => None,
+        };
+        Ok(pairs.filter_map(product).collect::<Result<_, _>>()?)
+    }
 }
 
 /// Called with the name of a layer, the squared norm of its output's gradient, and the output's
@@ -143,33 +180,16 @@ fn backward(stage: &Part, carry: Carry, gradient: &mut Gradient, add: AddLayer<'
 fn backward_block(stage: &Part, block: usize, carry: Carry, gradient: &mut Gradient, add: AddLayer<'_>) -> Result<()> {
     let mut outputs = Outputs::default();
     let after = stage.forward(Scope::Block(block), carry.shallow_clone(), &mut outputs)?;
-    let mut along = Vec::new();
-    let mut add_product = |tensor: &Tensor, gradient: &Tensor| -> Result<()> {
-        along.push(tensor.f_mul(gradient)?.f_sum(Kind::Float)?);
-        Ok(())
-    };
-    if let Some(gradient) = &gradient.hidden_states {
-        add_product(&after.hidden_states, gradient)?;
-    }
-    if let (Some(tokens), Some(gradient)) = (&after.tokens, &gradient.tokens) {
-        add_product(tokens, gradient)?;
-    }
-    for (residual, gradient) in after.down_block_res_samples.iter().zip(&gradient.residuals) {
-        add_product(residual, gradient)?;
-    }
-    let mut inputs = vec![carry.hidden_states.shallow_clone()];
-    inputs.extend(carry.tokens.iter().map(Tensor::shallow_clone));
-    inputs.extend(carry.down_block_res_samples.iter().map(Tensor::shallow_clone));
-    let of_carry = inputs.len();
-    inputs.extend(outputs.0.iter().map(|(_, output)| output.shallow_clone()));
-    let mut gradients = Tensor::f_run_backward(&along, &inputs, false, false)?;
-    for ((name, output), gradient) in outputs.0.iter().zip(gradients.split_off(of_carry)) {
-        add(name, squares(&gradient)?, output.numel().max(1) as f64);
-    }
-    let mut gradients = gradients.into_iter();
-    gradient.hidden_states = gradients.next();
-    gradient.tokens = if carry.tokens.is_some() { gradients.next() } else { None };
-    gradient.residuals = gradients.collect();
+    let along = gradient.along(&after)?;
+    let (tokens, residuals) = (carry.tokens.is_some(), carry.down_block_res_samples.len());
+    let mut inputs = vec![carry.hidden_states, carry.temb];
+    inputs.extend(carry.tokens);
+    inputs.extend(carry.down_block_res_samples);
+    let mut gradients = outputs.backward(&along, inputs, add)?.into_iter();
+    gradient.hidden_states = gradients.next().flatten();
+    gradient.temb = gradients.next().flatten();
+    gradient.tokens = if tokens { gradients.next().flatten() } else { None };
+    gradient.residuals = gradients.take(residuals).collect();
     Ok(())
 }
 
@@ -180,7 +200,7 @@ fn leaf(carry: &Carry) -> Result<Carry> {
         hidden_states: leaf(&carry.hidden_states)?,
         tokens: carry.tokens.as_ref().map(leaf).transpose()?,
         down_block_res_samples: carry.down_block_res_samples.iter().map(leaf).collect::<Result<_>>()?,
-        temb: carry.temb.shallow_clone(),
+        temb: leaf(&carry.temb)?,
         encoder_hidden_states: carry.encoder_hidden_states.shallow_clone(),
     })
 }
@@ -192,6 +212,24 @@ fn squares(tensor: &Tensor) -> Result<f64> {
 /// Keeps the outputs that depend on the graph's leaves.
 #[derive(Default)]
 struct Outputs(Vec<(String, Tensor)>);
+
+impl Outputs {
+    /// Backpropagates the sum of `along`. Calls `add` for each layer that it depends on, and
+    /// returns the gradient of each of `inputs`.
+    fn backward(self, along: &[Tensor], inputs: Vec<Tensor>, add: AddLayer<'_>) -> Result<Vec<Option<Tensor>>> {
+        let of_inputs = inputs.len();
+        let all: Vec<Tensor> = inputs.into_iter().chain(self.0.iter().map(|(_, output)| output.shallow_clone())).collect();
+        let gradients = Tensor::f_run_backward(along, &all, false, false)?;
+        let mut gradients = gradients.into_iter().map(|gradient| Some(gradient).filter(Tensor::defined));
+        let of_inputs = gradients.by_ref().take(of_inputs).collect();
+        for ((name, output), gradient) in self.0.iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                add(name, squares(&gradient)?, output.numel().max(1) as f64);
+            }
+        }
+        Ok(of_inputs)
+    }
+}
 
 impl Observer for Outputs {
     fn input(&mut self, _layer: &Layer, _input: &Tensor) -> Result<()> {

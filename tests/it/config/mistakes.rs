@@ -184,6 +184,22 @@ fn a_group_size_goes_with_its_granularity() {
 }
 
 #[test]
+fn vectors_need_output_channels_and_no_scales() {
+    let in_global = |lines: &str| format!("palettize:\n  global_config:\n{lines}");
+    for length in ["0", "3", "8", "16", "-2", "1.5", "two"] {
+        wrong(&in_global(&format!("    cluster_dim: {length}\n")), 3, 18, &["`cluster_dim` must be"]);
+    }
+    let axis = in_global("    channel_axis: 1\n    cluster_dim: 2\n");
+    wrong(&axis, 4, 18, &["`cluster_dim: 2` needs `channel_axis: 0`"]);
+    let scales = in_global("    cluster_dim: 4\n    enable_per_channel_scale: true\n");
+    wrong(&scales, 3, 18, &["`cluster_dim: 4` and `enable_per_channel_scale` exclude each other"]);
+    // Scalar palettes have both.
+    parsed(&in_global("    channel_axis: 1\n    cluster_dim: 1\n    enable_per_channel_scale: true\n"));
+    let vectors = parsed(&in_global("    cluster_dim: 2\n    n_bits: 8\n")).palettize.unwrap().rules.global_config.unwrap();
+    assert_eq!((vectors.vector_length, vectors.bits.bits()), (2, 8));
+}
+
+#[test]
 fn bad_patterns_and_types() {
     wrong("prune:\n  layers: ['up_blocks(']\n", 2, 12, &["`up_blocks(` is not a regular expression: unclosed group"]);
     wrong(

@@ -214,6 +214,88 @@ fn groups_that_do_not_fit() {
     assert!(errors.len() == 1 && errors[0].contains("`conv_in` has 4 channels"), "{errors:?}");
 }
 
+/// The vector length and the group size of each layer; 0 for one palette.
+fn vectors(resolution: &Resolution) -> Vec<(usize, usize)> {
+    let settings = resolution.layers.iter().map(|layer| layer.palettize.settings());
+    settings.map(|found| found.map_or((0, 0), |found| (found.vector_length, found.grouping.group_size().unwrap_or(0)))).collect()
+}
+
+#[test]
+fn vectors_that_do_not_fit() {
+    let uneven = [layer("a", Linear, &[126, 512]), layer("b", Conv2d, &[128, 64, 3, 3]), layer("c", Linear, &[125, 640])];
+    let config = |on_misfit: &str, group: &str| {
+        parsed(&format!("palettize: {{on_misfit: {on_misfit}, global_config: {{n_bits: 2, cluster_dim: 4{group}}}}}"))
+    };
+    let refused = config("error", "").resolve(&uneven);
+    assert_eq!(
+        of(&refused, Severity::Error),
+        [
+            "palettize: `a` has 126 output channels, which vectors of 4 do not divide; say `on_misfit: smaller_group` or `dense`, or give \
+             it a rule of its own",
+            "palettize: `c` has 125 output channels, which vectors of 4 do not divide; say `on_misfit: smaller_group` or `dense`, or give \
+             it a rule of its own",
+        ]
+    );
+    assert_eq!(mistakes_of(refused.checked().unwrap_err()).len(), 2);
+    let shorter = config("smaller_group", "").resolve(&uneven);
+    assert_eq!(vectors(&shorter), [(2, 0), (4, 0), (1, 0)]);
+    let said = of(&shorter, Severity::Warning);
+    assert!(
+        said.len() == 2 && said[0].ends_with("it gets vectors of 2") && said[1].ends_with("it gets scalar palettes"),
+        "{said:?}"
+    );
+    let dense = config("dense", "").resolve(&uneven);
+    assert_eq!(vectors(&dense), [(0, 0), (4, 0), (0, 0)]);
+    assert_eq!(dense.layers[0].palettize, Choice::Leave(Why::Misfit));
+    assert!(of(&dense, Severity::Warning)[0].ends_with("it stays fp16"));
+
+    // Groups of 6 hold vectors of 2. 125 channels are first cut into groups of 5, which hold none,
+    // and 128 into groups of 4, which are too few for their palette.
+    let groups = config("smaller_group", ", granularity: per_grouped_channel, group_size: 6").resolve(&uneven);
+    assert_eq!(vectors(&groups), [(2, 6), (4, 16), (1, 5)]);
+    let said = of(&groups, Severity::Warning);
+    assert!(said.contains(
+        &"palettize: `a` has 126 output channels in groups of 6, which vectors of 4 do not divide; it gets vectors of 2".into()
+    ));
+}
+
+#[test]
+fn groups_are_widened_until_they_are_worth_their_palettes() {
+    let layers = [
+        layer("down_blocks.0.wide", Linear, &[320, 5120]),
+        layer("down_blocks.0.square", Linear, &[320, 320]),
+        layer("down_blocks.0.small", Linear, &[64, 64]),
+        layer("down_blocks.0.tiny", Linear, &[48, 48]),
+        layer("down_blocks.0.kernel", Conv2d, &[320, 320, 3, 3]),
+    ];
+    let config = |more: &str| {
+        let rule = "granularity: per_grouped_channel, group_size: 16, cluster_dim: 2, n_bits: 8";
+        parsed(&format!("palettize: {{global_config: {{{rule}}}}}\n{more}"))
+    };
+    // A palette has 1 KiB, so that a group needs 16 KiB of indices: one byte for two weights. Groups
+    // of 16 have 40, 2.5, 0.5 KiB and 22.5 KiB. All of `small` has 2 KiB; all of `tiny` has 1.1.
+    let found = config("").resolve(&layers);
+    assert_eq!(vectors(&found), [(2, 16), (2, 160), (2, 0), (2, 0), (2, 16)]);
+    let palette = "have too few indices for palettes of 8 bits with vectors of 2";
+    assert_eq!(
+        of(&found, Severity::Warning),
+        [
+            format!("palettize: groups of 16 channels {palette}; groups of 160 for `down_blocks.0.square`"),
+            format!("palettize: groups of 16 channels {palette}; one palette for `down_blocks.0.small`, `down_blocks.0.tiny`"),
+        ]
+    );
+    // With half of the vectors pruned groups have half of the indices.
+    let pruned = config("prune: {global_config: {target_sparsity: 0.5}}").resolve(&layers);
+    assert_eq!(vectors(&pruned), [(2, 16), (2, 320), (2, 0), (1, 16), (2, 32)].map(|(length, size)| (length, size % 320)));
+    let said = of(&pruned, Severity::Warning);
+    let scalar = "a palette of 8 bits with vectors of 2 is larger than all indices; scalar palettes for `down_blocks.0.tiny`";
+    assert!(said.contains(&format!("palettize: {scalar}")), "{said:?}");
+    // Scalar palettes are never changed.
+    let scalars =
+        parsed("palettize: {global_config: {granularity: per_grouped_channel, group_size: 1, n_bits: 8}}").resolve(&layers);
+    assert!(vectors(&scalars).iter().all(|found| *found == (1, 1)) && of(&scalars, Severity::Warning).is_empty());
+}
+
 #[test]
 fn small_weights_stay_as_they_are() {
     let resolution = resolved("palettize: {}");

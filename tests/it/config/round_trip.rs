@@ -71,10 +71,16 @@ fn palette_settings() -> impl Strategy<Value = String> {
     (
         optional("n_bits", prop::sample::select(&["1", "2", "3", "4", "6", "8"][..]).prop_map(str::to_owned)),
         prop::option::of(granularity),
-        optional("channel_axis", (0..2u32).prop_map(|axis| axis.to_string())),
-        optional("enable_per_channel_scale", any::<bool>().prop_map(|scale| scale.to_string())),
+        // Vectors go with neither.
+        prop_oneof![
+            (
+                optional("channel_axis", (0..2u32).prop_map(|axis| axis.to_string())),
+                optional("enable_per_channel_scale", any::<bool>().prop_map(|scale| scale.to_string())),
+            ),
+            (optional("cluster_dim", prop::sample::select(&["1", "2", "4"][..]).prop_map(str::to_owned)), Just(None)),
+        ],
     )
-        .prop_map(|(n_bits, granularity, axis, scale)| mapping(vec![n_bits, granularity, axis, scale]))
+        .prop_map(|(n_bits, granularity, (axis, scale))| mapping(vec![n_bits, granularity, axis, scale]))
 }
 
 fn rules<S: Strategy<Value = String> + Clone + 'static>(settings: S) -> impl Strategy<Value = Vec<Option<String>>> {
@@ -257,6 +263,17 @@ budget: null
     let (comment, yaml) = written.split_once('\n').unwrap();
     assert!(comment.starts_with("# "));
     assert_eq!(yaml, expected);
+}
+
+/// Recipes are in containers, which are the same as before there were vectors.
+#[test]
+fn the_length_of_vectors_is_written_where_there_are_any() {
+    let vectors = parsed("palettize: {global_config: {cluster_dim: 2}}");
+    assert!(vectors.to_yaml().contains("    group_size: null\n    cluster_dim: 2\n    channel_axis: 0\n"));
+    assert_eq!(parsed(&vectors.to_yaml()), vectors);
+    let scalars = parsed("palettize: {global_config: {cluster_dim: 1}}");
+    assert!(!scalars.to_yaml().contains("cluster_dim"));
+    assert_eq!(scalars, parsed("palettize: {global_config: {}}"));
 }
 
 #[test]

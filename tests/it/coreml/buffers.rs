@@ -24,8 +24,13 @@ fn coremltools_would_find_mask_and_palettes_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("c.safetensors");
     made_up::container(&repo("tests/golden/base-like"), &path);
-    let container = Container::open(&path).unwrap();
     let out = folder.path().join("out.safetensors");
+    let refused = coremltools((&Container::open(&path).unwrap()).into(), &out, SmallWeights::Move, &Silent).unwrap_err();
+    let words = "cannot convert weights that are pruned and have vector palettes";
+    assert!(refused.is_bad_input() && refused.to_string().contains(words) && !out.exists(), "{refused}");
+
+    made_up::container_without_masked_vectors(&repo("tests/golden/base-like"), &path);
+    let container = Container::open(&path).unwrap();
 
     let refused = coremltools((&container).into(), &out, SmallWeights::Refuse, &Silent).unwrap_err();
     assert!(refused.is_bad_input() && refused.to_string().contains("2^-10") && !out.exists(), "{refused}");
@@ -34,7 +39,7 @@ fn coremltools_would_find_mask_and_palettes_again() {
     assert!(moved.iter().any(|row| refused.to_string().contains(&format!("{} ({})", row.name, row.elements))));
     let file = SafetensorsFile::open(&out).unwrap();
     assert_eq!(file.read("_COREML_/metadata_version").unwrap(), 1i64.to_le_bytes());
-    let mut buffers = 1;
+    let (mut buffers, mut vectors) = (1, 0);
     for layer in container.layers() {
         let (weight, was) = (container.weight(&layer.name).unwrap(), container.decode(&layer.name).unwrap());
         let is = halves(&file, &layer.name);
@@ -64,7 +69,25 @@ fn coremltools_would_find_mask_and_palettes_again() {
         let name = format!("{module}._COREML_/weight/lut");
         let (shape, lut) = (file.entries()[&name].shape.clone(), halves(&file, &name));
         let rank = layer.shape.len();
-        assert_eq!((shape.len(), &shape[rank..]), (rank + 2, &[1 << bits, 1][..]), "{}", layer.name);
+        let length = weight.vector_length();
+        assert_eq!((shape.len(), &shape[rank..]), (rank + 2, &[1 << bits, length as i64][..]), "{}", layer.name);
+        let axis = format!("{module}._COREML_/weight/vector_axis");
+        assert_eq!(file.entries().contains_key(&axis), length > 1, "{}", layer.name);
+        if length > 1 {
+            assert_eq!((file.read(&axis).unwrap(), file.entries()[&axis].shape.len()), (vec![0; 8], 0));
+            buffers += 1;
+            vectors += 1;
+            // The values of neighbouring output channels are an entry of their block's palette.
+            let columns = is.len() / layer.shape[0] as usize;
+            let group = layer.shape[0] as usize / shape[0] as usize;
+            for (row, column) in (0..layer.shape[0] as usize).step_by(length).flat_map(|row| (0..columns).map(move |c| (row, c)))
+            {
+                let vector: Vec<f16> = (row..row + length).map(|row| is[row * columns + column]).collect();
+                let palette = &lut[row / group * length << bits..][..length << bits];
+                assert!(palette.chunks(length).any(|entry| entry == vector), "{} {row} {column}", layer.name);
+            }
+            continue;
+        }
         // Every kept weight is an entry of its block's palette.
         let inner: i64 = layer.shape[2..].iter().product();
         for (i, value) in is.iter().enumerate().filter(|(_, value)| **value != f16::ZERO) {
@@ -76,13 +99,16 @@ fn coremltools_would_find_mask_and_palettes_again() {
     }
     let tensors = container.layers().len() + container.tensors().count();
     assert_eq!(file.entries().len(), tensors + buffers);
+    assert!(vectors > 20, "{vectors}");
+    // `check_coremltools.py` has coremltools find the palettes again.
+    std::fs::copy(&out, std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("coremltools.safetensors")).unwrap();
 }
 
 #[test]
 fn the_command_says_what_it_moved() {
     let folder = tempfile::tempdir().unwrap();
     let (container, out) = (folder.path().join("c.safetensors"), folder.path().join("out.safetensors"));
-    made_up::container(&repo("tests/golden/refiner-like"), &container);
+    made_up::container_without_masked_vectors(&repo("tests/golden/refiner-like"), &container);
     let export = Squeeze::new("export").arg(&container).with("--to", "coremltools").out(&out);
     export.ends_with(2).says(&["--small-weights move"]);
     export.clone().with("--layout", "linear").ends_with(2).says(&["--layout has no effect"]);

@@ -247,13 +247,26 @@ fn in_program() -> Vec<Fault> {
         fault("the lut is", |package| {
             // The shape is that of a table with one bit more and half as many groups, which has as
             // many bytes.
-            let halved = |op: &&mut Operation| op.inputs.contains_key("lut") && sizes(&mut (**op).clone(), "lut")[0] == 2;
+            let halved = |op: &&mut Operation| op.inputs.contains_key("lut") && sizes(&mut (**op).clone(), "lut")[0] % 2 == 0;
             let op = package.block().operations.iter_mut().find(halved).unwrap();
             let shape = sizes(op, "lut");
             let entries = shape.len() - 2;
             let lut = tensor_type(inline(op, "lut"));
-            dimension(lut, 0, 1);
+            dimension(lut, 0, shape[0] / 2);
             dimension(lut, entries, 2 * shape[entries]);
+        }),
+        fault("`vector_axis` is missing", |package| drop(vectors(package, "indices").inputs.remove("vector_axis"))),
+        fault("`vector_axis` is missing", |package| drop(vectors(package, MASK).inputs.remove("vector_axis"))),
+        fault("there is no axis 7", |package| *axis(vectors(package, "indices")) = 7),
+        // Along another axis the weight has another shape.
+        fault("says that it makes", |package| *axis(vectors(package, "indices")) = 1),
+        fault("says that it makes", |package| *axis(vectors(package, MASK)) = 1),
+        fault("`vector_axis` is", |package| {
+            tensor_type(inline(vectors(package, MASK), "vector_axis")).data_type = DataType::Float32 as i32;
+        }),
+        fault("has no parameter `vector_axis`", |package| {
+            let value = vectors(package, "indices").inputs["vector_axis"].clone();
+            package.op("constexpr_sparse_to_dense").inputs.insert("vector_axis".into(), value);
         }),
         fault("there is no record at", |package| *offset(inline(package.op(LUT), MASK)) += 64),
         fault("there is no record at", |package| *offset(inline(package.op(LUT), MASK)) = u64::MAX),
@@ -268,8 +281,9 @@ fn in_program() -> Vec<Fault> {
         fault("has no value", |package| inline(package.op(LUT), MASK).value = None),
         fault("mask and values of two different weights", |package| {
             // The values are those of another weight that keeps as many elements.
+            let scalar = |op: &&Operation| op.r#type == LUT && !op.inputs.contains_key("vector_axis");
             let names: Vec<String> =
-                package.block().operations.iter().filter(|op| op.r#type == LUT).map(|op| op.outputs[0].name.clone()).collect();
+                package.block().operations.iter().filter(scalar).map(|op| op.outputs[0].name.clone()).collect();
             let ones: Vec<u64> = names.iter().map(|name| sizes(package.named(name), "indices_nonzero_data")[0]).collect();
             let (a, b) = (0..names.len()).flat_map(|a| (0..a).map(move |b| (a, b))).find(|(a, b)| ones[*a] == ones[*b]).unwrap();
             let values = names[b].replace("_palettized_0", "_palettized_1");
@@ -347,6 +361,20 @@ fn in_program() -> Vec<Fault> {
             package.op("gelu").attributes.insert("name".into(), name_of("other"));
         }),
     ]
+}
+
+/// The first operation with vectors and this parameter.
+fn vectors<'a>(package: &'a mut Package, parameter: &str) -> &'a mut Operation {
+    let mut operations = package.block().operations.iter_mut();
+    operations.find(|op| op.inputs.contains_key("vector_axis") && op.inputs.contains_key(parameter)).unwrap()
+}
+
+/// The value of the axis of vectors.
+fn axis(op: &mut Operation) -> &mut i32 {
+    let Some(Kind::ImmediateValue(value)) = &mut inline(op, "vector_axis").value else { panic!() };
+    let Some(Immediate::Tensor(tensor)) = &mut value.value else { panic!() };
+    let Some(Content::Ints(list)) = &mut tensor.value else { panic!() };
+    &mut list.values[0]
 }
 
 /// A string as the value of an attribute.

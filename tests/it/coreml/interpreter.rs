@@ -193,14 +193,17 @@ fn compute(kind: &str, a: &Arguments) -> Vec<Tensor> {
         }
         "constexpr_lut_to_dense" => {
             let indices = a.t("indices");
-            palette_of(&indices.size(), a.t("lut")).gather(1, &indices.reshape([-1, 1]), false).reshape(indices.size())
+            spread_vectors(&entries_of(&indices.size(), a.t("lut"), indices, None), &indices.size(), vector_axis(a))
         }
         "constexpr_lut_to_sparse" => {
             let mask = a.t("indices_mask");
             let kept = mask.flatten(0, -1).nonzero().flatten(0, -1);
-            let palettes = palette_of(&mask.size(), a.t("lut")).index_select(0, &kept);
-            let values = palettes.gather(1, &a.t("indices_nonzero_data").reshape([-1, 1]), false).flatten(0, -1);
-            return vec![mask.shallow_clone(), values];
+            let entries = entries_of(&mask.size(), a.t("lut"), a.t("indices_nonzero_data"), Some(&kept));
+            let length = entries.size()[1];
+            let all = Tensor::zeros([mask.numel() as i64, length], (Dtype::Float, mask.device()));
+            let dense = spread_vectors(&all.index_put(&[Some(kept)], &entries, false), &mask.size(), vector_axis(a));
+            let mask = mask.repeat_interleave_self_int(length, vector_axis(a), None);
+            return vec![mask.shallow_clone(), dense.masked_select(&mask.not_equal(0))];
         }
         "constexpr_sparse_to_dense" => {
             let mask = a.t("mask");
@@ -212,15 +215,33 @@ fn compute(kind: &str, a: &Arguments) -> Vec<Tensor> {
     }]
 }
 
-/// The palette of each element: [elements, 2^bits].
-fn palette_of(shape: &[i64], lut: &Tensor) -> Tensor {
+/// The axis that vectors of a look-up table lie along; any axis will do for single values.
+fn vector_axis(a: &Arguments) -> i64 {
+    if a.0.contains_key("vector_axis") { a.ints("vector_axis")[0] } else { 0 }
+}
+
+/// The palette entries that `indices` name for all, or for the `kept`, of the places of `shape`:
+/// [places, values of an entry].
+fn entries_of(shape: &[i64], lut: &Tensor, indices: &Tensor, kept: Option<&Tensor>) -> Tensor {
     let rank = shape.len();
-    let entries = lut.size()[rank];
-    let whole: Vec<i64> = shape.iter().copied().chain([entries]).collect();
-    let mut spread = lut.squeeze_dim(-1);
+    let (entries, length) = (lut.size()[rank], lut.size()[rank + 1]);
+    let whole: Vec<i64> = shape.iter().copied().chain([entries, length]).collect();
+    let mut spread = lut.shallow_clone();
     for (axis, size) in shape.iter().enumerate() {
         spread = spread.repeat_interleave_self_int(size / lut.size()[axis], axis as i64, None);
     }
     assert_eq!(spread.size(), whole);
-    spread.reshape([-1, entries])
+    let palettes = spread.reshape([-1, entries, length]);
+    let palettes = kept.map_or(palettes.shallow_clone(), |kept| palettes.index_select(0, kept));
+    let indices = indices.reshape([-1, 1, 1]).expand([-1, 1, length], false);
+    palettes.gather(1, &indices, false).squeeze_dim(1)
+}
+
+/// Vectors [places, values] as the array whose `axis` has the values of each side by side.
+fn spread_vectors(vectors: &Tensor, shape: &[i64], axis: i64) -> Tensor {
+    let length = vectors.size()[1];
+    let apart: Vec<i64> = shape.iter().copied().chain([length]).collect();
+    let mut together = shape.to_vec();
+    together[axis as usize] *= length;
+    vectors.reshape(&apart).movedim_int(-1, axis + 1).reshape(&together)
 }

@@ -18,10 +18,20 @@ fn scrambled(i: usize) -> u64 {
 }
 
 /// Compresses the UNet of `model` and treats each layer differently. The container has all widths
-/// of indices, both axes, masks of all densities, scales, weights that are only pruned, and some
-/// that are stored dense. Palette entries are values of the layer, so that the UNet still computes
+/// of indices, both axes, masks of all densities, scales, vectors, weights that are only pruned, and
+/// some that are stored dense. Palette entries are values of the layer, so that the UNet still computes
 /// sensible numbers.
 pub(crate) fn container(model: &Path, path: &Path) {
+    write(model, path, true);
+}
+
+/// As [`container`], but weights with vectors are never pruned: coremltools 9.0 cannot convert
+/// those.
+pub(crate) fn container_without_masked_vectors(model: &Path, path: &Path) {
+    write(model, path, false);
+}
+
+fn write(model: &Path, path: &Path, masked_vectors: bool) {
     let pipeline = PipelineFolder::open(model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
@@ -40,14 +50,14 @@ pub(crate) fn container(model: &Path, path: &Path) {
             writer.add_tensor(&spec.name, &spec.shape, &values).unwrap();
             continue;
         }
-        let weight = compressed(layer, &spec.shape, &values);
+        let weight = compressed(layer, &spec.shape, &values, masked_vectors);
         writer.add_weight(&spec.name, &weight, Value::Null).unwrap();
         layer += 1;
     }
     writer.finish().unwrap();
 }
 
-fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
+fn compressed(layer: usize, shape: &[i64], values: &[f16], masked_vectors: bool) -> CompressedWeight {
     let bits = BitWidth::ALL[layer % BitWidth::ALL.len()];
     let axis = layer / 6 % 2;
     let channels = shape[axis] as usize;
@@ -56,6 +66,19 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16]) -> CompressedWeight {
     let keep: Vec<bool> = (0..values.len()).map(|i| scrambled(i + 31 * layer) % 10 >= layer as u64 % 11).collect();
     if layer % 13 == 12 {
         return CompressedWeight::sparse(shape.to_vec(), &keep, values).unwrap();
+    }
+    // Some layers have vectors of 2, 3 or 4 output channels.
+    let vector_length = [2, 4, 3][layer / 7 % 3];
+    if layer % 7 == 5 && shape[0] as usize % vector_length == 0 {
+        let groups = if layer % 2 == 0 { 1 } else { shape[0] as usize / vector_length };
+        let count = values.len() / vector_length;
+        let palettes =
+            (0..groups * bits.entries() * vector_length).map(|i| values[scrambled(i) as usize % values.len()]).collect();
+        let indices: Vec<u8> = (0..count).map(|i| (scrambled(i + 17) as u8) & bits.max_index()).collect();
+        let group_size = shape[0] as usize / groups;
+        let codebook = Codebook { bits, axis: 0, group_size, vector_length, palettes, scales: None };
+        let keep = (layer % 4 != 3 && masked_vectors).then_some(&keep[..count]);
+        return CompressedWeight::palettized(shape.to_vec(), keep, codebook, &indices).unwrap();
     }
     let palettes = (0..channels / group_size * bits.entries()).map(|i| values[scrambled(i) as usize % values.len()]).collect();
     let indices: Vec<u8> = (0..values.len()).map(|i| (scrambled(i + 17) as u8) & bits.max_index()).collect();

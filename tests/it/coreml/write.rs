@@ -368,10 +368,10 @@ fn export_and_verify_say_what_a_package_has() {
         squeeze(&[&["export", &container, "--to", "coreml", "--out", &out], more].concat())
     };
     let said = ended_with(0, &export("a.mlpackage", &["--height", "128", "--width", "64", "--batch", "1", "--author", "Ada"]));
-    assert!(said.contains("compressed weights"), "{said}");
+    assert!(said.contains("compressed weights") && said.contains("needs iOS 18.2 or macOS 15.2: "), "{said}");
     let said = ended_with(0, &squeeze(&["verify", &path("a.mlpackage")]));
     assert!(said.contains("every hash holds") && said.contains("sample: fp16 [1, 4, 16, 8]"), "{said}");
-    assert!(said.contains("time_ids: fp32 [1, 5]"), "{said}");
+    assert!(said.contains("time_ids: fp32 [1, 5]") && said.contains("needs iOS 18.2 or macOS 15.2: "), "{said}");
     let metadata = Package::read(Path::new(&path("a.mlpackage"))).model.description.unwrap().metadata.unwrap();
     assert_eq!((metadata.author.as_str(), metadata.user_defined["sdxl-squeeze.recipe"].as_str()), ("Ada", r#"{"made":"up"}"#));
 
@@ -391,7 +391,12 @@ fn export_and_verify_say_what_a_package_has() {
     assert!(!Path::new(&path("c.mlpackage")).exists());
 
     let said = ended_with(0, &squeeze(&["export", model, "--to", "coreml", "--out", &path("dense.mlpackage")]));
-    assert!(said.contains("0 compressed weights"), "{said}");
+    assert!(said.contains("0 compressed weights") && !said.contains("needs iOS"), "{said}");
+    // What a package with vectors needs is in it, and nothing is said of other packages.
+    assert_eq!(metadata.user_defined["sdxl-squeeze.needs"], "iOS 18.2 or macOS 15.2");
+    assert!(metadata.short_description.ends_with("; needs iOS 18.2 or macOS 15.2"), "{}", metadata.short_description);
+    let metadata = Package::read(Path::new(&path("dense.mlpackage"))).model.description.unwrap().metadata.unwrap();
+    assert!(!metadata.user_defined.contains_key("sdxl-squeeze.needs") && !metadata.short_description.contains("needs"));
 }
 
 /// Every byte of the arrays is counted, and a compressed layer has no dense constant beside it.
@@ -473,4 +478,9 @@ fn a_package_by_coremltools_is_whole() {
     let found = verify(&repo("tests/golden/coreml/by-coremltools.mlpackage")).unwrap();
     assert_eq!((found.compressed, found.blobs, found.hashed, found.named), (6, 20, false, false));
     assert_eq!(found.outputs, ["noise_pred: fp32 [2, 16, 8, 8]"]);
+    let found = verify(&repo("tests/golden/coreml/vectors-by-coremltools.mlpackage")).unwrap();
+    assert_eq!((found.compressed, found.vectors, found.hashed, found.named), (8, 8, false, false));
+    // Half of them are masked: 40 % and 30 % of their vectors.
+    assert_eq!(found.compressed_elements, 4 * (16 * 16 * 9 + 16 * 16));
+    assert!((0.15..0.2).contains(&(found.pruned as f64 / found.compressed_elements as f64)), "{}", found.pruned);
 }

@@ -48,6 +48,8 @@ pub struct PackageVerification {
     pub compressed_elements: u64,
     /// The pruned elements among them.
     pub pruned: u64,
+    /// Weights with vector palettes, which need iOS 18.2 or macOS 15.2.
+    pub vectors: usize,
     /// Records in `weight.bin`.
     pub blobs: usize,
     /// Whether the hashes of program and weights exist and are right. Packages of other writers
@@ -97,6 +99,7 @@ pub fn verify(path: &Path) -> Result<PackageVerification> {
         compressed: program.compressed,
         compressed_elements: program.compressed_elements,
         pruned: program.pruned,
+        vectors: program.vectors,
         blobs: blobs.records.len(),
         hashed: ours,
         named,

@@ -30,6 +30,8 @@ pub(super) struct Checked {
     pub compressed: usize,
     pub compressed_elements: u64,
     pub pruned: u64,
+    /// Weights with vector palettes.
+    pub vectors: usize,
     /// For each output of a `constexpr_lut_to_sparse`, the name of the operation.
     pairs: BTreeMap<String, String>,
 }
@@ -80,6 +82,19 @@ pub(super) fn check(program: &Program, blobs: &Blobs) -> Result<Checked, String>
 /// An input's or output's declared type.
 fn declared(value: &NamedValueType) -> Result<ArrayType, String> {
     ArrayType::of_proto(value.r#type.as_ref()).map_err(|problem| format!("`{}` {problem}", value.name))
+}
+
+/// The values in an entry of the operation's look-up table.
+fn vector_length(operands: &Operands) -> Result<u64, String> {
+    Ok(operands.shape("lut")?.last().copied().unwrap_or(1))
+}
+
+/// The set bits of the mask of elements that a `constexpr_lut_to_sparse` makes from its mask of
+/// vectors.
+fn ones_of_elements(operands: &Operands) -> Result<Option<u64>, String> {
+    let ones = operands.one("indices_mask")?.ones;
+    let length = vector_length(operands)?;
+    ones.map(|ones| ones.checked_mul(length).ok_or_else(|| "the mask is too large".to_owned())).transpose()
 }
 
 impl Checked {
@@ -139,7 +154,7 @@ impl Checked {
         }
         self.note(kind, &operands, &bound, outputs)?;
         let constant = kind.starts_with("constexpr_");
-        let ones = if kind == "constexpr_lut_to_sparse" { operands.one("indices_mask")?.ones } else { None };
+        let ones = if kind == "constexpr_lut_to_sparse" { ones_of_elements(&operands)? } else { None };
         for (i, (output, array)) in outputs.iter().zip(types).enumerate() {
             let ones = ones.filter(|_| i == 0);
             self.name(&output.name, Operand { array, literal: None, constant, ones })?;
@@ -160,6 +175,7 @@ impl Checked {
         let numel = |parameter: &str| operands.array(parameter)?.numel().ok_or_else(|| format!("`{parameter}` is too large"));
         match kind {
             "constexpr_lut_to_sparse" => {
+                self.vectors += usize::from(vector_length(operands)? > 1);
                 self.pairs.extend(outputs.iter().map(|output| (output.name.clone(), first.clone())));
             }
             "constexpr_sparse_to_dense" => {
@@ -172,8 +188,10 @@ impl Checked {
                 self.pruned += numel("mask")? - numel("nonzero_data")?;
             }
             "constexpr_lut_to_dense" => {
+                let length = vector_length(operands)?;
+                self.vectors += usize::from(length > 1);
                 self.compressed += 1;
-                self.compressed_elements += numel("indices")?;
+                self.compressed_elements += numel("indices")?.checked_mul(length).ok_or("the weight is too large")?;
             }
             _ => {
                 self.operations += 1;

@@ -2,22 +2,28 @@
 
 use super::super::element::{ArrayType, Element};
 use super::super::operand::{Operand, Operands};
-use super::inferred::Inferred;
+use super::inferred::{Inferred, axis};
+
+/// The parameter for the axis that vectors lie along; look-up tables of single values have none.
+pub(super) const VECTOR_AXIS: &str = "vector_axis";
 
 pub(super) fn lut_to_dense(operands: &Operands) -> Inferred {
     let indices = constant(operands, "indices")?;
-    Ok(vec![palette(operands, indices.array.element, &indices.array.shape)?])
+    let Vectors { shape, .. } = vectors(operands, indices.array.element, &indices.array.shape)?;
+    Ok(vec![ArrayType::new(Element::F16, shape)])
 }
 
-/// The mask again, and the kept values.
+/// The mask of elements, and the kept values. With vector palettes the given mask has a bit for
+/// each vector.
 pub(super) fn lut_to_sparse(operands: &Operands) -> Inferred {
     let mask = constant(operands, "indices_mask")?;
     bits(mask)?;
     let indices = constant(operands, "indices_nonzero_data")?;
     let [kept] = indices.array.shape[..] else { return Err(format!("the kept indices are {}", indices.array)) };
-    let dense = palette(operands, indices.array.element, &mask.array.shape)?;
+    let Vectors { shape, length } = vectors(operands, indices.array.element, &mask.array.shape)?;
     counted(mask, kept)?;
-    Ok(vec![mask.array.clone(), ArrayType::new(dense.element, [kept])])
+    let values = kept.checked_mul(length).ok_or("too many values are kept")?;
+    Ok(vec![ArrayType::new(Element::BIT, shape), ArrayType::new(Element::F16, [values])])
 }
 
 pub(super) fn sparse_to_dense(operands: &Operands) -> Inferred {
@@ -48,16 +54,30 @@ fn counted(mask: &Operand, kept: u64) -> Result<(), String> {
     }
 }
 
-/// The dense weight of `shape` that indices of `element` into `lut` make: lut [g0, g1, .., 2^bits,
-/// 1], one palette for each of the g0 x g1 x .. blocks.
-fn palette(operands: &Operands, element: Element, shape: &[u64]) -> Result<ArrayType, String> {
+/// What indices into a look-up table become.
+struct Vectors {
+    /// The shape of the dense weight.
+    shape: Vec<u64>,
+    /// The values that an index stands for, along one axis.
+    length: u64,
+}
+
+/// The dense weight that indices of `element` and `shape` into `lut` make: lut [g0, g1, .., 2^bits,
+/// length], one palette for each of the g0 x g1 x .. blocks. Vectors lie along `vector_axis`, which
+/// is needed if their length is not 1.
+fn vectors(operands: &Operands, element: Element, shape: &[u64]) -> Result<Vectors, String> {
     let lut = constant(operands, "lut")?;
     let Element::Unsigned(width) = element else { return Err(format!("the indices are {element}")) };
     let wrong = || format!("the lut is {} for {element} {shape:?}", lut.array);
-    let Some((groups, [entries, 1])) = lut.array.shape.split_at_checked(shape.len()) else { return Err(wrong()) };
+    let Some((groups, [entries, length])) = lut.array.shape.split_at_checked(shape.len()) else { return Err(wrong()) };
     let whole = groups.iter().zip(shape).all(|(groups, size)| size.is_multiple_of(*groups));
     if !whole || *entries != width.entries() as u64 || lut.array.element != Element::F16 {
         return Err(wrong());
     }
-    Ok(ArrayType::new(Element::F16, shape))
+    let mut shape = shape.to_vec();
+    if *length > 1 || operands.0.contains_key(VECTOR_AXIS) {
+        let axis = axis(operands.int(VECTOR_AXIS)?, shape.len())?;
+        shape[axis] = shape[axis].checked_mul(*length).ok_or_else(wrong)?;
+    }
+    Ok(Vectors { shape, length: *length })
 }

@@ -1,7 +1,7 @@
 //! The input block (embeddings and conv_in) and the output block (norm and conv_out) of the UNet.
 
 use squeeze_base::error::{Error, Result};
-use squeeze_numerics::elementwise::silu_in_place;
+use squeeze_numerics::elementwise::{silu, silu_in_place};
 use tch::{Device, Kind, Tensor};
 
 use super::carry::Carry;
@@ -216,7 +216,8 @@ impl Embedding {
     }
 
     fn forward(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let hidden = silu_in_place(run.layer(self.linear_1, input)?)?;
+        // Not in place: an observer may have made the output a leaf of a graph.
+        let hidden = silu(&run.layer(self.linear_1, input)?)?;
         run.layer(self.linear_2, &hidden)
     }
 }

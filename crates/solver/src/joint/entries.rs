@@ -7,11 +7,11 @@ use squeeze_base::error::Result;
 use super::problem::Problem;
 use super::sorted_codebook::SortedCodebook;
 
-/// Half of the objective's gradient with respect to each palette entry, [groups, 2^n]. It takes one
+/// Half of the objective's gradient with respect to each value of the palettes, [groups, 2^n, V]. It takes one
 /// product with H.
 pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
-    let mut sums = vec![0.0; sorted.groups() * sorted.entries];
+    let mut sums = vec![0.0; sorted.groups() * sorted.palette_length()];
     for (part, rows) in problem.chunks() {
         let change = data.change(&rows, |at| if data.kept(at) { sorted.value(at, d) } else { 0.0 });
         let product = problem.part(part).times(&change)?;
@@ -26,11 +26,13 @@ pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -
 /// weights of each entry. There is one product per step, and one more at the end. `gradient` is the
 /// result of [`palette_gradient`].
 ///
+/// With vectors, S_r selects the entries' values for the row's place in its vector.
+///
 /// Palettes are rounded to fp16, and a group whose new palette does not lower the objective keeps
 /// its old one. Returns whether any palette changed.
 pub(super) fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, gradient: &[f64], steps: usize) -> Result<bool> {
     let d = problem.data.columns;
-    let entries = sorted.entries;
+    let entries = sorted.palette_length();
     let diagonal = diagonal(problem, sorted);
     let condition = |residual: &[f64]| -> Vec<f64> {
         residual.iter().zip(&diagonal).map(|(value, h)| if *h > 0.0 { value / h } else { 0.0 }).collect()
@@ -90,8 +92,8 @@ fn dots(a: &[f64], b: &[f64], entries: usize) -> Vec<f64> {
 /// The product of the palettes' Hessian with t: sum_r S_r H S_r^T t.
 fn palette_hessian_product(problem: &Problem<'_>, sorted: &SortedCodebook, t: &[f64]) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
-    let entry = |at: usize| t[at / d / sorted.group_rows * sorted.entries + usize::from(sorted.indices[at])] as f32;
-    let mut sums = vec![0.0; sorted.groups() * sorted.entries];
+    let entry = |at: usize| t[at / d / sorted.group_rows * sorted.palette_length() + sorted.place(at, d)] as f32;
+    let mut sums = vec![0.0; sorted.groups() * sorted.palette_length()];
     for (part, rows) in problem.chunks() {
         let span = data.span(&rows).into_par_iter();
         let moves: Vec<f32> = span.map(|at| if data.kept(at) { entry(at) } else { 0.0 }).collect();
@@ -105,11 +107,11 @@ fn palette_hessian_product(problem: &Problem<'_>, sorted: &SortedCodebook, t: &[
 fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Problem<'_>, sorted: &SortedCodebook) {
     let (d, data) = (problem.data.columns, &problem.data);
     let of_rows = product.par_chunks(d).enumerate().map(|(row, product)| {
-        let mut sums = vec![0.0; sorted.entries];
+        let mut sums = vec![0.0; sorted.palette_length()];
         let first = (start + row) * d;
         for (at, product) in (first..).zip(product) {
             if data.kept(at) {
-                sums[usize::from(sorted.indices[at])] += f64::from(*product);
+                sums[sorted.place(at, d)] += f64::from(*product);
             }
         }
         sums
@@ -121,15 +123,15 @@ fn add_products(sums: &mut [f64], product: &[f32], start: usize, problem: &Probl
 fn diagonal(problem: &Problem<'_>, sorted: &SortedCodebook) -> Vec<f64> {
     let data = &problem.data;
     let d = data.columns;
-    let mut sums = vec![0.0; sorted.groups() * sorted.entries];
+    let mut sums = vec![0.0; sorted.groups() * sorted.palette_length()];
     for (part, rows) in problem.chunks() {
         let diagonal = &problem.part(part).diagonal;
         let start = rows.start;
         let of_rows = rows.into_par_iter().map(|row| {
-            let mut sums = vec![0.0; sorted.entries];
+            let mut sums = vec![0.0; sorted.palette_length()];
             for (column, h) in diagonal.iter().enumerate() {
                 if data.kept(row * d + column) {
-                    sums[usize::from(sorted.indices[row * d + column])] += f64::from(*h);
+                    sums[sorted.place(row * d + column, d)] += f64::from(*h);
                 }
             }
             sums
@@ -142,7 +144,7 @@ fn diagonal(problem: &Problem<'_>, sorted: &SortedCodebook) -> Vec<f64> {
 /// Adds the sums `of_rows`, of rows from `start` on, to the sums of their groups, row by row.
 fn add(sums: &mut [f64], of_rows: Vec<Vec<f64>>, start: usize, sorted: &SortedCodebook) {
     for (row, of_row) in (start..).zip(of_rows) {
-        let group = row / sorted.group_rows * sorted.entries;
-        sums[group..group + sorted.entries].iter_mut().zip(of_row).for_each(|(sum, of_row)| *sum += of_row);
+        let group = row / sorted.group_rows * sorted.palette_length();
+        sums[group..group + sorted.palette_length()].iter_mut().zip(of_row).for_each(|(sum, of_row)| *sum += of_row);
     }
 }

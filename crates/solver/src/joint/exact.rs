@@ -8,13 +8,14 @@ use super::options::{JointOptions, along_outputs};
 use crate::matrix::to_vec;
 
 /// The values of a weight [o, d], row by row, if palettes represent them exactly; `None` if some
-/// group has more distinct values than its palette has entries, or the weight is pruned.
+/// group has more distinct values than its palette has entries, or the weight is pruned. Not for
+/// vectors.
 ///
 /// For ordinary weights only a few elements are read, because the first elements of a group already
 /// have too many distinct values.
 pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
     let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
-    if palette.per_channel_scale || !along_outputs(palette) {
+    if palette.per_channel_scale || !along_outputs(palette) || palette.vector_length > 1 {
         return Ok(None);
     }
     let (rows, columns) = weight.size2()?;

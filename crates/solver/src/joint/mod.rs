@@ -30,6 +30,8 @@ mod swap;
 mod sweep;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod vector_tests;
 
 pub use factors::{JointFactors, Order, has_whole};
 use least_squares::MaskedLeastSquares;
@@ -123,7 +125,7 @@ pub fn joint(
         if options.effort.exchange_turns > 0 {
             first_mask = Some(keep.clone());
         }
-        pruned_loss = Some(refit(&problem, &mut best, &mut keep, &options.effort, group)?);
+        pruned_loss = Some(refit(&problem, &mut best, &mut keep, &options.effort, (group, options.rows_together()))?);
         problem.data.keep = Some(keep);
     }
     let solution = match &options.palettize {
@@ -155,7 +157,7 @@ pub fn joint(
     let Solution { mut weight, mut palettized, loss } = solution;
     natural.restore(&mut weight);
     if let Some(palettized) = &mut palettized {
-        natural.restore(&mut palettized.indices);
+        natural.restore_indices(&mut palettized.indices, palettized.codebook.vector_length);
     }
     Ok(Joint { weight, mask: problem.data.keep, palettized, pruned_loss, loss: loss.bare, sequential_loss, target, notes })
 }
@@ -195,6 +197,11 @@ fn checked(
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
         return Err(Error::State(format!("`{name}`: factors of another Hessian, dampening or order")));
     }
+    let vector_length = options.palettize.map_or(1, |palette| palette.vector_length) as i64;
+    let of_part = flat.size2()?.0 / hessian.groups();
+    if vector_length == 0 || of_part % vector_length != 0 {
+        return Err(Error::Argument(format!("`{name}`: vectors of {vector_length} do not divide {of_part} output channels")));
+    }
     if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
         return Err(Error::State(format!("`{name}`: the output residual and the Hessian were made of different samples")));
     }
@@ -202,8 +209,15 @@ fn checked(
 }
 
 /// Refits the weights on their mask and swaps pruned and kept weights, so that the mask keeps its
-/// size. `group` is m of n:m. Returns the loss by the undamped Hessian.
-fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &Effort, group: Option<usize>) -> Result<f64> {
+/// size. `group` is m of n:m, and so many rows have one mask. Returns the loss by the undamped
+/// Hessian.
+fn refit(
+    problem: &Problem<'_>,
+    weight: &mut [f32],
+    keep: &mut [bool],
+    effort: &Effort,
+    (group, rows_together): (Option<usize>, usize),
+) -> Result<f64> {
     let Effort { refit_steps, exchange_turns, exchange_steps, .. } = *effort;
     let mut loss = Loss::default();
     for (part, rows) in problem.chunks() {
@@ -211,7 +225,10 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], keep: &mut [bool], effort: &
         let original = &problem.data.original[span.clone()];
         let mut solve = MaskedLeastSquares::new(problem.part(part), original, &weight[span.clone()], &keep[span.clone()])?;
         solve.descend(refit_steps, LEAST_STEP_GAIN)?;
-        swap(&mut solve, Swaps { rounds: exchange_turns, steps: exchange_steps, least_gain: LEAST_STEP_GAIN, group })?;
+        swap(
+            &mut solve,
+            Swaps { rounds: exchange_turns, steps: exchange_steps, least_gain: LEAST_STEP_GAIN, group, rows_together },
+        )?;
         if exchange_turns > 0 {
             solve.descend(refit_steps, LEAST_STEP_GAIN)?;
         }

@@ -32,6 +32,12 @@ impl<'a> Natural<'a> {
         self.each_row(values, |new, old, order| new.iter_mut().zip(order).for_each(|(new, from)| *new = old[*from]));
     }
 
+    /// [`restore`](Self::restore) for the indices [o / V, d] of vectors of V rows.
+    pub(super) fn restore_indices(&self, indices: &mut [u8], vector_length: usize) {
+        let part_rows = self.part_rows / vector_length;
+        Natural { orders: self.orders.clone(), part_rows, ..*self }.restore(indices);
+    }
+
     /// Converts from the order of the factors to natural order.
     pub(super) fn restore<T: Copy + Send + Sync>(&self, values: &mut [T]) {
         self.each_row(values, |new, old, order| old.iter().zip(order).for_each(|(old, to)| new[*to] = *old));

@@ -28,6 +28,11 @@ impl JointOptions {
         if self.prune.is_some() { Order::Natural } else { Order::Activation }
     }
 
+    /// The number of rows with one mask.
+    pub(super) fn rows_together(&self) -> usize {
+        self.prune.map_or(1, |prune| prune.rows_together)
+    }
+
     /// The dampening that the factors must have.
     #[must_use]
     pub fn dampening(&self) -> f64 {

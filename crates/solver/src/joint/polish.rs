@@ -1,5 +1,6 @@
 //! Coordinate descent over the indices, weight by weight.
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use squeeze_base::error::Result;
 use squeeze_numerics::product::{add_product, product};
@@ -8,7 +9,8 @@ use tch::{Kind, Tensor};
 use super::super::matrix::to_vec;
 use super::super::triangle::Triangle;
 use super::problem::Problem;
-use super::sorted_codebook::{Palette, SortedCodebook};
+use super::sorted_codebook::{Entries, Palette, SortedCodebook};
+use crate::palette::VectorTable;
 
 /// The number of columns whose gradient is computed at once.
 pub(super) const BLOCK: i64 = 128;
@@ -77,36 +79,55 @@ struct Block {
 fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block, diagonal: &[f32]) -> (Vec<f32>, usize) {
     let data = &problem.data;
     let Block { mut gradient, corner, row, column } = block;
-    let width = diagonal.len();
+    let (width, length) = (diagonal.len(), sorted.vector_length);
     let mut moved = vec![0.0; gradient.len()];
     let mut indices = std::mem::take(&mut sorted.indices);
-    let of_rows = &mut indices[row * data.columns..];
-    let rows = gradient.par_chunks_mut(width).zip(moved.par_chunks_mut(width)).zip(of_rows.par_chunks_mut(data.columns));
-    let numbers = rows.enumerate().map(|(at, ((gradient, moved), indices))| {
-        let start = (row + at) * data.columns + column;
-        let values = PolishedRow { gradient, moved, indices: &mut indices[column..column + width] };
-        values.polish(&corner, diagonal, sorted.of_row(row + at), |j| data.kept(start + j))
+    let of_rows = &mut indices[row / length * data.columns..];
+    let values = gradient.par_chunks_mut(width * length).zip(moved.par_chunks_mut(width * length));
+    let numbers = values.zip(of_rows.par_chunks_mut(data.columns)).enumerate().map(|(vector, ((gradient, moved), indices))| {
+        let row = row + vector * length;
+        let start = row * data.columns + column;
+        let rows = PolishedRows { gradient, moved, indices: &mut indices[column..column + width] };
+        length * rows.polish(&corner, diagonal, sorted.of_row(row), |j| data.kept(start + j))
     });
     let number = numbers.sum();
     sorted.indices = indices;
     (moved, number)
 }
 
-/// One row of a block of b columns, `[b]` each.
-pub(super) struct PolishedRow<'a> {
-    /// (W - W0) H, updated with the indices.
+/// The V rows of a block of b columns that share indices.
+pub(super) struct PolishedRows<'a> {
+    /// (W - W0) H [V, b], updated with the indices.
     pub gradient: &'a mut [f32],
-    /// The change of each weight, which is added.
+    /// The change of each weight [V, b], which is added.
     pub moved: &'a mut [f32],
-    /// The palette entries.
+    /// The palette entries `[b]`.
     pub indices: &'a mut [u8],
 }
 
-impl PolishedRow<'_> {
-    /// Polishes the row, given the diagonal block [b, b] of H and its diagonal. Returns the number
-    /// of changes.
+impl PolishedRows<'_> {
+    /// Polishes the rows, given the diagonal block [b, b] of H and its diagonal. Returns the number
+    /// of indices that changed.
     pub(super) fn polish(self, corner: &[f32], diagonal: &[f32], palette: Palette<'_>, kept: impl Fn(usize) -> bool) -> usize {
-        let PolishedRow { gradient, moved, indices } = self;
+        match palette {
+            Palette::Scalars(palette) => self.descend(corner, diagonal, &palette, kept),
+            Palette::Pairs(palette) => Arch::new().dispatch(Vectors { rows: self, corner, diagonal, palette, kept }),
+            Palette::Fours(palette) => Arch::new().dispatch(Vectors { rows: self, corner, diagonal, palette, kept }),
+        }
+    }
+
+    /// With the gradient g of a vector of weights and the step s, the objective changes by
+    /// `H_jj ‖s + g / H_jj‖²`, up to a constant, since the rows have the same H: the nearest entry
+    /// is the best.
+    #[inline(always)]
+    fn descend<const V: usize>(
+        self,
+        corner: &[f32],
+        diagonal: &[f32],
+        palette: &impl Entries<V>,
+        kept: impl Fn(usize) -> bool,
+    ) -> usize {
+        let PolishedRows { gradient, moved, indices } = self;
         let width = diagonal.len();
         let mut number = 0;
         for _ in 0..PASSES {
@@ -115,16 +136,29 @@ impl PolishedRow<'_> {
                 if !kept(j) || diagonal[j] <= 0.0 {
                     continue;
                 }
-                let now = palette.values[usize::from(indices[j])];
-                let entry = palette.nearest(now - gradient[j] / diagonal[j]);
-                let step = palette.values[usize::from(entry)] - now;
-                // Gains below the precision of fp32 are ignored.
-                let gain = -step * (2.0 * gradient[j] + step * diagonal[j]);
-                if step != 0.0 && gain > 1e-5 * step * step * diagonal[j] {
+                let now = palette.entry(indices[j]);
+                let slope: [f32; V] = std::array::from_fn(|member| gradient[member * width + j]);
+                let entry = palette.nearest(std::array::from_fn(|member| now[member] - slope[member] / diagonal[j]));
+                let best = palette.entry(entry);
+                let step: [f32; V] = std::array::from_fn(|member| best[member] - now[member]);
+                let (mut gain, mut least) = (0.0, 0.0);
+                for member in 0..V {
+                    gain += -step[member] * (2.0 * slope[member] + step[member] * diagonal[j]);
+                    // Gains below the precision of fp32 are ignored.
+                    least += 1e-5 * step[member] * step[member] * diagonal[j];
+                }
+                if gain > least {
                     indices[j] = entry;
-                    moved[j] += step;
                     number += 1;
-                    gradient.iter_mut().zip(&corner[j * width..]).for_each(|(gradient, h)| *gradient += step * h);
+                    for member in 0..V {
+                        moved[member * width + j] += step[member];
+                        let gradient = &mut gradient[member * width..(member + 1) * width];
+                        // A loop, because closures are not compiled for the SIMD instructions of
+                        // `dispatch`.
+                        for (gradient, h) in gradient.iter_mut().zip(&corner[j * width..]) {
+                            *gradient += step[member] * h;
+                        }
+                    }
                 }
             }
             if number == before {
@@ -132,5 +166,23 @@ impl PolishedRow<'_> {
             }
         }
         number
+    }
+}
+
+/// [`PolishedRows::descend`] in SIMD, for palettes whose search takes longer than the rest.
+struct Vectors<'a, const V: usize, F> {
+    rows: PolishedRows<'a>,
+    corner: &'a [f32],
+    diagonal: &'a [f32],
+    palette: &'a VectorTable<V>,
+    kept: F,
+}
+
+impl<const V: usize, F: Fn(usize) -> bool> WithSimd for Vectors<'_, V, F> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        self.rows.descend(self.corner, self.diagonal, self.palette, self.kept)
     }
 }

@@ -21,6 +21,8 @@ pub(super) struct Swaps {
     pub least_gain: f64,
     /// m of n:m, within whose groups weights are swapped.
     pub group: Option<usize>,
+    /// The number of neighbouring rows with one mask.
+    pub rows_together: usize,
 }
 
 /// Swaps pruned weights of high estimated gain with kept weights of low cost, refits the row, and
@@ -30,21 +32,24 @@ pub(super) struct Swaps {
 /// Let v_j = 1 / [H^-1]_jj, the curvature in weight j when all others compensate. Reviving a pruned
 /// weight k gains about G_k^2 / v_k; pruning a kept weight j costs about w_j^2 v_j. A revived
 /// weight starts at its single-coordinate optimum -G_k / H_kk. Its joint optimum -G_k / v_k
-/// overshoots where many weights of correlated inputs are revived at once.
+/// overshoots where many weights of correlated inputs are revived at once. Rows with one mask are
+/// swapped, refitted and reverted together, by the sums of their gains, costs and objectives.
 pub(super) fn swap(solve: &mut MaskedLeastSquares<'_>, settings: Swaps) -> Result<()> {
-    let d = solve.part().diagonal.len();
-    let mut losses = solve.losses();
+    let (d, together) = (solve.part().diagonal.len(), settings.rows_together);
+    let length = together * d;
+    let of_vectors = |losses: Vec<f64>| -> Vec<f64> { losses.chunks(together).map(|rows| rows.iter().sum()).collect() };
+    let mut losses = of_vectors(solve.losses());
     let mut limits = vec![(d / COLUMNS_A_SWAP).max(1); losses.len()];
     for _ in 0..settings.rounds {
         let mut tried = solve.clone();
         let mut change = vec![0.0; solve.weight.len()];
-        let rows = change.par_chunks_mut(d).zip(tried.mask.par_chunks_mut(d)).zip(&limits).enumerate();
+        let vectors = change.par_chunks_mut(length).zip(tried.mask.par_chunks_mut(length)).zip(&limits).enumerate();
         let (weight, gradient) = (solve.weight.as_slice(), solve.gradient.as_slice());
         let (scale, conditioner) = (solve.part().scale.as_slice(), solve.part().conditioner.as_slice());
-        let counts = rows.map(|(row, ((change, mask), limit))| {
-            let span = row * d..(row + 1) * d;
-            let row = Row { change, mask, weight: &weight[span.clone()], gradient: &gradient[span], scale, conditioner };
-            if *limit == 0 { 0 } else { row.swap(*limit, settings.group) }
+        let counts = vectors.map(|(vector, ((change, mask), limit))| {
+            let span = vector * length..(vector + 1) * length;
+            let rows = Rows { change, mask, weight: &weight[span.clone()], gradient: &gradient[span], scale, conditioner };
+            if *limit == 0 { 0 } else { rows.swap(*limit, settings.group) }
         });
         let counts: Vec<usize> = counts.collect();
         if counts.iter().all(|count| *count == 0) {
@@ -55,22 +60,22 @@ pub(super) fn swap(solve: &mut MaskedLeastSquares<'_>, settings: Swaps) -> Resul
         let gone = tried.weight.par_iter_mut().zip(&tried.mask);
         gone.filter(|(_, mask)| **mask == 0.0).for_each(|(weight, _)| *weight = 0.0);
         tried.descend(settings.steps, settings.least_gain)?;
-        let new = tried.losses();
-        for (row, count) in counts.iter().enumerate() {
-            if *count > 0 && new[row] < losses[row] {
-                solve.take_row(row, &tried);
-                losses[row] = new[row];
+        let new = of_vectors(tried.losses());
+        for (vector, count) in counts.iter().enumerate() {
+            if *count > 0 && new[vector] < losses[vector] {
+                (vector * together..(vector + 1) * together).for_each(|row| solve.take_row(row, &tried));
+                losses[vector] = new[vector];
             } else {
-                // A row that did not improve had too many swaps at once, or no profitable one.
-                limits[row] = *count / 4;
+                // A vector that did not improve had too many swaps at once, or no profitable one.
+                limits[vector] = *count / 4;
             }
         }
     }
     Ok(())
 }
 
-/// One row and the scale v of its columns.
-struct Row<'a> {
+/// The rows with one mask, [V, d] each, and the scale v of their columns.
+struct Rows<'a> {
     change: &'a mut [f32],
     mask: &'a mut [f32],
     weight: &'a [f32],
@@ -79,10 +84,10 @@ struct Row<'a> {
     conditioner: &'a [f32],
 }
 
-impl Row<'_> {
+impl Rows<'_> {
     /// Swaps up to `limit` pairs in descending order of their gain. Returns the number of swaps.
     fn swap(self, limit: usize, group: Option<usize>) -> usize {
-        let d = self.weight.len();
+        let d = self.scale.len();
         let mut pairs: Vec<(f32, usize, usize)> = match group {
             None => {
                 let (gains, costs) = self.ranked(0..d, limit);
@@ -100,11 +105,13 @@ impl Row<'_> {
         pairs.retain(|(gain, ..)| *gain > 0.0);
         pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         pairs.truncate(limit);
-        for (_, revived, pruned) in &pairs {
-            self.mask[*revived] = 1.0;
-            self.change[*revived] = -self.gradient[*revived] * self.conditioner[*revived];
-            self.mask[*pruned] = 0.0;
-            self.change[*pruned] = -self.weight[*pruned];
+        for row in (0..self.weight.len()).step_by(d) {
+            for (_, revived, pruned) in &pairs {
+                self.mask[row + revived] = 1.0;
+                self.change[row + revived] = -self.gradient[row + revived] * self.conditioner[*revived];
+                self.mask[row + pruned] = 0.0;
+                self.change[row + pruned] = -self.weight[row + pruned];
+            }
         }
         pairs.len()
     }
@@ -116,8 +123,10 @@ impl Row<'_> {
     fn ranked(&self, columns: std::ops::Range<usize>, count: usize) -> (Vec<(f32, usize)>, Vec<(f32, usize)>) {
         let (kept, pruned): (Vec<usize>, Vec<usize>) =
             columns.filter(|at| self.scale[*at] > 0.0).partition(|at| self.mask[*at] > 0.0);
-        let mut gains: Vec<_> = pruned.into_iter().map(|at| (self.gradient[at].powi(2) / self.scale[at], at)).collect();
-        let mut costs: Vec<_> = kept.into_iter().map(|at| (self.weight[at].powi(2) * self.scale[at], at)).collect();
+        let squares =
+            |values: &[f32], at: usize| values.iter().skip(at).step_by(self.scale.len()).map(|value| value.powi(2)).sum::<f32>();
+        let mut gains: Vec<_> = pruned.into_iter().map(|at| (squares(self.gradient, at) / self.scale[at], at)).collect();
+        let mut costs: Vec<_> = kept.into_iter().map(|at| (squares(self.weight, at) * self.scale[at], at)).collect();
         first(&mut gains, count, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         first(&mut costs, count, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         (gains, costs)

@@ -1,5 +1,6 @@
 //! Rounds weights to their palettes column by column, with error feedback to the later columns.
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use squeeze_base::error::Result;
 use squeeze_numerics::product::add_product;
@@ -8,14 +9,16 @@ use tch::Tensor;
 use super::super::factor::inverse;
 use super::super::matrix::{block, copy, panels, to_vec};
 use super::problem::Problem;
-use super::sorted_codebook::{Palette, SortedCodebook};
+use super::sorted_codebook::{Entries, Palette, SortedCodebook};
+use crate::palette::VectorTable;
 
 /// The number of columns after which the rest of the row is updated.
 pub(super) const BLOCK: i64 = 128;
 
 /// Gives each kept weight a palette entry by the update of SparseGPT (Frantar and Alistarh 2023;
 /// GPTQ, arXiv:2210.17323): q is the entry nearest to w, or 0 where pruned, and e = (w - q) / U_jj
-/// is fed back to the columns after it, w -= e U_j. The update uses the
+/// is fed back to the columns after it, w -= e U_j. All rows have the same U, so that a vector of
+/// rows gets the entry that is nearest by Euclidean distance. The update uses the
 /// [`Factor`](super::super::Factor) R, as [`prune`](super::super::prune) does.
 ///
 /// `weight` are the weights that are rounded. They should be the least-squares weights on their
@@ -38,8 +41,9 @@ pub(super) fn sweep(problem: &Problem<'_>, weight: &[f32], sorted: &mut SortedCo
             add_product(&now, &block(&left, 0..count, columns.clone())?, &upper)?;
             let mut values = to_vec(&now)?;
             let entries = sweep_block(problem, sorted, &mut values, &to_vec(&upper)?, rows.start, columns.start as usize);
-            for (row, entries) in entries.chunks(width as usize).enumerate() {
-                let start = (rows.start + row) * data.columns + columns.start as usize;
+            let first = rows.start / sorted.vector_length;
+            for (vector, entries) in entries.chunks(width as usize).enumerate() {
+                let start = (first + vector) * data.columns + columns.start as usize;
                 sorted.indices[start..start + entries.len()].copy_from_slice(entries);
             }
             if columns.end < d {
@@ -64,34 +68,76 @@ fn sweep_block(
 ) -> Vec<u8> {
     let data = &problem.data;
     let width = upper.len().isqrt();
-    let mut entries = vec![0; values.len()];
-    values.par_chunks_mut(width).zip(entries.par_chunks_mut(width)).enumerate().for_each(|(at, (values, entries))| {
-        let start = (row + at) * data.columns + column;
-        sweep_row(values, entries, upper, sorted.of_row(row + at), |j| data.kept(start + j));
+    let length = sorted.vector_length;
+    let mut entries = vec![0; values.len() / length];
+    let vectors = values.par_chunks_mut(width * length).zip(entries.par_chunks_mut(width));
+    vectors.enumerate().for_each(|(vector, (values, entries))| {
+        let row = row + vector * length;
+        let start = row * data.columns + column;
+        sweep_rows(values, entries, upper, sorted.of_row(row), |j| data.kept(start + j));
     });
     entries
 }
 
-/// Sweeps over one row of a block, with U [b, b]: `values` become the rounded weights, and
-/// `entries` their indices.
-pub(super) fn sweep_row(
+/// Sweeps over the V rows [V, b] of a block that share indices, with U [b, b]: `values` become the
+/// rounded weights, and `entries` `[b]` their indices.
+pub(super) fn sweep_rows(
     values: &mut [f32],
     entries: &mut [u8],
     upper: &[f32],
     palette: Palette<'_>,
     kept: impl Fn(usize) -> bool,
 ) {
-    let width = values.len();
+    match palette {
+        Palette::Scalars(palette) => sweep_vectors(values, entries, upper, &palette, kept),
+        Palette::Pairs(palette) => Arch::new().dispatch(Vectors { values, entries, upper, palette, kept }),
+        Palette::Fours(palette) => Arch::new().dispatch(Vectors { values, entries, upper, palette, kept }),
+    }
+}
+
+/// [`sweep_vectors`] in SIMD, for palettes whose search takes longer than the rest.
+struct Vectors<'a, const V: usize, F> {
+    values: &'a mut [f32],
+    entries: &'a mut [u8],
+    upper: &'a [f32],
+    palette: &'a VectorTable<V>,
+    kept: F,
+}
+
+impl<const V: usize, F: Fn(usize) -> bool> WithSimd for Vectors<'_, V, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        sweep_vectors(self.values, self.entries, self.upper, self.palette, self.kept);
+    }
+}
+
+#[inline(always)]
+fn sweep_vectors<const V: usize>(
+    values: &mut [f32],
+    entries: &mut [u8],
+    upper: &[f32],
+    palette: &impl Entries<V>,
+    kept: impl Fn(usize) -> bool,
+) {
+    let width = entries.len();
     for j in 0..width {
-        let (done, rest) = values.split_at_mut(j + 1);
-        let target = if kept(j) {
-            entries[j] = palette.nearest(done[j]);
-            palette.values[usize::from(entries[j])]
-        } else {
-            0.0
-        };
-        let error = (done[j] - target) / upper[j * width + j];
-        done[j] = target;
-        rest.iter_mut().zip(&upper[j * width + j + 1..]).for_each(|(value, upper)| *value -= error * upper);
+        let now: [f32; V] = std::array::from_fn(|member| values[member * width + j]);
+        let mut target = [0.0; V];
+        if kept(j) {
+            entries[j] = palette.nearest(now);
+            target = palette.entry(entries[j]);
+        }
+        let after = &upper[j * width + j + 1..(j + 1) * width];
+        for member in 0..V {
+            let error = (now[member] - target[member]) / upper[j * width + j];
+            let (done, rest) = values[member * width..(member + 1) * width].split_at_mut(j + 1);
+            done[j] = target[member];
+            // A loop, because closures are not compiled for the SIMD instructions of `dispatch`.
+            for (value, upper) in rest.iter_mut().zip(after) {
+                *value -= error * upper;
+            }
+        }
     }
 }

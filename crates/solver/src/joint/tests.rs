@@ -8,7 +8,7 @@ use squeeze_numerics::random::noise;
 use tch::{Device, Kind, Tensor};
 
 use super::problem::Problem;
-use super::sorted_codebook::SortedCodebook;
+use super::sorted_codebook::{Entries, Palette, SortedCodebook};
 use super::*;
 use crate::{InputGeometry, Windows};
 
@@ -17,17 +17,17 @@ fn inputs(n: i64, d: i64, seed: u64) -> Tensor {
     normal([n, d / 3 + 1], seed).matmul(&normal([d / 3 + 1, d], seed + 100)) + 0.3 * normal([n, d], seed + 200)
 }
 
-fn normal(size: [i64; 2], seed: u64) -> Tensor {
+pub(super) fn normal(size: [i64; 2], seed: u64) -> Tensor {
     noise(&size, seed, Kind::Float).unwrap()
 }
 
 /// Even numbers in [0, 1).
-fn uniform(count: usize, seed: u64) -> Vec<f32> {
+pub(super) fn uniform(count: usize, seed: u64) -> Vec<f32> {
     to_vec(&noise(&[count as i64], seed, Kind::Float).unwrap().special_ndtr().clamp_max(0.999_999)).unwrap()
 }
 
 /// Factors of `groups` Hessians of d inputs.
-fn factors(groups: i64, d: i64, seed: u64, order: Order) -> JointFactors {
+pub(super) fn factors(groups: i64, d: i64, seed: u64, order: Order) -> JointFactors {
     let geometry = Windows { stride: [1; 2], padding: [0; 2], dilation: [1; 2], groups };
     let mut hessian = Hessian::for_weight(InputGeometry::Windows(geometry), &[groups, d, 1, 1], Device::Cpu).unwrap();
     let vectors = inputs(3 * d, groups * d, seed);
@@ -57,17 +57,22 @@ fn codebook(palettes: Vec<f16>, entries: usize, group_size: usize) -> Codebook {
     Codebook { bits, axis: 0, group_size, vector_length: 1, palettes, scales: None }
 }
 
+fn nearest(sorted: &SortedCodebook, row: usize, value: f32) -> u8 {
+    let Palette::Scalars(palette) = sorted.of_row(row) else { panic!("a palette of vectors") };
+    palette.nearest([value])
+}
+
 fn value(data: &Data, sorted: &SortedCodebook, at: usize) -> f32 {
     if data.kept(at) { sorted.value(at, data.columns) } else { 0.0 }
 }
 
-fn loss(problem: &Problem<'_>, sorted: &SortedCodebook) -> f64 {
+pub(super) fn loss(problem: &Problem<'_>, sorted: &SortedCodebook) -> f64 {
     let data = &problem.data;
     problem.loss(|at| value(data, sorted, at)).unwrap().damped
 }
 
 /// Weights refitted on their mask; what the fit takes for their loss is their loss.
-fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
+pub(super) fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
     for (part, rows) in problem.chunks() {
         let span = problem.data.span(&rows);
         let keep: Vec<bool> = span.clone().map(|at| problem.data.kept(at)).collect();
@@ -82,7 +87,7 @@ fn refit(problem: &Problem<'_>, weight: &mut [f32], steps: usize) {
     }
 }
 
-fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, steps: usize) {
+pub(super) fn refit_palettes(problem: &Problem<'_>, sorted: &mut SortedCodebook, steps: usize) {
     let gradient = entries::palette_gradient(problem, sorted).unwrap();
     entries::refit_palettes(problem, sorted, &gradient, steps).unwrap();
 }
@@ -93,7 +98,7 @@ fn shapes() -> impl Strategy<Value = (i64, usize, usize, f64, u64)> {
 }
 
 /// A little more, for what fp32 cannot tell.
-fn not_above(after: f64, before: f64) -> bool {
+pub(super) fn not_above(after: f64, before: f64) -> bool {
     after <= before * (1.0 + 1e-5) + 1e-12
 }
 
@@ -181,7 +186,7 @@ proptest! {
         let group = of_two.then_some(2);
         let effort = Effort { refit_steps: 0, exchange_turns: 4, exchange_steps: 4, ..Effort::LEAST };
         let mut new = keep.clone();
-        let said = super::refit(&problem, &mut weight, &mut new, &effort, group).unwrap();
+        let said = super::refit(&problem, &mut weight, &mut new, &effort, (group, 1)).unwrap();
         problem.data.keep = Some(new.clone());
         let Loss { damped: after, bare } = problem.loss(|at| weight[at]).unwrap();
         prop_assert!(not_above(after, before), "{} after {}", after, before);
@@ -226,7 +231,7 @@ fn swaps_pay_within_a_few_steps_where_inputs_are_alike() {
     refit(&problem, &mut alone, 40);
     let refitted = problem.loss(|at| alone[at]).unwrap().damped;
     let effort = Effort { refit_steps: 0, exchange_turns: 3, exchange_steps: 4, ..Effort::LEAST };
-    super::refit(&problem, &mut weight, &mut keep, &effort, None).unwrap();
+    super::refit(&problem, &mut weight, &mut keep, &effort, (None, 1)).unwrap();
     problem.data.keep = Some(keep);
     // The comparison is about the masks and not about the number of steps.
     refit(&problem, &mut weight, 40);
@@ -235,7 +240,7 @@ fn swaps_pay_within_a_few_steps_where_inputs_are_alike() {
 }
 
 /// The damped H of the first group in fp64.
-fn whole(factors: &JointFactors) -> Tensor {
+pub(super) fn whole(factors: &JointFactors) -> Tensor {
     factors.parts[0].h.symmetric().unwrap().to_kind(Kind::Double)
 }
 
@@ -298,8 +303,7 @@ fn a_sweep_beats_the_nearest_entries() {
         let factors = factors(2, 60, seed, Order::Natural);
         let problem = problem(&factors, 8, 60, 0.3, seed);
         let mut sorted = sorted(&problem, 8, 4);
-        let nearest =
-            (0..problem.data.original.len()).map(|at| sorted.of_row(at / 60).nearest(problem.data.original[at])).collect();
+        let nearest = (0..problem.data.original.len()).map(|at| nearest(&sorted, at / 60, problem.data.original[at])).collect();
         sorted.indices = nearest;
         let before = loss(&problem, &sorted);
         sweep::sweep(&problem, &problem.data.original, &mut sorted).unwrap();
@@ -333,7 +337,7 @@ fn entries_are_the_nearest_whatever_their_number() {
             let value = at as f32 * 0.3 - 2.0;
             let distance = |entry: &f16| (entry.to_f32() - value).abs();
             let best = palette.iter().map(distance).fold(f32::INFINITY, f32::min);
-            assert!(distance(&palette[usize::from(sorted.of_row(0).nearest(value))]) <= best * (1.0 + 1e-6));
+            assert!(distance(&palette[usize::from(nearest(&sorted, 0, value))]) <= best * (1.0 + 1e-6));
         }
     }
 }

@@ -17,9 +17,11 @@ mod partition;
 mod path;
 mod solve;
 mod values;
+mod vectors;
 
 pub(crate) use on_device::values_of;
 pub use on_device::{decode_on_device, palettize_on_device, palettizes_on_device};
 pub use palettized::Palettized;
 pub use solve::{palettize, palettize_weighted};
 pub use values::{Bucket, optimal_palette};
+pub(crate) use vectors::VectorTable;

@@ -22,7 +22,8 @@ fn kernels_for(device: Device, rows: usize, columns: usize, options: &PaletteOpt
     };
     let length = i64::try_from(group_rows.checked_mul(columns)?).ok()?;
     let groups = rows / group_rows.max(1);
-    Kernels::of(device).filter(|_| !options.per_channel_scale && Kernels::takes_groups(groups, length))
+    let is_plain = !options.per_channel_scale && options.vector_length == 1;
+    Kernels::of(device).filter(|_| is_plain && Kernels::takes_groups(groups, length))
 }
 
 /// Whether [`palettize_on_device`] makes the palettes of a weight [o, ...].

@@ -16,7 +16,8 @@ pub struct Palettized {
     /// The palettes, each ascending. A palette with fewer distinct values repeats the last one, and
     /// no index refers to the repetitions. The palette of a completely pruned group is zeros.
     pub codebook: Codebook,
-    /// [o, i, ...]: the palette entry of each weight; 0 where pruned, and meaningless there.
+    /// [o, i, ...]: the palette entry of each weight; 0 where pruned, and meaningless there. With
+    /// vectors, [o / V, i, ...].
     pub indices: Vec<u8>,
     /// The sum over kept weights of (decoded weight - weight)^2.
     pub squared_error: f64,

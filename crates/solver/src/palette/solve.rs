@@ -9,6 +9,7 @@ use super::histogram::{Counts, Histogram, Nearest};
 use super::layout::{Layout, sizes};
 use super::palettized::{Palettized, change, check_mask, squared_error};
 use super::values::{Bucket, optimal_palette, palette_of_checked};
+use super::vectors;
 
 /// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group,
 /// and the nearest of its entries for each weight (the lower of two equally near entries).
@@ -16,6 +17,10 @@ use super::values::{Bucket, optimal_palette, palette_of_checked};
 /// `keep` [o, i, ...] is true for kept weights; `None` keeps all. Pruned weights have no influence.
 /// A kept weight of zero is a value like any other, and -0 is 0. A group with at most 2^bits
 /// distinct values is kept without loss.
+///
+/// With vectors of output channels, an index and a palette's entry belong to `vector_length`
+/// neighbouring channels, and pruned weights must be whole vectors. Their palettes are no exact
+/// optimum, but the best of several k-means runs.
 ///
 /// With per-channel scales, s_o is the largest magnitude among the kept weights of output channel o
 /// (1 if that is 0), and the palettized values are weight / s_o, rounded to fp16. As in
@@ -25,7 +30,7 @@ use super::values::{Bucket, optimal_palette, palette_of_checked};
 ///
 /// # Errors
 /// All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the channels,
-/// an axis above 1, a shape with fewer than two dimensions or without weights, or one that the
+/// an axis above 1, vectors that do not fit, a shape with fewer than two dimensions or without weights, or one that the
 /// lengths of `weight` and `keep` do not fit. [`Error::NotFinite`]: NaN or infinity anywhere in the
 /// weight, even where it is pruned.
 pub fn palettize(
@@ -89,6 +94,9 @@ fn solve(
         return Err(Error::NotFinite(format!("`{name}`: {problem}")));
     }
     let layout = Layout::new(name, shape, options)?;
+    if options.vector_length != 1 {
+        return vectors::palettize(vectors::Weight { name, values: weight, shape, keep, importance }, &layout, options);
+    }
     if u32::try_from(layout.group_len()).is_err() {
         return Err(Error::Argument(format!("`{name}`: a group has {} weights, more than are counted", layout.group_len())));
     }

@@ -9,9 +9,9 @@ use squeeze_base::error::Result;
 use squeeze_codebook::Codebook;
 use tch::{Device, Tensor};
 
-use super::super::polish::{PASSES, PolishedRow};
+use super::super::polish::{PASSES, PolishedRows};
 use super::super::sorted_codebook::SortedCodebook;
-use super::super::sweep::sweep_row;
+use super::super::sweep::sweep_rows;
 use super::host::bools;
 use crate::kernels::{DevicePalettes, Kernels};
 use crate::matrix::{numbers_mut, to_vec};
@@ -70,7 +70,7 @@ impl Blocks {
         let mut entries = vec![0; host.numel()];
         let rows = numbers_mut(&mut host)?.par_chunks_mut(width).zip(entries.par_chunks_mut(width));
         rows.enumerate().for_each(|(row, (values, entries))| {
-            sweep_row(values, entries, &upper, sorted.of_row(row), |j| is_kept(keep.as_ref(), row * width + j));
+            sweep_rows(values, entries, &upper, sorted.of_row(row), |j| is_kept(keep.as_ref(), row * width + j));
         });
         values.f_copy_(&host)?;
         set(indices, &Tensor::f_from_slice(&entries)?)
@@ -91,7 +91,7 @@ impl Blocks {
         let mut moved = vec![0.0; gradient.len()];
         let rows = gradient.par_chunks_mut(width).zip(moved.par_chunks_mut(width)).zip(entries.par_chunks_mut(width));
         let numbers = rows.enumerate().map(|(row, ((gradient, moved), indices))| {
-            let values = PolishedRow { gradient, moved, indices };
+            let values = PolishedRows { gradient, moved, indices };
             let kept = |j| is_kept(keep.as_ref(), row * width + j);
             values.polish(&corner, &diagonal, sorted.of_row(row), kept) as i32
         });

@@ -17,7 +17,7 @@ mod sweep;
 mod tests;
 
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{NmRatio, Sparsity};
+use squeeze_codebook::{NmRatio, PaletteOptions, Sparsity};
 use squeeze_numerics::finite::is_finite;
 use squeeze_numerics::product::product;
 use squeeze_numerics::sum::squares;
@@ -36,14 +36,15 @@ use solution::Solution;
 use swap::{Swaps, swap};
 
 /// Whether this solver can take the layer: it has one group, its Hessian is on a GPU, and its
-/// palettes are along output channels, without scales and without a refit.
+/// palettes are of single values along output channels, without scales and without a refit.
 pub(super) fn serves(hessian: &Hessian, options: &JointOptions) -> bool {
     hessian.device() != Device::Cpu && takes(hessian, options)
 }
 
 fn takes(hessian: &Hessian, options: &JointOptions) -> bool {
     let palettes = options.palettize.as_ref();
-    let are_plain = palettes.is_none_or(|palette| !palette.per_channel_scale && along_outputs(palette));
+    let is_plain = |palette: &PaletteOptions| !palette.per_channel_scale && along_outputs(palette) && palette.vector_length == 1;
+    let are_plain = palettes.is_none_or(is_plain);
     hessian.groups() == 1 && are_plain && options.effort.palette_steps == 0
 }
 
