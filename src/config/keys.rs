@@ -181,10 +181,10 @@ keys! {
             Preset::Absent("the pipeline's, zeros for SDXL base"),
             flag Flag::new("negative-prompt", "TEXT")
         );
-        /// What the UNet is given in the calibration runs. `diffusers`: as in diffusers. `swift`: as
-        /// in Apple's Swift pipeline, which encodes the empty negative prompt, gives the time ids of
-        /// 1,024 x 1,024 pixels at every size, and samples by PLMS (or DPM++ 2M, if that is the
-        /// scheduler). With both, every second prompt is run in the other way.
+        /// What the UNet is given in the calibration runs. `diffusers`: as in diffusers. `swift`:
+        /// as in Apple's Swift pipeline, which encodes the empty negative prompt, gives the time
+        /// ids of 1,024 x 1,024 pixels at every size, and samples by PLMS (or DPM++ 2M, if that is
+        /// the scheduler). With both, every second prompt is run in the other way.
         MIX: Vec<Feed> = ("mix", kinds::FEEDS, Preset::Texts(&["diffusers"]), flag Flag::new("mix", "FEED"));
         /// Layers left out at the end of the text encoders. They come in addition to the last, as
         /// in diffusers, and the negative prompt and the pooled text pass all layers.

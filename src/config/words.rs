@@ -63,8 +63,8 @@ pub enum Feed {
     /// `diffusers`: as diffusers' pipeline and this program's `generate`.
     #[default]
     Diffusers,
-    /// `swift`: as `ml-stable-diffusion`, Apple's pipeline for packages. The empty negative prompt is
-    /// encoded, the time ids are those of 1,024 x 1,024 pixels at every size, both halves of
+    /// `swift`: as `ml-stable-diffusion`, Apple's pipeline for packages. The empty negative prompt
+    /// is encoded, the time ids are those of 1,024 x 1,024 pixels at every size, both halves of
     /// guidance are always computed, and the sampler is PLMS or DPM++ 2M.
     Swift,
 }
