@@ -7,6 +7,7 @@ use sdxl_model::checkpoint::{SafetensorsFile, read_tensor};
 use sdxl_pipeline::picture::Picture;
 use squeeze_base::error::{Error, Result};
 use squeeze_numerics::device::Placement;
+use squeeze_numerics::sum;
 use tch::{Device, Kind, Tensor};
 
 /// Least width and height of pictures, in pixels: smaller ones have no pixel after the second
@@ -103,14 +104,14 @@ impl Lpips {
             Ok(picture.to_tensor()?.f_to_device(self.device)?.f_sub(&self.shift)?.f_div(&self.scale)?)
         };
         let (mut a, mut b) = (input(a)?, input(b)?);
-        let mut sum = 0.0;
+        let mut distance = 0.0;
         for (layer, weights) in LAYERS.iter().zip(&self.layers) {
             (a, b) = (features(layer, weights, &a)?, features(layer, weights, &b)?);
             let off = unit(&a)?.f_sub(&unit(&b)?)?.f_square()?.f_mul(&weights.2)?;
             let each = off.f_sum_dim_intlist(&[1_i64][..], false, Kind::Float)?;
-            sum += each.f_mean(Kind::Float)?.f_double_value(&[])?;
+            distance += sum::sum(&each)? / each.numel() as f64;
         }
-        Ok(sum)
+        Ok(distance)
     }
 }
 
