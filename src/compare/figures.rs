@@ -157,3 +157,71 @@ fn named(estimates: &[Estimate]) -> Option<Measures> {
         lpips: rest.first().copied(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Judged;
+
+    fn measured(psnr: f64, latents: [f64; 2], calls: &[(f64, f64)]) -> Measured {
+        let shares = || calls.iter().map(|(off, all)| Share { off: *off, all: *all }).collect::<Vec<_>>();
+        Measured { psnr, ssim: psnr / 100.0, lpips: None, latents: latents.into(), calls: shares(), stages: vec![shares()] }
+    }
+
+    fn frame(prompts: &[&str], rows: &[&str]) -> Comparison {
+        Comparison {
+            judged: (0..).zip(prompts).map(|(seed, prompt)| Judged { prompt: (*prompt).to_owned(), seed }).collect(),
+            rows: rows.iter().map(|name| Row { name: (*name).to_owned(), ..Row::default() }).collect(),
+            baseline: rows[0].to_owned(),
+            ..Comparison::default()
+        }
+    }
+
+    fn results(models: Vec<Vec<Measured>>) -> Results {
+        let rows = models.into_iter().map(|measured| ModelResults { measured, ..ModelResults::default() });
+        Results { stages: vec!["mid_block".to_owned()], rows: rows.collect(), ..Results::default() }
+    }
+
+    #[test]
+    fn figures_are_sums_over_pictures_and_prompts() {
+        // Two prompts with two noises each, and a third with one, which has no held-out call.
+        let prompts = ["a", "b", "c", "a", "b"];
+        let one = vec![
+            measured(30.0, [0.1, 0.2], &[(1.0, 10.0)]),
+            measured(20.0, [0.2, 0.4], &[(2.0, 10.0), (1.0, 20.0)]),
+            measured(40.0, [0.3, 0.6], &[]),
+            measured(32.0, [0.1, 0.2], &[(3.0, 30.0)]),
+            measured(28.0, [0.1, 0.1], &[]),
+        ];
+        let better: Vec<Measured> = one.iter().map(|picture| Measured { psnr: picture.psnr + 1.5, ..picture.clone() }).collect();
+        let found = figures(frame(&prompts, &["one", "better"]), results(vec![one, better])).unwrap();
+        let row = &found.rows[0];
+        assert!((row.unet_error - 0.1).abs() < 1e-12);
+        assert!((row.unet_error_by_prompt[0] - 0.1).abs() < 1e-12 && (row.unet_error_by_prompt[1] - 0.1).abs() < 1e-12);
+        assert!(row.unet_error_by_prompt[2].is_nan());
+        assert!((row.latent_error_by_step[0] - 0.16).abs() < 1e-12 && (row.latent_error_by_step[1] - 0.3).abs() < 1e-12);
+        assert_eq!((row.psnr.mean, row.psnr.median, row.psnr.worst), (30.0, 30.0, 20.0));
+        assert_eq!((row.latent_error.worst, row.latent_error.median), (0.6, 0.2));
+        assert_eq!(row.stages.len(), 1);
+        assert!((row.stages[0].error - 0.1).abs() < 1e-12);
+        assert_eq!(row.differences, None);
+        // Every picture is 1.5 dB better, so on any prompts the difference is 1.5 dB.
+        let difference = found.rows[1].differences.unwrap().psnr;
+        for value in [difference.value, difference.low, difference.high] {
+            assert!((value - 1.5).abs() < 1e-9, "{difference:?}");
+        }
+        let wide = found.rows[1].intervals.unwrap().psnr;
+        assert!(wide.high - wide.low > 5.0, "{wide:?}");
+    }
+
+    #[test]
+    fn one_prompt_has_no_interval_and_missing_pictures_no_figures() {
+        let picture = || measured(30.0, [0.1, 0.2], &[(1.0, 10.0)]);
+        let found = figures(frame(&["a", "a"], &["one"]), results(vec![vec![picture(), picture()]])).unwrap();
+        assert_eq!((found.rows[0].intervals, found.rows[0].differences), (None, None));
+        assert!(figures(frame(&["a", "b"], &["one"]), results(vec![vec![picture()]])).is_err());
+        assert!(figures(frame(&["a"], &["one", "two"]), results(vec![vec![picture()]])).is_err());
+        let other = Comparison { baseline: "none".into(), ..frame(&["a"], &["one"]) };
+        assert!(figures(other, results(vec![vec![picture()]])).unwrap_err().is_bad_input());
+    }
+}
