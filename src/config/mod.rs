@@ -39,4 +39,4 @@ pub use rules::{RuleIndex, Rules};
 pub use run_config::{Remarks, RunConfig};
 pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
 pub use squeeze_base::error::{Mistake, Place};
-pub use words::{SequencingWord, SolverKind, Target, TimestepWeighting};
+pub use words::{Feed, SequencingWord, SolverKind, Target, TimestepWeighting};

@@ -14,6 +14,8 @@ mod container;
 mod coreml;
 mod devices;
 mod ends;
+#[cfg(unix)]
+mod evidence;
 mod first_second;
 mod gpu;
 mod images;

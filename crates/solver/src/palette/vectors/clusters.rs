@@ -5,22 +5,25 @@ use rayon::prelude::*;
 use super::points::{Cells, PIECE, Points};
 use super::table::VectorTable;
 
-/// The most points on which palettes are searched for; the palette that is found is improved on
-/// all points. With 256 entries each has 256 of them.
-const SEARCHED: usize = 1 << 16;
+/// The points for each entry on which palettes are searched for, at most; the palette that is found
+/// is improved on all points.
+const POINTS_AN_ENTRY: usize = 64;
+
+/// The least number of points on which palettes are searched for, if there are as many.
+const LEAST_POINTS: usize = 1 << 12;
 
 /// The rounds of [`lloyd`]: their largest number, and the least share by which each must lower the
 /// loss for another to follow.
 type Rounds = (usize, f64);
 
 /// From each start.
-const SEARCH: Rounds = (100, 3e-4);
+const SEARCH: Rounds = (60, 1e-3);
 
-/// From the best of the results.
-const REFINEMENT: Rounds = (200, 1e-5);
+/// From the best of the results, where it was found on all points.
+const REFINEMENT: Rounds = (200, 1e-4);
 
-/// On all points, after the search on some.
-const ON_ALL: Rounds = (3, 0.0);
+/// From the best of the results, where it was found on some points.
+const ON_ALL: Rounds = (16, 5e-4);
 
 /// Starts at most.
 const STARTS: u64 = 24;
@@ -44,8 +47,9 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
     if let Some(vectors) = distinct(points, entries) {
         return vectors;
     }
-    let is_thin = points.len() > SEARCHED;
-    let thin = if is_thin { points.thinned(SEARCHED) } else { Points::default() };
+    let most = (POINTS_AN_ENTRY * entries).max(LEAST_POINTS);
+    let is_thin = points.len() > most;
+    let thin = if is_thin { points.thinned(most) } else { Points::default() };
     let searched = if is_thin { &thin } else { points };
     let mut best: Option<(f64, Vec<[f32; V]>)> = None;
     let (mut last_gain, patience) = (0, patience(searched.len(), entries));
@@ -63,8 +67,7 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
         }
     }
     let (_, vectors) = best.expect("the first start has a loss that is a number");
-    let (_, vectors) = lloyd(searched, vectors, REFINEMENT);
-    if is_thin { lloyd(points, vectors, ON_ALL).1 } else { vectors }
+    lloyd(points, vectors, if is_thin { ON_ALL } else { REFINEMENT }).1
 }
 
 /// The different vectors, if there are at most `most`, in ascending order.
@@ -186,7 +189,7 @@ mod tests {
 
     #[test]
     fn clusters_are_found_on_all_points_and_on_some() {
-        for copies in [20, 2 * SEARCHED / 16] {
+        for copies in [20, 2 * LEAST_POINTS / 16] {
             let points = grid(copies);
             let vectors = cluster(&points, 16);
             let mean = loss(&points, &vectors) / points.len() as f64;
