@@ -26,7 +26,7 @@ fn main() -> Result<()> {
 
     let sparsity = Sparsity::Unstructured(0.5);
     let by_sparsegpt = prune(&weight, &hessian, &PruneOptions { sparsity, ..PruneOptions::default() })?;
-    let by_magnitude = magnitude_prune(&weight, sparsity)?;
+    let by_magnitude = magnitude_prune(&weight, sparsity, 1)?;
     for (method, pruned) in [("SparseGPT", &by_sparsegpt.weight), ("magnitude", &by_magnitude.weight)] {
         println!("{method}: {:.4} of the output's energy is lost", output_error(&weight, pruned, &hessian)?);
     }

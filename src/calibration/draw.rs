@@ -4,12 +4,13 @@ use sdxl_model::checkpoint::{Blueprint, TensorSpec, Weights};
 use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::{CLIP_LENGTH, ClipText};
 use sdxl_model::unet::{Unet, UnetChain};
-use sdxl_pipeline::{PipelineFolder, SamplingDefaults};
-use squeeze_base::error::Result;
+use sdxl_pipeline::{Guidance, PipelineFolder, SamplingDefaults};
+use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Progress;
+use squeeze_numerics::device::Placement;
 
-use super::{Calls, PromptSet, Samples, encode, record};
-use crate::config::CalibrationSection;
+use super::{Calls, PromptSet, Sample, Samples, encode, feed, record, spread};
+use crate::config::{CalibrationSection, Feed};
 use crate::recipe::RunOptions;
 
 /// The calibration samples that `section` asks for: read from its file, or recorded from its
@@ -31,10 +32,9 @@ pub fn calibrate(
         return Samples::read(path, folder.unet.config(), section.calibration_nsamples);
     }
     let placement = options.placement();
-    let set = PromptSet { prompts: section.prompts.load()?, ..settings(folder, section)? };
+    let sets = Mix::of(folder, section)?;
     // The encoders are dropped before the UNet is loaded.
-    let guidances =
-        tracing::debug_span!("encode").in_scope(|| encode(folder, &set.encoder(folder, placement)?, &set, progress))?;
+    let guidances = tracing::debug_span!("encode").in_scope(|| sets.encoded(folder, placement, progress))?;
     let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
     let narrow: u64 = weights
         .entries()
@@ -59,9 +59,95 @@ pub fn calibrate(
         Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
     };
     drop(loading);
-    let mut samples = record(folder, &guidances, &unet, &set, section.calibration_nsamples, progress)?;
+    let mut samples = sets.recorded(folder, &guidances, &unet, section.calibration_nsamples, progress)?;
     samples.notes.extend(unet.beyond_half().into_iter().map(|note| format!("calibration runs: {note}")));
     Ok(samples)
+}
+
+/// The prompts of a calibration, divided between its feeds: with two, every second prompt is run in
+/// the second way.
+struct Mix {
+    /// All prompts, in the first way.
+    all: PromptSet,
+    /// The prompts of each feed.
+    sets: Vec<PromptSet>,
+}
+
+impl Mix {
+    fn of(folder: &PipelineFolder, section: &CalibrationSection) -> Result<Self> {
+        let prompts = section.prompts.load()?;
+        let all = PromptSet { prompts: prompts.clone(), ..settings(folder, section)? };
+        let feeds = &section.mix;
+        if feeds.len() > 1 && prompts.len() < feeds.len() {
+            return Err(Error::Argument("a mix of two feeds needs two calibration prompts or more".into()));
+        }
+        let mut sets = Vec::new();
+        let mut seed = section.seed;
+        for (index, feed) in feeds.iter().enumerate() {
+            let prompts: Vec<String> = prompts.iter().skip(index).step_by(feeds.len()).cloned().collect();
+            let count = prompts.len() as u64;
+            sets.push(PromptSet { prompts, seed, ..settings_for(folder, section, *feed)? });
+            seed = seed.wrapping_add(count);
+        }
+        Ok(Mix { all, sets })
+    }
+
+    /// The guidances of each set's prompts.
+    fn encoded(&self, folder: &PipelineFolder, placement: Placement, progress: &dyn Progress) -> Result<Vec<Vec<Guidance>>> {
+        // One encoder, so that all prompts have as many pieces as the longest of any set.
+        let encoder = self.all.encoder(folder, placement)?;
+        self.sets.iter().map(|set| encode(folder, &encoder, set, progress)).collect()
+    }
+
+    /// Records `wanted` samples, each set's share of them, in turns of the sets' prompts.
+    fn recorded(
+        &self,
+        folder: &PipelineFolder,
+        guidances: &[Vec<Guidance>],
+        unet: &Unet,
+        wanted: usize,
+        progress: &dyn Progress,
+    ) -> Result<Samples> {
+        let ([set], [guidances]) = (self.sets.as_slice(), guidances) else {
+            return self.recorded_in_turns(folder, guidances, unet, wanted, progress);
+        };
+        record(folder, guidances, unet, set, wanted, progress)
+    }
+
+    fn recorded_in_turns(
+        &self,
+        folder: &PipelineFolder,
+        guidances: &[Vec<Guidance>],
+        unet: &Unet,
+        wanted: usize,
+        progress: &dyn Progress,
+    ) -> Result<Samples> {
+        let prompts = self.all.prompts.len();
+        let mut samples = Samples::default();
+        let mut by_prompt: Vec<Vec<Sample>> = (0..prompts).map(|_| Vec::new()).collect();
+        let mut before = 0;
+        for (index, (set, guidances)) in self.sets.iter().zip(guidances).enumerate() {
+            let own = set.prompts.len();
+            let wanted = (before + own) * wanted / prompts - before * wanted / prompts;
+            before += own;
+            let recorded = record(folder, guidances, unet, set, wanted, progress)?;
+            samples.notes.extend(recorded.notes.into_iter().map(|note| format!("{} feed: {note}", set.feed.name())));
+            let mut calls = recorded.calls.into_iter();
+            for (number, steps) in spread(own, set.calls()?, wanted).into_iter().enumerate() {
+                by_prompt[number * self.sets.len() + index].extend(calls.by_ref().take(steps.len()));
+            }
+        }
+        samples.calls = by_prompt.into_iter().flatten().collect();
+        let shapes = |call: &Sample| (call.sample.size(), call.conditioning.encoder_hidden_states.size());
+        if samples.calls.windows(2).any(|pair| shapes(&pair[0]) != shapes(&pair[1])) {
+            return Err(Error::Argument(
+                "the feeds of `mix` make calls of different shapes: `swift` always has both halves of guidance, so give a guidance \
+                 scale above 1, or one feed"
+                    .into(),
+            ));
+        }
+        Ok(samples)
+    }
 }
 
 /// Bytes of the activations while a GPU draws samples, in batches of its own: some four times the
@@ -102,23 +188,38 @@ pub fn scheduler(folder: &PipelineFolder, section: &CalibrationSection) -> Resul
     folder.scheduler.with_choices(section.scheduler.as_deref(), section.timestep_spacing, section.eta)
 }
 
-/// How `section` runs prompts, with no prompts yet.
+/// How `section` runs prompts, with no prompts yet; those of its first feed, if it has two.
 ///
 /// # Errors
-/// [`Error::Argument`](squeeze_base::error::Error::Argument) if the model cannot draw pictures of
-/// the size, there is no such sampler, or the text encoders have not so many layers.
+/// As [`settings_for`].
 pub fn settings(folder: &PipelineFolder, section: &CalibrationSection) -> Result<PromptSet> {
+    settings_for(folder, section, section.mix.first().copied().unwrap_or_default())
+}
+
+/// How `section` runs prompts with a feed, with no prompts yet.
+///
+/// # Errors
+/// [`Error::Argument`] if the model cannot draw pictures of the size, there is no such sampler, the
+/// text encoders have not so many layers, or the feed is not for such a model.
+pub fn settings_for(folder: &PipelineFolder, section: &CalibrationSection, feed: Feed) -> Result<PromptSet> {
     let CalibrationSection { steps, guidance, .. } = section;
     let defaults = defaults(folder);
     section.reading.check(folder)?;
     Ok(PromptSet {
         prompts: Vec::new(),
         negative_prompt: section.negative_prompt.clone(),
-        scheduler: scheduler(folder, section)?,
+        scheduler: match feed {
+            Feed::Diffusers => scheduler(folder, section)?,
+            Feed::Swift => {
+                feed::check(folder)?;
+                feed::scheduler(folder, section)?
+            }
+        },
         seed: section.seed,
         steps: steps.unwrap_or(defaults.steps),
         guidance: guidance.unwrap_or(defaults.guidance),
         guidance_rescale: section.guidance_rescale,
+        feed,
         reading: section.reading,
         size: folder.picture_size(section.size)?,
     })
@@ -155,7 +256,10 @@ pub fn expected_calls(folder: &PipelineFolder, section: &CalibrationSection) -> 
     let scale = folder.vae.scale();
     Ok(Calls {
         count: section.calibration_nsamples,
-        batch: folder.rows(set.guidance),
+        batch: match set.feed {
+            Feed::Diffusers => folder.rows(set.guidance),
+            Feed::Swift => 2,
+        },
         height: height / scale,
         width: width / scale,
         text: CLIP_LENGTH * set.pieces(folder)? as i64,

@@ -10,7 +10,8 @@ use squeeze_numerics::random::Generator;
 use tch::{Device, Tensor};
 
 use super::pictures::{self, PicturesInTurn};
-use super::{Calls, Sample, Samples, spread};
+use super::{Calls, Sample, Samples, feed, spread};
+use crate::config::Feed;
 
 /// Prompts, and how they are run.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +30,8 @@ pub struct PromptSet {
     pub guidance: f64,
     /// The share of the guided prediction whose deviation is brought to that of the prompt's own.
     pub guidance_rescale: f64,
+    /// What the UNet is given beside the latents.
+    pub feed: Feed,
     /// How the prompts are read.
     pub reading: PromptOptions,
     /// Height and width in pixels.
@@ -69,7 +72,10 @@ impl PromptSet {
     /// If it cannot be encoded.
     pub fn guidance_of(&self, prompt: &str, folder: &PipelineFolder, encoder: &PromptEncoder) -> Result<Guidance> {
         let negative = self.negative_prompt.as_deref();
-        let guidance = Guidance::encode(encoder, folder, prompt, negative, self.guidance, self.size)?;
+        let guidance = match self.feed {
+            Feed::Diffusers => Guidance::encode(encoder, folder, prompt, negative, self.guidance, self.size)?,
+            Feed::Swift => feed::guidance(prompt, negative, self.guidance, folder, encoder)?,
+        };
         Ok(Guidance { rescale: self.guidance_rescale, ..guidance })
     }
 
@@ -79,7 +85,10 @@ impl PromptSet {
     /// If one cannot be encoded.
     pub fn guidances_of(&self, prompts: &[&str], folder: &PipelineFolder, encoder: &PromptEncoder) -> Result<Vec<Guidance>> {
         let negative = self.negative_prompt.as_deref();
-        let guidances = Guidance::encode_all(encoder, folder, prompts, negative, self.guidance, self.size)?;
+        let guidances = match self.feed {
+            Feed::Diffusers => Guidance::encode_all(encoder, folder, prompts, negative, self.guidance, self.size)?,
+            Feed::Swift => feed::guidances(prompts, negative, self.guidance, folder, encoder)?,
+        };
         Ok(guidances.into_iter().map(|guidance| Guidance { rescale: self.guidance_rescale, ..guidance }).collect())
     }
 }

@@ -13,6 +13,11 @@ use sdxl_squeeze::{Error, Result};
 pub(super) struct Edits(Vec<Edit>);
 
 impl Edits {
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Reads a config and edits it.
     pub(super) fn config(&self, path: &Path) -> Result<RunConfig> {
         RunConfig::read_edited(path, &self.0)

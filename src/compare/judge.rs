@@ -2,26 +2,43 @@
 //! calibration.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use sdxl_model::Unobserved;
-use sdxl_model::checkpoint::TensorSource;
-use sdxl_model::unet::{Carry, Conditioning, StageName, Unet, UnetChain};
+use sdxl_model::checkpoint::{TensorSource, Weights};
+use sdxl_model::unet::{Carry, Conditioning, Unet};
 use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::picture::Picture;
-use sdxl_pipeline::{Guidance, PipelineFolder, Predictor, PromptEncoder, decode_with, load_vae, sample};
+use sdxl_pipeline::{Guidance, ImageChannels, PipelineFolder, Predictor, decode_with, load_vae, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
+use squeeze_numerics::device::Placement;
 use squeeze_numerics::random::Generator;
 use squeeze_numerics::sum::{self, sum_kind};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use crate::calibration::{PicturesInTurn, PromptSet, Sample, spread};
+use super::judging::Judging;
+use super::pairs::{self, Pair};
+use super::results::{Measured, ModelResults, Share};
+use crate::calibration::{PicturesInTurn, Sample, spread};
+use crate::report::metrics::{psnr, ssim};
 
-/// The dense model's runs on the judged prompts: the reference of every measurement.
-pub struct Judge {
+/// What is judged, and how.
+pub(super) struct Judge<'a> {
+    folder: &'a PipelineFolder,
+    judging: &'a Judging,
+    placement: Placement,
+    pairs: Vec<Pair>,
+    /// The calls of each pair's dense run that are kept.
+    kept: Vec<Vec<usize>>,
+}
+
+/// The dense model's runs of some of the pairs: the reference of every measurement.
+pub(super) struct Reference<'a> {
+    judge: &'a Judge<'a>,
+    range: Range<usize>,
     runs: Vec<Run>,
     held_out: Vec<HeldOut>,
-    set: PromptSet,
     vae: VaeDecoder,
 }
 
@@ -34,70 +51,87 @@ struct Run {
 
 /// A call of the dense UNet, and its output.
 struct HeldOut {
+    /// Index of the run.
+    run: usize,
     call: Sample,
     output: Tensor,
 }
 
-/// Measurements of a compressed UNet.
-#[derive(Debug)]
-pub struct Measured {
-    /// ‖compressed - dense‖² / ‖dense‖² over the outputs of all held-out calls.
-    pub unet_error: f64,
-    /// ‖compressed - dense‖² / ‖dense‖² of the latents after each step, mean over the prompts.
-    pub latent_error_by_step: Vec<f64>,
-    /// One picture for each prompt.
-    pub pictures: Vec<Picture>,
-}
-
-impl Judge {
-    /// Runs the dense `unet` on every prompt of `set` and keeps `held_out` of its calls, spread
-    /// over prompts and timesteps.
+impl<'a> Judge<'a> {
+    /// Spreads the held-out calls over all pairs and timesteps. Nothing is computed yet.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `set` has no prompts; if the pipeline cannot run.
-    pub fn record(
-        folder: &PipelineFolder,
-        encoder: &PromptEncoder,
-        unet: &Unet,
-        set: PromptSet,
-        held_out: usize,
-        progress: &dyn Progress,
-    ) -> Result<Self> {
-        if set.prompts.is_empty() {
-            return Err(Error::Argument("there are no prompts to judge on".into()));
+    /// [`Error::Argument`] if there are no prompts or no noises, or the sampler cannot be made.
+    pub(super) fn new(folder: &'a PipelineFolder, judging: &'a Judging, placement: Placement) -> Result<Self> {
+        let pairs = pairs::pairs(judging.set.prompts.len(), judging.set.seed, judging.seeds)?;
+        let kept = spread(pairs.len(), judging.set.calls()?, judging.held_out.unwrap_or(pairs.len().max(Judging::HELD_OUT)));
+        Ok(Judge { folder, judging, placement, pairs, kept })
+    }
+
+    /// All pictures, in their order.
+    pub(super) fn pairs(&self) -> &[Pair] {
+        &self.pairs
+    }
+
+    /// Number of calls for the UNet's error.
+    pub(super) fn held_out(&self) -> usize {
+        self.kept.iter().map(Vec::len).sum()
+    }
+
+    /// The pairs of a part, which can be judged without the others.
+    pub(super) fn share(&self, part: usize, parts: usize) -> Range<usize> {
+        pairs::share(self.pairs.len(), part, parts, self.step())
+    }
+
+    /// Every second picture of a model that is shown pictures is made with the one before.
+    fn step(&self) -> usize {
+        match self.folder.image_channels() {
+            ImageChannels::None => 1,
+            ImageChannels::MaskAndPicture | ImageChannels::Picture => 2,
         }
-        let placement = encoder.placement();
-        let steps = set.calls()?;
-        let kept = spread(set.prompts.len(), steps, held_out);
-        let vae = load_vae(folder, placement)?;
-        let mut pictures = PicturesInTurn::load(folder, set.size, placement)?;
-        let mut judge = Judge { runs: Vec::new(), held_out: Vec::new(), set, vae };
-        let task = Task::begin(progress, "dense pictures", "prompts", judge.set.prompts.len());
-        for (index, (prompt, steps)) in judge.set.prompts.iter().zip(kept).enumerate() {
+    }
+
+    /// Runs the dense `unet` on the pairs of `range`, a [`share`](Self::share) or a part of one
+    /// that begins at an even number.
+    ///
+    /// # Errors
+    /// If the pipeline cannot run.
+    pub(super) fn record(&'a self, range: Range<usize>, unet: &Unet, progress: &dyn Progress) -> Result<Reference<'a>> {
+        let (folder, set) = (self.folder, &self.judging.set);
+        let encoder = set.encoder(folder, self.placement)?;
+        let vae = load_vae(folder, self.placement)?;
+        let mut pictures = PicturesInTurn::load(folder, set.size, self.placement)?;
+        let mut reference = Reference { judge: self, range: range.clone(), runs: Vec::new(), held_out: Vec::new(), vae };
+        let task = Task::begin(progress, "dense pictures", "prompts", range.len());
+        for index in range {
+            let Pair { prompt, seed } = self.pairs[index];
+            let prompt = &set.prompts[prompt];
             task.advance(prompt);
-            let guidance = judge.set.guidance_of(prompt, folder, encoder)?;
-            let seed = judge.set.seed.wrapping_add(index as u64);
+            let guidance = set.guidance_of(prompt, folder, &encoder)?;
             let guidance = match &pictures {
                 Some(pictures) => pictures.show(&guidance, index, seed)?,
                 None => guidance,
             };
-            let watcher = Watcher { unet, steps, calls: RefCell::new((0, Vec::new())) };
-            let latents = judge.latents(folder, &watcher, &guidance, seed)?;
-            judge.held_out.extend(watcher.calls.into_inner().1);
+            let watcher = Watcher { unet, steps: &self.kept[index], calls: RefCell::new((0, Vec::new())) };
+            let latents = self.latents(&watcher, &guidance, seed)?;
+            let run = reference.runs.len();
+            let calls = watcher.calls.into_inner().1.into_iter();
+            reference.held_out.extend(calls.map(|(call, output)| HeldOut { run, call, output }));
             if let (Some(pictures), Some(last)) = (&mut pictures, latents.last()) {
                 pictures.keep(last)?;
             }
-            let picture = judge.picture(latents.last())?;
-            judge.runs.push(Run { guidance, seed, latents, picture });
+            let picture = picture(&reference.vae, latents.last())?;
+            reference.runs.push(Run { guidance, seed, latents, picture });
         }
-        Ok(judge)
+        Ok(reference)
     }
 
     /// The latents after each step.
-    fn latents(&self, folder: &PipelineFolder, unet: &dyn Predictor, guidance: &Guidance, seed: u64) -> Result<Vec<Tensor>> {
-        let mut scheduler = self.set.scheduler.scheduler(self.set.steps)?;
+    fn latents(&self, unet: &dyn Predictor, guidance: &Guidance, seed: u64) -> Result<Vec<Tensor>> {
+        let (folder, set) = (self.folder, &self.judging.set);
+        let mut scheduler = set.scheduler.scheduler(set.steps)?;
         let scale = folder.vae.scale();
-        let shape = [1, folder.vae.latent_channels, self.set.size.0 / scale, self.set.size.1 / scale];
+        let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
         let like = &guidance.conditioning.encoder_hidden_states;
         let mut generator = Generator::new(seed);
         let noise = generator.draw(&shape, like.f_kind()?)?.f_to_device(like.device())?;
@@ -110,39 +144,30 @@ impl Judge {
         Ok(latents)
     }
 
-    fn picture(&self, latents: Option<&Tensor>) -> Result<Picture> {
-        let latents = latents.ok_or_else(|| Error::Failed("the sampler took no step".into()))?;
-        decode_with(&self.vae, latents)
+    /// How many of the pictures of `range` the report shows.
+    fn shown(&self, range: &Range<usize>) -> usize {
+        self.judging.shown.saturating_sub(range.start).min(range.len())
+    }
+}
+
+fn picture(vae: &VaeDecoder, latents: Option<&Tensor>) -> Result<Picture> {
+    let latents = latents.ok_or_else(|| Error::Failed("the sampler took no step".into()))?;
+    decode_with(vae, latents)
+}
+
+impl Reference<'_> {
+    /// The dense model's pictures that the report shows.
+    pub(super) fn pictures(&self) -> Vec<Picture> {
+        self.runs.iter().take(self.judge.shown(&self.range)).map(|run| run.picture.clone()).collect()
     }
 
-    /// The dense model's pictures, one for each prompt.
-    pub fn pictures(&self) -> impl Iterator<Item = &Picture> {
-        self.runs.iter().map(|run| &run.picture)
-    }
-
-    /// The judged prompts, with their steps, guidance and size.
-    #[must_use]
-    pub fn set(&self) -> &PromptSet {
-        &self.set
-    }
-
-    /// Number of calls for the UNet's error.
-    #[must_use]
-    pub fn held_out(&self) -> usize {
-        self.held_out.len()
-    }
-
-    /// Error of each stage's output, with all earlier stages compressed too: ‖new - dense‖² /
-    /// ‖dense‖² of the hidden states, over the held-out calls.
+    /// Adds the error of each stage's output to `results`, with all earlier stages compressed too:
+    /// ‖new - dense‖² and ‖dense‖² of the hidden states, for each held-out call.
     ///
     /// # Errors
     /// If a stage cannot be loaded or run.
-    pub fn stage_errors(
-        &self,
-        chain: &UnetChain,
-        dense: &dyn TensorSource,
-        new: &dyn TensorSource,
-    ) -> Result<Vec<(StageName, f64)>> {
+    pub(super) fn add_stages(&self, dense: &dyn TensorSource, new: &dyn TensorSource, results: &mut ModelResults) -> Result<()> {
+        let chain = &self.judge.folder.unet;
         let start = |source: &dyn TensorSource| -> Result<Vec<Carry>> {
             let input_block = chain.load_input_block(source)?;
             let carries = self.held_out.iter();
@@ -151,19 +176,19 @@ impl Judge {
                 .collect()
         };
         let (mut dense_carries, mut new_carries) = (start(dense)?, start(new)?);
-        let mut errors = Vec::new();
         for spec in chain.stages() {
             let (dense_stage, new_stage) = (spec.load(dense)?, spec.load(new)?);
-            let (mut off, mut all) = (0.0, 0.0);
-            for (dense_carry, new_carry) in dense_carries.iter_mut().zip(&mut new_carries) {
+            results.measured.iter_mut().for_each(|measured| measured.stages.push(Vec::new()));
+            for ((dense_carry, new_carry), held_out) in dense_carries.iter_mut().zip(&mut new_carries).zip(&self.held_out) {
                 *dense_carry = dense_stage.forward_in_range(dense_carry.shallow_clone())?;
                 *new_carry = new_stage.forward_in_range(new_carry.shallow_clone())?;
-                off += squares(&new_carry.hidden_states.f_sub(&dense_carry.hidden_states)?)?;
-                all += squares(&dense_carry.hidden_states)?;
+                let share = Share::of(&new_carry.hidden_states, &dense_carry.hidden_states)?;
+                if let Some(stage) = results.measured[held_out.run].stages.last_mut() {
+                    stage.push(share);
+                }
             }
-            errors.push((spec.name(), off / all));
         }
-        Ok(errors)
+        Ok(())
     }
 
     /// Measures another UNet on the held-out calls, and step by step from the noise of the dense
@@ -171,35 +196,54 @@ impl Judge {
     ///
     /// # Errors
     /// If the UNet cannot run.
-    pub fn measure(&self, folder: &PipelineFolder, unet: &dyn Predictor, progress: &dyn Progress) -> Result<Measured> {
-        let (mut off, mut all) = (0.0, 0.0);
+    pub(super) fn measure(&self, unet: &dyn Predictor, progress: &dyn Progress) -> Result<ModelResults> {
+        let mut measured: Vec<Measured> = self.runs.iter().map(|_| Measured::default()).collect();
         {
             let task = Task::begin(progress, "held-out calls", "calls", self.held_out.len());
-            for HeldOut { call, output } in &self.held_out {
+            for HeldOut { run, call, output } in &self.held_out {
                 task.advance(&format!("timestep {:.0}", call.timestep));
                 let new = unet.predict(&call.sample, call.timestep, &call.conditioning)?;
-                off += squares(&new.f_sub(output)?)?;
-                all += squares(output)?;
+                measured[*run].calls.push(Share::of(&new, output)?);
             }
         }
+        let (judge, shown) = (self.judge, self.judge.shown(&self.range));
         let task = Task::begin(progress, "pictures", "prompts", self.runs.len());
-        let mut by_step = Vec::new();
         let mut pictures = Vec::new();
-        for (run, prompt) in self.runs.iter().zip(&self.set.prompts) {
-            task.advance(prompt);
-            let latents = self.latents(folder, unet, &run.guidance, run.seed)?;
-            by_step.resize(latents.len(), 0.0);
-            for (sum, (new, dense)) in by_step.iter_mut().zip(latents.iter().zip(&run.latents)) {
-                *sum += squares(&new.f_sub(dense)?)? / squares(dense)?;
+        for (index, (run, measured)) in self.runs.iter().zip(&mut measured).enumerate() {
+            task.advance(&judge.judging.set.prompts[judge.pairs[self.range.start + index].prompt]);
+            let latents = judge.latents(unet, &run.guidance, run.seed)?;
+            for (new, dense) in latents.iter().zip(&run.latents) {
+                let share = Share::of(new, dense)?;
+                measured.latents.push(share.off / share.all);
             }
-            pictures.push(self.picture(latents.last())?);
+            let drawn = picture(&self.vae, latents.last())?;
+            measured.psnr = psnr(&run.picture, &drawn)?;
+            measured.ssim = ssim(&run.picture, &drawn)?;
+            measured.lpips = judge.judging.lpips.as_ref().map(|lpips| lpips.distance(&run.picture, &drawn)).transpose()?;
+            if index < shown {
+                pictures.push(drawn);
+            }
         }
-        let runs = self.runs.len() as f64;
-        Ok(Measured {
-            unet_error: off / all,
-            latent_error_by_step: by_step.into_iter().map(|sum| sum / runs).collect(),
-            pictures,
-        })
+        Ok(ModelResults { measured, notes: Vec::new(), pictures })
+    }
+
+    /// Measures the dense UNet in the dtype of [`floor_kind`].
+    ///
+    /// # Errors
+    /// If the UNet cannot be loaded or run.
+    pub(super) fn measure_floor(&self, weights: &Weights, progress: &dyn Progress) -> Result<ModelResults> {
+        let placement = Placement { kind: floor_kind(self.judge.placement.kind), ..self.judge.placement };
+        let unet = Unet::resident(self.judge.folder.unet.clone(), weights.source(placement), progress)?;
+        let other = InOtherDtype { unet, placement };
+        let results = self.measure(&other, progress)?;
+        Ok(ModelResults { notes: other.unet.beyond_half(), pictures: Vec::new(), ..results })
+    }
+}
+
+impl Share {
+    /// ‖new - dense‖² of ‖dense‖².
+    fn of(new: &Tensor, dense: &Tensor) -> Result<Self> {
+        Ok(Share { off: squares(&new.f_sub(dense)?)?, all: squares(dense)? })
     }
 }
 
@@ -208,11 +252,30 @@ fn squares(tensor: &Tensor) -> Result<f64> {
     sum::squares(&tensor.f_to_kind(sum_kind(tensor.device()))?)
 }
 
+/// The dtype of the noise floor beside dense runs of dtype `kind`: fp16 beside fp32, else fp32.
+pub(super) fn floor_kind(kind: Kind) -> Kind {
+    if kind == Kind::Float { Kind::Half } else { Kind::Float }
+}
+
+/// A UNet that computes in another dtype than the sampler.
+struct InOtherDtype<'a> {
+    unet: Unet<'a>,
+    placement: Placement,
+}
+
+impl Predictor for InOtherDtype<'_> {
+    fn predict(&self, sample: &Tensor, timestep: f64, conditioning: &Conditioning) -> Result<Tensor> {
+        let call = Sample { sample: sample.shallow_clone(), timestep, conditioning: conditioning.shallow_clone() };
+        let Sample { sample: placed, conditioning, .. } = call.placed(self.placement)?;
+        Ok(self.unet.predict(&placed, timestep, &conditioning)?.f_to_kind(sample.f_kind()?)?)
+    }
+}
+
 /// A UNet that keeps some of its calls with their outputs.
 struct Watcher<'a, 'b> {
     unet: &'a Unet<'b>,
-    steps: Vec<usize>,
-    calls: RefCell<(usize, Vec<HeldOut>)>,
+    steps: &'a [usize],
+    calls: RefCell<(usize, Vec<(Sample, Tensor)>)>,
 }
 
 impl Predictor for Watcher<'_, '_> {
@@ -221,7 +284,7 @@ impl Predictor for Watcher<'_, '_> {
         let (step, calls) = &mut *self.calls.borrow_mut();
         if self.steps.contains(step) {
             let call = Sample { sample: sample.shallow_clone(), timestep, conditioning: conditioning.shallow_clone() };
-            calls.push(HeldOut { call, output: output.shallow_clone() });
+            calls.push((call, output.shallow_clone()));
         }
         *step += 1;
         Ok(output)

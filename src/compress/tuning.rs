@@ -41,6 +41,8 @@ pub(super) fn tune_layers(
     let calibration = CalibrationSection {
         prompts: Prompts::List(learned.clone()),
         samples: None,
+        // One sampler, whose steps are weighed.
+        mix: config.calibration.mix.iter().take(1).copied().collect(),
         calibration_nsamples: section.nsamples,
         ..config.calibration.clone()
     };

@@ -14,7 +14,7 @@ use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
 use super::tree::{Node, Value};
-use super::words::{GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};
+use super::words::{Feed, GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};
 
 /// Declares the keys of a section, and the section.
 macro_rules! keys {
@@ -181,6 +181,11 @@ keys! {
             Preset::Absent("the pipeline's, zeros for SDXL base"),
             flag Flag::new("negative-prompt", "TEXT")
         );
+        /// What the UNet is given in the calibration runs. `diffusers`: as in diffusers. `swift`:
+        /// as in Apple's Swift pipeline, which encodes the empty negative prompt, gives the time
+        /// ids of 1,024 x 1,024 pixels at every size, and samples by PLMS (or DPM++ 2M, if that is
+        /// the scheduler). With both, every second prompt is run in the other way.
+        MIX: Vec<Feed> = ("mix", kinds::FEEDS, Preset::Texts(&["diffusers"]), flag Flag::new("mix", "FEED"));
         /// Layers left out at the end of the text encoders. They come in addition to the last, as
         /// in diffusers, and the negative prompt and the pooled text pass all layers.
         CLIP_SKIP: usize = ("clip_skip", kinds::REPEATS, Preset::Integer(0), flag Flag::new("clip-skip", "N"));

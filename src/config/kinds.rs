@@ -14,7 +14,7 @@ use super::fields::{boolean, number, text, whole, word};
 use super::key::{Argument, Kind};
 use super::limits;
 use super::tree::{Node, Value};
-use super::words::Words;
+use super::words::{Feed, Words};
 
 macro_rules! kind {
     ($argument:ident, $values:expr, $schema:tt, $read:expr) => {
@@ -110,6 +110,26 @@ pub(super) const LORAS: Kind<Vec<LoraFile>> = kind!(
             .collect(),
         Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Text(_) | Value::Mapping(_) => {
             Err("must be a list of files".into())
+        }
+    }
+);
+
+/// One feed, or both.
+pub(super) const FEEDS: Kind<Vec<Feed>> = kind!(
+    Item,
+    "a list of `diffusers`, `swift`",
+    { "type": "array", "items": { "enum": ["diffusers", "swift"] }, "minItems": 1, "uniqueItems": true },
+    |node| match &node.value {
+        Value::List(list) => {
+            let feeds: Vec<Feed> = list.iter().map(|entry| word(entry, &Feed::words())).collect::<Result<_, _>>()?;
+            match feeds.as_slice() {
+                [] => Err("must name a feed".into()),
+                [first, rest @ ..] if rest.contains(first) => Err(format!("names `{}` twice", first.name())),
+                _ => Ok(feeds),
+            }
+        }
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::Text(_) | Value::Mapping(_) => {
+            Err("must be a list of `diffusers`, `swift`".into())
         }
     }
 );

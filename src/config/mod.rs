@@ -41,4 +41,4 @@ pub use run_config::{Remarks, RunConfig};
 pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
 pub use squeeze_base::error::{Mistake, Place};
 pub use tune::TuneSection;
-pub use words::{SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};
+pub use words::{Feed, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};

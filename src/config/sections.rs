@@ -15,7 +15,7 @@ use super::mistake::{Mistakes, Written};
 use super::prompts::{self, Prompts};
 use super::rules::{self, Rules, pattern};
 use super::tree::Position;
-use super::words::TimestepWeighting;
+use super::words::{Feed, TimestepWeighting};
 
 /// The model, and where it is computed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -75,6 +75,10 @@ pub struct CalibrationSection {
     pub guidance_rescale: f64,
     /// The negative prompt; `None` is the pipeline's default.
     pub negative_prompt: Option<String>,
+    /// What the UNet is given: one feed, or two different ones, between which prompts are divided.
+    /// The default is not written, as it was before the key was there.
+    #[serde(skip_serializing_if = "is_default_mix")]
+    pub mix: Vec<Feed>,
     /// How prompts and captions are read. What is the default is not written, as it was before
     /// these keys were there.
     #[serde(flatten, serialize_with = "write_reading")]
@@ -170,6 +174,7 @@ impl Default for CalibrationSection {
             guidance: None,
             guidance_rescale: GUIDANCE_RESCALE.default_value(),
             negative_prompt: None,
+            mix: vec![Feed::default()],
             reading: PromptOptions::default(),
             seed: SEED.default_value(),
             size: None,
@@ -253,6 +258,7 @@ impl CalibrationSection {
             guidance: fields.get(&GUIDANCE, mistakes),
             guidance_rescale: fields.value(&GUIDANCE_RESCALE, mistakes),
             negative_prompt: fields.get(&NEGATIVE_PROMPT, mistakes),
+            mix: fields.get(&MIX, mistakes).unwrap_or_else(|| vec![Feed::default()]),
             reading: PromptOptions {
                 clip_skip: fields.value(&CLIP_SKIP, mistakes),
                 long_prompts: fields.value(&LONG_PROMPTS, mistakes),
@@ -355,6 +361,10 @@ fn write_size<S: Serializer>(size: &Option<(i64, i64)>, serializer: S) -> Result
     }
     let (height, width) = size.unzip();
     Keys { height, width }.serialize(serializer)
+}
+
+fn is_default_mix(mix: &[Feed]) -> bool {
+    mix == [Feed::default()]
 }
 
 /// Writes how prompts are read, where it is not the default.

@@ -67,6 +67,23 @@ pub enum TuneWeighting {
     Uniform,
 }
 
+/// What the UNet is given beside the noisy latents, and by which sampler it is run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Feed {
+    /// `diffusers`: as diffusers' pipeline and this program's `generate`.
+    #[default]
+    Diffusers,
+    /// `swift`: as `ml-stable-diffusion`, Apple's pipeline for packages. The empty negative prompt
+    /// is encoded, the time ids are those of 1,024 x 1,024 pixels at every size, both halves of
+    /// guidance are always computed, and the sampler is PLMS or DPM++ 2M.
+    Swift,
+}
+
+impl Feed {
+    /// Both feeds.
+    pub const ALL: [Feed; 2] = [Feed::Diffusers, Feed::Swift];
+}
+
 /// The values of the key `granularity`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GranularityWord {
@@ -108,6 +125,7 @@ words!(SequencingWord, "stage" => Stage, "sublayer" => Sublayer);
 words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
 words!(TuneWeighting, "effect" => Effect, "uniform" => Uniform);
+words!(Feed, "diffusers" => Diffusers, "swift" => Swift);
 words!(GranularityWord, "per_tensor" => PerTensor, "per_grouped_channel" => PerGroupedChannel);
 
 impl Words for PruneMethod {

@@ -21,10 +21,17 @@ pub struct Comparison {
     pub device: String,
     /// Prompts of the calibration.
     pub calibration: Vec<String>,
-    /// Prompt and seed of every picture, in the order of each row's pictures.
+    /// Prompt and seed of every picture, in the order of each row's pictures and values.
     pub judged: Vec<Judged>,
     /// The uncompressed model, which is the reference.
     pub dense: Dense,
+    /// The uncompressed model in another dtype, measured as the rows are: how far pictures differ
+    /// by rounding alone. Its size and its cost are empty.
+    #[serde(default)]
+    pub noise_floor: Option<Row>,
+    /// Name of the row that every other row is compared with; empty if there are no differences.
+    #[serde(default)]
+    pub baseline: String,
     /// The compressed models, in the order of the report.
     pub rows: Vec<Row>,
     /// Warnings about the comparison as a whole.
@@ -52,7 +59,7 @@ pub struct Dense {
     /// Stored bits per weight.
     #[serde(deserialize_with = "or_nan")]
     pub bits_per_weight: f64,
-    /// One picture for each of [`Comparison::judged`].
+    /// The pictures of the first of [`Comparison::judged`].
     #[serde(skip)]
     pub pictures: Vec<Picture>,
 }
@@ -79,15 +86,30 @@ pub struct Row {
     /// ‖compressed - dense‖² / ‖dense‖² of the UNet's outputs, on calls outside of the calibration.
     #[serde(deserialize_with = "or_nan")]
     pub unet_error: f64,
+    /// The same of each prompt's calls, in the order of the prompts; NaN where a prompt has none.
+    #[serde(default, deserialize_with = "or_nans")]
+    pub unet_error_by_prompt: Vec<f64>,
     /// ‖compressed - dense‖² / ‖dense‖² of the latents after each denoising step, mean over the
     /// judged pictures.
     #[serde(deserialize_with = "or_nans")]
     pub latent_error_by_step: Vec<f64>,
+    /// The same after the last step.
+    #[serde(default)]
+    pub latent_error: Spread,
     /// Peak signal-to-noise ratio to the dense pictures, in dB, at most
     /// [`super::metrics::HIGHEST_PSNR`].
     pub psnr: Spread,
     /// Structural similarity to the dense pictures, at most 1.
     pub ssim: Spread,
+    /// LPIPS distance to the dense pictures, if its weights were given.
+    #[serde(default)]
+    pub lpips: Option<Spread>,
+    /// The means with their confidence intervals; none of a single prompt.
+    #[serde(default)]
+    pub intervals: Option<Measures>,
+    /// The differences to the means of the baseline; none of the baseline itself.
+    #[serde(default)]
+    pub differences: Option<Measures>,
     /// Seconds that compressing took.
     #[serde(deserialize_with = "or_nan")]
     pub seconds: f64,
@@ -97,20 +119,23 @@ pub struct Row {
     pub stages: Vec<StageError>,
     /// The compressed layers, in execution order.
     pub layers: Vec<LayerRow>,
-    /// One picture for each of [`Comparison::judged`].
+    /// The pictures of the first of [`Comparison::judged`].
     #[serde(skip)]
     pub pictures: Vec<Picture>,
     /// Warnings about this model.
     pub warnings: Vec<String>,
 }
 
-/// A measure of several pictures; higher is better.
+/// A measure of several pictures.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Spread {
     /// The mean.
     #[serde(deserialize_with = "or_nan")]
     pub mean: f64,
-    /// The lowest.
+    /// The median.
+    #[serde(default = "nan", deserialize_with = "or_nan")]
+    pub median: f64,
+    /// The worst: the lowest where higher is better, else the highest.
     #[serde(deserialize_with = "or_nan")]
     pub worst: f64,
     /// The value of each picture, in the order of [`Comparison::judged`].
@@ -119,13 +144,62 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Mean and lowest of `each`; NaN if `each` is empty or has a NaN.
+    /// Mean, median and lowest of `each`, of which higher is better; NaN if `each` is empty or has
+    /// a NaN.
     #[must_use]
     pub fn of(each: Vec<f64>) -> Self {
-        let mean = each.iter().sum::<f64>() / each.len() as f64;
         let worst = each.iter().copied().reduce(|a, b| if a.is_nan() || a < b { a } else { b }).unwrap_or(f64::NAN);
-        Spread { mean, worst, each }
+        Self::with_worst(each, worst)
     }
+
+    /// Mean, median and highest of `each`, of which lower is better; NaN if `each` is empty or has
+    /// a NaN.
+    #[must_use]
+    pub fn of_errors(each: Vec<f64>) -> Self {
+        let worst = each.iter().copied().reduce(|a, b| if a.is_nan() || a > b { a } else { b }).unwrap_or(f64::NAN);
+        Self::with_worst(each, worst)
+    }
+
+    fn with_worst(each: Vec<f64>, worst: f64) -> Self {
+        let mean = each.iter().sum::<f64>() / each.len() as f64;
+        let mut sorted = each.clone();
+        sorted.sort_by(f64::total_cmp);
+        let median = match sorted.len() {
+            0 => f64::NAN,
+            _ if mean.is_nan() => f64::NAN,
+            count => (sorted[(count - 1) / 2] + sorted[count / 2]) / 2.0,
+        };
+        Spread { mean, median, worst, each }
+    }
+}
+
+/// A number with its 95 % confidence interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// The number, of all judged pictures.
+    #[serde(deserialize_with = "or_nan")]
+    pub value: f64,
+    /// Lower end of the interval.
+    #[serde(deserialize_with = "or_nan")]
+    pub low: f64,
+    /// Upper end of the interval.
+    #[serde(deserialize_with = "or_nan")]
+    pub high: f64,
+}
+
+/// An estimate for each measure of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Measures {
+    /// Of [`Row::unet_error`].
+    pub unet_error: Estimate,
+    /// Of the mean of [`Row::latent_error`].
+    pub latent_error: Estimate,
+    /// Of the mean PSNR, in dB.
+    pub psnr: Estimate,
+    /// Of the mean SSIM.
+    pub ssim: Estimate,
+    /// Of the mean LPIPS, if it was measured.
+    pub lpips: Option<Estimate>,
 }
 
 /// Output error of a stage.
@@ -196,11 +270,15 @@ impl Comparison {
     }
 }
 
-fn or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+fn nan() -> f64 {
+    f64::NAN
+}
+
+pub(crate) fn or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-fn or_nans<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+pub(crate) fn or_nans<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
     let values = Vec::<Option<f64>>::deserialize(deserializer)?;
     Ok(values.into_iter().map(|value| value.unwrap_or(f64::NAN)).collect())
 }
@@ -214,11 +292,15 @@ mod tests {
     #[test]
     fn a_spread_has_the_mean_and_the_lowest() {
         let spread = Spread::of(vec![30.0, 20.0, 40.0]);
-        assert_eq!((spread.mean, spread.worst), (30.0, 20.0));
+        assert_eq!((spread.mean, spread.median, spread.worst), (30.0, 30.0, 20.0));
         assert!(Spread::of(Vec::new()).mean.is_nan());
         for each in [vec![f64::NAN, 1.0], vec![1.0, f64::NAN], vec![2.0, f64::NAN, 1.0]] {
-            assert!(Spread::of(each).worst.is_nan());
+            assert!(Spread::of(each.clone()).worst.is_nan());
+            let errors = Spread::of_errors(each);
+            assert!(errors.worst.is_nan() && errors.median.is_nan());
         }
+        assert_eq!(Spread::of_errors(vec![3.0, 1.0, 2.0, 8.0]).median, 2.5);
+        assert_eq!(Spread::of_errors(vec![3.0, 1.0, 2.0]).worst, 3.0);
     }
 
     #[test]

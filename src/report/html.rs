@@ -7,6 +7,7 @@ use squeeze_base::number;
 
 use super::charts;
 use super::comparison::{Comparison, LayerRow, Row, Spread};
+use super::intervals::{Intervals, intervals};
 use super::markup::{facts, image, isolated, list, visible};
 use super::plot::swatch;
 
@@ -36,6 +37,7 @@ pub fn page(comparison: &Comparison) -> Result<String> {
                 main {
                     (header(comparison))
                     (results(comparison)?)
+                    (confidence(comparison))
                     (pictures(comparison)?)
                     @if !comparison.rows.is_empty() {
                         section {
@@ -96,6 +98,7 @@ fn results(comparison: &Comparison) -> Result<Markup> {
                             (cell("Bits a weight", &number::fixed(dense.bits_per_weight, 2)))
                             @for label in unmeasured { (cell(label, number::NONE)) }
                         }
+                        @if let Some(floor) = &comparison.noise_floor { (noise_floor(floor)) }
                         @for (index, row) in comparison.rows.iter().enumerate() {
                             (result(index, row, dense.bytes)?)
                         }
@@ -141,15 +144,62 @@ fn result(index: usize, row: &Row, dense_bytes: u64) -> Result<Markup> {
             (size(row.bytes, dense_bytes))
             (cell("Sparsity", &number::percent(row.sparsity_stored)))
             (cell("Bits a weight", &number::fixed(row.bits_per_weight, 2)))
-            (cell("UNet error", &number::percent(row.unet_error)))
-            (cell("PSNR mean", &number::fixed(row.psnr.mean, 2)))
-            (cell("PSNR worst", &number::fixed(row.psnr.worst, 2)))
-            (cell("SSIM mean", &number::fixed(row.ssim.mean, 4)))
-            (cell("SSIM worst", &number::fixed(row.ssim.worst, 4)))
+            (closeness(row))
             (cell("Time", &number::time(row.seconds)))
             (cell("Memory", &row.peak_bytes.map_or_else(|| number::NONE.into(), number::size)))
         }
     })
+}
+
+/// The dense model in another dtype, which has no file and was not compressed.
+fn noise_floor(row: &Row) -> Markup {
+    html! {
+        tr.dense {
+            td.picture {}
+            th.name scope="row" { (isolated(&row.name)) }
+            @for label in ["Size", "Sparsity", "Bits a weight"] { (cell(label, number::NONE)) }
+            (closeness(row))
+            @for label in ["Time", "Memory"] { (cell(label, number::NONE)) }
+        }
+    }
+}
+
+/// The cells of a row's measures.
+fn closeness(row: &Row) -> Markup {
+    html! {
+        (cell("UNet error", &number::percent(row.unet_error)))
+        (cell("PSNR mean", &number::fixed(row.psnr.mean, 2)))
+        (cell("PSNR worst", &number::fixed(row.psnr.worst, 2)))
+        (cell("SSIM mean", &number::fixed(row.ssim.mean, 4)))
+        (cell("SSIM worst", &number::fixed(row.ssim.worst, 4)))
+    }
+}
+
+/// The table of intervals, or nothing if there are none.
+fn confidence(comparison: &Comparison) -> Markup {
+    let Some(Intervals { title, header, rows }) = intervals(comparison) else { return html! {} };
+    html! {
+        section {
+            h2 { "Confidence" }
+            p { (isolated(&title)) "." }
+            div.layers.scroll {
+                table {
+                    thead {
+                        tr {
+                            @for (index, title) in header.iter().enumerate() { th.left[index == 0] scope="col" { (title) } }
+                        }
+                    }
+                    tbody {
+                        @for cells in &rows {
+                            tr {
+                                @for (index, cell) in cells.iter().enumerate() { td.left[index == 0] { (visible(cell)) } }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 fn cell(label: &str, value: &str) -> Markup {
@@ -193,6 +243,9 @@ fn pictures(comparison: &Comparison) -> Result<Markup> {
     Ok(html! {
         section {
             h2 { "Pictures" }
+            @if columns < comparison.judged.len() {
+                p { "The first " (columns) " of " (comparison.judged.len()) "." }
+            }
             div.pictures style=(format!("--width:{width}px;--rows:{}", models.len() + 1)) {
                 @for index in 0..columns {
                     @let judged = comparison.judged.get(index);
@@ -236,6 +289,13 @@ fn config(index: usize, row: &Row) -> Markup {
         ("Bits a compressed weight", html! { (number::fixed(row.bits_per_weight, 4)) }),
         ("Sparsity asked, stored", html! { (asked) ", " (number::percent(row.sparsity_stored)) }),
         ("UNet error", html! { (number::percent(row.unet_error)) }),
+        ("Latent error: mean, median, worst", spread(&row.latent_error, number::percent)),
+        ("PSNR: mean, median, worst", spread(&row.psnr, |value| number::fixed(value, 2))),
+        ("SSIM: mean, median, worst", spread(&row.ssim, |value| number::fixed(value, 4))),
+        (
+            "LPIPS: mean, median, worst",
+            row.lpips.as_ref().map_or_else(|| html! { (number::NONE) }, |lpips| spread(lpips, |value| number::fixed(value, 4))),
+        ),
         ("Layers compressed", html! { (row.layers.len()) }),
     ]);
     let yaml = row.config_yaml.trim_end();
@@ -256,6 +316,11 @@ fn config(index: usize, row: &Row) -> Markup {
             }
         }
     }
+}
+
+/// Mean, median and worst of a measure.
+fn spread(spread: &Spread, text: impl Fn(f64) -> String) -> Markup {
+    html! { (text(spread.mean)) ", " (text(spread.median)) ", " (text(spread.worst)) }
 }
 
 /// Columns of numbers in the table of layers.

@@ -6,12 +6,14 @@
 //! - [`html`]: `report.html`, a page that needs no other file
 //! - [`sheet`]: `sheet.png`, a contact sheet of all pictures
 //! - [`table`]: the table as text
+//! - [`intervals`]: the measures with their confidence intervals, and differences to a baseline
 
 mod axis;
 mod charts;
 pub mod comparison;
 mod font;
 pub mod html;
+pub mod intervals;
 mod markup;
 pub mod metrics;
 mod plot;
@@ -20,7 +22,8 @@ pub mod table;
 
 use std::path::{Path, PathBuf};
 
-pub use comparison::{Comparison, Dense, Judged, LayerRow, Row, Spread, StageError};
+pub use comparison::{Comparison, Dense, Estimate, Judged, LayerRow, Measures, Row, Spread, StageError};
+pub(crate) use comparison::{or_nan, or_nans};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::write_file;
 

@@ -5,6 +5,7 @@ use comfy_table::{CellAlignment, Table};
 use squeeze_base::number;
 
 use super::comparison::{Comparison, Row};
+use super::intervals::intervals;
 
 /// Titles of the columns; all but the first are of numbers.
 const HEADER: [&str; 12] =
@@ -21,19 +22,41 @@ pub fn plain(comparison: &Comparison) -> String {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    format!("{}\n", table.trim_fmt())
+    let Some(intervals) = intervals(comparison) else { return format!("{}\n", table.trim_fmt()) };
+    let mut second = Table::new();
+    second.load_style(NOTHING).set_header(&intervals.header);
+    for cells in intervals.rows {
+        second.add_row(cells.into_iter().map(|cell| cell.replace(char::is_control, " ")));
+    }
+    for column in second.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let title = intervals.title.replace(char::is_control, " ");
+    format!("{}\n\n{title}:\n\n{}\n", table.trim_fmt(), second.trim_fmt())
 }
 
-/// The table as Markdown, the dense model first.
+/// The table as Markdown, the dense model first, and a second table with intervals if there are
+/// any.
 pub fn markdown(comparison: &Comparison) -> String {
-    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let mut text = line(&HEADER.map(str::to_owned));
-    text.push_str("|---|");
-    text.push_str(&"---:|".repeat(HEADER.len() - 1));
-    text.push('\n');
-    for cells in rows(comparison) {
-        text.push_str(&line(&cells.map(|cell| markdown_text(&cell))));
+    let escaped = |cells: &[String; HEADER.len()]| cells.iter().map(|cell| markdown_text(cell)).collect::<Vec<_>>();
+    let lines = rows(comparison).map(|cells| escaped(&cells));
+    let mut text = markdown_table(&HEADER.map(str::to_owned), lines);
+    if let Some(intervals) = intervals(comparison) {
+        let lines = intervals.rows.iter().map(|cells| cells.iter().map(|cell| markdown_text(cell)).collect());
+        text.push_str(&format!("\n{}:\n\n", markdown_text(&intervals.title)));
+        text.push_str(&markdown_table(&intervals.header, lines));
     }
+    text
+}
+
+/// A table whose first column is of names, and all others of numbers.
+fn markdown_table(header: &[String], lines: impl Iterator<Item = Vec<String>>) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(header);
+    text.push_str("|---|");
+    text.push_str(&"---:|".repeat(header.len() - 1));
+    text.push('\n');
+    lines.for_each(|cells| text.push_str(&line(&cells)));
     text
 }
 
@@ -54,14 +77,16 @@ fn rows(comparison: &Comparison) -> impl Iterator<Item = [String; HEADER.len()]>
         none(),
         none(),
     ];
-    std::iter::once(first).chain(comparison.rows.iter().map(cells))
+    std::iter::once(first).chain(comparison.noise_floor.iter().chain(&comparison.rows).map(cells))
 }
 
 fn cells(row: &Row) -> [String; HEADER.len()] {
+    // The noise floor has no file.
+    let size = |text: fn(u64) -> String| if row.bytes == 0 { number::NONE.into() } else { text(row.bytes) };
     [
         row.name.clone(),
-        number::size(row.bytes),
-        number::count(row.bytes),
+        size(number::size),
+        size(number::count),
         number::percent(row.sparsity_stored),
         number::fixed(row.bits_per_weight, 2),
         number::percent(row.unet_error),

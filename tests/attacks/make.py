@@ -131,6 +131,9 @@ def containers():
     def without(name):
         return lambda box: box.update(tensors=[tensor for tensor in box["tensors"] if tensor[0] != name])
 
+    def vectors(version="2", **entries):
+        return lambda box: (box["row"].update(entries), box["metadata"].update(version=version))
+
     def with_tensor(*tensor):
         return lambda box: box["tensors"].insert(0, list(tensor))
 
@@ -146,6 +149,16 @@ def containers():
         "table_hash_wrong": metadata(tensors_sha256="0" * 64),
         "weight_hash_wrong": row(sha256="0" * 64),
         "version_2": metadata(version="2"),
+        "version_3": metadata(version="3"),
+        "vectors_in_version_1": vectors(version="1", vector_length=2),
+        "vectors_of_0": vectors(vector_length=0),
+        "vectors_of_17": vectors(vector_length=17),
+        "vectors_of_2_to_63": vectors(vector_length=2**63),
+        "vectors_of_half_the_kept": vectors(vector_length=2),
+        "vectors_of_fewer_palettes": vectors(vector_length=2, kept=4),
+        "vectors_that_do_not_divide": vectors(vector_length=3),
+        "vectors_along_inputs": vectors(vector_length=2, axis=1),
+        "vectors_with_scales": vectors(vector_length=2, scaled=True),
         "format_of_others": metadata(format="pt"),
         "bits_5": row(bits=5),
         "bits_255": row(bits=255),

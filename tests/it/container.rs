@@ -413,6 +413,7 @@ fn lies_are_named() {
         }) as Box<dyn Fn(&mut Raw)>
     };
     let mut lies: Vec<Lie> = vec![
+        ("version `2`", entry("version", "2")),
         ("version `3`", entry("version", "3")),
         ("version `0`", entry("version", "0")),
         ("version `02`", entry("version", "02")),
@@ -570,7 +571,10 @@ fn lies_about_vectors_are_named() {
                 raw.row("linear_4.weight", |row| ["bits", "axis", "group_size"].iter().for_each(|key| drop(row.remove(*key))))
             }),
         ),
-        ("`linear_1.weight` has a `vector_length`", Box::new(|raw| drop(raw.metadata.insert("version".into(), "1".into())))),
+        (
+            "`conv.weight` has a `vector_length`, which version 1 does not know",
+            Box::new(|raw| drop(raw.metadata.insert("version".into(), "1".into()))),
+        ),
         ("the mask keeps", Box::new(|raw| raw.bytes("pruned_4.weight.mask")[0] ^= 1)),
         ("bits set after its last number", Box::new(|raw| *raw.bytes("pruned_4.weight.mask").last_mut().unwrap() |= 0x80)),
         ("NaN or infinite", Box::new(|raw| raw.bytes("linear_4.weight.palettes")[..2].copy_from_slice(&[0x01, 0x7e]))),
@@ -589,7 +593,7 @@ fn lies_about_vectors_are_named() {
             container.layers().for_each(|layer| drop(container.decode(&layer.name)));
         }
     }
-    // A container of version 2 may hold scalar palettes alone, and may say that they are.
+    // A weight of a container of version 2 may say that its palettes are scalar.
     let mut raw = good.clone();
     raw.row("scalar.weight", |row| drop(row.insert("vector_length".into(), json!(1))));
     raw.seal().write(&path);

@@ -14,6 +14,8 @@ mod container;
 mod coreml;
 mod devices;
 mod ends;
+#[cfg(unix)]
+mod evidence;
 mod first_second;
 mod gpu;
 mod images;
@@ -46,4 +48,5 @@ mod tokens;
 #[cfg(unix)]
 mod traps;
 mod tune;
+mod vector_palettes;
 mod watched;

@@ -333,3 +333,46 @@ fn fields_that_disagree_do_not_decode() {
     refused(&|bad| bad.codebook.scales = Some(vec![f16::ONE; 3]));
     assert!(good.decode(Some(&[true; 25])).is_err());
 }
+
+// ----------------------------------------------------------------------------------------------
+// Vectors
+
+/// coremltools clusters vectors with scikit-learn, whose k-means ends in a local optimum too.
+#[test]
+fn vectors_are_no_worse_than_coremltools() {
+    let golden = Golden(tensors(&repo("tests/golden/vector-palettes.safetensors")));
+    let mut seen = 0;
+    for case in golden.0.keys().filter(|key| key.contains('/')) {
+        let [layer, form, group] = case.split('/').collect::<Vec<_>>()[..] else { panic!("{case}") };
+        let (length, bits) = form.trim_start_matches('v').split_once(".b").unwrap();
+        let group = group.strip_prefix("gs").map(|size| (size.parse().unwrap(), 0));
+        let options = PaletteOptions { vector_length: length.parse().unwrap(), ..options(bits.parse().unwrap(), group) };
+        let weight = golden.values(layer);
+        let ours = done(palettize(case, &weight, &golden.shape(layer), None, &options));
+        let all = vec![true; weight.len()];
+        let decoded = ours.decode(None).unwrap();
+        let error = squared_error(&decoded, &weight, &all);
+        assert!((error - ours.squared_error).abs() < 1e-9 * error);
+        let theirs = squared_error(&golden.values(case), &weight, &all);
+        assert!(error < 1.02 * theirs, "{case}: {error:.4e} and {theirs:.4e}");
+        seen += 1;
+    }
+    assert_eq!(seen, 12);
+}
+
+#[test]
+fn vectors_of_a_mask_are_left_out_and_parts_of_vectors_refused() {
+    let weight = random(8 * 30, 5);
+    let options = PaletteOptions { vector_length: 2, ..options(4, Some((4, 0))) };
+    let mut keep: Vec<bool> = (0..240).map(|at| (at / 60 + at % 30) % 3 > 0).collect();
+    let palettized = done(palettize("a", &weight, &[8, 30], Some(&keep), &options));
+    assert_eq!((palettized.indices.len(), palettized.kept), (120, keep.iter().filter(|keep| **keep).count()));
+    let decoded = palettized.decode(Some(&keep)).unwrap();
+    assert!(decoded.iter().zip(&keep).all(|(value, keep)| *keep || value.to_bits() == 0));
+    // What is pruned has no influence on what is kept.
+    let other: Vec<f16> = weight.iter().zip(&keep).map(|(value, keep)| if *keep { *value } else { f16::MAX }).collect();
+    let again = done(palettize("a", &other, &[8, 30], Some(&keep), &options));
+    assert_eq!((again.codebook, again.indices), (palettized.codebook, palettized.indices));
+    keep[0] = !keep[0];
+    assert!(palettize("a", &weight, &[8, 30], Some(&keep), &options).unwrap_err().to_string().contains("a part of a vector"));
+}

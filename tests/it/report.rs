@@ -116,6 +116,7 @@ fn plausible() -> Comparison {
             } else {
                 Vec::new()
             },
+            ..Row::default()
         }
     };
     Comparison {
@@ -133,6 +134,7 @@ fn plausible() -> Comparison {
             "UNet error: ‖compressed - dense‖ / ‖dense‖ over 48 calls of the UNet on the judged prompts.".into(),
             "Time: seconds to compress, without the calibration run that all configs share.".into(),
         ],
+        ..Comparison::default()
     }
 }
 

@@ -13,6 +13,7 @@ use sdxl_squeeze::pipeline::{
 };
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::Generator;
+use sdxl_squeeze::synth::{Preset, synthesize};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
@@ -403,4 +404,57 @@ fn timesteps_say_how_often_the_model_is_called() {
     assert_eq!([1, 2, 20].map(|steps| calls("HeunDiscreteScheduler", steps)), [1, 3, 39]);
     assert_eq!([1, 2, 20].map(|steps| calls("DPMSolverSDEScheduler", steps)), [1, 3, 39]);
     assert_eq!([1, 2, 20].map(|steps| calls("PNDMScheduler", steps)), [1, 3, 21]);
+}
+
+/// What Apple's Swift pipeline gives the UNet, read in its source: the encoded empty text as the
+/// negative prompt, time ids of 1,024 whatever the size, two rows at every scale, PLMS.
+#[test]
+fn every_second_prompt_of_a_mix_is_fed_as_by_apples_pipeline() {
+    let here = tempfile::tempdir().unwrap();
+    let model = here.path().join("model");
+    synthesize(Preset::Tiny, &model, 0, Kind::Half, &Silent).unwrap();
+    let folder = PipelineFolder::open(&model).unwrap();
+    let prompts = here.path().join("prompts.txt");
+    std::fs::write(&prompts, "a cat\na dog\na fish\n").unwrap();
+    let samples = here.path().join("samples.safetensors");
+    let run = |out: &str| {
+        let run = Squeeze::new("compress").config("tutorial-s50-4bit-gs16").model(&model).with("--prompts", &prompts);
+        run.args(["--calibration-nsamples", "6", "--steps", "4"]).out(here.path().join(out))
+    };
+    run("mixed").args(["--mix", "diffusers", "--mix", "swift"]).with("--samples-out", &samples).succeeds();
+    let recorded = std::fs::read_to_string(here.path().join("mixed/config.yaml")).unwrap();
+    assert!(recorded.contains("mix:\n    - diffusers\n    - swift"), "{recorded}");
+    let encoder = PromptEncoder::load(&folder, Placement::CPU).unwrap();
+    let encoded = |text: &str| encoder.encode(&[text]).unwrap().states;
+    let kept = Samples::read(&samples, folder.unet.config(), 6).unwrap();
+    let by_diffusers = folder.scheduler.scheduler(4).unwrap().timesteps().to_vec();
+    let by_apple = folder.scheduler.with_override("plms").unwrap().scheduler(4).unwrap().timesteps().to_vec();
+    assert_eq!(kept.calls.len(), 6);
+    for (index, call) in kept.calls.iter().enumerate() {
+        let (states, ids) = (&call.conditioning.encoder_hidden_states, &call.conditioning.time_ids);
+        // The prompts in turn, two calls of each.
+        let (prompt, swift) = (["a cat", "a dog", "a fish"][index / 2], index / 2 == 1);
+        assert!(relative_error(&states.narrow(0, 1, 1), &encoded(prompt)) < 1e-6, "{index}");
+        let negative = if swift { encoded("") } else { states.narrow(0, 1, 1).zeros_like() };
+        assert!(states.narrow(0, 0, 1).allclose(&negative, 1e-5, 1e-6, false), "{index}");
+        let told = if swift { 1024.0 } else { folder.picture_size(None).unwrap().0 as f64 };
+        assert_eq!(Vec::<f64>::try_from(ids.select(0, 0)).unwrap(), [told, told, 0.0, 0.0, told, told]);
+        let timesteps = if swift { &by_apple } else { &by_diffusers };
+        assert!(timesteps.contains(&call.timestep), "{index}: {}", call.timestep);
+    }
+    run("no").args(["--mix", "swift", "--mix", "swift"]).is_refused(&["names `swift` twice"]);
+    run("no").args(["--mix", "siwft"]).is_refused(&["siwft"]);
+    let alone = run("no").args(["--mix", "diffusers", "--mix", "swift", "--guidance", "1"]);
+    alone.is_refused(&["calls of different shapes", "guidance scale above 1"]);
+    // The default is not written, so that configs and containers are what they were.
+    run("plain").succeeds();
+    assert!(!std::fs::read_to_string(here.path().join("plain/config.yaml")).unwrap().contains("  mix:"));
+
+    let judge = here.path().join("judge.txt");
+    std::fs::write(&judge, "an owl\n").unwrap();
+    let compare = Squeeze::new("compare").arg(repo("configs/dense-4bit.yaml")).model(&model).with("--judge", &judge);
+    let compare = compare.args(["--steps", "2", "--feed", "swift", "--no-noise-floor"]).out(here.path().join("compared"));
+    compare.succeeds();
+    let report = std::fs::read_to_string(here.path().join("compared/report.json")).unwrap();
+    assert!(report.contains("Apple's Swift pipeline") && report.contains("PNDMScheduler"));
 }

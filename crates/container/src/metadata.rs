@@ -223,8 +223,13 @@ impl Metadata {
             sources: json(path, "sources", text("sources")?)?,
         };
         let weights: BTreeMap<String, WeightRow> = json(path, "weights", text("weights")?)?;
-        if let (1, Some((name, _))) = (version, weights.iter().find(|(_, row)| row.vector_length.is_some())) {
-            return Err(wrong(format!("`{name}` has a `vector_length`, which version 1 does not know")));
+        match (version, weights.iter().find(|(_, row)| row.vector_length.is_some())) {
+            (1, Some((name, _))) => {
+                return Err(wrong(format!("`{name}` has a `vector_length`, which version 1 does not know")));
+            }
+            // Equal weights have equal bytes: none has two versions.
+            (2.., None) => return Err(wrong("a container of version `2`, in which no weight has a `vector_length`".into())),
+            (_, Some(_) | None) => {}
         }
         let (data_sha256, tensors_sha256) = (text("data_sha256")?.clone(), text("tensors_sha256")?.clone());
         Ok(Metadata { info, version, weights, data_sha256, tensors_sha256 })

@@ -62,28 +62,19 @@ impl Picture {
     /// a side.
     pub fn read_png(path: &Path) -> Result<Self> {
         let content = input::read(path, Limit::PICTURE)?;
-        let bad = |why: png::DecodingError| Error::bad_file(path, format!("is no PNG that can be read: {why}"));
-        let mut decoder = png::Decoder::new(Cursor::new(content));
-        decoder.set_transformations(png::Transformations::normalize_to_color8());
-        let mut reader = decoder.read_info().map_err(bad)?;
-        let (width, height) = (reader.info().width, reader.info().height);
-        if width > LONGEST || height > LONGEST {
-            return Err(Error::bad_file(path, format!("has {width}x{height} pixels; at most {LONGEST} along a side")));
-        }
-        let bytes = reader.output_buffer_size().ok_or_else(|| Error::bad_file(path, "is too large to be read"))?;
-        let mut values = vec![0; bytes];
-        let frame = reader.next_frame(&mut values).map_err(bad)?;
-        let (colour, _) = reader.output_color_type();
-        values.truncate(frame.buffer_size());
-        if values.len() as u64 != u64::from(width) * u64::from(height) * colour.samples() as u64 {
-            return Err(Error::bad_file(path, format!("does not fill its {width}x{height} pixels")));
-        }
-        let channels = colour.samples();
-        if [2, 4].contains(&channels) && values.chunks_exact(channels).any(|pixel| pixel[channels - 1] != u8::MAX) {
+        let (picture, is_opaque) = decoded(&content).map_err(|why| Error::bad_file(path, why))?;
+        if !is_opaque {
             tracing::warn!("{}: its transparency is ignored", path.display());
         }
-        let pixel = |values: &[u8]| if channels < 3 { [values[0]; 3] } else { [values[0], values[1], values[2]] };
-        Ok(Picture { width, height, rgb: values.chunks_exact(channels).flat_map(pixel).collect() })
+        Ok(picture)
+    }
+
+    /// Reads a PNG from its bytes, without transparency.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if they are no PNG, or it has more than 16,384 pixels along a side.
+    pub fn from_png_bytes(content: &[u8]) -> Result<Self> {
+        decoded(content).map(|(picture, _)| picture).map_err(|why| Error::Argument(format!("a picture {why}")))
     }
 
     /// Values in [-1, 1], as diffusers' `VaeImageProcessor` makes them: [1, 3, h, w] in fp32.
@@ -97,4 +88,28 @@ impl Picture {
         let unit = rows.f_div_scalar(255.0)?.f_permute([0, 3, 1, 2])?.f_contiguous()?;
         Ok(unit.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)
     }
+}
+
+/// The picture of a PNG, and whether it is opaque everywhere; or what is wrong with the file.
+fn decoded(content: &[u8]) -> std::result::Result<(Picture, bool), String> {
+    let bad = |why: png::DecodingError| format!("is no PNG that can be read: {why}");
+    let mut decoder = png::Decoder::new(Cursor::new(content));
+    decoder.set_transformations(png::Transformations::normalize_to_color8());
+    let mut reader = decoder.read_info().map_err(bad)?;
+    let (width, height) = (reader.info().width, reader.info().height);
+    if width > LONGEST || height > LONGEST {
+        return Err(format!("has {width}x{height} pixels; at most {LONGEST} along a side"));
+    }
+    let bytes = reader.output_buffer_size().ok_or("is too large to be read")?;
+    let mut values = vec![0; bytes];
+    let frame = reader.next_frame(&mut values).map_err(bad)?;
+    let (colour, _) = reader.output_color_type();
+    values.truncate(frame.buffer_size());
+    if values.len() as u64 != u64::from(width) * u64::from(height) * colour.samples() as u64 {
+        return Err(format!("does not fill its {width}x{height} pixels"));
+    }
+    let channels = colour.samples();
+    let is_opaque = ![2, 4].contains(&channels) || values.chunks_exact(channels).all(|pixel| pixel[channels - 1] == u8::MAX);
+    let pixel = |values: &[u8]| if channels < 3 { [values[0]; 3] } else { [values[0], values[1], values[2]] };
+    Ok((Picture { width, height, rgb: values.chunks_exact(channels).flat_map(pixel).collect() }, is_opaque))
 }

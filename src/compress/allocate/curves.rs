@@ -154,8 +154,8 @@ fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tens
     Ok((Tensor::f_cat(&parts, 0)?, wanted as f64 / all as f64))
 }
 
-/// The settings that each layer may get within `limits`: its own, fp16, and variants of it with more
-/// or fewer bits, in vectors or not, pruned or not.
+/// The settings that each layer may get within `limits`: its own, fp16, and variants of it with
+/// more or fewer bits, in vectors or not, pruned or not.
 pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &Limits) -> Settings {
     const SPARSE: [(f64, BitWidth); 6] = [
         (0.4, BitWidth::Four),

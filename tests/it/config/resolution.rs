@@ -272,8 +272,8 @@ fn groups_are_widened_until_they_are_worth_their_palettes() {
         let rule = "granularity: per_grouped_channel, group_size: 16, cluster_dim: 2, n_bits: 8";
         parsed(&format!("palettize: {{global_config: {{{rule}}}}}\n{more}"))
     };
-    // A palette has 1 KiB, so that a group needs 16 KiB of indices: one byte for two weights. Groups
-    // of 16 have 40, 2.5, 0.5 KiB and 22.5 KiB. All of `small` has 2 KiB; all of `tiny` has 1.1.
+    // A palette has 1 KiB, so that a group needs 16 KiB of indices, one byte for two weights.
+    // Groups of 16 have 40, 2.5, 0.5, 0.4 and 22.5 KiB. All of `small` has 2 KiB, of `tiny` 1.1.
     let found = config("").resolve(&layers);
     assert_eq!(vectors(&found), [(2, 16), (2, 160), (2, 0), (2, 0), (2, 16)]);
     let palette = "have too few indices for palettes of 8 bits with vectors of 2";

@@ -83,7 +83,7 @@ fn coremltools_would_find_mask_and_palettes_again() {
             for (row, column) in (0..layer.shape[0] as usize).step_by(length).flat_map(|row| (0..columns).map(move |c| (row, c)))
             {
                 let vector: Vec<f16> = (row..row + length).map(|row| is[row * columns + column]).collect();
-                let palette = &lut[row / group * length << bits..][..length << bits];
+                let palette = &lut[(row / group * length) << bits..][..length << bits];
                 assert!(palette.chunks(length).any(|entry| entry == vector), "{} {row} {column}", layer.name);
             }
             continue;

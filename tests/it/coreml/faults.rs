@@ -247,7 +247,8 @@ fn in_program() -> Vec<Fault> {
         fault("the lut is", |package| {
             // The shape is that of a table with one bit more and half as many groups, which has as
             // many bytes.
-            let halved = |op: &&mut Operation| op.inputs.contains_key("lut") && sizes(&mut (**op).clone(), "lut")[0] % 2 == 0;
+            let halved =
+                |op: &&mut Operation| op.inputs.contains_key("lut") && sizes(&mut (**op).clone(), "lut")[0].is_multiple_of(2);
             let op = package.block().operations.iter_mut().find(halved).unwrap();
             let shape = sizes(op, "lut");
             let entries = shape.len() - 2;

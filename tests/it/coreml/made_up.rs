@@ -18,9 +18,9 @@ fn scrambled(i: usize) -> u64 {
 }
 
 /// Compresses the UNet of `model` and treats each layer differently. The container has all widths
-/// of indices, both axes, masks of all densities, scales, vectors, weights that are only pruned, and
-/// some that are stored dense. Palette entries are values of the layer, so that the UNet still computes
-/// sensible numbers.
+/// of indices, both axes, masks of all densities, scales, vectors, weights that are only pruned,
+/// and some that are stored dense. Palette entries are values of the layer, so that the UNet still
+/// computes sensible numbers.
 pub(crate) fn container(model: &Path, path: &Path) {
     write(model, path, true);
 }
@@ -69,8 +69,8 @@ fn compressed(layer: usize, shape: &[i64], values: &[f16], masked_vectors: bool)
     }
     // Some layers have vectors of 2, 3 or 4 output channels.
     let vector_length = [2, 4, 3][layer / 7 % 3];
-    if layer % 7 == 5 && shape[0] as usize % vector_length == 0 {
-        let groups = if layer % 2 == 0 { 1 } else { shape[0] as usize / vector_length };
+    if layer % 7 == 5 && (shape[0] as usize).is_multiple_of(vector_length) {
+        let groups = if layer.is_multiple_of(2) { 1 } else { shape[0] as usize / vector_length };
         let count = values.len() / vector_length;
         let palettes =
             (0..groups * bits.entries() * vector_length).map(|i| values[scrambled(i) as usize % values.len()]).collect();

@@ -7,8 +7,8 @@ use squeeze_base::error::Result;
 use super::problem::Problem;
 use super::sorted_codebook::SortedCodebook;
 
-/// Half of the objective's gradient with respect to each value of the palettes, [groups, 2^n, V]. It takes one
-/// product with H.
+/// Half of the objective's gradient with respect to each value of the palettes, [groups, 2^n, V].
+/// It takes one product with H.
 pub(super) fn palette_gradient(problem: &Problem<'_>, sorted: &SortedCodebook) -> Result<Vec<f64>> {
     let (d, data) = (problem.data.columns, &problem.data);
     let mut sums = vec![0.0; sorted.groups() * sorted.palette_length()];

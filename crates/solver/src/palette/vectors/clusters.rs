@@ -5,27 +5,38 @@ use rayon::prelude::*;
 use super::points::{Cells, PIECE, Points};
 use super::table::VectorTable;
 
-/// The most points on which palettes are searched for; the palette that is found is improved on
-/// all points. With 256 entries each has 256 of them.
-const SEARCHED: usize = 1 << 16;
+/// The points for each entry on which palettes are searched for, at most; the palette that is found
+/// is improved on all points.
+const POINTS_AN_ENTRY: usize = 64;
 
-/// Rounds of [`lloyd`] at most.
-const ROUNDS: usize = 60;
+/// The least number of points on which palettes are searched for, if there are as many.
+const LEAST_POINTS: usize = 1 << 12;
 
-/// Rounds on all points, after the search on some.
-const LAST_ROUNDS: usize = 3;
+/// The rounds of [`lloyd`]: their largest number, and the least share by which each must lower the
+/// loss for another to follow.
+type Rounds = (usize, f64);
 
-/// Rounds go on while each lowers the loss by at least this share.
-const LEAST_ROUND_GAIN: f64 = 5e-4;
+/// From each start.
+const SEARCH: Rounds = (60, 1e-3);
+
+/// From the best of the results, where it was found on all points.
+const REFINEMENT: Rounds = (200, 1e-4);
+
+/// From the best of the results, where it was found on some points.
+const ON_ALL: Rounds = (16, 5e-4);
 
 /// Starts at most.
-const STARTS: u64 = 8;
+const STARTS: u64 = 24;
 
-/// New starts go on while one of the last [`PATIENCE`] has lowered the loss by at least this share.
+/// New starts go on while one of the last ones has lowered the loss by at least this share.
 const LEAST_START_GAIN: f64 = 2e-3;
 
-/// Starts without a gain after which there are no more.
-const PATIENCE: u64 = 2;
+/// Starts without a gain after which there are no more: many where they are cheap, few where many
+/// entries make all results alike.
+fn patience(points: usize, entries: usize) -> u64 {
+    const CHEAP: usize = 1 << 19;
+    if points * entries <= CHEAP { 8 } else { 2 }
+}
 
 /// At most `entries` vectors that lower the sum of weight * squared distance to the nearest:
 /// weighted k-means from several seeded starts, of which the best is taken. Points with at most
@@ -36,13 +47,14 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
     if let Some(vectors) = distinct(points, entries) {
         return vectors;
     }
-    let is_thin = points.len() > SEARCHED;
-    let thin = if is_thin { points.thinned(SEARCHED) } else { Points::default() };
+    let most = (POINTS_AN_ENTRY * entries).max(LEAST_POINTS);
+    let is_thin = points.len() > most;
+    let thin = if is_thin { points.thinned(most) } else { Points::default() };
     let searched = if is_thin { &thin } else { points };
     let mut best: Option<(f64, Vec<[f32; V]>)> = None;
-    let mut last_gain = 0;
+    let (mut last_gain, patience) = (0, patience(searched.len(), entries));
     for start in 0..STARTS {
-        let (loss, vectors) = lloyd(searched, spread(searched, entries, start), ROUNDS);
+        let (loss, vectors) = lloyd(searched, spread(searched, entries, start), SEARCH);
         let before = best.as_ref().map_or(f64::INFINITY, |(loss, _)| *loss);
         if loss < before * (1.0 - LEAST_START_GAIN) {
             last_gain = start;
@@ -50,12 +62,12 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
         if loss < before {
             best = Some((loss, vectors));
         }
-        if start >= last_gain + PATIENCE {
+        if start >= last_gain + patience {
             break;
         }
     }
     let (_, vectors) = best.expect("the first start has a loss that is a number");
-    if is_thin { lloyd(points, vectors, LAST_ROUNDS).1 } else { vectors }
+    lloyd(points, vectors, if is_thin { ON_ALL } else { REFINEMENT }).1
 }
 
 /// The different vectors, if there are at most `most`, in ascending order.
@@ -116,10 +128,10 @@ fn draw(costs: &[f32], sums: &[f64], share: f64) -> Option<usize> {
     here.or_else(|| costs.iter().rposition(|cost| *cost > 0.0)).map(|at| first + at)
 }
 
-/// Moves each vector to the mean of its points until this no longer pays, or `rounds` times. A
-/// vector without points goes to the point of the largest error. Returns the loss of the vectors
-/// before the last round, and the vectors.
-fn lloyd<const V: usize>(points: &Points<V>, mut vectors: Vec<[f32; V]>, rounds: usize) -> (f64, Vec<[f32; V]>) {
+/// Moves each vector to the mean of its points, as often as `rounds` say. A vector without points
+/// goes to the point of the largest error. Returns the loss of the vectors before the last round,
+/// and the vectors.
+fn lloyd<const V: usize>(points: &Points<V>, mut vectors: Vec<[f32; V]>, (rounds, least_gain): Rounds) -> (f64, Vec<[f32; V]>) {
     let mut before = f64::INFINITY;
     for _ in 0..rounds {
         let Cells { cells, loss, farthest } = points.cells(&VectorTable::new(&vectors), vectors.len());
@@ -131,7 +143,7 @@ fn lloyd<const V: usize>(points: &Points<V>, mut vectors: Vec<[f32; V]>, rounds:
                 *vector = points.vectors[farthest.0];
             }
         }
-        if loss >= before * (1.0 - LEAST_ROUND_GAIN) {
+        if loss >= before * (1.0 - least_gain) {
             return (loss, vectors);
         }
         before = loss;
@@ -177,7 +189,7 @@ mod tests {
 
     #[test]
     fn clusters_are_found_on_all_points_and_on_some() {
-        for copies in [20, 2 * SEARCHED / 16] {
+        for copies in [20, 2 * LEAST_POINTS / 16] {
             let points = grid(copies);
             let vectors = cluster(&points, 16);
             let mean = loss(&points, &vectors) / points.len() as f64;
