@@ -27,7 +27,7 @@ impl LayerRecipe {
     /// The options of the joint solver, if the layer uses it.
     #[must_use]
     pub fn joint_options(&self) -> Option<JointOptions> {
-        self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort })
+        self.joint.map(|effort| JointOptions { prune: self.prune, palettize: self.palettize, effort, trial: false })
     }
 
     /// Whether the layer stays fp16.

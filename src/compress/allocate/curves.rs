@@ -130,7 +130,7 @@ fn trial_options(recipe: &LayerRecipe) -> JointOptions {
     let options = recipe.joint_options().expect("settings are those of layers that use the joint solver");
     let Effort { refit_steps, turns, .. } = options.effort;
     let effort = Effort { refit_steps: refit_steps.min(4), exchange_turns: 0, turns: turns.min(1), ..options.effort };
-    JointOptions { effort, ..options }
+    JointOptions { effort, trial: true, ..options }
 }
 
 /// Whole groups of rows from all over a weight, and their share of it.
@@ -217,6 +217,11 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
                 continue;
             }
             let vectors = PaletteOptions { bits, vector_length: length, grouping: Grouping::PerTensor, ..palettize };
+            // No layer is the better for a palette of more than a quarter of its indices' bytes.
+            let indices = rows * columns.unsigned_abs() as usize / length * usize::from(bits.bits()) / 8;
+            if 8 * bits.entries() * length > indices {
+                continue;
+            }
             add(LayerRecipe { prune: None, palettize: Some(vectors), ..base.clone() });
             if rows > WIDE && rows.is_multiple_of(WIDE) {
                 let grouping = Grouping::PerGroupedChannel { group_size: WIDE };

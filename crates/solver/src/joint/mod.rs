@@ -114,7 +114,8 @@ pub fn joint(
         None => problem.data.original.clone(),
     };
     drop(pruned);
-    let sequential = Solution::plain(name, &problem, &best, options)?;
+    let is_needed = !(options.trial && options.palettize.is_some_and(|palette| palette.vector_length > 1));
+    let sequential = if is_needed { Some(Solution::plain(name, &problem, &best, options)?) } else { None };
     let mut pruned_loss = None;
     let mut first_mask = None;
     if let Some(mut keep) = problem.data.keep.take() {
@@ -136,13 +137,18 @@ pub fn joint(
             Solution::plain(name, &problem, &best, options)?
         }
     };
-    let sequential_loss = sequential.loss.bare;
+    let sequential_loss = sequential.as_ref().map_or(solution.loss.bare, |sequential| sequential.loss.bare);
     let held_out = |solution: &Solution, reference: &Solution| {
         evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, reference))
     };
-    let (worse, note) = best_of(solution.loss.bare, sequential_loss, || held_out(&solution, &sequential))?;
-    notes.extend(note);
-    let mut solution = if worse { sequential } else { solution };
+    let (mut solution, worse) = match sequential {
+        Some(sequential) => {
+            let (worse, note) = best_of(solution.loss.bare, sequential_loss, || held_out(&solution, &sequential))?;
+            notes.extend(note);
+            (if worse { sequential } else { solution }, worse)
+        }
+        None => (solution, false),
+    };
     if let Some(mut uncompressed) = uncompressed {
         natural.sort(&mut uncompressed);
         let exact = Solution::plain(name, &problem, &uncompressed, options)?;

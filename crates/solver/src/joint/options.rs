@@ -13,13 +13,16 @@ pub struct JointOptions {
     pub palettize: Option<PaletteOptions>,
     /// How much work is done.
     pub effort: Effort,
+    /// Whether only the loss is of interest, to compare settings with each other: palettes of vectors
+    /// are searched for from one start, and not compared with the sequential solution.
+    pub trial: bool,
 }
 
 impl JointOptions {
     /// Settings with the default effort.
     #[must_use]
     pub fn new(prune: Option<PruneOptions>, palettize: Option<PaletteOptions>) -> Self {
-        JointOptions { prune, palettize, effort: Effort::default() }
+        JointOptions { prune, palettize, effort: Effort::default(), trial: false }
     }
 
     /// The order of columns in which these settings are solved best.

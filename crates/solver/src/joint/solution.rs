@@ -12,7 +12,7 @@ use super::polish::polish;
 use super::problem::{Loss, Problem};
 use super::sorted_codebook::SortedCodebook;
 use super::sweep::sweep;
-use crate::palette::{Palettized, palettize, palettize_weighted};
+use crate::palette::{Palettized, STARTS, palettize, palettize_from};
 
 /// Rounds of palette refit and polish go on while at least this share of the weights gets other
 /// entries.
@@ -45,7 +45,8 @@ impl Solution {
         let half = halves(weight);
         let shape = [problem.data.rows, problem.data.columns];
         let importance = importance(problem)?;
-        let mut first = palettize_weighted(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette)?;
+        let starts = if options.trial { 1 } else { STARTS };
+        let mut first = palettize_from(name, &half, &shape, problem.data.keep.as_deref(), &importance, palette, starts)?;
         drop((importance, half));
         let mut sorted = SortedCodebook::new(&first.codebook, std::mem::take(&mut first.indices));
         if options.effort.sweep {

@@ -22,6 +22,7 @@ mod vectors;
 pub(crate) use on_device::values_of;
 pub use on_device::{decode_on_device, palettize_on_device, palettizes_on_device};
 pub use palettized::Palettized;
+pub(crate) use solve::palettize_from;
 pub use solve::{palettize, palettize_weighted};
 pub use values::{Bucket, optimal_palette};
-pub(crate) use vectors::VectorTable;
+pub(crate) use vectors::{STARTS, VectorTable};

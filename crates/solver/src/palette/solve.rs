@@ -9,7 +9,7 @@ use super::histogram::{Counts, Histogram, Nearest};
 use super::layout::{Layout, sizes};
 use super::palettized::{Palettized, change, check_mask, squared_error};
 use super::values::{Bucket, optimal_palette, palette_of_checked};
-use super::vectors;
+use super::vectors::{self, STARTS};
 
 /// Palettizes the weight [o, i, ...] (row-major) of layer `name`: the best palette for each group,
 /// and the nearest of its entries for each weight (the lower of two equally near entries).
@@ -39,7 +39,7 @@ pub fn palettize(
     keep: Option<&[bool]>,
     options: &PaletteOptions,
 ) -> Result<Palettized> {
-    solve(name, weight, shape, keep, None, options)
+    solve(name, weight, shape, keep, None, options, STARTS)
 }
 
 /// As [`palettize`], but each palette minimises the sum of importance * error^2.
@@ -60,6 +60,19 @@ pub fn palettize_weighted(
     importance: &[f64],
     options: &PaletteOptions,
 ) -> Result<Palettized> {
+    palettize_from(name, weight, shape, keep, importance, options, STARTS)
+}
+
+/// [`palettize_weighted`] with at most `starts` starts of k-means, if the palettes are of vectors.
+pub(crate) fn palettize_from(
+    name: &str,
+    weight: &[f16],
+    shape: &[usize],
+    keep: Option<&[bool]>,
+    importance: &[f64],
+    options: &PaletteOptions,
+    starts: u64,
+) -> Result<Palettized> {
     if importance.len() != weight.len() {
         let expected = format!("[{}]", weight.len());
         return Err(Error::shape(format!("`{name}`: the list of importances"), [importance.len() as i64], expected));
@@ -67,7 +80,7 @@ pub fn palettize_weighted(
     if let Some(number) = importance.iter().find(|number| !(number.is_finite() && **number >= 0.0)) {
         return Err(Error::range(format!("`{name}`: an importance"), number, "finite and at least 0"));
     }
-    solve(name, weight, shape, keep, Some(importance), options)
+    solve(name, weight, shape, keep, Some(importance), options, starts)
 }
 
 fn solve(
@@ -77,6 +90,7 @@ fn solve(
     keep: Option<&[bool]>,
     importance: Option<&[f64]>,
     options: &PaletteOptions,
+    starts: u64,
 ) -> Result<Palettized> {
     let entries = options.bits.entries();
     let (count, row) = sizes(name, shape)?;
@@ -94,7 +108,7 @@ fn solve(
     }
     let layout = Layout::new(name, shape, options)?;
     if options.vector_length != 1 {
-        return vectors::palettize(vectors::Weight { name, values: weight, shape, keep, importance }, &layout, options);
+        return vectors::palettize(vectors::Weight { name, values: weight, shape, keep, importance, starts }, &layout, options);
     }
     if u32::try_from(layout.group_len()).is_err() {
         return Err(Error::Argument(format!("`{name}`: a group has {} weights, more than are counted", layout.group_len())));

@@ -26,7 +26,7 @@ const REFINEMENT: Rounds = (200, 1e-4);
 const ON_ALL: Rounds = (16, 5e-4);
 
 /// Starts at most.
-const STARTS: u64 = 24;
+pub(crate) const STARTS: u64 = 24;
 
 /// New starts go on while one of the last ones has lowered the loss by at least this share.
 const LEAST_START_GAIN: f64 = 2e-3;
@@ -35,15 +35,15 @@ const LEAST_START_GAIN: f64 = 2e-3;
 /// entries make all results alike.
 fn patience(points: usize, entries: usize) -> u64 {
     const CHEAP: usize = 1 << 19;
-    if points * entries <= CHEAP { 8 } else { 2 }
+    if points * entries <= CHEAP { 6 } else { 2 }
 }
 
 /// At most `entries` vectors that lower the sum of weight * squared distance to the nearest:
-/// weighted k-means from several seeded starts, of which the best is taken. Points with at most
+/// weighted k-means from at most `starts` seeded starts, of which the best is taken. Points with at most
 /// `entries` different vectors give these.
 ///
 /// The result does not depend on the number of threads.
-pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec<[f32; V]> {
+pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize, starts: u64) -> Vec<[f32; V]> {
     if let Some(vectors) = distinct(points, entries) {
         return vectors;
     }
@@ -53,7 +53,7 @@ pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize) -> Vec
     let searched = if is_thin { &thin } else { points };
     let mut best: Option<(f64, Vec<[f32; V]>)> = None;
     let (mut last_gain, patience) = (0, patience(searched.len(), entries));
-    for start in 0..STARTS {
+    for start in 0..starts.max(1) {
         let (loss, vectors) = lloyd(searched, spread(searched, entries, start), SEARCH);
         let before = best.as_ref().map_or(f64::INFINITY, |(loss, _)| *loss);
         if loss < before * (1.0 - LEAST_START_GAIN) {
@@ -92,18 +92,25 @@ fn spread<const V: usize>(points: &Points<V>, entries: usize, seed: u64) -> Vec<
     let mut costs: Vec<f32> = points.weights.clone();
     let mut vectors: Vec<[f32; V]> = Vec::with_capacity(entries);
     while vectors.len() < entries {
-        let sums: Vec<f64> = costs.par_chunks(PIECE).map(|costs| costs.iter().map(|cost| f64::from(*cost)).sum()).collect();
+        let sum = |costs: &[f32]| costs.iter().map(|cost| f64::from(*cost)).sum::<f64>();
+        // Few points are sooner done than shared out.
+        let sums = if costs.len() <= PIECE { vec![sum(&costs)] } else { costs.par_chunks(PIECE).map(sum).collect() };
         let Some(drawn) = draw(&costs, &sums, random.share()) else { break };
         let vector = points.vectors[drawn];
         let is_first = vectors.is_empty();
         vectors.push(vector);
-        let of_points = costs.par_chunks_mut(PIECE).zip(points.vectors.par_chunks(PIECE)).zip(points.weights.par_chunks(PIECE));
-        of_points.for_each(|((costs, vectors), weights)| {
+        let lower = |((costs, vectors), weights): ((&mut [f32], &[[f32; V]]), &[f32])| {
             for ((cost, other), weight) in costs.iter_mut().zip(vectors).zip(weights) {
                 let distance: f32 = other.iter().zip(vector).map(|(a, b)| (a - b) * (a - b)).sum();
                 *cost = if is_first { weight * distance } else { cost.min(weight * distance) };
             }
-        });
+        };
+        if costs.len() <= PIECE {
+            lower(((&mut costs, &points.vectors), &points.weights));
+        } else {
+            let vectors = points.vectors.par_chunks(PIECE).zip(points.weights.par_chunks(PIECE));
+            costs.par_chunks_mut(PIECE).zip(vectors).for_each(|(costs, (vectors, weights))| lower(((costs, vectors), weights)));
+        }
     }
     vectors
 }
@@ -191,7 +198,7 @@ mod tests {
     fn clusters_are_found_on_all_points_and_on_some() {
         for copies in [20, 2 * LEAST_POINTS / 16] {
             let points = grid(copies);
-            let vectors = cluster(&points, 16);
+            let vectors = cluster(&points, 16, STARTS);
             let mean = loss(&points, &vectors) / points.len() as f64;
             // The variance of two numbers that are even over 0.02.
             assert!(mean < 1.01 * 2.0 * 0.02_f64.powi(2) / 12.0, "{mean:e} with {copies}");
@@ -204,8 +211,8 @@ mod tests {
         for at in 0..100 {
             points.push([(at % 3) as f32, -((at % 3) as f32)], 1.0);
         }
-        assert_eq!(cluster(&points, 4), [[0.0, 0.0], [1.0, -1.0], [2.0, -2.0]]);
-        assert!(cluster(&Points::<2>::default(), 4).is_empty());
+        assert_eq!(cluster(&points, 4, STARTS), [[0.0, 0.0], [1.0, -1.0], [2.0, -2.0]]);
+        assert!(cluster(&Points::<2>::default(), 4, STARTS).is_empty());
     }
 
     #[test]
@@ -216,7 +223,7 @@ mod tests {
             let place = if is_counted { f32::from(at as u8) / 100.0 } else { 1000.0 + f32::from(at as u8) };
             points.push([place, place], if is_counted { 1.0 } else { 0.0 });
         }
-        assert!(cluster(&points, 8).iter().flatten().all(|value| (0.0..0.32).contains(value)));
+        assert!(cluster(&points, 8, STARTS).iter().flatten().all(|value| (0.0..0.32).contains(value)));
     }
 
     #[test]
@@ -224,7 +231,7 @@ mod tests {
         let points = grid(3000);
         let with = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| cluster(&points, 13))
+            pool.install(|| cluster(&points, 13, STARTS))
         };
         assert_eq!(with(1), with(3));
     }

@@ -18,6 +18,7 @@ pub(crate) use table::VectorTable;
 
 use super::layout::Layout;
 use super::palettized::{Palettized, squared_error};
+pub(crate) use clusters::STARTS;
 use clusters::cluster;
 use points::{PIECE, Points};
 
@@ -29,6 +30,8 @@ pub(super) struct Weight<'a> {
     pub shape: &'a [usize],
     pub keep: Option<&'a [bool]>,
     pub importance: Option<&'a [f64]>,
+    /// Starts of k-means, at most.
+    pub starts: u64,
 }
 
 /// Palettizes a weight [o, i, ...] by vectors of `options.vector_length` output channels. A vector
@@ -108,7 +111,7 @@ fn of_group<const V: usize>(weight: Weight<'_>, row: usize, first: usize, entrie
     let share = |importance: f64| if largest > 0.0 { (importance / largest) as f32 } else { 1.0 };
     let mut points = Points::<V>::default();
     kept().for_each(|at| points.push(vector(at), share(importance(at))));
-    let mut palette: Vec<[f16; V]> = cluster(&points, entries).iter().map(|vector| vector.map(rounded)).collect();
+    let mut palette: Vec<[f16; V]> = cluster(&points, entries, weight.starts).iter().map(|vector| vector.map(rounded)).collect();
     palette.sort_by(|a, b| {
         a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|order| order.is_ne()).unwrap_or(std::cmp::Ordering::Equal)
     });

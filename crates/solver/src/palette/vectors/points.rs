@@ -62,6 +62,9 @@ impl<const V: usize> Points<V> {
     /// Shares the points out to the nearest of `entries` vectors.
     pub(super) fn cells(&self, table: &VectorTable<V>, entries: usize) -> Cells<V> {
         let arch = Arch::new();
+        if self.len() <= PIECE {
+            return arch.dispatch(Share { vectors: &self.vectors, weights: &self.weights, table, entries });
+        }
         let pieces = self.vectors.par_chunks(PIECE).zip(self.weights.par_chunks(PIECE));
         let pieces = pieces.map(|(vectors, weights)| arch.dispatch(Share { vectors, weights, table, entries }));
         let pieces: Vec<Cells<V>> = pieces.collect();
