@@ -13,8 +13,8 @@ pub struct JointOptions {
     pub palettize: Option<PaletteOptions>,
     /// How much work is done.
     pub effort: Effort,
-    /// Whether only the loss is of interest, to compare settings with each other: palettes of vectors
-    /// are searched for from one start, and not compared with the sequential solution.
+    /// Whether only the loss is of interest, to compare settings with each other: palettes of
+    /// vectors are searched for from one start, and not compared with the sequential solution.
     pub trial: bool,
 }
 

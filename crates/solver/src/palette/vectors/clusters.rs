@@ -39,8 +39,8 @@ fn patience(points: usize, entries: usize) -> u64 {
 }
 
 /// At most `entries` vectors that lower the sum of weight * squared distance to the nearest:
-/// weighted k-means from at most `starts` seeded starts, of which the best is taken. Points with at most
-/// `entries` different vectors give these.
+/// weighted k-means from at most `starts` seeded starts, of which the best is taken. Points with at
+/// most `entries` different vectors give these.
 ///
 /// The result does not depend on the number of threads.
 pub(super) fn cluster<const V: usize>(points: &Points<V>, entries: usize, starts: u64) -> Vec<[f32; V]> {
