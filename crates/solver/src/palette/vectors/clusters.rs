@@ -99,17 +99,17 @@ fn spread<const V: usize>(points: &Points<V>, entries: usize, seed: u64) -> Vec<
         let vector = points.vectors[drawn];
         let is_first = vectors.is_empty();
         vectors.push(vector);
-        let lower = |((costs, vectors), weights): ((&mut [f32], &[[f32; V]]), &[f32])| {
+        let lower = |costs: &mut [f32], vectors: &[[f32; V]], weights: &[f32]| {
             for ((cost, other), weight) in costs.iter_mut().zip(vectors).zip(weights) {
                 let distance: f32 = other.iter().zip(vector).map(|(a, b)| (a - b) * (a - b)).sum();
                 *cost = if is_first { weight * distance } else { cost.min(weight * distance) };
             }
         };
         if costs.len() <= PIECE {
-            lower(((&mut costs, &points.vectors), &points.weights));
+            lower(&mut costs, &points.vectors, &points.weights);
         } else {
             let vectors = points.vectors.par_chunks(PIECE).zip(points.weights.par_chunks(PIECE));
-            costs.par_chunks_mut(PIECE).zip(vectors).for_each(|(costs, (vectors, weights))| lower(((costs, vectors), weights)));
+            costs.par_chunks_mut(PIECE).zip(vectors).for_each(|(costs, (vectors, weights))| lower(costs, vectors, weights));
         }
     }
     vectors
