@@ -57,7 +57,7 @@ pub(super) fn add_gradient(
     }
 
     let learning = Learning::load(chain, PartName::OutputBlock, parameters)?;
-    let last = leaf(&carry)?;
+    let last = carry.as_leaves()?;
     let prediction = learning.part.forward(Scope::Whole, last.shallow_clone(), &mut Unobserved)?.hidden_states;
     let value = loss(&prediction)?;
     let mut gradient = CarryGradient::default();
@@ -67,7 +67,7 @@ pub(super) fn add_gradient(
     for (name, units) in inputs.into_iter().rev() {
         let learning = Learning::load(chain, name, parameters)?;
         for (unit, before) in units.into_iter().enumerate().rev() {
-            let before = leaf(&before)?;
+            let before = before.as_leaves()?;
             let after = learning.part.forward(Scope::Block(unit), before.shallow_clone(), &mut Unobserved)?;
             let along = gradient.along(&after)?;
             learning.back(along, Some(&before), &mut gradient, parameters, gradients)?;
@@ -187,16 +187,4 @@ impl CarryGradient {
         }
         along.ok_or_else(|| Error::internal("the network's output does not depend on its parts"))
     }
-}
-
-/// A carry of the same values whose tensors are the leaves of a new graph.
-fn leaf(carry: &Carry) -> Result<Carry> {
-    let leaf = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_set_requires_grad(true)?) };
-    Ok(Carry {
-        hidden_states: leaf(&carry.hidden_states)?,
-        tokens: carry.tokens.as_ref().map(leaf).transpose()?,
-        down_block_res_samples: carry.down_block_res_samples.iter().map(leaf).collect::<Result<_>>()?,
-        temb: leaf(&carry.temb)?,
-        encoder_hidden_states: carry.encoder_hidden_states.shallow_clone(),
-    })
 }

@@ -71,7 +71,7 @@ pub(super) fn measure(measurement: &Measurement<'_>, probes: usize) -> Result<Se
     let output_block = job.model.chain.load_part(PartName::OutputBlock, job.model.source)?;
     let mut gradients = Vec::new();
     for (number, carry) in walk.carries()?.iter().enumerate() {
-        let carry = leaf(carry)?;
+        let carry = carry.as_leaves()?;
         let mut outputs = Outputs::default();
         let output = output_block.forward(Scope::Whole, carry.shallow_clone(), &mut outputs)?.hidden_states;
         sensitivities.energy += squares(&output)? / count as f64;
@@ -156,7 +156,7 @@ fn backward(stage: &Part, carry: Carry, gradient: &mut Gradient, add: AddLayer<'
     }
     drop(carry);
     for (block, carry) in inputs.into_iter().enumerate().rev() {
-        backward_block(stage, block, leaf(&carry)?, gradient, add)?;
+        backward_block(stage, block, carry.as_leaves()?, gradient, add)?;
     }
     Ok(())
 }
@@ -175,18 +175,6 @@ fn backward_block(stage: &Part, block: usize, carry: Carry, gradient: &mut Gradi
     gradient.tokens = if tokens { gradients.next().flatten() } else { None };
     gradient.residuals = gradients.take(residuals).collect();
     Ok(())
-}
-
-/// A carry of the same values whose tensors are the leaves of a new graph.
-fn leaf(carry: &Carry) -> Result<Carry> {
-    let leaf = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_set_requires_grad(true)?) };
-    Ok(Carry {
-        hidden_states: leaf(&carry.hidden_states)?,
-        tokens: carry.tokens.as_ref().map(leaf).transpose()?,
-        down_block_res_samples: carry.down_block_res_samples.iter().map(leaf).collect::<Result<_>>()?,
-        temb: leaf(&carry.temb)?,
-        encoder_hidden_states: carry.encoder_hidden_states.shallow_clone(),
-    })
 }
 
 fn squares(tensor: &Tensor) -> Result<f64> {

@@ -21,6 +21,22 @@ pub struct Carry {
 }
 
 impl Carry {
+    /// A carry of the same values whose tensors, but for the text states, are the leaves of a new
+    /// autograd graph (no data is copied).
+    ///
+    /// # Errors
+    /// If libtorch refuses, as it does for integers.
+    pub fn as_leaves(&self) -> Result<Carry> {
+        let leaf = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_detach()?.f_set_requires_grad(true)?) };
+        Ok(Carry {
+            hidden_states: leaf(&self.hidden_states)?,
+            tokens: self.tokens.as_ref().map(leaf).transpose()?,
+            down_block_res_samples: self.down_block_res_samples.iter().map(leaf).collect::<Result<_>>()?,
+            temb: leaf(&self.temb)?,
+            encoder_hidden_states: self.encoder_hidden_states.shallow_clone(),
+        })
+    }
+
     /// A carry of the same tensors (no data is copied).
     pub fn shallow_clone(&self) -> Carry {
         Carry {
