@@ -51,6 +51,12 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
     let (prune, palettize) = (recipe.prune.unwrap(), recipe.palettize.unwrap());
     let named = palettize.rules.module_name_configs.len();
     assert_eq!((named, prune.rules.module_name_configs.len()), (named, named));
+    // The input block takes part.
+    let patterns: Vec<String> =
+        palettize.rules.module_name_configs.iter().map(|(pattern, _)| pattern.value.to_string()).collect();
+    for layer in [r"time_embedding\.linear_2", r"add_embedding\.linear_1"] {
+        assert!(patterns.iter().any(|pattern| pattern == layer), "no rule for `{layer}` among {patterns:?}");
+    }
     let settings: Vec<_> = palettize.rules.module_name_configs.iter().filter_map(|(_, rule)| *rule).collect();
     assert!(settings.len() > 100 && settings.iter().all(|rule| rule.bits >= BitWidth::Three), "{settings:?}");
     assert!(settings.iter().any(|rule| rule.bits != settings[0].bits), "one setting for all");
