@@ -13,8 +13,9 @@ pub struct Palettized {
     pub name: String,
     /// The weight's shape, [o, i, ...].
     pub shape: Vec<usize>,
-    /// The palettes, each ascending (vectors by their first values, then by the next). A palette with fewer distinct values repeats the last one, and
-    /// no index refers to the repetitions. The palette of a completely pruned group is zeros.
+    /// The palettes, each ascending (vectors by their first values, then by the next). A palette
+    /// with fewer distinct values repeats the last one, and no index refers to the repetitions. The
+    /// palette of a completely pruned group is zeros.
     pub codebook: Codebook,
     /// [o, i, ...]: the palette entry of each weight; 0 where pruned, and meaningless there. With
     /// vectors, [o / V, i, ...].
