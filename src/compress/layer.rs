@@ -8,8 +8,8 @@ use squeeze_codebook::{PruneMethod, PruneOptions};
 use squeeze_container::CompressedWeight;
 use squeeze_solver::palette::{Palettized, palettize};
 use squeeze_solver::{
-    Factor, Hessian, Joint, JointFactors, JointOptions, LayerEvidence, OutputResidual, Pruned, joint, magnitude_prune, prune,
-    prune_with,
+    Factor, Hessian, Joint, JointFactors, JointOptions, LayerEvidence, OutputMetric, OutputResidual, Pruned, joint,
+    magnitude_prune, prune, prune_with,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -107,6 +107,8 @@ pub struct Evidence<'a> {
     /// The correlation of the layer's input with its output residual, if the layer has a dense
     /// target. For the joint solver.
     pub correction: Option<&'a OutputResidual>,
+    /// The metric of the layer's outputs, for the joint solver.
+    pub metric: Option<&'a OutputMetric>,
     /// Vectors of the layer's input that are not in the Hessian, [n, groups d], to validate the
     /// joint solver on.
     pub held_out: Option<&'a Tensor>,
@@ -116,7 +118,7 @@ impl<'a> Evidence<'a> {
     /// A Hessian alone.
     #[must_use]
     pub fn of(hessian: &'a Hessian) -> Self {
-        Evidence { hessian, pruned: None, factors: None, joint: None, correction: None, held_out: None }
+        Evidence { hessian, pruned: None, factors: None, joint: None, correction: None, metric: None, held_out: None }
     }
 }
 
@@ -231,9 +233,9 @@ impl<'a> JointProblem<'a> {
 
     /// The result of `solver` for `weight` [o, ...].
     pub(super) fn solve_with<T>(&self, name: &str, weight: &Tensor, solver: JointSolver<T>) -> Result<T> {
-        let Evidence { hessian, joint: cached, correction, held_out, .. } = self.evidence;
+        let Evidence { hessian, joint: cached, correction, metric, held_out, .. } = self.evidence;
         let factors = self.new.as_ref().or(cached).expect("factors were made where there were none");
-        solver(name, weight, hessian, factors, &LayerEvidence { residual: correction, held_out }, &self.options)
+        solver(name, weight, hessian, factors, &LayerEvidence { residual: correction, held_out, metric }, &self.options)
     }
 
     /// Mask, weights and palettes of `weight` [o, ...], found together.

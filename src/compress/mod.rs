@@ -26,6 +26,8 @@ mod kept;
 mod layer;
 mod lessons;
 mod one_layer;
+mod output_gradients;
+mod output_metrics;
 mod overflows;
 mod owners;
 mod part;

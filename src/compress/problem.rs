@@ -1,7 +1,7 @@
 //! A layer to be solved, with everything that a thread needs for it.
 
 use squeeze_base::error::{Error, Result};
-use squeeze_solver::{Factor, Hessian, JointFactors, OutputResidual, on_own_stream};
+use squeeze_solver::{Factor, Hessian, JointFactors, OutputMetric, OutputResidual, on_own_stream};
 use tch::{Device, Tensor};
 
 use super::layer::{CompressedLayer, Evidence};
@@ -28,6 +28,8 @@ pub(super) struct Sums {
     /// The factors, if other layers of the same input need them too.
     pub factors: SharedFactors,
     pub correction: Option<OutputResidual>,
+    /// The metric of the layer's outputs, if indices are polished by it.
+    pub metric: Option<OutputMetric>,
     pub held_out: Option<Tensor>,
 }
 
@@ -48,12 +50,13 @@ impl Problem<'_> {
         let Problem { name, weight, recipe, sums, .. } = self;
         let sums = sums.map(|sums| sums.to_device(device)).transpose()?;
         let weight = weight.f_to_device(device)?;
-        let evidence = sums.as_ref().map(|Sums { hessian, factors, correction, held_out }| Evidence {
+        let evidence = sums.as_ref().map(|Sums { hessian, factors, correction, metric, held_out }| Evidence {
             hessian,
             pruned: None,
             factors: factors.sequential.as_ref().map(|(dampening, factors)| (*dampening, factors.as_slice())),
             joint: factors.joint.as_ref(),
             correction: correction.as_ref(),
+            metric: metric.as_ref(),
             held_out: held_out.as_ref(),
         });
         // Weight and sums are dropped once all operations with them have ended.
@@ -69,6 +72,7 @@ impl Sums {
             hessian: self.hessian.to_device(device)?,
             factors: self.factors.to_device(device)?,
             correction: self.correction.as_ref().map(|correction| correction.to_device(device)).transpose()?,
+            metric: self.metric.clone(),
             held_out: self.held_out.as_ref().map(|vectors| vectors.f_to_device(device)).transpose()?,
         })
     }

@@ -15,6 +15,7 @@ use super::container::{FinishedUnet, write_container};
 use super::gather::Gatherer;
 use super::identity::{Inputs, sources_of};
 use super::job::{Calibration, Job, Machine, Model};
+use super::output_metrics::output_metrics;
 use super::prepare::Prepared;
 use super::report::{JobReport, LayerReport};
 use super::samples;
@@ -45,9 +46,10 @@ pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progre
         job.calibration.check()?;
     }
     let folder = store.folder().to_owned();
+    let metrics = tracing::debug_span!("output metrics").in_scope(|| output_metrics(job, store, &folder, progress))?;
     let mut walk = Walk::new(job, captions, &folder, progress)?;
     let team = Team { devices: job.machine.devices.as_slice(), spare_bytes: job.plan.batch_bytes };
-    let mut compressor = Compressor { layers: job.layers, team, store, progress };
+    let mut compressor = Compressor { layers: job.layers, metrics: &metrics, team, store, progress };
     let task = Task::begin(progress, "compressing", "parts", job.model.chain.stages().len() + 2);
     let ended = execute(&job.plan.schedule, &mut walk, &mut compressor, &task);
     // Layers that were finished before an error are kept.

@@ -4,10 +4,11 @@ use sdxl_model::{Layer, LayerInput};
 use squeeze_base::allocator;
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
-use squeeze_solver::{Hessian, OutputResidual, has_kernels};
+use squeeze_solver::{Hessian, OutputMetric, OutputResidual, has_kernels};
 use tch::Tensor;
 
 use super::gather::Gatherer;
+use super::output_metrics::OutputMetrics;
 use super::problem::{Problem, SharedFactors, Solved, Sums};
 use super::report::LayerReport;
 use super::team::Team;
@@ -21,6 +22,8 @@ use crate::recipe::{LayerRecipe, LayerRecipes};
 /// already are not compressed again.
 pub(super) struct Compressor<'a> {
     pub layers: &'a LayerRecipes,
+    /// The metrics of the outputs of layers that are polished by them.
+    pub metrics: &'a OutputMetrics,
     /// The devices that solve.
     pub team: Team<'a>,
     pub store: &'a mut Workspace,
@@ -81,13 +84,15 @@ impl OfInput {
         })
     }
 
-    /// Handles to the sums for a layer with this correction.
-    fn share(&self, correction: Option<OutputResidual>) -> Result<Sums> {
+    /// Handles to the sums for a layer with this correction, and the metric of its outputs if it
+    /// has one Hessian.
+    fn share(&self, correction: Option<OutputResidual>, metric: Option<&OutputMetric>) -> Result<Sums> {
         let device = self.hessian.device();
         Ok(Sums {
             hessian: self.hessian.to_device(device)?,
             factors: self.factors.to_device(device)?,
             correction,
+            metric: metric.filter(|_| self.hessian.groups() == 1).cloned(),
             held_out: self.held_out.as_ref().map(Tensor::shallow_clone),
         })
     }
@@ -123,7 +128,7 @@ impl Compressor<'_> {
         let by_input: Vec<Vec<&Layer>> = inputs.iter().map(of_input).collect();
         let open: Vec<(usize, &Layer)> =
             by_input.iter().enumerate().flat_map(|(index, layers)| layers.iter().map(move |layer| (index, *layer))).collect();
-        let (recipes, team) = (self.layers, self.team);
+        let (recipes, metrics, team) = (self.layers, self.metrics, self.team);
         let hessians_wait = gathered.as_ref().is_some_and(Gatherer::has_waiting);
         let mut current: Option<OfInput> = None;
         let mut problems = open.iter().enumerate().map(|(number, (index, layer))| {
@@ -146,7 +151,7 @@ impl Compressor<'_> {
                 name: layer.name().to_owned(),
                 weight: walk.dense_weight(layer)?,
                 recipe,
-                sums: Some(of_input.share(correction)?),
+                sums: Some(of_input.share(correction, metrics.get(layer.name()))?),
                 place: team.place(of_input.hessian.device(), number, inputs.len()),
                 bytes: hessian_bytes + solving_bytes(geometry, &shape, recipe, of_input.hessian.device()),
             })

@@ -16,6 +16,7 @@ pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Effort {
         palette_steps: fields.value(&keys::PALETTE_STEPS, mistakes),
         polish: fields.value(&keys::POLISH, mistakes),
         turns: fields.value(&keys::TURNS, mistakes),
+        output_probes: fields.value(&keys::OUTPUT_PROBES, mistakes),
     }
 }
 
@@ -30,6 +31,7 @@ struct EffortKeys {
     palette_steps: usize,
     polish: bool,
     turns: usize,
+    output_probes: usize,
 }
 
 pub(super) fn write<S: Serializer>(effort: &Effort, serializer: S) -> Result<S::Ok, S::Error> {

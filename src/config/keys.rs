@@ -315,6 +315,14 @@ keys! {
         POLISH: bool = ("polish", kinds::BOOLEAN, Preset::Of(|| Value::Boolean(Effort::default().polish)));
         /// Rounds of palette steps and polish at most. They end when the error no longer falls.
         TURNS: usize = ("turns", kinds::REPEATS, Preset::Of(|| count(Effort::default().turns)));
+        /// Samples on which the effect of errors in each layer's outputs on the network's output is
+        /// measured, to move errors to where the network does not notice them; 0 leaves that out.
+        OUTPUT_PROBES: usize = (
+            "output_probes",
+            kinds::REPEATS,
+            Preset::Of(|| count(Effort::default().output_probes)),
+            flag Flag::new("output-probes", "N")
+        );
     }
 }
 

@@ -96,7 +96,9 @@ fn too_few_bytes_are_refused_with_how_many_would_do() {
 fn everything_at_once_gives_the_same_bytes_on_any_threads_and_when_it_is_killed() {
     let folder = tempfile::tempdir().unwrap();
     let captions = repo("calibration/emoji-captions.txt");
-    let everything = |out: &Path| compress(s50(), out).args(ALL).with("--target-bits", "6").with("--captions", &captions);
+    let everything = |out: &Path| {
+        compress(s50(), out).args(ALL).with("--target-bits", "6").with("--output-probes", "2").with("--captions", &captions)
+    };
     let on = |threads: &str| {
         let out = folder.path().join(threads);
         let begin = std::time::Instant::now();

@@ -18,19 +18,39 @@ pub struct Effort {
     pub polish: bool,
     /// The largest number of rounds of palette refit and coordinate descent.
     pub turns: usize,
+    /// The number of samples on which the effect of errors in each layer's outputs is measured, by
+    /// which indices are polished at last; 0 disables it.
+    pub output_probes: usize,
 }
 
 impl Default for Effort {
     /// The steps that lower the error enough for their cost.
     fn default() -> Self {
-        Effort { refit_steps: 8, exchange_turns: 3, exchange_steps: 4, sweep: true, palette_steps: 0, polish: true, turns: 2 }
+        Effort {
+            refit_steps: 8,
+            exchange_turns: 3,
+            exchange_steps: 4,
+            sweep: true,
+            palette_steps: 0,
+            polish: true,
+            turns: 2,
+            output_probes: 0,
+        }
     }
 }
 
 impl Effort {
     /// The mask and weighted palettes only, without any refinement.
-    pub const LEAST: Effort =
-        Effort { refit_steps: 0, exchange_turns: 0, exchange_steps: 0, sweep: false, palette_steps: 0, polish: false, turns: 0 };
+    pub const LEAST: Effort = Effort {
+        refit_steps: 0,
+        exchange_turns: 0,
+        exchange_steps: 0,
+        sweep: false,
+        palette_steps: 0,
+        polish: false,
+        turns: 0,
+        output_probes: 0,
+    };
 
     /// The approximate number of products of the weight with its Hessian, which is most of the
     /// cost.
@@ -39,6 +59,7 @@ impl Effort {
         let turn = if self.palette_steps > 0 { self.palette_steps + 3 } else { 1 };
         let exchange = self.exchange_turns * (1 + self.exchange_steps);
         let refits = if self.exchange_turns > 0 { 2 } else { 1 };
-        (5 + refits * self.refit_steps + exchange + self.turns * turn) as f64
+        let outputs = if self.output_probes > 0 { 6 } else { 0 };
+        (5 + refits * self.refit_steps + exchange + self.turns * turn + outputs) as f64
     }
 }

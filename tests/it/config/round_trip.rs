@@ -158,6 +158,7 @@ fn config() -> impl Strategy<Value = String> {
         optional("refit_steps", (0..=1000u32).prop_map(|n| n.to_string())),
         optional("palette_steps", (0..=1000u32).prop_map(|n| n.to_string())),
         optional("turns", (0..=1000u32).prop_map(|n| n.to_string())),
+        optional("output_probes", (0..=1000u32).prop_map(|n| n.to_string())),
         optional("sweep", any::<bool>().prop_map(|on| on.to_string())),
         optional("polish", any::<bool>().prop_map(|on| on.to_string())),
     )
@@ -234,6 +235,7 @@ joint:
   palette_steps: 0
   polish: true
   turns: 2
+  output_probes: 0
 prune:
   layers:
     - down_blocks\.\d+

@@ -8,7 +8,8 @@
 //! The stored form and its size are those of [`prune`](super::prune) followed by
 //! [`palettize`](super::palette::palettize).
 //!
-//! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. Products with H are matrix
+//! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. If the metric M of the layer's
+//! outputs is known, a last polish of the indices minimises tr(M (W - W0) H (W - W0)^T). Products with H are matrix
 //! products; all other work goes row by row. On a GPU, [`on_device`] does the same by tensor
 //! operations.
 
@@ -20,6 +21,9 @@ mod natural;
 mod on_device;
 mod options;
 mod outcome;
+mod output_polish;
+#[cfg(test)]
+mod output_tests;
 mod polish;
 mod problem;
 mod row;
@@ -47,13 +51,13 @@ use solution::Solution;
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{Effort, NmRatio, Sparsity};
 use squeeze_numerics::product::product;
-use squeeze_numerics::sum::squares;
+use squeeze_numerics::sum::{squares, sum as sum_of};
 use swap::{Swaps, swap};
 use tch::{Device, Tensor};
 
 use super::matrix::to_vec;
 use super::weight::flat_for;
-use super::{Hessian, Note, OutputResidual};
+use super::{Hessian, Note, OutputMetric, OutputResidual};
 
 /// Compresses the weight [o, ...] of layer `name`, flattened to [o, d], by the steps that the
 /// module lists.
@@ -131,7 +135,9 @@ pub fn joint(
     }
     let solution = match &options.palettize {
         None => Solution::plain(name, &problem, &best, options)?,
-        Some(palette) if !palette.per_channel_scale && along_outputs(palette) => Solution::joint(name, &problem, &best, options)?,
+        Some(palette) if !palette.per_channel_scale && along_outputs(palette) => {
+            Solution::joint(name, &problem, &best, evidence.metric, options)?
+        }
         Some(_) => {
             notes.push(Note::NotJoint);
             Solution::plain(name, &problem, &best, options)?
@@ -139,11 +145,13 @@ pub fn joint(
     };
     let sequential_loss = sequential.as_ref().map_or(solution.loss.bare, |sequential| sequential.loss.bare);
     let held_out = |solution: &Solution, reference: &Solution| {
-        evidence.held_out.map_or(Ok(0.0), |vectors| held_out_ratio(&problem, &natural, vectors, solution, reference))
+        let ratio = |vectors| held_out_ratio(&problem, &natural, (vectors, evidence.metric), solution, reference);
+        evidence.held_out.map_or(Ok(0.0), ratio)
     };
+    let cost = |solution: &Solution| solution.cost(&problem, evidence.metric);
     let (mut solution, worse) = match sequential {
         Some(sequential) => {
-            let (worse, note) = best_of(solution.loss.bare, sequential_loss, || held_out(&solution, &sequential))?;
+            let (worse, note) = best_of(cost(&solution)?, cost(&sequential)?, || held_out(&solution, &sequential))?;
             notes.extend(note);
             (if worse { sequential } else { solution }, worse)
         }
@@ -153,7 +161,7 @@ pub fn joint(
         natural.sort(&mut uncompressed);
         let exact = Solution::plain(name, &problem, &uncompressed, options)?;
         let is_exact = exact.weight.iter().zip(&uncompressed).all(|(stored, value)| stored.to_f32() == *value);
-        if is_exact && (exact.loss.bare <= solution.loss.bare || held_out(&solution, &exact)? > 1.0) {
+        if is_exact && (cost(&exact)? <= cost(&solution)? || held_out(&solution, &exact)? > 1.0) {
             solution = exact;
         }
     }
@@ -169,8 +177,8 @@ pub fn joint(
 }
 
 /// [`joint`] of a weight whose Hessian is on a GPU, without copies to the host. `None` where the
-/// host has a part in it: for several groups, palettes along input channels or with scales, and
-/// palettes that are refitted.
+/// host has a part in it: for several groups, palettes along input channels or with scales,
+/// palettes that are refitted, and with a metric of the outputs.
 ///
 /// # Errors
 /// As [`joint`].
@@ -182,7 +190,7 @@ pub fn joint_on_device(
     evidence: &LayerEvidence<'_>,
     options: &JointOptions,
 ) -> Result<Option<DeviceJoint>> {
-    if !on_device::serves(hessian, options) {
+    if evidence.metric.is_some() || !on_device::serves(hessian, options) {
         return Ok(None);
     }
     let _span = tracing::debug_span!("joint").entered();
@@ -207,6 +215,9 @@ fn checked(
     let of_part = flat.size2()?.0 / hessian.groups();
     if vector_length == 0 || of_part % vector_length != 0 {
         return Err(Error::Argument(format!("`{name}`: vectors of {vector_length} do not divide {of_part} output channels")));
+    }
+    if evidence.metric.is_some_and(|metric| hessian.groups() != 1 || metric.outputs() as i64 != flat.size()[0]) {
+        return Err(Error::State(format!("`{name}`: the metric of other outputs, or of several groups")));
     }
     if evidence.residual.is_some_and(|residual| !residual.fits(hessian)) {
         return Err(Error::State(format!("`{name}`: the output residual and the Hessian were made of different samples")));
@@ -246,11 +257,11 @@ fn refit(
 }
 
 /// The error of `solution` on vectors [n, groups d] as a multiple of the error of `reference`; 0 if
-/// it is not larger.
+/// it is not larger. Errors are measured by the metric of the outputs, if there is one.
 fn held_out_ratio(
     problem: &Problem<'_>,
     natural: &Natural<'_>,
-    vectors: &Tensor,
+    (vectors, metric): (&Tensor, Option<&OutputMetric>),
     solution: &Solution,
     reference: &Solution,
 ) -> Result<f64> {
@@ -264,7 +275,14 @@ fn held_out_ratio(
         let mut sum = 0.0;
         for part in 0..parts as i64 {
             let vectors = vectors.f_narrow(1, part * *columns as i64, *columns as i64)?;
-            sum += squares(&product(&vectors, &change.f_get(part)?.f_transpose(0, 1)?)?)?;
+            let change = change.f_get(part)?;
+            sum += match metric {
+                None => squares(&product(&vectors, &change.f_transpose(0, 1)?)?)?,
+                Some(metric) => {
+                    let error = product(&change, &vectors.f_transpose(0, 1)?)?;
+                    sum_of(&metric.times(&(0..*rows), &error)?.f_mul_(&error)?)?
+                }
+            };
         }
         Ok(sum)
     };

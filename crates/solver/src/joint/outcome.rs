@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::factors::JointFactors;
 use super::options::JointOptions;
 use crate::palette::Palettized;
-use crate::{Hessian, Note, OutputResidual, Pruned, prune_with};
+use crate::{Hessian, Note, OutputMetric, OutputResidual, Pruned, prune_with};
 
 /// The least share by which a step of conjugate gradients must lower the objective for another step
 /// to follow.
@@ -22,6 +22,9 @@ pub struct LayerEvidence<'a> {
     pub residual: Option<&'a OutputResidual>,
     /// Vectors of the layer's input that are not in the Hessian: [n, groups d], fp32.
     pub held_out: Option<&'a Tensor>,
+    /// The metric of the layer's outputs, by which indices are polished and solutions compared.
+    /// Only for weights with one Hessian.
+    pub metric: Option<&'a OutputMetric>,
 }
 
 /// The result of [`joint`](super::joint()).

@@ -8,10 +8,12 @@ use squeeze_codebook::{Codebook, Effort};
 
 use super::entries::{palette_gradient, refit_palettes};
 use super::options::JointOptions;
+use super::output_polish::{self, polish_outputs};
 use super::polish::polish;
 use super::problem::{Loss, Problem};
 use super::sorted_codebook::SortedCodebook;
 use super::sweep::sweep;
+use crate::OutputMetric;
 use crate::palette::{Palettized, STARTS, palettize, palettize_from};
 
 /// Rounds of palette refit and polish go on while at least this share of the weights gets other
@@ -39,8 +41,15 @@ impl Solution {
         Self::of(problem, half, palettized)
     }
 
-    /// Palettes and indices solved together, starting from these weights.
-    pub(super) fn joint(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
+    /// Palettes and indices solved together, starting from these weights; at last by the metric of
+    /// the outputs, if there is one.
+    pub(super) fn joint(
+        name: &str,
+        problem: &Problem<'_>,
+        weight: &[f32],
+        metric: Option<&OutputMetric>,
+        options: &JointOptions,
+    ) -> Result<Self> {
         let Some(palette) = &options.palettize else { return Self::plain(name, problem, weight, options) };
         let half = halves(weight);
         let shape = [problem.data.rows, problem.data.columns];
@@ -63,10 +72,24 @@ impl Solution {
                 break;
             }
         }
+        if let Some(metric) = metric {
+            for _ in 0..output_polish::TURNS {
+                let changed = polish_outputs(problem, &mut sorted, metric)?;
+                if (changed as f64) < LEAST_CHANGE * weight.len() as f64 {
+                    break;
+                }
+            }
+        }
         first.codebook = Codebook { palettes: sorted.palettes(), ..first.codebook };
         first.indices = sorted.indices;
         let weight = first.decode(problem.data.keep.as_deref())?;
         Self::of(problem, weight, Some(first))
+    }
+
+    /// What the solution is judged by: its loss by the metric of the outputs, or by H alone if there
+    /// is none.
+    pub(super) fn cost(&self, problem: &Problem<'_>, metric: Option<&OutputMetric>) -> Result<f64> {
+        metric.map_or(Ok(self.loss.bare), |metric| output_polish::loss(problem, metric, |at| self.weight[at].to_f32()))
     }
 
     fn of(problem: &Problem<'_>, half: Vec<f16>, palettized: Option<Palettized>) -> Result<Self> {

@@ -40,8 +40,18 @@ pub(super) enum Palette<'a> {
     Fours(&'a VectorTable<4>),
 }
 
+/// The palettes of all groups.
+#[derive(Debug)]
+pub(super) enum Tables<'a> {
+    Scalars(Vec<Scalars<'a>>),
+    Pairs(&'a [VectorTable<2>]),
+    Fours(&'a [VectorTable<4>]),
+}
+
 /// A palette whose entries are vectors of V values.
 pub(super) trait Entries<const V: usize> {
+    /// The index of the entry c of least c A c + 2 c b, for a positive definite A.
+    fn least(&self, a: &[[f32; V]; V], b: &[f32; V]) -> u8;
     /// The index of the nearest entry; the lowest of equally near ones.
     fn nearest(&self, x: [f32; V]) -> u8;
     /// The entry of an index.
@@ -49,6 +59,11 @@ pub(super) trait Entries<const V: usize> {
 }
 
 impl<const V: usize> Entries<V> for VectorTable<V> {
+    #[inline(always)]
+    fn least(&self, a: &[[f32; V]; V], b: &[f32; V]) -> u8 {
+        VectorTable::least(self, a, b)
+    }
+
     #[inline(always)]
     fn nearest(&self, x: [f32; V]) -> u8 {
         VectorTable::nearest(self, x)
@@ -69,6 +84,11 @@ pub(super) struct Scalars<'a> {
 }
 
 impl Entries<1> for Scalars<'_> {
+    #[inline(always)]
+    fn least(&self, [[a]]: &[[f32; 1]; 1], [b]: &[f32; 1]) -> u8 {
+        self.nearest([-b / a])
+    }
+
     #[inline(always)]
     fn nearest(&self, [value]: [f32; 1]) -> u8 {
         // An index fits in u8, because a palette has at most 256 entries.
@@ -121,17 +141,29 @@ impl SortedCodebook {
         self.values.iter().map(|value| f16::from_f32(*value)).collect()
     }
 
+    /// A group's palette of single values, given the midpoints of all groups.
+    fn scalars<'a>(&'a self, middles: &'a [f32], group: usize) -> Scalars<'a> {
+        let (entries, between) = (self.entries, self.entries - 1);
+        Scalars {
+            values: &self.values[group * entries..(group + 1) * entries],
+            middles: &middles[group * between..(group + 1) * between],
+        }
+    }
+
+    /// The palettes of all groups.
+    pub(super) fn tables(&self) -> Tables<'_> {
+        match &self.search {
+            Search::Middles(middles) => Tables::Scalars((0..self.groups()).map(|group| self.scalars(middles, group)).collect()),
+            Search::Pairs(tables) => Tables::Pairs(tables),
+            Search::Fours(tables) => Tables::Fours(tables),
+        }
+    }
+
     /// The palette of a row.
     pub(super) fn of_row(&self, row: usize) -> Palette<'_> {
         let group = row / self.group_rows;
         match &self.search {
-            Search::Middles(middles) => {
-                let (entries, between) = (self.entries, self.entries - 1);
-                Palette::Scalars(Scalars {
-                    values: &self.values[group * entries..(group + 1) * entries],
-                    middles: &middles[group * between..(group + 1) * between],
-                })
-            }
+            Search::Middles(middles) => Palette::Scalars(self.scalars(middles, group)),
             Search::Pairs(tables) => Palette::Pairs(&tables[group]),
             Search::Fours(tables) => Palette::Fours(&tables[group]),
         }

@@ -56,7 +56,7 @@ fn the_tensor_form_finds_what_the_solver_for_cpus_finds() {
         let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
         for with_evidence in [false, true] {
             let evidence = match with_evidence {
-                true => LayerEvidence { residual: Some(&residual), held_out: Some(&held_out) },
+                true => LayerEvidence { residual: Some(&residual), held_out: Some(&held_out), metric: None },
                 false => LayerEvidence::default(),
             };
             let theirs = joint("a", &weight, &hessian, &factors, &evidence, &options).unwrap();
@@ -106,7 +106,7 @@ fn weights_that_their_palettes_hold_stay_as_they_are() {
     let weight = normal([8, 60], 9).sign();
     let options = JointOptions::new(None, Some(palettes(BitWidth::One, 8)));
     let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
-    let evidence = LayerEvidence { residual: Some(&residual), held_out: None };
+    let evidence = LayerEvidence { residual: Some(&residual), held_out: None, metric: None };
     let solved = solve("a", (weight.shallow_clone(), &[8, 60]), &hessian, &factors, &evidence, &options);
     let solved = solved.unwrap().into_joint().unwrap();
     let theirs = joint("a", &weight, &hessian, &factors, &evidence, &options).unwrap();

@@ -47,15 +47,45 @@ impl<const V: usize> VectorTable<V> {
     /// become SIMD instructions; their results are the same with any of them.
     #[inline(always)]
     pub(crate) fn nearest(&self, x: [f32; V]) -> u8 {
-        let mut least = [f32::INFINITY; LANES];
-        let mut place = [0_u32; LANES];
-        for (number, block) in (0_u32..).zip(&self.blocks) {
+        self.first_of_least(|block| {
             let mut scores = block.halves;
             for (members, x) in block.members.iter().zip(x) {
                 for lane in 0..LANES {
                     scores[lane] -= members[lane] * x;
                 }
             }
+            scores
+        })
+    }
+
+    /// The index of the vector c of least c A c + 2 c b; the lowest of equally good ones.
+    #[inline(always)]
+    pub(crate) fn least(&self, a: &[[f32; V]; V], b: &[f32; V]) -> u8 {
+        self.first_of_least(|block| {
+            // Those after the last vector stay infinite.
+            let mut scores = block.halves.map(|half| if half == f32::INFINITY { half } else { 0.0 });
+            for (row, (a, b)) in a.iter().zip(b).enumerate() {
+                let mut bent = [2.0 * b; LANES];
+                for (members, a) in block.members.iter().zip(a) {
+                    for lane in 0..LANES {
+                        bent[lane] += members[lane] * a;
+                    }
+                }
+                for lane in 0..LANES {
+                    scores[lane] += block.members[row][lane] * bent[lane];
+                }
+            }
+            scores
+        })
+    }
+
+    /// The index of the vector of least score; the lowest of equal ones.
+    #[inline(always)]
+    fn first_of_least(&self, scores: impl Fn(&Block<V>) -> [f32; LANES]) -> u8 {
+        let mut least = [f32::INFINITY; LANES];
+        let mut place = [0_u32; LANES];
+        for (number, block) in (0_u32..).zip(&self.blocks) {
+            let scores = scores(block);
             for lane in 0..LANES {
                 let is_less = scores[lane] < least[lane];
                 least[lane] = if is_less { scores[lane] } else { least[lane] };
@@ -101,6 +131,23 @@ mod tests {
         ) {
             is_nearest(&pairs, [x[0], x[1]]);
             is_nearest(&fours, x);
+        }
+
+        #[test]
+        fn the_least_of_a_parabola_is_found(
+            pairs in prop::collection::vec(prop::array::uniform2(-1f32..1.0), 1..257),
+            (p, q, r) in (0.1f32..2.0, -0.9f32..0.9, 0.1f32..2.0),
+            b in prop::array::uniform2(-2f32..2.0),
+        ) {
+            let cross = q * (p * r).sqrt();
+            let a = [[p, cross], [cross, r]];
+            let value = |c: &[f32; 2]| {
+                (0..2).map(|i| c[i] * (2.0 * b[i] + (0..2).map(|j| a[i][j] * c[j]).sum::<f32>())).sum::<f32>()
+            };
+            let table = VectorTable::new(&pairs);
+            let found = table.vector(table.least(&a, &b));
+            let best = pairs.iter().map(value).fold(f32::INFINITY, f32::min);
+            prop_assert!(value(&found) <= best + 1e-4, "{found:?}");
         }
     }
 
