@@ -18,7 +18,7 @@ use squeeze_base::{memory, number};
 use squeeze_codebook::LayerKind;
 use squeeze_container::Container;
 
-use super::entry::{Entry, container_path, row_path};
+use super::entry::{Entry, container_path, prices_path, row_path};
 use crate::calibration::{Samples, calibrate, defaults};
 use crate::compress::{BUILD, JobReport, Prepared, run};
 use crate::config::{CalibrationSection, read_prompts};
@@ -139,7 +139,7 @@ fn found(entry: &Entry, out: &Path, files: &mut Files<'_>) -> Result<Option<Fact
         return Ok(None);
     }
     tracing::info!("{} is there already", container.display());
-    Ok(Some(Facts { row: Row { name: entry.name.clone(), ..read.row }, ..read }))
+    Ok(Some(Facts { row: Row { name: entry.name.clone(), curve: entry.curve.clone(), ..read.row }, ..read }))
 }
 
 /// The files that containers are made from, each of which is hashed at most once.
@@ -194,7 +194,7 @@ impl<'a> Files<'a> {
 fn prepare<'a>(folder: &'a PipelineFolder, entries: &[&Entry], options: &RunOptions, out: &Path) -> Result<Vec<Prepared<'a>>> {
     let mut prepared: Vec<Prepared> = Vec::new();
     let (mut results, mut needed) = (0, 0);
-    for Entry { name, config } in entries.iter().copied() {
+    for Entry { name, config, curve } in entries.iter().copied() {
         let named = |why: Error| match why {
             Error::Argument(_) | Error::Shape { .. } | Error::Range { .. } | Error::State(_) => {
                 Error::Argument(format!("{name}: {why}"))
@@ -202,6 +202,10 @@ fn prepare<'a>(folder: &'a PipelineFolder, entries: &[&Entry], options: &RunOpti
             why => why,
         };
         let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named)?;
+        let entry = match curve {
+            Some(curve) => entry.with_prices(prices_path(out, curve)),
+            None => entry,
+        };
         needed = needed.max(results + entry.plan().disk.peak());
         results += entry.plan().disk.result;
         prepared.push(entry);
@@ -239,10 +243,11 @@ struct Cost {
 
 /// A row without the bytes of its compressed weights and without measurements.
 fn row(entry: &Entry, report: JobReport, kinds: &BTreeMap<String, LayerKind>, cost: Cost) -> Row {
-    let Entry { name, config } = entry;
+    let Entry { name, config, curve } = entry;
     let settings = config.prune.as_ref().and_then(|prune| prune.rules.global_config.as_ref());
     Row {
         name: name.clone(),
+        curve: curve.clone(),
         config_yaml: config.to_yaml(),
         sparsity_asked: settings.map(|settings| settings.sparsity.target()),
         sparsity_stored: report.sparsity,

@@ -123,7 +123,8 @@ impl Inputs {
         let measured = RunConfig { budget: config.budget.as_ref().map(any), tune: None, ..config.clone() };
         let mut identity = self.identity(&measured, sources, options);
         identity.remove(TUNING_PROMPTS);
-        let text = serde_json::to_vec(&identity).map_err(|why| Error::internal(format!("an identity cannot be written: {why}")))?;
+        let text =
+            serde_json::to_vec(&identity).map_err(|why| Error::internal(format!("an identity cannot be written: {why}")))?;
         Ok(digest::of_bytes(&text))
     }
 }

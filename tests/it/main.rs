@@ -43,6 +43,7 @@ mod sparsegpt;
 mod squeeze;
 mod streams;
 mod support;
+mod sweep;
 mod synth;
 mod tokens;
 #[cfg(unix)]

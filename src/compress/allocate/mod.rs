@@ -97,8 +97,7 @@ pub(super) fn allocate(
     plan: &Plan,
     budget: &BudgetSection,
 ) -> Result<Allocation> {
-    let choices: Vec<Vec<Choice>> =
-        prices.values().map(|priced| priced.iter().map(|priced| priced.choice).collect()).collect();
+    let choices: Vec<Vec<Choice>> = prices.values().map(|priced| priced.iter().map(|priced| priced.choice).collect()).collect();
     // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are
     // fixed.
     let allocated_bytes: u64 = prices.keys().map(|name| stored_bytes(&shapes[name], &recipe.layers[name])).sum();
