@@ -86,7 +86,7 @@ pub(super) fn made(
         // A peak that cannot be reset would be that of the entries before this one.
         let own_peak = memory::reset_peak();
         let start = Instant::now();
-        let report = run(&prepared, samples, progress)?;
+        let report = run(&prepared, samples, progress).map_err(named(&entry.name))?;
         let cost = Cost { seconds: start.elapsed().as_secs_f64(), peak_bytes: memory::peak().filter(|_| own_peak) };
         let container = Container::open(prepared.path())?;
         let bytes = container.layers().map(|layer| layer.bytes).sum();
@@ -189,19 +189,23 @@ impl<'a> Files<'a> {
     }
 }
 
+/// Puts the name of an entry before an error that does not say what it is about.
+fn named(name: &str) -> impl Fn(Error) -> Error {
+    move |why| match why {
+        Error::Argument(_) | Error::Shape { .. } | Error::Range { .. } | Error::State(_) => {
+            Error::Argument(format!("{name}: {why}"))
+        }
+        why => why,
+    }
+}
+
 /// Checks and plans entries. The containers stay, so an entry needs its own bytes on the disk and
 /// those of the containers before it.
 fn prepare<'a>(folder: &'a PipelineFolder, entries: &[&Entry], options: &RunOptions, out: &Path) -> Result<Vec<Prepared<'a>>> {
     let mut prepared: Vec<Prepared> = Vec::new();
     let (mut results, mut needed) = (0, 0);
     for Entry { name, config, curve } in entries.iter().copied() {
-        let named = |why: Error| match why {
-            Error::Argument(_) | Error::Shape { .. } | Error::Range { .. } | Error::State(_) => {
-                Error::Argument(format!("{name}: {why}"))
-            }
-            why => why,
-        };
-        let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named)?;
+        let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named(name))?;
         let entry = match curve {
             Some(curve) => entry.with_prices(prices_path(out, curve)),
             None => entry,

@@ -55,7 +55,7 @@ impl Axis {
         };
         let (low, high) = (round_down(least), round_up(most));
         // One round number alone is no range.
-        let high = if high > low { high } else { 2.0 * low };
+        let high = if high > low { high } else { (2.0 * low).min(f64::MAX) };
         Axis { low, high, scale: Scale::Log, ..axis }
     }
 

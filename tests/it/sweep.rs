@@ -156,8 +156,11 @@ fn sweeps_that_cannot_be_are_refused() {
     scene.sweep("2..3", "no").config_file(sequential).is_refused(&["a budget needs `solver: joint`"]);
     scene.sweep("2..3", "no").config_file(scene.at("base.yaml")).is_refused(&["name different places"]);
     assert!(!scene.at("no").exists());
+    // A size that the settings do not reach is named, with how many bytes would do.
+    let small = scene.sweep("0.5..1", "small").arg("--containers-only");
+    small.ends_with(2).says(&["base-0.5-bits: ", "are too few: the smallest settings take"]);
     // The shipped base and the tutorial's recipes need no files of configs.
-    let shipped = Squeeze::new("compare").with("--sweep", "3..3").model(tiny()).with("--judge", scene.at("judge.txt"));
+    let shipped = Squeeze::new("compare").with("--sweep", "5..5").model(tiny()).with("--judge", scene.at("judge.txt"));
     let ended = shipped.args(["--held-out", "2", "--no-noise-floor"]).samples(6, 3).out(scene.at("shipped")).succeeds();
-    ended.says(&["squeeze-3.0-bits", "tutorial-s40-4bit-gs16", "tutorial-2of4-4bit-gs16"]);
+    ended.says(&["squeeze-5.0-bits", "tutorial-s40-4bit-gs16", "tutorial-2of4-4bit-gs16"]);
 }
