@@ -58,6 +58,11 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
+/// A share in percent. Errors of one curve span factors of ten, so it has three decimals.
+fn percent(share: f64) -> String {
+    number::fixed(100.0 * share, 3)
+}
+
 /// The plot; `None` if there are no curves.
 fn plot(comparison: &Comparison) -> Option<Plot> {
     let (rows, curves) = (&comparison.rows, curves(comparison));
@@ -67,7 +72,7 @@ fn plot(comparison: &Comparison) -> Option<Plot> {
     let interval = |row: &Row| row.intervals.map(|intervals| [intervals.unet_error.low, intervals.unet_error.high]);
     let errors = rows.iter().flat_map(|row| std::iter::once(row.unet_error).chain(interval(row).into_iter().flatten()));
     let x = Axis::of_values("size of the UNet, MiB", Unit::Plain, false, rows.iter().map(|row| mib(row.bytes)));
-    let mut plot = Plot::new(WIDTH, HEIGHT, 52, 42, x, Axis::of_errors_by_factor("UNet error", errors));
+    let mut plot = Plot::new(WIDTH, HEIGHT, 60, 42, x, Axis::of_errors_by_factor("UNet error", errors));
     for (series, curve) in curves.iter().enumerate() {
         let points = curve.rows.iter().map(|row| (mib(row.bytes), row.unet_error));
         plot.line(&format!("curve d{}", series % 3), points, curve.name);
@@ -125,8 +130,8 @@ pub fn sizes(comparison: &Comparison) -> Option<Grid> {
     if curves.is_empty() {
         return None;
     }
-    let mut header: Vec<String> = ["config", "bytes", "bits/weight", "PSNR", "UNet error"].map(str::to_owned).into();
-    header.extend(curves.iter().map(|curve| format!("{} there", curve.name)));
+    let mut header: Vec<String> = ["config", "bytes", "bits/weight", "PSNR", "UNet error, %"].map(str::to_owned).into();
+    header.extend(curves.iter().map(|curve| format!("{} there, %", curve.name)));
     let mut rows: Vec<&Row> = comparison.rows.iter().collect();
     rows.sort_by_key(|row| row.bytes);
     let line = |row: &Row| {
@@ -135,9 +140,9 @@ pub fn sizes(comparison: &Comparison) -> Option<Grid> {
             number::count(row.bytes),
             number::fixed(row.bits_per_weight, 2),
             number::fixed(row.psnr.mean, 2),
-            number::percent(row.unet_error),
+            percent(row.unet_error),
         ];
-        let there = |curve: &Curve| curve.error_at(row.bytes).map_or_else(|| number::NONE.to_owned(), number::percent);
+        let there = |curve: &Curve| curve.error_at(row.bytes).map_or_else(|| number::NONE.to_owned(), percent);
         cells.extend(curves.iter().map(there));
         cells
     };
@@ -166,12 +171,12 @@ mod tests {
     #[test]
     fn points_are_compared_with_curves_at_their_own_sizes() {
         let grid = sizes(&comparison()).unwrap();
-        assert_eq!(grid.header[4..], ["UNet error", "a there", "b there"]);
+        assert_eq!(grid.header[4..], ["UNet error, %", "a there, %", "b there, %"]);
         let names: Vec<&str> = grid.rows.iter().map(|cells| cells[0].as_str()).collect();
         assert_eq!(names, ["a-2.0-bits", "b-2.0-bits", "<point>", "a-3.0-bits", "b-3.0-bits"]);
         // Half-way between 10 % and 0.1 % by logarithms; zero has no logarithm.
-        assert_eq!(grid.rows[2][4..], ["6.00%", "1.00%", number::NONE]);
-        assert_eq!(grid.rows[3][5..], ["0.10%", "2.00%"]);
+        assert_eq!(grid.rows[2][4..], ["6.000", "1.000", number::NONE]);
+        assert_eq!(grid.rows[3][5..], ["0.100", "2.000"]);
         let outside = Curve { name: "a", rows: vec![&comparison().rows[0]] }.error_at(4 << 20);
         assert_eq!(outside, None);
         assert_eq!(sizes(&Comparison { rows: vec![row("x", None, 1, 0.1)], ..Comparison::default() }), None);

@@ -79,7 +79,7 @@ fn a_curve_has_the_sizes_asked_for_and_each_is_what_a_run_alone_gives() {
     assert_eq!(document.descendants().filter(|node| node.has_tag_name("circle")).count(), 4);
     let read = |name: &str| std::fs::read_to_string(scene.at("out").join(name)).unwrap();
     assert!(read("report.html").contains("Error against size") && read("report.html").contains("base there"));
-    assert!(read("table.md").contains("| config | bytes | bits/weight | PSNR | UNet error | base there |"));
+    assert!(read("table.md").contains("| config | bytes | bits/weight | PSNR | UNet error, % | base there, % |"));
 
     let alone = scene.at("alone");
     Squeeze::new("compress")
