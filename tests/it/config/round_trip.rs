@@ -64,6 +64,19 @@ fn prune_settings() -> impl Strategy<Value = String> {
 }
 
 fn palette_settings() -> impl Strategy<Value = String> {
+    prop_oneof![4 => fitted(), 1 => fixed()]
+}
+
+fn fixed() -> impl Strategy<Value = String> {
+    (
+        prop::sample::select(&["int", "nf4", "int, n_bits: 8"][..]).prop_map(|values| Some(format!("values: {values}"))),
+        optional("block_size", (1..u32::MAX).prop_map(|size| size.to_string())),
+        optional("feedback", Just("false".to_owned())),
+    )
+        .prop_map(|(values, block_size, feedback)| mapping(vec![values, block_size, feedback]))
+}
+
+fn fitted() -> impl Strategy<Value = String> {
     let granularity = prop_oneof![
         Just("granularity: per_tensor".to_owned()),
         (1..u32::MAX).prop_map(|size| format!("group_size: {size}, granularity: per_grouped_channel"))
