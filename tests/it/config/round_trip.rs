@@ -64,19 +64,6 @@ fn prune_settings() -> impl Strategy<Value = String> {
 }
 
 fn palette_settings() -> impl Strategy<Value = String> {
-    prop_oneof![4 => fitted(), 1 => fixed()]
-}
-
-fn fixed() -> impl Strategy<Value = String> {
-    (
-        prop::sample::select(&["int", "nf4", "int, n_bits: 8"][..]).prop_map(|values| Some(format!("values: {values}"))),
-        optional("block_size", (1..u32::MAX).prop_map(|size| size.to_string())),
-        optional("feedback", Just("false".to_owned())),
-    )
-        .prop_map(|(values, block_size, feedback)| mapping(vec![values, block_size, feedback]))
-}
-
-fn fitted() -> impl Strategy<Value = String> {
     let granularity = prop_oneof![
         Just("granularity: per_tensor".to_owned()),
         (1..u32::MAX).prop_map(|size| format!("group_size: {size}, granularity: per_grouped_channel"))
@@ -305,4 +292,17 @@ fn null_and_absent_are_the_same_but_for_rules() {
     assert!(global("palettize: {global_config: null}").is_none());
     assert!(global("palettize: {module_type_configs: {Linear: {}}}").is_none(), "coremltools: only what is named");
     assert!(global("palettize: {module_name_configs: {a: null}}").is_none());
+}
+
+/// Fixed values exclude so many other keys that they are not among the random configs.
+#[test]
+fn fixed_values_come_back() {
+    for settings in
+        ["values: int", "values: int, n_bits: 8, block_size: 4294967295", "values: nf4, block_size: 1, feedback: true"]
+    {
+        let config = parsed(&format!("palettize: {{module_name_configs: {{a: {{{settings}}}, b: {{n_bits: 2}}}}}}\n"));
+        let yaml = config.to_yaml();
+        assert_eq!(parsed(&yaml), config);
+        assert!(yaml.matches("block_size").count() == 1 && yaml.matches("feedback").count() == 1, "{yaml}");
+    }
 }
