@@ -222,6 +222,7 @@ impl CompressedWeight {
 
     /// The bytes of mask, indices, palettes, scales and values in a file, without names and
     /// metadata.
+    #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         let mask = self.mask.as_ref().map_or(0, |mask| mask.bytes().len());
         let values = match &self.values {

@@ -3,7 +3,7 @@
 //! The solver knows matrices, not models. Its measure of a change D [o, d] of a weight is tr(D H
 //! D^T), where the [`Hessian`] H [d, d] holds the second moments of the layer's inputs. [`prune`]
 //! follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774) in the form that coremltools 9.0
-//! gave it; [`magnitude_prune`] is the baseline. [`gptq`] rounds to fixed values with error
+//! gave it; [`magnitude_prune`] is the baseline. [`gptq()`] rounds to fixed values with error
 //! feedback.
 
 mod correlations;

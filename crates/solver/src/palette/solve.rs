@@ -35,7 +35,7 @@ use super::vectors::{self, STARTS};
 /// # Errors All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the
 /// channels, an axis above 1, vectors that do not fit, a shape with fewer than two dimensions or
 /// without weights, or one that the lengths of `weight` and `keep` do not fit; a quantizer with
-/// error feedback, which [`gptq`](crate::gptq) takes.
+/// error feedback, which [`gptq`](crate::gptq()) takes.
 /// [`Error::NotFinite`]: NaN or infinity anywhere in the weight, even where it is pruned.
 pub fn palettize(
     name: &str,
