@@ -30,6 +30,7 @@ mod overflow;
 mod palettes;
 mod pipelines;
 mod plan;
+mod quantized;
 // The ignored tests of this module print tables.
 #[allow(clippy::print_stdout)]
 mod reliability;
