@@ -38,7 +38,7 @@ for content in files("tests/attacks/safetensors/*") + files("tests/attacks/good/
     if len(content) > 8:
         length = min(struct.unpack("<Q", content[:8])[0], len(content) - 8)
         seed("safetensors", b"\1" + struct.pack("<H", length) + content[8:])
-for content in files("tests/attacks/container/*") + files("tests/attacks/good/container*") + files("tests/golden/container/unet*"):
+for content in files("tests/attacks/container/*") + files("tests/attacks/good/container*") + files("tests/golden/container/*.squeezed.safetensors"):
     seed("container", b"\0" + content)
     seed("container", b"\1" + content)
 for content in files("tests/attacks/samples/*") + files("tests/attacks/good/samples*"):

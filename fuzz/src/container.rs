@@ -104,7 +104,20 @@ fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>)
         let mut row = weight.row();
         row.insert("sha256".into(), sha256(&to_bytes(&dense)).into());
         if lies && choices.rarely(4) {
-            let keys = ["axis", "bits", "group_size", "kept", "masked", "scaled", "sha256", "shape", "report", "vector_length", "more"];
+            let keys = [
+                "axis",
+                "bits",
+                "group_size",
+                "kept",
+                "masked",
+                "scaled",
+                "sha256",
+                "shape",
+                "report",
+                "scale_block",
+                "vector_length",
+                "more",
+            ];
             let value = match choices.below(5) {
                 0 => Value::Null,
                 1 => json!(choices.number()),
@@ -134,8 +147,8 @@ fn made(choices: &mut Choices, lies: bool) -> (Vec<u8>, Vec<(String, Vec<f16>)>)
     }
     let data: Vec<u8> = tensors.iter().flat_map(|tensor| tensor.data.iter().copied()).collect();
     let mut metadata = Map::new();
-    let vectors = rows.values().any(|row| row.get("vector_length").is_some());
-    let version = if vectors != (lies && choices.rarely(16)) { "2" } else { "1" };
+    let is_new = rows.values().any(|row| row.get("vector_length").is_some() || row.get("scale_block").is_some());
+    let version = if is_new != (lies && choices.rarely(16)) { "2" } else { "1" };
     for (key, value) in
         [("format", "sdxl-squeeze"), ("version", version), ("unet_config", "{}"), ("recipe", "null"), ("sources", "[]")]
     {
@@ -173,7 +186,9 @@ struct Weight {
     values: Vec<f16>,
     /// The index of each kept element or vector; empty without palettes.
     indices: Vec<u8>,
+    /// One for each row, or for each block of a row.
     scales: Option<Vec<f16>>,
+    scale_block: Option<usize>,
 }
 
 impl Weight {
@@ -208,9 +223,14 @@ impl Weight {
         } else {
             (halves(choices, kept), Vec::new())
         };
-        let scales = (palettized && length == 1 && choices.below(2) == 1).then(|| halves(choices, shape[0] as usize));
+        let scaled = palettized && length == 1 && choices.below(2) == 1;
+        // A block is shorter than a row.
+        let columns = shape[1..].iter().product::<u64>() as usize;
+        let scale_block = (scaled && columns > 1 && choices.below(2) == 1).then(|| 1 + choices.below(columns - 1));
+        let in_row = scale_block.map_or(1, |block| columns.div_ceil(block));
+        let scales = scaled.then(|| halves(choices, shape[0] as usize * in_row));
         let palette = palettized.then_some((bits, axis, group_size));
-        let mut weight = Weight { shape, keep, palette, length, values, indices, scales };
+        let mut weight = Weight { shape, keep, palette, length, values, indices, scales, scale_block };
         if lies && choices.rarely(4) {
             let at = choices.below(weight.shape.len());
             weight.shape[at] = choices.number();
@@ -259,7 +279,13 @@ impl Weight {
                 match &self.scales {
                     None => value,
                     Some(scales) => {
-                        let scale = scales.get(row as usize).copied().unwrap_or(f16::ZERO);
+                        let at = match self.scale_block {
+                            None => row as usize,
+                            Some(block) => {
+                                (row as usize).saturating_mul(columns.div_ceil(block)).saturating_add(e % columns / block)
+                            }
+                        };
+                        let scale = scales.get(at).copied().unwrap_or(f16::ZERO);
                         f16::from_f32(value.to_f32() * scale.to_f32())
                     }
                 }
@@ -283,6 +309,9 @@ impl Weight {
         }
         if self.scales.is_some() {
             row.insert("scaled".into(), json!(true));
+        }
+        if let Some(block) = self.scale_block {
+            row.insert("scale_block".into(), json!(block));
         }
         if self.length > 1 {
             row.insert("vector_length".into(), json!(self.length));
@@ -308,7 +337,10 @@ impl Weight {
             }
         }
         if let Some(scales) = &self.scales {
-            tensors.push(half("scales", &[scales.len() as u64], scales));
+            let rows = self.shape[0].max(1);
+            let shape = [rows, scales.len() as u64 / rows];
+            let all = [scales.len() as u64];
+            tensors.push(half("scales", if self.scale_block.is_some() { &shape } else { &all }, scales));
         }
         tensors
     }

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::calibration::{PromptSet, settings, settings_for};
-use sdxl_squeeze::compare::{Entry, Judging, Lpips, Part, compare, container_path, judge_part, make_containers, merge, row_path};
+use sdxl_squeeze::compare::{
+    Entry, Judging, Lpips, Part, compare, container_path, judge_part, make_containers, merge, prices_path, row_path,
+};
 use sdxl_squeeze::compress::workspace_folder;
 use sdxl_squeeze::config::{Feed, RunConfig, read_prompts};
 use sdxl_squeeze::output::write_file;
@@ -12,6 +14,7 @@ use sdxl_squeeze::report::{self, Comparison};
 use sdxl_squeeze::{Error, Result};
 
 use super::edits::{Edits, model_of};
+use super::entries::{self, Named};
 use super::limits::LimitArgs;
 use super::paths::Paths;
 use super::progress::Reporter;
@@ -19,11 +22,23 @@ use super::stdout;
 
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "sdxl-squeeze compare [OPTIONS] --out <DIR> --judge <FILE> <CONFIG.yaml>...
+       sdxl-squeeze compare [OPTIONS] --out <DIR> --judge <FILE> --sweep <LOW..HIGH[:STEP]> [CONFIG.yaml]...
        sdxl-squeeze compare --merge <DIR> [--out <DIR>]")]
 pub(super) struct Args {
-    /// The runs to compare
-    #[arg(value_name = "CONFIG.yaml", required_unless_present = "merge", conflicts_with = "merge")]
+    /// The runs to compare [default with --sweep: the tutorial's recipes]
+    #[arg(value_name = "CONFIG.yaml", required_unless_present_any = ["merge", "sweep"], conflicts_with = "merge")]
     configs: Vec<PathBuf>,
+    /// Draw the curve of error against size: compress to each mean of bits a weight from LOW to
+    /// HIGH, in steps of STEP [default: 0.5], and show the CONFIGs beside the curve
+    #[arg(long, value_name = "LOW..HIGH[:STEP]", conflicts_with = "merge")]
+    sweep: Option<String>,
+    /// The config to draw the curve of, whose budget's target the sweep replaces; repeatable, for a
+    /// curve each [default: the program's own configs/squeeze-3bits.yaml]
+    #[arg(long = "config", value_name = "FILE.yaml", requires = "sweep")]
+    bases: Vec<PathBuf>,
+    /// Draw the curves alone, without the tutorial's recipes
+    #[arg(long, requires = "sweep", conflicts_with = "configs")]
+    no_points: bool,
     /// The folder for report.html, report.json, the contact sheet and the containers [with
     /// --merge: the folder of the parts]
     #[arg(long, value_name = "DIR", required_unless_present = "merge")]
@@ -83,21 +98,29 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let (Some(out), Some(judge)) = (&args.out, &args.judge) else {
         return Err(Error::Argument("--out and --judge are needed".into()));
     };
-    let mut entries: Vec<Entry> = Vec::new();
+    let sweep = args.sweep.as_deref().map(|text| text.parse().map_err(|why| Error::Argument(format!("--sweep {text} {why}"))));
+    let named = match sweep.transpose()? {
+        Some(sweep) => entries::of_sweep(sweep, &args.bases, &args.configs, args.no_points, &args.edits)?,
+        None => entries::of_configs(&args.configs, &args.edits)?,
+    };
+    let mut curves: Vec<String> = Vec::new();
     let mut outputs = Paths::default().reads("--judge", Some(judge)).puts_into("--out", out);
     outputs = outputs.reads("--lpips", args.lpips.as_deref());
-    for path in &args.configs {
-        let config = args.edits.config(path)?;
-        let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
-        let container = container_path(out, &name);
-        outputs = outputs.run("the config", path, &config);
-        outputs = outputs.writes(&name, Some(&container)).writes(&name, Some(&row_path(out, &name)));
-        outputs = outputs.fills(&name, &workspace_folder(&container));
-        if let Some(first) = entries.first() {
-            check_alike((&args.configs[0], &first.config), (path, &config))?;
+    for Named { path, entry } in &named {
+        let Entry { name, config, curve } = entry;
+        let container = container_path(out, name);
+        outputs = outputs.run("the config", path, config);
+        outputs = outputs.writes(name, Some(&container)).writes(name, Some(&row_path(out, name)));
+        outputs = outputs.fills(name, &workspace_folder(&container));
+        if let Some(curve) = curve.as_ref().filter(|curve| !curves.contains(curve)) {
+            outputs = outputs.writes(curve, Some(&prices_path(out, curve)));
+            curves.push(curve.clone());
         }
-        entries.push(Entry { name, config });
+        if let Some(first) = named.first() {
+            check_alike((&first.path, &first.entry.config), (path, config))?;
+        }
     }
+    let entries: Vec<Entry> = named.into_iter().map(|named| named.entry).collect();
     let Some(first) = entries.first() else { return Err(Error::Argument("there is nothing to compare".into())) };
     let part =
         args.part.as_deref().map(|text| text.parse::<Part>().map_err(|why| Error::Argument(format!("--part {text} {why}"))));
@@ -135,7 +158,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
 }
 
 /// The files of a report.
-const REPORT: [&str; 3] = ["report.html", "report.json", "table.md"];
+const REPORT: [&str; 4] = ["report.html", "report.json", "table.md", "curve.svg"];
 
 /// Makes the report of the parts in a folder.
 fn merged(parts: &Path, args: &Args) -> Result<()> {

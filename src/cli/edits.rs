@@ -18,9 +18,28 @@ impl Edits {
         self.0.is_empty()
     }
 
+    /// The first of the flags `names` that is given.
+    pub(super) fn first_of<'n>(&self, names: &[&'n str]) -> Option<&'n str> {
+        names.iter().copied().find(|name| self.0.iter().any(|edit| edit.flag() == *name))
+    }
+
     /// Reads a config and edits it.
     pub(super) fn config(&self, path: &Path) -> Result<RunConfig> {
-        RunConfig::read_edited(path, &self.0)
+        self.config_with(path, None)
+    }
+
+    /// Reads a config and edits it, with a further edit.
+    pub(super) fn config_with(&self, path: &Path, further: Option<Edit>) -> Result<RunConfig> {
+        RunConfig::read_edited(path, &self.and(further))
+    }
+
+    /// Reads a config from memory and edits it, with a further edit; `path` names it in mistakes.
+    pub(super) fn parsed_with(&self, path: &Path, yaml: &[u8], further: Option<Edit>) -> Result<RunConfig> {
+        RunConfig::parse_edited(path, yaml, &self.and(further))
+    }
+
+    fn and(&self, further: Option<Edit>) -> Vec<Edit> {
+        self.0.iter().cloned().chain(further).collect()
     }
 
     /// Reads a config, edits it and opens its model.

@@ -105,11 +105,13 @@ fn shape(sizes: &[i64]) -> String {
     sizes.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }
 
-/// The bits of an index, and the output channels that share it if there are several: `8 V2`.
+/// The bits of an index; with the output channels that share it if there are several (`8 V2`), or
+/// the columns that share a scale if not all of a row do (`4 b64`).
 fn bits(layer: &StoredLayer) -> String {
+    let of_scale = layer.scale_block.map_or(String::new(), |block| format!(" b{block}"));
     match (layer.bits, layer.vector_length) {
         (None, _) => "16".to_owned(),
-        (Some(bits), None | Some(1)) => bits.to_string(),
+        (Some(bits), None | Some(1)) => format!("{bits}{of_scale}"),
         (Some(bits), Some(length)) => format!("{bits} V{length}"),
     }
 }

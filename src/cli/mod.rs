@@ -7,6 +7,7 @@ mod compress;
 mod container;
 mod device_limit;
 mod edits;
+mod entries;
 mod environment;
 mod export;
 mod failure;

@@ -18,7 +18,7 @@ use squeeze_base::{memory, number};
 use squeeze_codebook::LayerKind;
 use squeeze_container::Container;
 
-use super::entry::{Entry, container_path, row_path};
+use super::entry::{Entry, container_path, prices_path, row_path};
 use crate::calibration::{Samples, calibrate, defaults};
 use crate::compress::{BUILD, JobReport, Prepared, run};
 use crate::config::{CalibrationSection, read_prompts};
@@ -86,7 +86,7 @@ pub(super) fn made(
         // A peak that cannot be reset would be that of the entries before this one.
         let own_peak = memory::reset_peak();
         let start = Instant::now();
-        let report = run(&prepared, samples, progress)?;
+        let report = run(&prepared, samples, progress).map_err(named(&entry.name))?;
         let cost = Cost { seconds: start.elapsed().as_secs_f64(), peak_bytes: memory::peak().filter(|_| own_peak) };
         let container = Container::open(prepared.path())?;
         let bytes = container.layers().map(|layer| layer.bytes).sum();
@@ -139,7 +139,7 @@ fn found(entry: &Entry, out: &Path, files: &mut Files<'_>) -> Result<Option<Fact
         return Ok(None);
     }
     tracing::info!("{} is there already", container.display());
-    Ok(Some(Facts { row: Row { name: entry.name.clone(), ..read.row }, ..read }))
+    Ok(Some(Facts { row: Row { name: entry.name.clone(), curve: entry.curve.clone(), ..read.row }, ..read }))
 }
 
 /// The files that containers are made from, each of which is hashed at most once.
@@ -189,19 +189,27 @@ impl<'a> Files<'a> {
     }
 }
 
+/// Puts the name of an entry before an error that does not say what it is about.
+fn named(name: &str) -> impl Fn(Error) -> Error {
+    move |why| match why {
+        Error::Argument(_) | Error::Shape { .. } | Error::Range { .. } | Error::State(_) => {
+            Error::Argument(format!("{name}: {why}"))
+        }
+        why => why,
+    }
+}
+
 /// Checks and plans entries. The containers stay, so an entry needs its own bytes on the disk and
 /// those of the containers before it.
 fn prepare<'a>(folder: &'a PipelineFolder, entries: &[&Entry], options: &RunOptions, out: &Path) -> Result<Vec<Prepared<'a>>> {
     let mut prepared: Vec<Prepared> = Vec::new();
     let (mut results, mut needed) = (0, 0);
-    for Entry { name, config } in entries.iter().copied() {
-        let named = |why: Error| match why {
-            Error::Argument(_) | Error::Shape { .. } | Error::Range { .. } | Error::State(_) => {
-                Error::Argument(format!("{name}: {why}"))
-            }
-            why => why,
+    for Entry { name, config, curve } in entries.iter().copied() {
+        let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named(name))?;
+        let entry = match curve {
+            Some(curve) => entry.with_prices(prices_path(out, curve)),
+            None => entry,
         };
-        let entry = Prepared::new(folder, config, true, options, &container_path(out, name)).map_err(named)?;
         needed = needed.max(results + entry.plan().disk.peak());
         results += entry.plan().disk.result;
         prepared.push(entry);
@@ -239,10 +247,11 @@ struct Cost {
 
 /// A row without the bytes of its compressed weights and without measurements.
 fn row(entry: &Entry, report: JobReport, kinds: &BTreeMap<String, LayerKind>, cost: Cost) -> Row {
-    let Entry { name, config } = entry;
+    let Entry { name, config, curve } = entry;
     let settings = config.prune.as_ref().and_then(|prune| prune.rules.global_config.as_ref());
     Row {
         name: name.clone(),
+        curve: curve.clone(),
         config_yaml: config.to_yaml(),
         sparsity_asked: settings.map(|settings| settings.sparsity.target()),
         sparsity_stored: report.sparsity,

@@ -11,6 +11,15 @@ pub struct Entry {
     pub name: String,
     /// The run.
     pub config: RunConfig,
+    /// The curve of a sweep that this is a size of. Entries of one curve have configs that differ
+    /// in nothing but the target of their budgets.
+    pub curve: Option<String>,
+}
+
+/// Path of the file that keeps what the settings of the curve `name` cost.
+#[must_use]
+pub fn prices_path(out: &Path, name: &str) -> PathBuf {
+    out.join(format!("{name}.prices.json"))
 }
 
 /// Path of the container of the entry `name`.

@@ -36,6 +36,7 @@ pub(super) fn frame(
 ) -> Result<Comparison> {
     let (set, root) = (&judging.set, folder.root());
     let rows: Vec<Row> = facts.into_iter().map(|facts| facts.row).collect();
+    let has_curve = rows.iter().any(|row| row.curve.is_some());
     let judged = |pair: &Pair| Judged { prompt: set.prompts[pair.prompt].clone(), seed: pair.seed };
     Ok(Comparison {
         title: format!("{} compressed", root.file_name().unwrap_or(root.as_os_str()).to_string_lossy()),
@@ -55,7 +56,7 @@ pub(super) fn frame(
         baseline: judging.baseline.clone().or_else(|| rows.first().map(|row| row.name.clone())).unwrap_or_default(),
         rows,
         warnings: Vec::new(),
-        how: how(judging, judge, placement.kind),
+        how: how(judging, judge, placement.kind, has_curve),
     })
 }
 
@@ -110,8 +111,8 @@ pub(super) fn calibration_prompts(entries: &[Entry], judged: &PromptSet) -> Resu
     Ok(calibration)
 }
 
-/// The report's explanations of its measurements.
-fn how(judging: &Judging, judge: &Judge<'_>, kind: Kind) -> Vec<String> {
+/// The report's explanations of its measurements. `has_curve` says whether rows belong to curves.
+fn how(judging: &Judging, judge: &Judge<'_>, kind: Kind, has_curve: bool) -> Vec<String> {
     let set = &judging.set;
     let noises = match judging.seeds {
         1 => String::new(),
@@ -168,6 +169,13 @@ fn how(judging: &Judging, judge: &Judge<'_>, kind: Kind) -> Vec<String> {
              prompts or fewer intervals are too narrow.",
             number::count(RESAMPLES as u64)
         ));
+    }
+    if has_curve {
+        how.push(
+            "Curves: one config at several sizes. What its settings cost is measured once, in the time of the size that was \
+             compressed first. Between two sizes the error is interpolated: its logarithm is taken as linear in the bytes."
+                .into(),
+        );
     }
     how.extend([
         "Layer errors: the relative squared error of a layer's output on its calibration inputs if it has any, else of its \

@@ -11,12 +11,14 @@ mod lpips;
 mod pairs;
 mod part;
 mod results;
+mod shipped;
+mod sweep;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use containers::Facts;
-pub use entry::{Entry, container_path, row_path};
+pub use entry::{Entry, container_path, prices_path, row_path};
 use judge::Judge;
 pub use judging::Judging;
 pub use lpips::Lpips;
@@ -27,12 +29,14 @@ use sdxl_model::checkpoint::Weights;
 use sdxl_model::unet::Unet;
 use sdxl_pipeline::{PipelineFolder, UnetWeights};
 use serde_json::json;
+pub use shipped::Shipped;
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::Container;
+pub use sweep::{Sweep, SweepSize};
 
 use crate::recipe::RunOptions;
 use crate::report::Comparison;

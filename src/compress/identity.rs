@@ -9,7 +9,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 
 use crate::calibration::Samples;
-use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
+use crate::config::{BudgetSection, BudgetTarget, CalibrationSection, Prompts, RunConfig, read_prompts};
 use crate::recipe::RunOptions;
 
 /// A hash of the sources that this program was compiled from, 16 hex digits.
@@ -63,7 +63,7 @@ impl Inputs {
         }
         if let Some(tune) = &config.tune {
             inputs.tuning_prompts = tune.prompts.as_ref().unwrap_or(&section.prompts).load()?;
-            inputs.entries.insert("tuning prompts".to_owned(), json!(of_lines(&inputs.tuning_prompts)));
+            inputs.entries.insert(TUNING_PROMPTS.to_owned(), json!(of_lines(&inputs.tuning_prompts)));
         }
         let encodes = !inputs.captions.is_empty() || !inputs.tuning_prompts.is_empty();
         // The caller's samples have been encoded already.
@@ -111,7 +111,26 @@ impl Inputs {
         identity.extend(self.entries.clone());
         identity
     }
+
+    /// A hash of everything that the prices of a budget's settings depend on: what
+    /// [`identity`](Self::identity) has, but for the budget's target and for tuning, which comes
+    /// after.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if it cannot be written as JSON.
+    pub(super) fn identity_of_prices(&self, config: &RunConfig, sources: &[SourceFile], options: &RunOptions) -> Result<String> {
+        let any = |budget: &BudgetSection| BudgetSection { target: BudgetTarget::Bits(1.0), ..budget.clone() };
+        let measured = RunConfig { budget: config.budget.as_ref().map(any), tune: None, ..config.clone() };
+        let mut identity = self.identity(&measured, sources, options);
+        identity.remove(TUNING_PROMPTS);
+        let text =
+            serde_json::to_vec(&identity).map_err(|why| Error::internal(format!("an identity cannot be written: {why}")))?;
+        Ok(digest::of_bytes(&text))
+    }
 }
+
+/// The entry with the hash of the prompts that the UNet is tuned with.
+const TUNING_PROMPTS: &str = "tuning prompts";
 
 /// The hash of a list of texts.
 fn of_lines(texts: &[String]) -> String {

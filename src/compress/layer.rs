@@ -4,12 +4,12 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{PruneMethod, PruneOptions};
+use squeeze_codebook::{PaletteOptions, PruneMethod, PruneOptions};
 use squeeze_container::CompressedWeight;
 use squeeze_solver::palette::{Palettized, palettize};
 use squeeze_solver::{
-    Factor, Hessian, Joint, JointFactors, JointOptions, LayerEvidence, OutputMetric, OutputResidual, Pruned, joint,
-    magnitude_prune, prune, prune_with,
+    Factor, GPTQ_DAMPENING, Hessian, Joint, JointFactors, JointOptions, LayerEvidence, OutputMetric, OutputResidual, Pruned,
+    Quantized, gptq, joint, magnitude_prune, prune, prune_with,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -246,9 +246,12 @@ impl<'a> JointProblem<'a> {
     }
 }
 
-/// Prunes, then palettizes the kept weights. `original` is the weight on the CPU, in fp32 if it is
-/// pruned.
+/// Prunes, then palettizes the kept weights; or rounds with error feedback. `original` is the
+/// weight on the CPU, in fp32 if it is pruned or rounded so.
 fn solve_sequentially(name: &str, original: &Tensor, recipe: &LayerRecipe, evidence: Option<Evidence<'_>>) -> Result<Solution> {
+    if let Some(options) = recipe.gptq_options() {
+        return quantize_by_evidence(name, original, recipe, options, evidence);
+    }
     let mut solution = prune_weight(original, recipe, evidence)?;
     let shape: Vec<usize> = original.size().iter().map(|n| *n as usize).collect();
     let Some(options) = &recipe.palettize else { return Ok(solution) };
@@ -292,6 +295,33 @@ pub(super) fn prune_by_evidence(original: &Tensor, options: &PruneOptions, evide
         Some((dampening, factors)) if dampening == options.dampening => prune_with(original, hessian, factors, options),
         _ => prune(original, hessian, options),
     }
+}
+
+/// Rounds a weight to fixed values by GPTQ, with cached factors if they fit.
+fn quantize_by_evidence(
+    name: &str,
+    original: &Tensor,
+    recipe: &LayerRecipe,
+    options: &PaletteOptions,
+    evidence: Option<Evidence<'_>>,
+) -> Result<Solution> {
+    if recipe.prune.is_some() {
+        return Err(Error::Argument("is not pruned where it is rounded with error feedback".into()));
+    }
+    let Some(Evidence { hessian, factors, .. }) = evidence else {
+        return Err(Error::Argument("cannot be rounded with error feedback: no calibration input reached it".into()));
+    };
+    let new;
+    let factors = match factors {
+        Some((dampening, factors)) if dampening == GPTQ_DAMPENING => factors,
+        Some(_) | None => {
+            new = Factor::all(hessian, GPTQ_DAMPENING)?;
+            &new
+        }
+    };
+    let Quantized { palettized, notes } = gptq(name, original, hessian, factors, options)?;
+    let notes = notes.iter().map(ToString::to_string).collect();
+    Ok(Solution { values: halves(original)?, palettized: Some(palettized), notes, ..Solution::default() })
 }
 
 /// A weight in fp16, row by row.

@@ -29,6 +29,8 @@ pub struct Prepared<'a> {
     pub(super) path: PathBuf,
     pub(super) weights: Weights,
     pub(super) recipe: Recipe,
+    /// The file that keeps what the settings of a budget cost; `None` keeps it nowhere.
+    pub(super) prices: Option<PathBuf>,
     plan: Plan,
 }
 
@@ -79,7 +81,15 @@ impl<'a> Prepared<'a> {
             // Later, blocks that libtorch keeps for its next tensors would not count as free.
             options.budget = Some(budget);
         }
-        Ok(Prepared { folder, config, options, path, weights, recipe, plan })
+        Ok(Prepared { folder, config, options, path, weights, recipe, prices: None, plan })
+    }
+
+    /// The run with a file, in a folder that exists, for what the settings of its budget cost. Runs
+    /// whose configs differ in nothing but the budget's target measure once if they share the file.
+    /// A file that is damaged, or of another run, is written anew, which the report says.
+    #[must_use]
+    pub fn with_prices(self, path: PathBuf) -> Self {
+        Prepared { prices: Some(path), ..self }
     }
 
     /// The pipeline.

@@ -81,7 +81,7 @@ impl Sums {
 /// The factors of a Hessian that several layers share.
 #[derive(Default)]
 pub(super) struct SharedFactors {
-    /// For SparseGPT, with the dampening that was asked for.
+    /// For SparseGPT and GPTQ, with the dampening that was asked for.
     sequential: Option<(f64, Vec<Factor>)>,
     joint: Option<JointFactors>,
 }
@@ -92,7 +92,7 @@ impl SharedFactors {
     /// # Errors
     /// As [`Factor::new`].
     pub(super) fn prepare(&mut self, hessian: &Hessian, name: &str, recipe: &LayerRecipe) -> Result<()> {
-        match (recipe.joint_options(), recipe.batch_options()) {
+        match (recipe.joint_options(), recipe.sequential_dampening()) {
             (Some(options), _) => {
                 let (dampening, order) = (options.dampening(), options.order());
                 if self.joint.as_ref().is_none_or(|factors| !factors.fit(dampening, order)) {
@@ -101,10 +101,10 @@ impl SharedFactors {
                     self.joint = Some(JointFactors::new(hessian, dampening, order).map_err(Error::layer(name))?);
                 }
             }
-            (None, Some(options)) => {
-                if self.sequential.as_ref().is_none_or(|(dampening, _)| *dampening != options.dampening) {
-                    let factors = Factor::all(hessian, options.dampening).map_err(Error::layer(name))?;
-                    self.sequential = Some((options.dampening, factors));
+            (None, Some(dampening)) => {
+                if self.sequential.as_ref().is_none_or(|(made_with, _)| *made_with != dampening) {
+                    let factors = Factor::all(hessian, dampening).map_err(Error::layer(name))?;
+                    self.sequential = Some((dampening, factors));
                 }
             }
             (None, None) => {}

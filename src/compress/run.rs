@@ -5,16 +5,18 @@ use std::collections::BTreeMap;
 use sdxl_model::Layer;
 use sdxl_model::checkpoint::TensorSource;
 use squeeze_base::error::Result;
+use squeeze_base::input::SourceFile;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 
-use super::allocate::{self, Measurement};
+use super::allocate::{self, Measurement, PriceFile, Prices, Settings, Shapes};
 use super::beside::{Unseen, beside};
 use super::captions;
 use super::container::{FinishedUnet, write_container};
 use super::gather::Gatherer;
 use super::identity::{Inputs, sources_of};
 use super::job::{Calibration, Job, Machine, Model};
+use super::kept::Kept;
 use super::output_metrics::output_metrics;
 use super::prepare::Prepared;
 use super::report::{JobReport, LayerReport};
@@ -103,7 +105,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     run.notes.extend(few_prompts(config, recipe, inputs.prompts.len()));
     run.notes.iter().for_each(|note| tracing::warn!("{note}"));
     let source = weights.narrow_source(options.placement());
-    let (config, recipe) = run.settle_budget(&source, &mut workspace)?;
+    let (config, recipe) = run.settle_budget(&source, &sources, &mut workspace)?;
     let plan = run.plan(&recipe.layers, recipe.sequencing)?;
     tracing::info!("planned: {} of memory at most, {} passes", number::size(plan.peak_bytes), plan.passes());
     let captions = match plan.calls {
@@ -210,22 +212,23 @@ impl<'a> Run<'a> {
 
     /// The config and its recipe. If the config has a budget, settings for each layer take its
     /// place; they are kept in the workspace.
-    fn settle_budget(&mut self, source: &(dyn TensorSource + Sync), workspace: &mut Workspace) -> Result<(RunConfig, Recipe)> {
+    fn settle_budget(
+        &mut self,
+        source: &(dyn TensorSource + Sync),
+        sources: &[SourceFile],
+        workspace: &mut Workspace,
+    ) -> Result<(RunConfig, Recipe)> {
         const ALLOCATED: &str = "recipe.yaml";
         let Prepared { folder, config, recipe, .. } = self.prepared;
         let Some(budget) = &config.budget else { return Ok((config.clone(), recipe.clone())) };
         let allocated = if let Some(kept) = workspace.kept(ALLOCATED) {
             RunConfig::parse(&workspace.folder().join(ALLOCATED), &kept)?
         } else {
-            let layers = allocate::measuring(&recipe.layers);
-            let mut measuring = self.plan(&layers, Sequencing::Stage)?;
-            // Error curves are compared with each other and not validated.
-            measuring.schedule.holds_out = false;
             let plan = self.plan(&recipe.layers, recipe.sequencing)?;
-            let job = self.job(source, &layers, &measuring);
-            let captions = self.captions(&layers)?;
-            let measurement = Measurement { job, captions, folder: workspace.folder(), progress: self.progress };
-            let allocation = allocate::allocate(measurement, config, recipe, &plan, budget)?;
+            let shapes = allocate::shapes(&folder.unet)?;
+            let settings = allocate::settings(recipe, &shapes, budget)?;
+            let prices = self.prices(&settings, &shapes, budget.probes, (source, sources), workspace)?;
+            let allocation = allocate::allocate(&prices, &shapes, config, recipe, &plan, budget)?;
             let size = number::size(allocation.payload_bytes);
             tracing::info!("allocated: {size}");
             self.notes.push(format!("settings were found for each layer, together {size}"));
@@ -234,6 +237,48 @@ impl<'a> Run<'a> {
         };
         let recipe = Recipe::new(&allocated, &folder.unet)?;
         Ok((allocated, recipe))
+    }
+
+    /// What each of `settings` costs: read from the file of prices if it has them, else measured
+    /// and kept there.
+    fn prices(
+        &self,
+        settings: &Settings,
+        shapes: &Shapes,
+        probes: usize,
+        (source, sources): (&(dyn TensorSource + Sync), &[SourceFile]),
+        workspace: &mut Workspace,
+    ) -> Result<Prices> {
+        let Prepared { config, options, recipe, prices, .. } = self.prepared;
+        let file = match prices {
+            Some(path) => Some(PriceFile::new(path, self.inputs.identity_of_prices(config, sources, options)?)),
+            None => None,
+        };
+        if let Some(file) = &file {
+            let shown = file.path().display();
+            match file.read(settings, shapes) {
+                Kept::Whole(prices) => {
+                    tracing::info!("error curves and sensitivities are those of {shown}");
+                    return Ok(prices);
+                }
+                Kept::Absent => {}
+                Kept::Damaged => {
+                    workspace.warn(format!("{shown} is damaged or of another run: error curves are measured again"));
+                }
+            }
+        }
+        let layers = allocate::measuring(&recipe.layers);
+        let mut measuring = self.plan(&layers, Sequencing::Stage)?;
+        // Error curves are compared with each other and not validated.
+        measuring.schedule.holds_out = false;
+        let job = self.job(source, &layers, &measuring);
+        let captions = self.captions(&layers)?;
+        let measurement = Measurement { job, captions, folder: workspace.folder(), progress: self.progress };
+        let prices = allocate::measure(measurement, settings.clone(), probes)?;
+        if let Some(file) = file {
+            file.write(&prices, settings)?;
+        }
+        Ok(prices)
     }
 
     /// Tunes the finished layers, if `config` asks for it.

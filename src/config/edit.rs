@@ -101,6 +101,12 @@ impl Edit {
         Ok(Edit { target, name, argument: argument.into() })
     }
 
+    /// The name of its flag, without the dashes.
+    #[must_use]
+    pub fn flag(&self) -> &'static str {
+        self.target.flag.name
+    }
+
     /// The edit as messages show it: `--n-bits 5`.
     pub(super) fn shown(&self) -> String {
         let argument = match self.argument.to_string_lossy() {

@@ -14,7 +14,7 @@ use squeeze_codebook::{BitWidth, Effort, NmRatio, OnMisfit, PruneMethod};
 use super::key::{Declared, Flag, Key, Kind, Preset, Reach, Section};
 use super::kinds;
 use super::tree::{Node, Value};
-use super::words::{Feed, GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};
+use super::words::{Feed, GranularityWord, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting, ValuesWord};
 
 /// Declares the keys of a section, and the section.
 macro_rules! keys {
@@ -65,7 +65,7 @@ keys! {
         SOLVER: SolverKind = (
             "solver",
             Kind::WORD,
-            Preset::Absent("`joint`; `sequential` with `algorithm: magnitude`"),
+            Preset::Absent("`joint`; `sequential` with `algorithm: magnitude`, `values: int` or `values: nf4`"),
             flag Flag::new("solver", "SOLVER").resets(&["sequencing", "target"])
         );
         /// Which inputs a layer is compressed for. `sublayer`: those that the already compressed
@@ -291,6 +291,20 @@ keys! {
         /// Whether each output channel is divided by its largest magnitude first, which is then
         /// stored.
         ENABLE_PER_CHANNEL_SCALE: bool = ("enable_per_channel_scale", kinds::BOOLEAN, Preset::Boolean(false));
+        /// Which values the palettes have. `kmeans`: those that fit the weights best. `int` and
+        /// `nf4` are common formats to compare with: fixed values, times a scale for each block of
+        /// a row. `int`: whole numbers of 4 or 8 bits, symmetric about -0.5; the scale is the
+        /// largest magnitude over 7.5 or 127.5. `nf4`: the 16 values of QLoRA; the scale is the
+        /// largest magnitude, in fp16. Both need `solver: sequential` and one palette for each
+        /// weight; Core ML packages cannot hold them.
+        VALUES: ValuesWord = ("values", Kind::WORD, Preset::Text("kmeans"));
+        /// With `int` and `nf4`: how many columns of a row share a scale, the columns being those
+        /// of the weight flattened to [o, i x kh x kw]. The last block of a row may have fewer.
+        BLOCK_SIZE: usize = ("block_size", kinds::COUNT, Preset::Integer(64));
+        /// With `int` and `nf4`: feed the error of each column back to the columns after it, as
+        /// GPTQ does, which needs calibration. Otherwise each weight is rounded to the nearest
+        /// value. Excludes `prune`.
+        FEEDBACK: bool = ("feedback", kinds::BOOLEAN, Preset::Boolean(false));
     }
 }
 

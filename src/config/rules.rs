@@ -88,6 +88,14 @@ impl<S> Rules<S> {
     }
 
     /// Every rule that is not `null`.
+    pub(super) fn all_settings(&self) -> impl Iterator<Item = &S> {
+        let Rules { global_config, module_type_configs, module_name_configs } = self;
+        let types = module_type_configs.iter().filter_map(|(_, settings)| settings.as_ref());
+        let names = module_name_configs.iter().filter_map(|(_, settings)| settings.as_ref());
+        global_config.iter().chain(types).chain(names)
+    }
+
+    /// Every rule that is not `null`, to be changed.
     pub fn settings_mut(&mut self) -> impl Iterator<Item = &mut S> {
         let Rules { global_config, module_type_configs, module_name_configs } = self;
         let types = module_type_configs.iter_mut().filter_map(|(_, settings)| settings.as_mut());

@@ -1,7 +1,7 @@
 //! A whole config, and the rules about several of its sections.
 
 use serde::Serialize;
-use squeeze_codebook::{Effort, PruneMethod};
+use squeeze_codebook::{Effort, Grid, PruneMethod};
 
 use super::effort;
 use super::fields::Fields;
@@ -78,7 +78,19 @@ impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
     #[must_use]
     pub fn is_calibrated(&self) -> bool {
-        self.solver == SolverKind::Joint || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::SparseGpt)
+        self.solver == SolverKind::Joint
+            || self.prune.as_ref().is_some_and(|section| section.algorithm == PruneMethod::SparseGpt)
+            || self.feeds_back()
+    }
+
+    /// Whether a layer is rounded to fixed values with error feedback.
+    fn feeds_back(&self) -> bool {
+        self.palettize.as_ref().is_some_and(|section| section.quantizers().any(|quantizer| quantizer.feedback))
+    }
+
+    /// The fixed values of a rule, if there is such a rule.
+    fn fixed_values(&self) -> Option<Grid> {
+        self.palettize.as_ref().and_then(|section| section.quantizers().next()).map(|quantizer| quantizer.grid)
     }
 
     /// Reads a tree to its end. Mistakes are added to `mistakes`, with defaults in their places.
@@ -87,16 +99,17 @@ impl RunConfig {
         use super::keys::{budget, calibration, joint, model, palettize, prune, tune};
         let fields = Fields::new(SECTION.name, &SECTION, root, mistakes);
         let prune = fields.section(&prune::SECTION, mistakes).map(|fields| PruneSection::read(&fields, mistakes));
+        let palettize = fields.section(&palettize::SECTION, mistakes).map(|fields| PalettizeSection::read(&fields, mistakes));
+        let fixed = palettize.as_ref().and_then(|section| section.quantizers().next()).map(|quantizer| quantizer.grid);
         let solver = fields
             .get(&SOLVER, mistakes)
-            .unwrap_or_else(|| SolverKind::that_can(prune.as_ref().map(|section| section.algorithm)));
+            .unwrap_or_else(|| SolverKind::that_can(prune.as_ref().map(|section| section.algorithm), fixed));
         let sequencing = fields.get(&SEQUENCING, mistakes).unwrap_or_else(|| SequencingWord::of(solver));
         let target = fields.get(&TARGET, mistakes).unwrap_or_else(|| Target::of(solver, sequencing));
         let model = fields.section(&model::SECTION, mistakes).map(|fields| ModelSection::read(&fields, mistakes));
         let calibration =
             fields.section(&calibration::SECTION, mistakes).map(|fields| CalibrationSection::read(&fields, mistakes));
         let effort = fields.section(&joint::SECTION, mistakes).map(|fields| effort::read(&fields, mistakes));
-        let palettize = fields.section(&palettize::SECTION, mistakes).map(|fields| PalettizeSection::read(&fields, mistakes));
         let budget = fields.section(&budget::SECTION, mistakes).map(|fields| BudgetSection::read(&fields, mistakes));
         let tune = fields.section(&tune::SECTION, mistakes).map(|fields| TuneSection::read(&fields, mistakes));
         let config = RunConfig {
@@ -116,6 +129,8 @@ impl RunConfig {
             (budget::SECTION.name, config.check_budget()),
             (SOLVER.name, config.check_solver()),
             (TARGET.name, config.check_target()),
+            (prune::SECTION.name, config.check_feedback()),
+            (tune::SECTION.name, config.check_tune()),
         ];
         for (key, rule) in rules {
             if let (Err(problem), Some(node)) = (rule, fields.given(key)) {
@@ -133,7 +148,29 @@ impl RunConfig {
                         not magnitude"
                 .into());
         }
+        match self.fixed_values() {
+            Some(grid) if self.solver == SolverKind::Joint => Err(format!(
+                "`solver: joint` finds the values of its palettes; `values: {}` needs `solver: sequential`",
+                grid.name()
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Checks that no layer is pruned where errors are fed back.
+    fn check_feedback(&self) -> Result<(), String> {
+        if self.prune.is_some() && self.feeds_back() {
+            return Err("`prune` and `feedback: true` exclude each other".into());
+        }
         Ok(())
+    }
+
+    /// Checks that there are palettes to be trained.
+    fn check_tune(&self) -> Result<(), String> {
+        match (&self.tune, self.fixed_values()) {
+            (Some(_), Some(grid)) => Err(format!("`tune` trains the entries of palettes, which `values: {}` fixes", grid.name())),
+            (Some(_) | None, _) => Ok(()),
+        }
     }
 
     /// Checks that there is something to spend a budget on.

@@ -7,7 +7,7 @@ use sdxl_pipeline::{LoraFile, ModelFiles, PromptOptions};
 use serde::{Serialize, Serializer};
 use squeeze_base::error::Place;
 use squeeze_base::pattern::NamePattern;
-use squeeze_codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions};
+use squeeze_codebook::{BitWidth, OnMisfit, PaletteOptions, PruneMethod, PruneOptions, Quantizer};
 
 use super::fields::{Fields, text, texts};
 use super::keys;
@@ -199,6 +199,13 @@ impl Default for PalettizeSection {
             on_misfit: keys::palettize::ON_MISFIT.default_value(),
             weight_threshold: keys::palettize::WEIGHT_THRESHOLD.default_value(),
         }
+    }
+}
+
+impl PalettizeSection {
+    /// The quantizers of the rules that give fixed values.
+    pub(super) fn quantizers(&self) -> impl Iterator<Item = Quantizer> {
+        self.rules.all_settings().filter_map(|settings| settings.quantizer)
     }
 }
 

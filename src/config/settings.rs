@@ -3,14 +3,14 @@
 
 use serde::Serialize;
 use serde_yaml::FlowSeq;
-use squeeze_codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
+use squeeze_codebook::{BitWidth, Grouping, NmRatio, PaletteOptions, PruneOptions, Quantizer, Sparsity};
 
 use super::fields::Fields;
 use super::key::Section;
 use super::keys;
 use super::limits;
 use super::mistake::Mistakes;
-use super::words::GranularityWord;
+use super::words::{GranularityWord, ValuesWord};
 
 /// The settings that a rule of the config gives to layers. Each rule is complete in itself: a key
 /// that it leaves out has its default, not the value of `global_config`.
@@ -81,6 +81,7 @@ impl Settings for PaletteOptions {
             axis: fields.value(&CHANNEL_AXIS, mistakes),
             per_channel_scale: fields.value(&ENABLE_PER_CHANNEL_SCALE, mistakes),
             vector_length: fields.value(&CLUSTER_DIM, mistakes),
+            quantizer: quantizer(fields, mistakes),
         };
         let PaletteOptions { axis, per_channel_scale, vector_length, .. } = settings;
         if let (2.., Some(node)) = (vector_length, fields.given(CLUSTER_DIM.name)) {
@@ -97,11 +98,12 @@ impl Settings for PaletteOptions {
                 );
             }
         }
+        check_quantizer(&settings, fields, mistakes);
         settings
     }
 
     fn written(&self) -> PaletteKeys {
-        let PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length } = *self;
+        let PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length, quantizer } = *self;
         let granularity = match grouping {
             Grouping::PerTensor => GranularityWord::PerTensor,
             Grouping::PerGroupedChannel { .. } => GranularityWord::PerGroupedChannel,
@@ -113,6 +115,9 @@ impl Settings for PaletteOptions {
             cluster_dim: Some(vector_length).filter(|length| *length > 1),
             channel_axis: axis,
             enable_per_channel_scale: per_channel_scale,
+            values: quantizer.map(|quantizer| ValuesWord::of(quantizer.grid)),
+            block_size: quantizer.map(|quantizer| quantizer.block_size),
+            feedback: quantizer.map(|quantizer| quantizer.feedback),
         }
     }
 }
@@ -129,6 +134,50 @@ pub(super) struct PaletteKeys {
     cluster_dim: Option<usize>,
     channel_axis: usize,
     enable_per_channel_scale: bool,
+    // Nor are the keys of fixed values written for fitted palettes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    values: Option<ValuesWord>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block_size: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    feedback: Option<bool>,
+}
+
+/// Reads `values`, `block_size` and `feedback`, which go together.
+fn quantizer(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Quantizer> {
+    use keys::palette_settings::*;
+    let grid = fields.value(&VALUES, mistakes).grid();
+    let (block_size, feedback) = (fields.value(&BLOCK_SIZE, mistakes), fields.value(&FEEDBACK, mistakes));
+    if grid.is_none() {
+        for key in [BLOCK_SIZE.name, FEEDBACK.name] {
+            if let Some(node) = fields.given(key) {
+                mistakes.add(node.position, format!("`{key}` goes with `values: int` or `values: nf4`"));
+            }
+        }
+    }
+    grid.map(|grid| Quantizer { grid, block_size, feedback })
+}
+
+/// Checks that nothing of fitted palettes is asked for beside fixed values.
+fn check_quantizer(settings: &PaletteOptions, fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) {
+    use keys::palette_settings::*;
+    let PaletteOptions { bits, grouping, axis: _, per_channel_scale, vector_length, quantizer } = *settings;
+    let Some(Quantizer { grid, .. }) = quantizer else { return };
+    if let Err(problem) = grid.entries(bits) {
+        let node = fields.given(N_BITS.name).or_else(|| fields.given(VALUES.name));
+        node.into_iter().for_each(|node| mistakes.add(node.position, problem.clone()));
+    }
+    let name = grid.name();
+    let excluded = [
+        (GRANULARITY.name, grouping != Grouping::PerTensor, "`granularity: per_grouped_channel`"),
+        (CLUSTER_DIM.name, vector_length > 1, "`cluster_dim`"),
+        (ENABLE_PER_CHANNEL_SCALE.name, per_channel_scale, "`enable_per_channel_scale`"),
+    ];
+    for (key, is_asked, what) in excluded {
+        if let (true, Some(node)) = (is_asked, fields.given(key)) {
+            mistakes.add(node.position, format!("{what} and `values: {name}` exclude each other"));
+        }
+    }
 }
 
 /// Reads `granularity` and `group_size`, which go together.
@@ -177,6 +226,11 @@ mod tests {
             axis: keys::palette_settings::CHANNEL_AXIS.default_value(),
             per_channel_scale: keys::palette_settings::ENABLE_PER_CHANNEL_SCALE.default_value(),
             vector_length: keys::palette_settings::CLUSTER_DIM.default_value(),
+            quantizer: keys::palette_settings::VALUES.default_value().grid().map(|grid| Quantizer {
+                grid,
+                block_size: keys::palette_settings::BLOCK_SIZE.default_value(),
+                feedback: keys::palette_settings::FEEDBACK.default_value(),
+            }),
         };
         assert_eq!(PaletteOptions::default(), expected);
     }

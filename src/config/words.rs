@@ -2,7 +2,7 @@
 
 use sdxl_model::scheduler::SpacingKind;
 use serde::{Serialize, Serializer};
-use squeeze_codebook::{OnMisfit, PruneMethod};
+use squeeze_codebook::{Grid, OnMisfit, PruneMethod};
 
 /// The names of an enum's values in a config.
 pub(super) trait Words: Copy + 'static {
@@ -93,6 +93,36 @@ pub(super) enum GranularityWord {
     PerGroupedChannel,
 }
 
+/// The values of the key `values`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ValuesWord {
+    /// `kmeans`: palettes that fit the weights.
+    Kmeans,
+    /// `int`: whole numbers.
+    Int,
+    /// `nf4`: NF4.
+    Nf4,
+}
+
+impl ValuesWord {
+    /// The fixed values that the word names, if it names any.
+    pub(super) fn grid(self) -> Option<Grid> {
+        match self {
+            ValuesWord::Kmeans => None,
+            ValuesWord::Int => Some(Grid::Int),
+            ValuesWord::Nf4 => Some(Grid::Nf4),
+        }
+    }
+
+    /// The word for fixed values.
+    pub(super) fn of(grid: Grid) -> Self {
+        match grid {
+            Grid::Int => ValuesWord::Int,
+            Grid::Nf4 => ValuesWord::Nf4,
+        }
+    }
+}
+
 /// Gives an enum the names of its values.
 macro_rules! words {
     ($kind:ident, $($word:literal => $value:ident),+) => {
@@ -126,6 +156,7 @@ words!(Target, "current" => Current, "dense" => Dense);
 words!(TimestepWeighting, "uniform" => Uniform, "early" => Early, "log" => Log);
 words!(TuneWeighting, "effect" => Effect, "uniform" => Uniform);
 words!(Feed, "diffusers" => Diffusers, "swift" => Swift);
+words!(ValuesWord, "kmeans" => Kmeans, "int" => Int, "nf4" => Nf4);
 words!(GranularityWord, "per_tensor" => PerTensor, "per_grouped_channel" => PerGroupedChannel);
 
 impl Words for PruneMethod {
@@ -147,11 +178,11 @@ impl Words for OnMisfit {
 }
 
 impl SolverKind {
-    /// The default: joint, unless weights are pruned by magnitude.
-    pub(super) fn that_can(prune: Option<PruneMethod>) -> Self {
-        match prune {
-            Some(PruneMethod::Magnitude) => SolverKind::Sequential,
-            Some(PruneMethod::SparseGpt) | None => SolverKind::Joint,
+    /// The default: joint, unless weights are pruned by magnitude or get fixed values.
+    pub(super) fn that_can(prune: Option<PruneMethod>, fixed: Option<Grid>) -> Self {
+        match (prune, fixed) {
+            (Some(PruneMethod::Magnitude), _) | (_, Some(_)) => SolverKind::Sequential,
+            (Some(PruneMethod::SparseGpt) | None, None) => SolverKind::Joint,
         }
     }
 }

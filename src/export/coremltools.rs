@@ -21,7 +21,7 @@ use squeeze_base::output::write_file;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_base::safetensors_file::Header;
 use squeeze_container::{CompressedWeight, Values};
-use squeeze_coreml::Lut;
+use squeeze_coreml::{Lut, check_scales};
 
 /// The largest weight that coremltools drops: fp16's epsilon, 2^-10.
 const DROPPED: f32 = 0.000_976_562_5;
@@ -51,10 +51,11 @@ pub struct Moved {
 ///
 /// # Errors
 /// [`Error::Argument`] naming the weights of which coremltools would drop some, if they are not to
-/// be moved, or those that are pruned and have palettes of vectors; if a weight cannot be read, or
-/// the file cannot be written.
+/// be moved, those that are pruned and have palettes of vectors, or those with scales for blocks of
+/// columns; if a weight cannot be read, or the file cannot be written.
 pub fn coremltools(weights: UnetWeights, path: &Path, small: SmallWeights, progress: &dyn Progress) -> Result<Vec<Moved>> {
     let tensors = weights.chain()?.tensors()?;
+    check_scales(weights)?;
     let compressed = || tensors.iter().filter(|tensor| weights.is_compressed(&tensor.name));
     let task = Task::begin(progress, "looking for small weights", "weights", compressed().count());
     let mut buffers = BTreeMap::new();

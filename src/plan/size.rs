@@ -39,7 +39,8 @@ fn kept_vectors(o: u64, d: u64, recipe: &LayerRecipe) -> u64 {
 /// values.
 ///
 /// `design`: one mask bit an element, n bits a kept element, 2^n fp16 entries a palette. With
-/// vectors, one mask bit and n bits each, and entries of as many values.
+/// vectors, one mask bit and n bits each, and entries of as many values. With fixed values, an fp16
+/// scale for each block of columns.
 #[must_use]
 pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
     let o = shape.first().copied().unwrap_or(0).unsigned_abs();
@@ -49,7 +50,7 @@ pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
     let kept = kept(o, d, recipe);
     let values = match &recipe.palettize {
         None => 2 * kept,
-        Some(PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length: _ }) => {
+        Some(PaletteOptions { bits, grouping, axis, per_channel_scale, vector_length: _, quantizer }) => {
             let palettes = match grouping {
                 Grouping::PerTensor => 1,
                 Grouping::PerGroupedChannel { group_size } => {
@@ -57,7 +58,12 @@ pub fn stored_bytes(shape: &[i64], recipe: &LayerRecipe) -> u64 {
                 }
             };
             let indices = (kept / length * u64::from(bits.bits())).div_ceil(8);
-            indices + palettes * 2 * length * bits.entries() as u64 + if *per_channel_scale { 2 * o } else { 0 }
+            let scales = match quantizer {
+                Some(quantizer) => o * d.div_ceil(quantizer.block_size.max(1) as u64),
+                None if *per_channel_scale => o,
+                None => 0,
+            };
+            indices + palettes * 2 * length * bits.entries() as u64 + 2 * scales
         }
     };
     mask + values

@@ -145,7 +145,8 @@ fn fixed_bytes(layer: &Layer, recipes: &LayerRecipes) -> u64 {
 fn trained_values(TensorSpec { name, shape }: &TensorSpec, recipes: &LayerRecipes) -> u64 {
     let recipe = name.strip_suffix(".weight").and_then(|layer| recipes.get(layer));
     match recipe.and_then(|recipe| recipe.palettize) {
-        Some(PaletteOptions { bits, grouping, axis, vector_length, per_channel_scale: _ }) => {
+        Some(PaletteOptions { quantizer: Some(_), .. }) => 0,
+        Some(PaletteOptions { bits, grouping, axis, vector_length, per_channel_scale: _, quantizer: None }) => {
             let channels = shape.get(axis).copied().unwrap_or(1).unsigned_abs();
             let groups = grouping.group_size().map_or(1, |size| channels / size.max(1) as u64);
             groups * (bits.entries() * vector_length) as u64

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use squeeze_codebook::{Effort, PaletteOptions, PruneMethod, PruneOptions};
-use squeeze_solver::JointOptions;
+use squeeze_solver::{GPTQ_DAMPENING, JointOptions};
 
 /// The recipes of all layers that are compressed, by checkpoint name. Every other layer stays in
 /// fp16.
@@ -46,9 +46,23 @@ impl LayerRecipe {
         }
     }
 
+    /// The palette options if the layer is rounded to fixed values with error feedback
+    /// ([`gptq`](squeeze_solver::gptq())).
+    #[must_use]
+    pub fn gptq_options(&self) -> Option<&PaletteOptions> {
+        self.palettize.as_ref().filter(|options| options.quantizer.is_some_and(|quantizer| quantizer.feedback))
+    }
+
+    /// The dampening of the factor that SparseGPT or GPTQ needs, if the layer uses either.
+    #[must_use]
+    pub fn sequential_dampening(&self) -> Option<f64> {
+        let of_gptq = self.gptq_options().filter(|_| self.joint.is_none()).map(|_| GPTQ_DAMPENING);
+        self.batch_options().map(|options| options.dampening).or(of_gptq)
+    }
+
     /// Whether compression needs the Hessian of the layer's input.
     #[must_use]
     pub fn needs_hessian(&self) -> bool {
-        self.joint.is_some() || self.batch_options().is_some()
+        self.joint.is_some() || self.sequential_dampening().is_some()
     }
 }

@@ -45,6 +45,20 @@ impl Axis {
         }
     }
 
+    /// A logarithmic axis of errors, however near they are to each other; linear if there is none
+    /// above zero.
+    pub(super) fn of_errors_by_factor(title: &str, values: impl Iterator<Item = f64>) -> Self {
+        let values: Vec<f64> = values.filter(|value| value.is_finite() && *value > 0.0).collect();
+        let axis = Self::of_errors(title, values.iter().copied());
+        let (Some(least), Some(most)) = (values.iter().copied().reduce(f64::min), values.into_iter().reduce(f64::max)) else {
+            return axis;
+        };
+        let (low, high) = (round_down(least), round_up(most));
+        // One round number alone is no range.
+        let high = if high > low { high } else { (2.0 * low).min(f64::MAX) };
+        Axis { low, high, scale: Scale::Log, ..axis }
+    }
+
     /// A linear axis around the values, or from zero.
     pub(super) fn of_values(title: &str, unit: Unit, from_zero: bool, values: impl Iterator<Item = f64>) -> Self {
         let values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
@@ -151,6 +165,8 @@ mod tests {
         assert_eq!(labels(&Axis::of_errors("", [0.01, 0.04].into_iter())), ["0%", "1%", "2%", "3%", "4%"]);
         assert_eq!(labels(&Axis::of_errors("", [0.0015, 0.04].into_iter())), ["0.1%", "0.2%", "0.5%", "1%", "2%", "5%"]);
         assert_eq!(labels(&Axis::of_errors("", [1e-5, 0.04].into_iter())), ["0.001%", "0.01%", "0.1%", "1%", "5%"]);
+        assert_eq!(labels(&Axis::of_errors_by_factor("", [0.004, 0.011].into_iter())), ["0.2%", "0.5%", "1%", "2%"]);
+        assert_eq!(labels(&Axis::of_errors_by_factor("", [0.01].into_iter())), ["1%", "2%"]);
         assert_eq!(labels(&Axis::of_values("", Unit::Plain, false, [21.0, 38.0].into_iter())), ["20", "25", "30", "35", "40"]);
         assert_eq!(labels(&Axis::of_steps("", 30)), ["5", "10", "15", "20", "25", "30"]);
     }
@@ -167,7 +183,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_finite_value_has_a_place(values in proptest::collection::vec(1e-12f64..1e6, 1..8)) {
-            for axis in [Axis::of_errors("", values.iter().copied()), Axis::of_values("", Unit::Plain, false, values.iter().copied())] {
+            let errors = [Axis::of_errors("", values.iter().copied()), Axis::of_errors_by_factor("", values.iter().copied())];
+            for axis in errors.into_iter().chain([Axis::of_values("", Unit::Plain, false, values.iter().copied())]) {
                 prop_assert!(values.iter().all(|value| axis.place(*value).is_some()), "{axis:?}");
                 let ticks = axis.ticks();
                 prop_assert!(!ticks.is_empty() && ticks.len() < 21, "{axis:?} {ticks:?}");
@@ -176,7 +193,8 @@ mod tests {
 
         #[test]
         fn odd_values_never_panic(values in proptest::collection::vec(any::<f64>(), 0..4)) {
-            for axis in [Axis::of_errors("", values.iter().copied()), Axis::of_values("", Unit::Plain, true, values.iter().copied())] {
+            let errors = [Axis::of_errors("", values.iter().copied()), Axis::of_errors_by_factor("", values.iter().copied())];
+            for axis in errors.into_iter().chain([Axis::of_values("", Unit::Plain, true, values.iter().copied())]) {
                 axis.ticks();
                 values.iter().for_each(|value| { axis.place(*value); });
             }

@@ -32,7 +32,8 @@ pub(super) fn size_and_psnr(comparison: &Comparison) -> Markup {
         let title = format!("{}: {size}, {:.2} dB, worst {:.2} dB", row.name, row.psnr.mean, row.psnr.worst);
         plot.dot(&style(series), mean, 5.0, &title);
     }
-    name_points(&mut plot, rows, &points);
+    let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
+    name_points(&mut plot, &names, &points);
     figure(
         "Closeness against size",
         "Dots are means over the judged pictures; a line leads down to the worst one. Up and left is better.",
@@ -41,13 +42,13 @@ pub(super) fn size_and_psnr(comparison: &Comparison) -> Markup {
 }
 
 /// Writes names beside points where there is room. The colours of the others are in the table of
-/// results, and their dots have titles.
-fn name_points(plot: &mut Plot, rows: &[Row], points: &[Option<(f64, f64)>]) {
+/// results, and their dots have titles. An empty name is none.
+pub(super) fn name_points(plot: &mut Plot, names: &[&str], points: &[Option<(f64, f64)>]) {
     let (left, right, top, bottom) = plot.edges();
     let mut taken: Vec<[f64; 4]> = points.iter().flatten().map(|(x, y)| [x - 6.0, y - 6.0, x + 6.0, y + 6.0]).collect();
-    for (row, point) in rows.iter().zip(points) {
+    for (name, point) in names.iter().zip(points).filter(|(name, _)| !name.is_empty()) {
         let Some((x, y)) = *point else { continue };
-        let wide = row.name.chars().count() as f64 * LETTER;
+        let wide = name.chars().count() as f64 * LETTER;
         let beside = [("start", x + 10.0, y + 4.0, 0.0), ("end", x - 10.0, y + 4.0, wide)];
         let above = [("start", x, y - 11.0, 0.0), ("end", x, y - 11.0, wide)];
         let below = [("start", x, y + 19.0, 0.0), ("end", x, y + 19.0, wide)];
@@ -56,7 +57,7 @@ fn name_points(plot: &mut Plot, rows: &[Row], points: &[Option<(f64, f64)>]) {
             let inside = room[0] >= left && room[2] <= right && room[1] >= top && room[3] <= bottom;
             let free = |used: &[f64; 4]| room[0] > used[2] || used[0] > room[2] || room[1] > used[3] || used[1] > room[3];
             if inside && taken.iter().all(free) {
-                plot.text(&format!("name {anchor}"), at, base, &row.name);
+                plot.text(&format!("name {anchor}"), at, base, name);
                 taken.push(room);
                 break;
             }

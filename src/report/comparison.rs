@@ -69,6 +69,9 @@ pub struct Dense {
 pub struct Row {
     /// Name in the report, for example `40% + 4-bit gs16`.
     pub name: String,
+    /// The curve that this is a size of, in a sweep over sizes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub curve: Option<String>,
     /// The config as resolved.
     pub config_yaml: String,
     /// Sparsity that the config asks for, 0 to 1; none if it prunes nothing.

@@ -5,11 +5,11 @@ use sdxl_pipeline::picture::Picture;
 use squeeze_base::error::Result;
 use squeeze_base::number;
 
-use super::charts;
 use super::comparison::{Comparison, LayerRow, Row, Spread};
-use super::intervals::{Intervals, intervals};
+use super::intervals::intervals;
 use super::markup::{facts, image, isolated, list, visible};
 use super::plot::swatch;
+use super::{charts, curve};
 
 /// Even if text from a prompt escaped from its element, it could neither run nor load anything.
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
@@ -37,6 +37,7 @@ pub fn page(comparison: &Comparison) -> Result<String> {
                 main {
                     (header(comparison))
                     (results(comparison)?)
+                    (sizes(comparison))
                     (confidence(comparison))
                     (pictures(comparison)?)
                     @if !comparison.rows.is_empty() {
@@ -175,31 +176,14 @@ fn closeness(row: &Row) -> Markup {
     }
 }
 
+/// The curves of a sweep, or nothing if there are none.
+fn sizes(comparison: &Comparison) -> Markup {
+    curve::sizes(comparison).map_or_else(|| html! {}, |grid| grid.section("Sizes", &curve::size_and_error(comparison)))
+}
+
 /// The table of intervals, or nothing if there are none.
 fn confidence(comparison: &Comparison) -> Markup {
-    let Some(Intervals { title, header, rows }) = intervals(comparison) else { return html! {} };
-    html! {
-        section {
-            h2 { "Confidence" }
-            p { (isolated(&title)) "." }
-            div.layers.scroll {
-                table {
-                    thead {
-                        tr {
-                            @for (index, title) in header.iter().enumerate() { th.left[index == 0] scope="col" { (title) } }
-                        }
-                    }
-                    tbody {
-                        @for cells in &rows {
-                            tr {
-                                @for (index, cell) in cells.iter().enumerate() { td.left[index == 0] { (visible(cell)) } }
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
+    intervals(comparison).map_or_else(|| html! {}, |grid| grid.section("Confidence", &html! {}))
 }
 
 fn cell(label: &str, value: &str) -> Markup {

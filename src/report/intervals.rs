@@ -4,17 +4,7 @@
 use squeeze_base::number;
 
 use super::comparison::{Comparison, Estimate, Measures, Row};
-
-/// A table of intervals.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Intervals {
-    /// What the table shows.
-    pub title: String,
-    /// Titles of the columns. The first column has the rows' names.
-    pub header: Vec<String>,
-    /// As many cells for each row as there are titles.
-    pub rows: Vec<Vec<String>>,
-}
+use super::grid::Grid;
 
 /// How a measure is written.
 #[derive(Clone, Copy)]
@@ -35,7 +25,7 @@ const COLUMNS: [Column; 5] = [
 
 /// The intervals of a comparison; `None` if no row has any.
 #[must_use]
-pub fn intervals(comparison: &Comparison) -> Option<Intervals> {
+pub fn intervals(comparison: &Comparison) -> Option<Grid> {
     let rows: Vec<&Row> = comparison.noise_floor.iter().chain(&comparison.rows).filter(|row| row.intervals.is_some()).collect();
     if rows.is_empty() {
         return None;
@@ -60,11 +50,7 @@ pub fn intervals(comparison: &Comparison) -> Option<Intervals> {
         cells
     };
     let compared = if is_compared { format!("; differences to {}", comparison.baseline) } else { String::new() };
-    Some(Intervals {
-        title: format!("Means with 95 % confidence intervals{compared}"),
-        header,
-        rows: rows.iter().map(line).collect(),
-    })
+    Some(Grid { title: format!("Means with 95 % confidence intervals{compared}"), header, rows: rows.iter().map(line).collect() })
 }
 
 /// For example `29.55 [28.90, 30.21]`, or `+0.40 [+0.12, +0.71]`.

@@ -7,11 +7,15 @@
 //! - [`sheet`]: `sheet.png`, a contact sheet of all pictures
 //! - [`table`]: the table as text
 //! - [`intervals`]: the measures with their confidence intervals, and differences to a baseline
+//! - [`curve`]: the error against size of a sweep, which is also `curve.svg`
+//! - [`grid`]: tables of cells, such as those of the two before
 
 mod axis;
 mod charts;
 pub mod comparison;
+pub mod curve;
 mod font;
+pub mod grid;
 pub mod html;
 pub mod intervals;
 mod markup;
@@ -36,10 +40,12 @@ pub struct Written {
     pub json: PathBuf,
     /// `sheet.png`, the contact sheet.
     pub sheet: PathBuf,
+    /// `curve.svg`, the error against size, if the comparison has curves.
+    pub curve: Option<PathBuf>,
 }
 
-/// Writes `report.html`, `report.json` and `sheet.png` into `folder`, and creates the folder if
-/// need be. Existing files of these names are replaced.
+/// Writes `report.html`, `report.json` and `sheet.png` into `folder`, and `curve.svg` if there are
+/// curves. Creates the folder if need be. Existing files of these names are replaced.
 ///
 /// # Errors
 /// [`Error::Argument`] if a picture's bytes do not match its size, before anything is written;
@@ -48,7 +54,9 @@ pub fn write(comparison: &Comparison, folder: &Path) -> Result<Written> {
     let page = html::page(comparison)?;
     let (sheet, _) = sheet::contact_sheet(comparison)?;
     std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
-    let written = Written { html: folder.join("report.html"), json: folder.join("report.json"), sheet: folder.join("sheet.png") };
+    let [html, json, sheet_path, curve] = ["report.html", "report.json", "sheet.png", "curve.svg"].map(|name| folder.join(name));
+    let curve = curve::write_svg(comparison, &curve)?.then_some(curve);
+    let written = Written { html, json, sheet: sheet_path, curve };
     write_file(&written.html, |out| out.write_all(page.as_bytes()))?;
     write_file(&written.json, |out| out.write_all(comparison.to_json().as_bytes()))?;
     sheet.write_png(&written.sheet, &[("Title", comparison.title.clone())])?;

@@ -158,6 +158,19 @@ impl Plot {
         self.body.push('\n');
     }
 
+    /// The plot as a file of its own, drawn by the rules of `style`.
+    pub(super) fn finish_alone(self, about: &str, style: &str) -> String {
+        let (width, height) = (self.width, self.height);
+        let markup = html! {
+            svg xmlns="http://www.w3.org/2000/svg" viewBox={ "0 0 " (width) " " (height) } width=(width) height=(height)
+                role="img" aria-label=(visible(about)) {
+                style { (PreEscaped(style)) }
+                (PreEscaped(self.body))
+            }
+        };
+        markup.into_string()
+    }
+
     /// The `svg` element; `about` describes it to those who cannot see it.
     pub(super) fn finish(self, about: &str) -> Markup {
         html! {

@@ -5,6 +5,8 @@ use comfy_table::{CellAlignment, Table};
 use squeeze_base::number;
 
 use super::comparison::{Comparison, Row};
+use super::curve::sizes;
+use super::grid::Grid;
 use super::intervals::intervals;
 
 /// Titles of the columns; all but the first are of numbers.
@@ -22,29 +24,29 @@ pub fn plain(comparison: &Comparison) -> String {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    let Some(intervals) = intervals(comparison) else { return format!("{}\n", table.trim_fmt()) };
-    let mut second = Table::new();
-    second.load_style(NOTHING).set_header(&intervals.header);
-    for cells in intervals.rows {
-        second.add_row(cells.into_iter().map(|cell| cell.replace(char::is_control, " ")));
+    let mut text = format!("{}\n", table.trim_fmt());
+    for grid in further(comparison) {
+        text.push_str(&format!("\n{}", grid.plain()));
     }
-    for column in second.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    let title = intervals.title.replace(char::is_control, " ");
-    format!("{}\n\n{title}:\n\n{}\n", table.trim_fmt(), second.trim_fmt())
+    text
 }
 
-/// The table as Markdown, the dense model first, and a second table with intervals if there are
-/// any.
+/// The tables after the first: sizes of a sweep and intervals, if there are any.
+fn further(comparison: &Comparison) -> impl Iterator<Item = Grid> {
+    sizes(comparison).into_iter().chain(intervals(comparison))
+}
+
+/// The table as Markdown, the dense model first, and further tables with the sizes of a sweep and
+/// with intervals if there are any.
 pub fn markdown(comparison: &Comparison) -> String {
     let escaped = |cells: &[String; HEADER.len()]| cells.iter().map(|cell| markdown_text(cell)).collect::<Vec<_>>();
     let lines = rows(comparison).map(|cells| escaped(&cells));
     let mut text = markdown_table(&HEADER.map(str::to_owned), lines);
-    if let Some(intervals) = intervals(comparison) {
-        let lines = intervals.rows.iter().map(|cells| cells.iter().map(|cell| markdown_text(cell)).collect());
-        text.push_str(&format!("\n{}:\n\n", markdown_text(&intervals.title)));
-        text.push_str(&markdown_table(&intervals.header, lines));
+    for Grid { title, header, rows } in further(comparison) {
+        let lines = rows.iter().map(|cells| cells.iter().map(|cell| markdown_text(cell)).collect());
+        let header: Vec<String> = header.iter().map(|title| markdown_text(title)).collect();
+        text.push_str(&format!("\n{}:\n\n", markdown_text(&title)));
+        text.push_str(&markdown_table(&header, lines));
     }
     text
 }

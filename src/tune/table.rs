@@ -2,6 +2,7 @@
 
 use half::f16;
 use squeeze_base::error::{Error, Result};
+use squeeze_codebook::Scales;
 use squeeze_container::{CompressedWeight, Values};
 use tch::{Device, Kind, Tensor};
 
@@ -28,12 +29,15 @@ pub(super) struct Table {
 
 impl Table {
     /// The fixed parts of `weight` on `device`, and its palettes as one row of values; `None` for a
-    /// weight without palettes.
+    /// weight without palettes, or with scales for blocks: its palette is not fitted to it.
     ///
     /// # Errors
     /// If the parts of the weight disagree, or libtorch refuses, usually for want of memory.
     pub(super) fn of(weight: &CompressedWeight, device: Device) -> Result<Option<(Self, Vec<f16>)>> {
         let Values::Palettized { codebook, indices } = &weight.values else { return Ok(None) };
+        if codebook.scales.as_ref().is_some_and(|scales| scales.block.is_some()) {
+            return Ok(None);
+        }
         let (vector, outputs) = (codebook.vector_length, weight.shape[0] as usize);
         let inner = weight.numel() / outputs;
         let vectors = outputs / vector * inner;
@@ -62,8 +66,8 @@ impl Table {
             let each = Tensor::f_from_slice(&kept)?.f_view([rows, 1, inner])?.f_expand([rows, vector as i64, inner], false)?;
             Ok(each.f_reshape([rows * vector as i64, inner])?.f_to_device(device)?)
         };
-        let scales = |scales: &Vec<f16>| -> Result<Tensor> {
-            Ok(Tensor::f_from_slice(scales)?.f_to_kind(Kind::Float)?.f_view([-1, 1])?.f_to_device(device)?)
+        let scales = |scales: &Scales| -> Result<Tensor> {
+            Ok(Tensor::f_from_slice(&scales.values)?.f_to_kind(Kind::Float)?.f_view([-1, 1])?.f_to_device(device)?)
         };
         let table = Table {
             shape: weight.shape.clone(),

@@ -18,6 +18,8 @@ import numpy as np
 
 WIDTHS = (1, 2, 3, 4, 6, 8)
 DTYPES = {"F16": "<f2", "U8": "u1"}
+# The keys of a weight that only version 2 has.
+NEW = {"vector_length", "scale_block"}
 
 
 def sha256(data):
@@ -100,7 +102,7 @@ def read_container(path):
         numel = math.prod(shape)
         # Output channels that share an index and a bit of the mask.
         length = row.get("vector_length", 1)
-        assert metadata["version"] == "2" or "vector_length" not in row
+        assert metadata["version"] == "2" or not NEW & row.keys()
         places = [shape[0] // length, *shape[1:]]
         keep = np.ones(numel // length, bool)
         if row["masked"]:
@@ -119,7 +121,15 @@ def read_container(path):
                 values = palettes[position[row["axis"]] // row["group_size"], indices]
             if row.get("scaled", False):
                 scales = content(f"{name}.scales")
-                values = (values.astype(np.float32) * scales[position[0]].astype(np.float32)).astype(np.float16)
+                if "scale_block" in row:
+                    columns, block = math.prod(shape[1:]), row["scale_block"]
+                    assert 1 <= block < columns and scales.shape == (shape[0], math.ceil(columns / block))
+                    scales = scales[position[0], np.nonzero(keep)[0] % columns // block]
+                else:
+                    scales = scales[position[0]]
+                values = (values.astype(np.float32) * scales.astype(np.float32)).astype(np.float16)
+            else:
+                assert "scale_block" not in row
         else:
             values = content(f"{name}.values")
         dense = np.zeros((numel // length, length), np.float16)
@@ -152,10 +162,11 @@ class Writer:
         self.half(name, values)
         self.dense.append((name, "F16", values.shape, values.astype("<f2").tobytes()))
 
-    def weight(self, name, shape, keep=None, values=None, bits=None, axis=0, group_size=1, palettes=None, indices=None, scales=None, report=None, length=1):
+    def weight(self, name, shape, keep=None, values=None, bits=None, axis=0, group_size=1, palettes=None, indices=None, scales=None, block=None, report=None, length=1):
         """Adds a weight with `values`, or with `palettes` and `indices`, which have an entry for each element.
 
         With vectors of `length` output channels, indices and `keep` have an entry for each vector.
+        With `block`, `scales` are [o, blocks], one for each block of so many columns.
         """
         numel = math.prod(shape)
         kept = np.ones(numel // length, bool) if keep is None else keep
@@ -183,9 +194,11 @@ class Writer:
                 r, c = e // (shape[1] * inner), e // inner % shape[1]
                 entry = palettes[(r if axis == 0 else c) // group_size, indices[e]]
                 # The product is exact in double precision, and is rounded once.
-                dense[e] = np.float16(np.float64(entry) * np.float64(1 if scales is None else scales[r]))
+                at = r if block is None else (r, e % (shape[1] * inner) // block)
+                dense[e] = np.float16(np.float64(entry) * np.float64(1 if scales is None else scales[at]))
             if scales is not None:
                 row["scaled"] = True
+                row |= {} if block is None else {"scale_block": block}
                 self.half(f"{name}.scales", scales)
         content = dense.astype("<f2").tobytes()
         row["sha256"] = sha256(content)
@@ -195,7 +208,7 @@ class Writer:
     def finish(self, path, decoded):
         tensors = self.halves + self.bytes
         data = b"".join(content for *_, content in tensors)
-        metadata = {"format": "sdxl-squeeze", "version": "2" if any("vector_length" in row for row in self.weights.values()) else "1", "weights": compact(self.weights), "data_sha256": sha256(data)}
+        metadata = {"format": "sdxl-squeeze", "version": "2" if any(NEW & row.keys() for row in self.weights.values()) else "1", "weights": compact(self.weights), "data_sha256": sha256(data)}
         metadata |= {key: compact(value) for key, value in self.info.items()}
         table, end = {}, 0
         for name, dtype, shape, content in tensors:
@@ -253,6 +266,7 @@ def make(folder):
     writer.finish(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")
     compare(folder / "unet.squeezed.safetensors", folder / "decoded.safetensors")
     make_vectors(folder, sources)
+    make_blocks(folder, sources)
 
 
 def make_vectors(folder, sources):
@@ -279,6 +293,32 @@ def make_vectors(folder, sources):
     vectors("full.weight", [4, 4], 4, 4, 4, sparsity=0.0)
     writer.finish(folder / "vectors.squeezed.safetensors", folder / "vectors-decoded.safetensors")
     compare(folder / "vectors.squeezed.safetensors", folder / "vectors-decoded.safetensors")
+
+
+def make_blocks(folder, sources):
+    """A container of version 2 with scales for blocks of columns, and beside them a weight with one for each row."""
+    random = np.random.default_rng(9)
+    halves = lambda *shape: random.normal(size=shape).astype(np.float16)
+    writer = Writer({"_class_name": "UNet2DConditionModel", "sample_size": 16}, {"palettize": {"values": "int"}}, sources)
+
+    def blocks(name, shape, bits, block, axis=0, group_size=None, sparsity=None):
+        numel, columns = math.prod(shape), math.prod(shape[1:])
+        group_size = group_size or shape[axis]
+        keep = None if sparsity is None else random.random(numel) >= sparsity
+        palettes, indices = halves(shape[axis] // group_size, 2**bits), random.integers(0, 2**bits, numel)
+        scales = halves(shape[0], math.ceil(columns / block)) if block else halves(shape[0])
+        writer.weight(name, shape, keep, bits=bits, axis=axis, group_size=group_size, palettes=palettes, indices=indices, scales=scales, block=block)
+
+    writer.tensor("conv_in.bias", halves(6))
+    for bits in WIDTHS:
+        blocks(f"linear_{bits}.weight", [4, 24], bits, 8)
+        blocks(f"pruned_{bits}.weight", [3, 11], bits, 4, sparsity=0.4)
+    blocks("conv.weight", [4, 3, 3, 3], 4, 10, group_size=2)
+    blocks("conv_inputs.weight", [3, 4, 3, 3], 3, 7, axis=1, group_size=2, sparsity=0.5)
+    blocks("ones.weight", [2, 5], 4, 1)
+    blocks("rows.weight", [3, 5], 4, None)
+    writer.finish(folder / "blocks.squeezed.safetensors", folder / "blocks-decoded.safetensors")
+    compare(folder / "blocks.squeezed.safetensors", folder / "blocks-decoded.safetensors")
 
 
 def packing(path):

@@ -30,6 +30,10 @@ fn golden_vectors() -> PathBuf {
     repo("tests/golden/container/vectors.squeezed.safetensors")
 }
 
+fn golden_blocks() -> PathBuf {
+    repo("tests/golden/container/blocks.squeezed.safetensors")
+}
+
 fn halves(bytes: &[u8]) -> Vec<f16> {
     bytes.chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect()
 }
@@ -90,6 +94,21 @@ fn vector_palettes_from_python_decode_to_what_python_says() {
         let zeros = weight.decode().unwrap().iter().filter(|value| **value == f16::ZERO).count();
         assert_eq!((weight.kept() as u64, weight.numel() - weight.kept()), (layer.kept, zeros), "{}", layer.name);
         assert_eq!((layer.bytes, layer.sparsity), (weight.stored_bytes(), weight.sparsity()));
+    }
+}
+
+#[test]
+fn scales_of_blocks_from_python_decode_to_what_python_says() {
+    let container = Container::open(&golden_blocks()).unwrap();
+    decodes_to(&container, "tests/golden/container/blocks-decoded.safetensors");
+    let verification = container.verify().unwrap();
+    assert_eq!((verification.weights, verification.tensors, verification.version), (16, 1, 2));
+    let blocks: BTreeMap<String, Option<usize>> = container.layers().map(|layer| (layer.name, layer.scale_block)).collect();
+    let block = |name: &str| blocks[name];
+    assert_eq!([block("linear_4.weight"), block("conv.weight"), block("rows.weight")], [Some(8), Some(10), None]);
+    for layer in container.layers() {
+        let weight = container.weight(&layer.name).unwrap();
+        assert!(layer.scaled && layer.bytes == weight.stored_bytes(), "{}", layer.name);
     }
 }
 
@@ -601,6 +620,55 @@ fn lies_about_vectors_are_named() {
 }
 
 #[test]
+fn lies_about_blocks_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lies.safetensors");
+    let good = Raw::read(&golden_blocks());
+    good.clone().seal().write(&path);
+    Container::open(&path).unwrap().verify().unwrap();
+    // [4, 24] in blocks of 8, and [3, 5] with a scale for each row.
+    let (linear, rows) = ("linear_4.weight", "rows.weight");
+    type Lie = (&'static str, Box<dyn Fn(&mut Raw)>);
+    let set = |name: &'static str, key: &'static str, value: Value| {
+        Box::new(move |raw: &mut Raw| raw.row(name, |row| drop(row.insert(key.into(), value.clone())))) as Box<dyn Fn(&mut Raw)>
+    };
+    let only_palettes = |raw: &mut Raw| {
+        raw.drop("linear_4.weight.scales");
+        raw.row("linear_4.weight", |row| drop(row.remove("scaled")));
+    };
+    let lies: Vec<Lie> = vec![
+        ("blocks of 0 columns do not cut rows of 24", set(linear, "scale_block", json!(0))),
+        ("blocks of 24 columns do not cut rows of 24", set(linear, "scale_block", json!(24))),
+        ("blocks of 18446744073709551615 columns", set(linear, "scale_block", json!(u64::MAX))),
+        ("invalid value", set(linear, "scale_block", json!(-2))),
+        ("`linear_4.weight.scales` is F16 [4, 3], but must be F16 [4, 4]", set(linear, "scale_block", json!(7))),
+        ("`linear_4.weight.scales` is F16 [4, 3], but must be F16 [4]", set(linear, "scale_block", Value::Null)),
+        ("`rows.weight.scales` is F16 [3], but must be F16 [3, 2]", set(rows, "scale_block", json!(3))),
+        ("`linear_4.weight` has a `scale_block` but no scales", Box::new(only_palettes)),
+        ("`linear_4.weight.scales` is missing", Box::new(|raw| raw.drop("linear_4.weight.scales"))),
+        ("vectors of 2 cannot have scales", set(linear, "vector_length", json!(2))),
+        (
+            "has a `scale_block`, which version 1 does not know",
+            Box::new(|raw| drop(raw.metadata.insert("version".into(), "1".into()))),
+        ),
+        ("NaN or infinite", Box::new(|raw| raw.bytes("linear_4.weight.scales")[..2].copy_from_slice(&[0x01, 0x7e]))),
+        ("is not the weight that was written", Box::new(|raw| raw.bytes("linear_4.weight.scales")[1] ^= 0x80)),
+    ];
+    for (expected, lie) in &lies {
+        let mut raw = good.clone();
+        lie(&mut raw);
+        raw.seal().write(&path);
+        let error = Container::open_unverified(&path).and_then(|container| container.verify()).expect_err(expected);
+        let message = error.to_string();
+        assert!(message.contains(expected) && message.contains("lies.safetensors"), "{expected}: {message}");
+        assert!(error.is_bad_input(), "{message}");
+        if let Ok(container) = Container::open_unverified(&path) {
+            container.layers().for_each(|layer| drop(container.decode(&layer.name)));
+        }
+    }
+}
+
+#[test]
 fn damage_anywhere_is_found() {
     damage_is_found(&golden());
 }
@@ -608,6 +676,7 @@ fn damage_anywhere_is_found() {
 #[test]
 fn damage_anywhere_in_a_container_of_version_2_is_found() {
     damage_is_found(&golden_vectors());
+    damage_is_found(&golden_blocks());
 }
 
 fn damage_is_found(golden: &Path) {

@@ -30,6 +30,7 @@ mod overflow;
 mod palettes;
 mod pipelines;
 mod plan;
+mod quantized;
 // The ignored tests of this module print tables.
 #[allow(clippy::print_stdout)]
 mod reliability;
@@ -43,6 +44,7 @@ mod sparsegpt;
 mod squeeze;
 mod streams;
 mod support;
+mod sweep;
 mod synth;
 mod tokens;
 #[cfg(unix)]

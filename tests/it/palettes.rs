@@ -84,7 +84,11 @@ fn palettes_equal_those_of_coremltools_where_nothing_is_pruned() {
         let ours = done(palettize(&layer, &weight, &shape, None, &options));
         let theirs = golden.values(&format!("{case}/lut"));
         assert_eq!(ours.codebook.palettes.len(), theirs.len(), "{case}");
-        assert_eq!(ours.codebook.scales, options.per_channel_scale.then(|| golden.values(&format!("{case}/scale"))), "{case}");
+        assert_eq!(
+            ours.codebook.scales,
+            options.per_channel_scale.then(|| golden.values(&format!("{case}/scale")).into()),
+            "{case}"
+        );
         for (ours, theirs) in ours.codebook.palettes.iter().zip(&theirs) {
             // The last bit may differ where a mean is halfway between two fp16 values.
             let bits = i32::from(ours.to_bits()) - i32::from(theirs.to_bits());
@@ -219,7 +223,7 @@ proptest! {
             let row = weight.len() / shape[0];
             for (at, &index) in ours.indices.iter().enumerate().filter(|(at, _)| keep[*at]) {
                 let entry = ours.codebook.palettes[group_of[at] * entries + usize::from(index)];
-                prop_assert_eq!(decoded[at], f16::from_f32(entry.to_f32() * scales[at / row].to_f32()));
+                prop_assert_eq!(decoded[at], f16::from_f32(entry.to_f32() * scales.values[at / row].to_f32()));
             }
         }
         for at in (0..weight.len()).filter(|&at| !keep[at]) {
@@ -330,7 +334,7 @@ fn fields_that_disagree_do_not_decode() {
     refused(&|bad| bad.indices[3] = 4);
     refused(&|bad| bad.indices.truncate(23));
     refused(&|bad| bad.codebook.palettes.truncate(7));
-    refused(&|bad| bad.codebook.scales = Some(vec![f16::ONE; 3]));
+    refused(&|bad| bad.codebook.scales = Some(vec![f16::ONE; 3].into()));
     assert!(good.decode(Some(&[true; 25])).is_err());
 }
 

@@ -4,13 +4,13 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use super::BitWidth;
+use super::{BitWidth, Scales};
 
 /// The palettes of a weight [o, i, ...], which give the value for each element's index.
 ///
 /// The channels of one axis are cut into groups of `group_size` neighbours. An element's index
 /// names an entry of the palette of its group; with scales, its value is the product of that entry
-/// and its output channel's scale, rounded once to fp16.
+/// and the scale of its output channel, or of its block of columns there, rounded once to fp16.
 ///
 /// In a vector palette an entry has `vector_length` values, and an index gives them to as many
 /// neighbouring output channels, as coremltools' `cluster_dim` does. There is one index for each
@@ -28,18 +28,8 @@ pub struct Codebook {
     pub vector_length: usize,
     /// The palettes, [groups, 2^bits, vector_length].
     pub palettes: Vec<f16>,
-    /// `[o]`: a factor for each output channel.
-    pub scales: Option<Vec<f16>>,
-}
-
-/// The palette and the scale of a run: neighbouring elements of a weight in one output channel and
-/// one group.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Run<'a> {
-    /// The palette, 2^bits entries.
-    pub palette: &'a [f16],
-    /// The scale, if there are scales.
-    pub scale: Option<f16>,
+    /// Factors for output channels, or for blocks of columns in them.
+    pub scales: Option<Scales>,
 }
 
 impl Codebook {
@@ -86,7 +76,11 @@ impl Codebook {
         }
         let entries = groups.checked_mul(self.palette_length()).ok_or("too many palettes")?;
         agree("palette entries", self.palettes.len(), entries)?;
-        self.scales.as_ref().map_or(Ok(()), |scales| agree("scales", scales.len(), shape[0]))
+        let Some(Scales { values, block }) = &self.scales else { return Ok(()) };
+        let columns =
+            shape[1..].iter().try_fold(1_usize, |product, size| product.checked_mul(*size)).ok_or("too many columns")?;
+        let count = outputs.checked_mul(Scales::in_row(*block, columns)?).ok_or("too many scales")?;
+        agree("scales", values.len(), count)
     }
 
     /// Checks that palettes and scales are finite.
@@ -99,23 +93,21 @@ impl Codebook {
             false => Err(format!("NaN or infinite {place}")),
         };
         finite("palette entries", &self.palettes)?;
-        self.scales.as_ref().map_or(Ok(()), |scales| finite("scales", scales))
+        self.scales.as_ref().map_or(Ok(()), |scales| finite("scales", &scales.values))
     }
 
     /// The length of a run: the number of neighbouring elements of a row-major weight of this shape
-    /// in one output channel and one group.
+    /// in one output channel and one group, which have one palette.
     #[must_use]
     pub fn run_length(&self, shape: &[usize]) -> usize {
         let inner: usize = shape[self.axis + 1..].iter().product();
         if self.axis == 0 { inner } else { self.group_size * inner }
     }
 
-    /// The palette and the scale of a run, runs being counted in row-major order.
+    /// The palette of a run, runs being counted in row-major order.
     #[must_use]
-    pub fn run(&self, run: usize) -> Run<'_> {
-        let groups = self.groups();
-        let (row, group) = if self.axis == 0 { (run, run / self.group_size) } else { (run / groups, run % groups) };
-        Run { palette: self.palette(group), scale: self.scales.as_ref().map(|scales| scales[row]) }
+    pub fn palette_of_run(&self, run: usize) -> &[f16] {
+        self.palette(if self.axis == 0 { run / self.group_size } else { run % self.groups() })
     }
 
     /// The values of a weight of this shape, row-major, from an index for each element or vector of
@@ -135,18 +127,20 @@ impl Codebook {
         let row: usize = shape[1..].iter().product();
         let length = self.run_length(shape);
         let mut decoded = vec![f16::ZERO; count];
-        // One output channel at a time, because the scales are per output channel.
+        // One output channel at a time: blocks with one scale lie in one.
         decoded.par_chunks_mut(row).enumerate().for_each(|(channel, values)| {
             let (vector, member) = (channel / self.vector_length, channel % self.vector_length);
             let indices = &indices[vector * row..(vector + 1) * row];
             let first = channel * row / length;
             for (run, (values, indices)) in (first..).zip(values.chunks_mut(length).zip(indices.chunks(length))) {
-                let palette = self.run(run).palette;
+                let palette = self.palette_of_run(run);
                 let entry = |index: u8| palette[usize::from(index) * self.vector_length + member];
                 values.iter_mut().zip(indices).for_each(|(value, index)| *value = entry(*index));
             }
             if let Some(scales) = &self.scales {
-                multiply(values, scales[channel]);
+                for (block, values) in values.chunks_mut(scales.block.unwrap_or(row)).enumerate() {
+                    multiply(values, scales.at(channel, block * scales.block.unwrap_or(row), row));
+                }
             }
             if let Some(keep) = keep {
                 let keep = &keep[channel * row..(channel + 1) * row];
@@ -179,9 +173,13 @@ fn agree(what: &str, have: usize, want: usize) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    fn book(axis: usize, group_size: usize, vector_length: usize, groups: usize, scaled: bool) -> Codebook {
+    fn book(axis: usize, group_size: usize, vector_length: usize, groups: usize, scaled: Option<usize>) -> Codebook {
         let palettes = (0..groups * 4 * vector_length).map(|i| f16::from_f32(0.5 * i as f32 - 3.0)).collect();
-        let scales = scaled.then(|| (0..8).map(|row| f16::from_f32(1.0 + row as f32 / 8.0)).collect());
+        // A number of scales in each of the 8 rows of 18 columns.
+        let scales = scaled.map(|count| Scales {
+            values: (0..8 * count).map(|at| f16::from_f32(1.0 + at as f32 / 8.0)).collect(),
+            block: (count > 1).then(|| 18_usize.div_ceil(count)),
+        });
         Codebook { bits: BitWidth::Two, axis, group_size, vector_length, palettes, scales }
     }
 
@@ -190,7 +188,7 @@ mod tests {
         let shape = [8, 6, 3];
         for (axis, group_size, groups) in [(0, 4, 2), (0, 8, 1), (1, 3, 2)] {
             for vector_length in [1, 2, 4] {
-                for scaled in [false, true] {
+                for scaled in [None, Some(1), Some(2), Some(4)] {
                     let book = book(axis, group_size, vector_length, groups, scaled);
                     let indices: Vec<u8> = (0..144 / vector_length).map(|i| ((i * 7 + i / 5) % 4) as u8).collect();
                     let keep: Vec<bool> = (0..144).map(|i| i % 5 > 0).collect();
@@ -200,7 +198,10 @@ mod tests {
                         let group = if axis == 0 { row / group_size } else { column / group_size };
                         let index = usize::from(indices[row / vector_length * 18 + inner]);
                         let entry = book.palette(group)[index * vector_length + row % vector_length];
-                        let scale = book.scales.as_ref().map_or(1.0, |scales| scales[row].to_f64());
+                        let scale = scaled.map_or(1.0, |count| {
+                            let block = inner / 18_usize.div_ceil(count);
+                            1.0 + (row * count + block) as f64 / 8.0
+                        });
                         let expected = if keep[element] { f16::from_f64(entry.to_f64() * scale) } else { f16::ZERO };
                         assert_eq!(value, expected, "{axis} {group_size} {vector_length} {element}");
                     }
@@ -212,9 +213,14 @@ mod tests {
     #[test]
     fn vectors_that_do_not_divide_are_refused() {
         let refused = |book: Codebook, indices: usize| book.decode(&[8, 6, 3], &vec![0; indices], None).unwrap_err();
-        assert!(refused(book(0, 8, 3, 1, false), 48).contains("vectors of 3"));
-        assert!(refused(book(0, 2, 4, 4, false), 36).contains("vectors of 4"));
-        assert!(refused(book(0, 8, 0, 1, false), 0).contains("vectors of 0"));
-        assert!(refused(book(0, 8, 2, 1, false), 144).contains("144 indices where there should be 72"));
+        assert!(refused(book(0, 8, 3, 1, None), 48).contains("vectors of 3"));
+        assert!(refused(book(0, 2, 4, 4, None), 36).contains("vectors of 4"));
+        assert!(refused(book(0, 8, 0, 1, None), 0).contains("vectors of 0"));
+        for (scales, words) in [(vec![f16::ONE; 9], "9 scales where there should be 16"), (vec![f16::ONE; 16], "")] {
+            let scales = Some(Scales { values: scales, block: Some(9) });
+            let decoded = Codebook { scales, ..book(0, 8, 1, 1, None) }.decode(&[8, 6, 3], &[0; 144], None);
+            assert_eq!(decoded.err().unwrap_or_default(), words);
+        }
+        assert!(refused(book(0, 8, 2, 1, None), 144).contains("144 indices where there should be 72"));
     }
 }

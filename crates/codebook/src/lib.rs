@@ -10,13 +10,17 @@ mod grouping;
 mod layer_kind;
 mod options;
 mod prune_method;
+mod quantizer;
+mod scales;
 mod sparsity;
 
 pub use bit_width::BitWidth;
-pub use book::{Codebook, Run};
+pub use book::Codebook;
 pub use effort::Effort;
 pub use grouping::{Grouping, Misfit, OnMisfit};
 pub use layer_kind::LayerKind;
 pub use options::{PaletteOptions, PruneOptions};
 pub use prune_method::PruneMethod;
+pub use quantizer::{Grid, Quantizer};
+pub use scales::Scales;
 pub use sparsity::{NmRatio, Sparsity};

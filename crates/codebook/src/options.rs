@@ -1,7 +1,7 @@
 //! The compression settings of one weight. Defaults are those of coremltools; names of its settings
 //! are in brackets where they differ.
 
-use super::{BitWidth, Grouping, Sparsity};
+use super::{BitWidth, Grouping, Quantizer, Sparsity};
 
 /// The settings for pruning a weight: coremltools' `ModuleSparseGPTConfig` without its quantizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,10 +42,13 @@ pub struct PaletteOptions {
     /// The number of neighbouring output channels whose weights share an index, at least 1
     /// (`cluster_dim`). A palette's entry is then a vector of as many values.
     pub vector_length: usize,
+    /// Fixed values with scales in the place of fitted palettes, if they are asked for. Then there
+    /// are no groups, scales of whole channels or vectors.
+    pub quantizer: Option<Quantizer>,
 }
 
 impl Default for PaletteOptions {
-    /// 4 bits, one palette for the whole weight, no scales, no vectors.
+    /// 4 bits, one fitted palette for the whole weight, no scales, no vectors.
     fn default() -> Self {
         PaletteOptions {
             bits: BitWidth::Four,
@@ -53,6 +56,7 @@ impl Default for PaletteOptions {
             axis: 0,
             per_channel_scale: false,
             vector_length: 1,
+            quantizer: None,
         }
     }
 }

@@ -10,13 +10,14 @@ use serde_json::{Map, Value};
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
-use squeeze_codebook::{BitWidth, Codebook};
+use squeeze_codebook::{BitWidth, Codebook, Scales};
 
 use super::{packed, weight};
 
 /// The value of `format`.
 pub const FORMAT: &str = "sdxl-squeeze";
-/// The newest version. Version 2 has vector palettes; a container without them is of version 1.
+/// The newest version. Version 2 has vector palettes and scales of blocks; a container without them
+/// is of version 1.
 pub const VERSION: u32 = 2;
 
 /// The hash of all metadata but itself.
@@ -53,6 +54,10 @@ pub(super) struct WeightRow {
     /// The compressor's report; null if there is none.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub report: Value,
+    /// The columns of an output channel that share a scale; absent if all of them do, as in all of
+    /// version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale_block: Option<usize>,
     /// Whether there are scales.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub scaled: bool,
@@ -134,12 +139,23 @@ impl WeightRow {
             (None, None, None) => return Err("is neither pruned nor palettized".into()),
             _ => return Err("must have all of bits, axis and group_size, or none".into()),
         }
-        match (self.scaled, self.bits, self.shape.first()) {
-            (false, ..) => {}
-            (true, Some(_), Some(rows)) => parts.push((Part::Scales, Dtype::F16, vec![*rows])),
+        match (self.scaled, self.scale_block, self.bits, self.shape.as_slice()) {
+            (false, None, ..) => {}
+            (false, Some(_), ..) => return Err("has a `scale_block` but no scales".into()),
+            (true, None, Some(_), [rows, ..]) => parts.push((Part::Scales, Dtype::F16, vec![*rows])),
+            (true, block, Some(_), [rows, columns @ ..]) => {
+                let columns = weight::sizes(columns).iter().product();
+                parts.push((Part::Scales, Dtype::F16, vec![*rows, length(Scales::in_row(block, columns)?)?]));
+            }
             (true, ..) => return Err("has scales but no palettes".into()),
         }
         Ok(parts)
+    }
+
+    /// The key of the row that version 1 does not have, if there is one.
+    fn of_version_2(&self) -> Option<&'static str> {
+        let keys = [("vector_length", self.vector_length), ("scale_block", self.scale_block)];
+        keys.into_iter().find_map(|(key, value)| value.map(|_| key))
     }
 
     /// The values in a palette's entry: 1 for scalar palettes, and for weights without palettes.
@@ -178,7 +194,7 @@ pub(super) struct Metadata {
 impl Metadata {
     /// The lowest version that has a place for all of `weights`.
     pub(crate) fn version_for(weights: &BTreeMap<String, WeightRow>) -> u32 {
-        if weights.values().any(|row| row.vector_length.is_some()) { 2 } else { 1 }
+        if weights.values().any(|row| row.of_version_2().is_some()) { 2 } else { 1 }
     }
 
     /// The strings of the safetensors header's `__metadata__`.
@@ -223,12 +239,15 @@ impl Metadata {
             sources: json(path, "sources", text("sources")?)?,
         };
         let weights: BTreeMap<String, WeightRow> = json(path, "weights", text("weights")?)?;
-        match (version, weights.iter().find(|(_, row)| row.vector_length.is_some())) {
-            (1, Some((name, _))) => {
-                return Err(wrong(format!("`{name}` has a `vector_length`, which version 1 does not know")));
+        match (version, weights.iter().find_map(|(name, row)| Some((name, row.of_version_2()?)))) {
+            (1, Some((name, key))) => {
+                return Err(wrong(format!("`{name}` has a `{key}`, which version 1 does not know")));
             }
             // Equal weights have equal bytes: none has two versions.
-            (2.., None) => return Err(wrong("a container of version `2`, in which no weight has a `vector_length`".into())),
+            (2.., None) => {
+                let problem = "a container of version `2`, in which no weight has a `vector_length` or a `scale_block`";
+                return Err(wrong(problem.into()));
+            }
             (_, Some(_) | None) => {}
         }
         let (data_sha256, tensors_sha256) = (text("data_sha256")?.clone(), text("tensors_sha256")?.clone());

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::safetensors_file::{Magnitudes, SafetensorsFile};
-use squeeze_codebook::{BitWidth, Codebook};
+use squeeze_codebook::{BitWidth, Codebook, Scales};
 
 use super::half_bytes;
 use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
@@ -40,8 +40,10 @@ pub struct StoredLayer {
     /// Neighbouring output channels that share an index, if palettized: 1 unless the palettes are
     /// of vectors.
     pub vector_length: Option<usize>,
-    /// Whether palette entries are multiplied by a scale for each output channel.
+    /// Whether palette entries are multiplied by scales.
     pub scaled: bool,
+    /// Columns that share a scale, if an output channel has several.
+    pub scale_block: Option<usize>,
     /// Elements that are kept.
     pub kept: u64,
     /// The pruned elements' share, 0 to 1.
@@ -169,6 +171,7 @@ impl Container {
             group_size: row.group_size,
             vector_length: row.bits.map(|_| row.vector_length.unwrap_or(1)),
             scaled: row.scaled,
+            scale_block: row.scale_block,
             kept: row.kept as u64,
             sparsity: 1.0 - row.kept as f64 / numel,
             bits_per_weight: 8.0 * bytes as f64 / numel,
@@ -293,7 +296,10 @@ fn assemble(row: &WeightRow, mut parts: BTreeMap<Part, Vec<u8>>) -> Result<Compr
             let palettes = half_bytes::from_bytes(&take(Part::Palettes)?);
             let indices = Packed::checked(take(Part::Indices)?, bits, count);
             let indices = indices.map_err(|problem| format!("the indices' part {problem}"))?;
-            let scales = if row.scaled { Some(half_bytes::from_bytes(&take(Part::Scales)?)) } else { None };
+            let scales = match row.scaled {
+                true => Some(Scales { values: half_bytes::from_bytes(&take(Part::Scales)?), block: row.scale_block }),
+                false => None,
+            };
             Values::Palettized { codebook: Codebook { bits, axis, group_size, vector_length, palettes, scales }, indices }
         }
         (None, None, None) => Values::Plain(half_bytes::from_bytes(&take(Part::Values)?)),

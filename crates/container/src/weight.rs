@@ -3,7 +3,7 @@
 use half::f16;
 use rayon::prelude::*;
 use squeeze_base::error::{Error, Result};
-use squeeze_codebook::{Codebook, Run};
+use squeeze_codebook::Codebook;
 
 use super::look_up::{look_up, look_up_kept};
 use super::packed::{Mask, Packed, count_ones};
@@ -130,14 +130,24 @@ impl CompressedWeight {
                 Some(first)
             })),
         }
-        let run_length = self.run_length();
+        let (run_length, columns) = (self.run_length(), dense.len() / sizes(&self.shape)[0]);
+        // The neighbouring elements from one on that have a palette and a scale in common.
+        let alike = |at: usize| {
+            let of_run = run_length - at % run_length;
+            match &self.values {
+                Values::Palettized { codebook: Codebook { scales: Some(scales), .. }, .. } => {
+                    of_run.min(scales.rest(at % columns, columns))
+                }
+                Values::Palettized { .. } | Values::Plain(_) => of_run,
+            }
+        };
         dense.par_chunks_mut(BLOCK).zip(first_values).enumerate().for_each(|(block, (elements, mut value))| {
             let mut at = block * BLOCK;
             let mut left = elements;
             while !left.is_empty() {
-                let length = (run_length - at % run_length).min(left.len());
+                let length = alike(at).min(left.len());
                 let (of_run, rest) = left.split_at_mut(length);
-                value = self.decode_run(at, at / run_length, of_run, value);
+                value = self.decode_run(at, (at / run_length, columns), of_run, value);
                 at += length;
                 left = rest;
             }
@@ -145,9 +155,9 @@ impl CompressedWeight {
         dense
     }
 
-    /// Decodes a part of run number `run`, which begins at element `at` and value number `value`;
-    /// returns the next value's number.
-    fn decode_run(&self, at: usize, run: usize, elements: &mut [f16], mut value: usize) -> usize {
+    /// Decodes a part of run number `run` with one scale, in rows of `columns`, which begins at
+    /// element `at` and value number `value`; returns the next value's number.
+    fn decode_run(&self, at: usize, (run, columns): (usize, usize), elements: &mut [f16], mut value: usize) -> usize {
         match &self.values {
             Values::Plain(values) => {
                 let is_kept = |i: usize| self.mask.as_ref().is_none_or(|mask| mask.get(at + i));
@@ -158,7 +168,8 @@ impl CompressedWeight {
                 value
             }
             Values::Palettized { codebook, indices } => {
-                let Run { palette, scale } = codebook.run(run);
+                let palette = codebook.palette_of_run(run);
+                let scale = codebook.scales.as_ref().map(|scales| scales.at(at / columns, at % columns, columns));
                 // With room for any index of 8 bits, so that none is checked.
                 let mut table = [f16::ZERO; 256];
                 for (to, entry) in table.iter_mut().zip(palette) {
@@ -173,7 +184,7 @@ impl CompressedWeight {
         }
     }
 
-    /// How many neighbouring elements share palette and scale.
+    /// How many neighbouring elements share a palette.
     fn run_length(&self) -> usize {
         match &self.values {
             Values::Palettized { codebook, .. } => codebook.run_length(&sizes(&self.shape)),
@@ -211,12 +222,13 @@ impl CompressedWeight {
 
     /// The bytes of mask, indices, palettes, scales and values in a file, without names and
     /// metadata.
+    #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         let mask = self.mask.as_ref().map_or(0, |mask| mask.bytes().len());
         let values = match &self.values {
             Values::Plain(values) => 2 * values.len(),
             Values::Palettized { codebook: Codebook { palettes, scales, .. }, indices } => {
-                indices.bytes().len() + 2 * (palettes.len() + scales.as_ref().map_or(0, Vec::len))
+                indices.bytes().len() + 2 * (palettes.len() + scales.as_ref().map_or(0, |scales| scales.values.len()))
             }
         };
         (mask + values) as u64
@@ -335,7 +347,7 @@ fn kept<T: Copy + Default + Send + Sync>(keep: &[bool], all: &[T]) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use squeeze_codebook::BitWidth;
+    use squeeze_codebook::{BitWidth, Scales};
 
     use super::*;
 
@@ -350,7 +362,7 @@ mod tests {
         vector_length: usize,
         palettes: Vec<f16>,
         indices: Vec<u8>,
-        scales: Option<Vec<f16>>,
+        scales: Option<Scales>,
     }
 
     impl Parts {
@@ -374,7 +386,11 @@ mod tests {
             let entry = self.palettes[entry * self.vector_length + row % self.vector_length];
             match &self.scales {
                 None => entry,
-                Some(scales) => f16::from_f64(entry.to_f64() * scales[row].to_f64()),
+                Some(Scales { values, block }) => {
+                    let (block, in_row) = block.map_or((columns, 1), |block| (block, columns.div_ceil(block)));
+                    let scale = values[row * in_row + element % columns / block];
+                    f16::from_f64(entry.to_f64() * scale.to_f64())
+                }
             }
         }
     }
@@ -397,7 +413,12 @@ mod tests {
                 let count = shape.iter().product::<i64>() as usize / vector_length;
                 let indices = prop::collection::vec(any::<u8>().prop_map(move |index| index & bits.max_index()), count);
                 let keep = prop::collection::vec(any::<bool>(), count).prop_map(move |keep| masked.then_some(keep));
-                let scales = halves(shape[0] as usize).prop_map(move |scales| scaled.then_some(scales));
+                let (outputs, columns) = (shape[0] as usize, shape[1..].iter().product::<i64>() as usize);
+                let scales = (1..=columns).prop_flat_map(move |block| {
+                    let block = Some(block).filter(|block| *block < columns);
+                    let count = outputs * Scales::in_row(block, columns).unwrap();
+                    halves(count).prop_map(move |values| scaled.then_some(Scales { values, block }))
+                });
                 let palettes = halves(groups * bits.entries() * vector_length);
                 (Just((shape, bits, axis, group_size, vector_length)), palettes, indices, keep, scales)
             })
@@ -429,7 +450,7 @@ mod tests {
             prop_assert_eq!(bits(&weight.decode().unwrap()), bits(&expected));
             let indices = parts.keep.as_ref().map_or(count, |keep| keep.iter().filter(|kept| **kept).count());
             let mask = if parts.keep.is_some() { count.div_ceil(8) } else { 0 };
-            let scales = parts.scales.as_ref().map_or(0, Vec::len);
+            let scales = parts.scales.as_ref().map_or(0, |scales| scales.values.len());
             let bytes = mask + (indices * usize::from(parts.bits.bits())).div_ceil(8) + 2 * (parts.palettes.len() + scales);
             let kept = indices * parts.vector_length;
             prop_assert_eq!(weight.stored_bytes(), bytes as u64);
@@ -447,20 +468,24 @@ mod tests {
         }
 
         #[test]
-        fn parts_that_disagree_are_refused(parts in parts(), which in 0..12) {
+        fn parts_that_disagree_are_refused(parts in parts(), which in 0..13) {
             let mut wrong = parts.clone();
             match which {
                 0 => wrong.palettes.push(f16::ONE),
                 1 => wrong.indices.push(0),
                 2 => wrong.keep = Some(vec![true; parts.indices.len() + 1]),
-                3 => wrong.scales = Some(vec![f16::ONE; parts.shape[0] as usize + 1]),
+                3 => wrong.scales = Some(vec![f16::ONE; parts.shape[0] as usize + 1].into()),
                 4 => wrong.group_size = parts.shape[parts.axis] as usize + 1,
                 5 => wrong.axis = 2,
                 6 => wrong.palettes[0] = f16::NAN,
                 7 => wrong.vector_length = 0,
                 8 => wrong.vector_length = 17 * parts.vector_length,
                 9 => wrong.vector_length += 1,
-                10 => (wrong.vector_length, wrong.scales) = (2, Some(vec![f16::ONE; parts.shape[0] as usize])),
+                10 => (wrong.vector_length, wrong.scales) = (2, Some(vec![f16::ONE; parts.shape[0] as usize].into())),
+                11 => {
+                    let columns = parts.shape[1..].iter().product::<i64>() as usize;
+                    wrong.scales = Some(Scales { values: vec![f16::ONE; parts.shape[0] as usize], block: Some(columns) });
+                }
                 _ => wrong.shape.push(2),
             }
             prop_assert!(wrong.build().is_err());
@@ -490,7 +515,13 @@ mod tests {
                 vector_length: 1,
                 palettes: (0..groups << 3).map(|i| f16::from_f32(i as f32 / 7.0 - 3.0)).collect(),
                 indices: (0..rows * columns).map(|i| (random(i) >> 8) as u8 & 7).collect(),
-                scales: (axis == 1).then(|| (0..rows).map(|i| f16::from_f32(1.0 + i as f32 / 100.0)).collect()),
+                // In blocks of 64, the last of which has 5 columns; then one a row.
+                scales: Some(match axis {
+                    0 => {
+                        Scales { values: (0..rows * 7).map(|i| f16::from_f32(1.0 + i as f32 / 100.0)).collect(), block: Some(64) }
+                    }
+                    _ => (0..rows).map(|i| f16::from_f32(1.0 + i as f32 / 100.0)).collect::<Vec<_>>().into(),
+                }),
             };
             let expected: Vec<f16> = (0..rows * columns).map(|element| parts.value(element)).collect();
             let weight = parts.build().unwrap();
@@ -554,7 +585,7 @@ mod tests {
         let refused = CompressedWeight::palettized(vec![2, 2], None, along_inputs, &[1; 2]).unwrap_err().to_string();
         assert!(refused.contains("vectors lie along axis 0"), "{refused}");
         let large = |scale| {
-            let scales = Some(vec![f16::from_f32(scale)]);
+            let scales = Some(vec![f16::from_f32(scale)].into());
             CompressedWeight::palettized(vec![1, 1], None, codebook(1, f16::MAX, scales), &[1]).unwrap().decode()
         };
         assert!(matches!(large(2.0), Err(Error::NotFinite(_))));

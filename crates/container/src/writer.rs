@@ -115,6 +115,7 @@ impl ContainerWriter {
             kept: weight.kept(),
             masked: weight.mask.is_some(),
             report,
+            scale_block: None,
             scaled: false,
             sha256: half_bytes::sha256(&dense),
             shape: weight.shape.clone(),
@@ -123,6 +124,7 @@ impl ContainerWriter {
         if let Values::Palettized { codebook, .. } = &weight.values {
             (row.bits, row.axis, row.group_size) = (Some(codebook.bits.bits()), Some(codebook.axis), Some(codebook.group_size));
             row.scaled = codebook.scales.is_some();
+            row.scale_block = codebook.scales.as_ref().and_then(|scales| scales.block);
         }
         // No tensor has the weight's own name, so that a name means one thing.
         self.claim(name)?;
@@ -136,7 +138,7 @@ impl ContainerWriter {
                     self.push(dtype, part_name, shape, &half_bytes::to_bytes(&codebook.palettes))?;
                 }
                 (Part::Scales, Values::Palettized { codebook: Codebook { scales: Some(scales), .. }, .. }) => {
-                    self.push(dtype, part_name, shape, &half_bytes::to_bytes(scales))?;
+                    self.push(dtype, part_name, shape, &half_bytes::to_bytes(&scales.values))?;
                 }
                 (Part::Values, Values::Plain(values)) => self.push(dtype, part_name, shape, &half_bytes::to_bytes(values))?,
                 _ => return Err(Error::internal(format!("`{name}` lacks its {part:?}"))),

@@ -28,4 +28,4 @@ pub use constants::DenseConstant;
 pub use element::{ArrayType, Element};
 pub use lut::Lut;
 pub use options::{Io, Layout, Options};
-pub use package::{VECTORS_NEED, WrittenPackage, write};
+pub use package::{VECTORS_NEED, WrittenPackage, check_scales, write};

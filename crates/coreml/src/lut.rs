@@ -1,7 +1,7 @@
 //! Palettes as Core ML's look-up tables, with scales multiplied in.
 
 use half::f16;
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{BitWidth, Codebook};
 use squeeze_container::CompressedWeight;
 
@@ -27,8 +27,8 @@ impl Lut {
     /// for the product makes the Neural Engine fail (coremltools pull request 2688).
     ///
     /// # Errors
-    /// [`Error::NotFinite`](squeeze_base::Error::NotFinite) if a product that is used is beyond
-    /// fp16.
+    /// [`Error::Argument`] for scales of blocks of columns; [`Error::NotFinite`] if a product that
+    /// is used is beyond fp16.
     pub fn of(weight: &CompressedWeight, codebook: &Codebook) -> Result<Self> {
         let Codebook { bits, axis, group_size, vector_length, palettes, scales } = codebook;
         let groups = codebook.groups();
@@ -36,6 +36,11 @@ impl Lut {
         let Some(scales) = scales else {
             return Ok(Lut { groups: shared, bits: *bits, vector_length: *vector_length, entries: palettes.clone() });
         };
+
+        if scales.block.is_some() {
+            return Err(Error::Argument("scales of blocks of columns cannot be multiplied into the palettes".into()));
+        }
+        let scales = &scales.values;
 
         // The rows that read each palette; along axis 1 all rows read all palettes.
         let rows_together = if *axis == 0 { *group_size } else { scales.len() };
@@ -90,7 +95,6 @@ impl Lut {
 
 #[cfg(test)]
 mod tests {
-    use squeeze_base::error::Error;
     use squeeze_container::Values;
 
     use super::*;
@@ -101,7 +105,8 @@ mod tests {
         let palettes = (0..channels / group_size * 4).map(|i| f16::from_f32(0.37 * i as f32 - 2.1)).collect();
         let indices: Vec<u8> = (0..rows * columns).map(|i| ((i * 7 + i / 3) % 4) as u8).collect();
         let shape = vec![rows as i64, columns as i64];
-        let codebook = Codebook { bits: BitWidth::Two, axis, group_size, vector_length: 1, palettes, scales };
+        let codebook =
+            Codebook { bits: BitWidth::Two, axis, group_size, vector_length: 1, palettes, scales: scales.map(Into::into) };
         CompressedWeight::palettized(shape, None, codebook, &indices).unwrap()
     }
 
@@ -147,7 +152,7 @@ mod tests {
     #[test]
     fn a_product_beyond_fp16_is_an_error_only_where_it_is_used() {
         let palettized = |indices: &[u8]| {
-            let (palettes, scales) = (vec![f16::ONE, f16::MAX], Some(vec![f16::from_f32(2.0)]));
+            let (palettes, scales) = (vec![f16::ONE, f16::MAX], Some(vec![f16::from_f32(2.0)].into()));
             let codebook = Codebook { bits: BitWidth::One, axis: 0, group_size: 1, vector_length: 1, palettes, scales };
             CompressedWeight::palettized(vec![1, 2], None, codebook, indices).unwrap()
         };

@@ -67,19 +67,41 @@ pub struct WrittenPackage {
     pub dense: Vec<DenseConstant>,
 }
 
+/// Checks that no weight has scales for blocks of columns, which neither Core ML's palettes nor
+/// coremltools' buffers hold.
+///
+/// # Errors
+/// [`Error::Argument`] naming the weights that have them.
+pub fn check_scales(weights: UnetWeights) -> Result<()> {
+    const SHOWN: usize = 4;
+    let UnetWeights::Container(container) = weights else { return Ok(()) };
+    let names: Vec<String> =
+        container.layers().filter(|layer| layer.scale_block.is_some()).map(|layer| format!("`{}`", layer.name)).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    Err(Error::Argument(format!(
+        "Core ML's palettes have no scales for blocks of columns (`values: int`, `nf4`), as {shown}{more} have; --to diffusers and \
+         --to single-file write them decoded"
+    )))
+}
+
 /// Writes the UNet of `weights` as the new package `out`, whose name ends in `.mlpackage`.
 ///
 /// Weights are copied one at a time. Equal input gives equal bytes.
 ///
 /// # Errors
-/// [`Error::Argument`] if `out` exists or an option does not fit the UNet; if a weight cannot be
-/// read; [`Error::Write`]. Then there is no package.
+/// [`Error::Argument`] if `out` exists, an option does not fit the UNet, or weights have scales for
+/// blocks of columns; if a weight cannot be read; [`Error::Write`]. Then there is no package.
 pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
     let chain = weights.chain()?;
     if out.extension() != Some("mlpackage".as_ref()) {
         return Err(Error::Argument(format!("{}: a Core ML package's name ends in .mlpackage", out.display())));
     }
     options.check(chain.config())?;
+    check_scales(weights)?;
     let folder = NewFolder::create(out)?;
     let data = folder.path().join("Data");
     let weights_folder = data.join(manifest::WEIGHTS);

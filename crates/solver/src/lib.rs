@@ -3,12 +3,14 @@
 //! The solver knows matrices, not models. Its measure of a change D [o, d] of a weight is tr(D H
 //! D^T), where the [`Hessian`] H [d, d] holds the second moments of the layer's inputs. [`prune`]
 //! follows SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774) in the form that coremltools 9.0
-//! gave it; [`magnitude_prune`] is the baseline.
+//! gave it; [`magnitude_prune`] is the baseline. [`gptq()`] rounds to fixed values with error
+//! feedback.
 
 mod correlations;
 mod device_sweep;
 mod factor;
 mod geometry;
+mod gptq;
 mod hessian;
 mod joint;
 mod kernels;
@@ -29,6 +31,7 @@ mod weight;
 
 pub use factor::Factor;
 pub use geometry::{InputGeometry, Windows};
+pub use gptq::{GPTQ_DAMPENING, Quantized, gptq};
 pub use hessian::Hessian;
 pub use joint::{DeviceJoint, Joint, JointFactors, JointOptions, LayerEvidence, Order, has_whole, joint, joint_on_device};
 pub use kernels::{has_kernels, on_own_stream, ready_for_threads};

@@ -192,25 +192,33 @@ fn check_rows_together(rows: i64, rows_together: usize) -> Result<()> {
     Ok(())
 }
 
-/// Collects the notes about the Hessian and its factors.
+/// Collects the notes about the Hessian, its factors and the pattern of zeros.
 fn find_notes(hessian: &Hessian, factors: &[Factor], options: &PruneOptions, notes: &mut Vec<Note>) {
+    notes.extend(notes_about(hessian, factors, options.dampening));
+    let d = hessian.dimension();
+    if let Sparsity::NOfM(NmRatio { m, .. }) = options.sparsity
+        && !(d as usize).is_multiple_of(m)
+    {
+        notes.push(Note::IncompleteGroup { columns: (d as usize % m) as u64, m: m as u64 });
+    }
+}
+
+/// The notes about a Hessian and its factors, for which this dampening was asked.
+pub(super) fn notes_about(hessian: &Hessian, factors: &[Factor], dampening: f64) -> Vec<Note> {
+    let mut notes = Vec::new();
     let d = hessian.dimension();
     let dead: u64 = factors.iter().map(|factor| factor.dead_columns).sum();
-    let used = factors.iter().map(|factor| factor.dampening).fold(options.dampening, f64::max);
+    let used = factors.iter().map(|factor| factor.dampening).fold(dampening, f64::max);
     if hessian.vectors() < d.unsigned_abs() {
         notes.push(Note::FewVectors { vectors: hessian.vectors(), dimension: d.unsigned_abs() });
     }
     if dead > 0 {
         notes.push(Note::DeadColumns { count: dead, of: (hessian.groups() * d).unsigned_abs() });
     }
-    if used > options.dampening {
-        notes.push(Note::MoreDampening { asked: options.dampening, used });
+    if used > dampening {
+        notes.push(Note::MoreDampening { asked: dampening, used });
     }
-    if let Sparsity::NOfM(NmRatio { m, .. }) = options.sparsity
-        && !(d as usize).is_multiple_of(m)
-    {
-        notes.push(Note::IncompleteGroup { columns: (d as usize % m) as u64, m: m as u64 });
-    }
+    notes
 }
 
 /// How a mask is chosen.

@@ -14,6 +14,7 @@ use super::super::gather::Gatherer;
 use super::super::walk::{Visitor, Walk, execute};
 use super::super::workspace::Workspace;
 use super::measurement::{Limits, Measurement};
+use super::prices::Settings;
 use crate::plan::{Stop, stored_bytes};
 use crate::recipe::{LayerRecipe, LayerRecipes};
 
@@ -25,9 +26,6 @@ pub(super) struct Measured {
     /// The squared error of the layer's output for one call.
     pub error: f64,
 }
-
-/// The settings of each layer, by name.
-type Settings = BTreeMap<String, Vec<LayerRecipe>>;
 
 /// The number of rows of a weight that settings are tried on; the other rows are assumed to be
 /// alike.

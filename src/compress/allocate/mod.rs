@@ -7,13 +7,15 @@
 mod choose;
 mod curves;
 mod measurement;
+mod prices;
 mod sensitivity;
-
-use std::collections::BTreeMap;
 
 pub use choose::{Choice, choose};
 use measurement::Limits;
 pub(super) use measurement::Measurement;
+use prices::Priced;
+pub(super) use prices::{PriceFile, Prices, Settings, Shapes};
+use sdxl_model::unet::UnetChain;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 
@@ -37,44 +39,68 @@ pub(super) fn measuring(layers: &LayerRecipes) -> LayerRecipes {
     layers.iter().map(|(name, recipe)| (name.clone(), unpruned(recipe))).collect()
 }
 
-/// Finds settings for `budget`. `plan` is that of `recipe` as it is.
+/// The settings that layers of `recipe` may get within `budget`.
 ///
 /// # Errors
-/// [`Error::Argument`] if no layer can be allocated, or even the smallest settings take too many
-/// bytes; the message names the smallest size.
-pub(super) fn allocate(
-    measurement: Measurement<'_>,
-    config: &RunConfig,
-    recipe: &Recipe,
-    plan: &Plan,
-    budget: &BudgetSection,
-) -> Result<Allocation> {
-    let layers = layers_of(measurement.job.model.chain)?.into_iter();
-    let shapes: BTreeMap<String, Vec<i64>> = layers.map(|layer| (layer.name, layer.shape)).collect();
+/// [`Error::Argument`] if no layer can be allocated.
+pub(super) fn settings(recipe: &Recipe, shapes: &Shapes, budget: &BudgetSection) -> Result<Settings> {
     let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity, vectors: !budget.no_vectors };
-    let mut settings = curves::settings(&recipe.layers, &shapes, &limits);
+    let settings = curves::settings(&recipe.layers, shapes, &limits);
     if settings.is_empty() {
         return Err(Error::Argument("a budget needs layers that are palettized by the joint solver; there are none".into()));
     }
+    Ok(settings)
+}
+
+/// The shape of every weight of `chain`.
+///
+/// # Errors
+/// If the network cannot be built.
+pub(super) fn shapes(chain: &UnetChain) -> Result<Shapes> {
+    Ok(layers_of(chain)?.into_iter().map(|layer| (layer.name, layer.shape)).collect())
+}
+
+/// Measures the cost of each of `settings`, with `probes` samples for the sensitivities.
+///
+/// # Errors
+/// [`Error::Argument`] if there are no samples; if the network cannot be run.
+pub(super) fn measure(measurement: Measurement<'_>, mut settings: Settings, probes: usize) -> Result<Prices> {
     measurement.job.calibration.check()?;
-    let sensitivities = sensitivity::measure(&measurement, budget.probes)?;
+    let sensitivities = sensitivity::measure(&measurement, probes)?;
     settings.retain(|name, _| sensitivities.by_layer.contains_key(name));
     let curves = curves::measure(measurement, &settings)?;
 
     // Rounded, so that summation-order noise cannot change the choice.
     let rounded = |value: f64| format!("{value:.3e}").parse::<f64>().expect("a printed number is a number");
-    let mut names = Vec::new();
-    let mut choices = Vec::new();
-    for (name, measured) in &curves {
-        let sensitivity = sensitivities.by_layer.get(name).expect("settings are those of layers with a sensitivity");
+    let priced = |(name, measured): (String, Vec<curves::Measured>)| {
+        let sensitivity = sensitivities.by_layer.get(&name).expect("settings are those of layers with a sensitivity");
         let weight = rounded(sensitivity / sensitivities.energy.max(f64::MIN_POSITIVE));
-        let choice = |measured: &curves::Measured| Choice { bytes: measured.bytes, cost: weight * rounded(measured.error) };
-        names.push(name);
-        choices.push(measured.iter().map(choice).collect::<Vec<_>>());
-    }
+        let price = |curves::Measured { recipe, bytes, error }: curves::Measured| {
+            let choice = Choice { bytes, cost: weight * rounded(error) };
+            Priced { recipe, choice }
+        };
+        (name, measured.into_iter().map(price).collect())
+    };
+    Ok(curves.into_iter().map(priced).collect())
+}
+
+/// Finds settings for `budget` at these `prices`. `plan` is that of `recipe` as it is.
+///
+/// # Errors
+/// [`Error::Argument`] if even the smallest settings take too many bytes; the message names the
+/// smallest size.
+pub(super) fn allocate(
+    prices: &Prices,
+    shapes: &Shapes,
+    config: &RunConfig,
+    recipe: &Recipe,
+    plan: &Plan,
+    budget: &BudgetSection,
+) -> Result<Allocation> {
+    let choices: Vec<Vec<Choice>> = prices.values().map(|priced| priced.iter().map(|priced| priced.choice).collect()).collect();
     // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are
     // fixed.
-    let allocated_bytes: u64 = names.iter().map(|name| stored_bytes(&shapes[*name], &recipe.layers[*name])).sum();
+    let allocated_bytes: u64 = prices.keys().map(|name| stored_bytes(&shapes[name], &recipe.layers[name])).sum();
     let fixed = plan.payload_bytes - allocated_bytes;
     let total = match budget.target {
         BudgetTarget::Size(bytes) => bytes,
@@ -96,9 +122,9 @@ pub(super) fn allocate(
     allocated.budget = None;
     let mut bytes = fixed;
     let mut rules = Vec::new();
-    for ((name, index), (choices, measured)) in names.iter().zip(&chosen).zip(choices.iter().zip(curves.values())) {
-        bytes += choices[*index].bytes;
-        rules.push(((*name).clone(), &measured[*index].recipe));
+    for ((name, priced), index) in prices.iter().zip(&chosen) {
+        bytes += priced[*index].choice.bytes;
+        rules.push((name.clone(), &priced[*index].recipe));
     }
     write_rules(&mut allocated, &rules)?;
     Ok(Allocation { config: allocated, payload_bytes: bytes })

@@ -200,6 +200,40 @@ fn vectors_need_output_channels_and_no_scales() {
 }
 
 #[test]
+fn fixed_values_exclude_what_belongs_to_fitted_ones() {
+    let in_global = |lines: &str| format!("palettize:\n  global_config:\n{lines}");
+    wrong(&in_global("    values: int8\n"), 3, 13, &["`values` must be one of kmeans, int, nf4"]);
+    for block in ["0", "-64", "1.5", "all"] {
+        wrong(&in_global(&format!("    values: int\n    block_size: {block}\n")), 4, 17, &["`block_size` must be"]);
+    }
+    wrong(&in_global("    block_size: 64\n"), 3, 17, &["`block_size` goes with `values: int` or `values: nf4`"]);
+    wrong(&in_global("    values: kmeans\n    feedback: true\n"), 4, 15, &["`feedback` goes with `values: int`"]);
+    wrong(&in_global("    values: int\n    n_bits: 6\n"), 4, 13, &["`values: int` has 4 or 8 bits, not 6"]);
+    wrong(&in_global("    values: nf4\n    n_bits: 8\n"), 4, 13, &["`values: nf4` has 4 bits, not 8"]);
+    let groups = in_global("    values: nf4\n    granularity: per_grouped_channel\n    group_size: 16\n");
+    wrong(&groups, 4, 18, &["`granularity: per_grouped_channel` and `values: nf4` exclude each other"]);
+    wrong(&in_global("    values: int\n    cluster_dim: 2\n"), 4, 18, &["`cluster_dim` and `values: int` exclude each other"]);
+    wrong(&in_global("    values: int\n    enable_per_channel_scale: true\n"), 4, 31, &["exclude each other"]);
+
+    let int = in_global("    values: int\n    n_bits: 8\n");
+    wrong(&format!("solver: joint\n{int}"), 1, 9, &["`values: int` needs `solver: sequential`"]);
+    wrong(&format!("{int}budget: {{target_bits: 3}}\n"), 5, 9, &["a budget needs `solver: joint`"]);
+    wrong(&format!("{int}tune: {{}}\n"), 5, 7, &["`tune` trains the entries of palettes, which `values: int` fixes"]);
+    wrong(&format!("prune: {{}}\n{int}    feedback: true\n"), 1, 8, &["`prune` and `feedback: true` exclude each other"]);
+    // A rule for some layers is enough.
+    let some = "palettize:\n  module_name_configs:\n    conv_in: {values: nf4}\n";
+    wrong(&format!("solver: joint\n{some}"), 1, 9, &["`values: nf4` needs `solver: sequential`"]);
+    for yaml in [some, &int] {
+        let config = parsed(yaml);
+        assert_eq!((config.solver.name(), config.is_calibrated()), ("sequential", false));
+    }
+    let gptq = parsed(&in_global("    values: nf4\n    feedback: true\n    block_size: 32\n"));
+    assert!(gptq.is_calibrated() && gptq.solver.name() == "sequential");
+    let quantizer = gptq.palettize.unwrap().rules.global_config.unwrap().quantizer.unwrap();
+    assert_eq!((quantizer.grid.name(), quantizer.block_size, quantizer.feedback), ("nf4", 32, true));
+}
+
+#[test]
 fn bad_patterns_and_types() {
     wrong("prune:\n  layers: ['up_blocks(']\n", 2, 12, &["`up_blocks(` is not a regular expression: unclosed group"]);
     wrong(

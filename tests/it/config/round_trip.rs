@@ -295,3 +295,16 @@ fn null_and_absent_are_the_same_but_for_rules() {
     assert!(global("palettize: {module_type_configs: {Linear: {}}}").is_none(), "coremltools: only what is named");
     assert!(global("palettize: {module_name_configs: {a: null}}").is_none());
 }
+
+/// Fixed values exclude so many other keys that they are not among the random configs.
+#[test]
+fn fixed_values_come_back() {
+    for settings in
+        ["values: int", "values: int, n_bits: 8, block_size: 4294967295", "values: nf4, block_size: 1, feedback: true"]
+    {
+        let config = parsed(&format!("palettize: {{module_name_configs: {{a: {{{settings}}}, b: {{n_bits: 2}}}}}}\n"));
+        let yaml = config.to_yaml();
+        assert_eq!(parsed(&yaml), config);
+        assert!(yaml.matches("block_size").count() == 1 && yaml.matches("feedback").count() == 1, "{yaml}");
+    }
+}

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use sdxl_squeeze::codebook::{LayerKind, PruneMethod, Sparsity};
+use sdxl_squeeze::codebook::{Grid, LayerKind, PruneMethod, Quantizer, Sparsity};
 use sdxl_squeeze::config::{
     BudgetTarget, Choice, Finding, LayerInfo, Prompts, Resolution, RunConfig, SequencingWord, Severity, SolverKind, Target,
     TimestepWeighting, Why, read_prompts,
@@ -55,7 +55,10 @@ fn payload(model: &Inspection, layers: &[LayerInfo], resolution: &Resolution) ->
                 let groups = settings.grouping.group_size().map_or(1, |size| layer.shape[settings.axis] / size as i64);
                 let vector = settings.vector_length as f64;
                 let palettes = (groups * 2 * settings.bits.entries() as i64) as f64 * vector;
-                stored / vector * f64::from(settings.bits.bits()) / 8.0 + palettes
+                let columns = layer.shape[1..].iter().product::<i64>() as usize;
+                let blocks = settings.quantizer.map_or(0, |quantizer| columns.div_ceil(quantizer.block_size));
+                let scales = (layer.shape[0] as usize * blocks * 2) as f64;
+                stored / vector * f64::from(settings.bits.bits()) / 8.0 + palettes + scales
             }
             None => stored * 2.0,
         };
@@ -86,6 +89,10 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
         ("squeeze-4bit-gs16", 1.201),
         ("squeeze-3bits", 0.902),
         ("squeeze-6bit-v2", 0.899),
+        // 4 bits and 2 bytes for every 64 columns.
+        ("rtn-int4-g64", 1.272),
+        ("nf4-g64", 1.272),
+        ("gptq-int4-g64", 1.272),
     ];
     let configs = configs("configs");
     assert_eq!(configs.keys().map(String::as_str).collect::<BTreeSet<_>>(), table.iter().map(|(name, _)| *name).collect());
@@ -122,7 +129,8 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
 fn names_say_what_is_in_the_files_and_the_bundled_model_takes_them() {
     let model = inspect(&emoji()).unwrap();
     let layers = layers(&model);
-    for (name, config) in configs("configs").into_iter().filter(|(name, _)| !name.starts_with("squeeze")) {
+    let others = |name: &str| name.starts_with("squeeze") || name.ends_with("-g64");
+    for (name, config) in configs("configs").into_iter().filter(|(name, _)| !others(name)) {
         assert_eq!(config.solver, SolverKind::Sequential, "{name}");
         let rules = config.palettize.as_ref().unwrap().rules.clone();
         let settings = rules.global_config.unwrap();
@@ -188,6 +196,39 @@ fn our_own_configs_ask_for_everything_that_pays() {
             assert_eq!((&ours.prune, &ours.palettize), (&config.prune, &config.palettize), "{name}");
         }
     }
+}
+
+/// Round to nearest, NF4 and GPTQ have equal bytes, which are those of 4.25 bits a weight.
+#[test]
+fn baselines_of_other_programs_have_equal_bytes() {
+    let folders = [("configs/emoji", inspect(&emoji()).unwrap()), ("configs", sdxl())];
+    for (folder, model) in folders {
+        let (layers, configs) = (layers(&model), configs(folder));
+        let mut sizes = Vec::new();
+        for (name, grid, feedback) in
+            [("rtn-int4-g64", Grid::Int, false), ("nf4-g64", Grid::Nf4, false), ("gptq-int4-g64", Grid::Int, true)]
+        {
+            let config = &configs[name];
+            assert_eq!((config.solver, config.is_calibrated()), (SolverKind::Sequential, feedback), "{name}");
+            let settings = config.palettize.as_ref().unwrap().rules.global_config.unwrap();
+            assert_eq!(settings.quantizer, Some(Quantizer { grid, block_size: 64, feedback }), "{name}");
+            if feedback {
+                let ours = &configs["squeeze-4bit-gs16"];
+                assert_eq!((&config.calibration, config.sequencing), (&ours.calibration, SequencingWord::Sublayer));
+            }
+            let resolution = config.resolve(&layers).checked().unwrap();
+            assert!(resolution.findings.iter().all(|finding| finding.severity() != Severity::Warning), "{name}");
+            sizes.push(payload(&model, &layers, &resolution));
+        }
+        assert!(sizes.windows(2).all(|pair| pair[0] == pair[1]), "{folder}: {sizes:?}");
+        // 64 divides the columns of nearly all weights; palettes and small tensors are little.
+        let bits = 8.0 * sizes[0] / model.parameters as f64;
+        assert!((4.25..4.45).contains(&bits), "{folder}: {bits:.3} bits a parameter");
+    }
+    let kmeans = &configs("configs/emoji")["kmeans-4bit"];
+    let dense = &configs("configs")["dense-4bit"];
+    assert_eq!(kmeans.palettize.as_ref().unwrap().rules, dense.palettize.as_ref().unwrap().rules);
+    assert!(kmeans.solver == SolverKind::Sequential && !kmeans.is_calibrated());
 }
 
 /// The name of the emoji in a prompt.

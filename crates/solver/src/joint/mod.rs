@@ -72,8 +72,10 @@ use super::{Hessian, Note, OutputMetric, OutputResidual};
 /// The result does not depend on the number of rayon threads.
 ///
 /// # Errors
-/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] if the factors are not those of this
-/// Hessian, dampening and order, or the output residual was made of other samples than the Hessian.
+/// As [`prune_with`] and [`palettize`]; [`Error::Argument`] for fixed values
+/// ([`PaletteOptions::quantizer`](squeeze_codebook::PaletteOptions)), if the factors are not those
+/// of this Hessian, dampening and order, or the output residual was made of other samples than the
+/// Hessian.
 ///
 /// [`palettize`]: super::palette::palettize
 /// [`prune_with`]: super::prune_with
@@ -208,6 +210,9 @@ fn checked(
     options: &JointOptions,
 ) -> Result<Tensor> {
     let flat = flat_for(weight, hessian)?;
+    if options.palettize.is_some_and(|palette| palette.quantizer.is_some()) {
+        return Err(Error::Argument(format!("`{name}`: fixed values with scales of blocks are not found jointly")));
+    }
     if factors.parts.len() as i64 != hessian.groups() || !factors.fit(options.dampening(), options.order()) {
         return Err(Error::State(format!("`{name}`: factors of another Hessian, dampening or order")));
     }

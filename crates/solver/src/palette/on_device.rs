@@ -22,7 +22,7 @@ fn kernels_for(device: Device, rows: usize, columns: usize, options: &PaletteOpt
     };
     let length = i64::try_from(group_rows.checked_mul(columns)?).ok()?;
     let groups = rows / group_rows.max(1);
-    let is_plain = !options.per_channel_scale && options.vector_length == 1;
+    let is_plain = !options.per_channel_scale && options.vector_length == 1 && options.quantizer.is_none();
     Kernels::of(device).filter(|_| is_plain && Kernels::takes_groups(groups, length))
 }
 

@@ -8,6 +8,7 @@ use squeeze_codebook::{Codebook, PaletteOptions};
 use super::histogram::{Counts, Histogram, Nearest};
 use super::layout::{Layout, sizes};
 use super::palettized::{Palettized, change, check_mask, squared_error};
+use super::rounding;
 use super::values::{Bucket, optimal_palette, palette_of_checked};
 use super::vectors::{self, STARTS};
 
@@ -26,11 +27,15 @@ use super::vectors::{self, STARTS};
 /// (1 if that is 0), and the palettized values are weight / s_o, rounded to fp16. As in
 /// coremltools, all channels of a group then have equal importance.
 ///
+/// With a quantizer the palette is fixed and not fitted, and each block of columns has a scale by
+/// its largest kept magnitude.
+///
 /// The result does not depend on the number of rayon threads.
 ///
 /// # Errors All name the layer. [`Error::Argument`]: a group size that is 0 or does not divide the
 /// channels, an axis above 1, vectors that do not fit, a shape with fewer than two dimensions or
-/// without weights, or one that the lengths of `weight` and `keep` do not fit.
+/// without weights, or one that the lengths of `weight` and `keep` do not fit; a quantizer with
+/// error feedback, which [`gptq`](crate::gptq()) takes.
 /// [`Error::NotFinite`]: NaN or infinity anywhere in the weight, even where it is pruned.
 pub fn palettize(
     name: &str,
@@ -42,7 +47,8 @@ pub fn palettize(
     solve(name, weight, shape, keep, None, options, STARTS)
 }
 
-/// As [`palettize`], but each palette minimises the sum of importance * error^2.
+/// As [`palettize`], but each palette minimises the sum of importance * error^2. Fixed palettes do
+/// not depend on the importance.
 /// [`Palettized::squared_error`] is still the sum of errors^2.
 ///
 /// `importance` [o, i, ...] must be finite and not negative. Weights of importance 0 get the
@@ -106,6 +112,9 @@ fn solve(
         let problem = format!("weight {at} of {count} is {}; palettes need finite weights", weight[at]);
         return Err(Error::NotFinite(format!("`{name}`: {problem}")));
     }
+    if options.quantizer.is_some() {
+        return rounding::round(name, weight, shape, keep, options);
+    }
     let layout = Layout::new(name, shape, options)?;
     if options.vector_length != 1 {
         return vectors::palettize(vectors::Weight { name, values: weight, shape, keep, importance, starts }, &layout, options);
@@ -139,7 +148,7 @@ fn solve(
             group_size,
             vector_length: 1,
             palettes: groups.iter().flat_map(|group| group.palette.iter().copied()).collect(),
-            scales,
+            scales: scales.map(Into::into),
         },
         indices,
         squared_error: 0.0,
