@@ -32,8 +32,8 @@ fn outputs(output: &Tensor) -> i64 {
 /// If a forward or a gradient has NaN or infinite values.
 pub(super) fn output_metrics(job: &Job<'_>, store: &Workspace, folder: &Path, progress: &dyn Progress) -> Result<OutputMetrics> {
     let probes = |name: &str| {
-        let recipe = job.layers.get(name).filter(|recipe| recipe.palettize.is_some())?;
-        Some(recipe.joint_options()?.effort.output_probes).filter(|probes| *probes > 0 && !store.has(name))
+        let probes = job.layers.get(name)?.output_probes();
+        Some(probes).filter(|probes| *probes > 0 && !store.has(name))
     };
     let Some(most) = job.layers.keys().filter_map(|name| probes(name)).max() else { return Ok(OutputMetrics::new()) };
     let mut sums: BTreeMap<String, OutputGradients> = BTreeMap::new();

@@ -28,7 +28,7 @@ use serde::Serialize;
 pub use size::{kept, stored_bytes};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
-use squeeze_solver::Hessian;
+use squeeze_solver::{Hessian, OutputGradients};
 use tch::Device;
 pub use tuning::TuningPlan;
 pub(crate) use tuning::{HELD_OUT, JUDGED, MOST_HELD_OUT, PROBES, joined};
@@ -164,7 +164,7 @@ impl Plan {
         let mut memory = memory;
         memory.carries_away = matches!(carries, CarriesIn::Host | CarriesIn::Files);
         if let Some(calls) = &calls {
-            memory.shared = shared_bytes(&parts);
+            memory.shared = shared_bytes(&parts) + metric_bytes(&parts, recipes);
             if memory.device.is_cuda() {
                 // Samples stay where they were drawn.
                 memory.shared += of_samples(calls, chain.config()) / 4 * memory.element_bytes;
@@ -333,6 +333,13 @@ fn shared_bytes(parts: &[Sketch]) -> u64 {
         bytes.max().unwrap_or(0)
     };
     of_input(LayerInput::Text) + of_input(LayerInput::Time)
+}
+
+/// Bytes of the metrics of outputs, which are measured before the first layer is solved.
+fn metric_bytes(parts: &[Sketch], recipes: &LayerRecipes) -> u64 {
+    let layers = parts.iter().flat_map(|sketch| sketch.part.layers());
+    let has_metric = |layer: &&Layer| recipes.get(layer.name()).is_some_and(|recipe| recipe.output_probes() > 0);
+    layers.filter(has_metric).map(|layer| OutputGradients::bytes(layer.weight().size()[0])).sum()
 }
 
 /// Sums over the compressed weights.

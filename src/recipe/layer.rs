@@ -60,6 +60,13 @@ impl LayerRecipe {
         self.batch_options().map(|options| options.dampening).or(of_gptq)
     }
 
+    /// The number of samples on which the metric of the layer's outputs is measured; 0 if indices
+    /// are not polished by it.
+    #[must_use]
+    pub fn output_probes(&self) -> usize {
+        self.palettize.and(self.joint).map_or(0, |effort| effort.output_probes)
+    }
+
     /// Whether compression needs the Hessian of the layer's input.
     #[must_use]
     pub fn needs_hessian(&self) -> bool {

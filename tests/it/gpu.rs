@@ -168,7 +168,7 @@ fn solve_on(device: Device, options: &JointOptions) -> Joint {
     let mut residual = OutputResidual::for_weight(InputGeometry::Linear, &[320, 700], device).unwrap();
     residual.add(&vectors, &to(0.05 * random([2100, 320], 6))).unwrap();
     let factors = JointFactors::new(&hessian, options.dampening(), options.order()).unwrap();
-    let evidence = LayerEvidence { residual: Some(&residual), held_out: Some(&held_out) };
+    let evidence = LayerEvidence { residual: Some(&residual), held_out: Some(&held_out), metric: None };
     joint("layer", &to(random([320, 700], 7)), &hessian, &factors, &evidence, options).unwrap()
 }
 

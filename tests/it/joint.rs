@@ -339,7 +339,7 @@ fn a_layer_makes_up_for_the_errors_before_it_as_far_as_it_can() {
             Order::Activation => JointOptions { prune: None, ..options },
         };
         let factors = JointFactors::new(&seen, options.dampening(), order).unwrap();
-        let beside = LayerEvidence { residual: Some(&correction), held_out: None };
+        let beside = LayerEvidence { residual: Some(&correction), ..LayerEvidence::default() };
         let found = joint("a", &weight, &seen, &factors, &beside, &options).unwrap();
         let target = found.target.unwrap();
         let best = weight.matmul(&a.inverse());
@@ -375,7 +375,7 @@ fn a_weight_that_palettes_hold_exactly_ends_no_worse_at_its_output_than_exact() 
             let lack = numbers(&[300, 16], 9) * size;
             let mut correction = OutputResidual::for_weight(InputGeometry::Linear, &[16, 24], Device::Cpu).unwrap();
             correction.add(&inputs, &lack).unwrap();
-            let beside = LayerEvidence { residual: Some(&correction), held_out: None };
+            let beside = LayerEvidence { residual: Some(&correction), ..LayerEvidence::default() };
             let found = joint("layer", &weight, &hessian, &factors, &beside, &options).unwrap();
             let exact = Vec::<f16>::try_from(weight.to_kind(Kind::Half).flatten(0, -1)).unwrap();
             let target = found.target.as_ref().unwrap();
@@ -396,7 +396,7 @@ fn what_is_worse_on_held_out_samples_is_not_taken() {
     let options = JointOptions::new(None, Some(palette(3, Some(16))));
     let factors = JointFactors::new(&seen, options.dampening(), options.order()).unwrap();
     let solve = |vectors: &Tensor| {
-        let beside = LayerEvidence { residual: None, held_out: Some(vectors) };
+        let beside = LayerEvidence { held_out: Some(vectors), ..LayerEvidence::default() };
         joint("a", &weight, &seen, &factors, &beside, &options).unwrap()
     };
     assert!(solve(&alike).notes.is_empty(), "{:?}", solve(&alike).notes);

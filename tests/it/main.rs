@@ -25,6 +25,7 @@ mod joint;
 mod lora;
 mod matrices;
 mod memory;
+mod output_metric;
 mod outputs;
 mod overflow;
 mod palettes;

@@ -9,9 +9,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::matrix::to_vec;
 
-/// Neighbouring output channels whose errors are weighed against each other. SDXL's heads have as
-/// many, and a layer with o channels takes o of these rows in place of o².
-const BLOCK: usize = 64;
+/// Neighbouring output channels whose errors are weighed against each other. A layer with o
+/// channels takes o rows of so many numbers in place of o².
+const BLOCK: usize = 128;
 
 /// The share of the mean diagonal in the metric's diagonal: few gradients are noisy, and an error
 /// that has no effect by them may have one elsewhere.
@@ -38,6 +38,13 @@ impl OutputGradients {
         let sizes = (0..outputs).step_by(BLOCK).map(|start| (outputs - start).min(BLOCK as i64));
         let blocks = sizes.map(|size| Ok(Tensor::f_zeros([size, size], (Kind::Float, device))?)).collect::<Result<_>>()?;
         Ok(OutputGradients { blocks, outputs })
+    }
+
+    /// Bytes of a layer with so many output channels.
+    #[must_use]
+    pub fn bytes(outputs: i64) -> u64 {
+        let sizes = (0..outputs).step_by(BLOCK).map(|start| (outputs - start).min(BLOCK as i64));
+        sizes.map(|size| 4 * size.unsigned_abs().pow(2)).sum()
     }
 
     /// Adds the gradients of an output: [.., o] of a Linear, [b, o, h, w] of a convolution.
@@ -154,18 +161,18 @@ mod tests {
 
     #[test]
     fn the_metric_is_the_shrunk_second_moment_of_the_gradients() -> Result<()> {
-        // 70 channels: a block of 64 and one of 6.
-        let gradients = Tensor::f_from_slice(&(0..5 * 70).map(|n| ((n * 37 % 23) as f32 - 11.0) / 7.0).collect::<Vec<_>>())?;
-        let gradients = gradients.f_reshape([1, 5, 70])?;
-        let mut sums = OutputGradients::new(70, Device::Cpu)?;
+        // 134 channels: a block of 128 and one of 6.
+        let gradients = Tensor::f_from_slice(&(0..5 * 134).map(|n| ((n * 37 % 23) as f32 - 11.0) / 7.0).collect::<Vec<_>>())?;
+        let gradients = gradients.f_reshape([1, 5, 134])?;
+        let mut sums = OutputGradients::new(134, Device::Cpu)?;
         sums.add(&gradients)?;
         // A convolution's output, channels second.
-        sums.add(&gradients.f_reshape([5, 70, 1, 1])?)?;
+        sums.add(&gradients.f_reshape([5, 134, 1, 1])?)?;
         let metric = sums.metric()?.expect("gradients that are not zero");
-        let flat = gradients.f_reshape([5, 70])?.f_to_kind(Kind::Double)?;
+        let flat = gradients.f_reshape([5, 134])?.f_to_kind(Kind::Double)?;
         let whole = flat.f_transpose(0, 1)?.f_mm(&flat)?;
         let whole = whole.f_div_scalar(f64::try_from(&whole.f_diag(0)?.f_mean(Kind::Double)?)?)?;
-        assert_eq!((metric.outputs(), metric.blocks(), metric.rows(1)), (70, 2, 64..70));
+        assert_eq!((metric.outputs(), metric.blocks(), metric.rows(1)), (134, 2, 128..134));
         for block in 0..2 {
             let rows = metric.rows(block);
             for (at, value) in metric.block(block).iter().enumerate() {
@@ -176,10 +183,10 @@ mod tests {
             }
         }
         // Products are those of the whole block-diagonal matrix.
-        let x = Tensor::f_eye(70, (Kind::Float, Device::Cpu))?;
-        let product = metric.times(&(0..70), &x)?;
-        assert!((product.f_double_value(&[3, 5])? - f64::from(metric.block(0)[3 * 64 + 5])).abs() < 1e-6);
-        assert_eq!(product.f_double_value(&[3, 65])?, 0.0);
+        let x = Tensor::f_eye(134, (Kind::Float, Device::Cpu))?;
+        let product = metric.times(&(0..134), &x)?;
+        assert!((product.f_double_value(&[3, 5])? - f64::from(metric.block(0)[3 * 128 + 5])).abs() < 1e-6);
+        assert_eq!(product.f_double_value(&[3, 130])?, 0.0);
         Ok(())
     }
 

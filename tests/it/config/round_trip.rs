@@ -162,7 +162,7 @@ fn config() -> impl Strategy<Value = String> {
         optional("sweep", any::<bool>().prop_map(|on| on.to_string())),
         optional("polish", any::<bool>().prop_map(|on| on.to_string())),
     )
-        .prop_map(|(a, b, c, d, e)| mapping(vec![a, b, c, d, e]));
+        .prop_map(|(a, b, c, d, e, f)| mapping(vec![a, b, c, d, e, f]));
     let target = prop_oneof![
         (1..=1u64 << 50).prop_map(|bytes| format!("target_size: {bytes}")),
         (1..=160u32).prop_map(|tenths| format!("target_bits: {}", f64::from(tenths) / 10.0)),
