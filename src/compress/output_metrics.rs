@@ -1,6 +1,7 @@
 //! The metrics of the outputs of layers that are polished by them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 
 use squeeze_base::error::{Error, Result};
@@ -41,10 +42,10 @@ pub(super) fn output_metrics(job: &Job<'_>, store: &Workspace, folder: &Path, pr
         if probes(layer).is_none() {
             return Ok(());
         }
-        if !sums.contains_key(layer) {
-            sums.insert(layer.to_owned(), OutputGradients::new(outputs(gradient), gradient.device())?);
-        }
-        let sum = sums.get_mut(layer).expect("it was just put there");
+        let sum = match sums.entry(layer.to_owned()) {
+            Entry::Occupied(sum) => sum.into_mut(),
+            Entry::Vacant(free) => free.insert(OutputGradients::new(outputs(gradient), gradient.device())?),
+        };
         sum.add(gradient).map_err(Error::layer(layer))
     })?;
     let metric = |(name, sum): (String, OutputGradients)| {

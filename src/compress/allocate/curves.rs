@@ -227,14 +227,58 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
             }
         }
         add(LayerRecipe { prune: None, palettize: None, ..base.clone() });
-        if base.prune.is_some() {
-            for (share, bits) in SPARSE {
-                if share <= limits.max_sparsity && bits >= limits.min_bits {
-                    add(with(bits, None, Some(share)));
+        match base.prune.map(|prune| prune.sparsity) {
+            Some(Sparsity::Unstructured(_)) => {
+                for (share, bits) in SPARSE {
+                    if share <= limits.max_sparsity && bits >= limits.min_bits {
+                        add(with(bits, None, Some(share)));
+                    }
                 }
             }
+            // Whoever asks for n:m needs it where weights are pruned at all.
+            Some(Sparsity::NOfM(_)) if share <= limits.max_sparsity => {
+                for bits in [BitWidth::Two, BitWidth::Three, BitWidth::Four, BitWidth::Six] {
+                    if bits >= limits.min_bits {
+                        add(LayerRecipe { prune: base.prune, ..with(bits, None, None) });
+                    }
+                }
+            }
+            Some(Sparsity::NOfM(_)) | None => {}
         }
         settings.insert(name.clone(), all);
     }
     settings
+}
+
+#[cfg(test)]
+mod tests {
+    use squeeze_codebook::{NmRatio, PruneMethod};
+
+    use super::*;
+
+    #[test]
+    fn layers_are_pruned_in_the_pattern_that_was_asked_for_or_not_at_all() {
+        let limits = |max_sparsity| Limits { min_bits: BitWidth::Three, max_sparsity, vectors: true };
+        let shapes = BTreeMap::from([("a".to_owned(), vec![64, 64])]);
+        let of = |sparsity, max_sparsity| {
+            let prune = Some(PruneOptions { sparsity, ..PruneOptions::default() });
+            let palettize = Some(PaletteOptions { bits: BitWidth::Four, ..PaletteOptions::default() });
+            let base = LayerRecipe { prune, method: PruneMethod::SparseGpt, palettize, joint: Some(Effort::default()) };
+            settings(&LayerRecipes::from([("a".to_owned(), base)]), &shapes, &limits(max_sparsity)).remove("a").unwrap()
+        };
+        let pruned = |all: &[LayerRecipe]| -> Vec<(Sparsity, BitWidth)> {
+            all.iter().filter_map(|recipe| Some((recipe.prune?.sparsity, recipe.palettize?.bits))).collect()
+        };
+        let pattern = Sparsity::NOfM(NmRatio { n: 2, m: 4 });
+        let all = of(pattern, 0.6);
+        assert_eq!(pruned(&all), [BitWidth::Four, BitWidth::Three, BitWidth::Six].map(|bits| (pattern, bits)));
+        assert!(all.iter().any(|recipe| recipe.prune.is_none()));
+        assert_eq!(pruned(&of(pattern, 0.4)), []);
+        let shares = pruned(&of(Sparsity::Unstructured(0.4), 0.5));
+        assert!(
+            shares.len() == 4
+                && shares.iter().all(|(sparsity, _)| matches!(sparsity, Sparsity::Unstructured(share) if *share <= 0.5)),
+            "{shares:?}"
+        );
+    }
 }

@@ -9,9 +9,9 @@
 //! [`palettize`](super::palette::palettize).
 //!
 //! Every step minimises tr((W - W0) H (W - W0)^T) with the damped H. If the metric M of the layer's
-//! outputs is known, a last polish of the indices minimises tr(M (W - W0) H (W - W0)^T). Products with H are matrix
-//! products; all other work goes row by row. On a GPU, [`on_device`] does the same by tensor
-//! operations.
+//! outputs is known, a last polish of the indices minimises tr(M (W - W0) H (W - W0)^T). Products
+//! with H are matrix products; all other work goes row by row. On a GPU, [`on_device`] does the
+//! same by tensor operations, without the metric.
 
 mod entries;
 mod exact;

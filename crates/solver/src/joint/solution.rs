@@ -86,8 +86,8 @@ impl Solution {
         Self::of(problem, weight, Some(first))
     }
 
-    /// What the solution is judged by: its loss by the metric of the outputs, or by H alone if there
-    /// is none.
+    /// What the solution is judged by: its loss by the metric of the outputs, or by H alone if
+    /// there is none.
     pub(super) fn cost(&self, problem: &Problem<'_>, metric: Option<&OutputMetric>) -> Result<f64> {
         metric.map_or(Ok(self.loss.bare), |metric| output_polish::loss(problem, metric, |at| self.weight[at].to_f32()))
     }
