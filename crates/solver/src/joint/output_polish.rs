@@ -12,7 +12,7 @@ use squeeze_base::error::Result;
 use tch::Tensor;
 
 use super::super::matrix::to_vec;
-use super::polish::{BLOCK, PASSES, gradient};
+use super::polish::{Columns, PASSES, Piece, block_by_block};
 use super::problem::{Data, Problem, dots};
 use super::sorted_codebook::{Entries, SortedCodebook, Tables};
 use crate::OutputMetric;
@@ -39,45 +39,11 @@ pub(super) fn loss(problem: &Problem<'_>, metric: &OutputMetric, weight: impl Fn
 ///
 /// It costs about two products with H. Returns the number of weights that changed.
 pub(super) fn polish_outputs(problem: &Problem<'_>, sorted: &mut SortedCodebook, metric: &OutputMetric) -> Result<usize> {
-    let data = &problem.data;
-    let d = data.columns;
-    let mut changed = 0;
-    for (part, rows) in problem.chunks() {
-        let part = problem.part(part);
-        let count = rows.len() as i64;
-        let change = data.change(&rows, |at| if data.kept(at) { sorted.value(at, d) } else { 0.0 });
-        let change = Tensor::f_from_slice(&change)?.f_reshape([count, d as i64])?.f_to_device(part.h.device())?;
-        for panel in 0..part.h.count() {
-            let panel_rows = part.h.rows(panel);
-            for start in (panel_rows.start..panel_rows.end).step_by(BLOCK as usize) {
-                let end = panel_rows.end.min(start + BLOCK);
-                let (gradient, corner) = gradient(&part.h, &change, panel, start, end)?;
-                let columns = Columns {
-                    corner: &to_vec(&corner)?,
-                    diagonal: &part.diagonal[start as usize..end as usize],
-                    first: start as usize,
-                };
-                let gradient = to_vec(&metric.times(&rows, &gradient)?)?;
-                let (moved, number) = polish_columns(problem, sorted, metric, &rows, columns, gradient);
-                if number > 0 {
-                    changed += number;
-                    let moved = Tensor::f_from_slice(&moved)?.f_reshape([count, end - start])?.f_to_device(part.h.device())?;
-                    let _ = change.f_narrow(1, start, end - start)?.f_add_(&moved)?;
-                }
-            }
-        }
-    }
-    Ok(changed)
-}
-
-/// Some neighbouring columns of H.
-#[derive(Clone, Copy)]
-struct Columns<'a> {
-    /// The diagonal block [b, b] of H.
-    corner: &'a [f32],
-    diagonal: &'a [f32],
-    /// The number of the first column.
-    first: usize,
+    block_by_block(problem, sorted, |sorted, piece| {
+        let Piece { rows, columns, gradient } = piece;
+        let gradient = to_vec(&metric.times(&rows, &gradient)?)?;
+        Ok(polish_columns(problem, sorted, metric, &rows, columns, gradient))
+    })
 }
 
 /// Polishes some columns of `rows`. Returns the change of each weight, and the number of weights

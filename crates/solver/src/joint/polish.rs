@@ -1,5 +1,7 @@
 //! Coordinate descent over the indices, weight by weight.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use squeeze_base::error::Result;
@@ -24,6 +26,39 @@ pub(super) const PASSES: usize = 2;
 ///
 /// It costs about one product with H. Returns the number of weights that changed.
 pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Result<usize> {
+    block_by_block(problem, sorted, |sorted, piece| {
+        let Piece { gradient, rows, columns } = piece;
+        let Columns { corner, diagonal, first } = columns;
+        let block = Block { gradient: to_vec(&gradient)?, corner, row: rows.start, column: first };
+        Ok(polish_block(problem, sorted, block, diagonal))
+    })
+}
+
+/// Some rows of the weight at some neighbouring columns.
+pub(super) struct Piece<'a> {
+    pub rows: Range<usize>,
+    pub columns: Columns<'a>,
+    /// (W - W0) H there.
+    pub gradient: Tensor,
+}
+
+/// Neighbouring columns of H.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Columns<'a> {
+    /// The diagonal block [b, b] of H.
+    pub corner: &'a [f32],
+    pub diagonal: &'a [f32],
+    /// The number of the first column.
+    pub first: usize,
+}
+
+/// Goes over the weight, some rows and columns at a time. `polish` changes indices there, and
+/// returns the change of each weight and how many changed. Returns the number of all that changed.
+pub(super) fn block_by_block(
+    problem: &Problem<'_>,
+    sorted: &mut SortedCodebook,
+    mut polish: impl FnMut(&mut SortedCodebook, Piece<'_>) -> Result<(Vec<f32>, usize)>,
+) -> Result<usize> {
     let data = &problem.data;
     let d = data.columns;
     let mut changed = 0;
@@ -33,19 +68,18 @@ pub(super) fn polish(problem: &Problem<'_>, sorted: &mut SortedCodebook) -> Resu
         let change = data.change(&rows, |at| if data.kept(at) { sorted.value(at, d) } else { 0.0 });
         let change = Tensor::f_from_slice(&change)?.f_reshape([count, d as i64])?.f_to_device(part.h.device())?;
         for panel in 0..part.h.count() {
-            let mut start = part.h.rows(panel).start;
-            while start < part.h.rows(panel).end {
-                let end = part.h.rows(panel).end.min(start + BLOCK);
+            let of_panel = part.h.rows(panel);
+            for start in (of_panel.start..of_panel.end).step_by(BLOCK as usize) {
+                let end = of_panel.end.min(start + BLOCK);
                 let (gradient, corner) = gradient(&part.h, &change, panel, start, end)?;
-                let (gradient, corner) = (to_vec(&gradient)?, to_vec(&corner)?);
-                let block = Block { gradient, corner, row: rows.start, column: start as usize };
-                let (moved, number) = polish_block(problem, sorted, block, &part.diagonal[start as usize..end as usize]);
+                let (corner, diagonal) = (to_vec(&corner)?, &part.diagonal[start as usize..end as usize]);
+                let columns = Columns { corner: &corner, diagonal, first: start as usize };
+                let (moved, number) = polish(sorted, Piece { rows: rows.clone(), columns, gradient })?;
                 if number > 0 {
                     changed += number;
                     let moved = Tensor::f_from_slice(&moved)?.f_reshape([count, end - start])?.f_to_device(part.h.device())?;
                     let _ = change.f_narrow(1, start, end - start)?.f_add_(&moved)?;
                 }
-                start = end;
             }
         }
     }
@@ -68,15 +102,15 @@ pub(super) fn gradient(h: &Triangle, change: &Tensor, panel: usize, start: i64, 
 
 /// The gradient [rows, b] of some columns, the diagonal block [b, b] of H, and the row and column
 /// of the first element.
-struct Block {
+struct Block<'a> {
     gradient: Vec<f32>,
-    corner: Vec<f32>,
+    corner: &'a [f32],
     row: usize,
     column: usize,
 }
 
 /// Polishes a block. Returns the change of each weight, and the number of weights that changed.
-fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block, diagonal: &[f32]) -> (Vec<f32>, usize) {
+fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block<'_>, diagonal: &[f32]) -> (Vec<f32>, usize) {
     let data = &problem.data;
     let Block { mut gradient, corner, row, column } = block;
     let (width, length) = (diagonal.len(), sorted.vector_length);
@@ -88,7 +122,7 @@ fn polish_block(problem: &Problem<'_>, sorted: &mut SortedCodebook, block: Block
         let row = row + vector * length;
         let start = row * data.columns + column;
         let rows = PolishedRows { gradient, moved, indices: &mut indices[column..column + width] };
-        length * rows.polish(&corner, diagonal, sorted.of_row(row), |j| data.kept(start + j))
+        length * rows.polish(corner, diagonal, sorted.of_row(row), |j| data.kept(start + j))
     });
     let number = numbers.sum();
     sorted.indices = indices;
