@@ -13,12 +13,15 @@ use tch::Tensor;
 
 use super::super::matrix::to_vec;
 use super::polish::{Columns, PASSES, Piece, block_by_block};
-use super::problem::{Data, Problem, dots};
+use super::problem::{Data, Problem, ROWS, dots};
 use super::sorted_codebook::{Entries, SortedCodebook, Tables};
 use crate::OutputMetric;
 
 /// Rounds over the weight, at most.
 pub(super) const TURNS: usize = 3;
+
+// Rows that are multiplied with H at once are whole blocks of the metric.
+const _: () = assert!(ROWS.is_multiple_of(OutputMetric::BLOCK));
 
 /// tr(M D H D^T) of the change D = W - W0, by the damped H.
 pub(super) fn loss(problem: &Problem<'_>, metric: &OutputMetric, weight: impl Fn(usize) -> f32 + Sync) -> Result<f64> {
@@ -94,14 +97,14 @@ impl Matrices<'_> {
     /// Polishes the rows by the palettes of all groups. Blocks of the metric do not affect each
     /// other, so threads share them. Returns the number of weights that changed.
     fn polish<const V: usize, T: Entries<V> + Sync>(self, place: &Place<'_>, tables: &[T]) -> usize {
-        const ROWS: usize = OutputMetric::BLOCK;
+        const BLOCK: usize = OutputMetric::BLOCK;
         let (width, d) = (place.columns.diagonal.len(), place.data.columns);
-        let values = self.gradient.par_chunks_mut(width * ROWS).zip(self.moved.par_chunks_mut(width * ROWS));
-        let blocks = values.zip(self.indices.par_chunks_mut(d * ROWS / V)).enumerate();
+        let values = self.gradient.par_chunks_mut(width * BLOCK).zip(self.moved.par_chunks_mut(width * BLOCK));
+        let blocks = values.zip(self.indices.par_chunks_mut(d * BLOCK / V)).enumerate();
         let numbers = blocks.map(|(block, ((gradient, moved), indices))| {
             let of_block = Matrices { gradient, moved, indices };
-            let metric = place.metric.block(place.first_row / ROWS + block);
-            let first = place.first_row + block * ROWS;
+            let metric = place.metric.block(place.first_row / BLOCK + block);
+            let first = place.first_row + block * BLOCK;
             Arch::new().dispatch(Descent::<V, T> { of_block, metric, first, place, tables })
         });
         numbers.sum()

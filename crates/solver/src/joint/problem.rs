@@ -9,7 +9,7 @@ use super::factors::{JointFactors, Part};
 use super::row::dot;
 
 /// The number of rows that are multiplied with H at once.
-const ROWS: usize = 512;
+pub(super) const ROWS: usize = 512;
 
 /// The problem: find W [o, d] on the mask such that tr((W - W0) H (W - W0)^T) is small, H being the
 /// damped Hessian. All matrices are row-major, and columns are in the order of the factors.
