@@ -331,6 +331,7 @@ keys! {
         TURNS: usize = ("turns", kinds::REPEATS, Preset::Of(|| count(Effort::default().turns)));
         /// Samples on which the effect of errors in each layer's outputs on the network's output is
         /// measured, to move errors to where the network does not notice them; 0 leaves that out.
+        /// On a GPU the host then solves the palettized layers.
         OUTPUT_PROBES: usize = (
             "output_probes",
             kinds::REPEATS,

@@ -69,6 +69,8 @@ pub enum Note {
     },
     /// The joint solver does not support palettes of this form; the palettizer made them.
     NotJoint,
+    /// Indices were to be polished by the metric of the layer's outputs, which is not there.
+    NoMetric,
 }
 
 impl fmt::Display for Note {
@@ -101,6 +103,9 @@ impl fmt::Display for Note {
                     "on held-out samples the joint solution's error was {ratio:.2} times the sequential one's, which was taken"
                 )
             }
+            Note::NoMetric => f.write_str(
+                "not polished by the effect of its errors on the network's output: none was measured, or its outputs are in groups",
+            ),
             Note::NotJoint => {
                 f.write_str("palettes along input channels or with scales are made after pruning, not jointly with it")
             }

@@ -44,7 +44,7 @@ pub use on_device::DeviceJoint;
 pub use options::JointOptions;
 use options::along_outputs;
 pub use outcome::{Joint, LayerEvidence};
-use outcome::{LEAST_STEP_GAIN, best_of, first_mask};
+use outcome::{LEAST_STEP_GAIN, best_of, first_mask, first_notes};
 use problem::{Data, Loss, Problem};
 use rayon::prelude::*;
 use solution::Solution;
@@ -102,7 +102,7 @@ pub fn joint(
         flat = corrected(&flat, residual, factors, &natural)?;
         target = Some(flat.f_to_device(Device::Cpu)?.f_reshape(weight.size())?);
     }
-    let mut notes = factors.notes().to_vec();
+    let mut notes = first_notes(factors, evidence, options);
     let pruned = first_mask(&flat, hessian, factors, options, &mut notes)?;
     let bools = |mask: &Tensor| -> Result<Vec<bool>> { Ok(Vec::try_from(&mask.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?) };
     let mask = match (&pruned, options.prune) {

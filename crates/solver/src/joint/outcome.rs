@@ -49,6 +49,13 @@ pub struct Joint {
     pub notes: Vec<Note>,
 }
 
+/// The notes that are there before anything is solved.
+pub(super) fn first_notes(factors: &JointFactors, evidence: &LayerEvidence<'_>, options: &JointOptions) -> Vec<Note> {
+    let asks_for_metric = options.effort.output_probes > 0 && options.palettize.is_some() && !options.trial;
+    let note = (asks_for_metric && evidence.metric.is_none()).then_some(Note::NoMetric);
+    factors.notes().iter().copied().chain(note).collect()
+}
+
 /// SparseGPT's mask and weights; `None` if the options prune nothing.
 pub(super) fn first_mask(
     flat: &Tensor,

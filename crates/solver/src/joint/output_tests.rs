@@ -143,6 +143,14 @@ fn a_layer_is_solved_for_the_outputs_that_count() {
         };
         assert!(cost(&by_metric) < 0.8 * cost(&plain), "{} {}", cost(&by_metric), cost(&plain));
         assert!(by_metric.loss > plain.loss);
+        let probes = Effort { output_probes: 8, ..options.effort };
+        let asked = JointOptions { effort: probes, ..options };
+        let of = |metric| {
+            let evidence = LayerEvidence { metric, ..LayerEvidence::default() };
+            joint("layer", &weight, &hessian, &factors, &evidence, &asked).unwrap().notes
+        };
+        assert!(of(None).contains(&Note::NoMetric) && !of(Some(&metric)).contains(&Note::NoMetric));
+        assert!(!plain.notes.contains(&Note::NoMetric));
     }
     // A metric of another layer is refused.
     let options = JointOptions::new(None, Some(PaletteOptions::default()));

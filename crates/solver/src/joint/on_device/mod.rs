@@ -27,7 +27,7 @@ use super::super::palette::Palettized;
 use super::exact;
 use super::factors::JointFactors;
 use super::options::{JointOptions, along_outputs};
-use super::outcome::{Joint, LEAST_STEP_GAIN, LayerEvidence, best_of, first_mask};
+use super::outcome::{Joint, LEAST_STEP_GAIN, LayerEvidence, best_of, first_mask, first_notes};
 use crate::{Hessian, Note};
 use host::{bools, on_host};
 use least_squares::MaskedLeastSquares;
@@ -101,7 +101,7 @@ pub(super) fn solve(
     evidence: &LayerEvidence<'_>,
     options: &JointOptions,
 ) -> Result<DeviceJoint> {
-    let mut notes = factors.notes().to_vec();
+    let mut notes = first_notes(factors, evidence, options);
     let mut problem = Problem::new(factors, &flat)?;
     let mut target = None;
     let mut uncompressed = None;
