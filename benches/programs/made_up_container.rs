@@ -42,6 +42,7 @@ fn main() -> Result<()> {
         unet_config: ConfigFile::read(&config)?.into_entries(),
         recipe: json!({ "made_up": { "bits": bits, "group_size": group_size, "sparsity": sparsity } }),
         sources: Vec::new(),
+        prediction_type: None,
     };
     let mut writer = ContainerWriter::create(Path::new(out), info)?;
     let mut random = ChaCha8Rng::seed_from_u64(1);

@@ -9,7 +9,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Progress;
 use squeeze_numerics::device::Placement;
 
-use super::{Calls, PromptSet, Sample, Samples, encode, feed, record, spread};
+use super::{Calls, PromptSet, Sample, Samples, encode, feed, record};
 use crate::config::{CalibrationSection, Feed};
 use crate::recipe::RunOptions;
 
@@ -133,7 +133,7 @@ impl Mix {
             let recorded = record(folder, guidances, unet, set, wanted, progress)?;
             samples.notes.extend(recorded.notes.into_iter().map(|note| format!("{} feed: {note}", set.feed.name())));
             let mut calls = recorded.calls.into_iter();
-            for (number, steps) in spread(own, set.calls()?, wanted).into_iter().enumerate() {
+            for (number, steps) in set.spread_over(own, wanted)?.into_iter().enumerate() {
                 by_prompt[number * self.sets.len() + index].extend(calls.by_ref().take(steps.len()));
             }
         }
@@ -219,10 +219,18 @@ pub fn settings_for(folder: &PipelineFolder, section: &CalibrationSection, feed:
         steps: steps.unwrap_or(defaults.steps),
         guidance: guidance.unwrap_or(defaults.guidance),
         guidance_rescale: section.guidance_rescale,
+        denoising_start: denoising_start(folder, section),
         feed,
         reading: section.reading,
         size: folder.picture_size(section.size)?,
     })
+}
+
+/// The share of the timesteps, from pure noise on, at which no samples are taken.
+#[must_use]
+pub fn denoising_start(folder: &PipelineFolder, section: &CalibrationSection) -> f64 {
+    let of_model = if folder.requires_aesthetics_score { CalibrationSection::REFINER_START } else { 0.0 };
+    section.denoising_start.unwrap_or(of_model)
 }
 
 /// Steps and guidance of the calibration runs of a model, where the config gives none.

@@ -24,6 +24,8 @@ pub struct PromptSet {
     pub scheduler: SchedulerConfig,
     /// Seed of the first prompt's noise; each further prompt has the next.
     pub seed: u64,
+    /// The share of the timesteps, from pure noise on, at which no samples are taken.
+    pub denoising_start: f64,
     /// Denoising steps.
     pub steps: usize,
     /// Guidance scale; 1 is none.
@@ -46,6 +48,63 @@ impl PromptSet {
     /// If the sampler cannot be made.
     pub fn calls(&self) -> Result<usize> {
         Ok(self.scheduler.scheduler(self.steps)?.timesteps().len())
+    }
+
+    /// The timesteps that the model was trained on and is used at, in no order.
+    ///
+    /// # Errors
+    /// As [`calls`](Self::calls).
+    pub fn used_timesteps(&self) -> Result<Vec<f64>> {
+        let before = self.end_of_used()?;
+        let timesteps = self.scheduler.training_timesteps()?.into_iter();
+        Ok(timesteps.filter(|timestep| before.is_none_or(|before| *timestep < before)).collect())
+    }
+
+    /// The lowest timestep of training that is not used, of which there is one below; `None` if all
+    /// are used.
+    fn end_of_used(&self) -> Result<Option<f64>> {
+        if self.denoising_start == 0.0 {
+            return Ok(None);
+        }
+        let mut timesteps = self.scheduler.training_timesteps()?;
+        timesteps.sort_by(f64::total_cmp);
+        // `discrete_timestep_cutoff` in diffusers' `get_timesteps`.
+        let count = timesteps.len() as f64;
+        let used = (count - self.denoising_start * count).round_ties_even() as usize;
+        Ok(timesteps.get(used.max(1)).copied())
+    }
+
+    /// The first of the UNet's calls for a prompt of which samples are taken. The calls before it
+    /// are at timesteps at which another model is used.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if none of the calls is late enough; if the sampler cannot be made.
+    pub fn first_used(&self) -> Result<usize> {
+        let Some(before) = self.end_of_used()? else { return Ok(0) };
+        let (start, steps) = (self.denoising_start, self.steps);
+        let timesteps = self.scheduler.scheduler(steps)?.timesteps().to_vec();
+        timesteps.iter().position(|timestep| *timestep < before).ok_or_else(|| {
+            Error::Argument(format!("none of {steps} steps is after the share {start} of `denoising_start`; give more steps"))
+        })
+    }
+
+    /// The number of the UNet's calls for each prompt of which samples are taken.
+    ///
+    /// # Errors
+    /// As [`calls`](Self::calls) and [`first_used`](Self::first_used).
+    pub fn used_calls(&self) -> Result<usize> {
+        Ok(self.calls()? - self.first_used()?)
+    }
+
+    /// The choice of `wanted` calls out of those of `runs` runs that are used: for each its steps,
+    /// as [`spread`] chooses them.
+    ///
+    /// # Errors
+    /// As [`used_calls`](Self::used_calls).
+    pub fn spread_over(&self, runs: usize, wanted: usize) -> Result<Vec<Vec<usize>>> {
+        let first = self.first_used()?;
+        let kept = spread(runs, self.calls()? - first, wanted);
+        Ok(kept.into_iter().map(|steps| steps.into_iter().map(|step| first + step).collect()).collect())
     }
 
     /// The pieces of 77 tokens in which each prompt is encoded: as many as the longest has, because
@@ -145,14 +204,21 @@ pub fn record(
     let scale = folder.vae.scale();
     let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
     let mut samples = Samples::default();
-    let steps = set.calls()?;
+    let steps = set.used_calls()?;
     let available = set.prompts.len() * steps;
     if available < wanted {
         samples
             .notes
             .push(format!("{wanted} samples were asked for; {} prompts of {steps} calls have {available}", set.prompts.len()));
     }
-    let kept = spread(set.prompts.len(), steps, wanted);
+    let kept = set.spread_over(set.prompts.len(), wanted)?;
+    if set.denoising_start > 0.0 {
+        samples.notes.push(format!(
+            "samples are taken after the share {} of the timesteps (`denoising_start`): of {steps} of the {} calls for each prompt",
+            set.denoising_start,
+            set.calls()?
+        ));
+    }
     let mut pictures = None;
     if let Some(Guidance { conditioning: Conditioning { encoder_hidden_states: like, .. }, .. }) = guidances.first() {
         pictures = PicturesInTurn::load(folder, set.size, Placement { device: like.device(), kind: like.f_kind()? })?;

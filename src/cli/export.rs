@@ -274,7 +274,11 @@ impl OpenedUnet {
     fn weights(&self) -> Result<UnetWeights<'_>> {
         match (&self.unet, &self.pipeline) {
             (Unet::Container(container), _) => Ok(container.as_ref().into()),
-            (Unet::Dense(weights), Some(pipeline)) => Ok(UnetWeights::Dense { weights, config: pipeline.unet_config() }),
+            (Unet::Dense(weights), Some(pipeline)) => Ok(UnetWeights::Dense {
+                weights,
+                config: pipeline.unet_config(),
+                prediction_type: Some(pipeline.scheduler.prediction()),
+            }),
             (Unet::Dense(_), None) => Err(Error::internal("dense weights without their pipeline")),
         }
     }

@@ -152,5 +152,7 @@ fn inspect_container(container: &Container, json: bool, summary: bool) -> Result
         count(stored),
         bytes(halves),
     ));
+    let predicts = container.info().prediction_type.as_deref().map(|prediction| format!("predicts {prediction}\n"));
+    text.push_str(predicts.as_deref().unwrap_or("what it predicts is not recorded; its model's sampler says it\n"));
     stdout::print(&text)
 }

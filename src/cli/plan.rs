@@ -167,7 +167,7 @@ fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
         let set = settings(&folder, &config.calibration)?;
         // A plan can be made before the prompts are there.
         if let (Ok(prompts), Ok(each)) = (config.calibration.prompts.load(), set.calls()) {
-            calls.count = calls.count.min(prompts.len().saturating_mul(each));
+            calls.count = calls.count.min(prompts.len().saturating_mul(set.used_calls()?));
             let prompts = prompts.len().min(calls.count);
             drawing.calls = prompts.saturating_mul(each) as u64;
             drawing.batches = calls.drawn_batches(prompts).saturating_mul(each) as u64;
@@ -186,6 +186,10 @@ fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
 fn of_drawing(set: &PromptSet, folder: &PipelineFolder, config: &RunConfig) -> Result<String> {
     let calls = set.calls()?;
     let calls = if calls == set.steps { String::new() } else { format!(" ({calls} calls of the UNet)") };
+    let calls = match set.used_calls()? {
+        used if used == set.calls()? => calls,
+        used => format!("{calls}, of whose calls the last {used} give samples (denoising_start {})", set.denoising_start),
+    };
     let rescale = if set.guidance_rescale > 0.0 { format!(" rescaled by {}", set.guidance_rescale) } else { String::new() };
     let skip = if set.reading.clip_skip > 0 { format!(", clip_skip {}", set.reading.clip_skip) } else { String::new() };
     let reading = if set.reading.long_prompts { skip + ", long prompts in pieces" } else { skip };

@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 use super::judging::Judging;
 use super::pairs::{self, Pair};
 use super::results::{Measured, ModelResults, Share};
-use crate::calibration::{PicturesInTurn, Sample, spread};
+use crate::calibration::{PicturesInTurn, Sample};
 use crate::report::metrics::{psnr, ssim};
 
 /// What is judged, and how.
@@ -64,7 +64,8 @@ impl<'a> Judge<'a> {
     /// [`Error::Argument`] if there are no prompts or no noises, or the sampler cannot be made.
     pub(super) fn new(folder: &'a PipelineFolder, judging: &'a Judging, placement: Placement) -> Result<Self> {
         let pairs = pairs::pairs(judging.set.prompts.len(), judging.set.seed, judging.seeds)?;
-        let kept = spread(pairs.len(), judging.set.calls()?, judging.held_out.unwrap_or(pairs.len().max(Judging::HELD_OUT)));
+        let held_out = judging.held_out.unwrap_or(pairs.len().max(Judging::HELD_OUT));
+        let kept = judging.set.spread_over(pairs.len(), held_out)?;
         Ok(Judge { folder, judging, placement, pairs, kept })
     }
 

@@ -55,7 +55,7 @@ pub(super) fn gather(
     let input_block = folder.unet.load_input_block(&weights.narrow_source(placement))?;
     let set = settings(folder, section)?;
     let encoder = set.encoder(folder, placement)?;
-    let timesteps = set.scheduler.training_timesteps()?;
+    let timesteps = set.used_timesteps()?;
     let stride = stride(timesteps.len());
     let task = Task::begin(progress, "captions", "captions", used.len());
     let embedder = Embedder { input_block, set, encoder, timesteps, stride, placement };

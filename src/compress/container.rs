@@ -24,6 +24,8 @@ pub(super) struct FinishedUnet<'a> {
     pub chain: &'a UnetChain,
     /// Its config.json.
     pub unet_config: &'a Map<String, Value>,
+    /// What it predicts.
+    pub prediction_type: &'a str,
     /// Its dense weights.
     pub weights: &'a Weights,
     /// Its compressed layers.
@@ -70,8 +72,9 @@ impl Sums {
 
 /// Writes the container `path`.
 pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dyn Progress) -> Result<(Written, Sums)> {
-    let FinishedUnet { chain, unet_config, weights, layers, tuned, settings, sources } = unet;
-    let info = ContainerInfo { unet_config: unet_config.clone(), recipe: settings, sources };
+    let FinishedUnet { chain, unet_config, prediction_type, weights, layers, tuned, settings, sources } = unet;
+    let prediction_type = Some(prediction_type.to_owned());
+    let info = ContainerInfo { unet_config: unet_config.clone(), recipe: settings, sources, prediction_type };
     let mut writer = ContainerWriter::create(path, info)?;
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let reports: BTreeMap<&str, &LayerReport> = layers.reports().map(|(report, _)| (report.name.as_str(), report)).collect();

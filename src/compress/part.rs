@@ -68,7 +68,12 @@ impl Drop for Writing {
 
 fn write(path: &Path, run: &str, layers: &[SolvedLayer]) -> Result<Container> {
     let rows: Vec<Value> = layers.iter().map(|layer| json!({ "notes": layer.notes, "report": layer.report })).collect();
-    let info = ContainerInfo { unet_config: Map::new(), recipe: json!({ "layers": rows, "run": run }), sources: Vec::new() };
+    let info = ContainerInfo {
+        unet_config: Map::new(),
+        recipe: json!({ "layers": rows, "run": run }),
+        sources: Vec::new(),
+        prediction_type: None,
+    };
     let mut writer = ContainerWriter::create(path, info)?;
     for SolvedLayer { report, weight, .. } in layers {
         if let Some(weight) = weight {

@@ -233,7 +233,7 @@ fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
     }
     let mut calls = expected_calls(folder, section)?;
     if section.samples.is_none() {
-        calls.count = calls.count.min(section.prompts.load()?.len().saturating_mul(settings(folder, section)?.calls()?));
+        calls.count = calls.count.min(section.prompts.load()?.len().saturating_mul(settings(folder, section)?.used_calls()?));
     }
     Ok(calls)
 }

@@ -120,6 +120,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let unet = FinishedUnet {
         chain,
         unet_config,
+        prediction_type: folder.scheduler.prediction(),
         weights,
         layers: &workspace,
         tuned: tuned.as_ref(),

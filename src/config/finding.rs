@@ -182,6 +182,12 @@ pub enum Finding {
         /// The ratio.
         ratio: NmRatio,
     },
+    /// Layers whose palettes the joint solver makes after pruning, since it cannot find them
+    /// jointly. A warning.
+    NotJoint {
+        /// The layers, in the model's order.
+        layers: Vec<String>,
+    },
     /// Layers that a section leaves alone. A note.
     LeftAlone {
         /// The section.
@@ -220,6 +226,7 @@ impl Finding {
             | Finding::NoLayerOfType { .. }
             | Finding::WiderGroups { .. }
             | Finding::TooSmallForVectors { .. }
+            | Finding::NotJoint { .. }
             | Finding::Idle { .. } => Severity::Warning,
             Finding::NoMidBlock { .. } | Finding::LeftAlone { .. } => Severity::Note,
         }
@@ -241,6 +248,7 @@ impl Finding {
             | Finding::VectorMisfit { .. }
             | Finding::WiderGroups { .. }
             | Finding::TooSmallForVectors { .. }
+            | Finding::NotJoint { .. }
             | Finding::RatioMisfit { .. }
             | Finding::LeftAlone { .. } => Place::Default,
         }
@@ -312,6 +320,14 @@ impl Display for Finding {
                     f,
                     "palettize: a palette of {bits} bits with vectors of {vector_length} is larger than all indices; scalar palettes \
                      for {}",
+                    some(layers)
+                )
+            }
+            Finding::NotJoint { layers } => {
+                write!(
+                    f,
+                    "palettize: `solver: joint` does not find palettes along input channels (`channel_axis: 1`) or with scales \
+                     (`enable_per_channel_scale`) jointly; it makes them after pruning, as `solver: sequential` does, for {}",
                     some(layers)
                 )
             }

@@ -157,6 +157,15 @@ keys! {
         );
         /// Share of noise that each step of DDIM or TCD adds.
         ETA: f64 = ("eta", kinds::SHARE, Preset::Number(0.0), flag Flag::new("eta", "ETA"));
+        /// Share of the timesteps, from pure noise on, that another model denoises before this one:
+        /// the calibration runs pass them, but no sample is taken there. As in diffusers, 0.8 is
+        /// the last fifth.
+        DENOISING_START: f64 = (
+            "denoising_start",
+            kinds::SPARSITY,
+            Preset::Absent("the model's: 0.8 for a refiner, else 0"),
+            flag Flag::new("denoising-start", "SHARE")
+        );
         /// Denoising steps of the calibration runs.
         STEPS: usize = (
             "steps",

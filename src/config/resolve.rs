@@ -13,6 +13,7 @@ use super::rules::{Decided, RuleIndex, Rules};
 use super::run_config::RunConfig;
 use super::sections::{PalettizeSection, PruneSection};
 use super::vectors;
+use super::words::SolverKind;
 
 /// The settings of each layer, the effect of each rule, and the findings.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,6 +100,7 @@ impl RunConfig {
             Some(section) => resolve_palettize(section, layers, &pruned, &mut rules, &mut findings),
             None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
         };
+        findings.extend(not_joint(self.solver == SolverKind::Joint, layers, &palettized));
         // A stable sort keeps the order of the config and of the model among equals.
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity()));
         for finding in findings.iter().filter(|finding| finding.severity() == Severity::Warning) {
@@ -182,6 +184,15 @@ fn resolve_palettize(
     let choices: Vec<_> = layers.iter().zip(&decided).zip(pruned).map(choose).collect();
     left_alone(Section::Palettize, layers, &choices, findings);
     choices
+}
+
+/// The layers whose palettes the joint solver makes after pruning.
+fn not_joint(is_joint: bool, layers: &[LayerInfo], choices: &[Choice<PaletteOptions>]) -> Option<Finding> {
+    let is_left =
+        |choice: &Choice<PaletteOptions>| choice.settings().is_some_and(|settings| !squeeze_solver::finds_jointly(settings));
+    let left = layers.iter().zip(choices).filter(|(_, choice)| is_joint && is_left(choice));
+    let layers: Vec<String> = left.map(|(layer, _)| layer.name.clone()).collect();
+    (!layers.is_empty()).then_some(Finding::NotJoint { layers })
 }
 
 fn divides(part: usize, whole: i64) -> bool {

@@ -66,6 +66,11 @@ pub struct CalibrationSection {
     pub timestep_spacing: Option<SpacingKind>,
     /// The share of noise that each step of DDIM or TCD adds. In [0, 1].
     pub eta: f64,
+    /// The share of the timesteps, from pure noise on, at which no samples are taken; `None` is
+    /// what the model was made for. In [0, 1). What is absent is not written, as it was before the
+    /// key was there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub denoising_start: Option<f64>,
     /// Denoising steps for each prompt, at least 1; `None` is what the model was made for.
     pub steps: Option<usize>,
     /// Guidance scale, at least 0; 1 is none. `None` is what the model was made for.
@@ -155,6 +160,10 @@ impl CalibrationSection {
     pub const STEPS: usize = 20;
     /// Guidance scale of a model that is not distilled, where the config gives none.
     pub const GUIDANCE: f64 = 5.0;
+    /// Share of the timesteps that SDXL's base denoises before its refiner, where the config gives
+    /// none: the refiner was trained on the last fifth alone (Podell et al. 2023, arXiv:2307.01952,
+    /// section 2.5, and `denoising_start` in the documentation of diffusers).
+    pub const REFINER_START: f64 = 0.8;
 }
 
 impl Default for CalibrationSection {
@@ -170,6 +179,7 @@ impl Default for CalibrationSection {
             scheduler: None,
             timestep_spacing: None,
             eta: ETA.default_value(),
+            denoising_start: None,
             steps: None,
             guidance: None,
             guidance_rescale: GUIDANCE_RESCALE.default_value(),
@@ -261,6 +271,7 @@ impl CalibrationSection {
             scheduler: fields.get(&SCHEDULER, mistakes),
             timestep_spacing: fields.get(&TIMESTEP_SPACING, mistakes),
             eta: fields.value(&ETA, mistakes),
+            denoising_start: fields.get(&DENOISING_START, mistakes),
             steps: fields.get(&STEPS, mistakes),
             guidance: fields.get(&GUIDANCE, mistakes),
             guidance_rescale: fields.value(&GUIDANCE_RESCALE, mistakes),

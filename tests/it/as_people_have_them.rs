@@ -131,6 +131,140 @@ fn pictures_of_72_and_96_pixels() {
     }
 }
 
+/// Weights that were saved again in shards beside the single file of before. diffusers (UNet and
+/// VAE) reads the shards, transformers (text encoders) the single file; what is not read is named.
+#[test]
+fn weights_that_are_there_twice_are_read_as_diffusers_reads_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    for (part, stem, reads_shards) in [
+        ("unet", "diffusion_pytorch_model", true),
+        ("vae", "diffusion_pytorch_model", true),
+        ("text_encoder", "model", false),
+        ("text_encoder_2", "model", false),
+    ] {
+        std::fs::remove_dir_all(&model).ok();
+        copy(tiny(), &model);
+        let whole = model.join(part).join(format!("{stem}.safetensors"));
+        let shard = model.join(part).join(format!("{stem}-00001-of-00001.safetensors"));
+        std::fs::copy(&whole, &shard).unwrap();
+        let mut map = serde_json::Map::new();
+        edit(&shard, |tensors| map.extend(tensors.keys().map(|name| (name.clone(), shard.file_name().unwrap().to_str().into()))));
+        let index = model.join(part).join(format!("{stem}.safetensors.index.json"));
+        std::fs::write(&index, serde_json::json!({ "metadata": {}, "weight_map": map }).to_string()).unwrap();
+        let stale = if reads_shards { &whole } else { &shard };
+        edit(stale, |tensors| {
+            tensors.values_mut().filter(|(dtype, ..)| *dtype == Dtype::F16).for_each(|(_, _, data)| data.fill(0));
+        });
+        let run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1"]);
+        let latents = folder.path().join("latents.safetensors");
+        let said = run.with("--latents-out", &latents).with("-o", folder.path().join("x.png")).succeeds();
+        let (read, left) = (format!("{stem}.safetensors.index.json"), format!("{stem}.safetensors"));
+        let (read, left) = if reads_shards { (read, left) } else { (left, read) };
+        said.says(&["the weights are there twice", &format!("reads {read} and not {left}")]);
+        assert_eq!(said.text().matches("there twice").count(), 1, "{said}");
+        assert!(std::fs::read(&latents).unwrap() == picture(tiny(), folder.path()), "{part}");
+    }
+}
+
+/// SDXL's refiner is trained for the last fifth of the timesteps. diffusers runs it there with
+/// `denoising_start=0.8`.
+#[test]
+fn refiners_are_calibrated_where_they_are_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, samples) = (folder.path().join("out"), folder.path().join("samples.safetensors"));
+    let run = |model: &Path, flags: &[&str]| {
+        std::fs::remove_dir_all(&out).ok();
+        std::fs::remove_file(&samples).ok();
+        let run = Squeeze::new("compress").config("emoji/tutorial-s50-4bit-gs16").model(model).out(&out).args(flags);
+        let said = run.samples(8, 20).with("--samples-out", &samples).succeeds();
+        let timesteps = Vec::<f64>::try_from(&crate::support::tensors(&samples)["timestep"].to_kind(tch::Kind::Double)).unwrap();
+        (timesteps, said)
+    };
+    let refiner = repo("tests/golden/refiner-like");
+    let (timesteps, said) = run(&refiner, &[]);
+    assert!(timesteps.len() == 8 && timesteps.iter().all(|timestep| *timestep < 200.0), "{timesteps:?}");
+    said.says(&["samples are taken after the share 0.8 of the timesteps (`denoising_start`): of 4 of the 20 calls"]);
+    let (timesteps, said) = run(&refiner, &["--denoising-start", "0"]);
+    assert!(timesteps.iter().any(|timestep| *timestep > 800.0), "{timesteps:?}");
+    assert!(!said.text().contains("denoising_start"), "{said}");
+    let (timesteps, _) = run(tiny(), &["--denoising-start", "0.5"]);
+    assert!(timesteps.iter().all(|timestep| *timestep < 500.0), "{timesteps:?}");
+    let (timesteps, _) = run(tiny(), &[]);
+    assert!(timesteps.iter().any(|timestep| *timestep > 800.0), "{timesteps:?}");
+    let config = repo("configs/emoji/tutorial-s50-4bit-gs16.yaml");
+    let plan = Squeeze::new("plan").arg(&config).model(&refiner).args(["--steps", "20"]).succeeds();
+    plan.says(&["of whose calls the last 4 give samples (denoising_start 0.8)"]);
+    let late = Squeeze::new("plan").arg(&config).model(&refiner).args(["--denoising-start", "0.999", "--steps", "2"]);
+    late.is_refused(&["none of 2 steps is after the share 0.999 of `denoising_start`", "more steps"]);
+}
+
+/// The joint solver leaves palettes along input channels and scales to the palettizer: plan, log
+/// and report say it, also for convolutions, and the run is no worse than with the sequential
+/// solver.
+#[test]
+fn plan_and_log_name_what_is_not_solved_jointly() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = "`solver: joint` does not find palettes along input channels (`channel_axis: 1`) or with scales";
+    for keys in ["channel_axis: 1", "enable_per_channel_scale: true"] {
+        let config = folder.path().join("config.yaml");
+        let groups = "n_bits: 3, granularity: per_grouped_channel, group_size: 8";
+        std::fs::write(
+            &config,
+            format!("palettize:\n  on_misfit: dense\n  weight_threshold: 0\n  global_config: {{{groups}, {keys}}}\n"),
+        )
+        .unwrap();
+        Squeeze::new("plan").arg(&config).model(tiny()).succeeds().says(&[said]);
+        let outputs = ["joint", "sequential"].map(|solver| {
+            let out = folder.path().join(solver);
+            std::fs::remove_dir_all(&out).ok();
+            let run = Squeeze::new("compress").config_file(&config).model(tiny()).out(&out).samples(16, 4);
+            let ended = run.with("--solver", solver).with("--target", "current").succeeds();
+            assert_eq!(ended.text().contains(said), solver == "joint", "{ended}");
+            verify(&out.join("unet.squeezed.safetensors")).unwrap();
+            let report = crate::support::report(&out);
+            let layers = report["layers"].as_array().unwrap().clone();
+            let is_convolution = |layer: &serde_json::Value| layer["name"].as_str().unwrap().ends_with(".conv1");
+            assert!(layers.iter().any(is_convolution), "convolutions too");
+            let notes = report["notes"].as_array().unwrap().iter();
+            let notes = notes.filter(|note| note.as_str().unwrap().contains("are made after pruning, not jointly")).count();
+            assert_eq!(notes, if solver == "joint" { layers.len() } else { 0 });
+            layers.iter().map(|layer| layer["errors"]["weight"].as_f64().unwrap()).sum::<f64>()
+        });
+        // Without pruning the weights are those of the sequential solver.
+        assert!(outputs[0] <= 1.0001 * outputs[1], "{keys}: {outputs:?}");
+    }
+}
+
+/// What a UNet predicts is in its container and in its package, for whoever samples with them.
+#[test]
+fn the_prediction_type_is_recorded() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    copy(tiny(), &model);
+    let path = model.join("scheduler/scheduler_config.json");
+    for prediction in ["epsilon", "v_prediction", "sample"] {
+        let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        config["prediction_type"] = prediction.into();
+        std::fs::write(&path, config.to_string()).unwrap();
+        let out = folder.path().join(prediction);
+        Squeeze::new("compress").config("dense-4bit").model(&model).out(&out).succeeds();
+        let container = out.join("unet.squeezed.safetensors");
+        assert_eq!(Container::open(&container).unwrap().info().prediction_type.as_deref(), Some(prediction));
+        Squeeze::new("inspect").arg(&container).succeeds().says(&[&format!("predicts {prediction}")]);
+        for source in [&container, &model] {
+            let package = folder.path().join("unet.mlpackage");
+            std::fs::remove_dir_all(&package).ok();
+            Squeeze::new("export").arg(source).with("--to", "coreml").out(&package).succeeds();
+            let program = std::fs::read(package.join("Data/com.apple.CoreML/model.mlmodel")).unwrap();
+            let key = b"sdxl-squeeze.prediction_type";
+            let at = program.windows(key.len()).position(|window| window == key).expect("the key is there") + key.len();
+            // A tag and the length stand between key and value.
+            assert_eq!(&program[at + 2..at + 2 + prediction.len()], prediction.as_bytes());
+        }
+    }
+}
+
 /// Sets the elements that `which` picks to bytes that are zero except for the last one, which is
 /// `last`.
 fn fill(tensors: &mut Tensors, name: &str, last: u8, which: impl Fn(usize) -> bool) {

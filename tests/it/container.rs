@@ -257,6 +257,7 @@ fn emoji_info() -> ContainerInfo {
         unet_config: config.as_object().unwrap().clone(),
         recipe: json!({ "palettize": { "n_bits": 4, "sparsity": 0.4 } }),
         sources: vec![SourceFile::read(&folder.join(weights), format!("unet/{weights}")).unwrap()],
+        prediction_type: Some("epsilon".to_owned()),
     }
 }
 

@@ -5,8 +5,10 @@ use half::f16;
 use sdxl_squeeze::Error;
 use sdxl_squeeze::codebook::{BitWidth, Effort, Grouping, NmRatio, PaletteOptions, PruneOptions, Sparsity};
 use sdxl_squeeze::container::CompressedWeight;
+use sdxl_squeeze::solver::palette::palettize;
 use sdxl_squeeze::solver::{
     Hessian, Joint, JointFactors, JointOptions, LayerEvidence, Note, Order, OutputResidual, joint, output_energy, prune,
+    prune as prune_alone,
 };
 use sdxl_squeeze::solver::{InputGeometry, Windows};
 use tch::{Device, Kind, Tensor};
@@ -287,6 +289,39 @@ fn palettes_that_it_cannot_solve_are_made_after_it_with_a_note() {
         let found = solve(&weight, &seen, &JointOptions::new(pruned(Sparsity::Unstructured(0.4)), Some(palette)));
         assert!(found.notes.contains(&Note::NotJoint));
         consistent(&found, &weight, &seen);
+    }
+}
+
+/// Groups of input channels are neighbours only in the weight's own order, and the solver works on
+/// the columns in another one: for linear layers and convolutions, with and without pruning.
+#[test]
+fn palettes_along_input_channels_are_never_worse_than_the_sequential_ones() {
+    for (shape, seed) in [([24_i64, 32, 1, 1], 51), ([24, 8, 3, 3], 61)] {
+        let columns = shape[1..].iter().product();
+        let (weight, seen) = (numbers(&shape, seed), hessian(&correlated(900, columns, seed + 1, seed + 2)));
+        let weight = if columns == shape[1] { weight.view([24, -1]) } else { weight };
+        for prune in [None, pruned(Sparsity::Unstructured(0.4))] {
+            for scaled in [false, true] {
+                let palette = PaletteOptions { axis: 1, per_channel_scale: scaled, ..palette(3, Some(4)) };
+                let options = JointOptions::new(prune, Some(palette));
+                let found = solve(&weight, &seen, &options);
+                consistent(&found, &weight, &seen);
+                assert!(found.notes.contains(&Note::NotJoint));
+                // The sequential solver: SparseGPT, then the best palettes.
+                let sizes: Vec<usize> = weight.size().iter().map(|size| *size as usize).collect();
+                let (start, keep) = match &prune {
+                    None => (weight.copy(), None),
+                    Some(options) => {
+                        let pruned = prune_alone(&weight, &seen, options).unwrap();
+                        (pruned.weight.reshape(weight.size()), Some(Vec::<bool>::try_from(pruned.mask.flatten(0, -1)).unwrap()))
+                    }
+                };
+                let half = Vec::<f16>::try_from(start.flatten(0, -1).to_kind(Kind::Half)).unwrap();
+                let palettized = palettize("a", &half, &sizes, keep.as_deref(), &palette).unwrap();
+                let theirs = cost(&palettized.decode(keep.as_deref()).unwrap(), &weight, &seen);
+                assert!(found.loss <= 1.0001 * theirs, "{shape:?} {prune:?}: {} is worse than {theirs}", found.loss);
+            }
+        }
     }
 }
 

@@ -20,6 +20,9 @@ pub const FORMAT: &str = "sdxl-squeeze";
 /// is of version 1.
 pub const VERSION: u32 = 2;
 
+/// What the UNet predicts.
+const PREDICTION_TYPE: &str = "prediction_type";
+
 /// The hash of all metadata but itself.
 pub(super) const METADATA_HASH: &str = "metadata_sha256";
 
@@ -32,6 +35,9 @@ pub struct ContainerInfo {
     pub recipe: Value,
     /// The files that the uncompressed weights came from.
     pub sources: Vec<SourceFile>,
+    /// What the UNet predicts (`epsilon`, `v_prediction`, `sample`), which a sampler must know;
+    /// `None` if it is not known, as in containers of older programs.
+    pub prediction_type: Option<String>,
 }
 
 /// A compressed weight's entry in `weights`. Unknown keys are refused: they could change the
@@ -209,6 +215,7 @@ impl Metadata {
             ("data_sha256".to_owned(), self.data_sha256.clone()),
             ("tensors_sha256".to_owned(), self.tensors_sha256.clone()),
         ]);
+        entries.extend(self.info.prediction_type.iter().map(|prediction| (PREDICTION_TYPE.to_owned(), prediction.clone())));
         let hash = digest::of_entries(text_pairs(&entries));
         entries.insert(METADATA_HASH.to_owned(), hash);
         entries
@@ -237,6 +244,7 @@ impl Metadata {
             unet_config: json(path, "unet_config", text("unet_config")?)?,
             recipe: json(path, "recipe", text("recipe")?)?,
             sources: json(path, "sources", text("sources")?)?,
+            prediction_type: entries.get(PREDICTION_TYPE).cloned(),
         };
         let weights: BTreeMap<String, WeightRow> = json(path, "weights", text("weights")?)?;
         match (version, weights.iter().find_map(|(name, row)| Some((name, row.of_version_2()?)))) {

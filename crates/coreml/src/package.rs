@@ -41,6 +41,8 @@ pub const VECTORS_NEED: &str = "iOS 18.2 or macOS 15.2";
 pub(super) const MAKER: &str = "sdxl-squeeze";
 /// The metadata key of the UNet's `config.json`.
 pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
+/// The metadata key of what the UNet predicts.
+const PREDICTION_TYPE: &str = "sdxl-squeeze.prediction_type";
 
 /// A package that was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -175,6 +177,9 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vecto
     let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
     let mut sizes = Map::from_iter([("weight_bin_bytes".to_owned(), json!(blobs.bytes))]);
     user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(weights.config().clone())));
+    if let Some(prediction) = weights.prediction_type() {
+        user_defined.insert(PREDICTION_TYPE.to_owned(), prediction.to_owned());
+    }
     if let UnetWeights::Container(container) = weights {
         let layers: Vec<_> = container.layers().collect();
         let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();

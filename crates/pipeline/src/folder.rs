@@ -387,8 +387,9 @@ impl PipelineFolder {
     /// A part's tokenizer.
     ///
     /// # Errors
-    /// If it cannot be read, or makes more ids than the encoder has positions, or ids that it has
-    /// no embedding for.
+    /// If it cannot be read, or makes more ids than the encoder has positions, or its vocabulary
+    /// has ids that the encoder has no embedding for. A token that was added to the vocabulary may
+    /// lack one: a text that has the token is then refused.
     pub fn tokenizer(&self, part: &TextPart) -> Result<ClipTokenizer> {
         let (tokenizer, path) = match &part.place.vocabulary {
             VocabularyAt::Folder(folder) => (ClipTokenizer::open(folder)?, folder.as_path()),
@@ -404,7 +405,7 @@ impl PipelineFolder {
                 format!("has ids up to {}, but {} has {vocabulary} embeddings", tokenizer.vocabulary() - 1, part.encoder);
             return Err(Error::bad_file(path, problem));
         }
-        Ok(tokenizer)
+        Ok(tokenizer.for_embeddings(vocabulary))
     }
 }
 

@@ -26,6 +26,8 @@ pub enum UnetWeights<'a> {
         weights: &'a Weights,
         /// The UNet's `config.json`.
         config: &'a Map<String, Value>,
+        /// What the UNet predicts, if its sampler is known.
+        prediction_type: Option<&'a str>,
     },
 }
 
@@ -60,6 +62,15 @@ impl<'a> UnetWeights<'a> {
         match self {
             UnetWeights::Container(container) => &container.info().unet_config,
             UnetWeights::Dense { config, .. } => config,
+        }
+    }
+
+    /// What the UNet predicts (`epsilon`, `v_prediction`, `sample`), if it is known.
+    #[must_use]
+    pub fn prediction_type(&self) -> Option<&'a str> {
+        match self {
+            UnetWeights::Container(container) => container.info().prediction_type.as_deref(),
+            UnetWeights::Dense { prediction_type, .. } => *prediction_type,
         }
     }
 

@@ -33,7 +33,9 @@ pub use factor::Factor;
 pub use geometry::{InputGeometry, Windows};
 pub use gptq::{GPTQ_DAMPENING, Quantized, gptq};
 pub use hessian::Hessian;
-pub use joint::{DeviceJoint, Joint, JointFactors, JointOptions, LayerEvidence, Order, has_whole, joint, joint_on_device};
+pub use joint::{
+    DeviceJoint, Joint, JointFactors, JointOptions, LayerEvidence, Order, finds_jointly, has_whole, joint, joint_on_device,
+};
 pub use kernels::{has_kernels, on_own_stream, ready_for_threads};
 pub use magnitude::{Masked, magnitude_prune};
 pub use note::Note;

@@ -249,7 +249,7 @@ fn former_names_are_accepted_with_a_warning() {
 #[test]
 fn every_flag_edits_a_key() {
     let names: Vec<&str> = flags().map(|flag| flag.name).collect();
-    assert_eq!(names.len(), 40, "{names:?}");
+    assert_eq!(names.len(), 41, "{names:?}");
     for flag in flags() {
         assert!(flag.help.len() > 10 && !flag.help.ends_with('.'), "{flag:?}");
         assert_eq!(flag.former, flag.name == "granularity");

@@ -39,6 +39,7 @@ fn write(model: &Path, path: &Path, masked_vectors: bool) {
         unet_config: ConfigFile::read(&model.join("unet/config.json")).unwrap().into_entries(),
         recipe: json!({ "made": "up" }),
         sources: Vec::new(),
+        prediction_type: None,
     };
     let mut writer = ContainerWriter::create(path, info).unwrap();
     let mut layer = 0;

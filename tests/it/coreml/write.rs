@@ -57,7 +57,7 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
 
 /// The dense weights of a pipeline.
 fn dense<'a>(pipeline: &'a PipelineFolder, weights: &'a Weights) -> UnetWeights<'a> {
-    UnetWeights::Dense { weights, config: pipeline.unet_config() }
+    UnetWeights::Dense { weights, config: pipeline.unet_config(), prediction_type: Some(pipeline.scheduler.prediction()) }
 }
 
 #[test]
@@ -133,7 +133,8 @@ fn unusual_architectures_become_programs_that_equal_the_unet() {
     for (name, layout) in [("a.mlpackage", Layout::Linear), ("b.mlpackage", Layout::SplitEinsum)] {
         let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
         let out = folder.path().join(name);
-        write(UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
+        write(UnetWeights::Dense { weights: &weights, config: &entries, prediction_type: None }, &options, &out, &Silent)
+            .unwrap();
         assert!(verify(&out).unwrap().named);
         compare(&out, &chain, &unet, &options);
     }
@@ -154,12 +155,14 @@ fn programs_of_every_architecture_equal_the_unet() {
         for layout in [Layout::Linear, Layout::SplitEinsum] {
             let options = Options { layout, latents: [8, 16], tokens: 5, ..Options::new(chain.config()) };
             let out = folder.path().join(format!("{name}-{layout}.mlpackage"));
-            write(UnetWeights::Dense { weights: &weights, config: &entries }, &options, &out, &Silent).unwrap();
+            write(UnetWeights::Dense { weights: &weights, config: &entries, prediction_type: None }, &options, &out, &Silent)
+                .unwrap();
             assert!(verify(&out).unwrap().named);
             compare(&out, &chain, &unet, &options);
             let apple = Options { io: Io::Apple, ..options };
             let out = folder.path().join(format!("{name}-{layout}-apple.mlpackage"));
-            let written = write(UnetWeights::Dense { weights: &weights, config: &entries }, &apple, &out, &Silent);
+            let written =
+                write(UnetWeights::Dense { weights: &weights, config: &entries, prediction_type: None }, &apple, &out, &Silent);
             assert_eq!(written.is_ok(), ["ssd-like", "koala-like"].contains(&name), "{name}");
         }
     }

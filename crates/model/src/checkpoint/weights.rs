@@ -53,21 +53,37 @@ struct ShardIndex {
 
 impl Weights {
     /// Opens `folder/stem.safetensors`, its shards (`stem.safetensors.index.json`), or the `.fp16`
-    /// variant of either, the plain ones first. `rename` turns a name in the file into the
-    /// network's name for it.
+    /// variant of either, the plain ones first. Where both are there, the library that writes
+    /// such files decides: diffusers (the stem `diffusion_pytorch_model`) reads the shards,
+    /// transformers the single file. The log names what is not read. `rename` turns a name in the
+    /// file into the network's name for it.
     ///
     /// # Errors
     /// If there are none, or one is damaged, or an index disagrees with its shards.
     pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
         let existing = |name: String| Some(folder.join(name)).filter(|path| path.exists());
         for variant in ["", ".fp16"] {
-            if let Some(path) = existing(format!("{stem}{variant}.safetensors")) {
+            let mut single = existing(format!("{stem}{variant}.safetensors"));
+            let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
+            let mut shards = names.into_iter().find_map(existing);
+            if let (Some(file), Some(index)) = (&single, &shards) {
+                let of_diffusers = stem == "diffusion_pytorch_model";
+                let (library, read, left) = if of_diffusers { ("diffusers", index, file) } else { ("transformers", file, index) };
+                tracing::warn!(
+                    "{}: the weights are there twice; like {library}, this program reads {} and not {}",
+                    folder.display(),
+                    read.file_name().unwrap_or_default().to_string_lossy(),
+                    left.file_name().unwrap_or_default().to_string_lossy(),
+                );
+                let unread = if of_diffusers { &mut single } else { &mut shards };
+                *unread = None;
+            }
+            if let Some(path) = single {
                 let file = SafetensorsFile::open(&path)?;
                 let owner = file.entries().keys().map(|name| (name.clone(), 0)).collect();
                 return Self::new(folder, vec![Arc::new(file)], owner, |name| vec![View::whole(rename(name))]);
             }
-            let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
-            if let Some(path) = names.into_iter().find_map(existing) {
+            if let Some(path) = shards {
                 let (files, owner) = open_shards(folder, &path)?;
                 return Self::new(folder, files, owner, |name| vec![View::whole(rename(name))]);
             }

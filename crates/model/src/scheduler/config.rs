@@ -271,6 +271,19 @@ impl SchedulerConfig {
         Ok(SchedulerConfig { eta, ..self.clone() })
     }
 
+    /// What the UNet predicts: `epsilon`, `v_prediction` or `sample`, as in diffusers; with `edm_`
+    /// before it for a UNet whose inputs and outputs EDM's samplers scale in their own way.
+    #[must_use]
+    pub fn prediction(&self) -> &str {
+        let is_edm = SchedulerKind::of_class(&self.class).is_some_and(SchedulerKind::is_edm);
+        match self.text("prediction_type").unwrap_or("epsilon") {
+            "epsilon" if is_edm => "edm_epsilon",
+            "v_prediction" if is_edm => "edm_v_prediction",
+            "sample" if is_edm => "edm_sample",
+            other => other,
+        }
+    }
+
     /// The value of a text key; `None` if it is absent or no text.
     #[must_use]
     pub fn text(&self, key: &str) -> Option<&str> {

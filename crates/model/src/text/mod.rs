@@ -1,7 +1,9 @@
 //! Text encoders and their tokenizers.
 
+mod added_tokens;
 mod clip;
 mod config;
+mod side;
 mod tokenizer;
 pub mod vocabulary;
 

@@ -1,8 +1,8 @@
 //! CLIP's tokenizer: from text to 77 ids.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::Value;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
@@ -12,8 +12,10 @@ use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as NormalizerSeq
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
+use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
+use super::added_tokens::{Frame, Settings, of_several_vectors};
+use super::side::{Side, Sides};
 use super::vocabulary;
 use crate::checkpoint::ConfigFile;
 
@@ -28,6 +30,13 @@ pub struct ClipTokenizer {
     end: i64,
     pad: i64,
     length: usize,
+    sides: Sides,
+    /// One more than the highest id of the vocabulary, without added tokens.
+    base: i64,
+    /// Added tokens of several vectors, and the texts of their vectors.
+    vectors: BTreeMap<String, String>,
+    /// The ids from here on have no embedding.
+    embeddings: i64,
 }
 
 /// A text as ids.
@@ -39,50 +48,31 @@ pub struct Tokens {
     pub dropped: Option<String>,
 }
 
-/// A special token in `special_tokens_map.json`: its text, or a record with flags.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SpecialToken {
-    Text(String),
-    Record {
-        content: String,
-        #[serde(default)]
-        lstrip: bool,
-        #[serde(default)]
-        rstrip: bool,
-        #[serde(default)]
-        single_word: bool,
-        #[serde(default)]
-        normalized: bool,
-    },
-}
-
-impl SpecialToken {
-    fn added(self) -> AddedToken {
-        match self {
-            SpecialToken::Text(content) => AddedToken::from(content, true).normalized(false),
-            SpecialToken::Record { content, lstrip, rstrip, single_word, normalized } => {
-                AddedToken::from(content, true).lstrip(lstrip).rstrip(rstrip).single_word(single_word).normalized(normalized)
-            }
-        }
-    }
-}
-
 impl ClipTokenizer {
     /// Reads a tokenizer folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; and
-    /// `special_tokens_map.json` and `tokenizer_config.json` where there are any.
+    /// `special_tokens_map.json`, `tokenizer_config.json` and `added_tokens.json` where there are
+    /// any. Padding and truncation that `tokenizer.json` keeps from its last use do not count,
+    /// except for their sides.
     ///
     /// # Errors
     /// If neither kind is there, a file is damaged, or a special token is not in the vocabulary.
     pub fn open(folder: &Path) -> Result<Self> {
-        let bad = |name: &str, why: tokenizers::Error| Error::bad_file(&folder.join(name), why.to_string());
         let whole = folder.join("tokenizer.json");
-        let tokenizer = if whole.exists() {
-            Tokenizer::from_bytes(input::read(&whole, Limit::TOKENIZER)?).map_err(|why| bad("tokenizer.json", why))?
-        } else {
-            from_vocab_and_merges(folder)?
-        };
-        Self::with_specials(tokenizer, folder, Specials::read(folder)?)
+        if !whole.exists() {
+            return Self::with_settings(from_vocab_and_merges(folder)?, folder, Settings::read(folder, None)?);
+        }
+        let content = input::read(&whole, Limit::TOKENIZER)?;
+        let mut json: Value = serde_json::from_slice(&content).map_err(|source| Error::Json { path: whole.clone(), source })?;
+        let list = json.get_mut("added_tokens").map(|list| std::mem::replace(list, Value::Array(Vec::new())));
+        let mut settings = Settings::read(folder, list)?;
+        settings.sides = settings.sides.or_of(&json);
+        for key in ["padding", "truncation"] {
+            if let Some(kept) = json.get_mut(key) {
+                *kept = Value::Null;
+            }
+        }
+        let tokenizer = Tokenizer::from_bytes(json.to_string()).map_err(|why| Error::bad_file(&whole, why.to_string()))?;
+        Self::with_settings(tokenizer, folder, settings)
     }
 
     /// CLIP's own tokenizer, whose vocabulary this library has. `pad` is the padding token, which
@@ -95,32 +85,24 @@ impl ClipTokenizer {
         let (vocab, merges) = (vocabulary::vocab()?, vocabulary::merges()?);
         let tokenizer = bpe(vocab, merges).map_err(|why| Error::internal(format!("CLIP's vocabulary: {why}")))?;
         let specials = vocabulary::special_tokens(pad).as_object().cloned().unwrap_or_default();
-        Self::with_specials(tokenizer, folder, Specials(vec![ConfigFile::from_entries(folder, specials)]))
+        Self::with_settings(tokenizer, folder, Settings::of_specials(ConfigFile::from_entries(folder, specials))?)
     }
 
-    fn with_specials(mut tokenizer: Tokenizer, folder: &Path, mut specials: Specials) -> Result<Self> {
-        let mut added: Vec<AddedToken> = Vec::new();
-        let mut special = |name: &str, default: &str| -> Result<i64> {
-            let token = specials.take(name)?.unwrap_or(SpecialToken::Text(default.to_owned())).added();
-            let id = tokenizer
-                .token_to_id(&token.content)
-                .ok_or_else(|| Error::bad_file(folder, format!("the vocabulary does not have the {name} `{}`", token.content)))?;
-            // One text can have two roles ("<|endoftext|>" is both end and padding). As in
-            // transformers, the flags of the last role are used.
-            added.retain(|earlier| earlier.content != token.content);
-            added.push(token);
-            Ok(i64::from(id))
-        };
-        let begin = special("bos_token", "<|startoftext|>")?;
-        let end = special("eos_token", "<|endoftext|>")?;
-        special("unk_token", "<|endoftext|>")?;
-        let pad = special("pad_token", "<|endoftext|>")?;
-        // Special tokens are cut out of the text before any other processing, the padding token
-        // included. Where the padding token is "!", as in SDXL's second tokenizer, every "!" of a
-        // prompt therefore becomes padding, as it did when the models were trained.
-        tokenizer.add_special_tokens(&added);
-        let length = specials.length()?;
-        Ok(ClipTokenizer { tokenizer, folder: folder.to_owned(), begin, end, pad, length })
+    fn with_settings(mut tokenizer: Tokenizer, folder: &Path, settings: Settings) -> Result<Self> {
+        let (length, sides) = (settings.length, settings.sides);
+        let base = tokenizer.get_vocab(false).values().copied().max().map_or(0, |id| i64::from(id) + 1);
+        let Frame { begin, end, pad } = settings.add_to(&mut tokenizer, folder)?;
+        let vectors = of_several_vectors(&tokenizer);
+        let embeddings = i64::MAX;
+        Ok(ClipTokenizer { tokenizer, folder: folder.to_owned(), begin, end, pad, length, sides, base, vectors, embeddings })
+    }
+
+    /// The tokenizer that refuses texts with an id from `embeddings` on. Tokens may have been added
+    /// to a tokenizer whose text encoder was not given embeddings for them: that is no fault until
+    /// a prompt has one.
+    #[must_use]
+    pub fn for_embeddings(self, embeddings: i64) -> Self {
+        ClipTokenizer { embeddings, ..self }
     }
 
     /// The number of ids that a text becomes.
@@ -128,24 +110,29 @@ impl ClipTokenizer {
         self.length
     }
 
-    /// One more than the highest id of the vocabulary.
+    /// One more than the highest id of the vocabulary, without tokens that were added to it.
     pub fn vocabulary(&self) -> i64 {
-        let highest = self.tokenizer.get_vocab(true).values().copied().max();
-        highest.map_or(0, |id| i64::from(id) + 1)
+        self.base
     }
 
     /// Turns a text into ids.
     ///
     /// # Errors
-    /// If the `tokenizers` crate refuses the text.
+    /// If the `tokenizers` crate refuses the text, or the text has a token without an embedding.
     pub fn encode(&self, text: &str) -> Result<Tokens> {
-        let refused = |why| self.refused(text, &why);
-        let encoding = self.tokenizer.encode(text, false).map_err(refused)?;
-        let (kept, cut) = encoding.get_ids().split_at(encoding.len().min(self.length - 2));
+        let ids = self.ids(text)?;
+        let room = self.length - 2;
+        let (kept, cut) = match self.sides.truncation {
+            Some(Side::Left) => {
+                let (cut, kept) = ids.split_at(ids.len().saturating_sub(room));
+                (kept, cut)
+            }
+            Some(Side::Right) | None => ids.split_at(ids.len().min(room)),
+        };
         let dropped = if cut.is_empty() {
             None
         } else {
-            let end = self.tokenizer.decode(cut, false).map_err(refused)?;
+            let end = self.tokenizer.decode(cut, false).map_err(|why| self.refused(text, &why))?;
             Some(end.replace("</w>", " ").trim().to_owned())
         };
         Ok(Tokens { ids: self.framed(kept), dropped })
@@ -157,12 +144,44 @@ impl ClipTokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn pieces(&self, text: &str) -> Result<Vec<Vec<i64>>> {
-        let encoding = self.tokenizer.encode(text, false).map_err(|why| self.refused(text, &why))?;
-        let ids = encoding.get_ids();
+        let ids = self.ids(text)?;
         if ids.is_empty() {
             return Ok(vec![self.framed(&[])]);
         }
         Ok(ids.chunks(self.length - 2).map(|piece| self.framed(piece)).collect())
+    }
+
+    /// The ids of a text, in which tokens of several vectors are replaced by all of their vectors.
+    fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        let encoded = |text: &str| self.tokenizer.encode(text, false).map_err(|why| self.refused(text, &why));
+        let mut encoding = encoded(text)?;
+        if !self.vectors.is_empty() {
+            let mut converted = text.to_owned();
+            let mut seen: Vec<&str> = Vec::new();
+            for token in encoding.get_tokens() {
+                if let Some(vectors) = self.vectors.get(token)
+                    && !seen.contains(&token.as_str())
+                {
+                    converted = converted.replace(token, vectors);
+                    seen.push(token);
+                }
+            }
+            if !seen.is_empty() {
+                encoding = encoded(&converted)?;
+            }
+        }
+        if let Some((id, token)) =
+            encoding.get_ids().iter().zip(encoding.get_tokens()).find(|(id, _)| i64::from(**id) >= self.embeddings)
+        {
+            let problem = format!(
+                "the token `{}` has the id {id}, but its text encoder has {} embeddings; use the text encoder that was saved with this \
+                 tokenizer, or leave the token out of the prompt",
+                shorten(token),
+                self.embeddings
+            );
+            return Err(Error::bad_file(&self.folder, problem));
+        }
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// Ids between a begin and an end, padded.
@@ -170,7 +189,11 @@ impl ClipTokenizer {
         let mut framed = vec![self.begin];
         framed.extend(ids.iter().map(|id| i64::from(*id)));
         framed.push(self.end);
+        let padding = self.length.saturating_sub(framed.len());
         framed.resize(self.length, self.pad);
+        if self.sides.padding == Some(Side::Left) {
+            framed.rotate_right(padding);
+        }
         framed
     }
 
@@ -232,38 +255,4 @@ fn read_merges(path: &Path) -> Result<Merges> {
         _ => Err(Error::bad_file(path, format!("`{}` is not two tokens", shorten(line)))),
     };
     text.lines().filter(|line| !line.starts_with("#version")).map(merge).collect()
-}
-
-/// `tokenizer_config.json` and `special_tokens_map.json`, of which the second takes precedence.
-struct Specials(Vec<ConfigFile>);
-
-impl Specials {
-    fn read(folder: &Path) -> Result<Self> {
-        let files = ["special_tokens_map.json", "tokenizer_config.json"].map(|name| folder.join(name));
-        Ok(Specials(files.iter().filter(|path| path.exists()).map(|path| ConfigFile::read(path)).collect::<Result<_>>()?))
-    }
-
-    fn take(&mut self, key: &str) -> Result<Option<SpecialToken>> {
-        for file in &mut self.0 {
-            if let Some(token) = file.optional(key)? {
-                return Ok(Some(token));
-            }
-        }
-        Ok(None)
-    }
-
-    fn length(&mut self) -> Result<usize> {
-        const CLIP: usize = 77;
-        for file in &mut self.0 {
-            if let Some(value) = file.optional::<Value>("model_max_length")? {
-                // Some files have 1e30 for an unknown length.
-                return match value.as_f64() {
-                    Some(length) if length >= 1e6 => Ok(CLIP),
-                    Some(length) if length >= 3.0 && length.fract() == 0.0 => Ok(length as usize),
-                    _ => Err(file.error("model_max_length", format!("= {value} is not a number of tokens"))),
-                };
-            }
-        }
-        Ok(CLIP)
-    }
 }

@@ -4,7 +4,7 @@ use squeeze_base::error::Result;
 use squeeze_codebook::Grouping;
 use tch::Tensor;
 
-use super::options::{JointOptions, along_outputs};
+use super::options::{JointOptions, finds_jointly};
 use crate::matrix::to_vec;
 
 /// The values of a weight [o, d], row by row, if palettes represent them exactly; `None` if some
@@ -15,7 +15,7 @@ use crate::matrix::to_vec;
 /// have too many distinct values.
 pub(super) fn palettes_can_hold(weight: &Tensor, options: &JointOptions) -> Result<Option<Vec<f32>>> {
     let (None, Some(palette)) = (&options.prune, &options.palettize) else { return Ok(None) };
-    if palette.per_channel_scale || !along_outputs(palette) || palette.vector_length > 1 {
+    if !finds_jointly(palette) || palette.vector_length > 1 {
         return Ok(None);
     }
     let (rows, columns) = weight.size2()?;

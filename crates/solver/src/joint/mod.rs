@@ -41,8 +41,7 @@ pub use factors::{JointFactors, Order, has_whole};
 use least_squares::MaskedLeastSquares;
 use natural::Natural;
 pub use on_device::DeviceJoint;
-pub use options::JointOptions;
-use options::along_outputs;
+pub use options::{JointOptions, finds_jointly};
 pub use outcome::{Joint, LayerEvidence};
 use outcome::{LEAST_STEP_GAIN, best_of, first_mask, first_notes};
 use problem::{Data, Loss, Problem};
@@ -95,6 +94,7 @@ pub fn joint(
     let (o, d) = flat.size2()?;
     let (rows, columns) = (o as usize, d as usize);
     let natural = Natural::new(factors, rows, columns);
+    let shape: Vec<usize> = weight.size().iter().map(|size| *size as usize).collect();
     let mut target = None;
     let mut uncompressed = None;
     if let Some(residual) = evidence.residual {
@@ -112,7 +112,7 @@ pub fn joint(
     };
     let mut original = to_vec(&flat)?;
     natural.sort(&mut original);
-    let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns } };
+    let mut problem = Problem { factors, data: Data { original, keep: mask, rows, columns, shape } };
 
     // The sequential solution, from whose pruned weights the joint solution starts.
     let mut best = match &pruned {
@@ -137,9 +137,7 @@ pub fn joint(
     }
     let solution = match &options.palettize {
         None => Solution::plain(name, &problem, &best, options)?,
-        Some(palette) if !palette.per_channel_scale && along_outputs(palette) => {
-            Solution::joint(name, &problem, &best, evidence.metric, options)?
-        }
+        Some(palette) if finds_jointly(palette) => Solution::joint(name, &problem, &best, evidence.metric, options)?,
         Some(_) => {
             notes.push(Note::NotJoint);
             Solution::plain(name, &problem, &best, options)?

@@ -48,6 +48,13 @@ impl JointOptions {
 /// least error on other inputs.
 const DENSE_DAMPENING: f64 = 0.03;
 
+/// Whether [`joint`](super::joint()) finds such palettes jointly with mask and weights. It makes
+/// others, along input channels or with scales, after pruning.
+#[must_use]
+pub fn finds_jointly(options: &PaletteOptions) -> bool {
+    !options.per_channel_scale && along_outputs(options)
+}
+
 /// Whether each palette belongs to whole output channels.
 pub(super) fn along_outputs(options: &PaletteOptions) -> bool {
     match options.grouping {

@@ -30,6 +30,8 @@ pub(super) struct Data {
     pub columns: usize,
     /// o.
     pub rows: usize,
+    /// The weight's own shape, [o, i, ...].
+    pub shape: Vec<usize>,
 }
 
 impl Data {

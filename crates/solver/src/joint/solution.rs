@@ -7,7 +7,8 @@ use squeeze_base::error::Result;
 use squeeze_codebook::{Codebook, Effort};
 
 use super::entries::{palette_gradient, refit_palettes};
-use super::options::JointOptions;
+use super::natural::Natural;
+use super::options::{JointOptions, along_outputs};
 use super::output_polish::{self, polish_outputs};
 use super::polish::polish;
 use super::problem::{Loss, Problem};
@@ -32,13 +33,26 @@ impl Solution {
     /// The weights rounded to fp16, or each at the nearest entry of the best palettes for the
     /// weights without their Hessian.
     pub(super) fn plain(name: &str, problem: &Problem<'_>, weight: &[f32], options: &JointOptions) -> Result<Self> {
-        let half = halves(weight);
-        let shape = [problem.data.rows, problem.data.columns];
-        let palettized = match &options.palettize {
-            None => None,
-            Some(options) => Some(palettize(name, &half, &shape, problem.data.keep.as_deref(), options)?),
-        };
-        Self::of(problem, half, palettized)
+        let mut half = halves(weight);
+        let keep = problem.data.keep.as_deref();
+        let Some(palette) = &options.palettize else { return Self::of(problem, half, None) };
+        if along_outputs(palette) {
+            let palettized = palettize(name, &half, &[problem.data.rows, problem.data.columns], keep, palette)?;
+            return Self::of(problem, palettized.decode(keep)?, Some(palettized));
+        }
+        // Groups of input channels are neighbours in the weight's own shape and order alone.
+        let natural = Natural::new(problem.factors, problem.data.rows, problem.data.columns);
+        natural.restore(&mut half);
+        let keep = keep.map(|keep| {
+            let mut keep = keep.to_vec();
+            natural.restore(&mut keep);
+            keep
+        });
+        let mut palettized = palettize(name, &half, &problem.data.shape, keep.as_deref(), palette)?;
+        let mut weight = palettized.decode(keep.as_deref())?;
+        natural.sort(&mut weight);
+        natural.sort(&mut palettized.indices);
+        Self::of(problem, weight, Some(palettized))
     }
 
     /// Palettes and indices solved together, starting from these weights; at last by the metric of
@@ -92,11 +106,7 @@ impl Solution {
         metric.map_or(Ok(self.loss.bare), |metric| output_polish::loss(problem, metric, |at| self.weight[at].to_f32()))
     }
 
-    fn of(problem: &Problem<'_>, half: Vec<f16>, palettized: Option<Palettized>) -> Result<Self> {
-        let weight = match &palettized {
-            Some(palettized) => palettized.decode(problem.data.keep.as_deref())?,
-            None => half,
-        };
+    fn of(problem: &Problem<'_>, weight: Vec<f16>, palettized: Option<Palettized>) -> Result<Self> {
         let loss = problem.loss(|at| weight[at].to_f32())?;
         Ok(Solution { weight, palettized, loss })
     }

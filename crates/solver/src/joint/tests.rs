@@ -39,7 +39,7 @@ fn problem(factors: &JointFactors, rows: usize, columns: usize, sparsity: f64, s
     let original = to_vec(&normal([rows as i64, columns as i64], seed + 300)).unwrap();
     let random = uniform(rows * columns, seed + 400);
     let keep = (sparsity > 0.0).then(|| random.iter().map(|random| f64::from(*random) >= sparsity).collect());
-    Problem { factors, data: Data { original, keep, columns, rows } }
+    Problem { factors, data: Data { original, keep, columns, rows, shape: vec![rows, columns] } }
 }
 
 /// Evenly spaced palettes and random indices.

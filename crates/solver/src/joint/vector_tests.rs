@@ -17,7 +17,7 @@ fn problem(factors: &JointFactors, rows: usize, columns: usize, length: usize, s
     let random = uniform(rows / length * columns, seed + 400);
     let keep = random.chunks(columns).flat_map(|row| row.repeat(length)).map(|random| random >= 0.4);
     let keep = if seed.is_multiple_of(3) { None } else { Some(keep.collect()) };
-    Problem { factors, data: Data { original, keep, columns, rows } }
+    Problem { factors, data: Data { original, keep, columns, rows, shape: vec![rows, columns] } }
 }
 
 /// Random palettes of 2^bits vectors, and random indices.

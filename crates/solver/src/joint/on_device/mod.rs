@@ -26,7 +26,7 @@ use tch::{Device, Kind, Tensor};
 use super::super::palette::Palettized;
 use super::exact;
 use super::factors::JointFactors;
-use super::options::{JointOptions, along_outputs};
+use super::options::{JointOptions, finds_jointly};
 use super::outcome::{Joint, LEAST_STEP_GAIN, LayerEvidence, best_of, first_mask, first_notes};
 use crate::{Hessian, Note};
 use host::{bools, on_host};
@@ -43,7 +43,7 @@ pub(super) fn serves(hessian: &Hessian, options: &JointOptions) -> bool {
 
 fn takes(hessian: &Hessian, options: &JointOptions) -> bool {
     let palettes = options.palettize.as_ref();
-    let is_plain = |palette: &PaletteOptions| !palette.per_channel_scale && along_outputs(palette) && palette.vector_length == 1;
+    let is_plain = |palette: &PaletteOptions| finds_jointly(palette) && palette.vector_length == 1;
     let are_plain = palettes.is_none_or(is_plain);
     hessian.groups() == 1 && are_plain && options.effort.palette_steps == 0
 }
