@@ -167,6 +167,43 @@ fn weights_that_are_there_twice_are_read_as_diffusers_reads_them() {
     }
 }
 
+/// What diffusers reads over: marks of single files and averages among the UNet's tensors, and
+/// lists that say the same for each level.
+#[test]
+fn unets_with_surplus_tensors_and_lists_of_equal_values() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    let expected = picture(tiny(), folder.path());
+    copy(tiny(), &model);
+    edit(&model.join("unet/diffusion_pytorch_model.safetensors"), |tensors| {
+        for name in ["v_pred", "ztsnr"] {
+            tensors.insert(name.into(), (Dtype::F32, vec![0], Vec::new()));
+        }
+        tensors.insert("model_ema.decay".into(), (Dtype::I64, vec![], vec![1; 8]));
+    });
+    let path = model.join("unet/config.json");
+    let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let levels = config["down_block_types"].as_array().unwrap().len();
+    let width = config["cross_attention_dim"].clone();
+    config["only_cross_attention"] = vec![false; levels].into();
+    config["cross_attention_dim"] = vec![width; levels].into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    assert!(picture(&model, folder.path()) == expected);
+    let out = folder.path().join("out");
+    let said = Squeeze::new("compress").config("dense-4bit").model(&model).out(&out).succeeds();
+    said.says(&["3 tensors are not read (model_ema.decay, v_pred, ztsnr)"]);
+    verify(&out.join("unet.squeezed.safetensors")).unwrap();
+
+    let refused = |key: &str, value: serde_json::Value, parts: &[&str]| {
+        let mut config = config.clone();
+        config[key] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        Squeeze::new("inspect").arg(&model).is_refused(parts);
+    };
+    refused("only_cross_attention", vec![true; levels].into(), &["only_cross_attention", "is not supported"]);
+    refused("cross_attention_dim", (1..=levels).collect::<Vec<_>>().into(), &["cross_attention_dim", "the same one for each"]);
+}
+
 /// SDXL's refiner is trained for the last fifth of the timesteps. diffusers runs it there with
 /// `denoising_start=0.8`.
 #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sdxl_model::checkpoint::lora::{LoraPart, Loras, PartLoras};
 use sdxl_model::checkpoint::{ConfigFile, SourceFile, Weights};
-use sdxl_model::ldm::SingleFile;
+use sdxl_model::ldm::{MARKERS, SingleFile};
 use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::{ClipText, ClipTokenizer, TextConfig, vocabulary};
 use sdxl_model::unet::{UnetChain, UnetConfig};
@@ -14,6 +14,7 @@ use sdxl_model::vae::{VaeConfig, VaeDecoder};
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
+use squeeze_base::shorten::shorten;
 
 use super::image_channels::ImageChannels;
 use super::lora;
@@ -266,7 +267,7 @@ impl PipelineFolder {
     /// If they are not there, damaged, or tensors disagree with the config.
     pub fn unet_weights(&self) -> Result<Weights> {
         let weights = match &self.parts.unet_weights {
-            WeightsAt::Folder(folder) => Weights::open(folder, "diffusion_pytorch_model", str::to_owned)?,
+            WeightsAt::Folder(folder) => known_weights(folder)?,
             WeightsAt::Checkpoint(file) => file.unet_weights(&self.unet)?,
         };
         weights.check(&self.unet.tensors()?, |_| false)?;
@@ -407,6 +408,24 @@ impl PipelineFolder {
         }
         Ok(tokenizer.for_embeddings(vocabulary))
     }
+}
+
+/// The weights of the UNet in `folder`. Marks of single-file checkpoints and moving averages, which
+/// some converters copy into it, are not read, as in diffusers, and the log names them.
+fn known_weights(folder: &Path) -> Result<Weights> {
+    let weights = Weights::open(folder, "diffusion_pytorch_model", str::to_owned)?;
+    let (weights, surplus) = weights.without(|name| MARKERS.contains(&name) || name.starts_with("model_ema."));
+    if !surplus.is_empty() {
+        const SHOWN: usize = 4;
+        let names = surplus.iter().take(SHOWN).map(|name| shorten(name)).collect::<Vec<_>>().join(", ");
+        let more = if surplus.len() > SHOWN { ", …" } else { "" };
+        tracing::warn!(
+            "{}: {} tensors are not read ({names}{more}): they are no part of the UNet, and the sampler's config says what it predicts",
+            folder.display(),
+            surplus.len(),
+        );
+    }
+    Ok(weights)
 }
 
 /// The pipelines that are known. What a model does is told by its UNet's channels.

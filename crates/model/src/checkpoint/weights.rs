@@ -155,6 +155,14 @@ impl Weights {
         self
     }
 
+    /// The weights without the tensors that `is_surplus` names, and the names of these.
+    #[must_use]
+    pub fn without(mut self, is_surplus: impl Fn(&str) -> bool) -> (Self, Vec<String>) {
+        let surplus: Vec<String> = self.index.keys().filter(|name| is_surplus(name)).cloned().collect();
+        self.index.retain(|name, _| !is_surplus(name));
+        (self, surplus)
+    }
+
     /// These weights with the changes of LoRAs, which are merged into each tensor when a source
     /// reads it. [`survey`](Self::survey) looks at the values before the change.
     #[must_use]

@@ -1,8 +1,9 @@
 //! Tokens beside a tokenizer's vocabulary, as textual inversion adds them, and special tokens.
 //!
-//! The order and the precedence of the files are those of `PreTrainedTokenizerBase._from_pretrained`
-//! and `TokenizersBackend.__init__` in transformers 5.23.0. As there, a token that the vocabulary
-//! lacks gets the next free id, whatever id its file gives it.
+//! The order and the precedence of the files are those of
+//! `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` in transformers
+//! 5.23.0. As there, a token that the vocabulary lacks gets the next free id, whatever id its file
+//! gives it.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -171,6 +171,9 @@ impl UnetConfig {
         }
         let down_attention = block_types(&mut file, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", levels)?;
         let up_attention = block_types(&mut file, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", levels)?;
+        let alike = [json!(false), json!(vec![false; levels])];
+        file.only("only_cross_attention", &alike)?;
+        let cross_attention_dim = cross_attention_dim(&mut file, levels)?;
         let layers_per_block = file.or("layers_per_block", PerLevel::Same(2))?.spread(levels);
         let transformer_layers_per_block =
             file.or("transformer_layers_per_block", PerLevel::Same(Depth::Same(1)))?.spread(levels);
@@ -195,7 +198,7 @@ impl UnetConfig {
             transformer_layers_per_block,
             reverse_transformer_layers_per_block,
             heads,
-            cross_attention_dim: file.or("cross_attention_dim", 1280)?,
+            cross_attention_dim,
             use_linear_projection: file.or("use_linear_projection", false)?,
             norm_num_groups: file.or("norm_num_groups", 32)?,
             norm_eps: file.or("norm_eps", 1e-5)?,
@@ -362,13 +365,7 @@ fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
     file.only("attention_type", &[json!("default")])?;
     file.only("mid_block_scale_factor", &[json!(1)])?;
     file.only("resnet_out_scale_factor", &[json!(1)])?;
-    for key in [
-        "only_cross_attention",
-        "dual_cross_attention",
-        "mid_block_only_cross_attention",
-        "class_embeddings_concat",
-        "resnet_skip_time_act",
-    ] {
+    for key in ["dual_cross_attention", "mid_block_only_cross_attention", "class_embeddings_concat", "resnet_skip_time_act"] {
         file.only(key, &[json!(false)])?;
     }
     for key in [
@@ -384,6 +381,19 @@ fn refuse_other_computations(file: &mut ConfigFile) -> Result<()> {
         file.only(key, &[])?;
     }
     Ok(())
+}
+
+/// Reads the width of the text states: a number, or a list with the same number for each level.
+fn cross_attention_dim(file: &mut ConfigFile, levels: usize) -> Result<i64> {
+    let key = "cross_attention_dim";
+    let widths = match file.or(key, PerLevel::Same(1280))? {
+        PerLevel::Same(width) => return Ok(width),
+        PerLevel::Each(widths) => widths,
+    };
+    match widths.first() {
+        Some(width) if widths.len() == levels && widths.iter().all(|other| other == width) => Ok(*width),
+        Some(_) | None => Err(file.error(key, format!("must be one number, or the same one for each of {levels} levels"))),
+    }
 }
 
 /// Reads a list of block types: true for the type `attention`, which has transformers.
