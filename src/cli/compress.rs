@@ -118,7 +118,7 @@ fn as_json(report: &impl serde::Serialize) -> Result<String> {
     serde_json::to_string_pretty(report).map_err(|why| Error::Failed(format!("the report cannot be written as JSON: {why}")))
 }
 
-/// A table of the sizes that a search solved, followed by the notes on the result.
+/// The notes on the result of a search, followed by a table of the sizes that it solved.
 fn tried(reached: &Reached) -> String {
     let mut table = table::new(&["asked", "bits", "bytes", "UNet error", "PSNR, dB", "target"]);
     for size in &reached.sizes {
@@ -132,11 +132,11 @@ fn tried(reached: &Reached) -> String {
             if size.is_reached { "reached" } else { "missed" }.to_owned(),
         ]);
     }
-    let mut text = table::right_aligned(table, 0);
-    for note in reached.report["notes"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str) {
-        text.push_str(&format!("\nnote: {note}"));
-    }
-    text
+    let texts = |key: &str| reached.report[key].as_array().into_iter().flatten();
+    let layers: Vec<&str> = texts("layers").filter_map(|layer| layer["name"].as_str()).collect();
+    let notes: Vec<&str> = texts("notes").filter_map(serde_json::Value::as_str).collect();
+    let notes: String = grouped(&notes, &layers).into_iter().map(|note| format!("note: {note}\n")).collect();
+    notes + &table::right_aligned(table, 0)
 }
 
 /// A table of the stages, followed by the notes, which may have scrolled away by the end of the
@@ -171,7 +171,9 @@ fn summary(report: &JobReport) -> String {
     }
     let mut text = table::right_aligned(table, 1);
     text.push_str("\n(pruned, stored: output error on the calibration inputs; weights: error of the weights)\n");
-    for note in grouped(report) {
+    let notes: Vec<&str> = report.notes.iter().map(String::as_str).collect();
+    let layers: Vec<&str> = report.layers.iter().map(|layer| layer.name.as_str()).collect();
+    for note in grouped(&notes, &layers) {
         text.push_str(&format!("note: {note}\n"));
     }
     text.push_str(&format!(
@@ -182,12 +184,12 @@ fn summary(report: &JobReport) -> String {
     text
 }
 
-/// The notes, with equal notes on many layers in one line. The report lists each of them.
-fn grouped(report: &JobReport) -> Vec<String> {
+/// The notes, with equal notes on many of the layers in one line. The report lists each of them.
+fn grouped(notes: &[&str], layers: &[&str]) -> Vec<String> {
     const FEW: usize = 3;
     let mut groups: Vec<(&str, Vec<&str>)> = Vec::new();
-    for note in &report.notes {
-        let layer = note.split_once(": ").filter(|(name, _)| report.layers.iter().any(|layer| layer.name == *name));
+    for &note in notes {
+        let layer = note.split_once(": ").filter(|(name, _)| layers.contains(name));
         // A note that is about no layer has no name.
         let (name, text) = layer.unwrap_or(("", note));
         match groups.iter_mut().find(|(grouped, _)| *grouped == text) {

@@ -227,7 +227,10 @@ fn told(bits: MeanBits, bytes: u64, closeness: Closeness, is_reached: bool) -> S
 
 /// The end of a search in words.
 fn ended(ending: Ending, best: Point, points: &[Point]) -> String {
-    let solves = points.len();
+    let solves = match points.len() {
+        1 => "the only size that was solved".to_owned(),
+        count => format!("the result of {count} solved sizes"),
+    };
     let why = match ending {
         Ending::WithinOnePercent => "a size that is smaller by one per cent or less does not reach the target".to_owned(),
         Ending::NothingBetween => "the next smaller size does not reach the target".to_owned(),
@@ -243,7 +246,7 @@ fn ended(ending: Ending, best: Point, points: &[Point]) -> String {
             }
         }
     };
-    format!("{} at {} bits a weight is the result of {solves} solved sizes: {why}", number::size(best.bytes), best.bits)
+    format!("{} at {} bits a weight is {solves}: {why}", number::size(best.bytes), best.bits)
 }
 
 /// The error that no size reaches the target.
