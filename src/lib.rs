@@ -60,7 +60,7 @@
 //! | [`compress`] | the run: stage by stage, layer by layer, resumable |
 //! | [`export`], [`coreml`] | diffusers folders, coremltools checkpoints, Core ML packages |
 //! | [`inspect`](mod@inspect) | the stages, layers and sizes of a model |
-//! | [`compare`], [`report`] | several configs against the dense model; tables, plots, pictures |
+//! | [`compare`], [`report`] | configs against the dense model, the smallest file of a closeness; pictures |
 //!
 //! # Environment
 //!

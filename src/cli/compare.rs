@@ -47,7 +47,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE", required_unless_present = "merge", conflicts_with = "merge")]
     judge: Option<PathBuf>,
     /// Seed of the first judged picture; each further prompt has the next
-    #[arg(long, value_name = "N", default_value_t = 231, conflicts_with = "merge")]
+    #[arg(long, value_name = "N", default_value_t = Judging::SEED, conflicts_with = "merge")]
     judge_seed: u64,
     /// Noises for each judged prompt; the k-th noise of a prompt has its seed + 2^20 k
     #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "merge")]

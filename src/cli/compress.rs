@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use sdxl_squeeze::calibration::calibrate;
+use sdxl_squeeze::compare::{Closeness, Reached, Reaching, reach};
 use sdxl_squeeze::compress::{JobReport, Prepared, run as run_job, workspace_folder};
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
@@ -46,38 +47,96 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let outputs = outputs.fills("the work folder", &workspace_folder(&container));
     let outputs = [&container, &resolved, &about].into_iter().fold(outputs, |outputs, path| outputs.writes("--out", Some(path)));
     outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
-    let prepared = Prepared::new(&folder, &config, args.samples_out.is_some(), &options, &container)?;
+    let shares = args.samples_out.is_some();
+    let task = match config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
+        true => Task::Search(Reaching::new(&folder, &config, shares, &options, &container)?),
+        false => Task::Run(Prepared::new(&folder, &config, shares, &options, &container)?),
+    };
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
 
     let samples = match &args.samples_out {
         None => None,
         Some(path) => {
             check_file(path)?;
-            let samples = calibrate(&folder, prepared.weights(), &config.calibration, &options, reporter)?;
+            let samples = calibrate(&folder, &folder.unet_weights()?, &config.calibration, &options, reporter)?;
             samples.write(path)?;
             Some(samples)
         }
     };
     reporter.end_on_interrupt()?;
-    let report = run_job(&prepared, samples.as_ref(), reporter);
-    if let Err(Error::Stopped) = report {
+    let done = match task {
+        Task::Run(prepared) => run_job(&prepared, samples.as_ref(), reporter).and_then(Done::of_run),
+        Task::Search(reaching) => reach(reaching, samples.as_ref(), reporter).and_then(Done::of_search),
+    };
+    if let Err(Error::Stopped) = done {
         stdout::print(&format!("stopped; the same command with --resume continues the run ({})\n", args.out.display()))?;
     }
-    let report = report?;
-    write_file(&resolved, |out| out.write_all(report.config.to_yaml().as_bytes()))?;
-    let json = serde_json::to_string_pretty(&report)
-        .map_err(|why| Error::Failed(format!("the report cannot be written as JSON: {why}")))?;
-    write_file(&about, |out| writeln!(out, "{json}"))?;
+    let Done { config, report, summary } = done?;
+    write_file(&resolved, |out| out.write_all(config.as_bytes()))?;
+    write_file(&about, |out| writeln!(out, "{report}"))?;
 
+    let bytes = std::fs::metadata(&container).map_err(Error::read(&container))?.len();
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
     stdout::print(&format!(
-        "{}\n{}: {} ({}), {}{peak}\n",
-        summary(&report),
+        "{summary}\n{}: {} ({}), {}{peak}\n",
         container.display(),
-        number::size(report.bytes),
-        number::count(report.bytes),
+        number::size(bytes),
+        number::count(bytes),
         number::time(start.elapsed().as_secs_f64()),
     ))
+}
+
+/// What the config asks for.
+enum Task<'a> {
+    /// One run, of a size that is known.
+    Run(Prepared<'a>),
+    /// Several runs, for the smallest size of a closeness.
+    Search(Reaching<'a>),
+}
+
+/// What is said of a run that has written its container.
+struct Done {
+    /// The config as resolved, in YAML.
+    config: String,
+    /// The report, in JSON.
+    report: String,
+    /// What is printed.
+    summary: String,
+}
+
+impl Done {
+    fn of_run(report: JobReport) -> Result<Self> {
+        Ok(Done { config: report.config.to_yaml(), report: as_json(&report)?, summary: summary(&report) })
+    }
+
+    fn of_search(reached: Reached) -> Result<Self> {
+        Ok(Done { config: reached.config.to_yaml(), report: as_json(&reached.report)?, summary: tried(&reached) })
+    }
+}
+
+fn as_json(report: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string_pretty(report).map_err(|why| Error::Failed(format!("the report cannot be written as JSON: {why}")))
+}
+
+/// The notes on the result of a search, followed by a table of the sizes that it solved.
+fn tried(reached: &Reached) -> String {
+    let mut table = table::new(&["asked", "bits", "bytes", "UNet error", "PSNR, dB", "target"]);
+    for size in &reached.sizes {
+        let Closeness { unet_error, psnr } = size.closeness;
+        table.add_row([
+            size.target_bits.to_string(),
+            format!("{:.3}", size.bits_per_weight),
+            number::count(size.bytes),
+            format!("{:.3} %", 100.0 * unet_error),
+            psnr.map_or(String::new(), |psnr| format!("{psnr:.2}")),
+            if size.is_reached { "reached" } else { "missed" }.to_owned(),
+        ]);
+    }
+    let texts = |key: &str| reached.report[key].as_array().into_iter().flatten();
+    let layers: Vec<&str> = texts("layers").filter_map(|layer| layer["name"].as_str()).collect();
+    let notes: Vec<&str> = texts("notes").filter_map(serde_json::Value::as_str).collect();
+    let notes: String = grouped(&notes, &layers).into_iter().map(|note| format!("note: {note}\n")).collect();
+    notes + &table::right_aligned(table, 0)
 }
 
 /// A table of the stages, followed by the notes, which may have scrolled away by the end of the
@@ -112,7 +171,9 @@ fn summary(report: &JobReport) -> String {
     }
     let mut text = table::right_aligned(table, 1);
     text.push_str("\n(pruned, stored: output error on the calibration inputs; weights: error of the weights)\n");
-    for note in grouped(report) {
+    let notes: Vec<&str> = report.notes.iter().map(String::as_str).collect();
+    let layers: Vec<&str> = report.layers.iter().map(|layer| layer.name.as_str()).collect();
+    for note in grouped(&notes, &layers) {
         text.push_str(&format!("note: {note}\n"));
     }
     text.push_str(&format!(
@@ -123,12 +184,12 @@ fn summary(report: &JobReport) -> String {
     text
 }
 
-/// The notes, with equal notes on many layers in one line. The report lists each of them.
-fn grouped(report: &JobReport) -> Vec<String> {
+/// The notes, with equal notes on many of the layers in one line. The report lists each of them.
+fn grouped(notes: &[&str], layers: &[&str]) -> Vec<String> {
     const FEW: usize = 3;
     let mut groups: Vec<(&str, Vec<&str>)> = Vec::new();
-    for note in &report.notes {
-        let layer = note.split_once(": ").filter(|(name, _)| report.layers.iter().any(|layer| layer.name == *name));
+    for &note in notes {
+        let layer = note.split_once(": ").filter(|(name, _)| layers.contains(name));
         // A note that is about no layer has no name.
         let (name, text) = layer.unwrap_or(("", note));
         match groups.iter_mut().find(|(grouped, _)| *grouped == text) {

@@ -66,7 +66,7 @@ pub(super) fn of_sweep(
     no_points: bool,
     edits: &Edits,
 ) -> Result<Vec<Named>> {
-    if let Some(flag) = edits.first_of(&["target-bits", "target-size"]) {
+    if let Some(flag) = edits.first_of(&["target-bits", "target-size", "target-error", "target-psnr"]) {
         return Err(Error::Argument(format!("--sweep and --{flag} both set sizes; give one")));
     }
     let curves: Vec<Source> = match bases {

@@ -54,6 +54,11 @@ impl Paths {
             Prompts::File(path) if config.is_calibrated() && calibration.samples.is_none() => Some(path.as_path()),
             Prompts::File(_) | Prompts::List(_) => None,
         };
+        let search = config.budget.as_ref().and_then(|budget| budget.search.as_ref());
+        let judged = match search.map(|search| &search.prompts) {
+            Some(Prompts::File(path)) => Some(path.as_path()),
+            Some(Prompts::List(_)) | None => None,
+        };
         self.reads(flag, Some(file))
             .model("the model", config.model.path.as_deref())
             .model("the base", config.model.base.as_deref())
@@ -62,6 +67,7 @@ impl Paths {
             .reads("the prompts", prompts)
             .reads("the samples", calibration.samples.as_deref())
             .reads("the captions", calibration.captions.as_deref())
+            .reads("the prompts of the target", judged)
     }
 
     /// A file that is written.

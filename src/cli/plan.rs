@@ -90,6 +90,9 @@ pub(super) fn run(args: Args) -> Result<()> {
         let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
         if args.json {
             let mut row = serde_json::json!({ "config": name, "expected_seconds": seconds, "plan": plan });
+            if let Some(search) = config.budget.as_ref().and_then(|budget| budget.search.as_ref()) {
+                row["most_solves"] = serde_json::json!(search.solves);
+            }
             if let Some((_, tuning)) = tuning {
                 row["tuning"] = serde_json::json!(tuning);
             }
@@ -118,10 +121,17 @@ pub(super) fn run(args: Args) -> Result<()> {
 
 /// A sentence on how a budget changes the plan.
 fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
-    let bytes = budget.bytes(plan);
+    let choosing = "choosing them takes one more pass over the samples, and a trial of several settings for every layer";
+    let Some(bytes) = budget.bytes(plan) else {
+        let solves = budget.search.as_ref().map_or(1, |search| search.solves);
+        return format!(
+            "the budget gives each layer settings of its own; {choosing}. The size that reaches the target is searched for: the run \
+             compresses to up to {solves} sizes and draws the prompts that each is judged on. Time and disk above are those of one \
+             of them, at the size of the config as it is; a second container is on the disk meanwhile"
+        );
+    };
     format!(
-        "the budget gives each layer settings of its own, so that all take {} ({} bytes) instead of the {} above; choosing them \
-         takes one more pass over the samples, and a trial of several settings for every layer",
+        "the budget gives each layer settings of its own, so that all take {} ({} bytes) instead of the {} above; {choosing}",
         number::size(bytes),
         number::count(bytes),
         number::size(plan.payload_bytes)

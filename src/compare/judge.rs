@@ -192,21 +192,28 @@ impl Reference<'_> {
         Ok(())
     }
 
+    /// Measures another UNet on the held-out calls alone.
+    ///
+    /// # Errors
+    /// If the UNet cannot run.
+    pub(super) fn measure_calls(&self, unet: &dyn Predictor, progress: &dyn Progress) -> Result<Vec<Measured>> {
+        let mut measured: Vec<Measured> = self.runs.iter().map(|_| Measured::default()).collect();
+        let task = Task::begin(progress, "held-out calls", "calls", self.held_out.len());
+        for HeldOut { run, call, output } in &self.held_out {
+            task.advance(&format!("timestep {:.0}", call.timestep));
+            let new = unet.predict(&call.sample, call.timestep, &call.conditioning)?;
+            measured[*run].calls.push(Share::of(&new, output)?);
+        }
+        Ok(measured)
+    }
+
     /// Measures another UNet on the held-out calls, and step by step from the noise of the dense
     /// runs.
     ///
     /// # Errors
     /// If the UNet cannot run.
     pub(super) fn measure(&self, unet: &dyn Predictor, progress: &dyn Progress) -> Result<ModelResults> {
-        let mut measured: Vec<Measured> = self.runs.iter().map(|_| Measured::default()).collect();
-        {
-            let task = Task::begin(progress, "held-out calls", "calls", self.held_out.len());
-            for HeldOut { run, call, output } in &self.held_out {
-                task.advance(&format!("timestep {:.0}", call.timestep));
-                let new = unet.predict(&call.sample, call.timestep, &call.conditioning)?;
-                measured[*run].calls.push(Share::of(&new, output)?);
-            }
-        }
+        let mut measured = self.measure_calls(unet, progress)?;
         let (judge, shown) = (self.judge, self.judge.shown(&self.range));
         let task = Task::begin(progress, "pictures", "prompts", self.runs.len());
         let mut pictures = Vec::new();

@@ -27,6 +27,8 @@ pub struct Judging {
 impl Judging {
     /// The least default of [`held_out`](Self::held_out).
     pub const HELD_OUT: usize = 48;
+    /// The seed of the first prompt's first noise that the command line takes where none is given.
+    pub const SEED: u64 = 231;
     /// The command line's default of [`shown`](Self::shown).
     pub const SHOWN: usize = 32;
 

@@ -10,6 +10,7 @@ mod judging;
 mod lpips;
 mod pairs;
 mod part;
+mod reach;
 mod results;
 mod shipped;
 mod sweep;
@@ -24,6 +25,7 @@ pub use judging::Judging;
 pub use lpips::Lpips;
 use part::PartFile;
 pub use part::{Part, merge};
+pub use reach::{Closeness, Ending, Goal, Reached, Reaching, TriedSize, reach};
 use results::{ModelResults, Results};
 use sdxl_model::checkpoint::Weights;
 use sdxl_model::unet::Unet;
@@ -36,7 +38,7 @@ use squeeze_base::input::SourceFile;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::Container;
-pub use sweep::{Sweep, SweepSize};
+pub use sweep::Sweep;
 
 use crate::recipe::RunOptions;
 use crate::report::Comparison;
@@ -140,6 +142,11 @@ fn check_floor(folder: &PipelineFolder, options: &RunOptions) -> Result<()> {
     )))
 }
 
+/// The files of the VAE, with their hashes.
+fn vae_files(folder: &PipelineFolder) -> Result<Vec<SourceFile>> {
+    folder.vae_weights()?.files().map(|file| SourceFile::read(file, "")).collect()
+}
+
 /// A comparison whose entries have been checked.
 struct Comparing<'a> {
     folder: &'a PipelineFolder,
@@ -191,8 +198,7 @@ impl<'a> Comparing<'a> {
     /// A hash of everything that the measurements of all parts depend on.
     fn identity(&self, facts: &[Facts]) -> Result<String> {
         let Judging { set, seeds, held_out, baseline, noise_floor, lpips, shown } = self.judging;
-        let (vae, placement) = (self.folder.vae_weights()?, self.options.placement());
-        let vae = vae.files().map(|file| SourceFile::read(file, "")).collect::<Result<Vec<_>>>()?;
+        let (vae, placement) = (vae_files(self.folder)?, self.options.placement());
         let all = json!({
             "containers": facts.iter().map(Facts::hashes).collect::<Vec<_>>(),
             "encoders": self.folder.prompt_files()?,

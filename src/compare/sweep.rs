@@ -1,7 +1,8 @@
 //! The sizes of a sweep.
 
-use std::fmt::{self, Display};
 use std::str::FromStr;
+
+use crate::compress::MeanBits;
 
 /// A range of mean bits a compressed weight: `2.0..4.0:0.5` is 2.0, 2.5, 3.0, 3.5 and 4.0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,10 +13,6 @@ pub struct Sweep {
     step: u32,
 }
 
-/// A mean of bits a compressed weight, with at least one and at most three decimals: `3.0`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SweepSize(u32);
-
 impl Sweep {
     /// The most sizes.
     const MOST: u32 = 100;
@@ -23,17 +20,8 @@ impl Sweep {
     const STEP: u32 = 500;
 
     /// The sizes, ascending. The end of the range is one of them if steps lead to it.
-    pub fn sizes(self) -> impl Iterator<Item = SweepSize> {
-        (self.low..=self.high).step_by(self.step as usize).map(SweepSize)
-    }
-}
-
-impl Display for SweepSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (whole, rest) = (self.0 / 1000, self.0 % 1000);
-        let decimals = format!("{rest:03}");
-        let shown = decimals.trim_end_matches('0');
-        write!(f, "{whole}.{}", if shown.is_empty() { "0" } else { shown })
+    pub fn sizes(self) -> impl Iterator<Item = MeanBits> {
+        (self.low..=self.high).step_by(self.step as usize).map(MeanBits::of_thousandths)
     }
 }
 

@@ -119,14 +119,19 @@ impl Inputs {
     /// # Errors
     /// [`Error::Internal`] if it cannot be written as JSON.
     pub(super) fn identity_of_prices(&self, config: &RunConfig, sources: &[SourceFile], options: &RunOptions) -> Result<String> {
-        let any = |budget: &BudgetSection| BudgetSection { target: BudgetTarget::Bits(1.0), ..budget.clone() };
-        let measured = RunConfig { budget: config.budget.as_ref().map(any), tune: None, ..config.clone() };
+        let measured = RunConfig { tune: None, ..of_any_size(config) };
         let mut identity = self.identity(&measured, sources, options);
         identity.remove(TUNING_PROMPTS);
         let text =
             serde_json::to_vec(&identity).map_err(|why| Error::internal(format!("an identity cannot be written: {why}")))?;
         Ok(digest::of_bytes(&text))
     }
+}
+
+/// The config with one and the same target, whatever target its budget has.
+pub(super) fn of_any_size(config: &RunConfig) -> RunConfig {
+    let any = |budget: &BudgetSection| budget.with_size(BudgetTarget::Bits(1.0));
+    RunConfig { budget: config.budget.as_ref().map(any), ..config.clone() }
 }
 
 /// The entry with the hash of the prompts that the UNet is tuned with.

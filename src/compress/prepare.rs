@@ -43,6 +43,13 @@ impl<'a> Prepared<'a> {
     /// disk are too small; [`Error::Config`] if the config does not fit the model; if weights,
     /// prompts or samples cannot be read.
     pub fn new(folder: &'a PipelineFolder, config: &RunConfig, shares: bool, options: &RunOptions, path: &Path) -> Result<Self> {
+        if config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
+            return Err(Error::Argument(
+                "`target_error` and `target_psnr` are reached by a search over several sizes, which `sdxl-squeeze compress` and \
+                 `compare::reach` make; a single run needs `target_bits` or `target_size`"
+                    .into(),
+            ));
+        }
         check_place(folder, config, options)?;
         let config = &settled(folder, config);
         let recipe = Recipe::new(config, &folder.unet)?;
@@ -142,7 +149,8 @@ impl<'a> Prepared<'a> {
 
 /// Plans the run of `config`, resolved to `recipe`; the other arguments are those of [`Plan::new`].
 /// A run with a budget measures first and makes a result of the budget's size: [`Plan::disk`]
-/// accounts for both.
+/// accounts for both. Of a closeness the size is not known before, and the plan is for the size of
+/// the config as it is.
 ///
 /// # Errors
 /// [`Error::Argument`] if the memory is too little.
@@ -158,7 +166,8 @@ pub fn plan_of_run(
     if let Some(budget) = &config.budget {
         let recipes = allocate::measuring(&recipe.layers);
         let measuring = Plan::new(chain, &recipes, Sequencing::Stage, calls, memory, bytes_of)?.disk;
-        let (result, fixed) = (budget.bytes(&plan), plan.payload_bytes - plan.compressed_bytes);
+        let result = budget.bytes(&plan).unwrap_or(plan.payload_bytes);
+        let fixed = plan.payload_bytes - plan.compressed_bytes;
         let carries = plan.disk.carries.max(measuring.carries);
         plan.disk = Disk { carries, parts: result.saturating_sub(fixed), result, ..plan.disk };
     }
@@ -239,14 +248,17 @@ fn calls(folder: &PipelineFolder, config: &RunConfig) -> Result<Calls> {
 }
 
 impl BudgetSection {
-    /// Bytes of the tensors of a result that meets the budget, for the UNet of `plan`.
+    /// Bytes of the tensors of a result that meets the budget, for the UNet of `plan`; `None` if
+    /// the target is a closeness, whose size has to be searched for.
     #[must_use]
-    pub fn bytes(&self, plan: &Plan) -> u64 {
+    pub fn bytes(&self, plan: &Plan) -> Option<u64> {
         match self.target {
-            BudgetTarget::Size(bytes) => bytes,
+            BudgetTarget::Size(bytes) => Some(bytes),
             BudgetTarget::Bits(bits) => {
-                plan.payload_bytes - plan.compressed_bytes + (bits / 8.0 * plan.compressed_elements as f64) as u64
+                let compressed = (bits / 8.0 * plan.compressed_elements as f64) as u64;
+                Some(plan.payload_bytes - plan.compressed_bytes + compressed)
             }
+            BudgetTarget::Error(_) | BudgetTarget::Psnr(_) => None,
         }
     }
 }

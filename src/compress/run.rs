@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use sdxl_model::Layer;
 use sdxl_model::checkpoint::TensorSource;
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
 
-use super::allocate::{self, Measurement, PriceFile, Prices, Settings, Shapes};
+use super::allocate::{self, Forecast, Measurement, PriceFile, Prices, Settings, Shapes};
 use super::beside::{Unseen, beside};
 use super::captions;
 use super::container::{FinishedUnet, write_container};
@@ -144,6 +144,31 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     };
     workspace.remove()?;
     Ok(report)
+}
+
+/// What the settings of the budget of `prepared` cost on `samples`: read from the file of its
+/// prices, or measured and written there. `sources` are the files of the model, `workspace` has the
+/// folder for carries and takes warnings.
+///
+/// # Errors
+/// As [`run`]; [`Error::Internal`] if there is no budget.
+pub(super) fn forecast(
+    prepared: &Prepared<'_>,
+    samples: &Samples,
+    sources: &[SourceFile],
+    workspace: &mut Workspace,
+    progress: &dyn Progress,
+) -> Result<Forecast> {
+    let Prepared { folder, config, options, weights, recipe, .. } = prepared;
+    let budget = config.budget.as_ref().ok_or_else(|| Error::internal("a forecast was asked for without a budget"))?;
+    let inputs = Inputs::read(folder, config, Some(samples), recipe.needs_samples())?;
+    let run = Run::new(prepared, &inputs, samples, progress)?;
+    let plan = run.plan(&recipe.layers, recipe.sequencing)?;
+    let shapes = allocate::shapes(&folder.unet)?;
+    let settings = allocate::settings(recipe, &shapes, budget)?;
+    let source = weights.narrow_source(options.placement());
+    let prices = run.prices(&settings, &shapes, budget.probes, (&source, sources), workspace)?;
+    Ok(Forecast::new(&prices, &shapes, recipe, &plan))
 }
 
 /// A run whose samples are there.
@@ -320,7 +345,7 @@ impl<'a> Run<'a> {
 
 /// The samples of a run that is given none: read from the config's file, `drawn` already, or drawn
 /// if a layer needs them.
-fn own_samples(
+pub(super) fn own_samples(
     prepared: &Prepared<'_>,
     inputs: &mut Inputs,
     drawn: Option<Samples>,

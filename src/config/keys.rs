@@ -351,22 +351,72 @@ keys! {
 }
 
 keys! {
-    /// A size that the result keeps to. Each layer gets settings of its own; either target is
-    /// needed.
+    /// A size that the result keeps to, or a closeness that it reaches at the smallest size. Each
+    /// layer gets settings of its own; one target is needed.
     budget "budget" {
         /// Mean bits of a compressed weight.
         TARGET_BITS: f64 = (
             "target_bits",
             kinds::MEAN_BITS,
             Preset::Absent("none"),
-            flag Flag::new("target-bits", "BITS").replaces(&["target_size"])
+            flag Flag::new("target-bits", "BITS").replaces(&[
+                "target_size",
+                "target_error",
+                "target_psnr",
+                "target_prompts",
+                "target_calls",
+                "target_solves"
+            ])
         );
         /// Bytes of all tensors of the result.
         TARGET_SIZE: u64 = (
             "target_size",
             kinds::SIZE,
             Preset::Absent("none"),
-            flag Flag::new("target-size", "SIZE").replaces(&["target_bits"])
+            flag Flag::new("target-size", "SIZE").replaces(&[
+                "target_bits",
+                "target_error",
+                "target_psnr",
+                "target_prompts",
+                "target_calls",
+                "target_solves"
+            ])
+        );
+        /// The largest error of the UNet's output, as `compare` measures it; the smallest size that
+        /// reaches it is searched for. The error is the squared distance of the outputs from the
+        /// dense model's, divided by their square, on calls of `target_prompts`. The search
+        /// compresses several times: see [usage.md](usage.md#targets-of-closeness).
+        TARGET_ERROR: f64 = (
+            "target_error",
+            kinds::PERCENTAGE,
+            Preset::Absent("none"),
+            flag Flag::new("target-error", "PERCENT").replaces(&["target_bits", "target_size", "target_psnr"])
+        );
+        /// The lowest mean PSNR of pictures against the dense model's, in dB, as `compare` measures
+        /// it; the smallest size that reaches it is searched for. The pictures are those of
+        /// `target_prompts`.
+        TARGET_PSNR: f64 = (
+            "target_psnr",
+            kinds::DECIBELS,
+            Preset::Absent("none"),
+            flag Flag::new("target-psnr", "DB").replaces(&["target_bits", "target_size", "target_error"])
+        );
+        /// Prompts that `target_error` or `target_psnr` is measured on, one a line. None of them
+        /// may be calibrated on.
+        TARGET_PROMPTS: Node = (
+            "target_prompts",
+            kinds::PROMPTS,
+            Preset::Text("calibration/judge.txt"),
+            flag Flag::new("target-prompts", "FILE")
+        );
+        /// UNet calls on which the error of the UNet's output is measured.
+        TARGET_CALLS: usize = ("target_calls", kinds::COUNT, Preset::Absent("one for each prompt, at least 48"));
+        /// Sizes that are compressed to at most in the search for `target_error` or `target_psnr`.
+        TARGET_SOLVES: usize = (
+            "target_solves",
+            kinds::SOLVES,
+            Preset::Integer(6),
+            flag Flag::new("target-solves", "N")
         );
         /// Fewest bits of a palette index in any layer.
         MIN_BITS: BitWidth = ("min_bits", kinds::BIT_WIDTH, Preset::Integer(2));

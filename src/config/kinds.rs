@@ -81,6 +81,27 @@ pub(super) const MEAN_BITS: Kind<f64> = kind!(Number, "above 0, at most 16", { "
     limits::target_bits(number(node)?)
 });
 
+/// A share in per cent, with its sign: a bare number could be meant as either.
+pub(super) const PERCENTAGE: Kind<f64> = kind!(
+    Text,
+    "a percentage such as `0.5%`",
+    { "type": "string", "pattern": "^\\s*[0-9.]+\\s*%\\s*$" },
+    |node| match &node.value {
+        Value::Text(text) => limits::percentage(text),
+        Value::Null | Value::Boolean(_) | Value::Integer(_) | Value::Number(_) | Value::List(_) | Value::Mapping(_) => {
+            Err(limits::PERCENTAGE.into())
+        }
+    }
+);
+
+pub(super) const DECIBELS: Kind<f64> = kind!(Number, "above 0, below 100", { "type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 100 }, |node| {
+    limits::decibels(number(node)?)
+});
+
+/// A number of compressions.
+pub(super) const SOLVES: Kind<usize> =
+    kind!(Number, "1 to 100", { "type": "integer", "minimum": 1, "maximum": 100 }, |node| limits::solves(whole(node)?));
+
 pub(super) const BIT_WIDTH: Kind<BitWidth> = Kind {
     read: |node| limits::n_bits(whole(node)?),
     values: || BitWidth::ALL.map(|width| width.to_string()).join(", "),

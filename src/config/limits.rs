@@ -135,6 +135,26 @@ pub(super) fn target_bits(value: f64) -> Checked<f64> {
     if value > 0.0 && value <= 16.0 { Ok(value) } else { Err("must be above 0 and at most 16".into()) }
 }
 
+/// The message about a percentage that is none.
+pub(super) const PERCENTAGE: &str = "must be a percentage above 0% and below 100%, such as 0.5%";
+
+/// A percentage with its sign: `0.5%` is 0.5.
+pub(super) fn percentage(text: &str) -> Checked<f64> {
+    let digits = text.trim().strip_suffix('%').map(str::trim).filter(|digits| !digits.contains(['+', '-', 'e', 'E']));
+    let value = digits.and_then(|digits| digits.parse::<f64>().ok());
+    value.filter(|percent| *percent > 0.0 && *percent < 100.0).ok_or_else(|| PERCENTAGE.into())
+}
+
+/// A peak signal-to-noise ratio that pictures can reach without being equal.
+pub(super) fn decibels(value: f64) -> Checked<f64> {
+    if value > 0.0 && value < 100.0 { Ok(value) } else { Err("must be above 0 and below 100".into()) }
+}
+
+/// A number of compressions, each of which takes as long as a run.
+pub(super) fn solves(value: i128) -> Checked<usize> {
+    usize::try_from(value).ok().filter(|value| (1..=100).contains(value)).ok_or_else(|| "must be between 1 and 100".into())
+}
+
 /// Text that is not blank: a path or a prompt.
 pub(super) fn not_blank(text: &str) -> Checked<&str> {
     if text.trim().is_empty() { Err("must not be empty".into()) } else { Ok(text) }

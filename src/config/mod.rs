@@ -38,7 +38,7 @@ pub use prompts::{Prompts, read_prompts};
 pub use resolve::{Choice, LayerResolution, Resolution, RuleUse};
 pub use rules::{RuleIndex, Rules};
 pub use run_config::{Remarks, RunConfig};
-pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
+pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection, SizeSearch};
 pub use squeeze_base::error::{Mistake, Place};
 pub use tune::TuneSection;
 pub use words::{Feed, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};

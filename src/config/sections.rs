@@ -121,13 +121,16 @@ pub struct PalettizeSection {
     pub weight_threshold: u64,
 }
 
-/// A size that the result keeps to. Each layer gets settings of its own (see
-/// [`compress`](crate::compress)).
+/// A size that the result keeps to, or a closeness that it reaches at the smallest size. Each layer
+/// gets settings of its own (see [`compress`](crate::compress)).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BudgetSection {
-    /// `target_size` or `target_bits`.
+    /// `target_size`, `target_bits`, `target_error` or `target_psnr`.
     #[serde(flatten, serialize_with = "write_target")]
     pub target: BudgetTarget,
+    /// How the size is searched for where the target is a closeness; `None` for a size.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub search: Option<SizeSearch>,
     /// Fewest bits of a palette index in any layer.
     pub min_bits: BitWidth,
     /// Largest sparsity of any layer. In [0, 1).
@@ -139,13 +142,40 @@ pub struct BudgetSection {
     pub probes: usize,
 }
 
-/// The size of the result.
+/// The size of the result, or its closeness to the dense model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BudgetTarget {
     /// Bytes of all tensors of the result.
     Size(u64),
     /// Mean bits of a compressed weight.
     Bits(f64),
+    /// The largest error of the UNet's output on held-out calls, in per cent of the dense output's
+    /// squared norm.
+    Error(f64),
+    /// The lowest mean PSNR of pictures against the dense model's, in dB.
+    Psnr(f64),
+}
+
+/// How the smallest size of a closeness is searched for.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SizeSearch {
+    /// The prompts that results are judged on.
+    #[serde(rename = "target_prompts")]
+    pub prompts: Prompts,
+    /// UNet calls on which the error of the UNet's output is measured; `None` is one for each
+    /// prompt, and at least 48. At least 1.
+    #[serde(rename = "target_calls")]
+    pub calls: Option<usize>,
+    /// Sizes that are compressed to at most. From 1 to 100.
+    #[serde(rename = "target_solves")]
+    pub solves: usize,
+}
+
+impl Default for SizeSearch {
+    fn default() -> Self {
+        use keys::budget::*;
+        SizeSearch { prompts: Prompts::of(&TARGET_PROMPTS.default_value()), calls: None, solves: TARGET_SOLVES.default_value() }
+    }
 }
 
 impl Default for ModelSection {
@@ -342,6 +372,7 @@ impl BudgetSection {
         use keys::budget::*;
         BudgetSection {
             target,
+            search: target.is_closeness().then(SizeSearch::default),
             min_bits: MIN_BITS.default_value(),
             max_sparsity: MAX_SPARSITY.default_value(),
             no_vectors: NO_VECTORS.default_value(),
@@ -352,17 +383,61 @@ impl BudgetSection {
     /// `None` if there is no target that can be read, which is a mistake.
     pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Option<Self> {
         use keys::budget::*;
-        match (fields.given(TARGET_SIZE.name), fields.given(TARGET_BITS.name)) {
-            (Some(size), Some(_)) => mistakes.add(size.position, "`target_size` and `target_bits` exclude each other; give one"),
-            (None, None) => mistakes.add(fields.position(), "`budget` needs `target_size` or `target_bits`"),
-            (Some(_), None) | (None, Some(_)) => {}
+        let targets = [TARGET_SIZE.name, TARGET_BITS.name, TARGET_ERROR.name, TARGET_PSNR.name];
+        let given: Vec<_> = targets.into_iter().filter_map(|name| Some((name, fields.given(name)?))).collect();
+        match given.as_slice() {
+            [] => {
+                mistakes.add(fields.position(), "`budget` needs `target_size` or `target_bits`, `target_error` or `target_psnr`")
+            }
+            [_] => {}
+            [(one, node), others @ ..] => {
+                for (other, _) in others {
+                    mistakes.add(node.position, format!("`{one}` and `{other}` exclude each other; give one"));
+                }
+            }
         }
         let size = fields.get(&TARGET_SIZE, mistakes).map(BudgetTarget::Size);
         let bits = fields.get(&TARGET_BITS, mistakes).map(BudgetTarget::Bits);
+        let error = fields.get(&TARGET_ERROR, mistakes).map(BudgetTarget::Error);
+        let psnr = fields.get(&TARGET_PSNR, mistakes).map(BudgetTarget::Psnr);
+        let is_size = |(name, _): &(&str, _)| *name == TARGET_SIZE.name || *name == TARGET_BITS.name;
+        if !given.is_empty() && given.iter().all(is_size) {
+            for name in [TARGET_PROMPTS.name, TARGET_CALLS.name, TARGET_SOLVES.name] {
+                if let Some(node) = fields.given(name) {
+                    mistakes.add(node.position, format!("`{name}` goes with `target_error` or `target_psnr`"));
+                }
+            }
+        }
+        let prompts = fields.value(&TARGET_PROMPTS, mistakes);
+        prompts::check(&prompts, mistakes);
+        let search = SizeSearch {
+            prompts: Prompts::of(&prompts),
+            calls: fields.get(&TARGET_CALLS, mistakes),
+            solves: fields.value(&TARGET_SOLVES, mistakes),
+        };
         let (min_bits, max_sparsity) = (fields.value(&MIN_BITS, mistakes), fields.value(&MAX_SPARSITY, mistakes));
         let probes = fields.value(&PROBES, mistakes);
         let no_vectors = fields.value(&NO_VECTORS, mistakes);
-        Some(BudgetSection { target: size.or(bits)?, min_bits, max_sparsity, no_vectors, probes })
+        let target = size.or(bits).or(error).or(psnr)?;
+        let search = target.is_closeness().then_some(search);
+        Some(BudgetSection { target, search, min_bits, max_sparsity, no_vectors, probes })
+    }
+
+    /// The budget with a size in the place of its target.
+    #[must_use]
+    pub fn with_size(&self, target: BudgetTarget) -> Self {
+        BudgetSection { target, search: None, ..self.clone() }
+    }
+}
+
+impl BudgetTarget {
+    /// Whether the target is a closeness to the dense model, whose size has to be searched for.
+    #[must_use]
+    pub fn is_closeness(self) -> bool {
+        match self {
+            BudgetTarget::Error(_) | BudgetTarget::Psnr(_) => true,
+            BudgetTarget::Size(_) | BudgetTarget::Bits(_) => false,
+        }
     }
 }
 
@@ -407,10 +482,14 @@ fn write_target<S: Serializer>(target: &BudgetTarget, serializer: S) -> Result<S
     enum Keys {
         TargetSize(String),
         TargetBits(f64),
+        TargetError(String),
+        TargetPsnr(f64),
     }
     match target {
         BudgetTarget::Size(bytes) => Keys::TargetSize(format!("{bytes} B")),
         BudgetTarget::Bits(bits) => Keys::TargetBits(*bits),
+        BudgetTarget::Error(percent) => Keys::TargetError(format!("{percent}%")),
+        BudgetTarget::Psnr(decibels) => Keys::TargetPsnr(*decibels),
     }
     .serialize(serializer)
 }

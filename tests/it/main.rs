@@ -47,6 +47,7 @@ mod streams;
 mod support;
 mod sweep;
 mod synth;
+mod target;
 mod tokens;
 #[cfg(unix)]
 mod traps;

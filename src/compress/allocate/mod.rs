@@ -6,21 +6,25 @@
 
 mod choose;
 mod curves;
+mod forecast;
 mod measurement;
 mod prices;
+mod room;
 mod sensitivity;
 
 pub use choose::{Choice, choose};
+pub use forecast::{Expected, Forecast};
 use measurement::Limits;
 pub(super) use measurement::Measurement;
 use prices::Priced;
 pub(super) use prices::{PriceFile, Prices, Settings, Shapes};
+use room::Room;
 use sdxl_model::unet::UnetChain;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 
-use crate::config::{self, BudgetSection, BudgetTarget, RunConfig};
-use crate::plan::{Plan, stored_bytes};
+use crate::config::{self, BudgetSection, RunConfig};
+use crate::plan::Plan;
 use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of};
 
 /// The result of an allocation.
@@ -98,16 +102,8 @@ pub(super) fn allocate(
     budget: &BudgetSection,
 ) -> Result<Allocation> {
     let choices: Vec<Vec<Choice>> = prices.values().map(|priced| priced.iter().map(|priced| priced.choice).collect()).collect();
-    // The bytes of the allocated layers in the recipe as it is; the bytes of everything else are
-    // fixed.
-    let allocated_bytes: u64 = prices.keys().map(|name| stored_bytes(&shapes[name], &recipe.layers[name])).sum();
-    let fixed = plan.payload_bytes - allocated_bytes;
-    let total = match budget.target {
-        BudgetTarget::Size(bytes) => bytes,
-        BudgetTarget::Bits(bits) => {
-            fixed + (bits / 8.0 * plan.compressed_elements as f64) as u64 - (plan.compressed_bytes - allocated_bytes)
-        }
-    };
+    let room = Room::of(prices, shapes, recipe, plan);
+    let (fixed, total) = (room.fixed_bytes, room.total_bytes(budget.target)?);
     let Some(chosen) = choose(&choices, total.saturating_sub(fixed)) else {
         let least: u64 = choices.iter().filter_map(|choices| choices.iter().map(|choice| choice.bytes).min()).sum();
         return Err(Error::Argument(format!(

@@ -132,6 +132,28 @@ fn a_budget_needs_one_target_within_its_bounds() {
     for bits in ["0", "-1", "17", ".nan"] {
         wrong(&with(&format!("  target_bits: {bits}\n")), 4, 16, &["must be above 0 and at most 16"]);
     }
+    for percent in ["0.5", "0%", "100%", "-1%", "1e-1%", "'%'", "many"] {
+        wrong(
+            &with(&format!("  target_error: {percent}\n")),
+            4,
+            17,
+            &["must be a percentage above 0% and below 100%, such as 0.5%"],
+        );
+    }
+    for decibels in ["0", "100", "-3", ".inf", ".nan"] {
+        wrong(&with(&format!("  target_psnr: {decibels}\n")), 4, 16, &["must be above 0 and below 100"]);
+    }
+    wrong(&with("  target_error: 1%\n  target_psnr: 35\n"), 4, 17, &["`target_error` and `target_psnr` exclude each other"]);
+    wrong(&with("  target_psnr: 35\n  target_bits: 3\n"), 5, 16, &["`target_bits` and `target_psnr` exclude each other"]);
+    wrong(&with("  target_psnr: 35\n  target_solves: 101\n"), 5, 18, &["must be between 1 and 100"]);
+    wrong(&with("  target_psnr: 35\n  target_calls: 0\n"), 5, 17, &["must be between 1"]);
+    wrong(&with("  target_psnr: 35\n  target_prompts: []\n"), 5, 19, &["at least one prompt"]);
+    wrong(&with("  target_psnr: 35\n  target_prompts: [owl, 3]\n"), 5, 25, &["an entry of `prompts` must be text"]);
+    for (key, value) in [("target_prompts", "[owl]"), ("target_calls", "9"), ("target_solves", "3")] {
+        let place = 5 + key.len() as u64;
+        let goes = format!("`{key}` goes with `target_error` or `target_psnr`");
+        wrong(&with(&format!("  target_bits: 3\n  {key}: {value}\n")), 5, place, &[&goes]);
+    }
     wrong(&with("  target_bits: 3\n  min_bits: 5\n"), 5, 13, &["must be 1, 2, 3, 4, 6 or 8"]);
     wrong(&with("  target_bits: 3\n  max_sparsity: 1.0\n"), 5, 17, &["less than 1"]);
     wrong(&with("  target_bits: 3\n  probes: 0\n"), 5, 11, &["between 1"]);

@@ -214,6 +214,15 @@ fn a_flag_replaces_what_excludes_it_in_the_file() {
     let config = edited(yaml, &[("target-bits", "3"), ("target-sparsity", "0.4")]).unwrap();
     let expected = "palettize: {}\nbudget: {target_bits: 3, probes: 3}\nprune: {global_config: {target_sparsity: 0.4}}";
     assert_eq!(config, parsed(expected));
+    // A size takes the place of a search with all that belongs to it, and a closeness that of
+    // another.
+    let search = "palettize: {}\nbudget: {target_psnr: 35, target_prompts: [owl], target_calls: 9, target_solves: 3, probes: 3}";
+    let size = edited(search, &[("target-bits", "3")]).unwrap();
+    assert_eq!(size, parsed("palettize: {}\nbudget: {target_bits: 3, probes: 3}"));
+    let other = edited(search, &[("target-error", "0.5%"), ("target-solves", "4")]).unwrap();
+    assert_eq!(other, parsed(&search.replace("target_psnr: 35", "target_error: 0.5%").replace("solves: 3", "solves: 4")));
+    let both = [("target-size", "1GiB"), ("target-prompts", "p.txt")];
+    refused(search, &both, &[("--target-size 1GiB", "--target-prompts exclude each other")]);
 }
 
 /// `granularity` is the former name of the key `sequencing` and of its flag.
@@ -249,7 +258,7 @@ fn former_names_are_accepted_with_a_warning() {
 #[test]
 fn every_flag_edits_a_key() {
     let names: Vec<&str> = flags().map(|flag| flag.name).collect();
-    assert_eq!(names.len(), 41, "{names:?}");
+    assert_eq!(names.len(), 45, "{names:?}");
     for flag in flags() {
         assert!(flag.help.len() > 10 && !flag.help.ends_with('.'), "{flag:?}");
         assert_eq!(flag.former, flag.name == "granularity");

@@ -147,6 +147,8 @@ fn the_schema_refuses_what_the_program_refuses() {
         "joint: {turns: 1001}",
         "budget: {target_bits: 17}",
         "budget: {target_size: 933MB}",
+        "budget: {target_error: 0.5}",
+        "budget: {target_psnr: 100}",
         "- a",
     ] {
         refused(wrong);
@@ -158,6 +160,8 @@ fn the_schema_refuses_what_the_program_refuses() {
         "prune: {global_config: {n_m_ratio: '2:4'}}",
         "palettize: {}\nmodel: {device: 'cuda:0, cuda:1', dtype: fp16}\nbudget: {target_size: 933MiB}",
         "palettize: {}\nbudget: {target_size: 1000000}\ncalibration: {prompts: [a cat]}",
+        "palettize: {}\nbudget: {target_error: 0.5%, target_prompts: [a cat], target_solves: 3}",
+        "palettize: {}\nbudget: {target_psnr: 35.5, target_prompts: p.txt, target_calls: 9}",
     ] {
         parsed(right);
         assert_eq!(by_schema(right), [""; 0], "{right}");

@@ -166,6 +166,8 @@ fn config() -> impl Strategy<Value = String> {
     let target = prop_oneof![
         (1..=1u64 << 50).prop_map(|bytes| format!("target_size: {bytes}")),
         (1..=160u32).prop_map(|tenths| format!("target_bits: {}", f64::from(tenths) / 10.0)),
+        (1e-9..99.0_f64).prop_map(|percent| format!("target_error: {percent}%, target_calls: 7, target_prompts: [owl]")),
+        (0.1..99.0_f64, 1..=100_u32).prop_map(|(psnr, solves)| format!("target_psnr: {psnr}, target_solves: {solves}")),
     ];
     let budget = (
         target,

@@ -109,6 +109,7 @@ fn a_file_for_each_row_of_the_tutorial_has_sdxls_size() {
             // are; the bound below allows for the difference.
             Some(BudgetTarget::Bits(bits)) => model.parameters as f64 * bits / 8.0,
             Some(BudgetTarget::Size(bytes)) => bytes as f64,
+            Some(target @ (BudgetTarget::Error(_) | BudgetTarget::Psnr(_))) => panic!("{name}: {target:?} is no size"),
         } / (1u64 << 30) as f64;
         let bound = if config.budget.is_some() { 0.006 } else { 0.0011 };
         assert!((found - gib).abs() < bound, "{name}: {found:.4} GiB, not {gib}");
@@ -270,6 +271,9 @@ fn what_is_judged_on_is_never_calibrated_on() {
     let (captions, varied) =
         (read_prompts(&repo("calibration/captions.txt")).unwrap(), read_prompts(&repo("calibration/varied.txt")).unwrap());
     assert!(captions.len() == 3000 && varied.len() == 48 && varied.iter().all(|prompt| captions.contains(prompt)));
+    let judge = read_prompts(&repo("calibration/judge.txt")).unwrap();
+    let tutorial = read_prompts(&repo("calibration/tutorial.txt")).unwrap();
+    assert!(judge.len() == 16 && judge.iter().all(|prompt| !captions.contains(prompt) && !tutorial.contains(prompt)));
     assert_eq!((subjects("emoji.txt").len(), subjects("emoji-varied.txt").len()), (3, 48));
     assert_eq!(read_prompts(&repo("calibration/tutorial.txt")).unwrap().len(), 3);
 }

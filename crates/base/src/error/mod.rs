@@ -107,6 +107,20 @@ pub enum Error {
     /// A call out of order, or one with objects that do not belong together.
     #[error("{0}")]
     State(String),
+    /// A closeness to the dense model that no size reached, of those that were compressed to.
+    #[error("{target} is not reached: the closest of {solves} solved sizes, {size}, has {best}; {remedy}")]
+    Unreached {
+        /// The closeness that was asked for, as "a UNet error of at most 0.5 %".
+        target: String,
+        /// How many sizes were compressed to.
+        solves: usize,
+        /// The size that came closest, as "1.02 GiB at 3.4 bits a weight".
+        size: String,
+        /// Its closeness, as "a UNet error of 0.62 %".
+        best: String,
+        /// What the user can change.
+        remedy: String,
+    },
     /// A failure that no input is to blame for: the system refused a request that every program may
     /// make.
     #[error("{0}")]
@@ -166,7 +180,8 @@ impl Error {
             | Error::Argument(_)
             | Error::Shape { .. }
             | Error::Range { .. }
-            | Error::State(_) => true,
+            | Error::State(_)
+            | Error::Unreached { .. } => true,
             Error::Write { .. }
             | Error::Changed { .. }
             | Error::Failed(_)
