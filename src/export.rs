@@ -1,11 +1,13 @@
-//! Exports a UNet's weights to the formats of other programs.
+//! Exports a UNet's weights, and a pipeline's other networks, to the formats of other programs.
 
 mod apple;
 mod coremltools;
 mod diffusers;
+mod part;
 mod single_file;
 
-pub use apple::apple_mismatch;
+pub use apple::{apple_mismatch, apple_mismatch_of_prediction};
 pub use coremltools::{Moved, SmallWeights, coremltools};
 pub use diffusers::diffusers;
+pub use part::{PipelinePart, coreml_part};
 pub use single_file::single_file;

@@ -58,7 +58,7 @@
 //! | [`plan`] | sizes, memory, passes and work of a run, before it starts |
 //! | [`tune`](mod@tune) | training of palettes, norms and biases by gradients |
 //! | [`compress`] | the run: stage by stage, layer by layer, resumable |
-//! | [`export`], [`coreml`] | diffusers folders, coremltools checkpoints, Core ML packages |
+//! | [`export`], [`coreml`], [`bundle`] | diffusers folders, coremltools checkpoints, Core ML packages, all files for Apple's Swift pipeline |
 //! | [`inspect`](mod@inspect) | the stages, layers and sizes of a model |
 //! | [`compare`], [`report`] | configs against the dense model, the smallest file of a closeness; pictures |
 //!
@@ -80,6 +80,7 @@
 //! The library writes nothing to the standard streams. It reports to a [`progress::Progress`] and
 //! logs with [`tracing`](https://docs.rs/tracing).
 
+pub mod bundle;
 pub mod calibration;
 pub mod compare;
 pub mod compress;

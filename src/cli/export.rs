@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use sdxl_squeeze::checkpoint::Weights;
 use sdxl_squeeze::container::Container;
-use sdxl_squeeze::coreml::{self, Io, Layout, Options, WrittenPackage};
-use sdxl_squeeze::export::SmallWeights;
+use sdxl_squeeze::coreml::{self, Io, Label, Layout, Options, WrittenPackage};
+use sdxl_squeeze::export::{PipelinePart, SmallWeights};
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
 use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
@@ -70,12 +70,11 @@ enum SmallWeightsArg {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "For --to coreml")]
 struct CoremlArgs {
-    /// Height of the pictures in pixels [default: the UNet's own]
-    #[arg(long, value_name = "H")]
-    height: Option<i64>,
-    /// Width of the pictures in pixels
-    #[arg(long, value_name = "W")]
-    width: Option<i64>,
+    /// The network to write; the text encoders and the VAE are those of a pipeline
+    #[arg(long, value_name = "PART", value_enum)]
+    part: Option<PartArg>,
+    #[command(flatten)]
+    size: SizeArgs,
     /// Samples in a call; 2 computes both halves of guidance at once [default: 2]
     #[arg(long, value_name = "N")]
     batch: Option<i64>,
@@ -100,10 +99,66 @@ struct CoremlArgs {
     license: Option<String>,
 }
 
+/// The size of the pictures that packages are for.
+#[derive(Debug, clap::Args)]
+pub(super) struct SizeArgs {
+    /// Height of the pictures in pixels [default: the UNet's own]
+    #[arg(long, value_name = "H")]
+    height: Option<i64>,
+    /// Width of the pictures in pixels
+    #[arg(long, value_name = "W")]
+    width: Option<i64>,
+}
+
+impl SizeArgs {
+    /// Height and width of the latents: those of the flags, else `own`. A latent has `scale` pixels
+    /// in each direction.
+    pub(super) fn latents(&self, scale: i64, own: [i64; 2]) -> Result<[i64; 2]> {
+        let mut latents = own;
+        for ((name, pixels), latent) in [("height", self.height), ("width", self.width)].into_iter().zip(&mut latents) {
+            if let Some(pixels) = pixels {
+                if pixels < 1 || pixels % scale != 0 {
+                    return Err(Error::Argument(format!("{name} {pixels} is not a multiple of {scale}")));
+                }
+                *latent = pixels / scale;
+            }
+        }
+        Ok(latents)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum LayoutArg {
+enum PartArg {
+    /// The UNet
+    #[value(name = "unet")]
+    Unet,
+    /// The first text encoder
+    #[value(name = "text_encoder")]
+    TextEncoder,
+    /// The second text encoder
+    #[value(name = "text_encoder_2")]
+    TextEncoder2,
+    /// From latents to a picture
+    #[value(name = "vae_decoder")]
+    VaeDecoder,
+    /// From a picture to latents
+    #[value(name = "vae_encoder")]
+    VaeEncoder,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum LayoutArg {
     Linear,
     SplitEinsum,
+}
+
+impl LayoutArg {
+    pub(super) fn layout(self) -> Layout {
+        match self {
+            LayoutArg::Linear => Layout::Linear,
+            LayoutArg::SplitEinsum => Layout::SplitEinsum,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -133,7 +188,10 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         }
         Format::Coremltools => to_coremltools(&args, reporter),
         Format::Coreml => {
-            let Exported { written, warnings } = to_coreml(&args, reporter)?;
+            let Exported { written, warnings } = match args.coreml.beside_unet() {
+                Some(part) => Exported { written: to_coreml_part(&args, part, reporter)?, warnings: Vec::new() },
+                None => to_coreml(&args, reporter)?,
+            };
             if args.json {
                 return stdout::print_json(&Exported { written, warnings });
             }
@@ -175,10 +233,11 @@ impl Args {
 
     /// The first flag that belongs to another format.
     fn misplaced(&self) -> Option<&'static str> {
-        let CoremlArgs { height, width, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
+        let CoremlArgs { part, size, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
         let given = [
-            ("--height", height.is_some(), Format::Coreml),
-            ("--width", width.is_some(), Format::Coreml),
+            ("--part", part.is_some(), Format::Coreml),
+            ("--height", size.height.is_some(), Format::Coreml),
+            ("--width", size.width.is_some(), Format::Coreml),
             ("--batch", batch.is_some(), Format::Coreml),
             ("--layout", layout.is_some(), Format::Coreml),
             ("--io", io.is_some(), Format::Coreml),
@@ -222,12 +281,67 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
     if options.io == Io::Apple {
         match &unet.pipeline {
             Some(pipeline) => warnings.extend(export::apple_mismatch(&pipeline.scheduler)),
-            None => tracing::info!("without --model it is not known whether the UNet predicts noise, as Apple's samplers assume"),
+            None => warnings.push(export::apple_mismatch_of_prediction(weights.prediction_type()).unwrap_or_else(|| {
+                "apple-scheduler: without --model it is not known whether the UNet has one of the samplers of Apple's Swift pipeline; \
+                 give the model to have it checked"
+                    .to_owned()
+            })),
         }
     }
     let written = coreml::write(weights, &options, &args.out, reporter)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     Ok(Exported { written, warnings })
+}
+
+impl CoremlArgs {
+    /// The asked part, if it is not the UNet.
+    fn beside_unet(&self) -> Option<PipelinePart> {
+        match self.part {
+            None | Some(PartArg::Unet) => None,
+            Some(PartArg::TextEncoder) => Some(PipelinePart::TextEncoder),
+            Some(PartArg::TextEncoder2) => Some(PipelinePart::TextEncoder2),
+            Some(PartArg::VaeDecoder) => Some(PipelinePart::VaeDecoder),
+            Some(PartArg::VaeEncoder) => Some(PipelinePart::VaeEncoder),
+        }
+    }
+
+    /// The package's own fields.
+    fn label(&self) -> Label {
+        Label { author: self.author.clone().unwrap_or_default(), license: self.license.clone().unwrap_or_default() }
+    }
+
+    /// The first given flag that has no effect on `part`.
+    fn without_effect_on(&self, part: PipelinePart) -> Option<&'static str> {
+        let CoremlArgs { part: _, size, batch, layout, io, tokens, time_ids, author: _, license: _ } = self;
+        let of_text = matches!(part, PipelinePart::TextEncoder | PipelinePart::TextEncoder2);
+        let given = [
+            ("--height", of_text && size.height.is_some()),
+            ("--width", of_text && size.width.is_some()),
+            ("--batch", batch.is_some()),
+            ("--layout", layout.is_some()),
+            ("--io", io.is_some()),
+            ("--tokens", tokens.is_some()),
+            ("--time-ids", time_ids.is_some()),
+        ];
+        given.into_iter().find_map(|(flag, given)| given.then_some(flag))
+    }
+}
+
+/// Writes a text encoder or a half of the VAE.
+fn to_coreml_part(args: &Args, part: PipelinePart, reporter: &Reporter) -> Result<WrittenPackage> {
+    if let Some(flag) = args.coreml.without_effect_on(part) {
+        return Err(Error::Argument(format!("{flag} has no effect with --part {part}")));
+    }
+    let path = args.path.display();
+    if args.path.is_file() && container::is_container(&args.path) {
+        return Err(Error::Argument(format!("{path} is a container, which has no {part}; name the pipeline in its place")));
+    }
+    if let Some(model) = &args.model {
+        return Err(Error::Argument(format!("--model {} has no effect: {path} is the model of --part {part}", model.display())));
+    }
+    let pipeline = PipelineFolder::open_files(&args.with.files(args.path.clone()))?;
+    let latents = args.coreml.size.latents(pipeline.vae.scale(), pipeline.unet.config().sample_size)?;
+    export::coreml_part(&pipeline, part, latents, &args.coreml.label(), &args.out, reporter)
 }
 
 /// The UNet that the argument names, and its pipeline.
@@ -291,14 +405,7 @@ fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFol
     const SDXL_SCALE: i64 = 8;
     let scale = pipeline.map_or(SDXL_SCALE, |pipeline| pipeline.vae.scale());
     let mut options = Options::new(config);
-    for ((name, pixels), latent) in [("height", args.height), ("width", args.width)].into_iter().zip(&mut options.latents) {
-        if let Some(pixels) = pixels {
-            if pixels < 1 || pixels % scale != 0 {
-                return Err(Error::Argument(format!("{name} {pixels} is not a multiple of {scale}")));
-            }
-            *latent = pixels / scale;
-        }
-    }
+    options.latents = args.size.latents(scale, options.latents)?;
     if let (Some(time_ids), Some(pipeline)) = (args.time_ids, pipeline)
         && time_ids != pipeline.time_ids()
     {
@@ -310,12 +417,8 @@ fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFol
     options.time_ids = args.time_ids.or(pipeline.map(PipelineFolder::time_ids)).unwrap_or(options.time_ids);
     options.batch = args.batch.unwrap_or(options.batch);
     options.tokens = args.tokens.unwrap_or(options.tokens);
-    options.author = args.author.clone().unwrap_or_default();
-    options.license = args.license.clone().unwrap_or_default();
-    options.layout = match args.layout {
-        None | Some(LayoutArg::Linear) => Layout::Linear,
-        Some(LayoutArg::SplitEinsum) => Layout::SplitEinsum,
-    };
+    Label { author: options.author, license: options.license } = args.label();
+    options.layout = args.layout.map_or(Layout::Linear, LayoutArg::layout);
     options.io = match args.io {
         None | Some(IoArg::Diffusers) => Io::Diffusers,
         Some(IoArg::Apple) => Io::Apple,

@@ -1,6 +1,7 @@
 //! The command line: arguments, progress bars, tables, error messages and exit codes.
 
 mod beside_model;
+mod bundle;
 mod compare;
 mod completions;
 mod compress;
@@ -77,6 +78,9 @@ enum Command {
     Verify(verify::Args),
     /// Write a model for other programs: a diffusers folder, a Core ML package
     Export(export::Args),
+    /// Write everything that Apple's Swift pipeline reads: Core ML packages of all networks, and
+    /// the vocabulary
+    Bundle(bundle::Args),
     /// Draw a picture from a prompt
     Generate(generate::Args),
     /// Show a model's stages and layers with their shapes, parameters and bytes
@@ -156,6 +160,7 @@ fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Export(args) => export::run(args, reporter),
+        Command::Bundle(args) => bundle::run(args, reporter),
         Command::Generate(args) => generate::run(args, reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, reporter),

@@ -106,6 +106,9 @@ def constexpr(kind, a):
         entries = palette(a["indices_nonzero_data"], a["lut"], mask)
         whole = np.repeat(a["indices_mask"], entries.shape[-1], axis)
         return whole, spread(entries, mask, axis)[whole.astype(bool)]
+    if kind == "constexpr_cast":
+        assert a["source_val"].dtype == np.float16 and a["output_dtype"] == "fp32"
+        return a["source_val"].astype(np.float32)
     if kind == "constexpr_sparse_to_dense":
         dense = np.zeros(a["mask"].shape, a["nonzero_data"].dtype)
         assert a["mask"].sum() == a["nonzero_data"].size
@@ -150,7 +153,32 @@ def upsample(a):
     return a["x"].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
+def gather(a):
+    axis, indices = int(a["axis"]), a["indices"]
+    assert int(a["batch_dims"]) == 0 and not a["validate_indices"] and not torch.is_floating_point(indices)
+    x = a["x"].index_select(axis, indices.reshape(-1))
+    return x.reshape(*a["x"].shape[:axis], *indices.shape, *a["x"].shape[axis + 1 :])
+
+
+def reduce_argmax(a):
+    axis = int(a["axis"])
+    highest = a["x"].amax(axis, keepdim=True)
+    # Core ML does not promise which of equal values it takes.
+    assert ((a["x"] == highest).sum(axis) == 1).all(), "two positions have the highest value"
+    return a["x"].argmax(axis, keepdim=bool(a["keep_dims"]))
+
+
+def cast(a):
+    return a["x"].long() if a["dtype"] in ("int32", "int16", "uint16") else a["x"].float()
+
+
 OPS = {
+    "cast": cast,
+    "equal": lambda a: a["x"] == torch.as_tensor(a["y"]),
+    "gather": gather,
+    "reduce_argmax": reduce_argmax,
+    "reduce_max": lambda a: a["x"].amax(a["axes"].tolist(), keepdim=bool(a["keep_dims"])),
+    "sigmoid": lambda a: torch.sigmoid(a["x"]),
     "add": lambda a: a["x"] + a["y"],
     "sub": lambda a: a["x"] - a["y"],
     "mul": lambda a: a["x"] * a["y"],
@@ -167,7 +195,7 @@ OPS = {
     "layer_norm": layer_norm,
     "batch_norm": batch_norm,
     "reduce_mean": lambda a: a["x"].mean(a["axes"].tolist(), keepdim=bool(a["keep_dims"])),
-    "scaled_dot_product_attention": lambda a: torch.softmax(a["query"] @ a["key"].mT / a["query"].shape[-1] ** 0.5, -1) @ a["value"],
+    "scaled_dot_product_attention": lambda a: torch.softmax(a["query"] @ a["key"].mT / a["query"].shape[-1] ** 0.5 + a.get("attn_mask", 0), -1) @ a["value"],
     "einsum": lambda a: torch.einsum(a["equation"], *a["values"]),
     "reshape": lambda a: a["x"].reshape(a["shape"].tolist()),
     "transpose": lambda a: a["x"].permute(a["perm"].tolist()),
@@ -213,8 +241,6 @@ def evaluate(package, inputs, half=False):
             results = constexpr(op.type, arguments)
             results = results if isinstance(results, tuple) else (results,)
             raw.update({output.name: result for output, result in zip(op.outputs, results)})
-        elif op.type == "cast":
-            results = (values[op.inputs["x"].arguments[0].name],)
         else:
             arguments = {}
             for name, argument in op.inputs.items():

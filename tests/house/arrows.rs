@@ -29,7 +29,7 @@ const FLOORS: &[&[&str]] = &[
     &["tune"],
     &["compress", "coreml", "inspect"],
     &["export", "report"],
-    &["compare"],
+    &["bundle", "compare"],
     &["cli"],
 ];
 

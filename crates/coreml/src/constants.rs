@@ -21,7 +21,8 @@ pub struct DenseConstant {
 const LARGE: u64 = 16 << 10;
 
 /// The bytes of the arrays that operations hold, by the kind of operation: `const` holds dense
-/// values, and the `constexpr_…` hold masks, indices, palettes and kept values.
+/// values, `constexpr_cast` those of networks in fp32, and the other `constexpr_…` hold masks,
+/// indices, palettes and kept values.
 pub(super) fn bytes_by_kind(operations: &[Operation]) -> BTreeMap<String, u64> {
     let mut kinds = BTreeMap::new();
     for operation in operations {
@@ -35,7 +36,7 @@ pub(super) fn bytes_by_kind(operations: &[Operation]) -> BTreeMap<String, u64> {
 
 /// The dense constants of at least 16 KiB, the largest first.
 pub(super) fn large_and_dense(operations: &[Operation]) -> Vec<DenseConstant> {
-    let constants = operations.iter().filter(|operation| operation.r#type == "const");
+    let constants = operations.iter().filter(|operation| matches!(operation.r#type.as_str(), "const" | "constexpr_cast"));
     let mut large: Vec<DenseConstant> = constants
         .filter_map(|operation| {
             let bytes = held(operation).filter(|value| is_half(value)).map(bytes_of).sum();

@@ -37,6 +37,13 @@ fn about(name: &str) -> &'static str {
         "time_ids" => "Original size, crop and target size or aesthetic score",
         "text_embeds" => "The pooled text",
         "timestep_cond" => "The sinusoids of 1,000 times the guidance scale less 1",
+        "input_ids" => "The ids of one prompt, begin, end and padding included",
+        "hidden_embeds" => "The states before the last layer",
+        "pooled_outputs" => "The state at the end of the text",
+        "z" => "Latents that are not scaled any more: divided by the VAE's scaling factor",
+        "image" => "The picture: red, green and blue from -1 to 1",
+        "x" => "A picture: red, green and blue from -1 to 1",
+        "latent" => "The means of the latents, then the logarithms of their variances, not scaled",
         "noise_pred" => "What the UNet predicts: the noise, or the velocity",
         _ => "",
     }

@@ -1,13 +1,14 @@
-//! The operations of a UNet's program: the parameters of each, and the types of its outputs.
+//! The operations of a program: the parameters of each, and the types of its outputs.
 //!
 //! The builder declares these types, and `verify` infers them again from a file. Each operation has
-//! exactly the parameters that coremltools 9.0 writes for a converted UNet
+//! exactly the parameters that coremltools 9.0 writes for a converted network
 //! (`converters/mil/mil/ops/defs`).
 
 mod compressed;
 mod dense;
 mod inferred;
 mod shape;
+mod tokens;
 
 use inferred::Inferred;
 
@@ -26,6 +27,7 @@ const DEFINITIONS: &[Definition] = &[
     Definition { name: "mul", parameters: &["x", "y"], infer: dense::binary },
     Definition { name: "real_div", parameters: &["x", "y"], infer: dense::binary },
     Definition { name: "silu", parameters: &["x"], infer: dense::unary },
+    Definition { name: "sigmoid", parameters: &["x"], infer: dense::unary },
     Definition { name: "sin", parameters: &["x"], infer: dense::unary },
     Definition { name: "cos", parameters: &["x"], infer: dense::unary },
     Definition { name: "square", parameters: &["x"], infer: dense::unary },
@@ -46,6 +48,10 @@ const DEFINITIONS: &[Definition] = &[
         infer: dense::batch_norm,
     },
     Definition { name: "reduce_mean", parameters: &["x", "axes", "keep_dims"], infer: dense::reduce_mean },
+    Definition { name: "reduce_max", parameters: &["x", "axes", "keep_dims"], infer: tokens::reduce_max },
+    Definition { name: "reduce_argmax", parameters: &["x", "axis", "keep_dims", "output_dtype"], infer: tokens::reduce_argmax },
+    Definition { name: "equal", parameters: &["x", "y"], infer: tokens::equal },
+    Definition { name: "gather", parameters: &["x", "indices", "axis", "batch_dims", "validate_indices"], infer: tokens::gather },
     Definition { name: "scaled_dot_product_attention", parameters: &["query", "key", "value"], infer: dense::attention },
     Definition { name: "einsum", parameters: &["values", "equation"], infer: dense::einsum },
     Definition { name: "reshape", parameters: &["x", "shape"], infer: shape::reshape },
@@ -65,6 +71,7 @@ const DEFINITIONS: &[Definition] = &[
         parameters: &["indices_mask", "indices_nonzero_data", "lut"],
         infer: compressed::lut_to_sparse,
     },
+    Definition { name: "constexpr_cast", parameters: &["source_val", "output_dtype"], infer: compressed::cast },
     Definition { name: "constexpr_sparse_to_dense", parameters: &["nonzero_data", "mask"], infer: compressed::sparse_to_dense },
 ];
 
@@ -78,7 +85,10 @@ pub(super) fn infer(name: &str, operands: &Operands) -> Inferred {
     if let Some(missing) = parameters.iter().find(|parameter| !operands.0.contains_key(*parameter)) {
         return Err(format!("`{missing}` is missing"));
     }
-    let optional = |given: &str| parameters.contains(&"lut") && given == compressed::VECTOR_AXIS;
+    let optional = |given: &str| {
+        (parameters.contains(&"lut") && given == compressed::VECTOR_AXIS)
+            || (parameters.contains(&"query") && given == dense::MASK)
+    };
     if let Some(surplus) = operands.0.keys().find(|given| !parameters.contains(given) && !optional(given)) {
         return Err(format!("has no parameter `{surplus}`"));
     }

@@ -1,5 +1,5 @@
-//! Core ML packages: the UNet as an ML Program (iOS 18, macOS 15) with its compressed weights
-//! unchanged.
+//! Core ML packages: the networks of an SDXL pipeline as ML Programs (iOS 18, macOS 15), the UNet's
+//! compressed weights unchanged.
 //!
 //! A package consists of a manifest, the program (`model.mlmodel`, protobuf) and the weights
 //! (`weight.bin`). Writing one needs no part of Core ML. The operations, their parameters and their
@@ -19,6 +19,7 @@ mod manifest;
 mod operand;
 mod options;
 mod package;
+mod part;
 mod program;
 pub mod proto;
 mod weights;
@@ -29,3 +30,4 @@ pub use element::{ArrayType, Element};
 pub use lut::Lut;
 pub use options::{Io, Layout, Options};
 pub use package::{VECTORS_NEED, WrittenPackage, check_scales, write};
+pub use part::{Label, Part, PartWeights, write_part};

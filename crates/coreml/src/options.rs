@@ -5,6 +5,9 @@ use std::fmt::{self, Display};
 use sdxl_model::unet::UnetConfig;
 use squeeze_base::error::{Error, Result};
 
+/// The highest number of any size of a package.
+pub(super) const LARGEST: i64 = 1 << 12;
+
 /// How the transformers compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Layout {
@@ -91,7 +94,6 @@ impl Options {
     /// [`Error::Range`] if a size is out of range; [`Error::Argument`] if it does not fit the
     /// architecture.
     pub(super) fn check(&self, config: &UnetConfig) -> Result<i64> {
-        const LARGEST: i64 = 1 << 12;
         for (what, value) in [("pictures in a batch", self.batch), ("tokens", self.tokens), ("time ids", self.time_ids)] {
             if !(1..=LARGEST).contains(&value) {
                 return Err(Error::range(format!("the number of {what}"), value, format!("between 1 and {LARGEST}")));

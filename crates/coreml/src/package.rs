@@ -15,7 +15,7 @@ use squeeze_base::progress::Progress;
 use super::blob::{BlobFile, BlobWriter};
 use super::constants::{self, DenseConstant};
 use super::description::feature;
-use super::lower::{Lowered, lower};
+use super::lower::{Lowered, lower_unet};
 use super::manifest::{self, manifest};
 use super::options::Options;
 use super::program::{ProgramBuilder, declared};
@@ -43,6 +43,15 @@ pub(super) const MAKER: &str = "sdxl-squeeze";
 pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 /// The metadata key of what the UNet predicts.
 const PREDICTION_TYPE: &str = "sdxl-squeeze.prediction_type";
+/// The metadata keys of the `config.json` of all networks. A package has one of them, which tells
+/// its network.
+pub(super) const CONFIGS: [&str; 4] = [UNET_CONFIG, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG];
+/// The metadata key of a text encoder's `config.json`.
+pub(super) const TEXT_ENCODER_CONFIG: &str = "sdxl-squeeze.text_encoder_config";
+/// The metadata key of a VAE's `config.json` in its decoder's package.
+pub(super) const VAE_DECODER_CONFIG: &str = "sdxl-squeeze.vae_decoder_config";
+/// The metadata key of a VAE's `config.json` in its encoder's package.
+pub(super) const VAE_ENCODER_CONFIG: &str = "sdxl-squeeze.vae_encoder_config";
 
 /// A package that was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -99,18 +108,42 @@ pub fn check_scales(weights: UnetWeights) -> Result<()> {
 /// blocks of columns; if a weight cannot be read; [`Error::Write`]. Then there is no package.
 pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
     let chain = weights.chain()?;
+    check_name(out)?;
+    options.check(chain.config())?;
+    check_scales(weights)?;
+    let lower = |program| lower_unet(&chain, weights, options, program, progress);
+    write_program(out, lower, |blobs, has_vectors| metadata(weights, options, blobs, has_vectors))
+}
+
+/// Checks the name of a package.
+///
+/// # Errors
+/// [`Error::Argument`] if it does not end in `.mlpackage`.
+pub(super) fn check_name(out: &Path) -> Result<()> {
     if out.extension() != Some("mlpackage".as_ref()) {
         return Err(Error::Argument(format!("{}: a Core ML package's name ends in .mlpackage", out.display())));
     }
-    options.check(chain.config())?;
-    check_scales(weights)?;
+    Ok(())
+}
+
+/// Writes the program that `lower` builds as the new package `out`. `metadata` is given the
+/// weights' file, and whether the program has vector palettes.
+///
+/// # Errors
+/// [`Error::Argument`] if `out` exists; an error of `lower`; [`Error::Write`]. Then there is no
+/// package.
+pub(super) fn write_program(
+    out: &Path,
+    lower: impl FnOnce(ProgramBuilder) -> Result<Lowered>,
+    metadata: impl FnOnce(&BlobFile, bool) -> Metadata,
+) -> Result<WrittenPackage> {
     let folder = NewFolder::create(out)?;
     let data = folder.path().join("Data");
     let weights_folder = data.join(manifest::WEIGHTS);
     std::fs::create_dir_all(&weights_folder).map_err(Error::write(out))?;
     let blobs = BlobWriter::create(&weights_folder.join(manifest::BLOBS))?;
 
-    let Lowered { program, inputs, output } = lower(&chain, weights, options, ProgramBuilder::new(blobs), progress)?;
+    let Lowered { program, inputs, outputs } = lower(ProgramBuilder::new(blobs))?;
     let (operations, blobs) = program.into_parts();
     let blobs = blobs.finish()?;
     let mut written = WrittenPackage {
@@ -125,11 +158,12 @@ pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn
         dense: constants::large_and_dense(&operations),
     };
     let description = ModelDescription {
-        metadata: Some(metadata(weights, options, &blobs, written.vectors > 0)),
+        metadata: Some(metadata(&blobs, written.vectors > 0)),
         input: inputs.iter().map(feature).collect(),
-        output: vec![feature(&output)],
+        output: outputs.iter().map(feature).collect(),
     };
-    let block = Block { inputs: Vec::new(), outputs: vec![output.name.clone()], operations, attributes: BTreeMap::default() };
+    let outputs = outputs.into_iter().map(|output| output.name).collect();
+    let block = Block { inputs: Vec::new(), outputs, operations, attributes: BTreeMap::default() };
     let function = Function {
         inputs: inputs.iter().map(declared).collect(),
         opset: OPSET.to_owned(),
@@ -204,9 +238,14 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vecto
     }
     Metadata {
         short_description: about,
-        version_string: format!("{MAKER} {}", env!("CARGO_PKG_VERSION")),
+        version_string: version(),
         author: options.author.clone(),
         license: options.license.clone(),
         user_defined,
     }
+}
+
+/// The maker and the version of a package.
+pub(super) fn version() -> String {
+    format!("{MAKER} {}", env!("CARGO_PKG_VERSION"))
 }

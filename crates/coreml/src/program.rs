@@ -72,7 +72,7 @@ pub(super) struct ProgramBuilder {
     operations: Vec<Operation>,
     names: BTreeSet<String>,
     literals: BTreeMap<String, Var>,
-    vectors: BTreeMap<(u16, u64), Var>,
+    vectors: BTreeMap<(Element, u16, u64), Var>,
 }
 
 impl ProgramBuilder {
@@ -168,16 +168,20 @@ impl ProgramBuilder {
         self.constant(name, ArrayType::new(Element::F32, shape), &bytes)
     }
 
-    /// A vector of `length` equal fp16 values; equal vectors share one constant.
+    /// A vector of `length` equal values in fp16 or fp32; equal vectors share one constant.
     ///
     /// # Errors
-    /// As [`data`](Self::data).
-    pub(crate) fn repeated(&mut self, name: &str, value: f16, length: u64) -> Result<Var> {
-        let key = (value.to_bits(), length);
+    /// [`Error::Internal`] for other dtypes; as [`data`](Self::data).
+    pub(crate) fn repeated(&mut self, name: &str, element: Element, value: f16, length: u64) -> Result<Var> {
+        let key = (element, value.to_bits(), length);
         if let Some(var) = self.vectors.get(&key) {
             return Ok(var.clone());
         }
-        let var = self.halves(name, &[length], &vec![value; length as usize])?;
+        let var = match element {
+            Element::F16 => self.halves(name, &[length], &vec![value; length as usize])?,
+            Element::F32 => self.floats(name, &[length], &vec![value.to_f32(); length as usize])?,
+            other => return Err(Error::internal(format!("`{name}` is asked for in {other}"))),
+        };
         self.vectors.insert(key, var.clone());
         Ok(var)
     }

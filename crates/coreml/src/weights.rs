@@ -1,7 +1,9 @@
 //! A network's weights as constants of a program: dense ones as values, compressed ones as Core
 //! ML's constant expressions.
 
-use sdxl_pipeline::StoredTensor;
+use half::f16;
+use sdxl_model::checkpoint::Weights;
+use sdxl_pipeline::{StoredTensor, UnetWeights};
 use squeeze_base::error::{Error, Result};
 use squeeze_container::{CompressedWeight, Values};
 
@@ -9,6 +11,49 @@ use super::element::{ArrayType, Element};
 use super::literal::Literal;
 use super::lut::Lut;
 use super::program::{Arg, ProgramBuilder, Var};
+
+/// The source of a network's tensors, as they are stored.
+pub(super) trait StoredTensors {
+    /// Reads the tensor `name` of `shape`.
+    ///
+    /// # Errors
+    /// If it is missing, damaged or of another shape, or has a value that fp16 does not hold.
+    fn read_stored(&self, name: &str, shape: &[i64]) -> Result<StoredTensor>;
+}
+
+impl StoredTensors for UnetWeights<'_> {
+    fn read_stored(&self, name: &str, shape: &[i64]) -> Result<StoredTensor> {
+        self.read(name, shape)
+    }
+}
+
+impl StoredTensors for Weights {
+    fn read_stored(&self, name: &str, shape: &[i64]) -> Result<StoredTensor> {
+        Ok(StoredTensor::Dense(self.halves(name, shape)?))
+    }
+}
+
+/// Adds a tensor to a program that computes in fp32. Kernels and matrices are stored as halves,
+/// which the constant expression `constexpr_cast` widens; vectors, which are small, as fp32.
+///
+/// # Errors
+/// [`Error::Argument`] if the tensor is compressed: palettes have fp16 values.
+pub(super) fn add_wide(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: StoredTensor) -> Result<Var> {
+    let StoredTensor::Dense(values) = stored else {
+        return Err(Error::Argument(format!("`{name}` is compressed, but its network is computed in fp32")));
+    };
+    if shape.len() < 2 {
+        let values: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+        return program.floats(name, shape, &values);
+    }
+    let source = inline(program, ArrayType::new(Element::F16, shape), &bytes_of(&values))?;
+    let dtype = Arg::InlineLiteral(Literal::text("fp32"));
+    program.op("constexpr_cast", name, &[("source_val", source), ("output_dtype", dtype)])
+}
+
+fn bytes_of(values: &[f16]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
 
 /// Adds a tensor to the program as the constant `name` of `shape`, which may have additional
 /// dimensions of 1.
@@ -35,7 +80,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             program.op("constexpr_sparse_to_dense", name, &parameters)
         }
         (Some((array, mask)), Values::Plain(values)) => {
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let bytes = bytes_of(values);
             let parameters = [
                 ("mask", inline(program, array, mask.bytes())?),
                 ("nonzero_data", inline(program, flat(Element::F16, values.len()), &bytes)?),

@@ -348,6 +348,26 @@ impl PipelineFolder {
         files.chain(of_checkpoints).chain(self.lora_files()?.into_iter().map(Ok)).collect()
     }
 
+    /// The files of the UNet's dense weights, each with its hash.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn unet_files(&self) -> Result<Vec<SourceFile>> {
+        self.named_files(&self.unet_weights()?)
+    }
+
+    /// The files of the VAE's weights, each with its hash.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn vae_files(&self) -> Result<Vec<SourceFile>> {
+        self.named_files(&self.vae_weights()?)
+    }
+
+    fn named_files(&self, weights: &Weights) -> Result<Vec<SourceFile>> {
+        weights.files().map(|path| SourceFile::read(path, self.name_of(path))).collect()
+    }
+
     /// The path of one of the files that [`prompt_files`](Self::prompt_files) names.
     #[must_use]
     pub fn path_of(&self, file: &SourceFile) -> PathBuf {

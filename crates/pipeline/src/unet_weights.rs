@@ -4,14 +4,14 @@ use std::path::Path;
 
 use half::f16;
 use safetensors::Dtype;
-use sdxl_model::checkpoint::{ConfigFile, TensorSource, TensorSpec, Weights, check_tensors, halves};
+use sdxl_model::checkpoint::{ConfigFile, TensorSource, TensorSpec, Weights, check_tensors};
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 use squeeze_container::{CompressedWeight, Container, Verification};
 use squeeze_numerics::device::Placement;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::folder::PipelineFolder;
 
@@ -148,10 +148,7 @@ impl<'a> UnetWeights<'a> {
                     false => Ok(StoredTensor::Dense(container.tensor(name)?)),
                 }
             }
-            UnetWeights::Dense { weights, .. } => {
-                let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
-                Ok(StoredTensor::Dense(halves(&source.tensor(name, shape)?)?))
-            }
+            UnetWeights::Dense { weights, .. } => Ok(StoredTensor::Dense(weights.halves(name, shape)?)),
         }
     }
 

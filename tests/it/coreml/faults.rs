@@ -33,25 +33,25 @@ fn good(folder: &Path) -> Package {
     Package::read(&out)
 }
 
-fn tensor_type(value: &mut Value) -> &mut TensorType {
+pub(super) fn tensor_type(value: &mut Value) -> &mut TensorType {
     let Some(value_type::Type::TensorType(tensor)) = &mut value.r#type.as_mut().unwrap().r#type else { panic!() };
     tensor
 }
 
 /// The declared type of an operation's first output.
-fn output_type(op: &mut Operation) -> &mut TensorType {
+pub(super) fn output_type(op: &mut Operation) -> &mut TensorType {
     let Some(value_type::Type::TensorType(tensor)) = &mut op.outputs[0].r#type.as_mut().unwrap().r#type else { panic!() };
     tensor
 }
 
 /// The value of an inline parameter.
-fn inline<'a>(op: &'a mut Operation, parameter: &str) -> &'a mut Value {
+pub(super) fn inline<'a>(op: &'a mut Operation, parameter: &str) -> &'a mut Value {
     let Some(binding::Binding::Value(value)) = &mut op.inputs.get_mut(parameter).unwrap().arguments[0].binding else { panic!() };
     value
 }
 
 /// The name of the value that a parameter is bound to.
-fn bound<'a>(op: &'a mut Operation, parameter: &str) -> &'a mut String {
+pub(super) fn bound<'a>(op: &'a mut Operation, parameter: &str) -> &'a mut String {
     let Some(binding::Binding::Name(name)) = &mut op.inputs.get_mut(parameter).unwrap().arguments[0].binding else { panic!() };
     name
 }
@@ -62,7 +62,7 @@ fn offset(value: &mut Value) -> &mut u64 {
     &mut place.offset
 }
 
-fn dimension(tensor: &mut TensorType, at: usize, size: u64) {
+pub(super) fn dimension(tensor: &mut TensorType, at: usize, size: u64) {
     use sdxl_squeeze::coreml::proto::mil_spec::dimension::{ConstantDimension, Dimension};
     tensor.dimensions[at].dimension = Some(Dimension::Constant(ConstantDimension { size }));
 }
@@ -80,9 +80,9 @@ fn record(package: &mut Package, kind: &str, parameter: &str) -> (usize, usize) 
 const LUT: &str = "constexpr_lut_to_sparse";
 const MASK: &str = "indices_mask";
 
-type Fault = (&'static str, Box<dyn Fn(&mut Package)>);
+pub(super) type Fault = (&'static str, Box<dyn Fn(&mut Package)>);
 
-fn fault(expected: &'static str, put: impl Fn(&mut Package) + 'static) -> Fault {
+pub(super) fn fault(expected: &'static str, put: impl Fn(&mut Package) + 'static) -> Fault {
     (expected, Box::new(put))
 }
 
@@ -477,7 +477,7 @@ fn each_fault_is_named() {
     assert!(said.contains("it has no hashes"), "{said}");
 }
 
-fn error_chain(error: &Error) -> String {
+pub(super) fn error_chain(error: &Error) -> String {
     let mut said = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {

@@ -147,8 +147,28 @@ fn compute(kind: &str, a: &Arguments) -> Vec<Tensor> {
         "sqrt" => a.t("x").sqrt(),
         "gelu" => a.t("x").gelu("none"),
         "softmax" => a.t("x").softmax(whole("axis"), None),
-        // All values are fp32, so a cast has no effect.
-        "cast" => a.t("x").shallow_clone(),
+        "sigmoid" => a.t("x").sigmoid(),
+        // All numbers are fp32, and ids are integers.
+        "cast" if a.text("dtype") == "int32" => a.t("x").to_kind(Dtype::Int64),
+        "cast" => a.t("x").to_kind(Dtype::Float),
+        "equal" => a.t("x").eq_tensor(a.t("y")),
+        "reduce_max" => a.t("x").amax(a.ints("axes"), whole("keep_dims") == 1),
+        "reduce_argmax" => {
+            let (x, axis) = (a.t("x"), whole("axis"));
+            let highest = x.amax(axis, true);
+            assert_eq!(
+                x.eq_tensor(&highest).sum(None::<Dtype>).int64_value(&[]),
+                1,
+                "which of equal values is taken is not promised"
+            );
+            x.argmax(axis, whole("keep_dims") == 1)
+        }
+        "gather" => {
+            let (x, indices, axis) = (a.t("x"), a.t("indices"), whole("axis") as usize);
+            let shape = [&x.size()[..axis], &indices.size(), &x.size()[axis + 1..]].concat();
+            x.index_select(axis as i64, &indices.flatten(0, -1)).reshape(&shape)
+        }
+        "constexpr_cast" => a.t("source_val").shallow_clone(),
         "linear" => a.t("x").linear(a.t("weight"), Some(a.t("bias"))),
         "conv" => {
             let pad = a.ints("pad");
@@ -170,7 +190,10 @@ fn compute(kind: &str, a: &Arguments) -> Vec<Tensor> {
         "reduce_mean" => a.t("x").mean_dim(a.ints("axes"), whole("keep_dims") == 1, None),
         "scaled_dot_product_attention" => {
             let width = a.t("query").size()[3] as f64;
-            let scores: Tensor = a.t("query").matmul(&a.t("key").transpose(2, 3)) / width.sqrt();
+            let mut scores: Tensor = a.t("query").matmul(&a.t("key").transpose(2, 3)) / width.sqrt();
+            if a.0.contains_key("attn_mask") {
+                scores += a.t("attn_mask");
+            }
             scores.softmax(-1, None).matmul(a.t("value"))
         }
         "einsum" => Tensor::einsum(a.text("equation"), &a.list("values"), None::<i64>),

@@ -1,12 +1,16 @@
 //! Core ML packages, compared with those of coremltools and with the UNet in Rust, and tested with
 //! faults.
 //!
-//! `tests/golden/check_coreml.py` has the tests that need Python.
+//! `tests/golden/check_coreml.py` and `tests/golden/check_coreml_parts.py` have the tests that need
+//! Python.
 
 mod buffers;
+mod bundle;
 mod faults;
 mod file;
 mod flips;
 mod interpreter;
 pub(crate) mod made_up;
+mod part_faults;
+mod parts;
 mod write;

@@ -263,47 +263,54 @@ fn operations_are_serialized_as_by_coremltools() {
         let out = folder.path().join(format!("{name}.mlpackage"));
         let options = Options { layout, ..Options::new(chain.config()) };
         write(UnetWeights::Container(&container), &options, &out, &Silent).unwrap();
-        let mut package = Package::read(&out);
-        let mut known: BTreeMap<String, String> = BTreeMap::new();
-        for input in &package.program().functions["main"].inputs {
-            known.insert(input.name.clone(), format!("var {}", describe(declared(input.r#type.as_ref()))));
-        }
-        for op in &package.block().operations {
-            for output in &op.outputs {
-                let mut what = format!("var {}", describe(declared(output.r#type.as_ref())));
-                if op.r#type == "const" {
-                    what = format!("const{}{}", &what[3..], text(&op.attributes["val"]));
-                }
-                known.insert(output.name.clone(), what);
-            }
-            for (parameter, argument) in &op.inputs {
-                for binding in &argument.arguments {
-                    let what = match binding.binding.as_ref().unwrap() {
-                        // The golden file describes the weights of dense and of compressed networks
-                        // together, as `var/const`.
-                        Binding::Name(name) if parameter == "weight" => {
-                            format!("var/const {}", known[name].split_once(' ').unwrap().1)
-                        }
-                        Binding::Name(name) => known[name].clone(),
-                        // The golden file has indices of 4 bits only, so other widths are replaced
-                        // by 4 bits below.
-                        Binding::Value(value) => format!("inline {}", describe(declared(value.r#type.as_ref()))),
-                    };
-                    let mut pattern = format!("{parameter} {what}");
-                    for bits in [2, 3, 6, 8] {
-                        pattern = pattern.replace(&format!("inline UINT{bits} "), "inline UINT4 ");
-                    }
-                    if parameter.starts_with("indices") && parameter != "indices_mask" {
-                        pattern = pattern.replace("inline UINT1 ", "inline UINT4 ");
-                    }
-                    assert!(golden[&op.r#type].contains(&pattern), "{}: {pattern}", op.r#type);
-                }
-            }
-            seen.insert(op.r#type.clone());
-        }
+        seen.extend(known_operations(&mut Package::read(&out), &golden));
     }
     seen.remove("const");
     assert!(golden.keys().all(|kind| seen.contains(kind)), "{seen:?}");
+}
+
+/// The kinds of a package's operations, whose parameters must have dtypes, ranks and kinds of
+/// arguments that `golden` has.
+pub(super) fn known_operations(package: &mut Package, golden: &BTreeMap<String, BTreeSet<String>>) -> BTreeSet<String> {
+    let mut seen = BTreeSet::new();
+    let mut known: BTreeMap<String, String> = BTreeMap::new();
+    for input in &package.program().functions["main"].inputs {
+        known.insert(input.name.clone(), format!("var {}", describe(declared(input.r#type.as_ref()))));
+    }
+    for op in &package.block().operations {
+        for output in &op.outputs {
+            let mut what = format!("var {}", describe(declared(output.r#type.as_ref())));
+            if op.r#type == "const" {
+                what = format!("const{}{}", &what[3..], text(&op.attributes["val"]));
+            }
+            known.insert(output.name.clone(), what);
+        }
+        for (parameter, argument) in &op.inputs {
+            for binding in &argument.arguments {
+                let what = match binding.binding.as_ref().unwrap() {
+                    // The golden file describes the weights of dense and of compressed networks
+                    // together, as `var/const`.
+                    Binding::Name(name) if parameter == "weight" => {
+                        format!("var/const {}", known[name].split_once(' ').unwrap().1)
+                    }
+                    Binding::Name(name) => known[name].clone(),
+                    // The golden file has indices of 4 bits only, so other widths are replaced
+                    // by 4 bits below.
+                    Binding::Value(value) => format!("inline {}", describe(declared(value.r#type.as_ref()))),
+                };
+                let mut pattern = format!("{parameter} {what}");
+                for bits in [2, 3, 6, 8] {
+                    pattern = pattern.replace(&format!("inline UINT{bits} "), "inline UINT4 ");
+                }
+                if parameter.starts_with("indices") && parameter != "indices_mask" {
+                    pattern = pattern.replace("inline UINT1 ", "inline UINT4 ");
+                }
+                assert!(golden[&op.r#type].contains(&pattern), "{}: {pattern}", op.r#type);
+            }
+        }
+        seen.insert(op.r#type.clone());
+    }
+    seen
 }
 
 fn describe((code, shape): (i32, Vec<i64>)) -> String {
@@ -458,6 +465,14 @@ fn apples_inputs_with_another_prediction_are_a_warning() {
         let model = if out.starts_with('x') { &noise } else { &v };
         assert!(!export(model, out, more).contains("apple-scheduler"));
     }
+    // A container of an older program does not say what its UNet predicts, and none says its
+    // sampler.
+    let container = path("c.safetensors");
+    made_up::container(&noise, Path::new(&container));
+    let said = export(Path::new(&container), "z.mlpackage", &["--io", "apple"]);
+    assert!(said.contains("apple-scheduler: without --model it is not known whether the UNet has one of the samplers"), "{said}");
+    let said = export(Path::new(&container), "zz.mlpackage", &["--io", "apple", "--model", noise.to_str().unwrap()]);
+    assert!(!said.contains("apple-scheduler"), "{said}");
     // EDM's preconditioning, and models that predict the picture.
     let model = folder.path().join("model");
     for (class, prediction, words) in [

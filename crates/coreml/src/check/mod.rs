@@ -55,8 +55,8 @@ pub struct PackageVerification {
     /// Whether the hashes of program and weights exist and are right. Packages of other writers
     /// have none.
     pub hashed: bool,
-    /// Whether the program's constants are exactly the tensors of the UNet in its metadata.
-    /// Packages of other writers name no UNet.
+    /// Whether the program's constants are exactly the tensors of the network in its metadata, and
+    /// its inputs and outputs are that network's. Packages of other writers name no network.
     pub named: bool,
 }
 

@@ -11,7 +11,7 @@ use super::blobs::Blobs;
 use super::program::Checked;
 use crate::description::feature_type;
 use crate::manifest::manifest;
-use crate::package::{MAKER, MODEL_HASH, SPECIFICATION, UNET_CONFIG, WEIGHTS_HASH};
+use crate::package::{CONFIGS, MAKER, MODEL_HASH, SPECIFICATION, UNET_CONFIG, WEIGHTS_HASH};
 use crate::proto::mil_spec::Program;
 use crate::proto::specification::{FeatureDescription, Metadata, Model, model};
 
@@ -86,7 +86,10 @@ impl ModelFile {
 
     /// Checks that a package of this library has all required entries, and the hash of its program.
     pub(super) fn check_own_hash(&self) -> Result<(), String> {
-        let (of_model, ..) = (self.required(MODEL_HASH)?, self.required(WEIGHTS_HASH)?, self.required(UNET_CONFIG)?);
+        let (of_model, _) = (self.required(MODEL_HASH)?, self.required(WEIGHTS_HASH)?);
+        if CONFIGS.iter().all(|key| self.entry(key).is_none()) {
+            return Err(format!("the metadata is damaged: it lacks `{UNET_CONFIG}`, or the config of another network"));
+        }
         let mut model = Model { r#type: Some(model::Type::MlProgram(self.program.clone())), ..self.model.clone() };
         let whole = model.encode_to_vec() == self.content;
         if let Some(metadata) = model.description.as_mut().and_then(|description| description.metadata.as_mut()) {

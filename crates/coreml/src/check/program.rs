@@ -22,7 +22,7 @@ pub(super) struct Checked {
     pub outputs: Vec<(String, ArrayType)>,
     /// Everything that has a name.
     pub values: BTreeMap<String, Operand>,
-    /// The weights and biases of each operation.
+    /// The weights, biases and tables of each operation.
     pub weights: BTreeMap<String, Vec<String>>,
     /// Records of the blob file that are used.
     pub blobs: BTreeSet<u64>,
@@ -193,10 +193,18 @@ impl Checked {
                 self.compressed += 1;
                 self.compressed_elements += numel("indices")?.checked_mul(length).ok_or("the weight is too large")?;
             }
+            "constexpr_cast" => {}
             _ => {
                 self.operations += 1;
-                let weights = ["weight", "bias", "gamma", "beta"].into_iter().filter_map(|parameter| bound.get(parameter));
-                let weights: Vec<String> = weights.map(|name| (*name).to_owned()).collect();
+                // The rows of an embedding, and positions that are added to tokens.
+                let table = match kind {
+                    "gather" => Some("x"),
+                    "add" => Some("y"),
+                    _ => None,
+                };
+                let stored = |name: &&str| operands.one(name).is_ok_and(|value| value.constant && value.literal.is_none());
+                let parameters = ["weight", "bias", "gamma", "beta"].into_iter().chain(table.filter(stored));
+                let weights: Vec<String> = parameters.filter_map(|name| bound.get(name)).map(|name| (*name).to_owned()).collect();
                 if !weights.is_empty() {
                     self.weights.insert(first, weights);
                 }

@@ -37,6 +37,16 @@ pub(super) fn sparse_to_dense(operands: &Operands) -> Inferred {
     Ok(vec![ArrayType::new(Element::F16, mask.array.shape.clone())])
 }
 
+/// Halves that are stored for a network that computes in fp32 (`ops/defs/iOS18/compression.py`,
+/// `constexpr_cast`, which knows these two dtypes only).
+pub(super) fn cast(operands: &Operands) -> Inferred {
+    let source = constant(operands, "source_val")?;
+    match (source.array.element, operands.text("output_dtype")?) {
+        (Element::F16, "fp32") => Ok(vec![ArrayType::new(Element::F32, source.array.shape.clone())]),
+        (_, dtype) => Err(format!("a constant {} cannot become {dtype}", source.array)),
+    }
+}
+
 fn constant<'a>(operands: &Operands<'a>, name: &str) -> Result<&'a Operand, String> {
     let operand = operands.one(name)?;
     if operand.constant { Ok(operand) } else { Err(format!("`{name}` is not a constant")) }

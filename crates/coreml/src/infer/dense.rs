@@ -26,17 +26,27 @@ pub(super) fn cast(operands: &Operands) -> Inferred {
     let element = match operands.text("dtype")? {
         "fp16" => Element::F16,
         "fp32" => Element::F32,
+        "int32" => Element::I32,
         dtype => return Err(format!("a cast to `{dtype}` is not expected")),
     };
-    floating(operands.array("x")?.element)?;
-    Ok(vec![ArrayType::new(element, operands.shape("x")?)])
+    let x = operands.array("x")?;
+    if !matches!(x.element, Element::F16 | Element::F32 | Element::I32 | Element::Bool) {
+        return Err(format!("is given {x}"));
+    }
+    Ok(vec![ArrayType::new(element, x.shape.clone())])
 }
 
 /// Element-wise with broadcasting: sizes of 1 are repeated, and the shorter shape is extended with
 /// them in front.
 pub(super) fn binary(operands: &Operands) -> Inferred {
-    let (x, y) = (operands.array("x")?, operands.array("y")?);
+    let x = operands.array("x")?;
     floating(x.element)?;
+    Ok(vec![ArrayType::new(x.element, broadcast(operands)?)])
+}
+
+/// The shape of an element-wise operation's output.
+pub(super) fn broadcast(operands: &Operands) -> Result<Vec<u64>, String> {
+    let (x, y) = (operands.array("x")?, operands.array("y")?);
     if x.element != y.element {
         return Err(format!("`x` is {x}, but `y` is {y}"));
     }
@@ -47,7 +57,7 @@ pub(super) fn binary(operands: &Operands) -> Inferred {
         (1, b) => Ok(b),
         _ => Err(format!("{x} and {y} do not fit together")),
     });
-    Ok(vec![ArrayType { element: x.element, shape: shape.collect::<Result<_, _>>()? }])
+    shape.collect()
 }
 
 /// x [.., i], weight [o, i], bias [o].
@@ -124,8 +134,13 @@ pub(super) fn batch_norm(operands: &Operands) -> Inferred {
 }
 
 pub(super) fn reduce_mean(operands: &Operands) -> Inferred {
+    floating(operands.array("x")?.element)?;
+    reduced(operands)
+}
+
+/// The type of `x` with sizes of 1 along `axes`.
+pub(super) fn reduced(operands: &Operands) -> Inferred {
     let x = operands.array("x")?;
-    floating(x.element)?;
     if !operands.bool("keep_dims")? {
         return Err("drops its axes".into());
     }
@@ -136,7 +151,11 @@ pub(super) fn reduce_mean(operands: &Operands) -> Inferred {
     Ok(vec![ArrayType { element: x.element, shape }])
 }
 
-/// query [b, heads, s, d], key [b, heads, t, d], value [b, heads, t, e] to [b, heads, s, e].
+/// The parameter for what is added to the scores of an attention; the UNet's have none.
+pub(super) const MASK: &str = "attn_mask";
+
+/// query [b, heads, s, d], key [b, heads, t, d], value [b, heads, t, e] to [b, heads, s, e]; a mask
+/// is [1, 1, s, t].
 pub(super) fn attention(operands: &Operands) -> Inferred {
     let (query, key, value) = (operands.array("query")?, operands.array("key")?, operands.array("value")?);
     floating(query.element)?;
@@ -144,6 +163,12 @@ pub(super) fn attention(operands: &Operands) -> Inferred {
     let fits = [k[0], k[1], k[3]] == [batch, heads, width] && v[..3] == k[..3];
     if !fits || key.element != query.element || value.element != query.element {
         return Err(format!("query {query}, key {key} and value {value} do not fit together"));
+    }
+    if operands.0.contains_key(MASK) {
+        let (mask, wanted) = (operands.one(MASK)?, ArrayType::new(query.element, [1, 1, length, k[2]]));
+        if mask.array != wanted {
+            return Err(format!("the mask is {}, not {wanted}", mask.array));
+        }
     }
     Ok(vec![ArrayType::new(query.element, [batch, heads, length, v[3]])])
 }

@@ -6,7 +6,7 @@ use squeeze_base::error::Result;
 use super::Network;
 use crate::literal::Literal;
 use crate::options::Layout;
-use crate::program::Var;
+use crate::program::{Arg, Var};
 
 /// The sizes of an attention: `heads` heads of `width` channels each.
 #[derive(Debug, Clone, Copy)]
@@ -20,13 +20,20 @@ impl Network<'_> {
     /// the layout.
     pub(super) fn attention(&mut self, name: &str, projected: [&Var; 3], heads: Heads) -> Result<Var> {
         match self.layout {
-            Layout::Linear => self.whole_attention(name, projected, heads),
+            Layout::Linear => self.whole_attention(name, projected, heads, None),
             Layout::SplitEinsum => self.split_attention(name, projected, heads),
         }
     }
 
-    /// All heads at once, on [b, n, c]. The operation itself divides by the root of a head's width.
-    fn whole_attention(&mut self, name: &str, [query, key, value]: [&Var; 3], heads: Heads) -> Result<Var> {
+    /// All heads at once, on [b, n, c]. The operation itself divides by the root of a head's width,
+    /// and adds `mask` [1, 1, n, n] to the scores.
+    pub(super) fn whole_attention(
+        &mut self,
+        name: &str,
+        [query, key, value]: [&Var; 3],
+        heads: Heads,
+        mask: Option<&Var>,
+    ) -> Result<Var> {
         let Heads { heads, width } = heads;
         let mut split = |part: &str, x: &Var| -> Result<Var> {
             let [batch, length, _] = x.dims(name)?;
@@ -34,8 +41,9 @@ impl Network<'_> {
             self.transpose(&format!("{name}.{part}.heads"), &rows, &[0, 2, 1, 3])
         };
         let (q, k, v) = (split("q", query)?, split("k", key)?, split("v", value)?);
-        let parameters = [("query", (&q).into()), ("key", (&k).into()), ("value", (&v).into())];
-        let mixed = self.op("scaled_dot_product_attention", &format!("{name}.heads"), parameters)?;
+        let mut parameters: Vec<(&'static str, Arg)> = vec![("query", (&q).into()), ("key", (&k).into()), ("value", (&v).into())];
+        parameters.extend(mask.map(|mask| ("attn_mask", mask.into())));
+        let mixed = self.program.op("scaled_dot_product_attention", &format!("{name}.heads"), &parameters)?;
         let rows = self.transpose(&format!("{name}.rows"), &mixed, &[0, 2, 1, 3])?;
         self.reshape(&format!("{name}.mixed"), &rows, query.shape())
     }

@@ -3,16 +3,15 @@
 use half::f16;
 use sdxl_model::ConvGeometry;
 use sdxl_model::checkpoint::TensorSpec;
-use sdxl_pipeline::UnetWeights;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Task;
 use tch::Tensor;
 
-use crate::element::ArrayType;
+use crate::element::{ArrayType, Element};
 use crate::literal::Literal;
 use crate::options::Layout;
 use crate::program::{Arg, ProgramBuilder, Var};
-use crate::weights::add;
+use crate::weights::{StoredTensors, add, add_wide};
 
 /// A network's program under construction, and the weights that it reads.
 ///
@@ -21,16 +20,31 @@ use crate::weights::add;
 pub(super) struct Network<'a> {
     pub program: ProgramBuilder,
     pub layout: Layout,
-    weights: UnetWeights<'a>,
+    /// The dtype of states and weights: fp16 or fp32.
+    pub element: Element,
+    weights: &'a dyn StoredTensors,
     /// Every tensor that was read, in order.
     read: Vec<TensorSpec>,
     task: Task<'a>,
 }
 
 impl<'a> Network<'a> {
-    /// A network without operations; `task` advances with each tensor.
-    pub(super) fn new(program: ProgramBuilder, weights: UnetWeights<'a>, layout: Layout, task: Task<'a>) -> Self {
-        Network { program, layout, weights, read: Vec::new(), task }
+    /// A network in fp16 without operations; `task` advances with each tensor.
+    pub(super) fn new(program: ProgramBuilder, weights: &'a dyn StoredTensors, layout: Layout, task: Task<'a>) -> Self {
+        Network { program, layout, element: Element::F16, weights, read: Vec::new(), task }
+    }
+
+    /// A number in the network's dtype.
+    pub(super) fn number(&self, value: f64) -> Literal {
+        match self.element {
+            Element::F32 => Literal::Float(value as f32),
+            _ => Literal::Half(f16::from_f64(value)),
+        }
+    }
+
+    /// A vector of equal numbers in the network's dtype; equal vectors are one constant.
+    pub(super) fn repeated(&mut self, name: &str, value: f16, length: u64) -> Result<Var> {
+        self.program.repeated(name, self.element, value, length)
     }
 
     /// The finished program.
@@ -131,9 +145,13 @@ impl<'a> Network<'a> {
     pub(super) fn tensor(&mut self, name: &str, stored: &[u64], shape: &[u64]) -> Result<Var> {
         self.task.advance(name);
         let stored: Vec<i64> = stored.iter().map(|n| *n as i64).collect();
-        let tensor = self.weights.read(name, &stored)?;
+        let tensor = self.weights.read_stored(name, &stored)?;
         self.read.push(TensorSpec { name: name.to_owned(), shape: stored });
-        add(&mut self.program, name, shape, tensor).map_err(Error::layer(name))
+        let added = match self.element {
+            Element::F32 => add_wide(&mut self.program, name, shape, tensor),
+            _ => add(&mut self.program, name, shape, tensor),
+        };
+        added.map_err(Error::layer(name))
     }
 
     /// The Conv2d `name` with a bias, over [b, c, h, w]. `after` is additional padding below and to
@@ -147,14 +165,29 @@ impl<'a> Network<'a> {
         geometry: ConvGeometry,
         after: i64,
     ) -> Result<Var> {
+        let [weight, bias] = self.kernel(name, x, output, kernel)?;
+        let ConvGeometry { stride, padding, .. } = geometry;
+        let pad = [padding[0], padding[0] + after, padding[1], padding[1] + after].map(|n| n as i32);
+        self.conv(name, x, &weight, &bias, stride.map(|n| n as i32), pad)
+    }
+
+    /// The Conv2d `name` of stride 1 that makes the program's output `out`, in fp32.
+    pub(super) fn conv2d_to(&mut self, out: &str, name: &str, x: &Var, output: i64, kernel: i64) -> Result<Var> {
+        if self.element == Element::F32 {
+            let [weight, bias] = self.kernel(name, x, output, kernel)?;
+            return self.conv(out, x, &weight, &bias, [1, 1], [(kernel / 2) as i32; 4]);
+        }
+        let made = self.conv2d(name, x, output, kernel, ConvGeometry::new(1, kernel / 2), 0)?;
+        self.cast(out, &made, "fp32")
+    }
+
+    /// The weight and the bias of the Conv2d `name` over `x`.
+    fn kernel(&mut self, name: &str, x: &Var, output: i64, kernel: i64) -> Result<[Var; 2]> {
         let [_, input, _, _] = x.dims(name)?;
         let (output, kernel) = (output as u64, kernel as u64);
         let shape = [output, input, kernel, kernel];
         let weight = self.tensor(&format!("{name}.weight"), &shape, &shape)?;
-        let bias = self.tensor(&format!("{name}.bias"), &[output], &[output])?;
-        let ConvGeometry { stride, padding, .. } = geometry;
-        let pad = [padding[0], padding[0] + after, padding[1], padding[1] + after].map(|n| n as i32);
-        self.conv(name, x, &weight, &bias, stride.map(|n| n as i32), pad)
+        Ok([weight, self.tensor(&format!("{name}.bias"), &[output], &[output])?])
     }
 
     fn conv(&mut self, name: &str, x: &Var, weight: &Var, bias: &Var, strides: [i32; 2], pad: [i32; 4]) -> Result<Var> {
@@ -184,7 +217,7 @@ impl<'a> Network<'a> {
         let bias = match bias {
             true => self.tensor(&format!("{name}.bias"), &[output], &[output])?,
             // coremltools always writes one.
-            false => self.program.repeated(&format!("zeros_{output}"), f16::ZERO, output)?,
+            false => self.repeated(&format!("zeros_{output}"), f16::ZERO, output)?,
         };
         match self.layout {
             Layout::Linear => self.op("linear", name, [("x", x.into()), ("weight", (&weight).into()), ("bias", (&bias).into())]),

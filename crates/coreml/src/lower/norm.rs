@@ -4,8 +4,9 @@ use half::f16;
 use squeeze_base::error::Result;
 
 use super::Network;
+use crate::element::Element;
 use crate::literal::Literal;
-use crate::program::Var;
+use crate::program::{Arg, Var};
 
 impl Network<'_> {
     /// `torch.nn.GroupNorm`, in the operations that coremltools takes it apart to
@@ -28,26 +29,26 @@ impl Network<'_> {
         let centered = self.binary("sub", &format!("{name}.centered"), &grouped, &average)?;
         let squared = self.unary("square", &format!("{name}.squared"), &centered)?;
         let variance = mean(self, &format!("{name}.variance"), &squared)?;
-        let shifted = Literal::Half(epsilon(eps));
-        let shifted = self.op("add", &format!("{name}.shifted"), [("x", (&variance).into()), ("y", shifted.into())])?;
+        let shifted = self.epsilon(eps);
+        let shifted = self.op("add", &format!("{name}.shifted"), [("x", (&variance).into()), ("y", shifted)])?;
         let deviation = self.unary("sqrt", &format!("{name}.deviation"), &shifted)?;
         let scaled = self.binary("real_div", &format!("{name}.scaled"), &centered, &deviation)?;
         let normed = self.reshape(&format!("{name}.normed"), &scaled, &shape)?;
-        let zeros = self.program.repeated(&format!("zeros_{channels}"), f16::ZERO, channels)?;
-        let ones = self.program.repeated(&format!("ones_{channels}"), f16::ONE, channels)?;
+        let zeros = self.repeated(&format!("zeros_{channels}"), f16::ZERO, channels)?;
+        let ones = self.repeated(&format!("ones_{channels}"), f16::ONE, channels)?;
         let parameters = [
             ("x", (&normed).into()),
             ("mean", (&zeros).into()),
             ("variance", (&ones).into()),
             ("gamma", (&gamma).into()),
             ("beta", (&beta).into()),
-            ("epsilon", Literal::Half(epsilon(1e-5)).into()),
+            ("epsilon", self.epsilon(1e-5)),
         ];
         self.op("batch_norm", name, parameters)
     }
 
     /// `torch.nn.LayerNorm` over the channels of tokens.
-    pub(super) fn layer_norm(&mut self, name: &str, x: &Var) -> Result<Var> {
+    pub(super) fn layer_norm(&mut self, name: &str, x: &Var, eps: f64) -> Result<Var> {
         let channels = self.channels(x);
         let gamma = self.tensor(&format!("{name}.weight"), &[channels], &[channels])?;
         let beta = self.tensor(&format!("{name}.bias"), &[channels], &[channels])?;
@@ -56,13 +57,16 @@ impl Network<'_> {
             ("axes", Literal::Ints(vec![self.channel_axis_literal()]).into()),
             ("gamma", (&gamma).into()),
             ("beta", (&beta).into()),
-            ("epsilon", Literal::Half(epsilon(1e-5)).into()),
+            ("epsilon", self.epsilon(eps)),
         ];
         self.op("layer_norm", name, parameters)
     }
-}
 
-/// An epsilon in fp16, where it must not become zero.
-fn epsilon(eps: f64) -> f16 {
-    f16::from_f64(eps).max(f16::from_bits(1))
+    /// An epsilon in the network's dtype. In fp16 it must not become zero.
+    fn epsilon<'v>(&self, eps: f64) -> Arg<'v> {
+        match self.element {
+            Element::F32 => self.number(eps).into(),
+            _ => Literal::Half(f16::from_f64(eps).max(f16::from_bits(1))).into(),
+        }
+    }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use half::f16;
 use safetensors::Dtype;
 use serde::Deserialize;
 use squeeze_base::error::{Error, Result};
@@ -12,11 +13,11 @@ use squeeze_base::input::{self, Limit, SourceFile};
 use squeeze_base::safetensors_file::{Entry, SafetensorsFile};
 use squeeze_base::shorten::shorten;
 use squeeze_numerics::device::Placement;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::lora::PartLoras;
 use super::source::{TensorSource, TensorSpec};
-use super::tensor::{float_kind, read_entry};
+use super::tensor::{float_kind, halves, read_entry};
 use super::view::View;
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), under the names of this library's networks.
@@ -263,6 +264,16 @@ impl Weights {
     pub fn check(&self, expected: &[TensorSpec], unused: impl Fn(&str) -> bool) -> Result<()> {
         let stored = self.index.iter().map(|(name, place)| (name.as_str(), (place.shape.as_slice(), place.entry.dtype)));
         check_tensors(&self.folder, expected, stored.collect(), unused)
+    }
+
+    /// Reads the tensor `name` of `shape` in row-major order, rounded to fp16.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] or [`Error::Tensors`] if it is missing, damaged or of another shape, or
+    /// has a value that fp16 does not hold; [`Error::Read`]; [`Error::Changed`].
+    pub fn halves(&self, name: &str, shape: &[i64]) -> Result<Vec<f16>> {
+        let source = self.source(Placement { device: Device::Cpu, kind: Kind::Half });
+        halves(&source.tensor(name, shape)?)
     }
 
     /// A source that reads from here and places each tensor.

@@ -9,4 +9,4 @@ pub mod vocabulary;
 
 pub use clip::{CLIP_LENGTH, ClipText, TextStates};
 pub use config::{Activation, EndOfText, TextConfig};
-pub use tokenizer::{ClipTokenizer, Tokens};
+pub use tokenizer::{BytePairs, ClipTokenizer, Tokens};

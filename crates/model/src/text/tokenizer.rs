@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use serde_json::Value;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
@@ -46,6 +47,23 @@ pub struct Tokens {
     pub ids: Vec<i64>,
     /// The end of the text, if it did not fit.
     pub dropped: Option<String>,
+}
+
+/// A byte-pair encoding, as `vocab.json` and `merges.txt` hold it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BytePairs {
+    /// The tokens, special ones included, with their ids: in the order of the ids.
+    pub tokens: Vec<(String, u32)>,
+    /// The pairs that are merged, the first ones first.
+    pub merges: Vec<(String, String)>,
+}
+
+/// The two forms of a merge in `tokenizer.json`: files of newer releases have lists.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Line(String),
 }
 
 impl ClipTokenizer {
@@ -113,6 +131,28 @@ impl ClipTokenizer {
     /// One more than the highest id of the vocabulary, without tokens that were added to it.
     pub fn vocabulary(&self) -> i64 {
         self.base
+    }
+
+    /// The tokens and merges, from whichever files the tokenizer was read.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if the tokenizer is no byte-pair encoding.
+    pub fn byte_pairs(&self) -> Result<BytePairs> {
+        let wrong = |why: &str| Error::bad_file(&self.folder, format!("the tokenizer is no byte-pair encoding: {why}"));
+        let model = serde_json::to_value(self.tokenizer.get_model()).map_err(|why| wrong(&why.to_string()))?;
+        let merges = model.get("merges").ok_or_else(|| wrong("it has no merges"))?;
+        let merges: Vec<Merge> = serde_json::from_value(merges.clone()).map_err(|why| wrong(&why.to_string()))?;
+        let pair = |merge: Merge| match merge {
+            Merge::Pair(first, second) => Ok((first, second)),
+            Merge::Line(line) => {
+                let (first, second) = line.split_once(' ').ok_or_else(|| wrong("a merge is not two tokens"))?;
+                Ok((first.to_owned(), second.to_owned()))
+            }
+        };
+        let merges = merges.into_iter().map(pair).collect::<Result<_>>()?;
+        let mut tokens: Vec<(String, u32)> = self.tokenizer.get_vocab(true).into_iter().collect();
+        tokens.sort_by(|a, b| a.1.cmp(&b.1).then_with(|| a.0.cmp(&b.0)));
+        Ok(BytePairs { tokens, merges })
     }
 
     /// Turns a text into ids.

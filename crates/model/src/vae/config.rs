@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use squeeze_base::error::Result;
 
 use crate::checkpoint::ConfigFile;
@@ -28,6 +28,9 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// The divisor of latents before they are decoded.
     pub scaling_factor: f64,
+    /// Whether the VAE overflows in fp16 and must be computed in fp32. This library always computes
+    /// it in fp32; programs for other systems are written as this says.
+    pub force_upcast: bool,
     /// Mean and standard deviation of each latent channel, for VAEs whose latents are normalized.
     pub latents_mean_std: Option<(Vec<f64>, Vec<f64>)>,
 }
@@ -67,6 +70,7 @@ impl VaeConfig {
             use_post_quant_conv: file.or("use_post_quant_conv", true)?,
             use_quant_conv: file.or("use_quant_conv", true)?,
             scaling_factor: file.or("scaling_factor", 0.18215)?,
+            force_upcast: truth(&mut file, "force_upcast")?,
             latents_mean_std: mean.zip(std),
             block_out_channels,
         };
@@ -107,9 +111,8 @@ impl VaeConfig {
             return Err(file.error("down_block_types", format!("is not {} times DownEncoderBlock2D", up.len())));
         }
         file.only("in_channels", &[json!(3)])?;
-        // `force_upcast` asks for fp32, which is always the case here; SDXL pipelines do not use
-        // the others.
-        file.ignore(&["sample_size", "force_upcast", "shift_factor"]);
+        // SDXL pipelines do not use these.
+        file.ignore(&["sample_size", "shift_factor"]);
         file.finish();
         Ok(config)
     }
@@ -118,5 +121,17 @@ impl VaeConfig {
     #[must_use]
     pub fn scale(&self) -> i64 {
         1 << (self.block_out_channels.len() - 1)
+    }
+}
+
+/// Takes a key whose default is true. diffusers declares it as a number, and compares it as a bool.
+fn truth(file: &mut ConfigFile, key: &str) -> Result<bool> {
+    match file.optional::<Value>(key)? {
+        None => Ok(true),
+        Some(Value::Bool(value)) => Ok(value),
+        Some(value) => match value.as_f64() {
+            Some(number) => Ok(number != 0.0),
+            None => Err(file.error(key, format!("= {value} is neither true nor false"))),
+        },
     }
 }

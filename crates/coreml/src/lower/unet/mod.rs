@@ -2,7 +2,6 @@
 
 mod ends;
 mod inputs;
-mod resnet;
 mod stage;
 mod transformer;
 
@@ -12,7 +11,7 @@ use sdxl_pipeline::UnetWeights;
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 
-use super::Network;
+use super::{Lowered, Network};
 use crate::options::Options;
 use crate::program::{ProgramBuilder, Var};
 
@@ -26,13 +25,6 @@ struct UnetLowering<'a> {
     text: Var,
     /// The skip connections that no up stage has used yet.
     residuals: Vec<Var>,
-}
-
-/// A program, its inputs and its output.
-pub(crate) struct Lowered {
-    pub program: ProgramBuilder,
-    pub inputs: Vec<Var>,
-    pub output: Var,
 }
 
 /// Lowers a UNet.
@@ -50,7 +42,7 @@ pub(crate) fn lower(
     let pooled = options.check(config)?;
     let tensors = chain.tensors()?;
     let task = Task::begin(progress, "writing the package", "tensors", tensors.len());
-    let mut network = Network::new(program, weights, options.layout, task);
+    let mut network = Network::new(program, &weights, options.layout, task);
     let inputs = Inputs::declare(&mut network, config, options, pooled);
     let (mut lowering, mut hidden) = UnetLowering::begin(network, config, options, &inputs)?;
     for stage in chain.stages() {
@@ -58,5 +50,5 @@ pub(crate) fn lower(
     }
     let output = lowering.output_block(config, &hidden)?;
     let program = lowering.network.finish(&tensors)?;
-    Ok(Lowered { program, inputs: inputs.into_vars(), output })
+    Ok(Lowered { program, inputs: inputs.into_vars(), outputs: vec![output] })
 }

@@ -17,7 +17,7 @@ impl UnetLowering<'_> {
                 let residual = self.residuals.pop().ok_or_else(none_left)?;
                 hidden = self.network.concat(&format!("{name}.skip.{i}"), &[&hidden, &residual], 1)?;
             }
-            hidden = self.resnet(&format!("{name}.resnets.{i}"), &hidden, *shape)?;
+            hidden = self.network.resnet(&format!("{name}.resnets.{i}"), &hidden, *shape, Some(&self.silu_temb))?;
             if let Some(shape) = stage.transformers().get(i) {
                 hidden = self.transformer(&format!("{name}.attentions.{i}"), &hidden, *shape)?;
             }

@@ -8,8 +8,10 @@ use super::super::Network;
 use super::super::attention::Heads;
 use super::UnetLowering;
 use crate::literal::Literal;
-use crate::options::Layout;
 use crate::program::Var;
+
+/// Epsilon of the layer norms of `BasicTransformerBlock`.
+const NORM_EPS: f64 = 1e-5;
 
 impl UnetLowering<'_> {
     /// `Transformer2DModel`, as [`sdxl_model::unet`] computes it: [b, c, h, w] to [b, c, h,
@@ -20,62 +22,36 @@ impl UnetLowering<'_> {
         let pointwise = ConvGeometry::new(1, 0);
         let normed = net.group_norm(&format!("{name}.norm"), x, shape.groups, 1e-6)?;
         let mut hidden = if shape.linear_projection {
-            let tokens = tokens(net, name, &normed)?;
+            let tokens = net.tokens(name, &normed)?;
             net.dense(&format!("{name}.proj_in"), &tokens, shape.channels, true)?
         } else {
             let projected = net.conv2d(&format!("{name}.proj_in"), &normed, shape.channels, 1, pointwise, 0)?;
-            tokens(net, name, &projected)?
+            net.tokens(name, &projected)?
         };
         for i in 0..shape.depth {
             hidden = block(net, &format!("{name}.transformer_blocks.{i}"), hidden, &self.text, shape)?;
         }
         let hidden = if shape.linear_projection {
             let projected = net.dense(&format!("{name}.proj_out"), &hidden, shape.channels, true)?;
-            image(net, name, &projected, pixels)?
+            net.image(name, &projected, pixels)?
         } else {
-            let image = image(net, name, &hidden, pixels)?;
+            let image = net.image(name, &hidden, pixels)?;
             net.conv2d(&format!("{name}.proj_out"), &image, shape.channels, 1, pointwise, 0)?
         };
         net.binary("add", name, &hidden, x)
     }
 }
 
-/// [b, c, h, w] to tokens of the layout.
-fn tokens(net: &mut Network, name: &str, x: &Var) -> Result<Var> {
-    let [batch, channels, height, width] = x.dims(name)?;
-    let tokens = format!("{name}.tokens");
-    match net.layout {
-        Layout::Linear => {
-            let last = net.transpose(&format!("{name}.channels_last"), x, &[0, 2, 3, 1])?;
-            net.reshape(&tokens, &last, &[batch, height * width, channels])
-        }
-        Layout::SplitEinsum => net.reshape(&tokens, x, &[batch, channels, 1, height * width]),
-    }
-}
-
-/// Tokens to [b, c, h, w].
-fn image(net: &mut Network, name: &str, x: &Var, pixels: [u64; 4]) -> Result<Var> {
-    let [batch, channels, height, width] = pixels;
-    let image = format!("{name}.image");
-    match net.layout {
-        Layout::Linear => {
-            let last = net.reshape(&format!("{name}.pixels"), x, &[batch, height, width, channels])?;
-            net.transpose(&image, &last, &[0, 3, 1, 2])
-        }
-        Layout::SplitEinsum => net.reshape(&image, x, &pixels),
-    }
-}
-
 /// `BasicTransformerBlock`: attention among the tokens, attention to the text, a gated
 /// feed-forward.
 fn block(net: &mut Network, name: &str, x: Var, text: &Var, shape: TransformerShape) -> Result<Var> {
-    let normed = net.layer_norm(&format!("{name}.norm1"), &x)?;
+    let normed = net.layer_norm(&format!("{name}.norm1"), &x, NORM_EPS)?;
     let mixed = attention(net, &format!("{name}.attn1"), &normed, &normed, shape)?;
     let x = net.binary("add", &format!("{name}.residual1"), &mixed, &x)?;
-    let normed = net.layer_norm(&format!("{name}.norm2"), &x)?;
+    let normed = net.layer_norm(&format!("{name}.norm2"), &x, NORM_EPS)?;
     let mixed = attention(net, &format!("{name}.attn2"), &normed, text, shape)?;
     let x = net.binary("add", &format!("{name}.residual2"), &mixed, &x)?;
-    let normed = net.layer_norm(&format!("{name}.norm3"), &x)?;
+    let normed = net.layer_norm(&format!("{name}.norm3"), &x, NORM_EPS)?;
     let fed = feed_forward(net, &format!("{name}.ff"), &normed, shape.channels)?;
     net.binary("add", name, &fed, &x)
 }

@@ -1,0 +1,151 @@
+//! The model card and the script of a bundle.
+
+use std::fmt::Write;
+
+use sdxl_model::checkpoint::SourceFile;
+use sdxl_pipeline::{PipelineFolder, UnetWeights};
+use squeeze_base::error::Result;
+use squeeze_base::number;
+use squeeze_coreml::VECTORS_NEED;
+
+use super::licence::stated_licence;
+use super::options::{BundleOptions, Named};
+use crate::export::PipelinePart;
+
+/// Everything that a card tells.
+pub(super) struct Facts<'a> {
+    pub weights: UnetWeights<'a>,
+    pub model: &'a PipelineFolder,
+    pub options: &'a BundleOptions,
+    pub packages: &'a [Named],
+    /// All files but the card.
+    pub files: &'a [SourceFile],
+    pub warnings: &'a [String],
+}
+
+/// The commands that compile the packages on a Mac.
+pub(super) fn compile_script(packages: &[Named]) -> String {
+    let mut script = "#!/bin/sh\n\
+        # Compiles the packages for apple/ml-stable-diffusion, on a Mac with Xcode:\n\
+        #   sh compile.sh [FOLDER]\n\
+        # The new folder (Compiled, if none is named) is the one that Swift reads.\n\
+        set -eu\n\
+        here=$(cd \"$(dirname \"$0\")\" && pwd)\n\
+        out=${1:-\"$here/Compiled\"}\n\
+        mkdir -p \"$out\"\n"
+        .to_owned();
+    for Named { name, .. } in packages {
+        let _ = writeln!(script, "xcrun coremlcompiler compile \"$here/{name}.mlpackage\" \"$out\"");
+    }
+    script.push_str("cp \"$here/vocab.json\" \"$here/merges.txt\" \"$out\"\n");
+    script
+}
+
+/// The network of a package in words.
+fn about(part: Option<PipelinePart>) -> &'static str {
+    match part {
+        None => "the UNet",
+        Some(PipelinePart::TextEncoder) => "the first text encoder",
+        Some(PipelinePart::TextEncoder2) => "the second text encoder",
+        Some(PipelinePart::VaeDecoder) => "latents to a picture",
+        Some(PipelinePart::VaeEncoder) => "a picture to latents, for image to image",
+    }
+}
+
+/// The model card.
+///
+/// # Errors
+/// If a source file cannot be read.
+pub(super) fn card(facts: &Facts) -> Result<String> {
+    let Facts { weights, model, options, packages, files, warnings } = facts;
+    let mut card = String::new();
+    let scale = model.vae.scale();
+    let [height, width] = options.latents.map(|latent| latent * scale);
+    let name = model.name.as_deref().unwrap_or("SDXL");
+    let mut line = |text: &str| {
+        card.push_str(text);
+        card.push('\n');
+    };
+    line(&format!("# {name} for Core ML\n"));
+    line(&format!(
+        "Packages for the Swift pipeline of apple/ml-stable-diffusion (SDXL), pictures of {height} x {width}, iOS 18 or macOS 15. \
+         Written by sdxl-squeeze {}.\n",
+        env!("CARGO_PKG_VERSION")
+    ));
+    line("On a Mac with Xcode, `sh compile.sh` compiles them into the folder `Compiled`, which Swift reads:\n");
+    line("```sh\nsh compile.sh\nswift run StableDiffusionSample \"a prompt\" --xl --resource-path Compiled\n```\n");
+    line("Nothing here has run on a Mac or an iPhone.\n");
+    line("## Files\n\n| file | | size |\n|---|---|---:|");
+    for Named { name, part } in *packages {
+        let within = format!("{name}.mlpackage/");
+        let bytes = files.iter().filter(|file| file.file.starts_with(&within)).map(|file| file.bytes).sum();
+        line(&format!("| `{name}.mlpackage` | {} | {} |", about(*part), number::size(bytes)));
+    }
+    for (name, what) in
+        [("vocab.json", "the tokens"), ("merges.txt", "the merges of tokens"), ("compile.sh", "compiles the packages")]
+    {
+        let bytes = files.iter().filter(|file| file.file == name).map(|file| file.bytes).sum();
+        line(&format!("| `{name}` | {what} | {} |", number::size(bytes)));
+    }
+    let all: u64 = files.iter().map(|file| file.bytes).sum();
+    line(&format!("| all | | {} ({} bytes) |\n", number::size(all), number::count(all)));
+    let vae = if model.vae.force_upcast { "fp32" } else { "fp16" };
+    line(&format!("Text encoders and VAE have weights in fp16; the encoders compute in fp16, the VAE in {vae}.\n"));
+
+    line("## What Apple's pipeline does otherwise than diffusers\n");
+    line("- It tells the UNet an original and a target size of 1024 x 1024, unless an app sets `originalSize` and `targetSize`.");
+    if model.force_zeros_for_empty_prompt {
+        line("- It encodes an empty negative prompt; this model's own pipeline takes zeros for it.");
+    }
+    line("- Its samplers are PNDM and DPM-Solver++ (2M); 50 steps with a guidance of 7.5 by default.");
+    line("- Its tokenizer works on characters, so that texts in other than Latin letters become other tokens.\n");
+    if !warnings.is_empty() {
+        line("## To set in an app\n");
+        warnings.iter().for_each(|warning| line(&format!("- {warning}.")));
+        line("");
+    }
+
+    line("## Recipe\n");
+    match weights {
+        UnetWeights::Container(container) => {
+            let layers: Vec<_> = container.layers().collect();
+            line(&format!("{} weights of the UNet are compressed:\n", number::count(layers.len() as u64)));
+            line(&format!("```json\n{:#}\n```\n", container.info().recipe));
+            if layers.iter().any(|layer| layer.vector_length.is_some()) {
+                line(&format!("Palettes of vectors need {VECTORS_NEED}.\n"));
+            }
+        }
+        UnetWeights::Dense { .. } => line("The UNet is not compressed: its weights are fp16.\n"),
+    }
+
+    line("## Licence\n");
+    line(&match (options.label.license.as_str(), stated_licence(model)?) {
+        ("", Some(stated)) => format!("The model's files state the licence `{stated}`; it holds for these packages too.\n"),
+        ("", None) => "The model's files state no licence: ask the publisher of the model.\n".to_owned(),
+        (given, _) => format!("{given}\n"),
+    });
+
+    line("## Sources\n\n| file | bytes | SHA-256 |\n|---|---:|---|");
+    sources(*weights, model)?.iter().for_each(|source| line(&row(source)));
+    line("\n## Hashes\n\n| file | bytes | SHA-256 |\n|---|---:|---|");
+    files.iter().for_each(|file| line(&row(file)));
+    Ok(card)
+}
+
+fn row(file: &SourceFile) -> String {
+    let SourceFile { bytes, file, scale, sha256 } = file;
+    let scale = scale.map_or(String::new(), |scale| format!(", a LoRA times {scale}"));
+    format!("| `{file}`{scale} | {bytes} | `{sha256}` |")
+}
+
+/// The files that the packages were made from, each once, sorted by name.
+fn sources(weights: UnetWeights, model: &PipelineFolder) -> Result<Vec<SourceFile>> {
+    let unet = match weights {
+        UnetWeights::Container(container) => container.info().sources.clone(),
+        UnetWeights::Dense { .. } => model.unet_files()?,
+    };
+    let mut sources: Vec<SourceFile> = [unet, model.prompt_files()?, model.vae_files()?].concat();
+    sources.sort_by(|a, b| (&a.file, &a.sha256).cmp(&(&b.file, &b.sha256)));
+    sources.dedup_by(|a, b| a.file == b.file && a.sha256 == b.sha256);
+    Ok(sources)
+}
