@@ -49,8 +49,8 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
     let shares = args.samples_out.is_some();
     let task = match config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
-        true => Task::Search(Reaching::new(&folder, &config, shares, &options, &container)?),
-        false => Task::Run(Prepared::new(&folder, &config, shares, &options, &container)?),
+        true => Task::Search(Box::new(Reaching::new(&folder, &config, shares, &options, &container)?)),
+        false => Task::Run(Box::new(Prepared::new(&folder, &config, shares, &options, &container)?)),
     };
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
 
@@ -66,7 +66,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     reporter.end_on_interrupt()?;
     let done = match task {
         Task::Run(prepared) => run_job(&prepared, samples.as_ref(), reporter).and_then(Done::of_run),
-        Task::Search(reaching) => reach(reaching, samples.as_ref(), reporter).and_then(Done::of_search),
+        Task::Search(reaching) => reach(*reaching, samples.as_ref(), reporter).and_then(Done::of_search),
     };
     if let Err(Error::Stopped) = done {
         stdout::print(&format!("stopped; the same command with --resume continues the run ({})\n", args.out.display()))?;
@@ -89,9 +89,9 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
 /// What the config asks for.
 enum Task<'a> {
     /// One run, of a size that is known.
-    Run(Prepared<'a>),
+    Run(Box<Prepared<'a>>),
     /// Several runs, for the smallest size of a closeness.
-    Search(Reaching<'a>),
+    Search(Box<Reaching<'a>>),
 }
 
 /// What is said of a run that has written its container.

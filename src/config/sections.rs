@@ -478,18 +478,21 @@ fn write_reading<S: Serializer>(reading: &PromptOptions, serializer: S) -> Resul
 /// Writes the key of the target.
 fn write_target<S: Serializer>(target: &BudgetTarget, serializer: S) -> Result<S::Ok, S::Error> {
     #[derive(Serialize)]
-    #[serde(rename_all = "snake_case")]
     enum Keys {
-        TargetSize(String),
-        TargetBits(f64),
-        TargetError(String),
-        TargetPsnr(f64),
+        #[serde(rename = "target_size")]
+        Size(String),
+        #[serde(rename = "target_bits")]
+        Bits(f64),
+        #[serde(rename = "target_error")]
+        Error(String),
+        #[serde(rename = "target_psnr")]
+        Psnr(f64),
     }
     match target {
-        BudgetTarget::Size(bytes) => Keys::TargetSize(format!("{bytes} B")),
-        BudgetTarget::Bits(bits) => Keys::TargetBits(*bits),
-        BudgetTarget::Error(percent) => Keys::TargetError(format!("{percent}%")),
-        BudgetTarget::Psnr(decibels) => Keys::TargetPsnr(*decibels),
+        BudgetTarget::Size(bytes) => Keys::Size(format!("{bytes} B")),
+        BudgetTarget::Bits(bits) => Keys::Bits(*bits),
+        BudgetTarget::Error(percent) => Keys::Error(format!("{percent}%")),
+        BudgetTarget::Psnr(decibels) => Keys::Psnr(*decibels),
     }
     .serialize(serializer)
 }
