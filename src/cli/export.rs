@@ -281,11 +281,14 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
     if options.io == Io::Apple {
         match &unet.pipeline {
             Some(pipeline) => warnings.extend(export::apple_mismatch(&pipeline.scheduler)),
-            None => warnings.push(export::apple_mismatch_of_prediction(weights.prediction_type()).unwrap_or_else(|| {
-                "apple-scheduler: without --model it is not known whether the UNet has one of the samplers of Apple's Swift pipeline; \
-                 give the model to have it checked"
-                    .to_owned()
-            })),
+            None => warnings.extend(match weights.prediction_type() {
+                Some(prediction) => export::apple_mismatch_of_prediction(prediction),
+                None => Some(
+                    "apple-scheduler: the container does not record what its UNet predicts, and the samplers of Apple's Swift pipeline \
+                     take it for noise; give --model to have it checked"
+                        .to_owned(),
+                ),
+            }),
         }
     }
     let written = coreml::write(weights, &options, &args.out, reporter)?;

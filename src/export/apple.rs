@@ -12,15 +12,19 @@ pub fn apple_mismatch(scheduler: &SchedulerConfig) -> Option<String> {
     if class.starts_with("EDM") {
         return Some(mismatch(&format!("is sampled by {class}, which scales the UNet's inputs and outputs in its own way")));
     }
-    apple_mismatch_of_prediction(scheduler.text("prediction_type"))
+    apple_mismatch_of_prediction(scheduler.prediction())
 }
 
-/// As [`apple_mismatch`], where nothing but what the UNet predicts is known of its sampler.
+/// As [`apple_mismatch`], given [what the UNet predicts](SchedulerConfig::prediction), as a
+/// container records it.
 #[must_use]
-pub fn apple_mismatch_of_prediction(prediction_type: Option<&str>) -> Option<String> {
-    match prediction_type {
-        None | Some("epsilon") => None,
-        Some(other) => Some(mismatch(&format!("predicts `{other}`, not noise"))),
+pub fn apple_mismatch_of_prediction(prediction: &str) -> Option<String> {
+    match prediction {
+        "epsilon" => None,
+        other if other.starts_with("edm_") => {
+            Some(mismatch("is sampled by EDM's samplers, which scale the UNet's inputs and outputs in their own way"))
+        }
+        other => Some(mismatch(&format!("predicts `{other}`, not noise"))),
     }
 }
 

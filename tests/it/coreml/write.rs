@@ -465,12 +465,11 @@ fn apples_inputs_with_another_prediction_are_a_warning() {
         let model = if out.starts_with('x') { &noise } else { &v };
         assert!(!export(model, out, more).contains("apple-scheduler"));
     }
-    // A container of an older program does not say what its UNet predicts, and none says its
-    // sampler.
+    // A container of an older program does not say what its UNet predicts.
     let container = path("c.safetensors");
     made_up::container(&noise, Path::new(&container));
     let said = export(Path::new(&container), "z.mlpackage", &["--io", "apple"]);
-    assert!(said.contains("apple-scheduler: without --model it is not known whether the UNet has one of the samplers"), "{said}");
+    assert!(said.contains("apple-scheduler: the container does not record what its UNet predicts"), "{said}");
     let said = export(Path::new(&container), "zz.mlpackage", &["--io", "apple", "--model", noise.to_str().unwrap()]);
     assert!(!said.contains("apple-scheduler"), "{said}");
     // EDM's preconditioning, and models that predict the picture.
