@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use sdxl_squeeze::checkpoint::Weights;
 use sdxl_squeeze::container::Container;
-use sdxl_squeeze::coreml::{self, Io, Label, Layout, Options, WrittenPackage};
+use sdxl_squeeze::coreml::{self, Io, Label, Layout, Options, WrittenChunk, WrittenPackage};
 use sdxl_squeeze::export::{PipelinePart, SmallWeights};
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
@@ -85,6 +85,8 @@ struct CoremlArgs {
     /// diffusers]
     #[arg(long, value_name = "STYLE")]
     io: Option<IoArg>,
+    #[command(flatten)]
+    chunks: ChunksArg,
     /// Tokens of the text states [default: 77]
     #[arg(long, value_name = "N")]
     tokens: Option<i64>,
@@ -97,6 +99,22 @@ struct CoremlArgs {
     /// The package's licence
     #[arg(long, value_name = "TEXT")]
     license: Option<String>,
+}
+
+/// The number of packages for a UNet.
+#[derive(Debug, clap::Args)]
+pub(super) struct ChunksArg {
+    /// Packages for the UNet: 2 are UnetChunk1 and UnetChunk2 in a folder, each with about half of
+    /// the weights [default: 1]
+    #[arg(long, value_name = "1|2", value_parser = clap::value_parser!(u8).range(1..=2))]
+    chunks: Option<u8>,
+}
+
+impl ChunksArg {
+    /// Whether there are two packages.
+    pub(super) fn chunked(&self) -> bool {
+        self.chunks == Some(2)
+    }
 }
 
 /// The size of the pictures that packages are for.
@@ -188,26 +206,42 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         }
         Format::Coremltools => to_coremltools(&args, reporter),
         Format::Coreml => {
-            let Exported { written, warnings } = match args.coreml.beside_unet() {
-                Some(part) => Exported { written: to_coreml_part(&args, part, reporter)?, warnings: Vec::new() },
+            let exported = match args.coreml.beside_unet() {
+                Some(part) => {
+                    Exported { written: Written::Package(to_coreml_part(&args, part, reporter)?), warnings: Vec::new() }
+                }
                 None => to_coreml(&args, reporter)?,
             };
             if args.json {
-                return stdout::print_json(&Exported { written, warnings });
+                return stdout::print_json(&exported);
             }
             let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
-            stdout::print(&format!(
-                "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n{}",
-                args.out.display(),
-                number::size(written.bytes),
-                number::size(written.program_bytes),
-                number::count(written.operations as u64),
-                number::count(written.compressed as u64),
-                number::count(written.dense.len() as u64),
-                vectors_need(written.vectors),
-            ))
+            stdout::print(&match &exported.written {
+                Written::Package(written) => summary(&args.out, &peak, written),
+                Written::Chunks { chunks } => chunks
+                    .iter()
+                    .map(|ExportedChunk { file, chunk }| {
+                        let path = args.out.join(file);
+                        format!("{}{}\n", summary(&path, &peak, &chunk.package), chunk.parts.join(", "))
+                    })
+                    .collect(),
+            })
         }
     }
+}
+
+/// A line about a package, and one about what it needs.
+fn summary(path: &Path, peak: &str, written: &WrittenPackage) -> String {
+    format!(
+        "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n{}",
+        path.display(),
+        number::size(written.bytes),
+        number::size(written.program_bytes),
+        number::count(written.operations as u64),
+        number::count(written.compressed as u64),
+        number::count(written.dense.len() as u64),
+        vectors_need(written.vectors),
+    )
 }
 
 /// The line about a package with vector palettes; nothing without any.
@@ -233,7 +267,7 @@ impl Args {
 
     /// The first flag that belongs to another format.
     fn misplaced(&self) -> Option<&'static str> {
-        let CoremlArgs { part, size, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
+        let CoremlArgs { part, size, batch, layout, io, chunks, tokens, time_ids, author, license } = &self.coreml;
         let given = [
             ("--part", part.is_some(), Format::Coreml),
             ("--height", size.height.is_some(), Format::Coreml),
@@ -241,6 +275,7 @@ impl Args {
             ("--batch", batch.is_some(), Format::Coreml),
             ("--layout", layout.is_some(), Format::Coreml),
             ("--io", io.is_some(), Format::Coreml),
+            ("--chunks", chunks.chunks.is_some(), Format::Coreml),
             ("--tokens", tokens.is_some(), Format::Coreml),
             ("--time-ids", time_ids.is_some(), Format::Coreml),
             ("--author", author.is_some(), Format::Coreml),
@@ -264,12 +299,27 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
     stdout::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
 }
 
-/// A package, and what its user should know.
+/// A package or two, and what their user should know.
 #[derive(serde::Serialize)]
 struct Exported {
     #[serde(flatten)]
-    written: WrittenPackage,
+    written: Written,
     warnings: Vec<String>,
+}
+
+#[derive(serde::Serialize)]
+#[serde(untagged)]
+enum Written {
+    Package(WrittenPackage),
+    Chunks { chunks: Vec<ExportedChunk> },
+}
+
+/// A package in a folder.
+#[derive(serde::Serialize)]
+struct ExportedChunk {
+    file: String,
+    #[serde(flatten)]
+    chunk: WrittenChunk,
 }
 
 fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
@@ -291,7 +341,13 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
             }),
         }
     }
-    let written = coreml::write(weights, &options, &args.out, reporter)?;
+    let written = if args.coreml.chunks.chunked() {
+        let chunks = export::CHUNKS.into_iter().zip(export::coreml_chunks(weights, &options, &args.out, reporter)?);
+        let chunks = chunks.map(|(name, chunk)| ExportedChunk { file: format!("{name}.mlpackage"), chunk }).collect();
+        Written::Chunks { chunks }
+    } else {
+        Written::Package(coreml::write(weights, &options, &args.out, reporter)?)
+    };
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     Ok(Exported { written, warnings })
 }
@@ -315,7 +371,7 @@ impl CoremlArgs {
 
     /// The first given flag that has no effect on `part`.
     fn without_effect_on(&self, part: PipelinePart) -> Option<&'static str> {
-        let CoremlArgs { part: _, size, batch, layout, io, tokens, time_ids, author: _, license: _ } = self;
+        let CoremlArgs { part: _, size, batch, layout, io, chunks, tokens, time_ids, author: _, license: _ } = self;
         let of_text = matches!(part, PipelinePart::TextEncoder | PipelinePart::TextEncoder2);
         let given = [
             ("--height", of_text && size.height.is_some()),
@@ -323,6 +379,7 @@ impl CoremlArgs {
             ("--batch", batch.is_some()),
             ("--layout", layout.is_some()),
             ("--io", io.is_some()),
+            ("--chunks", chunks.chunks.is_some()),
             ("--tokens", tokens.is_some()),
             ("--time-ids", time_ids.is_some()),
         ];

@@ -8,6 +8,7 @@
 
 mod blob;
 mod check;
+mod chunk;
 mod constants;
 mod description;
 mod element;
@@ -20,11 +21,13 @@ mod operand;
 mod options;
 mod package;
 mod part;
+mod portion;
 mod program;
 pub mod proto;
 mod weights;
 
 pub use check::{PackageVerification, verify};
+pub use chunk::{WrittenChunk, write_chunks};
 pub use constants::DenseConstant;
 pub use element::{ArrayType, Element};
 pub use lut::Lut;

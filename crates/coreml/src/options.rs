@@ -5,6 +5,8 @@ use std::fmt::{self, Display};
 use sdxl_model::unet::UnetConfig;
 use squeeze_base::error::{Error, Result};
 
+use super::portion::BoundarySizes;
+
 /// The highest number of any size of a package.
 pub(super) const LARGEST: i64 = 1 << 12;
 
@@ -30,6 +32,13 @@ pub enum Io {
     /// As Apple's Swift pipeline gives them: `encoder_hidden_states` [b, channels, 1, tokens]; all
     /// in fp16.
     Apple,
+}
+
+impl Layout {
+    /// The layout of this name.
+    pub(super) fn of_name(name: &str) -> Option<Self> {
+        [Layout::Linear, Layout::SplitEinsum].into_iter().find(|layout| layout.to_string() == name)
+    }
 }
 
 impl Display for Layout {
@@ -99,14 +108,7 @@ impl Options {
                 return Err(Error::range(format!("the number of {what}"), value, format!("between 1 and {LARGEST}")));
             }
         }
-        // Every level halves the size on the way down and doubles it on the way up.
-        let step = 1i64 << (config.block_out_channels.len() - 1);
-        for size in self.latents {
-            if size % step != 0 || !(step..=LARGEST).contains(&size) {
-                let expected = format!("a multiple of {step} between {step} and {LARGEST}");
-                return Err(Error::range("the size of the latents", size, expected));
-            }
-        }
+        check_latents(self.latents, config)?;
         if self.io == Io::Apple {
             let [channels, latents] = [config.in_channels, config.out_channels];
             if channels != latents {
@@ -126,6 +128,27 @@ impl Options {
         }
         Ok(pooled)
     }
+
+    /// The sizes that decide the tensors between two chunks.
+    pub(super) fn boundary_sizes(&self) -> BoundarySizes {
+        BoundarySizes { batch: self.batch, latents: self.latents, layout: self.layout }
+    }
+}
+
+/// Checks the size of a UNet's latents: every level halves it on the way down and doubles it on the
+/// way up.
+///
+/// # Errors
+/// [`Error::Range`] if it is not a multiple of what the levels need, or too large.
+pub(super) fn check_latents(latents: [i64; 2], config: &UnetConfig) -> Result<()> {
+    let step = 1i64 << (config.block_out_channels.len() - 1);
+    for size in latents {
+        if size % step != 0 || !(step..=LARGEST).contains(&size) {
+            let expected = format!("a multiple of {step} between {step} and {LARGEST}");
+            return Err(Error::range("the size of the latents", size, expected));
+        }
+    }
+    Ok(())
 }
 
 /// The refiner takes 5 numbers: its one text encoder has states and pooled text of equal width.

@@ -1,9 +1,10 @@
 //! Writes a package.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use prost::Message;
+use sdxl_model::unet::UnetChain;
 use sdxl_pipeline::UnetWeights;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -13,11 +14,13 @@ use squeeze_base::output::NewFolder;
 use squeeze_base::progress::Progress;
 
 use super::blob::{BlobFile, BlobWriter};
+use super::chunk::describe_chunk;
 use super::constants::{self, DenseConstant};
 use super::description::feature;
 use super::lower::{Lowered, lower_unet};
 use super::manifest::{self, manifest};
 use super::options::Options;
+use super::portion::Portion;
 use super::program::{ProgramBuilder, declared};
 use super::proto::mil_spec::{Block, Function, Operation, Program};
 use super::proto::specification::{Metadata, Model, ModelDescription, model};
@@ -43,6 +46,8 @@ pub(super) const MAKER: &str = "sdxl-squeeze";
 pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 /// The metadata key of what the UNet predicts.
 const PREDICTION_TYPE: &str = "sdxl-squeeze.prediction_type";
+/// The metadata key of a UNet's layout.
+pub(super) const LAYOUT: &str = "sdxl-squeeze.layout";
 /// The metadata keys of the `config.json` of all networks. A package has one of them, which tells
 /// its network.
 pub(super) const CONFIGS: [&str; 4] = [UNET_CONFIG, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG];
@@ -111,8 +116,29 @@ pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn
     check_name(out)?;
     options.check(chain.config())?;
     check_scales(weights)?;
-    let lower = |program| lower_unet(&chain, weights, options, program, progress);
-    write_program(out, lower, |blobs, has_vectors| metadata(weights, options, blobs, has_vectors))
+    write_portion((&chain, &Portion::whole(&chain)), weights, options, out, progress)
+}
+
+/// Writes a portion of a UNet as the new package `out`.
+///
+/// # Errors
+/// As [`write`], which also checks what does not depend on the portion.
+pub(super) fn write_portion(
+    (chain, portion): (&UnetChain, &Portion),
+    weights: UnetWeights,
+    options: &Options,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<WrittenPackage> {
+    let tensors: BTreeSet<String> = portion.tensors(chain)?.into_iter().map(|tensor| tensor.name).collect();
+    let lower = |program| lower_unet(chain, weights, options, portion, program, progress);
+    write_program(out, lower, |blobs, has_vectors| {
+        let mut metadata = metadata(weights, &tensors, options, blobs, has_vectors);
+        if !portion.is_whole() {
+            describe_chunk(&mut metadata, portion);
+        }
+        metadata
+    })
 }
 
 /// Checks the name of a package.
@@ -201,11 +227,18 @@ fn is_dense_weight(operation: &Operation) -> bool {
 }
 
 /// The package's own fields; those of a package with vector palettes say what system it needs.
-fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vectors: bool) -> Metadata {
+/// Sizes count the weights among `tensors`, which the package has.
+fn metadata(
+    weights: UnetWeights,
+    tensors: &BTreeSet<String>,
+    options: &Options,
+    blobs: &BlobFile,
+    has_vectors: bool,
+) -> Metadata {
     let text = |value: &Value| value.to_string();
     let mut user_defined = BTreeMap::from([
         (WEIGHTS_HASH.to_owned(), blobs.sha256.clone()),
-        ("sdxl-squeeze.layout".to_owned(), options.layout.to_string()),
+        (LAYOUT.to_owned(), options.layout.to_string()),
         ("sdxl-squeeze.io".to_owned(), options.io.to_string()),
     ]);
     let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
@@ -215,7 +248,7 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vecto
         user_defined.insert(PREDICTION_TYPE.to_owned(), prediction.to_owned());
     }
     if let UnetWeights::Container(container) = weights {
-        let layers: Vec<_> = container.layers().collect();
+        let layers: Vec<_> = container.layers().filter(|layer| tensors.contains(&layer.name)).collect();
         let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();
         let (kept, bytes) = layers.iter().fold((0, 0), |(kept, bytes), layer| (kept + layer.kept, bytes + layer.bytes));
         let share = |part: f64| if elements == 0 { 0.0 } else { part / elements as f64 };

@@ -6,6 +6,8 @@
 
 mod buffers;
 mod bundle;
+mod chunk_faults;
+mod chunks;
 mod faults;
 mod file;
 mod flips;

@@ -10,6 +10,7 @@
 //! byte for byte, and the folder must hold no other file.
 
 mod blobs;
+mod chunk;
 mod files;
 mod manifest;
 mod model;
