@@ -9,6 +9,7 @@
 mod blob;
 mod check;
 mod chunk;
+mod chunks;
 mod constants;
 mod description;
 mod element;
@@ -26,11 +27,11 @@ mod program;
 pub mod proto;
 mod weights;
 
-pub use check::{PackageVerification, verify};
-pub use chunk::{WrittenChunk, write_chunks};
+pub use check::{PackageVerification, VerifiedFunction, verify};
+pub use chunks::{WrittenChunk, write_chunks};
 pub use constants::DenseConstant;
 pub use element::{ArrayType, Element};
 pub use lut::Lut;
-pub use options::{Io, Layout, Options};
+pub use options::{FunctionSize, Io, Layout, Options};
 pub use package::{VECTORS_NEED, WrittenPackage, check_scales, write};
 pub use part::{Label, Part, PartWeights, write_part};

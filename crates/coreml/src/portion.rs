@@ -8,7 +8,7 @@ use sdxl_pipeline::UnetWeights;
 use squeeze_base::error::{Error, Result};
 
 use super::element::{ArrayType, Element};
-use super::options::Layout;
+use super::options::{BoundarySizes, Layout};
 
 /// Consecutive parts of a UNet's chain: all of them, or those of one of two chunks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,17 +17,6 @@ pub(super) struct Portion {
     chain: Vec<PartName>,
     /// The portion's parts among them.
     range: Range<usize>,
-}
-
-/// The sizes that decide the shapes of the tensors between two chunks.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct BoundarySizes {
-    /// Samples in a call.
-    pub batch: i64,
-    /// Height and width of the latents.
-    pub latents: [i64; 2],
-    /// How the transformers compute, which decides the rank of the embedding.
-    pub layout: Layout,
 }
 
 /// The name of the image features between two chunks.
@@ -114,8 +103,8 @@ impl Portion {
         chain.tensors_of(self.parts())
     }
 
-    /// The names of the UNet's own inputs that the parts read, in the order of Apple's UNet. A whole
-    /// UNet has all of them.
+    /// The names of the UNet's own inputs that the parts read, in the order of Apple's UNet. A
+    /// whole UNet has all of them.
     pub(super) fn inputs(&self, chain: &UnetChain) -> Vec<&'static str> {
         let has_attention = self.stages(chain).any(|stage| stage.transformers().iter().any(|shape| shape.depth > 0));
         let guided = chain.config().time_cond_proj_dim.is_some();

@@ -1,4 +1,5 @@
-//! Faults in the two chunks of a UNet that are otherwise good. Each of them must be found and named.
+//! Faults in the two chunks of a UNet that are otherwise good. Each of them must be found and
+//! named.
 
 use std::path::Path;
 
@@ -99,7 +100,7 @@ fn in_first() -> Vec<Fault> {
             let last = outputs(package) - 1;
             remove_output(package, last);
         }),
-        fault("are not what this chunk passes on", |package| rename(package, "silu_temb", "temb")),
+        fault("are not what this chunk passes on", |package| rename(package, "silu_temb", "embedding")),
         fault("are not what this chunk passes on", |package| {
             rename(package, "down_block_res_samples_0", "other");
             rename(package, "down_block_res_samples_1", "down_block_res_samples_0");
@@ -108,7 +109,8 @@ fn in_first() -> Vec<Fault> {
         fault("the inputs do not begin with those that this chunk reads", |package| rename(package, "time_ids", "ids")),
         fault("the chunk has neither latents nor a prediction", |package| rename(package, "sample", "latents")),
         fault("the size of the latents is 10", |package| {
-            // All sizes of the image change, and so do the declared types of what is computed from it.
+            // All sizes of the image change, and so do the declared types of what is computed from
+            // it.
             let function = package.program().functions.get_mut("main").unwrap();
             let mut named = function.inputs[0].clone();
             assert_eq!(named.name, "sample");
@@ -162,7 +164,7 @@ fn set_feature(feature: &mut sdxl_squeeze::coreml::proto::specification::Feature
 
 fn in_second() -> Vec<Fault> {
     vec![
-        fault("are not what this chunk is passed", |package| rename(package, "silu_temb", "temb")),
+        fault("are not what this chunk is passed", |package| rename(package, "silu_temb", "embedding")),
         fault("are not what this chunk is passed", |package| {
             let last = package.program().functions["main"].inputs.len() - 1;
             swap_inputs(package, last, last - 1);

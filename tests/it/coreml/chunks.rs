@@ -23,23 +23,25 @@ use crate::squeeze::Squeeze;
 use crate::support::{emoji, relative_error, repo};
 
 /// The paths of the two packages in a folder.
-fn paths(folder: &Path) -> [PathBuf; 2] {
+pub(super) fn paths(folder: &Path) -> [PathBuf; 2] {
     CHUNKS.map(|name| folder.join(format!("{name}.mlpackage")))
 }
 
 /// The prediction of two packages as Apple's `ManagedMLModel` list computes it: the second is given
 /// the inputs of the whole UNet and the outputs of the first, by their names.
-fn predict(chunks: &[PathBuf; 2], inputs: &BTreeMap<String, Tensor>) -> Tensor {
+pub(super) fn predict(chunks: &[PathBuf; 2], inputs: &BTreeMap<String, Tensor>) -> Tensor {
     let mut packages = chunks.each_ref().map(|path| Package::read(path));
     let given = |package: &mut Package, values: &BTreeMap<String, Tensor>| -> BTreeMap<String, Tensor> {
         let names = package.program().functions["main"].inputs.iter().map(|input| input.name.clone());
         names.map(|name| (name.clone(), values[&name].shallow_clone())).collect()
     };
     let [first, second] = &mut packages;
-    let passed = evaluate(first, &given(first, inputs));
+    let own = given(first, inputs);
+    let passed = evaluate(first, &own);
     assert!(passed.keys().all(|name| !inputs.contains_key(name)), "an output would replace an input");
     let all = inputs.iter().chain(&passed).map(|(name, x)| (name.clone(), x.shallow_clone())).collect();
-    let made = evaluate(second, &given(second, &all));
+    let own = given(second, &all);
+    let made = evaluate(second, &own);
     assert_eq!(made.keys().collect::<Vec<_>>(), ["noise_pred"], "Swift takes the only output");
     made["noise_pred"].shallow_clone()
 }

@@ -433,8 +433,8 @@ fn in_manifest() -> Vec<Fault> {
     ]
 }
 
-/// Puts each fault into the package in turn, written as `path`, and returns those that are not found
-/// or not named.
+/// Puts each fault into the package in turn, written as `path`, and returns those that are not
+/// found or not named.
 pub(super) fn missed(good: &Package, faults: &[Fault], path: &Path) -> Vec<String> {
     let mut missed = Vec::new();
     for (i, (expected, put)) in faults.iter().enumerate() {

@@ -64,6 +64,14 @@ impl Package {
         self.program().functions.get_mut("main").unwrap().block_specializations.get_mut("CoreML8").unwrap()
     }
 
+    /// The package with the function `name` alone, as `main`.
+    pub(super) fn only(&self, name: &str) -> Self {
+        let mut package = self.clone();
+        let function = package.program().functions.remove(name).unwrap();
+        package.program().functions = [("main".to_owned(), function)].into();
+        package
+    }
+
     /// The first operation of a type.
     pub(super) fn op(&mut self, kind: &str) -> &mut Operation {
         self.block().operations.iter_mut().find(|op| op.r#type == kind).unwrap()

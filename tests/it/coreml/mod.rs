@@ -11,6 +11,7 @@ mod chunks;
 mod faults;
 mod file;
 mod flips;
+mod functions;
 mod interpreter;
 pub(crate) mod made_up;
 mod part_faults;

@@ -6,9 +6,9 @@ use super::model::ModelFile;
 use super::program::Checked;
 use crate::chunk::{CHUNK, read_chunk};
 use crate::element::{ArrayType, Element};
-use crate::options::{Layout, check_latents};
+use crate::options::{BoundarySizes, Layout, check_latents};
 use crate::package::LAYOUT;
-use crate::portion::{BoundarySizes, Portion};
+use crate::portion::Portion;
 
 /// The output of a UNet's program.
 const PREDICTION: &str = "noise_pred";

@@ -5,18 +5,21 @@ use squeeze_base::error::{Error, Result};
 
 use super::super::Network;
 use super::UnetLowering;
+use super::ends::text_states;
 use crate::element::ArrayType;
+use crate::options::Io;
 use crate::portion::{HIDDEN_STATES, SILU_TEMB, skip_name};
 use crate::program::Var;
 
 impl<'a> UnetLowering<'a> {
-    /// Goes on after another chunk, whose outputs `passed` are inputs of this program. Returns the
-    /// image features, and the inputs.
+    /// Goes on after another chunk, whose outputs `passed` are inputs of this program, as the text
+    /// states are. Returns the image features, and the inputs that were passed.
     pub(super) fn resume(
         mut network: Network<'a>,
         passed: Vec<(String, ArrayType)>,
-        text: Option<Var>,
+        (io, text): (Io, Option<&Var>),
     ) -> Result<(Self, Var, Vec<Var>)> {
+        let text = text.map(|text| text_states(&mut network, io, text)).transpose()?;
         let (mut hidden, mut silu_temb, mut residuals, mut inputs) = (None, None, Vec::new(), Vec::new());
         for (name, array) in passed {
             inputs.push(network.input(&name, array));

@@ -9,9 +9,9 @@ use crate::options::{Io, Options};
 use crate::program::Var;
 
 /// The program's inputs, in the order of Apple's UNet: latents `sample` [b, c, h, w]; `timestep`
-/// [b]; text states `encoder_hidden_states` [b, n, c], or [b, c, 1, n] for Apple's pipeline; numbers
-/// of size and crop `time_ids` [b, k]; pooled text `text_embeds` [b, p]; and for a UNet that is told
-/// the guidance scale its sinusoids `timestep_cond` [b, g].
+/// [b]; text states `encoder_hidden_states` [b, n, c], or [b, c, 1, n] for Apple's pipeline;
+/// numbers of size and crop `time_ids` [b, k]; pooled text `text_embeds` [b, p]; and for a UNet
+/// that is told the guidance scale its sinusoids `timestep_cond` [b, g].
 pub(super) struct Inputs(Vec<Var>);
 
 impl Inputs {

@@ -54,8 +54,7 @@ pub(crate) fn lower(
     let (mut lowering, mut hidden) = if portion.begins() {
         UnetLowering::begin(network, config, options, &inputs)?
     } else {
-        let text = inputs.find("encoder_hidden_states");
-        let text = text.map(|text| ends::text_states(&mut network, options.io, text)).transpose()?;
+        let text = (options.io, inputs.find("encoder_hidden_states"));
         let (lowering, hidden, vars) = UnetLowering::resume(network, portion.passed_in(chain, sizes), text)?;
         passed = vars;
         (lowering, hidden)
