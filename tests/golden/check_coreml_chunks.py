@@ -2,7 +2,7 @@
 
     python check_coreml_chunks.py chunks WHOLE.mlpackage FOLDER --weights CONTAINER|MODELDIR
     python check_coreml_chunks.py functions PACKAGE --weights CONTAINER|MODELDIR
-    python check_coreml_chunks.py --all SDXL-SQUEEZE OUT.json      # the models of this repository and small random ones
+    python check_coreml_chunks.py --all SDXL-SQUEEZE OUT.json [--models NAME…]     # the models of this repository and small random ones
 
 chunks: each package as check_coreml.py does (Apple's validator, coremltools' loader, types inferred as
 declared); each tensor of the UNet is in one of the two, and equals the stored tensor bit for bit; the
@@ -15,6 +15,7 @@ functions: every function of a package, as check_coreml.py does; all of them rea
 import argparse
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -135,21 +136,32 @@ def check(squeeze, source, folder):
     return found
 
 
-def check_all(squeeze, out):
-    found = {}
+def sources(folder):
+    """The models by name. A UNet of another architecture gets the rest of its pipeline from base-like."""
+    # What `cargo test coreml` leaves behind: weights of every kind.
+    yield "base-like, weights of every kind", lambda: ROOT / "target/tmp/coreml/c.safetensors"
+    for model in [ROOT / "models/emoji-sdxl", HERE / "base-like", HERE / "refiner-like", HERE / "v-prediction"]:
+        yield f"{model.name}, dense fp16", lambda model=model: model
+    for name in ARCHITECTURES:
+
+        def pipeline(name=name):
+            model = folder / name
+            shutil.copytree(HERE / "base-like", model, ignore=shutil.ignore_patterns("unet"))
+            shutil.copytree(HERE / "architectures" / name / "unet", model / "unet")
+            return model
+
+        yield f"{name}, dense fp16", pipeline
+
+
+def check_all(squeeze, out, chosen):
+    """Checks all models, or those whose names begin with one of `chosen`; the results of others stay in the file."""
+    out = pathlib.Path(out)
+    found = json.loads(out.read_text()) if chosen and out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        # What `cargo test coreml` leaves behind: weights of every kind.
-        found["base-like, weights of every kind"] = check(squeeze, ROOT / "target/tmp/coreml/c.safetensors", folder)
-        for model in [ROOT / "models/emoji-sdxl", HERE / "base-like", HERE / "refiner-like", HERE / "v-prediction"]:
-            found[f"{model.name}, dense fp16"] = check(squeeze, model, folder)
-        for name in ARCHITECTURES:
-            # All of the pipeline but its UNet is that of base-like.
-            model = pathlib.Path(folder) / name
-            subprocess.run(["cp", "-r", HERE / "base-like", model], check=True)
-            subprocess.run(["rm", "-r", model / "unet"], check=True)
-            subprocess.run(["cp", "-r", HERE / "architectures" / name / "unet", model / "unet"], check=True)
-            found[f"{name}, dense fp16"] = check(squeeze, model, folder)
-    pathlib.Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        for name, source in sources(pathlib.Path(folder)):
+            if not chosen or name.startswith(tuple(chosen)):
+                found[name] = check(squeeze, source(), folder)
+                out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def main():
@@ -158,9 +170,10 @@ def main():
     parser.add_argument("paths", nargs="*", type=pathlib.Path)
     parser.add_argument("--weights")
     parser.add_argument("--all", nargs=2, metavar=("SDXL-SQUEEZE", "OUT"))
+    parser.add_argument("--models", nargs="*", metavar="NAME", help="for --all: the beginnings of the models' names [default: all]")
     args = parser.parse_args()
     if args.all:
-        return check_all(pathlib.Path(args.all[0]).resolve(), args.all[1])
+        return check_all(pathlib.Path(args.all[0]).resolve(), args.all[1], args.models)
     stored = Stored(args.weights)
     print(json.dumps({"chunks": chunks, "functions": functions}[args.what](*args.paths, stored), indent=1))
 
