@@ -121,11 +121,11 @@ impl ChunksArg {
 /// The size of the pictures that packages are for.
 #[derive(Debug, clap::Args)]
 pub(super) struct SizeArgs {
-    /// Height of the pictures in pixels [default: the UNet's own]; `export` takes several for a UNet
-    /// (512,768,1024), which become functions of one package
+    /// Height of the pictures in pixels; several (512,768,1024) are functions of one UNet package
+    /// [default: the UNet's own]
     #[arg(long, value_name = "H", value_delimiter = ',')]
     height: Vec<i64>,
-    /// Width of the pictures in pixels; as many as heights, or none for several squares
+    /// Width of the pictures in pixels: as many as heights, or none for several squares
     #[arg(long, value_name = "W", value_delimiter = ',')]
     width: Vec<i64>,
 }
