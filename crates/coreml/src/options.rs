@@ -167,10 +167,15 @@ impl Options {
     /// The functions of the package: the name of each, and the options with its sizes.
     ///
     /// # Errors
-    /// [`Error::Argument`] if two have one name or one size, or a name is not an identifier.
+    /// [`Error::Argument`] if two have one name or one size, a name is not an identifier, or there
+    /// is one alone.
     pub(super) fn of_functions(&self) -> Result<Vec<(String, Options)>> {
         if self.functions.is_empty() {
             return Ok(vec![(MAIN.to_owned(), self.clone())]);
+        }
+        if self.functions.len() == 1 {
+            let remedy = "set `batch` and `latents` instead";
+            return Err(Error::Argument(format!("a package with one function calls it `{MAIN}`: {remedy}")));
         }
         for (i, function) in self.functions.iter().enumerate() {
             let FunctionSize { name, batch, latents } = function;

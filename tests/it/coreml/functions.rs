@@ -148,6 +148,7 @@ fn the_same_functions_have_the_same_bytes() {
         let said = write(weights, &Options { functions, ..options.clone() }, &out, &Silent).unwrap_err().to_string();
         assert!(said.contains(expected) && !out.exists(), "{said}");
     };
+    refused(vec![size("a", 2, [8, 8])], "a package with one function calls it `main`");
     refused(vec![size("a", 2, [8, 8]), size("a", 1, [8, 8])], "`a` and `a` have one name or one size");
     refused(vec![size("a", 2, [8, 8]), size("b", 2, [8, 8])], "`a` and `b` have one name or one size");
     refused(vec![size("a", 2, [8, 8]), size("1b", 1, [8, 8])], "`1b` is no name of a function");
