@@ -6,7 +6,7 @@ mod diffusers;
 mod part;
 mod single_file;
 
-pub use apple::{apple_mismatch, apple_mismatch_of_prediction};
+pub use apple::{AppleNoise, apple_mismatch, apple_mismatch_of_prediction, apple_noise};
 pub use coremltools::{Moved, SmallWeights, coremltools};
 pub use diffusers::diffusers;
 pub use part::{PipelinePart, coreml_part};

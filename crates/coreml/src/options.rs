@@ -5,6 +5,8 @@ use std::fmt::{self, Display};
 use sdxl_model::unet::UnetConfig;
 use squeeze_base::error::{Error, Result};
 
+use super::noise_output::NoiseOutput;
+
 /// The highest number of any size of a package.
 pub(super) const LARGEST: i64 = 1 << 12;
 
@@ -51,7 +53,7 @@ impl Display for Io {
 }
 
 /// Everything that decides a package besides the weights. Shapes in a package are fixed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     /// How the transformers compute.
     pub layout: Layout,
@@ -65,6 +67,9 @@ pub struct Options {
     pub tokens: i64,
     /// Numbers of size, crop and score: 6 for base, 5 for the refiner.
     pub time_ids: i64,
+    /// Makes the output noise, for samplers that take every output for it; `None` leaves it what
+    /// the UNet predicts. For [`Io::Apple`] only, whose timesteps are whole numbers.
+    pub noise: Option<NoiseOutput>,
     /// The author, for the package's own field.
     pub author: String,
     /// The licence, for the package's own field.
@@ -82,6 +87,7 @@ impl Options {
             latents: config.sample_size,
             tokens: 77,
             time_ids: default_time_ids(config),
+            noise: None,
             author: String::new(),
             license: String::new(),
         }
@@ -105,6 +111,12 @@ impl Options {
             if size % step != 0 || !(step..=LARGEST).contains(&size) {
                 let expected = format!("a multiple of {step} between {step} and {LARGEST}");
                 return Err(Error::range("the size of the latents", size, expected));
+            }
+        }
+        if let Some(noise) = &self.noise {
+            noise.check()?;
+            if self.io != Io::Apple {
+                return Err(Error::Argument("noise is made of the UNet's prediction only with Apple's inputs".into()));
             }
         }
         if self.io == Io::Apple {
