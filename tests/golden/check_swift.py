@@ -8,6 +8,7 @@
    a loop of this script.
 2. noise: where a UNet predicts the velocity or the picture, the package's output must be within 1e-4 of the noise that
    `DPMSolverMultistepScheduler.convert_model_output` makes of the prediction of diffusers' UNet.
+3. these packages and that of a refiner: as check_coreml.py, the loader, all tensors bit for bit, and for the refiner the output.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from check_coreml import Stored, forward, loader, values
 from check_coreml_parts import rounded, text_network, vae_network
 from mil_torch import Package, evaluate
 from swift_pipeline import Pipeline, schedule
@@ -142,8 +144,15 @@ def noise_of(euler, prediction, sample, timestep):
     return dpm.convert_model_output(prediction, sample=sample)
 
 
+def structure(squeeze, package, model):
+    """The checks of a UNet's package that need no evaluation."""
+    subprocess.run([squeeze, "verify", package], check=True, stdout=subprocess.DEVNULL)
+    program, found = loader(package)
+    return found | values(program, Stored(model))
+
+
 def noises(squeeze, folder, model, layout):
-    """The relative error of a package's noise at some timesteps."""
+    """The checks of a package, and the relative error of its noise at some timesteps."""
     at = folder / f"case-{len(list(folder.iterdir()))}"
     at.mkdir()
     flags = ["--to", "coreml", "--io", "apple", "--layout", layout]
@@ -163,7 +172,16 @@ def noises(squeeze, folder, model, layout):
         wanted = noise_of(euler, prediction, given["sample"], timestep)
         found[timestep] = float(f"{float((made - wanted).norm() / wanted.norm()):.2g}")
     assert max(found.values()) < 1e-4, found
-    return found
+    return structure(squeeze, at / "x.mlpackage", model) | {"relative_error_at": found}
+
+
+def refiners(squeeze, folder, refiner, layout):
+    """The checks of the package of a refiner in a bundle."""
+    at = folder / f"case-{len(list(folder.iterdir()))}"
+    command = [squeeze, "bundle", "--model", BASE, "--refiner", refiner, "--layout", layout, "--out", at]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    package = at / "UnetRefiner.mlpackage"
+    return structure(squeeze, package, refiner) | forward(Package(package), Stored(refiner))
 
 
 def reference(model, config, noise, refiner=None):
@@ -232,7 +250,7 @@ def small_refiner(folder):
 def main(squeeze, out):
     squeeze, out = pathlib.Path(squeeze).resolve(), pathlib.Path(out)
     out.mkdir(exist_ok=True)
-    rows, noise_rows = {}, {}
+    rows, noise_rows, refiner_rows = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
 
@@ -257,7 +275,8 @@ def main(squeeze, out):
         linear = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
         check("v-prediction with zero terminal SNR, DPM++", BASE, dpm, zero_snr, by_diffusers=True)
         check("betas of another schedule, DPM++", BASE, dpm, linear, by_diffusers=True)
-        check("base and refiner, DPM++", BASE, dpm, refiner=small_refiner(folder))
+        refiner = small_refiner(folder)
+        check("base and refiner, DPM++", BASE, dpm, refiner=refiner)
 
         check("PNDM", EMOJI, pndm, {"set_alpha_to_one": True}, kept="pndm.png")
         check("DPM++, sizes of 1024", EMOJI, dpm | {"original_size": 1024, "target_size": 1024}, kept="sizes-of-1024.png")
@@ -281,7 +300,10 @@ def main(squeeze, out):
             for layout in ("linear", "split-einsum"):
                 noise_rows[f"{name}, {layout}"] = noises(squeeze, folder, changed(folder, BASE, **keys), layout)
                 print(name, layout, noise_rows[f"{name}, {layout}"], flush=True)
-    (out / "swift.json").write_text(json.dumps({"pictures": rows, "noise": noise_rows}, indent=1) + "\n")
+        for layout in ("linear", "split-einsum"):
+            refiner_rows[layout] = refiners(squeeze, folder, refiner, layout)
+            print("refiner", layout, refiner_rows[layout], flush=True)
+    (out / "swift.json").write_text(json.dumps({"pictures": rows, "noise": noise_rows, "refiner": refiner_rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
