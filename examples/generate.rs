@@ -29,6 +29,8 @@ fn main() -> Result<()> {
         steps: 30,
         guidance: 4.0,
         size: None,
+        original_size: None,
+        target_size: None,
         guidance_rescale: 0.0,
         scheduler: None,
         timestep_spacing: None,

@@ -6,12 +6,14 @@
 mod card;
 mod licence;
 mod options;
+mod refiner;
 mod vocabulary;
 
 use std::path::{Path, PathBuf};
 
 pub use options::BundleOptions;
-use options::Named;
+use options::{Named, Network};
+pub use refiner::Refiner;
 use sdxl_model::checkpoint::SourceFile;
 use sdxl_pipeline::{PipelineFolder, UnetWeights};
 use serde::Serialize;
@@ -20,7 +22,7 @@ use squeeze_base::output::NewFolder;
 use squeeze_base::progress::Progress;
 use squeeze_coreml::{self as coreml, Io, Options};
 
-use crate::export::{CHUNKS, PipelinePart, apple_mismatch, coreml_chunks_in, coreml_part};
+use crate::export::{AppleNoise, CHUNKS, PipelinePart, apple_mismatch, apple_noise, coreml_chunks_in, coreml_part};
 
 /// The factor by which Apple's pipeline scales SDXL's latents, unless an app sets its own.
 const SWIFT_SCALE: f64 = 0.13025;
@@ -43,44 +45,52 @@ pub struct Bundle {
 }
 
 /// Writes the new folder `out` for Apple's Swift pipeline: the pipeline `model` with `weights` as
-/// its UNet.
+/// its UNet, and the `refiner` that takes the last steps. A UNet that predicts the velocity or the
+/// picture gets a program that makes noise of it.
 ///
 /// # Errors
-/// [`Error::Argument`] if Apple's pipeline cannot draw with this model: it predicts something other
-/// than noise, its VAE's latents are normalized, its UNet takes other inputs, or its tokenizers
-/// differ; if the weights are of another architecture, or a file cannot be read or written. Then
-/// there is no folder.
+/// [`Error::Argument`] if Apple's pipeline cannot draw with this model: its UNet was trained for
+/// EDM's or flow samplers, its VAE's latents are normalized, its UNet takes other inputs, or its
+/// tokenizers differ; or with this refiner: it is none, or has other latents, another tokenizer or
+/// another text encoder than the model; if the weights are of another architecture, or a file
+/// cannot be read or written. Then there is no folder.
 pub fn write(
     weights: UnetWeights,
     model: &PipelineFolder,
+    refiner: Option<&Refiner>,
     options: &BundleOptions,
     out: &Path,
     progress: &dyn Progress,
 ) -> Result<Bundle> {
-    let chain = weights.chain_of(model)?;
-    let warnings = check(model)?;
+    let mut warnings = check(model)?;
     let vocabulary = vocabulary::of(model)?;
-    let unet = Options {
-        layout: options.layout,
-        io: Io::Apple,
-        batch: 2,
-        latents: options.latents,
-        time_ids: model.time_ids(),
-        author: options.label.author.clone(),
-        license: options.label.license.clone(),
-        ..Options::new(chain.config())
-    };
+    let unet = unet_options(weights, model, options, &mut warnings)?;
+    let mut packages = packages(model, options);
+    let mut refiner_options = None;
+    if let Some(refiner) = refiner {
+        refiner::check(refiner, model, &vocabulary)?;
+        let mut of_refiner = Vec::new();
+        refiner_options = Some(unet_options(refiner.weights, refiner.model, options, &mut of_refiner)?);
+        warnings.extend(of_refiner.into_iter().map(|warning| format!("{warning} (the refiner)")));
+        packages.push(Named { name: "UnetRefiner", network: Network::Refiner });
+    }
     let folder = NewFolder::create(out)?;
-    let packages = packages(model, options);
     let place = |name: &str| folder.path().join(format!("{name}.mlpackage"));
     if options.chunked {
         coreml_chunks_in(weights, &unet, folder.path(), progress)?;
     } else {
         coreml::write(weights, &unet, &place(UNET), progress)?;
     }
-    for Named { name, part } in &packages {
-        if let Some(part) = part {
-            coreml_part(model, *part, options.latents, &options.label, &place(name), progress)?;
+    for Named { name, network } in &packages {
+        match (network, refiner, &refiner_options) {
+            (Network::Unet | Network::Chunk(_), ..) => {}
+            (Network::Part(part), ..) => {
+                coreml_part(model, *part, options.latents, &options.label, &place(name), progress)?;
+            }
+            (Network::Refiner, Some(refiner), Some(unet)) => {
+                coreml::write(refiner.weights, unet, &place(name), progress)?;
+            }
+            (Network::Refiner, ..) => return Err(Error::internal("a package of a refiner without one")),
         }
     }
     let put = |name: &str, text: &str| {
@@ -91,22 +101,50 @@ pub fn write(
     put("merges.txt", &vocabulary.merges)?;
     put("compile.sh", &card::compile_script(&packages))?;
     let files = files_below(folder.path(), folder.path())?;
-    let card = card::card(&card::Facts { weights, model, options, packages: &packages, files: &files, warnings: &warnings })?;
+    let card =
+        card::card(&card::Facts { weights, model, refiner, options, packages: &packages, files: &files, warnings: &warnings })?;
     put("README.md", &card)?;
     folder.commit()?;
     let bytes = files.iter().map(|file| file.bytes).sum::<u64>() + card.len() as u64;
     Ok(Bundle { path: out.to_owned(), files, bytes, warnings })
 }
 
+/// The package of a pipeline's UNet. What an app's author should know of its predictions goes to
+/// `warnings`.
+fn unet_options(
+    weights: UnetWeights,
+    model: &PipelineFolder,
+    options: &BundleOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Options> {
+    let chain = weights.chain_of(model)?;
+    let AppleNoise { output, warnings: more } = apple_noise(weights, &model.scheduler)?;
+    warnings.extend(more);
+    Ok(Options {
+        layout: options.layout,
+        io: Io::Apple,
+        batch: 2,
+        latents: options.latents,
+        time_ids: model.time_ids(),
+        noise: output,
+        author: options.label.author.clone(),
+        license: options.label.license.clone(),
+        ..Options::new(chain.config())
+    })
+}
+
 /// The packages of a bundle, in the order in which a picture needs them.
 fn packages(model: &PipelineFolder, options: &BundleOptions) -> Vec<Named> {
     let has = |part: PipelinePart| model.text_encoders.iter().any(|text| text.encoder == part.to_string());
-    let named = |name, part| Named { name, part: Some(part) };
+    let named = |name, part| Named { name, network: Network::Part(part) };
     let mut packages = Vec::new();
     packages.extend(has(PipelinePart::TextEncoder).then(|| named("TextEncoder", PipelinePart::TextEncoder)));
     packages.push(named("TextEncoder2", PipelinePart::TextEncoder2));
-    let unets: &[&'static str] = if options.chunked { &CHUNKS } else { &[UNET] };
-    packages.extend(unets.iter().map(|name| Named { name, part: None }));
+    if options.chunked {
+        packages.extend(CHUNKS.iter().zip(0..).map(|(name, half)| Named { name, network: Network::Chunk(half) }));
+    } else {
+        packages.push(Named { name: UNET, network: Network::Unet });
+    }
     packages.push(named("VAEDecoder", PipelinePart::VaeDecoder));
     packages.extend(options.vae_encoder.then(|| named("VAEEncoder", PipelinePart::VaeEncoder)));
     packages

@@ -7,7 +7,7 @@ mod diffusers;
 mod part;
 mod single_file;
 
-pub use apple::{apple_mismatch, apple_mismatch_of_prediction};
+pub use apple::{AppleNoise, apple_mismatch, apple_mismatch_of_prediction, apple_noise};
 pub(crate) use chunks::coreml_chunks_in;
 pub use chunks::{CHUNKS, coreml_chunks};
 pub use coremltools::{Moved, SmallWeights, coremltools};

@@ -6,16 +6,18 @@ use sdxl_model::checkpoint::SourceFile;
 use sdxl_pipeline::{PipelineFolder, UnetWeights};
 use squeeze_base::error::Result;
 use squeeze_base::number;
-use squeeze_coreml::VECTORS_NEED;
+use squeeze_coreml::{Predicted, VECTORS_NEED};
 
 use super::licence::stated_licence;
-use super::options::{BundleOptions, Named};
-use crate::export::{CHUNKS, PipelinePart};
+use super::options::{BundleOptions, Named, Network};
+use super::refiner::Refiner;
+use crate::export::{PipelinePart, apple_noise};
 
 /// Everything that a card tells.
 pub(super) struct Facts<'a> {
     pub weights: UnetWeights<'a>,
     pub model: &'a PipelineFolder,
+    pub refiner: Option<&'a Refiner<'a>>,
     pub options: &'a BundleOptions,
     pub packages: &'a [Named],
     /// All files but the card.
@@ -42,15 +44,16 @@ pub(super) fn compile_script(packages: &[Named]) -> String {
 }
 
 /// The network of a package in words.
-fn about(package: &Named) -> &'static str {
-    match package.part {
-        None if package.name == CHUNKS[0] => "the first half of the UNet",
-        None if package.name == CHUNKS[1] => "the second half of the UNet",
-        None => "the UNet",
-        Some(PipelinePart::TextEncoder) => "the first text encoder",
-        Some(PipelinePart::TextEncoder2) => "the second text encoder",
-        Some(PipelinePart::VaeDecoder) => "latents to a picture",
-        Some(PipelinePart::VaeEncoder) => "a picture to latents, for image to image",
+fn about(network: Network) -> &'static str {
+    match network {
+        Network::Unet => "the UNet",
+        Network::Chunk(0) => "the first half of the UNet",
+        Network::Chunk(_) => "the second half of the UNet",
+        Network::Refiner => "the refiner's UNet, for the last steps",
+        Network::Part(PipelinePart::TextEncoder) => "the first text encoder",
+        Network::Part(PipelinePart::TextEncoder2) => "the second text encoder",
+        Network::Part(PipelinePart::VaeDecoder) => "latents to a picture",
+        Network::Part(PipelinePart::VaeEncoder) => "a picture to latents, for image to image",
     }
 }
 
@@ -59,7 +62,7 @@ fn about(package: &Named) -> &'static str {
 /// # Errors
 /// If a source file cannot be read.
 pub(super) fn card(facts: &Facts) -> Result<String> {
-    let Facts { weights, model, options, packages, files, warnings } = facts;
+    let Facts { weights, model, refiner, options, packages, files, warnings } = facts;
     let mut card = String::new();
     let scale = model.vae.scale();
     let [height, width] = options.latents.map(|latent| latent * scale);
@@ -78,10 +81,10 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
     line("```sh\nsh compile.sh\nswift run StableDiffusionSample \"a prompt\" --xl --resource-path Compiled\n```\n");
     line("Nothing here has run on a Mac or an iPhone.\n");
     line("## Files\n\n| file | | size |\n|---|---|---:|");
-    for package @ Named { name, .. } in *packages {
+    for Named { name, network } in *packages {
         let within = format!("{name}.mlpackage/");
         let bytes = files.iter().filter(|file| file.file.starts_with(&within)).map(|file| file.bytes).sum();
-        line(&format!("| `{name}.mlpackage` | {} | {} |", about(package), number::size(bytes)));
+        line(&format!("| `{name}.mlpackage` | {} | {} |", about(*network), number::size(bytes)));
     }
     for (name, what) in
         [("vocab.json", "the tokens"), ("merges.txt", "the merges of tokens"), ("compile.sh", "compiles the packages")]
@@ -106,24 +109,40 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
         line("- It encodes an empty negative prompt; this model's own pipeline takes zeros for it.");
     }
     line("- Its samplers are PNDM and DPM-Solver++ (2M); 50 steps with a guidance of 7.5 by default.");
-    line("- Its tokenizer works on characters, so that texts in other than Latin letters become other tokens.\n");
+    if refiner.is_some() {
+        line("- The refiner takes the last fifth of the steps, unless an app sets `refinerStart`.");
+    }
+    if apple_noise(*weights, &model.scheduler)?.output.is_some_and(|output| output.predicted != Predicted::Noise) {
+        let prediction = model.scheduler.prediction();
+        line(&format!(
+            "- It takes the UNet's output for noise. This UNet predicts `{prediction}`, of which the package makes noise."
+        ));
+    }
+    line(
+        "- Its tokenizer works on characters and splits texts at spaces alone: texts in other than Latin letters, and punctuation \
+         that follows a word without a space, become other tokens.\n",
+    );
     if !warnings.is_empty() {
-        line("## To set in an app\n");
+        line("## To set and to know in an app\n");
         warnings.iter().for_each(|warning| line(&format!("- {warning}.")));
         line("");
     }
 
     line("## Recipe\n");
-    match weights {
-        UnetWeights::Container(container) => {
-            let layers: Vec<_> = container.layers().collect();
-            line(&format!("{} weights of the UNet are compressed:\n", number::count(layers.len() as u64)));
-            line(&format!("```json\n{:#}\n```\n", container.info().recipe));
-            if layers.iter().any(|layer| layer.vector_length.is_some()) {
-                line(&format!("Palettes of vectors need {VECTORS_NEED}.\n"));
+    let mut recipes = vec![("UNet", *weights)];
+    recipes.extend(refiner.map(|refiner| ("refiner's UNet", refiner.weights)));
+    for (what, weights) in recipes {
+        match weights {
+            UnetWeights::Container(container) => {
+                let layers: Vec<_> = container.layers().collect();
+                line(&format!("{} weights of the {what} are compressed:\n", number::count(layers.len() as u64)));
+                line(&format!("```json\n{:#}\n```\n", container.info().recipe));
+                if layers.iter().any(|layer| layer.vector_length.is_some()) {
+                    line(&format!("Palettes of vectors need {VECTORS_NEED}.\n"));
+                }
             }
+            UnetWeights::Dense { .. } => line(&format!("The {what} is not compressed: its weights are fp16.\n")),
         }
-        UnetWeights::Dense { .. } => line("The UNet is not compressed: its weights are fp16.\n"),
     }
 
     line("## Licence\n");
@@ -135,6 +154,10 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
 
     line("## Sources\n\n| file | bytes | SHA-256 |\n|---|---:|---|");
     sources(*weights, model)?.iter().for_each(|source| line(&row(source)));
+    if let Some(refiner) = refiner {
+        line("\n## Sources of the refiner\n\n| file | bytes | SHA-256 |\n|---|---:|---|");
+        unet_sources(refiner.weights, refiner.model)?.iter().for_each(|source| line(&row(source)));
+    }
     line("\n## Hashes\n\n| file | bytes | SHA-256 |\n|---|---:|---|");
     files.iter().for_each(|file| line(&row(file)));
     Ok(card)
@@ -148,12 +171,16 @@ fn row(file: &SourceFile) -> String {
 
 /// The files that the packages were made from, each once, sorted by name.
 fn sources(weights: UnetWeights, model: &PipelineFolder) -> Result<Vec<SourceFile>> {
-    let unet = match weights {
-        UnetWeights::Container(container) => container.info().sources.clone(),
-        UnetWeights::Dense { .. } => model.unet_files()?,
-    };
-    let mut sources: Vec<SourceFile> = [unet, model.prompt_files()?, model.vae_files()?].concat();
+    let mut sources: Vec<SourceFile> = [unet_sources(weights, model)?, model.prompt_files()?, model.vae_files()?].concat();
     sources.sort_by(|a, b| (&a.file, &a.sha256).cmp(&(&b.file, &b.sha256)));
     sources.dedup_by(|a, b| a.file == b.file && a.sha256 == b.sha256);
     Ok(sources)
+}
+
+/// The files that a UNet's package was made from.
+fn unet_sources(weights: UnetWeights, model: &PipelineFolder) -> Result<Vec<SourceFile>> {
+    match weights {
+        UnetWeights::Container(container) => Ok(container.info().sources.clone()),
+        UnetWeights::Dense { .. } => model.unet_files(),
+    }
 }

@@ -24,6 +24,19 @@ pub struct BundleOptions {
 pub(super) struct Named {
     /// Its name without the ending: Swift looks for it under this name.
     pub name: &'static str,
-    /// Its network; `None` for the UNet or a chunk of it.
-    pub part: Option<PipelinePart>,
+    /// Its network.
+    pub network: Network,
+}
+
+/// The network of a package.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Network {
+    /// The model's UNet.
+    Unet,
+    /// The first (0) or second half of the model's UNet.
+    Chunk(usize),
+    /// The refiner's UNet.
+    Refiner,
+    /// Another network of the model.
+    Part(PipelinePart),
 }

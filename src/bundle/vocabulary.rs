@@ -10,7 +10,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::shorten::shorten;
 
 /// The content of the two files.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Vocabulary {
     pub tokens: String,
     pub merges: String,

@@ -24,7 +24,12 @@ pub(super) fn check(folder: &PipelineFolder) -> Result<()> {
     }
     match folder.scheduler.text("prediction_type") {
         None | Some("epsilon") => Ok(()),
-        Some(other) => refuse(&format!("model that predicts `{other}`")),
+        // The package of such a model makes noise, and Apple's PNDM combines this noise, where PLMS
+        // here combines the predictions.
+        Some(other) => Err(Error::Argument(format!(
+            "`swift` feeds no model that predicts `{other}`: Apple's pipeline samples the noise that a package makes of it, \
+             and no sampler here does"
+        ))),
     }
 }
 

@@ -1,8 +1,10 @@
 //! `sdxl-squeeze bundle`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use sdxl_squeeze::bundle::{self, Bundle, BundleOptions};
+use sdxl_squeeze::bundle::{self, Bundle, BundleOptions, Refiner};
+use sdxl_squeeze::checkpoint::Weights;
+use sdxl_squeeze::container::Container;
 use sdxl_squeeze::coreml::{Label, Layout};
 use sdxl_squeeze::number;
 use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
@@ -24,9 +26,15 @@ pub(super) struct Args {
     /// A container with the compressed UNet [default: the model's own UNet in fp16]
     #[arg(long, value_name = "FILE")]
     unet: Option<PathBuf>,
-    /// Use the container without checking its hashes
+    /// Use the containers without checking their hashes
     #[arg(long, requires = "unet")]
     no_verify: bool,
+    /// The pipeline of a refiner, which takes the last steps: its UNet is written too
+    #[arg(long, value_name = "DIR|FILE")]
+    refiner: Option<PathBuf>,
+    /// A container with the refiner's compressed UNet [default: the refiner's own UNet in fp16]
+    #[arg(long, value_name = "FILE", requires = "refiner")]
+    refiner_unet: Option<PathBuf>,
     /// The new folder
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -52,7 +60,11 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
-    let paths = Paths::default().model("--model", Some(&args.model)).reads("--unet", args.unet.as_deref());
+    let paths = Paths::default()
+        .model("--model", Some(&args.model))
+        .reads("--unet", args.unet.as_deref())
+        .model("--refiner", args.refiner.as_deref())
+        .reads("--refiner-unet", args.refiner_unet.as_deref());
     args.with.read_in(paths).fills("--out", &args.out).check()?;
     let pipeline = PipelineFolder::open_files(&args.with.files(args.model.clone()))?;
     let options = BundleOptions {
@@ -62,25 +74,51 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         vae_encoder: args.vae_encoder,
         label: Label { author: args.author.unwrap_or_default(), license: args.license.unwrap_or_default() },
     };
-    let write = |weights: UnetWeights| bundle::write(weights, &pipeline, &options, &args.out, reporter);
-    let written = match &args.unet {
-        Some(path) => {
-            if !container::is_container(path) {
-                return Err(Error::Argument(format!("--unet {}: not a container, which `compress` writes", path.display())));
-            }
-            write((&container::open(path, args.no_verify)?).into())?
-        }
-        None => write(UnetWeights::Dense {
-            weights: &pipeline.unet_weights()?,
-            config: pipeline.unet_config(),
-            prediction_type: Some(pipeline.scheduler.prediction()),
-        })?,
+    let refiner = match &args.refiner {
+        Some(path) => Some(PipelineFolder::open(path)?),
+        None => None,
     };
+    let unet = UnetSource::open(&pipeline, "--unet", args.unet.as_deref(), args.no_verify)?;
+    let of_refiner = match &refiner {
+        Some(model) => Some((model, UnetSource::open(model, "--refiner-unet", args.refiner_unet.as_deref(), args.no_verify)?)),
+        None => None,
+    };
+    let refiner = of_refiner.as_ref().map(|(model, unet)| Refiner { weights: unet.weights(model), model });
+    let written = bundle::write(unet.weights(&pipeline), &pipeline, refiner.as_ref(), &options, &args.out, reporter)?;
     written.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     if args.json {
         return stdout::print_json(&written);
     }
     stdout::print(&summary(&written))
+}
+
+/// Where a UNet comes from.
+enum UnetSource {
+    Container(Box<Container>),
+    /// The pipeline's own weights.
+    Dense(Weights),
+}
+
+impl UnetSource {
+    /// Opens the container of the flag `flag`, or the pipeline's own weights.
+    fn open(pipeline: &PipelineFolder, flag: &str, path: Option<&Path>, unverified: bool) -> Result<Self> {
+        let Some(path) = path else { return Ok(UnetSource::Dense(pipeline.unet_weights()?)) };
+        if !container::is_container(path) {
+            return Err(Error::Argument(format!("{flag} {}: not a container, which `compress` writes", path.display())));
+        }
+        Ok(UnetSource::Container(Box::new(container::open(path, unverified)?)))
+    }
+
+    fn weights<'a>(&'a self, pipeline: &'a PipelineFolder) -> UnetWeights<'a> {
+        match self {
+            UnetSource::Container(container) => container.as_ref().into(),
+            UnetSource::Dense(weights) => UnetWeights::Dense {
+                weights,
+                config: pipeline.unet_config(),
+                prediction_type: Some(pipeline.scheduler.prediction()),
+            },
+        }
+    }
 }
 
 /// A line for each package and file at the folder's top, and one for all.

@@ -6,10 +6,11 @@ use clap::ValueEnum;
 use sdxl_squeeze::checkpoint::Weights;
 use sdxl_squeeze::container::Container;
 use sdxl_squeeze::coreml::{self, FunctionSize, Io, Label, Layout, Options, WrittenChunk, WrittenPackage};
-use sdxl_squeeze::export::{PipelinePart, SmallWeights};
+use sdxl_squeeze::export::{AppleNoise, PipelinePart, SmallWeights};
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
 use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
+use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result, export};
 
 use super::beside_model::BesideModel;
@@ -360,21 +361,8 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
     let unet = OpenedUnet::open(args)?;
     let weights = unet.weights()?;
     let chain = weights.chain()?;
-    let options = options(&args.coreml, chain.config(), unet.pipeline.as_ref())?;
-    let mut warnings = Vec::new();
-    if options.io == Io::Apple {
-        match &unet.pipeline {
-            Some(pipeline) => warnings.extend(export::apple_mismatch(&pipeline.scheduler)),
-            None => warnings.extend(match weights.prediction_type() {
-                Some(prediction) => export::apple_mismatch_of_prediction(prediction),
-                None => Some(
-                    "apple-scheduler: the container does not record what its UNet predicts, and the samplers of Apple's Swift pipeline \
-                     take it for noise; give --model to have it checked"
-                        .to_owned(),
-                ),
-            }),
-        }
-    }
+    let mut options = options(&args.coreml, chain.config(), unet.pipeline.as_ref())?;
+    let warnings = if options.io == Io::Apple { for_apple(&unet, weights, &mut options, reporter)? } else { Vec::new() };
     let written = if args.coreml.chunks.chunked() {
         let chunks = export::CHUNKS.into_iter().zip(export::coreml_chunks(weights, &options, &args.out, reporter)?);
         let chunks = chunks.map(|(name, chunk)| ExportedChunk { file: format!("{name}.mlpackage"), chunk }).collect();
@@ -384,6 +372,35 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
     };
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     Ok(Exported { written, warnings })
+}
+
+/// Makes the package's output noise, which Apple's samplers take it for, and returns what remains
+/// wrong.
+fn for_apple(unet: &OpenedUnet, weights: UnetWeights, options: &mut Options, reporter: &Reporter) -> Result<Vec<String>> {
+    let Some(pipeline) = &unet.pipeline else {
+        let remedy = "with --model, whose sampler tells the noise schedule, the package makes noise of it";
+        return Ok(Vec::from_iter(match weights.prediction_type() {
+            Some(prediction @ ("v_prediction" | "sample")) => {
+                export::apple_mismatch_of_prediction(prediction).map(|mismatch| format!("{mismatch}; {remedy}"))
+            }
+            Some(prediction) => export::apple_mismatch_of_prediction(prediction),
+            None => Some(
+                "apple-scheduler: the container does not record what its UNet predicts, and the samplers of Apple's Swift pipeline \
+                 take it for noise; give --model to have it checked"
+                    .to_owned(),
+            ),
+        }));
+    };
+    if let Some(mismatch) = export::apple_mismatch(&pipeline.scheduler) {
+        return Ok(vec![mismatch]);
+    }
+    let AppleNoise { output, warnings } = export::apple_noise(weights, &pipeline.scheduler)?;
+    if output.is_some() {
+        let prediction = pipeline.scheduler.prediction();
+        reporter.report(Event::Note(&format!("the package makes noise of what the UNet predicts (`{prediction}`)")));
+    }
+    options.noise = output;
+    Ok(warnings)
 }
 
 impl CoremlArgs {

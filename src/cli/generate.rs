@@ -76,6 +76,15 @@ pub(super) struct Args {
     /// Width in pixels
     #[arg(long, value_name = "W", requires = "height", allow_negative_numbers = true)]
     width: Option<i64>,
+    /// Height and width that the UNet is told as those before cropping, as diffusers'
+    /// `original_size` [default: the picture's]. Apple's Swift pipeline tells 1024 1024 here and in
+    /// --target-size
+    #[arg(long, value_names = ["H", "W"], num_args = 2, allow_negative_numbers = true)]
+    original_size: Option<Vec<i64>>,
+    /// Height and width that the UNet is told as those of the result, as diffusers' `target_size`
+    /// [default: the picture's]
+    #[arg(long, value_names = ["H", "W"], num_args = 2, allow_negative_numbers = true)]
+    target_size: Option<Vec<i64>>,
     /// Sampler in the place of the pipeline's: euler, euler-ancestral, heun, ddim, ddpm, dpmpp-2m,
     /// dpmpp-2m-sde, dpmpp-sde, unipc, plms, lcm, tcd, edm-euler, edm-dpmpp-2m; some also with
     /// -karras for Karras sigmas
@@ -140,6 +149,8 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         guidance: args.guidance.unwrap_or(defaults.guidance),
         guidance_rescale: args.guidance_rescale,
         size: args.height.zip(args.width),
+        original_size: args.original_size.as_deref().and_then(height_and_width),
+        target_size: args.target_size.as_deref().and_then(height_and_width),
         scheduler: args.scheduler,
         timestep_spacing: args.timestep_spacing,
         eta: args.eta,
@@ -170,6 +181,14 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         return Ok(());
     }
     stdout::print(&format!("{line}\n"))
+}
+
+/// The two values of a size.
+fn height_and_width(values: &[i64]) -> Option<(i64, i64)> {
+    match values {
+        [height, width] => Some((*height, *width)),
+        _ => None,
+    }
 }
 
 /// What is chosen for a distilled model, and why.
@@ -214,6 +233,11 @@ fn metadata(
     if request.prompts != PromptOptions::default() {
         settings["clip_skip"] = request.prompts.clip_skip.into();
         settings["long_prompts"] = request.prompts.long_prompts.into();
+    }
+    for (key, size) in [("original_size", request.original_size), ("target_size", request.target_size)] {
+        if let Some((height, width)) = size {
+            settings[key] = json!([height, width]);
+        }
     }
     if let (Some(path), Some(image)) = (image, &request.image) {
         settings["image"] = path.display().to_string().into();

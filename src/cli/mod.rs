@@ -82,7 +82,7 @@ enum Command {
     /// the vocabulary
     Bundle(bundle::Args),
     /// Draw a picture from a prompt
-    Generate(generate::Args),
+    Generate(Box<generate::Args>),
     /// Show a model's stages and layers with their shapes, parameters and bytes
     Inspect(inspect::Args),
     /// Write a whole pipeline with made-up weights, for tests and benchmarks
@@ -161,7 +161,7 @@ fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
         Command::Verify(args) => verify::run(args),
         Command::Export(args) => export::run(args, reporter),
         Command::Bundle(args) => bundle::run(args, reporter),
-        Command::Generate(args) => generate::run(args, reporter),
+        Command::Generate(args) => generate::run(*args, reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, reporter),
         Command::Completions(args) => completions::run(args, Args::command()),

@@ -305,7 +305,7 @@ fn the_prediction_type_is_recorded() {
         if prediction == "epsilon" {
             assert!(!said.text().contains("apple-scheduler"), "{said}");
         } else {
-            said.says(&[&format!("apple-scheduler: the model predicts `{prediction}`, not noise")]);
+            said.says(&[&format!("apple-scheduler: the model predicts `{prediction}`, not noise"), "with --model"]);
         }
     }
 }

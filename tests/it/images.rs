@@ -26,6 +26,8 @@ fn request(image: Option<ImageRequest>) -> GenerateRequest {
         guidance: GUIDANCE,
         guidance_rescale: 0.0,
         size: None,
+        original_size: None,
+        target_size: None,
         scheduler: None,
         timestep_spacing: None,
         eta: 0.0,

@@ -5,6 +5,7 @@ use std::fmt::{self, Display};
 use sdxl_model::unet::UnetConfig;
 use squeeze_base::error::{Error, Result};
 
+use super::noise_output::NoiseOutput;
 use super::program::{MAIN, identifier};
 
 /// The highest number of any size of a package.
@@ -82,7 +83,7 @@ pub(super) struct BoundarySizes {
 }
 
 /// Everything that decides a package besides the weights. Shapes in a package are fixed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     /// How the transformers compute.
     pub layout: Layout,
@@ -100,6 +101,9 @@ pub struct Options {
     pub tokens: i64,
     /// Numbers of size, crop and score: 6 for base, 5 for the refiner.
     pub time_ids: i64,
+    /// Makes the output noise, for samplers that take every output for it; `None` leaves it what
+    /// the UNet predicts. For [`Io::Apple`] only, whose timesteps are whole numbers.
+    pub noise: Option<NoiseOutput>,
     /// The author, for the package's own field.
     pub author: String,
     /// The licence, for the package's own field.
@@ -118,6 +122,7 @@ impl Options {
             functions: Vec::new(),
             tokens: 77,
             time_ids: default_time_ids(config),
+            noise: None,
             author: String::new(),
             license: String::new(),
         }
@@ -144,6 +149,12 @@ impl Options {
             }
         }
         check_latents(self.latents, config)?;
+        if let Some(noise) = &self.noise {
+            noise.check()?;
+            if self.io != Io::Apple {
+                return Err(Error::Argument("noise is made of the UNet's prediction only with Apple's inputs".into()));
+            }
+        }
         if self.io == Io::Apple {
             let [channels, latents] = [config.in_channels, config.out_channels];
             if channels != latents {

@@ -46,6 +46,9 @@ pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 const PREDICTION_TYPE: &str = "sdxl-squeeze.prediction_type";
 /// The metadata key of a UNet's layout.
 pub(super) const LAYOUT: &str = "sdxl-squeeze.layout";
+/// The metadata key of what the program's output is, where the program makes it of the UNet's
+/// prediction or tells the UNet other timesteps than it is told: `epsilon`.
+pub(super) const OUTPUT_TYPE: &str = "sdxl-squeeze.output_type";
 /// The metadata keys of the `config.json` of all networks. A package has one of them, which tells
 /// its network.
 pub(super) const CONFIGS: [&str; 4] = [UNET_CONFIG, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG];
@@ -284,6 +287,9 @@ fn metadata(
     user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(weights.config().clone())));
     if let Some(prediction) = weights.prediction_type() {
         user_defined.insert(PREDICTION_TYPE.to_owned(), prediction.to_owned());
+    }
+    if options.noise.is_some() {
+        user_defined.insert(OUTPUT_TYPE.to_owned(), "epsilon".to_owned());
     }
     if let UnetWeights::Container(container) = weights {
         let layers: Vec<_> = container.layers().filter(|layer| tensors.contains(&layer.name)).collect();

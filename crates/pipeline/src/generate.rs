@@ -40,6 +40,12 @@ pub struct GenerateRequest {
     pub guidance: f64,
     /// Height and width in pixels; `None` is the model's own size.
     pub size: Option<(i64, i64)>,
+    /// Height and width that the UNet is told as those before cropping; `None` is the picture's
+    /// own size.
+    pub original_size: Option<(i64, i64)>,
+    /// Height and width that the UNet is told as those of the result; `None` is the picture's own
+    /// size.
+    pub target_size: Option<(i64, i64)>,
     /// The share of the guided prediction whose deviation is brought to that of the prompt's own,
     /// in [0, 1].
     pub guidance_rescale: f64,
@@ -107,11 +113,30 @@ fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, 
         Some(image) => image.size(folder, request.size)?,
     };
     check_image(folder, request)?;
+    check_told_sizes(folder, request)?;
     if !(0.0..=1.0).contains(&request.guidance_rescale) {
         return Err(Error::Argument(format!("a guidance rescale of {} is not between 0 and 1", request.guidance_rescale)));
     }
     let config = folder.scheduler.with_choices(request.scheduler.as_deref(), request.timestep_spacing, request.eta)?;
     Ok((size, config))
+}
+
+/// Checks the sizes that the UNet is told.
+fn check_told_sizes(folder: &PipelineFolder, request: &GenerateRequest) -> Result<()> {
+    /// The largest whole number of fp16, in which time ids may be.
+    const LARGEST: i64 = 65504;
+    for (what, size) in [("original size", request.original_size), ("target size", request.target_size)] {
+        let Some((height, width)) = size else { continue };
+        if let Some(side) = [height, width].into_iter().find(|side| !(1..=LARGEST).contains(side)) {
+            return Err(Error::range(format!("a side of the {what}"), side, format!("between 1 and {LARGEST}")));
+        }
+    }
+    if request.target_size.is_some() && folder.requires_aesthetics_score {
+        return Err(Error::Argument(
+            "this model is told an aesthetic score in the place of a target size: leave the target size out".into(),
+        ));
+    }
+    Ok(())
 }
 
 impl ImageRequest {
@@ -253,6 +278,7 @@ pub fn generate(
         if let (Some(scale), Some(asked)) = (&mut guidance.image_scale, request.image.as_ref().and_then(|image| image.guidance)) {
             *scale = asked;
         }
+        let guidance = guidance.with_told_sizes(request.original_size, request.target_size)?;
         Guidance { rescale: request.guidance_rescale, ..guidance }
     };
 

@@ -291,6 +291,27 @@ impl Guidance {
         Ok(Guidance { conditioning, scale: Some(scale), rescale: 0.0, image_scale: None, image: None })
     }
 
+    /// The guidance with an original size or a target size (height, width) in its time ids that is
+    /// not the picture's own, as diffusers' `original_size` and `target_size`.
+    ///
+    /// # Errors
+    /// If libtorch refuses an operation.
+    pub(crate) fn with_told_sizes(mut self, original: Option<(i64, i64)>, target: Option<(i64, i64)>) -> Result<Self> {
+        let ids = &self.conditioning.time_ids;
+        let (rows, columns) = ids.size2()?;
+        let told = |size: Option<(i64, i64)>, column: i64| -> Result<Tensor> {
+            let Some((height, width)) = size else { return Ok(ids.f_narrow(1, column, 2)?) };
+            let sides = Tensor::f_from_slice(&[height as f32, width as f32])?;
+            Ok(sides.f_to_device(ids.device())?.f_to_kind(ids.f_kind()?)?.f_expand([rows, 2], false)?)
+        };
+        let told = match columns {
+            6 => Tensor::f_cat(&[told(original, 0)?, ids.f_narrow(1, 2, 2)?, told(target, 4)?], 1)?,
+            _ => Tensor::f_cat(&[told(original, 0)?, ids.f_narrow(1, 2, columns - 2)?], 1)?,
+        };
+        self.conditioning.time_ids = told;
+        Ok(self)
+    }
+
     /// The number of predictions for each step.
     pub(crate) fn rows(&self) -> Result<i64> {
         Ok(self.conditioning.encoder_hidden_states.size3()?.0)

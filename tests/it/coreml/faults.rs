@@ -484,7 +484,7 @@ fn each_fault_is_named() {
     assert!(said.contains("it has no hashes"), "{said}");
 }
 
-fn error_chain(error: &Error) -> String {
+pub(super) fn error_chain(error: &Error) -> String {
     let mut said = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {

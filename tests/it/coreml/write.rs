@@ -441,9 +441,10 @@ fn no_compressed_weight_is_dense_in_a_package() {
     assert!(written.weight_bytes <= counted + 64 + 128 * records, "{counted} of {} bytes", written.weight_bytes);
 }
 
-/// Apple's Swift samplers take every output for noise.
+/// Apple's Swift samplers take every output for noise: packages for them make noise, or `export`
+/// warns.
 #[test]
-fn apples_inputs_with_another_prediction_are_a_warning() {
+fn apples_inputs_are_for_packages_of_noise() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let export = |model: &Path, out: &str, more: &[&str]| {
@@ -452,10 +453,13 @@ fn apples_inputs_with_another_prediction_are_a_warning() {
     };
     let (noise, v) = (repo("tests/golden/base-like"), repo("tests/golden/v-prediction"));
     let said = export(&v, "v.mlpackage", &["--io", "apple"]);
-    assert!(said.contains("apple-scheduler: the model predicts `v_prediction`, not noise"), "{said}");
+    assert!(
+        said.contains("makes noise of what the UNet predicts (`v_prediction`)") && !said.contains("apple-scheduler"),
+        "{said}"
+    );
     let said = export(&v, "w.mlpackage", &["--io", "apple", "--json", "--quiet"]);
     let report: Value = serde_json::from_str(&said[said.find('{').unwrap()..=said.rfind('}').unwrap()]).unwrap();
-    assert!(report["warnings"][0].as_str().unwrap().starts_with("apple-scheduler: "));
+    assert!(report["warnings"][0].as_str().unwrap().starts_with("apple-zero-snr: "));
     assert!(report["constant_bytes"]["const"].as_u64().unwrap() > 0);
     for (out, more) in [("x.mlpackage", &["--io", "apple"][..]), ("y.mlpackage", &["--io", "diffusers"])] {
         let model = if out.starts_with('x') { &noise } else { &v };
@@ -468,11 +472,12 @@ fn apples_inputs_with_another_prediction_are_a_warning() {
     assert!(said.contains("apple-scheduler: the container does not record what its UNet predicts"), "{said}");
     let said = export(Path::new(&container), "zz.mlpackage", &["--io", "apple", "--model", noise.to_str().unwrap()]);
     assert!(!said.contains("apple-scheduler"), "{said}");
-    // EDM's preconditioning, and models that predict the picture.
+    // EDM's preconditioning, flows, and models that predict the picture.
     let model = folder.path().join("model");
     for (class, prediction, words) in [
         ("EDMEulerScheduler", "epsilon", "is sampled by EDMEulerScheduler"),
-        ("EulerDiscreteScheduler", "sample", "predicts `sample`, not noise"),
+        ("EulerDiscreteScheduler", "flow_prediction", "predicts `flow_prediction`, not noise"),
+        ("EulerDiscreteScheduler", "sample", "makes noise of what the UNet predicts (`sample`)"),
     ] {
         std::fs::remove_dir_all(&model).ok();
         crate::support::copy(&noise, &model);
@@ -480,7 +485,7 @@ fn apples_inputs_with_another_prediction_are_a_warning() {
         std::fs::write(model.join("scheduler/scheduler_config.json"), config.to_string()).unwrap();
         let index = std::fs::read_to_string(model.join("model_index.json")).unwrap();
         std::fs::write(model.join("model_index.json"), index.replace("EulerDiscreteScheduler", class)).unwrap();
-        let said = export(&model, &format!("{class}.mlpackage"), &["--io", "apple"]);
+        let said = export(&model, &format!("{class}-{prediction}.mlpackage"), &["--io", "apple"]);
         assert!(said.contains(words), "{said}");
     }
 }

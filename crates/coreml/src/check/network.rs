@@ -14,8 +14,8 @@ use super::chunk;
 use super::model::ModelFile;
 use super::program::Checked;
 use crate::element::{ArrayType, Element};
-use crate::lower::{CAUSAL_MASK, compute_element};
-use crate::package::{CONFIGS, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG};
+use crate::lower::{CAUSAL_MASK, NOISE_TABLES, compute_element};
+use crate::package::{CONFIGS, OUTPUT_TYPE, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG};
 use crate::program::identifier;
 
 /// The facts about a network that its program must have.
@@ -49,7 +49,13 @@ pub(super) fn check(model: &ModelFile, program: &Checked) -> Result<bool, String
         check_ends("inputs", network.what, &ends.inputs, &program.inputs)?;
         check_ends("outputs", network.what, &ends.outputs, &program.outputs)?;
     }
-    check_tensors(&network, program)?;
+    let tables = if model.entry(OUTPUT_TYPE).is_some() { &NOISE_TABLES[..] } else { &[] };
+    if !tables.is_empty() && !tables.iter().any(|table| program.values.contains_key(*table)) {
+        return Err(format!(
+            "`{OUTPUT_TYPE}` says that the program makes noise of what it predicts, but it has no tables for that"
+        ));
+    }
+    check_tensors(&network, tables, program)?;
     Ok(true)
 }
 
@@ -118,7 +124,9 @@ fn check_ends(
     Err(format!("the program's {which} are not those of this {what}: {}", expected.join(", ")))
 }
 
-fn check_tensors(network: &Network, program: &Checked) -> Result<(), String> {
+/// Whether the program's constants are the network's tensors and `tables`, each used once, the
+/// tensors by their layers.
+fn check_tensors(network: &Network, tables: &[&str], program: &Checked) -> Result<(), String> {
     let Network { what, tensors, last, .. } = network;
     let mut users: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (operation, weights) in &program.weights {
@@ -140,6 +148,11 @@ fn check_tensors(network: &Network, program: &Checked) -> Result<(), String> {
         };
         if users.remove(name.as_str()).as_deref() != Some(&[operation.as_str()]) {
             return Err(format!("`{name}` is not used by `{operation}` alone"));
+        }
+    }
+    for table in tables {
+        if users.remove(table).is_some_and(|users| users.len() != 1) {
+            return Err(format!("`{table}` is used more than once"));
         }
     }
     // Layers without a bias share zeros, and the layers of a text encoder the mask.

@@ -105,6 +105,18 @@ impl<'a> Network<'a> {
         self.op("einsum", name, [("values", Arg::Vars(&[x, y])), ("equation", Literal::text(equation).into())])
     }
 
+    /// The rows of `x` along `axis` that `indices` name.
+    pub(super) fn gather(&mut self, name: &str, x: &Var, indices: &Var, axis: i32) -> Result<Var> {
+        let parameters = [
+            ("x", x.into()),
+            ("indices", indices.into()),
+            ("axis", Literal::Int(axis).into()),
+            ("batch_dims", Literal::Int(0).into()),
+            ("validate_indices", Literal::Bool(false).into()),
+        ];
+        self.op("gather", name, parameters)
+    }
+
     /// Positions `start` to `start + length` of one axis.
     pub(super) fn slice(&mut self, name: &str, x: &Var, axis: usize, start: u64, length: u64) -> Result<Var> {
         let rank = x.shape().len();

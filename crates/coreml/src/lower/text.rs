@@ -68,20 +68,6 @@ pub(crate) fn lower(
     Ok(Lowered { program, inputs: vec![given], outputs: vec![hidden, pooled] })
 }
 
-impl Network<'_> {
-    /// The rows of `x` along `axis` that `indices` name.
-    fn gather(&mut self, name: &str, x: &Var, indices: &Var, axis: i32) -> Result<Var> {
-        let parameters = [
-            ("x", x.into()),
-            ("indices", indices.into()),
-            ("axis", Literal::Int(axis).into()),
-            ("batch_dims", Literal::Int(0).into()),
-            ("validate_indices", Literal::Bool(false).into()),
-        ];
-        self.op("gather", name, parameters)
-    }
-}
-
 /// The mask [1, 1, n, n] that keeps tokens from looking at later ones.
 fn causal_mask(net: &mut Network, length: u64) -> Result<Var> {
     let mask = Tensor::f_full([length as i64; 2], MASKED, (Kind::Half, Device::Cpu))?.f_triu(1)?;

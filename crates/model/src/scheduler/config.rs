@@ -154,6 +154,25 @@ impl SchedulerConfig {
         Ok(timesteps.iter().map(at).collect())
     }
 
+    /// ᾱ of every timestep that the model was trained on: the share of the picture (as a variance)
+    /// in the noisy latents (`alphas_cumprod` in diffusers). Where the last timestep is pure noise
+    /// ([`ends_in_pure_noise`](Self::ends_in_pure_noise)), its share is 2⁻²⁴, as in diffusers.
+    ///
+    /// # Errors
+    /// If the config describes no noise schedule.
+    pub fn signal(&self) -> Result<Vec<f32>> {
+        let mut file = self.file();
+        self.noise(&mut file)?.positive_signal(&file)
+    }
+
+    /// Whether nothing of the picture is left at the last timestep (`rescale_betas_zero_snr`).
+    ///
+    /// # Errors
+    /// If the config describes no noise schedule.
+    pub fn ends_in_pure_noise(&self) -> Result<bool> {
+        Ok(self.noise(&mut self.file())?.ends_in_pure_noise())
+    }
+
     /// Whether timesteps are ln(σ) / 4: those of the EDM samplers, and of Euler's continuous ones.
     fn times_are_logarithms(&self, file: &mut ConfigFile) -> Result<bool> {
         let continuous = |file: &mut ConfigFile| -> Result<bool> {

@@ -84,6 +84,11 @@ impl NoiseSchedule {
         self.betas.len()
     }
 
+    /// Whether the last timestep is pure noise.
+    pub(super) fn ends_in_pure_noise(&self) -> bool {
+        self.zero_snr
+    }
+
     /// ᾱ of every timestep: the share of the picture (as a variance) that is left.
     pub(super) fn signal(&self) -> Result<Vec<f32>> {
         cumulative(&self.betas)

@@ -14,16 +14,18 @@ use crate::options::{Io, Layout, Options};
 use crate::program::Var;
 
 impl<'a> UnetLowering<'a> {
-    /// Adds the embeddings and `conv_in`. Returns the output of `conv_in` too.
+    /// Adds the embeddings and `conv_in`, with the UNet's own `timestep` [b]. Returns the output of
+    /// `conv_in` too.
     pub(super) fn begin(
         mut network: Network<'a>,
         config: &UnetConfig,
         options: &Options,
         inputs: &Inputs,
+        timestep: &Var,
     ) -> Result<(Self, Var)> {
         let net = &mut network;
         let first = *config.block_out_channels.first().expect("a UNet's config has at least one stage");
-        let time = sinusoids(net, "time", inputs.get("timestep")?, &Sinusoids::new(config, first))?;
+        let time = sinusoids(net, "time", timestep, &Sinusoids::new(config, first))?;
         let mut time = net.cast("time.fp16", &time, "fp16")?;
         if let Some(guidance) = inputs.find("timestep_cond") {
             let told = cond_proj(net, "time_embedding.cond_proj", guidance, first)?;
@@ -55,14 +57,14 @@ impl<'a> UnetLowering<'a> {
         Ok((UnetLowering { network, silu_temb: Some(silu_temb), text, residuals }, hidden))
     }
 
-    /// GroupNorm, SiLU, `conv_out`, and a cast to fp32.
-    pub(super) fn output_block(&mut self, config: &UnetConfig, hidden: &Var) -> Result<Var> {
+    /// GroupNorm, SiLU, `conv_out`, and a cast to fp32, which makes `name`.
+    pub(super) fn output_block(&mut self, config: &UnetConfig, name: &str, hidden: &Var) -> Result<Var> {
         let net = &mut self.network;
         let normed = net.group_norm("conv_norm_out", hidden, config.norm_num_groups, config.norm_eps)?;
         let active = net.unary("silu", "conv_act", &normed)?;
         let kernel = config.conv_out_kernel;
         let out = net.conv2d("conv_out", &active, config.out_channels, kernel, ConvGeometry::new(1, (kernel - 1) / 2), 0)?;
-        net.cast("noise_pred", &out, "fp32")
+        net.cast(name, &out, "fp32")
     }
 }
 

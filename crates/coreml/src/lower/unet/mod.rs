@@ -3,16 +3,19 @@
 mod boundary;
 mod ends;
 mod inputs;
+mod noise;
 mod stage;
 mod transformer;
 
 use inputs::Inputs;
+pub(crate) use noise::TABLES as NOISE_TABLES;
 use sdxl_model::unet::UnetChain;
 use sdxl_pipeline::UnetWeights;
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 
 use super::{Lowered, Network};
+use crate::noise_output::{NoiseOutput, Predicted};
 use crate::options::Options;
 use crate::portion::Portion;
 use crate::program::{ProgramBuilder, Var};
@@ -49,10 +52,18 @@ pub(crate) fn lower(
     let task = Task::begin(progress, "writing the package", "tensors", tensors.len());
     let mut network = Network::new(program, &weights, options.layout, task);
     let inputs = Inputs::declare(&mut network, config, options, pooled, &portion.inputs(chain));
+    let noise = options.noise.as_ref();
+    let positions = noise.map(|_| noise::positions(&mut network, inputs.get("timestep")?)).transpose()?;
     let sizes = options.boundary_sizes();
     let mut passed = Vec::new();
     let (mut lowering, mut hidden) = if portion.begins() {
-        UnetLowering::begin(network, config, options, &inputs)?
+        let timestep = match (noise, &positions) {
+            (Some(NoiseOutput { timesteps: Some(own), .. }), Some(positions)) => {
+                noise::own_timesteps(&mut network, own, positions)?
+            }
+            _ => inputs.get("timestep")?.clone(),
+        };
+        UnetLowering::begin(network, config, options, &inputs, &timestep)?
     } else {
         let text = (options.io, inputs.find("encoder_hidden_states"));
         let (lowering, hidden, vars) = UnetLowering::resume(network, portion.passed_in(chain, sizes), text)?;
@@ -62,10 +73,14 @@ pub(crate) fn lower(
     for stage in portion.stages(chain) {
         hidden = lowering.stage(stage, hidden)?;
     }
-    let outputs = if portion.ends() {
-        vec![lowering.output_block(config, &hidden)?]
-    } else {
-        lowering.pass_on(&hidden, &portion.passed_on(chain, sizes))?
+    let outputs = match (noise, &positions) {
+        _ if !portion.ends() => lowering.pass_on(&hidden, &portion.passed_on(chain, sizes))?,
+        (Some(output), Some(positions)) if output.predicted != Predicted::Noise => {
+            let prediction = lowering.output_block(config, "prediction", &hidden)?;
+            let sample = inputs.get("sample")?;
+            vec![noise::noise(&mut lowering.network, "noise_pred", output, positions, &prediction, sample)?]
+        }
+        _ => vec![lowering.output_block(config, "noise_pred", &hidden)?],
     };
     let program = lowering.network.finish(&tensors)?;
     let inputs = inputs.into_vars().into_iter().chain(passed).collect();
