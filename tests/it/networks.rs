@@ -132,7 +132,9 @@ fn each_network_has_a_container_that_pictures_are_drawn_with() {
         assert!(verified["compressed"].as_u64().unwrap() > fewest, "{verified}");
     }
     let card = std::fs::read_to_string(bundle.join("README.md")).unwrap();
-    for part in ["Compressed beside the UNet: text_encoder (", "vae (", "text_encoder_2.squeezed.safetensors", "\"text_encoders\": {"] {
+    for part in
+        ["Compressed beside the UNet: text_encoder (", "vae (", "text_encoder_2.squeezed.safetensors", "\"text_encoders\": {"]
+    {
         assert!(card.contains(part), "{part}: {card}");
     }
 

@@ -25,6 +25,7 @@ pub struct Container {
 }
 
 /// Whether the file `path` says that it is a container. A file that is none may be a checkpoint.
+#[must_use]
 pub fn is_container(path: &Path) -> bool {
     let is_ours = |file: SafetensorsFile| file.metadata().get("format").is_some_and(|format| format == FORMAT);
     SafetensorsFile::open(path).is_ok_and(is_ours)

@@ -24,8 +24,8 @@ pub(super) enum Dense<'a> {
 
 /// A network with its weights.
 pub(super) enum Loaded {
-    Text(ClipText),
-    Vae(VaeDecoder),
+    Text(Box<ClipText>),
+    Vae(Box<VaeDecoder>),
 }
 
 impl<'a> Dense<'a> {
@@ -97,8 +97,8 @@ impl<'a> Dense<'a> {
     /// If a tensor is missing or misshapen.
     pub(super) fn load(self, source: &dyn TensorSource) -> Result<Loaded> {
         Ok(match self {
-            Dense::Text(_, part) => Loaded::Text(ClipText::load(&part.config, source)?),
-            Dense::Vae(folder) => Loaded::Vae(VaeDecoder::load(&folder.vae, source)?),
+            Dense::Text(_, part) => Loaded::Text(Box::new(ClipText::load(&part.config, source)?)),
+            Dense::Vae(folder) => Loaded::Vae(Box::new(VaeDecoder::load(&folder.vae, source)?)),
         })
     }
 
@@ -140,15 +140,15 @@ impl<'a> Dense<'a> {
 impl Loaded {
     pub(super) fn pieces(&self) -> &dyn Pieces {
         match self {
-            Loaded::Text(text) => text,
-            Loaded::Vae(vae) => vae,
+            Loaded::Text(text) => text.as_ref(),
+            Loaded::Vae(vae) => vae.as_ref(),
         }
     }
 
     pub(super) fn pieces_mut(&mut self) -> &mut dyn Pieces {
         match self {
-            Loaded::Text(text) => text,
-            Loaded::Vae(vae) => vae,
+            Loaded::Text(text) => text.as_mut(),
+            Loaded::Vae(vae) => vae.as_mut(),
         }
     }
 }
