@@ -229,7 +229,8 @@ fn settings_that_were_found_are_found_again_if_they_are_damaged() {
     let mut run = Run::new();
     run.config = run.path("budget.yaml");
     let yaml = "solver: joint\npalettize:\n  global_config: {n_bits: 4, granularity: per_grouped_channel, group_size: 16}\n  \
-                on_misfit: dense\nbudget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}\n";
+                module_name_configs: {'(up|down)_blocks\\..*': null}\n  \
+                on_misfit: dense\nbudget: {target_bits: 6.0, min_bits: 3, max_sparsity: 0.4}\n";
     std::fs::write(&run.config, yaml).unwrap();
     run.ends(0, &[]);
     let whole = run.result();

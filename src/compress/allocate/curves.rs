@@ -152,8 +152,8 @@ fn some_rows(weight: &Tensor, recipe: &LayerRecipe, groups: i64) -> Result<(Tens
     Ok((Tensor::f_cat(&parts, 0)?, wanted as f64 / all as f64))
 }
 
-/// The settings that each layer may get within `limits`: its own, fp16, and variants of it with
-/// more or fewer bits, in vectors or not, pruned or not.
+/// The settings that each layer may get within `limits`: its own, fp16, and, if it gets palettes,
+/// variants of it with more or fewer bits, in vectors or not, pruned or not.
 pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64>>, limits: &Limits) -> Settings {
     const SPARSE: [(f64, BitWidth); 6] = [
         (0.4, BitWidth::Four),
@@ -178,7 +178,18 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
     const FINE: usize = 4;
     let mut settings = BTreeMap::new();
     for (name, base) in recipes {
-        let (Some(palettize), Some(shape), Some(_)) = (base.palettize, shapes.get(name), base.joint) else { continue };
+        let (Some(shape), Some(_)) = (shapes.get(name), base.joint) else { continue };
+        let columns: i64 = shape.iter().skip(1).product();
+        let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
+        let Some(palettize) = base.palettize else {
+            // A layer that gets no palettes, for its size or its channels, is pruned or left as it is.
+            if base.prune.is_some() {
+                let pruned = (share <= limits.max_sparsity).then(|| base.clone());
+                let dense = LayerRecipe { prune: None, ..base.clone() };
+                settings.insert(name.clone(), pruned.into_iter().chain([dense]).collect());
+            }
+            continue;
+        };
         let with = |bits: BitWidth, group: Option<usize>, share: Option<f64>| {
             let finer = |group: &usize| palettize.axis == 0 && palettize.grouping.group_size().is_some_and(|size| *group < size);
             let grouping = match group.filter(finer) {
@@ -191,8 +202,6 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
             });
             LayerRecipe { prune, palettize: Some(PaletteOptions { bits, grouping, ..palettize }), ..base.clone() }
         };
-        let columns: i64 = shape.iter().skip(1).product();
-        let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
         let allowed = share <= limits.max_sparsity && palettize.bits >= limits.min_bits;
         let mut all: Vec<LayerRecipe> = allowed.then(|| base.clone()).into_iter().collect();
         let mut add = |recipe: LayerRecipe| {
@@ -255,6 +264,21 @@ mod tests {
     use squeeze_codebook::{NmRatio, PruneMethod};
 
     use super::*;
+
+    #[test]
+    fn layers_without_palettes_are_pruned_or_left_as_they_are() {
+        let shapes = BTreeMap::from([("a".to_owned(), vec![32, 64, 1, 1]), ("b".to_owned(), vec![32, 64, 1, 1])]);
+        let prune = Some(PruneOptions { sparsity: Sparsity::Unstructured(0.4), ..PruneOptions::default() });
+        let pruned = LayerRecipe { prune, method: PruneMethod::SparseGpt, palettize: None, joint: Some(Effort::default()) };
+        let dense = LayerRecipe { prune: None, ..pruned.clone() };
+        let recipes = LayerRecipes::from([("a".to_owned(), pruned.clone()), ("b".to_owned(), dense.clone())]);
+        let of = |max_sparsity| {
+            let limits = Limits { min_bits: BitWidth::Two, max_sparsity, vectors: true };
+            settings(&recipes, &shapes, &limits)
+        };
+        assert_eq!(of(0.6), Settings::from([("a".to_owned(), vec![pruned, dense.clone()])]));
+        assert_eq!(of(0.3), Settings::from([("a".to_owned(), vec![dense])]));
+    }
 
     #[test]
     fn layers_are_pruned_in_the_pattern_that_was_asked_for_or_not_at_all() {

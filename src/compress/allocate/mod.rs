@@ -39,7 +39,10 @@ pub struct Allocation {
 /// The recipes for measuring: every layer that can be allocated needs its Hessian, whatever its
 /// setting.
 pub(super) fn measuring(layers: &LayerRecipes) -> LayerRecipes {
-    let unpruned = |recipe: &LayerRecipe| LayerRecipe { prune: None, ..recipe.clone() };
+    let unpruned = |recipe: &LayerRecipe| match recipe.palettize {
+        Some(_) => LayerRecipe { prune: None, ..recipe.clone() },
+        None => recipe.clone(),
+    };
     layers.iter().map(|(name, recipe)| (name.clone(), unpruned(recipe))).collect()
 }
 
@@ -51,7 +54,7 @@ pub(super) fn settings(recipe: &Recipe, shapes: &Shapes, budget: &BudgetSection)
     let limits = Limits { min_bits: budget.min_bits, max_sparsity: budget.max_sparsity, vectors: !budget.no_vectors };
     let settings = curves::settings(&recipe.layers, shapes, &limits);
     if settings.is_empty() {
-        return Err(Error::Argument("a budget needs layers that are palettized by the joint solver; there are none".into()));
+        return Err(Error::Argument("a budget needs layers that are compressed by the joint solver; there are none".into()));
     }
     Ok(settings)
 }
