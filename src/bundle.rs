@@ -20,10 +20,13 @@ use squeeze_base::output::NewFolder;
 use squeeze_base::progress::Progress;
 use squeeze_coreml::{self as coreml, Io, Options};
 
-use crate::export::{PipelinePart, apple_mismatch, coreml_part};
+use crate::export::{CHUNKS, PipelinePart, apple_mismatch, coreml_chunks_in, coreml_part};
 
 /// The factor by which Apple's pipeline scales SDXL's latents, unless an app sets its own.
 const SWIFT_SCALE: f64 = 0.13025;
+
+/// The name of the package of a UNet that is not cut.
+const UNET: &str = "Unet";
 
 /// A bundle that was written.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -69,12 +72,16 @@ pub fn write(
     };
     let folder = NewFolder::create(out)?;
     let packages = packages(model, options);
+    let place = |name: &str| folder.path().join(format!("{name}.mlpackage"));
+    if options.chunked {
+        coreml_chunks_in(weights, &unet, folder.path(), progress)?;
+    } else {
+        coreml::write(weights, &unet, &place(UNET), progress)?;
+    }
     for Named { name, part } in &packages {
-        let path = folder.path().join(format!("{name}.mlpackage"));
-        match part {
-            None => coreml::write(weights, &unet, &path, progress)?,
-            Some(part) => coreml_part(model, *part, options.latents, &options.label, &path, progress)?,
-        };
+        if let Some(part) = part {
+            coreml_part(model, *part, options.latents, &options.label, &place(name), progress)?;
+        }
     }
     let put = |name: &str, text: &str| {
         let path = folder.path().join(name);
@@ -98,7 +105,8 @@ fn packages(model: &PipelineFolder, options: &BundleOptions) -> Vec<Named> {
     let mut packages = Vec::new();
     packages.extend(has(PipelinePart::TextEncoder).then(|| named("TextEncoder", PipelinePart::TextEncoder)));
     packages.push(named("TextEncoder2", PipelinePart::TextEncoder2));
-    packages.push(Named { name: "Unet", part: None });
+    let unets: &[&'static str] = if options.chunked { &CHUNKS } else { &[UNET] };
+    packages.extend(unets.iter().map(|name| Named { name, part: None }));
     packages.push(named("VAEDecoder", PipelinePart::VaeDecoder));
     packages.extend(options.vae_encoder.then(|| named("VAEEncoder", PipelinePart::VaeEncoder)));
     packages

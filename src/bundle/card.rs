@@ -11,7 +11,7 @@ use squeeze_coreml::VECTORS_NEED;
 
 use super::licence::stated_licence;
 use super::options::{BundleOptions, Named};
-use crate::export::PipelinePart;
+use crate::export::{CHUNKS, PipelinePart};
 
 /// Everything that a card tells.
 pub(super) struct Facts<'a> {
@@ -43,8 +43,10 @@ pub(super) fn compile_script(packages: &[Named]) -> String {
 }
 
 /// The network of a package in words.
-fn about(part: Option<PipelinePart>) -> &'static str {
-    match part {
+fn about(package: &Named) -> &'static str {
+    match package.part {
+        None if package.name == CHUNKS[0] => "the first half of the UNet",
+        None if package.name == CHUNKS[1] => "the second half of the UNet",
         None => "the UNet",
         Some(PipelinePart::TextEncoder) => "the first text encoder",
         Some(PipelinePart::TextEncoder2) => "the second text encoder",
@@ -77,10 +79,10 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
     line("```sh\nsh compile.sh\nswift run StableDiffusionSample \"a prompt\" --xl --resource-path Compiled\n```\n");
     line("Nothing here has run on a Mac or an iPhone.\n");
     line("## Files\n\n| file | | size |\n|---|---|---:|");
-    for Named { name, part } in *packages {
+    for package @ Named { name, .. } in *packages {
         let within = format!("{name}.mlpackage/");
         let bytes = files.iter().filter(|file| file.file.starts_with(&within)).map(|file| file.bytes).sum();
-        line(&format!("| `{name}.mlpackage` | {} | {} |", about(*part), number::size(bytes)));
+        line(&format!("| `{name}.mlpackage` | {} | {} |", about(package), number::size(bytes)));
     }
     for (name, what) in
         [("vocab.json", "the tokens"), ("merges.txt", "the merges of tokens"), ("compile.sh", "compiles the packages")]
@@ -90,6 +92,12 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
     }
     let all: u64 = files.iter().map(|file| file.bytes).sum();
     line(&format!("| all | | {} ({} bytes) |\n", number::size(all), number::count(all)));
+    if options.chunked {
+        line(
+            "The UNet is in two packages, so that each is small enough for a phone; Swift looks for them before it looks for \
+             one. The first passes its results on to the second, and each weight is in one of them.\n",
+        );
+    }
     let vae = if model.vae.force_upcast { "fp32" } else { "fp16" };
     let networks = networks(model)?;
     let compressed: Vec<String> = networks.iter().filter_map(NetworkWeights::container).map(compressed_network).collect();

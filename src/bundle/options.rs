@@ -11,6 +11,8 @@ pub struct BundleOptions {
     pub latents: [i64; 2],
     /// How the UNet's transformers compute.
     pub layout: Layout,
+    /// Whether the UNet is written as two packages ([`squeeze_coreml::write_chunks`]).
+    pub chunked: bool,
     /// Whether the VAE's encoder is written, which image to image needs.
     pub vae_encoder: bool,
     /// The packages' own fields.
@@ -22,6 +24,6 @@ pub struct BundleOptions {
 pub(super) struct Named {
     /// Its name without the ending: Swift looks for it under this name.
     pub name: &'static str,
-    /// Its network; `None` for the UNet.
+    /// Its network; `None` for the UNet or a chunk of it.
     pub part: Option<PipelinePart>,
 }

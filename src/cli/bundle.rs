@@ -9,7 +9,7 @@ use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
 use sdxl_squeeze::{Error, Result};
 
 use super::beside_model::BesideModel;
-use super::export::{LayoutArg, SizeArgs};
+use super::export::{ChunksArg, LayoutArg, SizeArgs};
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::{container, stdout};
@@ -35,6 +35,8 @@ pub(super) struct Args {
     /// linear for GPUs, split-einsum for the Neural Engine [default: linear]
     #[arg(long, value_name = "LAYOUT")]
     layout: Option<LayoutArg>,
+    #[command(flatten)]
+    chunks: ChunksArg,
     /// Write the VAE's encoder too, which image to image needs
     #[arg(long)]
     vae_encoder: bool,
@@ -56,6 +58,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let options = BundleOptions {
         latents: args.size.latents(pipeline.vae.scale(), pipeline.unet.config().sample_size)?,
         layout: args.layout.map_or(Layout::Linear, LayoutArg::layout),
+        chunked: args.chunks.chunked(),
         vae_encoder: args.vae_encoder,
         label: Label { author: args.author.unwrap_or_default(), license: args.license.unwrap_or_default() },
     };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use sdxl_squeeze::checkpoint::Weights;
 use sdxl_squeeze::container::Container;
-use sdxl_squeeze::coreml::{self, Io, Label, Layout, Options, WrittenPackage};
+use sdxl_squeeze::coreml::{self, FunctionSize, Io, Label, Layout, Options, WrittenChunk, WrittenPackage};
 use sdxl_squeeze::export::{PipelinePart, SmallWeights};
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
@@ -75,9 +75,10 @@ struct CoremlArgs {
     part: Option<PartArg>,
     #[command(flatten)]
     size: SizeArgs,
-    /// Samples in a call; 2 computes both halves of guidance at once [default: 2]
-    #[arg(long, value_name = "N")]
-    batch: Option<i64>,
+    /// Samples in a call; 2 computes both halves of guidance at once; 1,2 are two functions
+    /// [default: 2]
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    batch: Vec<i64>,
     /// linear for GPUs, split-einsum for the Neural Engine [default: linear]
     #[arg(long, value_name = "LAYOUT")]
     layout: Option<LayoutArg>,
@@ -85,6 +86,8 @@ struct CoremlArgs {
     /// diffusers]
     #[arg(long, value_name = "STYLE")]
     io: Option<IoArg>,
+    #[command(flatten)]
+    chunks: ChunksArg,
     /// Tokens of the text states [default: 77]
     #[arg(long, value_name = "N")]
     tokens: Option<i64>,
@@ -99,31 +102,68 @@ struct CoremlArgs {
     license: Option<String>,
 }
 
+/// The number of packages for a UNet.
+#[derive(Debug, clap::Args)]
+pub(super) struct ChunksArg {
+    /// Packages for the UNet: 2 are UnetChunk1 and UnetChunk2 in a folder, each with about half of
+    /// the weights [default: 1]
+    #[arg(long, value_name = "1|2", value_parser = clap::value_parser!(u8).range(1..=2))]
+    chunks: Option<u8>,
+}
+
+impl ChunksArg {
+    /// Whether there are two packages.
+    pub(super) fn chunked(&self) -> bool {
+        self.chunks == Some(2)
+    }
+}
+
 /// The size of the pictures that packages are for.
 #[derive(Debug, clap::Args)]
 pub(super) struct SizeArgs {
-    /// Height of the pictures in pixels [default: the UNet's own]
-    #[arg(long, value_name = "H")]
-    height: Option<i64>,
-    /// Width of the pictures in pixels
-    #[arg(long, value_name = "W")]
-    width: Option<i64>,
+    /// Height of the pictures in pixels; several (512,768,1024) are functions of one UNet package
+    /// [default: the UNet's own]
+    #[arg(long, value_name = "H", value_delimiter = ',')]
+    height: Vec<i64>,
+    /// Width of the pictures in pixels: as many as heights, or none for several squares
+    #[arg(long, value_name = "W", value_delimiter = ',')]
+    width: Vec<i64>,
 }
 
 impl SizeArgs {
     /// Height and width of the latents: those of the flags, else `own`. A latent has `scale` pixels
     /// in each direction.
     pub(super) fn latents(&self, scale: i64, own: [i64; 2]) -> Result<[i64; 2]> {
-        let mut latents = own;
-        for ((name, pixels), latent) in [("height", self.height), ("width", self.width)].into_iter().zip(&mut latents) {
-            if let Some(pixels) = pixels {
-                if pixels < 1 || pixels % scale != 0 {
-                    return Err(Error::Argument(format!("{name} {pixels} is not a multiple of {scale}")));
-                }
-                *latent = pixels / scale;
-            }
+        match self.all(scale, own)?[..] {
+            [one] => Ok(one),
+            _ => Err(Error::Argument("several sizes are for `export --to coreml` of a UNet; all else has one size".into())),
         }
-        Ok(latents)
+    }
+
+    /// As [`latents`](Self::latents), of one size or several.
+    pub(super) fn all(&self, scale: i64, own: [i64; 2]) -> Result<Vec<[i64; 2]>> {
+        let in_latents = |name: &str, pixels: &[i64]| -> Result<Vec<i64>> {
+            let latent = |pixels: &i64| match *pixels {
+                pixels if pixels < 1 || pixels % scale != 0 => {
+                    Err(Error::Argument(format!("{name} {pixels} is not a multiple of {scale}")))
+                }
+                pixels => Ok(pixels / scale),
+            };
+            pixels.iter().map(latent).collect()
+        };
+        let (heights, widths) = (in_latents("height", &self.height)?, in_latents("width", &self.width)?);
+        match (&heights[..], &widths[..]) {
+            ([], []) => Ok(vec![own]),
+            ([height], []) => Ok(vec![[*height, own[1]]]),
+            ([], [width]) => Ok(vec![[own[0], *width]]),
+            ([], sides) | (sides, []) => Ok(sides.iter().map(|side| [*side; 2]).collect()),
+            _ if heights.len() == widths.len() => Ok(heights.into_iter().zip(widths).map(Into::into).collect()),
+            _ => Err(Error::Argument(format!(
+                "--height has {} sizes and --width {}: give as many of both, or one of the two for squares",
+                heights.len(),
+                widths.len()
+            ))),
+        }
     }
 }
 
@@ -188,24 +228,52 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         }
         Format::Coremltools => to_coremltools(&args, reporter),
         Format::Coreml => {
-            let Exported { written, warnings } = match args.coreml.beside_unet() {
-                Some(part) => Exported { written: to_coreml_part(&args, part, reporter)?, warnings: Vec::new() },
+            let exported = match args.coreml.beside_unet() {
+                Some(part) => {
+                    Exported { written: Written::Package(to_coreml_part(&args, part, reporter)?), warnings: Vec::new() }
+                }
                 None => to_coreml(&args, reporter)?,
             };
             if args.json {
-                return stdout::print_json(&Exported { written, warnings });
+                return stdout::print_json(&exported);
             }
             let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!("; peak memory {}", number::size(peak)));
-            stdout::print(&format!(
-                "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n{}",
-                args.out.display(),
-                number::size(written.bytes),
-                number::size(written.program_bytes),
-                number::count(written.operations as u64),
-                number::count(written.compressed as u64),
-                number::count(written.dense.len() as u64),
-                vectors_need(written.vectors),
-            ))
+            stdout::print(&match &exported.written {
+                Written::Package(written) => summary(&args.out, &peak, written),
+                Written::Chunks { chunks } => chunks
+                    .iter()
+                    .map(|ExportedChunk { file, chunk }| {
+                        let path = args.out.join(file);
+                        format!("{}{}\n", summary(&path, &peak, &chunk.package), chunk.parts.join(", "))
+                    })
+                    .collect(),
+            })
+        }
+    }
+}
+
+/// A line about a package, and one about what it needs.
+fn summary(path: &Path, peak: &str, written: &WrittenPackage) -> String {
+    format!(
+        "{}: {}, {} of them the program; {} operations, {} compressed weights, {} dense constants from 16 KiB{peak}\n{}{}",
+        path.display(),
+        number::size(written.bytes),
+        number::size(written.program_bytes),
+        number::count(written.operations as u64),
+        number::count(written.compressed as u64),
+        number::count(written.dense.len() as u64),
+        functions_line(&written.functions),
+        vectors_need(written.vectors),
+    )
+}
+
+/// The line about a package with several functions; nothing about others.
+fn functions_line(functions: &[String]) -> String {
+    match functions {
+        [] => String::new(),
+        [default, others @ ..] => {
+            let others = others.join(", ");
+            format!("{} functions share the weights: {default} (the default), {others}; iOS 18 or macOS 15\n", functions.len())
         }
     }
 }
@@ -233,14 +301,15 @@ impl Args {
 
     /// The first flag that belongs to another format.
     fn misplaced(&self) -> Option<&'static str> {
-        let CoremlArgs { part, size, batch, layout, io, tokens, time_ids, author, license } = &self.coreml;
+        let CoremlArgs { part, size, batch, layout, io, chunks, tokens, time_ids, author, license } = &self.coreml;
         let given = [
             ("--part", part.is_some(), Format::Coreml),
-            ("--height", size.height.is_some(), Format::Coreml),
-            ("--width", size.width.is_some(), Format::Coreml),
-            ("--batch", batch.is_some(), Format::Coreml),
+            ("--height", !size.height.is_empty(), Format::Coreml),
+            ("--width", !size.width.is_empty(), Format::Coreml),
+            ("--batch", !batch.is_empty(), Format::Coreml),
             ("--layout", layout.is_some(), Format::Coreml),
             ("--io", io.is_some(), Format::Coreml),
+            ("--chunks", chunks.chunks.is_some(), Format::Coreml),
             ("--tokens", tokens.is_some(), Format::Coreml),
             ("--time-ids", time_ids.is_some(), Format::Coreml),
             ("--author", author.is_some(), Format::Coreml),
@@ -264,12 +333,27 @@ fn to_coremltools(args: &Args, reporter: &Reporter) -> Result<()> {
     stdout::print(&format!("{}{}\n", lines.collect::<String>(), args.out.display()))
 }
 
-/// A package, and what its user should know.
+/// A package or two, and what their user should know.
 #[derive(serde::Serialize)]
 struct Exported {
     #[serde(flatten)]
-    written: WrittenPackage,
+    written: Written,
     warnings: Vec<String>,
+}
+
+#[derive(serde::Serialize)]
+#[serde(untagged)]
+enum Written {
+    Package(WrittenPackage),
+    Chunks { chunks: Vec<ExportedChunk> },
+}
+
+/// A package in a folder.
+#[derive(serde::Serialize)]
+struct ExportedChunk {
+    file: String,
+    #[serde(flatten)]
+    chunk: WrittenChunk,
 }
 
 fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
@@ -291,7 +375,13 @@ fn to_coreml(args: &Args, reporter: &Reporter) -> Result<Exported> {
             }),
         }
     }
-    let written = coreml::write(weights, &options, &args.out, reporter)?;
+    let written = if args.coreml.chunks.chunked() {
+        let chunks = export::CHUNKS.into_iter().zip(export::coreml_chunks(weights, &options, &args.out, reporter)?);
+        let chunks = chunks.map(|(name, chunk)| ExportedChunk { file: format!("{name}.mlpackage"), chunk }).collect();
+        Written::Chunks { chunks }
+    } else {
+        Written::Package(coreml::write(weights, &options, &args.out, reporter)?)
+    };
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     Ok(Exported { written, warnings })
 }
@@ -315,14 +405,15 @@ impl CoremlArgs {
 
     /// The first given flag that has no effect on `part`.
     fn without_effect_on(&self, part: PipelinePart) -> Option<&'static str> {
-        let CoremlArgs { part: _, size, batch, layout, io, tokens, time_ids, author: _, license: _ } = self;
+        let CoremlArgs { part: _, size, batch, layout, io, chunks, tokens, time_ids, author: _, license: _ } = self;
         let of_text = matches!(part, PipelinePart::TextEncoder | PipelinePart::TextEncoder2);
         let given = [
-            ("--height", of_text && size.height.is_some()),
-            ("--width", of_text && size.width.is_some()),
-            ("--batch", batch.is_some()),
+            ("--height", of_text && !size.height.is_empty()),
+            ("--width", of_text && !size.width.is_empty()),
+            ("--batch", !batch.is_empty()),
             ("--layout", layout.is_some()),
             ("--io", io.is_some()),
+            ("--chunks", chunks.chunks.is_some()),
             ("--tokens", tokens.is_some()),
             ("--time-ids", time_ids.is_some()),
         ];
@@ -404,6 +495,21 @@ impl OpenedUnet {
     }
 }
 
+/// The functions of a package for all `sizes` in latents and all `batches`, named after the
+/// pictures' sizes. The default is the first size, of batch 2 if there is one: Apple's pipeline
+/// computes both halves of guidance in one call, and asks for no function by its name.
+fn functions(sizes: &[[i64; 2]], batches: &[i64], scale: i64) -> Vec<FunctionSize> {
+    let function = |latents: [i64; 2], batch: i64| {
+        let [height, width] = latents.map(|latent| latent * scale);
+        FunctionSize { name: format!("h{height}_w{width}_b{batch}"), batch, latents }
+    };
+    let of_size = |size: &[i64; 2]| batches.iter().map(|batch| function(*size, *batch)).collect::<Vec<_>>();
+    let mut functions: Vec<FunctionSize> = sizes.iter().flat_map(of_size).collect();
+    let default = batches.iter().position(|batch| *batch == 2).unwrap_or(0);
+    functions[..=default].rotate_right(1);
+    functions
+}
+
 /// The options of the command line, with the rest from the pipeline if there is one, else from the
 /// UNet.
 fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFolder>) -> Result<Options> {
@@ -411,7 +517,12 @@ fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFol
     const SDXL_SCALE: i64 = 8;
     let scale = pipeline.map_or(SDXL_SCALE, |pipeline| pipeline.vae.scale());
     let mut options = Options::new(config);
-    options.latents = args.size.latents(scale, options.latents)?;
+    let sizes = args.size.all(scale, options.latents)?;
+    let batches = if args.batch.is_empty() { vec![options.batch] } else { args.batch.clone() };
+    match (&sizes[..], &batches[..]) {
+        ([latents], [batch]) => (options.latents, options.batch) = (*latents, *batch),
+        _ => options.functions = functions(&sizes, &batches, scale),
+    }
     if let (Some(time_ids), Some(pipeline)) = (args.time_ids, pipeline)
         && time_ids != pipeline.time_ids()
     {
@@ -421,7 +532,6 @@ fn options(args: &CoremlArgs, config: &UnetConfig, pipeline: Option<&PipelineFol
         )));
     }
     options.time_ids = args.time_ids.or(pipeline.map(PipelineFolder::time_ids)).unwrap_or(options.time_ids);
-    options.batch = args.batch.unwrap_or(options.batch);
     options.tokens = args.tokens.unwrap_or(options.tokens);
     Label { author: options.author, license: options.license } = args.label();
     options.layout = args.layout.map_or(Layout::Linear, LayoutArg::layout);

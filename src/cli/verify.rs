@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::container::Network;
+use sdxl_squeeze::coreml::VerifiedFunction;
 use sdxl_squeeze::pipeline::verify;
 use sdxl_squeeze::{Error, Result, coreml, number};
 
@@ -54,7 +55,7 @@ fn package(path: &Path, json: bool) -> Result<()> {
     let share = checked.pruned as f64 / (checked.compressed_elements.max(1)) as f64;
     let hashes = if checked.hashed { "every hash holds" } else { "it has no hashes, so only its structure is known to be whole" };
     stdout::print(&format!(
-        "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}{}\n{}\n",
+        "{}: whole, {hashes}\n{} operations; {} compressed weights of {} elements, {:.2} % zero; {} records; {}\n{}{}",
         path.display(),
         number::count(checked.operations as u64),
         number::count(checked.compressed as u64),
@@ -63,7 +64,21 @@ fn package(path: &Path, json: bool) -> Result<()> {
         number::count(checked.blobs as u64),
         number::size(checked.bytes),
         vectors_need(checked.vectors),
-        checked.inputs.iter().map(|input| format!("in  {input}")).collect::<Vec<_>>().join("\n"),
-        checked.outputs.iter().map(|output| format!("out {output}")).collect::<Vec<_>>().join("\n"),
+        match &checked.functions[..] {
+            [] => ends(&checked.inputs, &checked.outputs),
+            functions => functions.iter().enumerate().map(|(i, function)| of_function(i, function)).collect(),
+        },
     ))
+}
+
+/// Lines about a function of a package with several; the first is the default.
+fn of_function(index: usize, function: &VerifiedFunction) -> String {
+    let default = if index == 0 { ", the default" } else { "" };
+    format!("function {}{default}\n{}", function.name, ends(&function.inputs, &function.outputs))
+}
+
+/// A line for each input and output.
+fn ends(inputs: &[String], outputs: &[String]) -> String {
+    let inputs = inputs.iter().map(|input| format!("in  {input}\n"));
+    inputs.chain(outputs.iter().map(|output| format!("out {output}\n"))).collect()
 }

@@ -93,7 +93,8 @@ class Stored:
         return np.ascontiguousarray(np.moveaxis(dense.reshape(*places, length), -1, 1)).reshape(shape)
 
 
-def loader(path):
+def loader(path, function="main"):
+    """Rebuilds the program by coremltools, and compares the types of a function."""
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.libmodelpackage import ModelPackage
@@ -102,14 +103,14 @@ def loader(path):
     model = ct.models.MLModel(str(path), skip_model_load=True)
     spec = model.get_spec()
     program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=model.weights_dir)
-    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    block = spec.mlProgram.functions[function].block_specializations["CoreML8"]
     declared = {output.name: Package.type(output.type) for op in block.operations for output in op.outputs}
     from coremltools.converters.mil.mil import types
 
     names = {types.fp16: "FLOAT16", types.fp32: "FLOAT32", types.int32: "INT32", types.bool: "BOOL", types.str: "STRING"}
     names |= {getattr(types, f"uint{bits}"): f"UINT{bits}" for bits in (1, 2, 3, 4, 6, 8)}
     seen = 0
-    for op in program.functions["main"].operations:
+    for op in program.functions[function].operations:
         for var in op.outputs:
             inferred = var.sym_type
             shape = tuple(inferred.get_shape()) if types.is_tensor(inferred) else ()
@@ -123,35 +124,55 @@ def loader(path):
             else:
                 assert declared[var.name] == (names[element], shape), (op.op_type, var.name, declared[var.name], names[element], shape)
             seen += 1
-    missing = set(declared) - {var.name for op in program.functions["main"].operations for var in op.outputs}
+    missing = set(declared) - {var.name for op in program.functions[function].operations for var in op.outputs}
     assert not missing, missing
     return program, {"outputs_whose_type_is_as_inferred": len(declared), "operations": len(block.operations)}
 
 
-def values(program, stored):
+def values(program, stored, function="main"):
     """Compares every tensor of the UNet with the one that coremltools materializes."""
-    by_name = {re.sub(r"[^A-Za-z0-9]", "_", name): name for name in stored.names}
-    assert len(by_name) == len(stored.names)
-    left, compressed = dict(by_name), 0
-    for op in program.functions["main"].operations:
+    found = materialized(program, stored, function)
+    left = sorted(set(stored.names) - set(found))
+    assert not left, f"not in the program: {left[:5]}"
+    compressed = [op for op in program.functions[function].operations if op.op_type in ("constexpr_lut_to_dense", "constexpr_sparse_to_dense")]
+    return {"tensors_equal_bit_for_bit": len(found), "of_them_compressed": len(compressed)}
+
+
+def materialized(program, stored, function="main"):
+    """The names of the UNet's tensors that a function has, each equal to the stored one."""
+    left = {re.sub(r"[^A-Za-z0-9]", "_", name): name for name in stored.names}
+    assert len(left) == len(stored.names)
+    found = []
+    for op in program.functions[function].operations:
         name = left.pop(op.outputs[0].name, None)
         if name is None:
             continue
-        compressed += op.op_type.startswith("constexpr_")
+        found.append(name)
         made = op.materialized_val_inference() if op.op_type.startswith("constexpr_") else op.outputs[0].val
         wanted = stored.tensor(name)
         made = np.asarray(made)
         assert made.dtype == np.float16 and made.size == wanted.size, (name, made.dtype, made.shape, wanted.shape)
         made = made.reshape(wanted.shape)
         assert np.array_equal(made.view(np.uint16), wanted.view(np.uint16)), f"{name} differs"
-    assert not left, f"not in the program: {sorted(left)[:5]}"
-    return {"tensors_equal_bit_for_bit": len(by_name), "of_them_compressed": compressed}
+    return found
 
 
-def forward(package, stored, seed=0):
+def random_inputs(package, seed=0):
+    """Inputs for a whole UNet, with a timestep and sizes of pictures that occur."""
+    torch.manual_seed(seed)
+    shapes = {name: shape for name, (_, shape) in package.inputs.items()}
+    batch = shapes["sample"][0]
+    inputs = {name: torch.randn(shape).half().float() for name, shape in shapes.items()}
+    inputs["timestep"] = torch.full((batch,), 741.0)
+    sizes = [512.0, 512.0, 0.0, 0.0, 512.0, 512.0] if shapes["time_ids"][1] == 6 else [512.0, 512.0, 0.0, 0.0, 6.0]
+    inputs["time_ids"] = torch.tensor([sizes[: shapes["time_ids"][1]]] * batch)
+    return inputs
+
+
+def prediction(stored, inputs, apple):
+    """What diffusers' UNet makes of a package's inputs, in fp32."""
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(seed)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(stored.config).eval()
     unet.load_state_dict({name: torch.from_numpy(stored.tensor(name)) for name in stored.names}, assign=True)
@@ -161,19 +182,17 @@ def forward(package, stored, seed=0):
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(lambda module, given: module.float() and None)
             module.register_forward_hook(lambda module, given, made: module.half() and None)
-    shapes = {name: shape for name, (_, shape) in package.inputs.items()}
-    batch = shapes["sample"][0]
-    apple = len(shapes["encoder_hidden_states"]) == 4
-    inputs = {name: torch.randn(shape).half().float() for name, shape in shapes.items()}
-    inputs["timestep"] = torch.full((batch,), 741.0)
-    sizes = [512.0, 512.0, 0.0, 0.0, 512.0, 512.0] if shapes["time_ids"][1] == 6 else [512.0, 512.0, 0.0, 0.0, 6.0]
-    inputs["time_ids"] = torch.tensor([sizes[: shapes["time_ids"][1]]] * batch)
     text = inputs["encoder_hidden_states"]
     text = text[:, :, 0].transpose(1, 2) if apple else text
     added = {"text_embeds": inputs["text_embeds"], "time_ids": inputs["time_ids"]}
+    guidance = inputs.get("timestep_cond")
+    return unet(inputs["sample"], inputs["timestep"], text, timestep_cond=guidance, added_cond_kwargs=added).sample
+
+
+def forward(package, stored, seed=0):
+    inputs = random_inputs(package, seed)
     with torch.no_grad():
-        wanted = unet(inputs["sample"], inputs["timestep"], text, added_cond_kwargs=added).sample
-        del unet
+        wanted = prediction(stored, inputs, apple=len(inputs["encoder_hidden_states"].shape) == 4)
         error = lambda made: float((made - wanted).double().norm() / wanted.double().norm())
         single = error(evaluate(package, inputs)["noise_pred"])
         half = error(evaluate(package, inputs, half=True)["noise_pred"])

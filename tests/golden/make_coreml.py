@@ -4,6 +4,7 @@
     python make_coreml.py blobs coreml/blobs.bin                             # a weight.bin by Apple's own writer
     python make_coreml.py package coreml/by-coremltools.mlpackage            # a small package by coremltools
     python make_coreml.py vectors coreml/vectors-by-coremltools.mlpackage    # a small package with vector palettes
+    python make_coreml.py functions coreml/functions-by-coremltools.mlpackage # two functions in one package
     python make_coreml.py decoded coreml/vectors.safetensors                 # vector palettes, decoded by coremltools
 """
 
@@ -187,6 +188,33 @@ def vectors(out):
     model.save(str(out))
 
 
+def functions(out):
+    """One network for two sizes, put into one package by coremltools' own `save_multifunction`."""
+    import shutil
+
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.mil import types
+
+    random = np.random.default_rng(7)
+    weight, bias = random.normal(size=[16, 4, 3, 3]).astype(np.float16), random.normal(size=16).astype(np.float16)
+    parameters = dict(weight=weight, bias=bias, strides=[1, 1], pad_type="custom", pad=[1, 1, 1, 1], dilations=[1, 1], groups=1)
+    described = ct.utils.MultiFunctionDescriptor()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in (("small", 8), ("large", 16)):
+
+            @mb.program(input_specs=[mb.TensorSpec(shape=(1, 4, size, size), dtype=types.fp16)], opset_version=ct.target.iOS18)
+            def program(sample):
+                return mb.silu(x=mb.conv(x=sample, **parameters), name="made")
+
+            model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32, skip_model_load=True)
+            path = f"{folder}/{name}.mlpackage"
+            model.save(path)
+            described.add_function(path, src_function_name="main", target_function_name=name)
+        described.default_function_name = "large"
+        shutil.rmtree(out, ignore_errors=True)
+        ct.utils.save_multifunction(described, out)
+
+
 def decoded(out):
     """Vector palettes of many kinds as the value inference of MIL's operations decodes them."""
     from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_lut_to_dense, constexpr_lut_to_sparse, constexpr_sparse_to_dense
@@ -257,4 +285,4 @@ def package(out):
 
 
 if __name__ == "__main__":
-    {"operations": operations, "blobs": blobs, "package": package, "vectors": vectors, "decoded": decoded}[sys.argv[1]](*sys.argv[2:])
+    {"operations": operations, "blobs": blobs, "package": package, "vectors": vectors, "functions": functions, "decoded": decoded}[sys.argv[1]](*sys.argv[2:])

@@ -31,7 +31,9 @@ def unpack(data, bits, count):
 
 
 class Package:
-    def __init__(self, path):
+    """A package, and one of its functions: by default `main`, or the default function of several."""
+
+    def __init__(self, path, function=None):
         path = pathlib.Path(path)
         items = json.loads((path / "Manifest.json").read_text())
         paths = {item["name"]: path / "Data" / item["path"] for item in items["itemInfoEntries"].values()}
@@ -39,7 +41,8 @@ class Package:
         self.model = Model_pb2.Model()
         self.model.ParseFromString((path / "Data" / root["path"]).read_bytes())
         self.weights = np.memmap(paths["weights"] / "weight.bin", np.uint8, "r")
-        function = self.model.mlProgram.functions["main"]
+        name = function or self.model.description.defaultFunctionName or "main"
+        function = self.model.mlProgram.functions[name]
         self.inputs = {value.name: self.type(value.type) for value in function.inputs}
         self.block = function.block_specializations[function.opset]
 

@@ -3,6 +3,7 @@
 //! A header, then records at multiples of 64 bytes: 64 bytes that describe the data, and the data.
 //! Follows coremltools' `mlmodel/src/MILBlob/Blob/StorageFormat.hpp` and `StorageWriter.cpp`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,9 @@ pub(super) struct BlobWriter {
     hash: Sha256,
     count: u32,
     length: u64,
+    /// The offsets of the records so far by a hash of name, type and content, if records are
+    /// shared.
+    shared: Option<BTreeMap<String, u64>>,
 }
 
 /// A finished blob file.
@@ -48,16 +52,39 @@ impl BlobWriter {
         let mut file = BufWriter::with_capacity(1 << 20, file);
         // The count is not known yet.
         file.write_all(&[0; UNIT as usize]).map_err(Error::write(path))?;
-        Ok(BlobWriter { path: path.to_owned(), file, hash: Sha256::new(), count: 0, length: UNIT })
+        Ok(BlobWriter { path: path.to_owned(), file, hash: Sha256::new(), count: 0, length: UNIT, shared: None })
+    }
+
+    /// Makes later records of equal name, type and content one record. The functions of a program
+    /// call equal constants by equal names.
+    pub(crate) fn share(&mut self) {
+        self.shared.get_or_insert_default();
     }
 
     /// Adds the elements of an array, packed as [`squeeze_container::Packed`] packs
-    /// them, and returns the record's offset.
+    /// them, and returns the record's offset: that of an earlier record if records are
+    /// [shared](Self::share).
     ///
     /// # Errors
     /// [`Error::Internal`] if the bytes are not the array's, or no blob has its dtype;
     /// [`Error::Write`].
-    pub(crate) fn push(&mut self, array: &ArrayType, data: &[u8]) -> Result<u64> {
+    pub(crate) fn push(&mut self, name: &str, array: &ArrayType, data: &[u8]) -> Result<u64> {
+        if self.shared.is_none() {
+            return self.record(array, data);
+        }
+        let mut hash = Sha256::new();
+        hash.update(format!("{name}\0{array}\0"));
+        hash.update(data);
+        let key = squeeze_base::digest::hex(hash);
+        if let Some(offset) = self.shared.as_ref().and_then(|shared| shared.get(&key)) {
+            return Ok(*offset);
+        }
+        let offset = self.record(array, data)?;
+        self.shared.get_or_insert_default().insert(key, offset);
+        Ok(offset)
+    }
+
+    fn record(&mut self, array: &ArrayType, data: &[u8]) -> Result<u64> {
         let wrong = || Error::internal(format!("{} bytes are not those of an array {array}", data.len()));
         let (code, numel) = (array.element.blob_code().ok_or_else(wrong)?, array.numel().ok_or_else(wrong)?);
         if array.bytes() != Some(data.len() as u64) {
@@ -121,14 +148,14 @@ mod tests {
             for length in lengths {
                 let values = (0..*length).map(|i| ((i * i * i + i / 2 + usize::from(bits.bits())) % bits.entries()) as u8);
                 let packed = Packed::pack(&values.collect::<Vec<_>>(), bits).unwrap();
-                writer.push(&ArrayType::new(Element::Unsigned(bits), [*length as u64]), packed.bytes()).unwrap();
+                writer.push("x", &ArrayType::new(Element::Unsigned(bits), [*length as u64]), packed.bytes()).unwrap();
             }
         }
         let numbers = (0..21).map(|i| i as f32 / 4.0 - 2.0);
         let halves: Vec<u8> = numbers.clone().flat_map(|value| f16::from_f32(value).to_le_bytes()).collect();
-        writer.push(&ArrayType::new(Element::F16, [3, 7]), &halves).unwrap();
+        writer.push("x", &ArrayType::new(Element::F16, [3, 7]), &halves).unwrap();
         let floats: Vec<u8> = numbers.flat_map(f32::to_le_bytes).collect();
-        let at = writer.push(&ArrayType::new(Element::F32, [21]), &floats).unwrap();
+        let at = writer.push("x", &ArrayType::new(Element::F32, [21]), &floats).unwrap();
         let file = writer.finish().unwrap();
         let golden = include_bytes!("../../../tests/golden/coreml/blobs.bin");
         let ours = std::fs::read(&path).unwrap();
@@ -137,14 +164,34 @@ mod tests {
         assert_eq!(file.sha256, squeeze_base::digest::of_bytes(&golden[64..]));
     }
 
+    /// Records are shared if asked for, and only those of equal name, type and content.
+    #[test]
+    fn equal_records_are_shared_on_request() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = BlobWriter::create(&folder.path().join("weight.bin")).unwrap();
+        let halves = ArrayType::new(Element::F16, [2]);
+        let first = writer.push("a", &halves, &[0; 4]).unwrap();
+        assert_ne!(writer.push("a", &halves, &[0; 4]).unwrap(), first);
+        writer.share();
+        let shared = writer.push("a", &halves, &[0; 4]).unwrap();
+        assert_eq!(writer.push("a", &halves, &[0; 4]).unwrap(), shared);
+        let others = [
+            writer.push("b", &halves, &[0; 4]).unwrap(),
+            writer.push("a", &ArrayType::new(Element::F32, [1]), &[0; 4]).unwrap(),
+            writer.push("a", &halves, &[1; 4]).unwrap(),
+        ];
+        assert!(others.iter().all(|offset| *offset > shared) && others.is_sorted_by(|a, b| a < b), "{others:?}");
+        assert_eq!(writer.push("b", &halves, &[0; 4]).unwrap(), others[0]);
+    }
+
     #[test]
     fn other_bytes_than_the_arrays_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = BlobWriter::create(&folder.path().join("weight.bin")).unwrap();
         let bits = |length: u64| ArrayType::new(Element::Unsigned(BitWidth::Three), [length]);
-        assert!(writer.push(&bits(11), &[0; 4]).is_err());
-        assert!(writer.push(&bits(11), &[0; 5]).is_ok());
-        assert!(writer.push(&ArrayType::new(Element::Bool, [8]), &[0; 8]).is_err());
-        assert!(writer.push(&ArrayType::new(Element::F16, [1 << 40, 1 << 40]), &[]).is_err());
+        assert!(writer.push("x", &bits(11), &[0; 4]).is_err());
+        assert!(writer.push("x", &bits(11), &[0; 5]).is_ok());
+        assert!(writer.push("x", &ArrayType::new(Element::Bool, [8]), &[0; 8]).is_err());
+        assert!(writer.push("x", &ArrayType::new(Element::F16, [1 << 40, 1 << 40]), &[]).is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! The description of a package's inputs and outputs.
 
 use super::element::{ArrayType, Element};
+use super::portion::{HIDDEN_STATES, SILU_TEMB, SKIPS};
 use super::program::Var;
 use super::proto::specification::array_feature_type::ArrayDataType;
 use super::proto::specification::{ArrayFeatureType, FeatureDescription, FeatureType, feature_type};
@@ -45,6 +46,9 @@ fn about(name: &str) -> &'static str {
         "x" => "A picture: red, green and blue from -1 to 1",
         "latent" => "The means of the latents, then the logarithms of their variances, not scaled",
         "noise_pred" => "What the UNet predicts: the noise, or the velocity",
+        HIDDEN_STATES => "The image features where the UNet is cut",
+        SILU_TEMB => "The embedding of timestep, pooled text and time ids, after its SiLU",
+        name if name.starts_with(SKIPS) => "A skip connection that the second chunk uses",
         _ => "",
     }
 }

@@ -8,6 +8,8 @@
 
 mod blob;
 mod check;
+mod chunk;
+mod chunks;
 mod constants;
 mod description;
 mod element;
@@ -20,14 +22,16 @@ mod operand;
 mod options;
 mod package;
 mod part;
+mod portion;
 mod program;
 pub mod proto;
 mod weights;
 
-pub use check::{PackageVerification, verify};
+pub use check::{PackageVerification, VerifiedFunction, verify};
+pub use chunks::{WrittenChunk, write_chunks};
 pub use constants::DenseConstant;
 pub use element::{ArrayType, Element};
 pub use lut::Lut;
-pub use options::{Io, Layout, Options};
+pub use options::{FunctionSize, Io, Layout, Options};
 pub use package::{VECTORS_NEED, WrittenPackage, check_scales, write};
 pub use part::{Label, Part, PartWeights, write_part};

@@ -1,9 +1,10 @@
 //! Writes a package.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use prost::Message;
+use sdxl_model::unet::UnetChain;
 use sdxl_pipeline::UnetWeights;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -13,21 +14,21 @@ use squeeze_base::output::NewFolder;
 use squeeze_base::progress::Progress;
 
 use super::blob::{BlobFile, BlobWriter};
+use super::chunk::describe_chunk;
 use super::constants::{self, DenseConstant};
 use super::description::feature;
 use super::lower::{Lowered, lower_unet};
 use super::manifest::{self, manifest};
 use super::options::Options;
-use super::program::{ProgramBuilder, declared};
+use super::portion::Portion;
+use super::program::{ProgramBuilder, Var, declared};
 use super::proto::mil_spec::{Block, Function, Operation, Program};
-use super::proto::specification::{Metadata, Model, ModelDescription, model};
+use super::proto::specification::{FunctionDescription, Metadata, Model, ModelDescription, model};
 
 /// The specification of iOS 18 and macOS 15.
 pub(super) const SPECIFICATION: i32 = 9;
 /// The operator set that belongs to it.
 pub(super) const OPSET: &str = "CoreML8";
-/// The function that runs.
-pub(super) const MAIN: &str = "main";
 /// The metadata key of the weights' hash: SHA-256 of `weight.bin` after its header.
 pub(super) const WEIGHTS_HASH: &str = "sdxl-squeeze.weights_sha256";
 /// The metadata key of the program's hash: SHA-256 of `model.mlmodel` without this entry.
@@ -43,6 +44,8 @@ pub(super) const MAKER: &str = "sdxl-squeeze";
 pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 /// The metadata key of what the UNet predicts.
 const PREDICTION_TYPE: &str = "sdxl-squeeze.prediction_type";
+/// The metadata key of a UNet's layout.
+pub(super) const LAYOUT: &str = "sdxl-squeeze.layout";
 /// The metadata keys of the `config.json` of all networks. A package has one of them, which tells
 /// its network.
 pub(super) const CONFIGS: [&str; 4] = [UNET_CONFIG, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG];
@@ -62,6 +65,10 @@ pub struct WrittenPackage {
     pub weight_bytes: u64,
     /// The bytes of `model.mlmodel`.
     pub program_bytes: u64,
+    /// The names of the functions of a package with several, the default one first. The numbers
+    /// below are those of the default function, and the functions share the constants.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub functions: Vec<String>,
     /// The operations that compute something.
     pub operations: usize,
     /// The constants.
@@ -109,10 +116,33 @@ pub fn check_scales(weights: UnetWeights) -> Result<()> {
 pub fn write(weights: UnetWeights, options: &Options, out: &Path, progress: &dyn Progress) -> Result<WrittenPackage> {
     let chain = weights.chain()?;
     check_name(out)?;
-    options.check(chain.config())?;
+    options.check_all(chain.config())?;
     check_scales(weights)?;
-    let lower = |program| lower_unet(&chain, weights, options, program, progress);
-    write_program(out, lower, |blobs, has_vectors| metadata(weights, options, blobs, has_vectors))
+    write_portion((&chain, &Portion::whole(&chain)), weights, options, out, progress)
+}
+
+/// Writes a portion of a UNet as the new package `out`.
+///
+/// # Errors
+/// As [`write`], which also checks what does not depend on the portion.
+pub(super) fn write_portion(
+    (chain, portion): (&UnetChain, &Portion),
+    weights: UnetWeights,
+    options: &Options,
+    out: &Path,
+    progress: &dyn Progress,
+) -> Result<WrittenPackage> {
+    let tensors: BTreeSet<String> = portion.tensors(chain)?.into_iter().map(|tensor| tensor.name).collect();
+    let functions = options.of_functions()?;
+    let names: Vec<&str> = functions.iter().map(|(name, _)| name.as_str()).collect();
+    let lower = |function: usize, program| lower_unet(chain, weights, &functions[function].1, portion, program, progress);
+    write_program(out, &names, lower, |blobs, has_vectors| {
+        let mut metadata = metadata(weights, &tensors, options, blobs, has_vectors);
+        if !portion.is_whole() {
+            describe_chunk(&mut metadata, portion);
+        }
+        metadata
+    })
 }
 
 /// Checks the name of a package.
@@ -126,59 +156,65 @@ pub(super) fn check_name(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the program that `lower` builds as the new package `out`. `metadata` is given the
-/// weights' file, and whether the program has vector palettes.
+/// Writes the functions called `names`, the default one first, as the new package `out`. `lower`
+/// builds each; equal constants of equal names are stored once. `metadata` is given the weights'
+/// file, and whether the program has vector palettes.
 ///
 /// # Errors
 /// [`Error::Argument`] if `out` exists; an error of `lower`; [`Error::Write`]. Then there is no
 /// package.
 pub(super) fn write_program(
     out: &Path,
-    lower: impl FnOnce(ProgramBuilder) -> Result<Lowered>,
+    names: &[&str],
+    lower: impl Fn(usize, ProgramBuilder) -> Result<Lowered>,
     metadata: impl FnOnce(&BlobFile, bool) -> Metadata,
 ) -> Result<WrittenPackage> {
     let folder = NewFolder::create(out)?;
     let data = folder.path().join("Data");
     let weights_folder = data.join(manifest::WEIGHTS);
     std::fs::create_dir_all(&weights_folder).map_err(Error::write(out))?;
-    let blobs = BlobWriter::create(&weights_folder.join(manifest::BLOBS))?;
+    let mut blobs = BlobWriter::create(&weights_folder.join(manifest::BLOBS))?;
+    if names.len() > 1 {
+        blobs.share();
+    }
 
-    let Lowered { program, inputs, outputs } = lower(ProgramBuilder::new(blobs))?;
-    let (operations, blobs) = program.into_parts();
+    let mut functions = Vec::new();
+    let mut descriptions = Vec::new();
+    for (index, name) in names.iter().enumerate() {
+        let Lowered { program, inputs, outputs } = lower(index, ProgramBuilder::new(blobs))?;
+        let operations;
+        (operations, blobs) = program.into_parts();
+        descriptions.push(FunctionDescription {
+            name: (*name).to_owned(),
+            input: inputs.iter().map(feature).collect(),
+            output: outputs.iter().map(feature).collect(),
+        });
+        functions.push(((*name).to_owned(), function(&inputs, outputs, operations)));
+    }
     let blobs = blobs.finish()?;
+    let default = functions.first().and_then(|(_, function)| function.block_specializations.get(OPSET));
+    let operations = &default.ok_or_else(|| Error::internal("a package without functions"))?.operations;
     let mut written = WrittenPackage {
         bytes: 0,
         weight_bytes: blobs.bytes,
         program_bytes: 0,
+        functions: if names.len() > 1 { names.iter().map(|name| (*name).to_owned()).collect() } else { Vec::new() },
         operations: operations.iter().filter(|op| op.r#type != "const" && !op.r#type.starts_with("constexpr_")).count(),
         constants: operations.iter().filter(|op| op.r#type == "const").count(),
         compressed: operations.iter().filter(|op| is_dense_weight(op)).count(),
         vectors: operations.iter().filter(|op| op.inputs.contains_key("vector_axis")).count(),
-        constant_bytes: constants::bytes_by_kind(&operations),
-        dense: constants::large_and_dense(&operations),
-    };
-    let description = ModelDescription {
-        metadata: Some(metadata(&blobs, written.vectors > 0)),
-        input: inputs.iter().map(feature).collect(),
-        output: outputs.iter().map(feature).collect(),
-    };
-    let outputs = outputs.into_iter().map(|output| output.name).collect();
-    let block = Block { inputs: Vec::new(), outputs, operations, attributes: BTreeMap::default() };
-    let function = Function {
-        inputs: inputs.iter().map(declared).collect(),
-        opset: OPSET.to_owned(),
-        block_specializations: BTreeMap::from([(OPSET.to_owned(), block)]),
-        attributes: BTreeMap::default(),
+        constant_bytes: constants::bytes_by_kind(operations),
+        dense: constants::large_and_dense(operations),
     };
     let program = Program {
         version: 1,
-        functions: BTreeMap::from([(MAIN.to_owned(), function)]),
+        functions: functions.into_iter().collect(),
         doc_string: String::new(),
         attributes: BTreeMap::default(),
     };
     let mut model = Model {
         specification_version: SPECIFICATION,
-        description: Some(description),
+        description: Some(describe(descriptions, metadata(&blobs, written.vectors > 0))),
         r#type: Some(model::Type::MlProgram(program)),
     };
     let hash = digest::of_bytes(&model.encode_to_vec());
@@ -195,17 +231,52 @@ pub(super) fn write_program(
     Ok(written)
 }
 
+/// A function of the program.
+fn function(inputs: &[Var], outputs: Vec<Var>, operations: Vec<Operation>) -> Function {
+    let outputs = outputs.into_iter().map(|output| output.name).collect();
+    let block = Block { inputs: Vec::new(), outputs, operations, attributes: BTreeMap::default() };
+    Function {
+        inputs: inputs.iter().map(declared).collect(),
+        opset: OPSET.to_owned(),
+        block_specializations: BTreeMap::from([(OPSET.to_owned(), block)]),
+        attributes: BTreeMap::default(),
+    }
+}
+
+/// The description of a package. Inputs and outputs of several functions are in the functions'
+/// descriptions alone (coremltools: `save_multifunction`).
+fn describe(mut functions: Vec<FunctionDescription>, metadata: Metadata) -> ModelDescription {
+    let metadata = Some(metadata);
+    match (functions.pop(), functions.first()) {
+        (Some(FunctionDescription { input, output, .. }), None) => {
+            ModelDescription { input, output, metadata, ..ModelDescription::default() }
+        }
+        (last, first) => {
+            let default_function_name = first.map_or_else(String::new, |first| first.name.clone());
+            functions.extend(last);
+            ModelDescription { functions, default_function_name, metadata, ..ModelDescription::default() }
+        }
+    }
+}
+
 /// Whether an operation decodes a compressed weight.
 fn is_dense_weight(operation: &Operation) -> bool {
     matches!(operation.r#type.as_str(), "constexpr_lut_to_dense" | "constexpr_sparse_to_dense")
 }
 
 /// The package's own fields; those of a package with vector palettes say what system it needs.
-fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vectors: bool) -> Metadata {
+/// Sizes count the weights among `tensors`, which the package has.
+fn metadata(
+    weights: UnetWeights,
+    tensors: &BTreeSet<String>,
+    options: &Options,
+    blobs: &BlobFile,
+    has_vectors: bool,
+) -> Metadata {
     let text = |value: &Value| value.to_string();
     let mut user_defined = BTreeMap::from([
         (WEIGHTS_HASH.to_owned(), blobs.sha256.clone()),
-        ("sdxl-squeeze.layout".to_owned(), options.layout.to_string()),
+        (LAYOUT.to_owned(), options.layout.to_string()),
         ("sdxl-squeeze.io".to_owned(), options.io.to_string()),
     ]);
     let mut about = "The UNet of an SDXL pipeline: one denoising step".to_owned();
@@ -215,7 +286,7 @@ fn metadata(weights: UnetWeights, options: &Options, blobs: &BlobFile, has_vecto
         user_defined.insert(PREDICTION_TYPE.to_owned(), prediction.to_owned());
     }
     if let UnetWeights::Container(container) = weights {
-        let layers: Vec<_> = container.layers().collect();
+        let layers: Vec<_> = container.layers().filter(|layer| tensors.contains(&layer.name)).collect();
         let elements: u64 = layers.iter().map(|layer| layer.shape.iter().product::<i64>() as u64).sum();
         let (kept, bytes) = layers.iter().fold((0, 0), |(kept, bytes), layer| (kept + layer.kept, bytes + layer.bytes));
         let share = |part: f64| if elements == 0 { 0.0 } else { part / elements as f64 };

@@ -17,6 +17,7 @@ use super::options::LARGEST;
 use super::package::{
     TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG, WEIGHTS_HASH, WrittenPackage, check_name, version, write_program,
 };
+use super::program::MAIN;
 use super::proto::specification::Metadata;
 
 /// A network of a pipeline beside the UNet, with inputs and outputs as Apple's Swift pipeline has
@@ -82,27 +83,27 @@ pub fn write_part(
         Part::TextEncoder => {
             let text = TextConfig::parse(file)?;
             check_text(weights, &text)?;
-            let lower = |program| lower_text_encoder(&text, &weights, program, progress);
+            let lower = |_, program| lower_text_encoder(&text, &weights, program, progress);
             let about = "A text encoder of an SDXL pipeline: token ids to states and pooled text";
-            write_program(out, lower, |blobs, _| metadata(about, TEXT_ENCODER_CONFIG, "fp16", config, label, blobs))
+            write_program(out, &[MAIN], lower, |blobs, _| metadata(about, TEXT_ENCODER_CONFIG, "fp16", config, label, blobs))
         }
         Part::VaeDecoder { latents } => {
             let vae = VaeConfig::parse(file)?;
             check_latents(latents, &vae)?;
             let compute = compute_element(&vae).to_string();
             weights.check_against(&VaeDecoder::tensors(&vae)?, &VaeDecoder::is_unused)?;
-            let lower = |program| lower_decoder(&vae, &weights, latents, program, progress);
+            let lower = |_, program| lower_decoder(&vae, &weights, latents, program, progress);
             let about = "The decoder of an SDXL pipeline's VAE: unscaled latents to a picture with values from -1 to 1";
-            write_program(out, lower, |blobs, _| metadata(about, VAE_DECODER_CONFIG, &compute, config, label, blobs))
+            write_program(out, &[MAIN], lower, |blobs, _| metadata(about, VAE_DECODER_CONFIG, &compute, config, label, blobs))
         }
         Part::VaeEncoder { latents } => {
             let vae = VaeConfig::parse(file)?;
             check_latents(latents, &vae)?;
             let compute = compute_element(&vae).to_string();
             weights.check_against(&VaeEncoder::tensors(&vae)?, &VaeEncoder::is_unused)?;
-            let lower = |program| lower_encoder(&vae, &weights, latents, program, progress);
+            let lower = |_, program| lower_encoder(&vae, &weights, latents, program, progress);
             let about = "The encoder of an SDXL pipeline's VAE: a picture with values from -1 to 1 to unscaled latents";
-            write_program(out, lower, |blobs, _| metadata(about, VAE_ENCODER_CONFIG, &compute, config, label, blobs))
+            write_program(out, &[MAIN], lower, |blobs, _| metadata(about, VAE_ENCODER_CONFIG, &compute, config, label, blobs))
         }
     }
 }

@@ -17,6 +17,9 @@ use super::proto::mil_spec::{Argument, NamedValueType, Operation, Value};
 /// How a program names its blob file.
 pub(super) const BLOB_FILE: &str = "@model_path/weights/weight.bin";
 
+/// The function of a program with one.
+pub(super) const MAIN: &str = "main";
+
 /// A value of the program by its name.
 #[derive(Debug, Clone)]
 pub(super) struct Var {
@@ -187,23 +190,24 @@ impl ProgramBuilder {
     }
 
     /// The packed elements of an array as a value: in the program if they are few, in the blob file
-    /// otherwise.
+    /// otherwise. Functions that share a blob file share equal values of equal names.
     ///
     /// # Errors
     /// [`Error::Internal`] if the bytes are not the array's; [`Error::Write`].
-    pub(crate) fn data(&mut self, array: &ArrayType, bytes: &[u8]) -> Result<Value> {
+    pub(crate) fn data(&mut self, name: &str, array: &ArrayType, bytes: &[u8]) -> Result<Value> {
         if array.numel().is_some_and(|numel| numel < BLOB_FROM) {
             return Ok(immediate_bytes(array, bytes));
         }
-        let offset = self.blobs.push(array, bytes)?;
+        let offset = self.blobs.push(name, array, bytes)?;
         let place = BlobFileValue { file_name: BLOB_FILE.to_owned(), offset };
         Ok(Value { doc_string: String::new(), r#type: Some(array.to_proto()), value: Some(Kind::BlobFileValue(place)) })
     }
 
     fn constant(&mut self, name: &str, array: ArrayType, bytes: &[u8]) -> Result<Var> {
-        let value = self.data(&array, bytes)?;
+        let name = self.claim(name);
+        let value = self.data(&name, &array, bytes)?;
         let operand = Operand { array, literal: None, constant: true, ones: None };
-        let var = Var { name: self.claim(name), operand };
+        let var = Var { name, operand };
         self.push("const", &var.name.clone(), BTreeMap::new(), std::slice::from_ref(&var), Some(value));
         Ok(var)
     }

@@ -53,7 +53,7 @@ pub(super) fn add_wide(program: &mut ProgramBuilder, name: &str, shape: &[u64], 
         let values: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
         return program.floats(name, shape, &values);
     }
-    let source = inline(program, ArrayType::new(Element::F16, shape), &bytes_of(&values))?;
+    let source = inline(program, (name, "source_val"), ArrayType::new(Element::F16, shape), &bytes_of(&values))?;
     let dtype = Arg::InlineLiteral(Literal::text("fp32"));
     program.op("constexpr_cast", name, &[("source_val", source), ("output_dtype", dtype)])
 }
@@ -83,14 +83,17 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             let mut bytes = vec![0; weight.numel().div_ceil(8)];
             bytes.iter_mut().take(1).for_each(|byte| *byte = 1);
             let one = flat(Element::F16, 1);
-            let parameters = [("nonzero_data", inline(program, one, &[0, 0])?), ("mask", inline(program, array, &bytes)?)];
+            let parameters = [
+                ("nonzero_data", inline(program, (name, "nonzero_data"), one, &[0, 0])?),
+                ("mask", inline(program, (name, "mask"), array, &bytes)?),
+            ];
             program.op("constexpr_sparse_to_dense", name, &parameters)
         }
         (Some((array, mask)), Values::Plain(values)) => {
             let bytes = bytes_of(values);
             let parameters = [
-                ("mask", inline(program, array, mask.bytes())?),
-                ("nonzero_data", inline(program, flat(Element::F16, values.len()), &bytes)?),
+                ("mask", inline(program, (name, "mask"), array, mask.bytes())?),
+                ("nonzero_data", inline(program, (name, "nonzero_data"), flat(Element::F16, values.len()), &bytes)?),
             ];
             program.op("constexpr_sparse_to_dense", name, &parameters)
         }
@@ -103,9 +106,12 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
                 return add_palettized(program, name, shape, &weight, codebook, indices, Element::F16);
             };
             let mut parameters = vec![
-                ("indices_mask", inline(program, array, mask.bytes())?),
-                ("indices_nonzero_data", inline(program, flat(element, indices.len()), indices.bytes())?),
-                ("lut", inline(program, lut_array, &lut_bytes)?),
+                ("indices_mask", inline(program, (name, "indices_mask"), array, mask.bytes())?),
+                (
+                    "indices_nonzero_data",
+                    inline(program, (name, "indices_nonzero_data"), flat(element, indices.len()), indices.bytes())?,
+                ),
+                ("lut", inline(program, (name, "lut"), lut_array, &lut_bytes)?),
             ];
             parameters.extend(vector_axis);
             let sparse = program.ops("constexpr_lut_to_sparse", &format!("{name}_palettized"), &parameters)?;
@@ -139,14 +145,15 @@ fn add_palettized(
     vectors.iter_mut().take(1).for_each(|outputs| *outputs /= vector_length);
     let element = Element::Unsigned(codebook.bits);
     let mut parameters = vec![
-        ("indices", inline(program, ArrayType::new(element, vectors), indices.bytes())?),
-        ("lut", inline(program, array, &bytes)?),
+        ("indices", inline(program, (name, "indices"), ArrayType::new(element, vectors), indices.bytes())?),
+        ("lut", inline(program, (name, "lut"), array, &bytes)?),
     ];
     parameters.extend((vector_length > 1).then_some(("vector_axis", Arg::InlineLiteral(Literal::Int(0)))));
     program.op("constexpr_lut_to_dense", name, &parameters)
 }
 
-fn inline<'a>(program: &mut ProgramBuilder, array: ArrayType, bytes: &[u8]) -> Result<Arg<'a>> {
-    let value = program.data(&array, bytes)?;
+/// A parameter of the constant expression `name` whose value is inside the operation.
+fn inline<'a>(program: &mut ProgramBuilder, (name, parameter): (&str, &str), array: ArrayType, bytes: &[u8]) -> Result<Arg<'a>> {
+    let value = program.data(&format!("{name}.{parameter}"), &array, bytes)?;
     Ok(Arg::Inline(array, value))
 }

@@ -130,6 +130,17 @@ impl<'a> UnetWeights<'a> {
         }
     }
 
+    /// The bytes of the tensor `name` of `shape` as it is stored; in fp16 if it is not compressed.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] if a compressed weight is missing.
+    pub fn stored_bytes(&self, name: &str, shape: &[i64]) -> Result<u64> {
+        match self {
+            UnetWeights::Container(container) if container.has_weight(name) => Ok(container.stored(name)?.bytes),
+            UnetWeights::Container(_) | UnetWeights::Dense { .. } => Ok(2 * shape.iter().product::<i64>() as u64),
+        }
+    }
+
     /// Reads the tensor `name` of `shape` as it is stored, or in fp16 from dense weights.
     ///
     /// # Errors

@@ -182,7 +182,7 @@ pub(super) fn settings(recipes: &LayerRecipes, shapes: &BTreeMap<String, Vec<i64
         let columns: i64 = shape.iter().skip(1).product();
         let share = base.prune.map_or(0.0, |options| options.sparsity.share(columns.unsigned_abs() as usize));
         let Some(palettize) = base.palettize else {
-            // A layer that gets no palettes, for its size or its channels, is pruned or left as it is.
+            // A layer that is too small for palettes is pruned or left as it is.
             if base.prune.is_some() {
                 let pruned = (share <= limits.max_sparsity).then(|| base.clone());
                 let dense = LayerRecipe { prune: None, ..base.clone() };

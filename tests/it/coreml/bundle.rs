@@ -140,6 +140,38 @@ fn a_bundle_has_what_swift_reads() {
     assert_eq!(written["bytes"].as_u64(), Some(bytes));
 }
 
+/// The UNet in two packages under the names that Swift looks for: run one after the other as Swift
+/// runs them, they predict what the one package of another bundle predicts.
+#[test]
+fn a_bundle_can_have_the_unet_in_two_chunks() {
+    let folder = tempfile::tempdir().unwrap();
+    let [container, whole, chunked] = ["c.safetensors", "whole", "chunked"].map(|name| folder.path().join(name));
+    made_up::container(&emoji(), &container);
+    let run = |out: &Path, more: &[&str]| bundle(&emoji()).with("--unet", &container).out(out).args(more).succeeds().text();
+    run(&whole, &[]);
+    let said = run(&chunked, &["--chunks", "2"]);
+    assert!(said.contains("UnetChunk1.mlpackage: ") && said.contains("UnetChunk2.mlpackage: "), "{said}");
+    assert!(!chunked.join("Unet.mlpackage").exists());
+    let chunks = super::chunks::paths(&chunked);
+    for path in &chunks {
+        let found = verify(path).unwrap();
+        assert!(found.hashed && found.named && found.compressed > 0, "{found:?}");
+    }
+    let read = |name: &str| std::fs::read_to_string(chunked.join(name)).unwrap();
+    let (script, card) = (read("compile.sh"), read("README.md"));
+    for name in ["UnetChunk1", "UnetChunk2"] {
+        assert!(script.contains(&format!("xcrun coremlcompiler compile \"$here/{name}.mlpackage\" \"$out\"\n")), "{script}");
+    }
+    assert!(!script.contains("Unet.mlpackage"), "{script}");
+    for part in ["| `UnetChunk1.mlpackage` | the first half of the UNet |", "The UNet is in two packages"] {
+        assert!(card.contains(part), "{card}");
+    }
+
+    let mut package = Package::read(&whole.join("Unet.mlpackage"));
+    let inputs = super::write::random_inputs(&mut package);
+    assert!(super::chunks::predict(&chunks, &inputs).equal(&evaluate(&mut package, &inputs)["noise_pred"]));
+}
+
 /// The script calls the compiler once for each package, and puts the vocabulary beside the models.
 #[cfg(unix)]
 #[test]

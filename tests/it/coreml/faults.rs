@@ -433,20 +433,15 @@ fn in_manifest() -> Vec<Fault> {
     ]
 }
 
-#[test]
-fn each_fault_is_named() {
-    let folder = tempfile::tempdir().unwrap();
-    let good = good(folder.path());
-    let path = folder.path().join("bad.mlpackage");
-    good.write(&path);
-    verify(&path).unwrap();
+/// Puts each fault into the package in turn, written as `path`, and returns those that are not
+/// found or not named.
+pub(super) fn missed(good: &Package, faults: &[Fault], path: &Path) -> Vec<String> {
     let mut missed = Vec::new();
-    let faults: Vec<Fault> = in_blobs().into_iter().chain(in_program()).chain(in_manifest()).collect();
     for (i, (expected, put)) in faults.iter().enumerate() {
         let mut bad = good.clone();
         put(&mut bad);
-        bad.write(&path);
-        match verify(&path) {
+        bad.write(path);
+        match verify(path) {
             Ok(_) => missed.push(format!("{i}: {expected}: not found")),
             Err(error) => {
                 let said = error_chain(&error);
@@ -456,6 +451,18 @@ fn each_fault_is_named() {
             }
         }
     }
+    missed
+}
+
+#[test]
+fn each_fault_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = good(folder.path());
+    let path = folder.path().join("bad.mlpackage");
+    good.write(&path);
+    verify(&path).unwrap();
+    let faults: Vec<Fault> = in_blobs().into_iter().chain(in_program()).chain(in_manifest()).collect();
+    let missed = missed(&good, &faults, &path);
     assert!(missed.is_empty(), "{} of {}:\n{}", missed.len(), faults.len(), missed.join("\n"));
 
     // A package that lacks one of this project's entries is damaged. A package without any of them
@@ -477,7 +484,7 @@ fn each_fault_is_named() {
     assert!(said.contains("it has no hashes"), "{said}");
 }
 
-pub(super) fn error_chain(error: &Error) -> String {
+fn error_chain(error: &Error) -> String {
     let mut said = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {

@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use prost::Message;
-use sdxl_squeeze::coreml::proto::mil_spec::{Block, Operation, Program, ValueType, value_type};
+use sdxl_squeeze::coreml::proto::mil_spec::tensor_value::Value as Content;
+use sdxl_squeeze::coreml::proto::mil_spec::value::Value as Kind;
+use sdxl_squeeze::coreml::proto::mil_spec::value::immediate_value::Value as Immediate;
+use sdxl_squeeze::coreml::proto::mil_spec::{Block, Operation, Program, Value as MilValue, ValueType, value_type};
 use sdxl_squeeze::coreml::proto::specification::{Model, model};
 use serde_json::Value;
 
@@ -61,6 +64,14 @@ impl Package {
         self.program().functions.get_mut("main").unwrap().block_specializations.get_mut("CoreML8").unwrap()
     }
 
+    /// The package with the function `name` alone, as `main`.
+    pub(super) fn only(&self, name: &str) -> Self {
+        let mut package = self.clone();
+        let function = package.program().functions.remove(name).unwrap();
+        package.program().functions = [("main".to_owned(), function)].into();
+        package
+    }
+
     /// The first operation of a type.
     pub(super) fn op(&mut self, kind: &str) -> &mut Operation {
         self.block().operations.iter_mut().find(|op| op.r#type == kind).unwrap()
@@ -81,4 +92,25 @@ pub(super) fn declared(value: Option<&ValueType>) -> (i32, Vec<i64>) {
         _ => panic!("a dimension that is not fixed"),
     };
     (tensor.data_type, tensor.dimensions.iter().map(|dimension| size(&dimension.dimension)).collect())
+}
+
+/// The bytes of a value, in the program or in the weight file.
+pub(super) fn bytes_of(value: &MilValue, blobs: &[u8]) -> Vec<u8> {
+    match value.value.as_ref().unwrap() {
+        Kind::BlobFileValue(place) => {
+            let number = |from: usize| {
+                let at = place.offset as usize + from;
+                u64::from_le_bytes(blobs[at..at + 8].try_into().unwrap()) as usize
+            };
+            blobs[number(16)..number(16) + number(8)].to_vec()
+        }
+        Kind::ImmediateValue(value) => match &value.value {
+            Some(Immediate::Tensor(tensor)) => match tensor.value.as_ref().unwrap() {
+                Content::Bytes(list) => list.values.clone(),
+                Content::Ints(list) => list.values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        },
+    }
 }

@@ -6,9 +6,12 @@
 
 mod buffers;
 mod bundle;
+mod chunk_faults;
+mod chunks;
 mod faults;
 mod file;
 mod flips;
+mod functions;
 mod interpreter;
 pub(crate) mod made_up;
 mod part_faults;

@@ -21,7 +21,7 @@ use sdxl_squeeze::random::noise;
 use serde_json::{Value, json};
 use tch::{Device, Kind as Dtype, Tensor};
 
-use super::file::{Package, blob_path, declared, model_path};
+use super::file::{Package, blob_path, bytes_of, declared, model_path};
 use super::interpreter::evaluate;
 use super::made_up;
 use crate::support::{emoji, ended_with, relative_error, repo, squeeze};
@@ -29,6 +29,15 @@ use crate::support::{emoji, ended_with, relative_error, repo, squeeze};
 /// Compares the output of a package with that of the UNet in Rust, on the same random inputs.
 fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
     let mut package = Package::read(package);
+    let inputs = random_inputs(&mut package);
+    let expected = prediction(chain, unet, options, &inputs);
+    let outputs = evaluate(&mut package, &inputs);
+    let error = relative_error(&outputs["noise_pred"], &expected);
+    assert!(error < 1e-4, "{options:?}: {error}");
+}
+
+/// Random inputs for a package of a whole UNet.
+pub(super) fn random_inputs(package: &mut Package) -> BTreeMap<String, Tensor> {
     let function = package.program().functions["main"].clone();
     let mut inputs: BTreeMap<String, Tensor> = BTreeMap::new();
     for (seed, input) in (7..).zip(&function.inputs) {
@@ -40,6 +49,11 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
         };
         inputs.insert(input.name.clone(), x);
     }
+    inputs
+}
+
+/// The prediction of the UNet in Rust for the inputs of its package.
+pub(super) fn prediction(chain: &UnetChain, unet: &Unet, options: &Options, inputs: &BTreeMap<String, Tensor>) -> Tensor {
     let text = &inputs["encoder_hidden_states"];
     let text = if options.io == Io::Apple { text.squeeze_dim(2).transpose(1, 2) } else { text.shallow_clone() };
     assert_eq!(text.size(), [options.batch, options.tokens, chain.config().cross_attention_dim]);
@@ -49,14 +63,11 @@ fn compare(package: &Path, chain: &UnetChain, unet: &Unet, options: &Options) {
         time_ids: inputs["time_ids"].shallow_clone(),
         timestep_cond: inputs.get("timestep_cond").map(Tensor::shallow_clone),
     };
-    let expected = unet.forward(&inputs["sample"], 741.0, &conditioning, &mut Unobserved).unwrap();
-    let outputs = evaluate(&mut package, &inputs);
-    let error = relative_error(&outputs["noise_pred"], &expected);
-    assert!(error < 1e-4, "{options:?}: {error}");
+    unet.forward(&inputs["sample"], 741.0, &conditioning, &mut Unobserved).unwrap()
 }
 
 /// The dense weights of a pipeline.
-fn dense<'a>(pipeline: &'a PipelineFolder, weights: &'a Weights) -> UnetWeights<'a> {
+pub(super) fn dense<'a>(pipeline: &'a PipelineFolder, weights: &'a Weights) -> UnetWeights<'a> {
     UnetWeights::Dense { weights, config: pipeline.unet_config(), prediction_type: Some(pipeline.scheduler.prediction()) }
 }
 
@@ -211,22 +222,7 @@ fn compressed_weights_keep_their_bits() {
 fn bytes(package: &mut Package, output: &str, parameter: &str, blobs: &[u8]) -> Vec<u8> {
     let op = package.named(output);
     let Some(Binding::Value(value)) = &op.inputs[parameter].arguments[0].binding else { panic!("{output}: not inline") };
-    match value.value.as_ref().unwrap() {
-        Kind::BlobFileValue(place) => {
-            let number = |from: usize| {
-                let at = place.offset as usize + from;
-                u64::from_le_bytes(blobs[at..at + 8].try_into().unwrap()) as usize
-            };
-            blobs[number(16)..number(16) + number(8)].to_vec()
-        }
-        Kind::ImmediateValue(value) => match &value.value {
-            Some(Immediate::Tensor(tensor)) => match tensor.value.as_ref().unwrap() {
-                Content::Bytes(list) => list.values.clone(),
-                other => panic!("{other:?}"),
-            },
-            other => panic!("{other:?}"),
-        },
-    }
+    bytes_of(value, blobs)
 }
 
 #[test]

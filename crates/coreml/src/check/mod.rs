@@ -10,7 +10,9 @@
 //! byte for byte, and the folder must hold no other file.
 
 mod blobs;
+mod chunk;
 mod files;
+mod functions;
 mod manifest;
 mod model;
 mod network;
@@ -36,6 +38,10 @@ pub struct PackageVerification {
     pub program_bytes: u64,
     /// The specification's version: 9 for iOS 18.
     pub specification: i32,
+    /// The functions of a package with several, the default one first. All numbers below are those
+    /// of the default function.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub functions: Vec<VerifiedFunction>,
     /// Inputs: name, dtype and shape.
     pub inputs: Vec<String>,
     /// Outputs: name, dtype and shape.
@@ -60,6 +66,17 @@ pub struct PackageVerification {
     pub named: bool,
 }
 
+/// A function of a verified package.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct VerifiedFunction {
+    /// Its name.
+    pub name: String,
+    /// Inputs: name, dtype and shape.
+    pub inputs: Vec<String>,
+    /// Outputs: name, dtype and shape.
+    pub outputs: Vec<String>,
+}
+
 /// Checks the package `path`.
 ///
 /// # Errors
@@ -76,25 +93,33 @@ pub fn verify(path: &Path) -> Result<PackageVerification> {
         files::check(path)?;
     }
     let blobs = blobs::Blobs::read(&manifest.weights)?;
-    let program = program::check(model.program(), &blobs).map_err(wrong)?;
-    model.check_description(&program).map_err(wrong)?;
-    let named = network::check(&model, &program).map_err(wrong)?;
+    let (functions, named) = functions::check(&model, &blobs, ours).map_err(wrong)?;
     if ours {
         model.check_weights_hash(&blobs).map_err(wrong)?;
         whole.map_err(wrong)?;
     }
-    if let Some(unused) = blobs.records.keys().find(|offset| !program.blobs.contains(offset)) {
+    let used = |offset: &u64| functions.iter().any(|(_, function)| function.blobs.contains(offset));
+    if let Some(unused) = blobs.records.keys().find(|offset| !used(offset)) {
         return Err(wrong(format!("weight.bin: nothing uses the record at {unused}")));
     }
-    let describe = |(name, array): &(String, super::ArrayType)| format!("{name}: {array}");
+    let describe = |ends: &[(String, super::ArrayType)]| ends.iter().map(|(name, array)| format!("{name}: {array}")).collect();
+    let several = if functions.len() > 1 { &functions[..] } else { &[] };
+    let described = several.iter().map(|(name, function)| VerifiedFunction {
+        name: name.clone(),
+        inputs: describe(&function.inputs),
+        outputs: describe(&function.outputs),
+    });
+    let described = described.collect();
+    let Some((_, program)) = functions.into_iter().next() else { return Err(wrong("the program has no function".into())) };
     Ok(PackageVerification {
         path: path.to_owned(),
         bytes: manifest.text.len() as u64 + model.bytes + blobs.bytes,
         weight_bytes: blobs.bytes,
         program_bytes: model.bytes,
         specification: model.version(),
-        inputs: program.inputs.iter().map(describe).collect(),
-        outputs: program.outputs.iter().map(describe).collect(),
+        functions: described,
+        inputs: describe(&program.inputs),
+        outputs: describe(&program.outputs),
         operations: program.operations,
         compressed: program.compressed,
         compressed_elements: program.compressed_elements,

@@ -12,8 +12,9 @@ use super::program::Checked;
 use crate::description::feature_type;
 use crate::manifest::manifest;
 use crate::package::{CONFIGS, MAKER, MODEL_HASH, SPECIFICATION, UNET_CONFIG, WEIGHTS_HASH};
+use crate::program::MAIN;
 use crate::proto::mil_spec::Program;
-use crate::proto::specification::{FeatureDescription, Metadata, Model, model};
+use crate::proto::specification::{FeatureDescription, FunctionDescription, Metadata, Model, model};
 
 /// A model's file.
 pub(super) struct ModelFile {
@@ -60,12 +61,47 @@ impl ModelFile {
         self.model.description.as_ref()?.metadata.as_ref()
     }
 
-    /// Whether the description has the program's inputs and outputs.
-    pub(super) fn check_description(&self, program: &Checked) -> Result<(), String> {
+    /// The names of the functions, the default one first: `main`, or those of the description,
+    /// which must be the program's.
+    pub(super) fn functions(&self) -> Result<Vec<String>, String> {
+        let (described, default, own) = match &self.model.description {
+            Some(description) => {
+                let own = description.input.len() + description.output.len();
+                (&description.functions[..], description.default_function_name.as_str(), own)
+            }
+            None => (&[][..], "", 0),
+        };
+        let mut names: Vec<String> = described.iter().map(|function| function.name.clone()).collect();
+        if names.is_empty() {
+            if !default.is_empty() {
+                return Err(format!("the default function is `{default}`, but no functions are described"));
+            }
+            names.push(MAIN.to_owned());
+        } else if own > 0 {
+            return Err("the description has inputs or outputs beside those of its functions".into());
+        } else {
+            let at = names.iter().position(|name| name == default);
+            let at = at.ok_or_else(|| format!("the default function `{default}` is none of {names:?}"))?;
+            names[..=at].rotate_right(1);
+        }
+        let mut sorted: Vec<&String> = names.iter().collect();
+        sorted.sort();
+        if !sorted.iter().copied().eq(self.program.functions.keys()) {
+            let found: Vec<&String> = self.program.functions.keys().collect();
+            return Err(format!("the program's functions are {found:?}, not {sorted:?}"));
+        }
+        Ok(names)
+    }
+
+    /// Whether the description has the inputs and outputs of the function `name`.
+    pub(super) fn check_description(&self, name: &str, program: &Checked) -> Result<(), String> {
         let description = self.model.description.as_ref().ok_or("the model has no description")?;
-        for (end, described, computed) in
-            [("input", &description.input, &program.inputs), ("output", &description.output, &program.outputs)]
-        {
+        let function = description.functions.iter().find(|function| function.name == name);
+        let (inputs, outputs) = match function {
+            Some(FunctionDescription { input, output, .. }) => (input, output),
+            None => (&description.input, &description.output),
+        };
+        for (end, described, computed) in [("input", inputs, &program.inputs), ("output", outputs, &program.outputs)] {
             let same = |(feature, (name, array)): (&FeatureDescription, &(String, _))| {
                 feature.name == *name && feature.r#type.as_ref() == Some(&feature_type(array))
             };

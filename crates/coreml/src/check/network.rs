@@ -8,8 +8,9 @@ use sdxl_model::text::{ClipText, TextConfig};
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::{VaeConfig, VaeDecoder, VaeEncoder};
 use serde_json::Value;
-use squeeze_base::error::Result as ModelResult;
+use squeeze_base::error::Error;
 
+use super::chunk;
 use super::model::ModelFile;
 use super::program::Checked;
 use crate::element::{ArrayType, Element};
@@ -43,7 +44,7 @@ pub(super) fn check(model: &ModelFile, program: &Checked) -> Result<bool, String
         return Err(format!("the metadata has both `{key}` and `{other}`"));
     }
     let Ok(Value::Object(config)) = serde_json::from_str(config) else { return Err(format!("`{key}` is not JSON")) };
-    let network = network(key, ConfigFile::from_entries(Path::new(key), config), program).map_err(|why| why.to_string())?;
+    let network = network(model, key, ConfigFile::from_entries(Path::new(key), config), program)?;
     if let Some(ends) = &network.ends {
         check_ends("inputs", network.what, &ends.inputs, &program.inputs)?;
         check_ends("outputs", network.what, &ends.outputs, &program.outputs)?;
@@ -53,7 +54,8 @@ pub(super) fn check(model: &ModelFile, program: &Checked) -> Result<bool, String
 }
 
 /// The network whose config has the metadata's `key`.
-fn network(key: &str, config: ConfigFile, program: &Checked) -> ModelResult<Network> {
+fn network(model: &ModelFile, key: &str, config: ConfigFile, program: &Checked) -> Result<Network, String> {
+    let say = |why: Error| why.to_string();
     /// The sizes of a program's picture-like input; zeros if it is not one.
     fn pixels(program: &Checked) -> [u64; 2] {
         match program.inputs.first().map(|(_, array)| &array.shape[..]) {
@@ -64,16 +66,16 @@ fn network(key: &str, config: ConfigFile, program: &Checked) -> ModelResult<Netw
     let floats = |shape: &[u64]| ArrayType::new(Element::F32, shape);
     Ok(match key {
         TEXT_ENCODER_CONFIG => {
-            let config = TextConfig::parse(config)?;
+            let config = TextConfig::parse(config).map_err(say)?;
             let [length, width] = [config.max_position_embeddings, config.hidden_size].map(|n| n as u64);
             let pooled = config.projection_dim.unwrap_or(config.hidden_size) as u64;
             let inputs = vec![("input_ids", floats(&[1, length]))];
             let outputs = vec![("hidden_embeds", floats(&[1, length, width])), ("pooled_outputs", floats(&[1, pooled]))];
             let ends = Some(Ends { inputs, outputs });
-            Network { what: "text encoder", tensors: ClipText::tensors(&config)?, ends, last: None }
+            Network { what: "text encoder", tensors: ClipText::tensors(&config).map_err(say)?, ends, last: None }
         }
         VAE_DECODER_CONFIG => {
-            let config = VaeConfig::parse(config)?;
+            let config = VaeConfig::parse(config).map_err(say)?;
             let [height, width] = pixels(program);
             let [larger_height, larger_width] = [height, width].map(|n| n.saturating_mul(config.scale() as u64));
             let compute = compute_element(&config);
@@ -81,10 +83,10 @@ fn network(key: &str, config: ConfigFile, program: &Checked) -> ModelResult<Netw
             let image = floats(&[1, config.out_channels as u64, larger_height, larger_width]);
             let ends = Some(Ends { inputs: vec![("z", z)], outputs: vec![("image", image)] });
             let last = (compute == Element::F32).then_some("decoder.conv_out");
-            Network { what: "VAE decoder", tensors: VaeDecoder::tensors(&config)?, ends, last }
+            Network { what: "VAE decoder", tensors: VaeDecoder::tensors(&config).map_err(say)?, ends, last }
         }
         VAE_ENCODER_CONFIG => {
-            let config = VaeConfig::parse(config)?;
+            let config = VaeConfig::parse(config).map_err(say)?;
             let [height, width] = pixels(program);
             let [smaller_height, smaller_width] = [height, width].map(|n| n / config.scale() as u64);
             let x = floats(&[1, config.out_channels as u64, height, width]);
@@ -92,11 +94,12 @@ fn network(key: &str, config: ConfigFile, program: &Checked) -> ModelResult<Netw
             let ends = Some(Ends { inputs: vec![("x", x)], outputs: vec![("latent", latent)] });
             let layer = if config.use_quant_conv { "quant_conv" } else { "encoder.conv_out" };
             let last = (compute_element(&config) == Element::F32).then_some(layer);
-            Network { what: "VAE encoder", tensors: VaeEncoder::tensors(&config)?, ends, last }
+            Network { what: "VAE encoder", tensors: VaeEncoder::tensors(&config).map_err(say)?, ends, last }
         }
         _ => {
-            let tensors = UnetChain::new(UnetConfig::parse(config)?).tensors()?;
-            Network { what: "UNet", tensors, ends: None, last: None }
+            let chain = UnetChain::new(UnetConfig::parse(config).map_err(say)?);
+            let portion = chunk::check(model, &chain, program)?;
+            Network { what: "UNet", tensors: portion.tensors(&chain).map_err(say)?, ends: None, last: None }
         }
     })
 }

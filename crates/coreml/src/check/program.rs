@@ -9,11 +9,11 @@ use crate::element::ArrayType;
 use crate::infer::infer;
 use crate::literal::Literal;
 use crate::operand::{Operand, Operands};
-use crate::package::{MAIN, OPSET};
+use crate::package::OPSET;
 use crate::proto::mil_spec::argument::binding::Binding;
 use crate::proto::mil_spec::{NamedValueType, Operation, Program};
 
-/// The facts about a checked program.
+/// The facts about a checked function of a program.
 #[derive(Debug, Default)]
 pub(super) struct Checked {
     /// Inputs, in order.
@@ -26,6 +26,8 @@ pub(super) struct Checked {
     pub weights: BTreeMap<String, Vec<String>>,
     /// Records of the blob file that are used.
     pub blobs: BTreeSet<u64>,
+    /// The records of each operation that holds values in the blob file, by its first output.
+    pub records: BTreeMap<String, Vec<u64>>,
     pub operations: usize,
     pub compressed: usize,
     pub compressed_elements: u64,
@@ -36,17 +38,15 @@ pub(super) struct Checked {
     pairs: BTreeMap<String, String>,
 }
 
-/// Checks the program.
-pub(super) fn check(program: &Program, blobs: &Blobs) -> Result<Checked, String> {
+/// Checks the function `name` of the program.
+pub(super) fn check(program: &Program, name: &str, blobs: &Blobs) -> Result<Checked, String> {
     if program.version != 1 {
         return Err(format!("a program of version {}", program.version));
     }
     if let Some(strange) = program.attributes.keys().find(|key| *key != "buildInfo") {
         return Err(format!("the program has the attribute `{strange}`"));
     }
-    let (Some(function), 1) = (program.functions.get(MAIN), program.functions.len()) else {
-        return Err(format!("the program's functions are {:?}, not `{MAIN}`", program.functions.keys().collect::<Vec<_>>()));
-    };
+    let function = program.functions.get(name).ok_or_else(|| format!("the program has no function `{name}`"))?;
     if function.opset != OPSET {
         return Err(format!("the operator set is `{}`, not {OPSET}", function.opset));
     }
@@ -119,7 +119,7 @@ impl Checked {
             };
             let value = attributes.get("val").ok_or("has no value")?;
             let (operand, blob) = operand(value, blobs)?;
-            self.blobs.extend(blob);
+            self.record(&output.name, blob);
             if operand.array != *array {
                 return Err(format!("says it is {array}, but is {}", operand.array));
             }
@@ -138,7 +138,7 @@ impl Checked {
                     }
                     Some(Binding::Value(value)) => {
                         let (operand, blob) = operand(value, blobs).map_err(|problem| format!("`{parameter}` {problem}"))?;
-                        self.blobs.extend(blob);
+                        self.record(outputs.first().map_or("", |output| &output.name), blob);
                         operand
                     }
                     None => return Err(format!("`{parameter}` is bound to nothing")),
@@ -160,6 +160,14 @@ impl Checked {
             self.name(&output.name, Operand { array, literal: None, constant, ones })?;
         }
         Ok(())
+    }
+
+    /// Notes a record that the operation with the first output `name` uses.
+    fn record(&mut self, name: &str, blob: Option<u64>) {
+        if let Some(blob) = blob {
+            self.blobs.insert(blob);
+            self.records.entry(name.to_owned()).or_default().push(blob);
+        }
     }
 
     /// Counts the operation and records its weights.

@@ -17,7 +17,20 @@ pub mod model {
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FunctionDescription {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "2")]
+    pub input: ::prost::alloc::vec::Vec<FeatureDescription>,
+    #[prost(message, repeated, tag = "3")]
+    pub output: ::prost::alloc::vec::Vec<FeatureDescription>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ModelDescription {
+    #[prost(message, repeated, tag = "20")]
+    pub functions: ::prost::alloc::vec::Vec<FunctionDescription>,
+    #[prost(string, tag = "21")]
+    pub default_function_name: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "100")]
     pub metadata: ::core::option::Option<Metadata>,
     #[prost(message, repeated, tag = "1")]

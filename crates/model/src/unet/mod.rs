@@ -27,7 +27,7 @@ use tch::{Kind, Tensor};
 pub use transformer::TransformerShape;
 
 use super::layer::{Observer, Unobserved};
-use crate::checkpoint::{Blueprint, Prefetched, TensorSource, TensorSpec};
+use crate::checkpoint::{Prefetched, TensorSource, TensorSpec};
 
 /// The UNet without weights: a list of its parts, in the order of execution.
 ///
@@ -96,13 +96,7 @@ impl UnetChain {
     /// # Errors
     /// If libtorch cannot make a tensor at all.
     pub fn tensors(&self) -> Result<Vec<TensorSpec>> {
-        let blueprint = Blueprint::default();
-        self.load_input_block(&blueprint)?;
-        for stage in &self.stages {
-            stage.load(&blueprint)?;
-        }
-        self.load_output_block(&blueprint)?;
-        Ok(blueprint.into_tensors())
+        self.tensors_of(&self.parts().collect::<Vec<_>>())
     }
 }
 

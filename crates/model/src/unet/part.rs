@@ -6,7 +6,7 @@ use std::fmt::{self, Display};
 use squeeze_base::error::{Error, Result};
 
 use super::{Carry, InputBlock, OutputBlock, Stage, StageName, UnetChain};
-use crate::checkpoint::TensorSource;
+use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
 use crate::layer::{Layer, Observer};
 
 /// The name of a part of the chain. The order is that of execution within each kind of stage; for
@@ -56,6 +56,18 @@ impl UnetChain {
     pub fn parts(&self) -> impl Iterator<Item = PartName> {
         let stages = self.stages().iter().map(|spec| PartName::Stage(spec.name()));
         [PartName::InputBlock].into_iter().chain(stages).chain([PartName::OutputBlock])
+    }
+
+    /// Every tensor of the given parts, in execution order.
+    ///
+    /// # Errors
+    /// If the chain has no such part, or libtorch cannot make a tensor at all.
+    pub fn tensors_of(&self, parts: &[PartName]) -> Result<Vec<TensorSpec>> {
+        let blueprint = Blueprint::default();
+        for part in parts {
+            self.load_part(*part, &blueprint)?;
+        }
+        Ok(blueprint.into_tensors())
     }
 
     /// Loads the part `name`, reading its weights from `source`.

@@ -23,9 +23,9 @@ impl<'a> UnetLowering<'a> {
     ) -> Result<(Self, Var)> {
         let net = &mut network;
         let first = *config.block_out_channels.first().expect("a UNet's config has at least one stage");
-        let time = sinusoids(net, "time", &inputs.timestep, &Sinusoids::new(config, first))?;
+        let time = sinusoids(net, "time", inputs.get("timestep")?, &Sinusoids::new(config, first))?;
         let mut time = net.cast("time.fp16", &time, "fp16")?;
-        if let Some(guidance) = &inputs.timestep_cond {
+        if let Some(guidance) = inputs.find("timestep_cond") {
             let told = cond_proj(net, "time_embedding.cond_proj", guidance, first)?;
             time = net.binary("add", "time.guided", &time, &told)?;
         }
@@ -33,17 +33,17 @@ impl<'a> UnetLowering<'a> {
 
         let (batch, numbers) = (options.batch as u64, options.time_ids as u64);
         let width = config.addition_time_embed_dim;
-        let flat = net.reshape("time_ids.flat", &inputs.time_ids, &[batch * numbers])?;
+        let flat = net.reshape("time_ids.flat", inputs.get("time_ids")?, &[batch * numbers])?;
         let ids = sinusoids(net, "time_ids", &flat, &Sinusoids::new(config, width))?;
         let ids = net.reshape("time_ids.rows", &ids, &[batch, numbers * width as u64])?;
         let ids = net.cast("time_ids.fp16", &ids, "fp16")?;
-        let added = net.concat("added_conditions", &[&inputs.text_embeds, &ids], -1)?;
+        let added = net.concat("added_conditions", &[inputs.get("text_embeds")?, &ids], -1)?;
         let added = embedding(net, "add_embedding", added, config.time_embed_dim)?;
         let temb = net.binary("add", "temb", &time, &added)?;
         let silu_temb = net.unary("silu", "temb.silu", &temb)?;
 
-        let text = text_states(net, options.io, &inputs.text)?;
-        let mut sample = inputs.sample.clone();
+        let text = inputs.find("encoder_hidden_states").map(|text| text_states(net, options.io, text)).transpose()?;
+        let mut sample = inputs.get("sample")?.clone();
         if config.center_input_sample {
             let half = |value| Literal::Half(half::f16::from_f32(value));
             sample = net.op("mul", "sample.doubled", [("x", (&sample).into()), ("y", half(2.0).into())])?;
@@ -52,7 +52,7 @@ impl<'a> UnetLowering<'a> {
         let kernel = config.conv_in_kernel;
         let hidden = net.conv2d("conv_in", &sample, first, kernel, ConvGeometry::new(1, (kernel - 1) / 2), 0)?;
         let residuals = vec![hidden.clone()];
-        Ok((UnetLowering { network, silu_temb, text, residuals }, hidden))
+        Ok((UnetLowering { network, silu_temb: Some(silu_temb), text, residuals }, hidden))
     }
 
     /// GroupNorm, SiLU, `conv_out`, and a cast to fp32.
@@ -115,7 +115,7 @@ fn embedding(net: &mut Network, name: &str, x: Var, width: i64) -> Result<Var> {
 }
 
 /// The text states, [b, n, c] or [b, c, 1, n], as tokens of the layout.
-fn text_states(net: &mut Network, io: Io, text: &Var) -> Result<Var> {
+pub(super) fn text_states(net: &mut Network, io: Io, text: &Var) -> Result<Var> {
     match (net.layout, io) {
         (Layout::Linear, Io::Apple) => {
             let [batch, channels, _, tokens] = text.dims("text")?;

@@ -1,5 +1,6 @@
 //! The UNet as a program: the computation of [`sdxl_model::unet`].
 
+mod boundary;
 mod ends;
 mod inputs;
 mod stage;
@@ -13,21 +14,24 @@ use squeeze_base::progress::{Progress, Task};
 
 use super::{Lowered, Network};
 use crate::options::Options;
+use crate::portion::Portion;
 use crate::program::{ProgramBuilder, Var};
 
 /// A UNet's program after its input block.
 struct UnetLowering<'a> {
     network: Network<'a>,
     /// SiLU of the embedding of time, text and sizes, which all resnets share: [b, c], or
-    /// [b, c, 1, 1] in the split layout.
-    silu_temb: Var,
-    /// The text states, as tokens of the layout.
-    text: Var,
+    /// [b, c, 1, 1] in the split layout; `None` in a chunk without resnets.
+    silu_temb: Option<Var>,
+    /// The text states, as tokens of the layout; `None` in a chunk without transformers.
+    text: Option<Var>,
     /// The skip connections that no up stage has used yet.
     residuals: Vec<Var>,
 }
 
-/// Lowers a UNet.
+/// Lowers a portion of a UNet. A chunk that does not begin the UNet has inputs for what the chunk
+/// before it passes on, after the UNet's own; a chunk that does not end it has outputs for the next
+/// one.
 ///
 /// # Errors
 /// If an option does not fit it, or a weight cannot be read or written.
@@ -35,20 +39,35 @@ pub(crate) fn lower(
     chain: &UnetChain,
     weights: UnetWeights,
     options: &Options,
+    portion: &Portion,
     program: ProgramBuilder,
     progress: &dyn Progress,
 ) -> Result<Lowered> {
     let config = chain.config();
     let pooled = options.check(config)?;
-    let tensors = chain.tensors()?;
+    let tensors = portion.tensors(chain)?;
     let task = Task::begin(progress, "writing the package", "tensors", tensors.len());
     let mut network = Network::new(program, &weights, options.layout, task);
-    let inputs = Inputs::declare(&mut network, config, options, pooled);
-    let (mut lowering, mut hidden) = UnetLowering::begin(network, config, options, &inputs)?;
-    for stage in chain.stages() {
+    let inputs = Inputs::declare(&mut network, config, options, pooled, &portion.inputs(chain));
+    let sizes = options.boundary_sizes();
+    let mut passed = Vec::new();
+    let (mut lowering, mut hidden) = if portion.begins() {
+        UnetLowering::begin(network, config, options, &inputs)?
+    } else {
+        let text = (options.io, inputs.find("encoder_hidden_states"));
+        let (lowering, hidden, vars) = UnetLowering::resume(network, portion.passed_in(chain, sizes), text)?;
+        passed = vars;
+        (lowering, hidden)
+    };
+    for stage in portion.stages(chain) {
         hidden = lowering.stage(stage, hidden)?;
     }
-    let output = lowering.output_block(config, &hidden)?;
+    let outputs = if portion.ends() {
+        vec![lowering.output_block(config, &hidden)?]
+    } else {
+        lowering.pass_on(&hidden, &portion.passed_on(chain, sizes))?
+    };
     let program = lowering.network.finish(&tensors)?;
-    Ok(Lowered { program, inputs: inputs.into_vars(), outputs: vec![output] })
+    let inputs = inputs.into_vars().into_iter().chain(passed).collect();
+    Ok(Lowered { program, inputs, outputs })
 }

@@ -17,7 +17,8 @@ impl UnetLowering<'_> {
                 let residual = self.residuals.pop().ok_or_else(none_left)?;
                 hidden = self.network.concat(&format!("{name}.skip.{i}"), &[&hidden, &residual], 1)?;
             }
-            hidden = self.network.resnet(&format!("{name}.resnets.{i}"), &hidden, *shape, Some(&self.silu_temb))?;
+            let silu_temb = self.silu_temb.as_ref().ok_or_else(|| Error::internal(format!("`{name}` is given no embedding")))?;
+            hidden = self.network.resnet(&format!("{name}.resnets.{i}"), &hidden, *shape, Some(silu_temb))?;
             if let Some(shape) = stage.transformers().get(i) {
                 hidden = self.transformer(&format!("{name}.attentions.{i}"), &hidden, *shape)?;
             }

@@ -2,7 +2,7 @@
 
 use sdxl_model::ConvGeometry;
 use sdxl_model::unet::TransformerShape;
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 
 use super::super::Network;
 use super::super::attention::Heads;
@@ -29,7 +29,8 @@ impl UnetLowering<'_> {
             net.tokens(name, &projected)?
         };
         for i in 0..shape.depth {
-            hidden = block(net, &format!("{name}.transformer_blocks.{i}"), hidden, &self.text, shape)?;
+            let text = self.text.as_ref().ok_or_else(|| Error::internal(format!("`{name}` is given no text states")))?;
+            hidden = block(net, &format!("{name}.transformer_blocks.{i}"), hidden, text, shape)?;
         }
         let hidden = if shape.linear_projection {
             let projected = net.dense(&format!("{name}.proj_out"), &hidden, shape.channels, true)?;
