@@ -19,7 +19,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sdxl_squeeze::checkpoint::ConfigFile;
 use sdxl_squeeze::codebook::{BitWidth, Codebook};
-use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter};
+use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter, Network};
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::{Error, Result};
 use serde_json::{Value, json};
@@ -39,7 +39,8 @@ fn main() -> Result<()> {
     let config = Path::new(model).join("unet/config.json");
     let chain = UnetChain::new(UnetConfig::read(&config)?);
     let info = ContainerInfo {
-        unet_config: ConfigFile::read(&config)?.into_entries(),
+        network: Network::Unet,
+        config: ConfigFile::read(&config)?.into_entries(),
         recipe: json!({ "made_up": { "bits": bits, "group_size": group_size, "sparsity": sparsity } }),
         sources: Vec::new(),
         prediction_type: None,

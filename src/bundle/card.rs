@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use sdxl_model::checkpoint::SourceFile;
-use sdxl_pipeline::{PipelineFolder, UnetWeights};
+use sdxl_pipeline::{NetworkWeights, PipelineFolder, UnetWeights};
 use squeeze_base::error::Result;
 use squeeze_base::number;
+use squeeze_container::Container;
 use squeeze_coreml::{Predicted, VECTORS_NEED};
 
 use super::licence::stated_licence;
@@ -101,7 +102,16 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
         );
     }
     let vae = if model.vae.force_upcast { "fp32" } else { "fp16" };
-    line(&format!("Text encoders and VAE have weights in fp16; the encoders compute in fp16, the VAE in {vae}.\n"));
+    let networks = networks(model)?;
+    let compressed: Vec<String> = networks.iter().filter_map(NetworkWeights::container).map(compressed_network).collect();
+    line(&match compressed.as_slice() {
+        [] => format!("Text encoders and VAE have weights in fp16; the encoders compute in fp16, the VAE in {vae}.\n"),
+        names => format!(
+            "Compressed beside the UNet: {}. What is not compressed of text encoders and VAE has weights in fp16; the encoders compute \
+             in fp16, the VAE in {vae}.\n",
+            names.join(", ")
+        ),
+    });
 
     line("## What Apple's pipeline does otherwise than diffusers\n");
     line("- It tells the UNet an original and a target size of 1024 x 1024, unless an app sets `originalSize` and `targetSize`.");
@@ -129,20 +139,28 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
     }
 
     line("## Recipe\n");
-    let mut recipes = vec![("UNet", *weights)];
-    recipes.extend(refiner.map(|refiner| ("refiner's UNet", refiner.weights)));
-    for (what, weights) in recipes {
+    let mut unets = vec![("UNet", *weights)];
+    unets.extend(refiner.map(|refiner| ("refiner's UNet", refiner.weights)));
+    for (what, weights) in &unets {
         match weights {
             UnetWeights::Container(container) => {
-                let layers: Vec<_> = container.layers().collect();
-                line(&format!("{} weights of the {what} are compressed:\n", number::count(layers.len() as u64)));
+                line(&format!("{} weights of the {what} are compressed:\n", number::count(container.layers().count() as u64)));
                 line(&format!("```json\n{:#}\n```\n", container.info().recipe));
-                if layers.iter().any(|layer| layer.vector_length.is_some()) {
-                    line(&format!("Palettes of vectors need {VECTORS_NEED}.\n"));
-                }
             }
             UnetWeights::Dense { .. } => line(&format!("The {what} is not compressed: its weights are fp16.\n")),
         }
+    }
+    for container in networks.iter().filter_map(NetworkWeights::container) {
+        line(&format!("The {}:\n\n```json\n{:#}\n```\n", container.info().network, container.info().recipe));
+    }
+    let unets = unets.iter().filter_map(|(_, weights)| match weights {
+        UnetWeights::Container(container) => Some(*container),
+        UnetWeights::Dense { .. } => None,
+    });
+    let has_vectors =
+        |container: &Container| container.layers().any(|layer| layer.vector_length.is_some_and(|length| length > 1));
+    if unets.chain(networks.iter().filter_map(NetworkWeights::container)).any(has_vectors) {
+        line(&format!("Palettes of vectors need {VECTORS_NEED}.\n"));
     }
 
     line("## Licence\n");
@@ -163,6 +181,22 @@ pub(super) fn card(facts: &Facts) -> Result<String> {
     Ok(card)
 }
 
+/// The networks beside the UNet, as the packages have them.
+fn networks(model: &PipelineFolder) -> Result<Vec<NetworkWeights>> {
+    let text = model.text_encoders.iter().map(|part| model.text_network(part));
+    text.chain([model.vae_network()]).collect()
+}
+
+/// A compressed network, with its mean of bits.
+fn compressed_network(container: &Container) -> String {
+    let elements = |shape: &[i64]| shape.iter().product::<i64>() as f64;
+    let (bits, all) = container.layers().fold((0.0, 0.0), |(bits, all), layer| {
+        let elements = elements(&layer.shape);
+        (bits + elements * layer.bits_per_weight, all + elements)
+    });
+    format!("{} ({:.2} bits a weight)", container.info().network, if all > 0.0 { bits / all } else { 16.0 })
+}
+
 fn row(file: &SourceFile) -> String {
     let SourceFile { bytes, file, scale, sha256 } = file;
     let scale = scale.map_or(String::new(), |scale| format!(", a LoRA times {scale}"));
@@ -172,6 +206,9 @@ fn row(file: &SourceFile) -> String {
 /// The files that the packages were made from, each once, sorted by name.
 fn sources(weights: UnetWeights, model: &PipelineFolder) -> Result<Vec<SourceFile>> {
     let mut sources: Vec<SourceFile> = [unet_sources(weights, model)?, model.prompt_files()?, model.vae_files()?].concat();
+    for network in networks(model)? {
+        sources.extend(network.container().into_iter().flat_map(|container| container.info().sources.clone()));
+    }
     sources.sort_by(|a, b| (&a.file, &a.sha256).cmp(&(&b.file, &b.sha256)));
     sources.dedup_by(|a, b| a.file == b.file && a.sha256 == b.sha256);
     Ok(sources)

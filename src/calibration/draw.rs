@@ -8,8 +8,9 @@ use sdxl_pipeline::{Guidance, PipelineFolder, SamplingDefaults};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Progress;
 use squeeze_numerics::device::Placement;
+use tch::Tensor;
 
-use super::{Calls, PromptSet, Sample, Samples, encode, feed, record};
+use super::{Calls, PromptSet, Sample, Samples, encode, feed, finals, record};
 use crate::config::{CalibrationSection, Feed};
 use crate::recipe::RunOptions;
 
@@ -35,6 +36,39 @@ pub fn calibrate(
     let sets = Mix::of(folder, section)?;
     // The encoders are dropped before the UNet is loaded.
     let guidances = tracing::debug_span!("encode").in_scope(|| sets.encoded(folder, placement, progress))?;
+    let unet = load_unet(folder, weights, section, options, progress)?;
+    let mut samples = sets.recorded(folder, &guidances, &unet, section.calibration_nsamples, progress)?;
+    samples.notes.extend(unet.beyond_half().into_iter().map(|note| format!("calibration runs: {note}")));
+    Ok(samples)
+}
+
+/// The final latents [1, c, h, w] of the prompts of `section`, drawn by the dense pipeline, in the
+/// first of the ways in which the section runs them.
+///
+/// # Errors
+/// As [`calibrate`].
+pub fn final_latents(
+    folder: &PipelineFolder,
+    weights: &Weights,
+    section: &CalibrationSection,
+    options: &RunOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<Tensor>> {
+    let set = PromptSet { prompts: section.prompts.load()?, ..settings(folder, section)? };
+    let guidances = encode(folder, &set.encoder(folder, options.placement())?, &set, progress)?;
+    let unet = load_unet(folder, weights, section, options, progress)?;
+    finals(folder, &guidances, &unet, &set, progress)
+}
+
+/// The UNet, in memory as far as the budget goes.
+fn load_unet<'a>(
+    folder: &PipelineFolder,
+    weights: &'a Weights,
+    section: &CalibrationSection,
+    options: &RunOptions,
+    progress: &dyn Progress,
+) -> Result<Unet<'a>> {
+    let placement = options.placement();
     let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
     let narrow: u64 = weights
         .entries()
@@ -50,18 +84,14 @@ pub fn calibrate(
         let calls = expected_calls(folder, section)?;
         room = room.saturating_sub(drawing_activations(&folder.unet, &calls, placement.kind.elt_size_in_bytes() as u64));
     }
-    let loading = tracing::debug_span!("load").entered();
-    let unet = if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
-        Unet::resident(folder.unet.clone(), weights.source(placement), progress)?
+    let _span = tracing::debug_span!("load").entered();
+    if elements * placement.kind.elt_size_in_bytes() as u64 <= room {
+        Unet::resident(folder.unet.clone(), weights.source(placement), progress)
     } else if narrow <= room {
-        Unet::resident(folder.unet.clone(), weights.narrow_source(placement), progress)?
+        Unet::resident(folder.unet.clone(), weights.narrow_source(placement), progress)
     } else {
-        Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))?
-    };
-    drop(loading);
-    let mut samples = sets.recorded(folder, &guidances, &unet, section.calibration_nsamples, progress)?;
-    samples.notes.extend(unet.beyond_half().into_iter().map(|note| format!("calibration runs: {note}")));
-    Ok(samples)
+        Unet::one_at_a_time(folder.unet.clone(), weights.narrow_source(placement))
+    }
 }
 
 /// The prompts of a calibration, divided between its feeds: with two, every second prompt is run in

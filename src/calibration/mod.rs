@@ -11,10 +11,12 @@ mod weighting;
 
 pub use calls::Calls;
 pub(crate) use draw::drawing_activations;
-pub use draw::{calibrate, defaults, denoising_start, encoder_bytes, expected_calls, hint, scheduler, settings, settings_for};
+pub use draw::{
+    calibrate, defaults, denoising_start, encoder_bytes, expected_calls, final_latents, hint, scheduler, settings, settings_for,
+};
 pub(crate) use hold_out::is_held_out;
 pub(crate) use pictures::PicturesInTurn;
-pub use record::{PromptSet, encode, prompts_together, record};
+pub use record::{PromptSet, encode, finals, prompts_together, record};
 use sdxl_model::unet::Conditioning;
 use squeeze_base::error::Result;
 use squeeze_numerics::device::Placement;

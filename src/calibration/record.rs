@@ -201,8 +201,6 @@ pub fn record(
     if set.prompts.is_empty() {
         return Err(Error::Argument("there are no calibration prompts".into()));
     }
-    let scale = folder.vae.scale();
-    let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
     let mut samples = Samples::default();
     let steps = set.used_calls()?;
     let available = set.prompts.len() * steps;
@@ -219,14 +217,6 @@ pub fn record(
             set.calls()?
         ));
     }
-    let mut pictures = None;
-    if let Some(Guidance { conditioning: Conditioning { encoder_hidden_states: like, .. }, .. }) = guidances.first() {
-        pictures = PicturesInTurn::load(folder, set.size, Placement { device: like.device(), kind: like.f_kind()? })?;
-    }
-    samples.notes.extend(pictures.as_ref().map(|_| pictures::NOTE.to_owned()));
-    let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
-    // A picture that is shown is made by the prompt before.
-    let together = if pictures.is_some() { 1 } else { runs_together(guidances, (shape[2], shape[3])) };
     let runs: Vec<Planned<'_>> = set
         .prompts
         .iter()
@@ -236,6 +226,48 @@ pub fn record(
         .filter(|(_, (_, steps))| !steps.is_empty())
         .map(|(index, ((prompt, guidance), steps))| Planned { index, prompt, guidance, steps })
         .collect();
+    let shows = run_all(folder, unet, (set, guidances), &runs, progress, &mut |calls, _| samples.calls.extend(calls))?;
+    samples.notes.extend(shows.then(|| pictures::NOTE.to_owned()));
+    Ok(samples)
+}
+
+/// The final latents [1, c, h, w] of every prompt of `set`, run through the dense pipeline.
+///
+/// # Errors
+/// As [`record`].
+pub fn finals(
+    folder: &PipelineFolder,
+    guidances: &[Guidance],
+    unet: &Unet,
+    set: &PromptSet,
+    progress: &dyn Progress,
+) -> Result<Vec<Tensor>> {
+    let mut finals = Vec::new();
+    let planned = |(index, (prompt, guidance))| Planned { index, prompt, guidance, steps: &[] };
+    let runs: Vec<Planned<'_>> = set.prompts.iter().map(String::as_str).zip(guidances).enumerate().map(planned).collect();
+    run_all(folder, unet, (set, guidances), &runs, progress, &mut |_, latents| finals.extend(latents))?;
+    Ok(finals)
+}
+
+/// Runs the prompts of `runs` through the dense pipeline, and hands the kept calls and the final
+/// latents of each batch to `done`. Returns whether the UNet was shown pictures.
+fn run_all(
+    folder: &PipelineFolder,
+    unet: &Unet,
+    (set, guidances): (&PromptSet, &[Guidance]),
+    runs: &[Planned<'_>],
+    progress: &dyn Progress,
+    done: &mut dyn FnMut(Vec<Sample>, Vec<Tensor>),
+) -> Result<bool> {
+    let scale = folder.vae.scale();
+    let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
+    let mut pictures = None;
+    if let Some(Guidance { conditioning: Conditioning { encoder_hidden_states: like, .. }, .. }) = guidances.first() {
+        pictures = PicturesInTurn::load(folder, set.size, Placement { device: like.device(), kind: like.f_kind()? })?;
+    }
+    let task = Task::begin(progress, "calibration runs", "prompts", set.prompts.len());
+    // A picture that is shown is made by the prompt before.
+    let together = if pictures.is_some() { 1 } else { runs_together(guidances, (shape[2], shape[3])) };
     for runs in runs.chunks(together) {
         task.go_on()?;
         runs.iter().for_each(|run| task.advance(run.prompt));
@@ -254,9 +286,9 @@ pub fn record(
         if let (Some(pictures), [latents]) = (&mut pictures, latents.as_slice()) {
             pictures.keep(latents)?;
         }
-        samples.calls.extend(calls);
+        done(calls, latents);
     }
-    Ok(samples)
+    Ok(pictures.is_some())
 }
 
 /// A prompt that is to be run.

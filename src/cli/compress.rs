@@ -1,13 +1,15 @@
 //! `sdxl-squeeze compress`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use sdxl_squeeze::calibration::calibrate;
 use sdxl_squeeze::compare::{Closeness, Reached, Reaching, reach};
-use sdxl_squeeze::compress::{JobReport, Prepared, run as run_job, workspace_folder};
+use sdxl_squeeze::compress::{JobReport, NetworkReport, Prepared, PreparedNetwork, run as run_job, workspace_folder};
+use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
+use sdxl_squeeze::pipeline::PipelineFolder;
 use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
 
@@ -45,12 +47,22 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         ["unet.squeezed.safetensors", "config.yaml", "report.json"].map(|name| args.out.join(name));
     let outputs = Paths::default().run("--config", &args.config, &config).puts_into("--out", &args.out);
     let outputs = outputs.fills("the work folder", &workspace_folder(&container));
+    let networks = PreparedNetwork::all(&folder, &config, &options, &args.out)?;
+    let outputs = networks.iter().fold(outputs, |outputs, network| {
+        outputs.fills("the work folder", &workspace_folder(network.path())).writes("--out", Some(network.path()))
+    });
+    if let (false, Some(path)) = (config.compresses_unet(), &args.samples_out) {
+        return Err(Error::Argument(format!(
+            "--samples-out {} has no effect: the config compresses no UNet, whose samples it would write",
+            path.display()
+        )));
+    }
     let outputs = [&container, &resolved, &about].into_iter().fold(outputs, |outputs, path| outputs.writes("--out", Some(path)));
     outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
     let shares = args.samples_out.is_some();
-    let task = match config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
-        true => Task::Search(Box::new(Reaching::new(&folder, &config, shares, &options, &container)?)),
-        false => Task::Run(Box::new(Prepared::new(&folder, &config, shares, &options, &container)?)),
+    let task = match config.compresses_unet() {
+        true => Some(task(&folder, &config, shares, &options, &container)?),
+        false => None,
     };
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
 
@@ -64,29 +76,55 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         }
     };
     reporter.end_on_interrupt()?;
-    let done = match task {
-        Task::Run(prepared) => run_job(&prepared, samples.as_ref(), reporter).and_then(Done::of_run),
-        Task::Search(reaching) => reach(*reaching, samples.as_ref(), reporter).and_then(Done::of_search),
-    };
+    // The other networks come first: their layers are kept until the UNet is done, too.
+    let reports = networks.iter().map(|network| network.run(reporter)).collect::<Result<Vec<_>>>();
+    let done = reports.and_then(|reports| {
+        let done = match task {
+            None => Ok(Done { config: config.to_yaml(), report: "{}".into(), summary: String::new() }),
+            Some(Task::Run(prepared)) => run_job(&prepared, samples.as_ref(), reporter).and_then(Done::of_run),
+            Some(Task::Search(reaching)) => reach(*reaching, samples.as_ref(), reporter).and_then(Done::of_search),
+        };
+        done.and_then(|done| done.with_networks(&networks, &reports))
+    });
     if let Err(Error::Stopped) = done {
         stdout::print(&format!("stopped; the same command with --resume continues the run ({})\n", args.out.display()))?;
     }
+    let has_unet = config.compresses_unet();
     let Done { config, report, summary } = done?;
     write_file(&resolved, |out| out.write_all(config.as_bytes()))?;
     write_file(&about, |out| writeln!(out, "{report}"))?;
+    networks.iter().try_for_each(PreparedNetwork::clean_up)?;
 
-    let bytes = std::fs::metadata(&container).map_err(Error::read(&container))?.len();
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));
+    let time = number::time(start.elapsed().as_secs_f64());
+    if !has_unet {
+        return stdout::print(&format!("{summary}{}: {time}{peak}\n", args.out.display()));
+    }
+    let bytes = std::fs::metadata(&container).map_err(Error::read(&container))?.len();
     stdout::print(&format!(
-        "{summary}\n{}: {} ({}), {}{peak}\n",
+        "{summary}\n{}: {} ({}), {time}{peak}\n",
         container.display(),
         number::size(bytes),
         number::count(bytes),
-        number::time(start.elapsed().as_secs_f64()),
     ))
 }
 
-/// What the config asks for.
+/// The work that `config` asks for on the UNet, after all checks that are possible before it
+/// computes.
+fn task<'a>(
+    folder: &'a PipelineFolder,
+    config: &RunConfig,
+    shares: bool,
+    options: &RunOptions,
+    container: &Path,
+) -> Result<Task<'a>> {
+    Ok(match config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
+        true => Task::Search(Box::new(Reaching::new(folder, config, shares, options, container)?)),
+        false => Task::Run(Box::new(Prepared::new(folder, config, shares, options, container)?)),
+    })
+}
+
+/// What the config asks for on the UNet.
 enum Task<'a> {
     /// One run, of a size that is known.
     Run(Box<Prepared<'a>>),
@@ -105,6 +143,35 @@ struct Done {
 }
 
 impl Done {
+    /// With the reports on the networks beside the UNet: the key `networks` of the report, and
+    /// lines of the summary before the UNet's.
+    fn with_networks(mut self, networks: &[PreparedNetwork<'_>], reports: &[NetworkReport]) -> Result<Self> {
+        if reports.is_empty() {
+            return Ok(self);
+        }
+        let mut lines = String::new();
+        for (network, report) in networks.iter().zip(reports) {
+            let notes: Vec<&str> = report.notes.iter().map(String::as_str).collect();
+            let layers: Vec<&str> = report.layers.iter().map(|layer| layer.name.as_str()).collect();
+            for note in grouped(&notes, &layers) {
+                lines.push_str(&format!("note: {note}\n"));
+            }
+            lines.push_str(&format!(
+                "{}: {} of {} in fp16; {} layers, {:.3} bits a weight\n",
+                network.path().display(),
+                number::size(report.bytes),
+                number::size(report.dense_bytes),
+                report.layers.len(),
+                report.bits_per_weight,
+            ));
+        }
+        self.summary = lines + &self.summary;
+        let mut report: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&self.report).map_err(not_json)?;
+        report.insert("networks".to_owned(), serde_json::to_value(reports).map_err(not_json)?);
+        self.report = as_json(&report)?;
+        Ok(self)
+    }
+
     fn of_run(report: JobReport) -> Result<Self> {
         Ok(Done { config: report.config.to_yaml(), report: as_json(&report)?, summary: summary(&report) })
     }
@@ -115,7 +182,11 @@ impl Done {
 }
 
 fn as_json(report: &impl serde::Serialize) -> Result<String> {
-    serde_json::to_string_pretty(report).map_err(|why| Error::Failed(format!("the report cannot be written as JSON: {why}")))
+    serde_json::to_string_pretty(report).map_err(not_json)
+}
+
+fn not_json(why: serde_json::Error) -> Error {
+    Error::Failed(format!("the report cannot be written as JSON: {why}"))
 }
 
 /// The notes on the result of a search, followed by a table of the sizes that it solved.

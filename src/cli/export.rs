@@ -445,7 +445,10 @@ fn to_coreml_part(args: &Args, part: PipelinePart, reporter: &Reporter) -> Resul
     }
     let path = args.path.display();
     if args.path.is_file() && container::is_container(&args.path) {
-        return Err(Error::Argument(format!("{path} is a container, which has no {part}; name the pipeline in its place")));
+        return Err(Error::Argument(format!(
+            "{path} is a container; name the pipeline in its place, and a container of the {part} by --text-encoder, \
+             --text-encoder-2 or --vae"
+        )));
     }
     if let Some(model) = &args.model {
         return Err(Error::Argument(format!("--model {} has no effect: {path} is the model of --part {part}", model.display())));

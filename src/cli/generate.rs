@@ -221,7 +221,7 @@ fn metadata(
 ) -> Vec<(&'static str, String)> {
     let (height, width) = generated.size;
     let shown = |path: &Path| path.display().to_string();
-    let ModelFiles { model, base, vae, loras, lora_ignore } = files;
+    let ModelFiles { model, base, vae, text_encoder, text_encoder_2, loras, lora_ignore } = files;
     let mut settings = json!({
         "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown),
         "loras": loras.iter().map(LoraFile::to_string).collect::<Vec<_>>(), "lora_ignore": lora_ignore,
@@ -230,6 +230,11 @@ fn metadata(
         "guidance_rescale": request.guidance_rescale, "timestep_spacing": request.timestep_spacing, "eta": request.eta, "height": height, "width": width,
         "scheduler": request.scheduler.as_ref().unwrap_or(&generated.scheduler), "dtype": dtype, "version": env!("CARGO_PKG_VERSION"),
     });
+    for (key, path) in [("text_encoder", text_encoder), ("text_encoder_2", text_encoder_2)] {
+        if let Some(path) = path {
+            settings[key] = shown(path).into();
+        }
+    }
     if request.prompts != PromptOptions::default() {
         settings["clip_skip"] = request.prompts.clip_skip.into();
         settings["long_prompts"] = request.prompts.long_prompts.into();

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use sdxl_squeeze::Result;
-use sdxl_squeeze::container::{Container, StoredLayer};
+use sdxl_squeeze::container::{Container, Network, StoredLayer};
 use sdxl_squeeze::inspect::{CheckpointRow, Inspection, inspect};
 use sdxl_squeeze::model::ldm::Skipped;
 use sdxl_squeeze::number::{count, size as bytes};
-use sdxl_squeeze::pipeline::UnetWeights;
+use sdxl_squeeze::pipeline::check_architecture;
 
 use super::table::{new as table, right_aligned};
 use super::{container, stdout};
@@ -118,7 +118,7 @@ fn bits(layer: &StoredLayer) -> String {
 
 /// Prints a row for each layer: its storage and its error.
 fn inspect_container(container: &Container, json: bool, summary: bool) -> Result<()> {
-    UnetWeights::from(container).chain()?;
+    check_architecture(container)?;
     if json {
         let layers: Vec<_> = container.layers().collect();
         return stdout::print_json(&layers);
@@ -143,15 +143,20 @@ fn inspect_container(container: &Container, json: bool, summary: bool) -> Result
         }
         text = format!("{}\n\n", right_aligned(rows, 2));
     }
+    let network = container.info().network;
     let stored: u64 = container.layers().map(|layer| layer.bytes).sum();
     let (tensors, halves) = container.tensors().fold((0u64, 0u64), |(n, sum), (_, _, bytes)| (n + 1, sum + bytes));
     text.push_str(&format!(
-        "{} compressed weights, {} ({}); {tensors} tensors in fp16, {}\n",
+        "{}{} compressed weights, {} ({}); {tensors} tensors in fp16, {}\n",
+        if network == Network::Unet { String::new() } else { format!("{network}: ") },
         container.layers().len(),
         bytes(stored),
         count(stored),
         bytes(halves),
     ));
+    if network != Network::Unet {
+        return stdout::print(&text);
+    }
     let predicts = container.info().prediction_type.as_deref().map(|prediction| format!("predicts {prediction}\n"));
     text.push_str(predicts.as_deref().unwrap_or("what it predicts is not recorded; its model's sampler says it\n"));
     stdout::print(&text)

@@ -3,6 +3,7 @@
 mod beside_model;
 mod bundle;
 mod compare;
+mod compare_networks;
 mod completions;
 mod compress;
 mod container;
@@ -72,6 +73,8 @@ enum Command {
     Compress(compress::Args),
     /// Compress with several configs and report size and quality of each
     Compare(compare::Args),
+    /// Measure how far compressed text encoders and a compressed VAE move embeddings and pictures
+    CompareNetworks(compare_networks::Args),
     /// Show the work, time, memory and result size of a compression without running it
     Plan(plan::Args),
     /// Check a container or a Core ML package: structure, counts and hashes
@@ -144,7 +147,7 @@ fn run(args: Args) -> Result<(), Error> {
     let profile = args.profile.map(|path| (path, Profile::default()));
     let times = profile.as_ref().map(|(_, profile)| profile.clone());
     tracing_subscriber::registry().with(lines.with_filter(LevelFilter::from_level(level))).with(times).init();
-    if matches!(args.command, Command::Compress(_) | Command::Compare(_)) {
+    if matches!(args.command, Command::Compress(_) | Command::Compare(_) | Command::CompareNetworks(_)) {
         environment::settle();
     }
     let result = command(args.command, &reporter);
@@ -157,6 +160,7 @@ fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
     match command {
         Command::Compress(args) => compress::run(args, reporter),
         Command::Compare(args) => compare::run(args, reporter),
+        Command::CompareNetworks(args) => compare_networks::run(args, reporter),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Export(args) => export::run(args, reporter),

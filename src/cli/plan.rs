@@ -1,18 +1,18 @@
 //! `sdxl-squeeze plan`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::calibration::{Calls, PromptSet, defaults, encoder_bytes, expected_calls, hint, settings};
-use sdxl_squeeze::compress::plan_of_run;
+use sdxl_squeeze::compress::{NetworkPlan, PreparedNetwork, plan_of_run};
 use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig, read_prompts};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::{ImageChannels, PipelineFolder};
 use sdxl_squeeze::plan::{Card, CarriesIn, Drawing, Memory, Plan, TuningPlan, measured_rate};
-use sdxl_squeeze::recipe::Recipe;
+use sdxl_squeeze::recipe::{Recipe, RunOptions};
 use sdxl_squeeze::synth::Preset;
-use sdxl_squeeze::{Result, number};
+use sdxl_squeeze::{Error, Result, number};
 use tch::Device;
 
 use super::edits::{Edits, model_of};
@@ -59,6 +59,15 @@ pub(super) fn run(args: Args) -> Result<()> {
     for path in &args.configs {
         let config = args.edits.config(path)?;
         let options = args.limits.options(&config)?;
+        let networks = planned_networks(&config, &options, args.architecture)?;
+        if !config.compresses_unet() {
+            let name = path.file_stem().expect("a file that was read has a name").to_string_lossy().into_owned();
+            match args.json {
+                true => json.push(serde_json::json!({ "config": name, "networks": networks })),
+                false => stdout::print(&format!("# {name}\n\n{}\n", of_networks(&networks, options.placement().device)?))?,
+            }
+            continue;
+        }
         let target = match args.architecture {
             Some(preset) => of_architecture(preset, &config)?,
             None => of_model(&config, options.placement())?,
@@ -93,6 +102,9 @@ pub(super) fn run(args: Args) -> Result<()> {
             if let Some(search) = config.budget.as_ref().and_then(|budget| budget.search.as_ref()) {
                 row["most_solves"] = serde_json::json!(search.solves);
             }
+            if !networks.is_empty() {
+                row["networks"] = serde_json::json!(networks);
+            }
             if let Some((_, tuning)) = tuning {
                 row["tuning"] = serde_json::json!(tuning);
             }
@@ -103,6 +115,9 @@ pub(super) fn run(args: Args) -> Result<()> {
             stdout::print(&detail(&name, &recipe, &plan, time, drawn.as_deref()))?;
             if let Some(budget) = &config.budget {
                 stdout::print(&format!("{}\n\n", of_budget(budget, &plan)))?;
+            }
+            if !networks.is_empty() {
+                stdout::print(&format!("{}\n", of_networks(&networks, device)?))?;
             }
             if let Some((section, tuning)) = tuning {
                 stdout::print(&format!("{}; its time is not counted above\n\n", tuning.text(section)))?;
@@ -117,6 +132,43 @@ pub(super) fn run(args: Args) -> Result<()> {
         stdout::print(&summary(&rows))?;
     }
     Ok(())
+}
+
+/// The plans of the networks beside the UNet that `config` compresses. Of an architecture alone
+/// nothing is known of them.
+fn planned_networks(config: &RunConfig, options: &RunOptions, architecture: Option<Preset>) -> Result<Vec<NetworkPlan>> {
+    if config.text_encoders.is_none() && config.vae.is_none() {
+        return Ok(Vec::new());
+    }
+    if architecture.is_some() {
+        return Err(Error::Argument(
+            "--architecture plans the UNet alone; text encoders and VAE (`text_encoders`, `vae`) are planned with --model".into(),
+        ));
+    }
+    let folder = model_of(config)?;
+    let networks = PreparedNetwork::all(&folder, config, options, Path::new(""))?;
+    networks.iter().map(PreparedNetwork::plan).collect()
+}
+
+/// A table of the networks beside the UNet.
+fn of_networks(networks: &[NetworkPlan], device: Device) -> Result<String> {
+    let rate = measured_rate(device)?;
+    let mut rows = table::new(&["network", "layers", "bytes", "in fp16", "peak memory", "TFLOP", "time"]);
+    for NetworkPlan { network, layers, payload_bytes, dense_bytes, peak_bytes, work } in networks {
+        rows.add_row([
+            network.to_string(),
+            layers.to_string(),
+            number::count(*payload_bytes),
+            number::count(*dense_bytes),
+            number::size(*peak_bytes),
+            number::fixed(2e-12 * work.multiply_adds(), 2),
+            number::time(work.seconds(rate)),
+        ]);
+    }
+    Ok(format!(
+        "{}\n(memory and time by estimate; the time does not count drawing latents for the VAE)\n",
+        table::right_aligned(rows, 1)
+    ))
 }
 
 /// A sentence on how a budget changes the plan.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sdxl_squeeze::container::Network;
 use sdxl_squeeze::coreml::VerifiedFunction;
 use sdxl_squeeze::pipeline::verify;
 use sdxl_squeeze::{Error, Result, coreml, number};
@@ -33,8 +34,9 @@ pub(super) fn run(args: Args) -> Result<()> {
         return stdout::print_json(&checked);
     }
     stdout::print(&format!(
-        "{}: whole, every hash holds\n{} compressed weights of {} elements, {:.3} bits each, {:.2} % zero; {} tensors in fp16; {}\n",
+        "{}: whole, every hash holds\n{}{} compressed weights of {} elements, {:.3} bits each, {:.2} % zero; {} tensors in fp16; {}\n",
         args.path.display(),
+        if checked.network == Network::Unet { String::new() } else { format!("{}: ", checked.network) },
         checked.weights,
         number::count(checked.weight_elements),
         checked.bits_per_weight,

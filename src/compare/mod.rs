@@ -8,6 +8,7 @@ mod frame;
 mod judge;
 mod judging;
 mod lpips;
+mod networks;
 mod pairs;
 mod part;
 mod reach;
@@ -23,6 +24,7 @@ pub use entry::{Entry, container_path, prices_path, row_path};
 use judge::Judge;
 pub use judging::Judging;
 pub use lpips::Lpips;
+pub use networks::{EmbeddingError, NetworkComparison, PictureError, compare_networks};
 use part::PartFile;
 pub use part::{Part, merge};
 pub use reach::{Closeness, Ending, Goal, Reached, Reaching, TriedSize, reach};
@@ -40,6 +42,7 @@ use squeeze_base::progress::{Progress, Task};
 use squeeze_container::Container;
 pub use sweep::Sweep;
 
+use crate::config::RunConfig;
 use crate::recipe::RunOptions;
 use crate::report::Comparison;
 
@@ -142,9 +145,17 @@ fn check_floor(folder: &PipelineFolder, options: &RunOptions) -> Result<()> {
     )))
 }
 
+/// What a comparison leaves out of a config, if anything.
+fn left_dense(config: &RunConfig) -> Option<&'static str> {
+    let has_others = config.text_encoders.is_some() || config.vae.is_some();
+    has_others.then_some(
+        "UNets are compared: text encoders and VAE are not compressed here (`compress` does that, and `compare-networks` measures it)",
+    )
+}
+
 /// The files of the VAE, with their hashes.
 fn vae_files(folder: &PipelineFolder) -> Result<Vec<SourceFile>> {
-    folder.vae_weights()?.files().map(|file| SourceFile::read(file, "")).collect()
+    folder.vae_network()?.source_files(|_| String::new())
 }
 
 /// A comparison whose entries have been checked.
@@ -175,6 +186,16 @@ impl<'a> Comparing<'a> {
         }
         if entries.is_empty() {
             return Err(Error::Argument("there is nothing to compare".into()));
+        }
+        for Entry { name, config, .. } in entries {
+            if !config.compresses_unet() {
+                return Err(Error::Argument(format!(
+                    "`{name}` compresses no UNet; `compare-networks` compares text encoders and VAE"
+                )));
+            }
+            if let Some(note) = left_dense(config) {
+                tracing::warn!("{name}: {note}");
+            }
         }
         if let Some(baseline) = &judging.baseline
             && !entries.iter().any(|entry| entry.name == *baseline)
@@ -240,7 +261,7 @@ impl<'a> Comparing<'a> {
         let noise_floor = self.judging.noise_floor.then(|| reference.measure_floor(&self.weights, progress)).transpose()?;
         let task = Task::begin(progress, "judging", "configs", self.entries.len());
         let mut rows = Vec::new();
-        for Entry { name, .. } in self.entries {
+        for Entry { name, config, .. } in self.entries {
             task.advance(name);
             // Judged on the stored weights, read back.
             let container = Container::open(&container_path(self.out, name))?;
@@ -248,6 +269,7 @@ impl<'a> Comparing<'a> {
             let unet = Unet::resident(chain.clone(), stored, progress)?;
             let mut results = reference.measure(&unet, progress)?;
             results.notes = unet.beyond_half();
+            results.notes.extend(left_dense(config).map(str::to_owned));
             drop(unet);
             reference.add_stages(&source, &stored, &mut results)?;
             rows.push(results);

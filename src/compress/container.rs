@@ -1,14 +1,12 @@
-//! The result of a run: finished weights, and everything else of the UNet in fp16.
+//! The result of a run: finished weights, and everything else of the network in fp16.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::f16;
-use sdxl_model::checkpoint::{TensorSource, Weights, halves};
-use sdxl_model::unet::UnetChain;
-use serde_json::{Map, Value, json};
+use sdxl_model::checkpoint::{TensorSource, TensorSpec, Weights, halves};
+use serde_json::json;
 use squeeze_base::error::{Error, Result};
-use squeeze_base::input::SourceFile;
 use squeeze_base::progress::{Progress, Task};
 use squeeze_codebook::Codebook;
 use squeeze_container::{CompressedWeight, ContainerInfo, ContainerWriter, StoredLayer, Values, Written};
@@ -19,23 +17,18 @@ use super::report::LayerReport;
 use super::workspace::Workspace;
 use crate::tune::Trained;
 
-/// A UNet whose compressed layers are finished.
-pub(super) struct FinishedUnet<'a> {
-    pub chain: &'a UnetChain,
-    /// Its config.json.
-    pub unet_config: &'a Map<String, Value>,
-    /// What it predicts.
-    pub prediction_type: &'a str,
+/// A network whose compressed layers are finished.
+pub(super) struct Finished<'a> {
+    /// The facts about the container.
+    pub info: ContainerInfo,
+    /// Every tensor of the network, in execution order.
+    pub tensors: Vec<TensorSpec>,
     /// Its dense weights.
     pub weights: &'a Weights,
     /// Its compressed layers.
     pub layers: &'a Workspace,
     /// The trained values that take the place of palettes, norms and biases, if it is tuned.
     pub tuned: Option<&'a Trained>,
-    /// The config of the run.
-    pub settings: Value,
-    /// The files that the dense weights come from.
-    pub sources: Vec<SourceFile>,
 }
 
 /// Sums over the compressed weights of a container.
@@ -71,14 +64,11 @@ impl Sums {
 }
 
 /// Writes the container `path`.
-pub(super) fn write_container(path: &Path, unet: FinishedUnet<'_>, progress: &dyn Progress) -> Result<(Written, Sums)> {
-    let FinishedUnet { chain, unet_config, prediction_type, weights, layers, tuned, settings, sources } = unet;
-    let prediction_type = Some(prediction_type.to_owned());
-    let info = ContainerInfo { unet_config: unet_config.clone(), recipe: settings, sources, prediction_type };
+pub(super) fn write_container(path: &Path, network: Finished<'_>, progress: &dyn Progress) -> Result<(Written, Sums)> {
+    let Finished { info, tensors, weights, layers, tuned } = network;
     let mut writer = ContainerWriter::create(path, info)?;
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let reports: BTreeMap<&str, &LayerReport> = layers.reports().map(|(report, _)| (report.name.as_str(), report)).collect();
-    let tensors = chain.tensors()?;
     let task = Task::begin(progress, "writing the container", "tensors", tensors.len());
     let mut sums = Sums::default();
     for spec in tensors {

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use half::f16;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
-use squeeze_container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
+use squeeze_container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Network};
 
 use super::report::LayerReport;
 
@@ -69,7 +69,8 @@ impl Drop for Writing {
 fn write(path: &Path, run: &str, layers: &[SolvedLayer]) -> Result<Container> {
     let rows: Vec<Value> = layers.iter().map(|layer| json!({ "notes": layer.notes, "report": layer.report })).collect();
     let info = ContainerInfo {
-        unet_config: Map::new(),
+        network: Network::Unet,
+        config: Map::new(),
         recipe: json!({ "layers": rows, "run": run }),
         sources: Vec::new(),
         prediction_type: None,

@@ -188,7 +188,7 @@ pub fn plan_of_run(
 
 /// Checks that options and folder are those that the config names, because the config is kept with
 /// the result as its description.
-fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
+pub(super) fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
     let disagrees = |key: &str, named: &str, given: String| {
         Err(Error::Argument(format!("the config's `model.{key}` is {named}, but the run was given {given}")))
     };
@@ -200,7 +200,13 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
         return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));
     }
     let real = |path: &Path| path.canonicalize().map_err(Error::read(path));
-    let ModelFiles { model: path, base, vae, loras, lora_ignore } = folder.model_files();
+    let ModelFiles { model: path, base, vae, text_encoder, text_encoder_2, loras, lora_ignore } = folder.model_files();
+    if let Some(container) = text_encoder.as_ref().or(text_encoder_2.as_ref()) {
+        return Err(Error::Argument(format!(
+            "a config has no key for a compressed text encoder such as {}; calibrate with the dense ones",
+            container.display()
+        )));
+    }
     if model.loras != *loras || model.lora_ignore != *lora_ignore {
         let shown = |loras: &[LoraFile], ignored: &Option<String>| {
             let loras: Vec<String> = loras.iter().map(LoraFile::to_string).collect();
@@ -222,7 +228,7 @@ fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions
 
 /// The config with the steps and the guidance of its calibration spelt out, so that they are part
 /// of the run's identity: their defaults depend on the model's name.
-fn settled(folder: &PipelineFolder, config: &RunConfig) -> RunConfig {
+pub(super) fn settled(folder: &PipelineFolder, config: &RunConfig) -> RunConfig {
     let mut config = config.clone();
     let defaults = defaults(folder);
     if let Some(hint) = hint(&defaults, &config.calibration) {

@@ -16,7 +16,8 @@ use crate::tune::Log;
 pub struct LayerReport {
     /// The checkpoint name, without `.weight`.
     pub name: String,
-    /// The stage, `head` for the input block, or `tail` for the output block.
+    /// The stage, `head` for the input block, or `tail` for the output block; for other networks
+    /// than the UNet the piece: `layers.0` or `decoder.mid_block`, for example.
     pub stage: String,
     /// The weight's shape.
     pub shape: Vec<i64>,
@@ -34,13 +35,19 @@ pub struct LayerReport {
 
 impl LayerReport {
     pub(super) fn of(layer: &Layer, part: PartName, compressed: &CompressedLayer, vectors: Option<u64>) -> Self {
-        let (stored, shape) = (compressed.stored.as_ref(), layer.weight().size());
+        LayerReport::new(layer.name(), part.to_string(), layer.weight().size(), compressed, vectors)
+    }
+
+    /// The report on the layer `name` of `stage`, whose weight is of `shape`.
+    pub(super) fn new(name: &str, stage: String, shape: Vec<i64>, compressed: &CompressedLayer, vectors: Option<u64>) -> Self {
+        let stored = compressed.stored.as_ref();
+        let elements: i64 = shape.iter().product();
         LayerReport {
-            name: layer.name().to_owned(),
-            stage: part.to_string(),
+            name: name.to_owned(),
+            stage,
             sparsity: stored.map_or(0.0, CompressedWeight::sparsity),
             bits_per_weight: stored.map_or(16.0, CompressedWeight::bits_per_weight),
-            bytes: stored.map_or(2 * layer.weight().numel() as u64, CompressedWeight::stored_bytes),
+            bytes: stored.map_or(2 * elements.unsigned_abs(), CompressedWeight::stored_bytes),
             shape,
             vectors,
             errors: compressed.errors,

@@ -8,11 +8,12 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 use squeeze_base::number;
 use squeeze_base::progress::{Progress, Task};
+use squeeze_container::{ContainerInfo, Network};
 
 use super::allocate::{self, Forecast, Measurement, PriceFile, Prices, Settings, Shapes};
 use super::beside::{Unseen, beside};
 use super::captions;
-use super::container::{FinishedUnet, write_container};
+use super::container::{Finished, write_container};
 use super::gather::Gatherer;
 use super::identity::{Inputs, sources_of};
 use super::job::{Calibration, Job, Machine, Model};
@@ -116,17 +117,15 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     run.notes.extend(statistics.overflows);
     let tuned = run.tune(&config, &source, &mut workspace)?;
 
-    let (chain, unet_config) = (&folder.unet, folder.unet_config());
-    let unet = FinishedUnet {
-        chain,
-        unet_config,
-        prediction_type: folder.scheduler.prediction(),
-        weights,
-        layers: &workspace,
-        tuned: tuned.as_ref(),
-        settings: config.to_json(),
+    let info = ContainerInfo {
+        network: Network::Unet,
+        config: folder.unet_config().clone(),
+        recipe: config.to_json(),
         sources,
+        prediction_type: Some(folder.scheduler.prediction().to_owned()),
     };
+    let tensors = folder.unet.tensors()?;
+    let unet = Finished { info, tensors, weights, layers: &workspace, tuned: tuned.as_ref() };
     let (written, sums) = tracing::debug_span!("container").in_scope(|| write_container(path, unet, progress))?;
     let is_calibrated = drawn.is_some() || plan.calls.is_some();
     let layers = in_execution_order(&recipe, &workspace);

@@ -71,8 +71,11 @@ fn help(key: &dyn Declared) -> String {
 fn targets() -> Vec<Target> {
     let mut targets = Vec::new();
     let mut add = |section: Option<&'static Section>, keys: &'static Section| {
-        let with_flags = keys.keys.iter().filter_map(|key| key.flag().map(|flag| Target { section, key: *key, flag }));
-        targets.extend(with_flags);
+        for key in keys.keys {
+            // Settings that several sections share have flags for the first of these sections.
+            let flag = key.flag().filter(|flag| !targets.iter().any(|other: &Target| other.flag.name == flag.name));
+            targets.extend(flag.map(|flag| Target { section, key: *key, flag }));
+        }
     };
     for section in root::SECTION.sections.iter().copied() {
         section.settings.iter().for_each(|settings| add(Some(section), settings));

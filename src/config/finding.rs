@@ -12,6 +12,10 @@ pub enum Section {
     Prune,
     /// `palettize`
     Palettize,
+    /// `text_encoders`
+    TextEncoders,
+    /// `vae`
+    Vae,
 }
 
 impl Display for Section {
@@ -19,6 +23,8 @@ impl Display for Section {
         f.write_str(match self {
             Section::Prune => "prune",
             Section::Palettize => "palettize",
+            Section::TextEncoders => "text_encoders",
+            Section::Vae => "vae",
         })
     }
 }
@@ -284,7 +290,10 @@ impl Display for Finding {
             Finding::NoLayerOfType { section, module_type } => {
                 write!(f, "{section}: `module_type_configs` has a rule for {module_type}, but the model has no such layer")
             }
-            Finding::Idle { section } => write!(f, "{section}: no layer is left to {section}"),
+            Finding::Idle { section } => {
+                let what = if *section == Section::Prune { "prune" } else { "palettize" };
+                write!(f, "{section}: no layer is left to {what}")
+            }
             Finding::GroupMisfit { layer, channels, group_size, becomes } => {
                 write!(f, "palettize: `{layer}` has {channels} channels, which groups of {group_size} do not divide; ")?;
                 match becomes {

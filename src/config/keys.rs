@@ -58,7 +58,7 @@ macro_rules! keys {
 
 keys! {
     /// A run of sdxl-squeeze.
-    root "the config" sections [model, calibration, prune, palettize, joint, budget, tune] {
+    root "the config" sections [model, calibration, prune, palettize, text_encoders, vae, joint, budget, tune] {
         /// How mask, weights and palettes are found. `joint` chooses the three of a layer together,
         /// for the least error of its output. `sequential` prunes by SparseGPT and then makes
         /// palettes without looking at the inputs, as coremltools does.
@@ -262,6 +262,34 @@ keys! {
             Preset::Text("error"),
             flag Flag { reach: Reach::PresentSection, ..Flag::new("on-misfit", "TREATMENT") }
         );
+        /// Weights of at most this many elements stay fp16.
+        WEIGHT_THRESHOLD: u64 = ("weight_threshold", kinds::ELEMENTS, Preset::Integer(2048));
+    }
+}
+
+keys! {
+    /// Which layers of the text encoders are palettized, and how. Their names begin with
+    /// `text_encoder.` or `text_encoder_2.`. The table of the tokens' embeddings counts as a
+    /// Linear, whose palettes are made without calibration.
+    text_encoders "text_encoders" settings palette_settings {
+        /// Texts to calibrate with, evenly over the calibration's prompts and captions and the
+        /// empty text.
+        NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(256));
+        /// Treatment of layers whose channels the group size does not divide, as in `palettize`.
+        ON_MISFIT: OnMisfit = ("on_misfit", Kind::WORD, Preset::Text("error"));
+        /// Weights of at most this many elements stay fp16.
+        WEIGHT_THRESHOLD: u64 = ("weight_threshold", kinds::ELEMENTS, Preset::Integer(2048));
+    }
+}
+
+keys! {
+    /// Which layers of the VAE's decoder are palettized, and how. The VAE's encoder stays fp16.
+    vae "vae" settings palette_settings {
+        /// Pictures to calibrate with, evenly over the calibration's prompts. The dense pipeline
+        /// draws their latents.
+        NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(8));
+        /// Treatment of layers whose channels the group size does not divide, as in `palettize`.
+        ON_MISFIT: OnMisfit = ("on_misfit", Kind::WORD, Preset::Text("error"));
         /// Weights of at most this many elements stay fp16.
         WEIGHT_THRESHOLD: u64 = ("weight_threshold", kinds::ELEMENTS, Preset::Integer(2048));
     }

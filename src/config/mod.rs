@@ -1,6 +1,6 @@
 //! The config of a run: a YAML file with the sections `model`, `calibration`, `prune`, `palettize`,
-//! `joint`, `budget` and `tune`, in coremltools' words where it has them, and the keys `solver`,
-//! `sequencing` and `target`. Every key is declared once, in `keys.rs`.
+//! `text_encoders`, `vae`, `joint`, `budget` and `tune`, in coremltools' words where it has them,
+//! and the keys `solver`, `sequencing` and `target`. Every key is declared once, in `keys.rs`.
 //!
 //! A file is parsed into a tree in which every value knows its place, the command line's flags edit
 //! that tree, and it is then read to the end, so that all mistakes of file and flags are reported
@@ -38,7 +38,9 @@ pub use prompts::{Prompts, read_prompts};
 pub use resolve::{Choice, LayerResolution, Resolution, RuleUse};
 pub use rules::{RuleIndex, Rules};
 pub use run_config::{Remarks, RunConfig};
-pub use sections::{BudgetSection, BudgetTarget, CalibrationSection, ModelSection, PalettizeSection, PruneSection, SizeSearch};
+pub use sections::{
+    BudgetSection, BudgetTarget, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection, SizeSearch,
+};
 pub use squeeze_base::error::{Mistake, Place};
 pub use tune::TuneSection;
 pub use words::{Feed, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};

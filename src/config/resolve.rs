@@ -97,9 +97,37 @@ impl RunConfig {
             None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
         };
         let palettized = match palettize {
-            Some(section) => resolve_palettize(section, layers, &pruned, &mut rules, &mut findings),
+            Some(section) => resolve_palettize((Section::Palettize, section), layers, &pruned, &mut rules, &mut findings),
             None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
         };
+        self.resolved(layers, (pruned, palettized), rules, findings)
+    }
+
+    /// Gives each layer of the networks of `section`, of the text encoders or the VAE, its
+    /// settings, as [`resolve`](Self::resolve) does for the UNet's. Where the config has no such
+    /// section, every layer is left alone.
+    pub fn resolve_networks(&self, section: Section, layers: &[LayerInfo]) -> Resolution {
+        let of_section = match section {
+            Section::TextEncoders => self.text_encoders.as_ref(),
+            Section::Vae => self.vae.as_ref(),
+            Section::Prune | Section::Palettize => None,
+        };
+        let left = || layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect::<Vec<_>>();
+        let (mut rules, mut findings) = (Vec::new(), Vec::new());
+        let palettized = match of_section {
+            Some(of) => resolve_palettize((section, &of.palettize), layers, &left(), &mut rules, &mut findings),
+            None => layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect(),
+        };
+        self.resolved(layers, (left(), palettized), rules, findings)
+    }
+
+    fn resolved(
+        &self,
+        layers: &[LayerInfo],
+        (pruned, palettized): (Vec<Choice<PruneOptions>>, Vec<Choice<PaletteOptions>>),
+        rules: Vec<RuleUse>,
+        mut findings: Vec<Finding>,
+    ) -> Resolution {
         findings.extend(not_joint(self.solver == SolverKind::Joint, layers, &palettized));
         // A stable sort keeps the order of the config and of the model among equals.
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity()));
@@ -146,14 +174,14 @@ fn resolve_prune(
 }
 
 fn resolve_palettize(
-    section: &PalettizeSection,
+    (name, section): (Section, &PalettizeSection),
     layers: &[LayerInfo],
     pruned: &[Choice<PruneOptions>],
     uses: &mut Vec<RuleUse>,
     findings: &mut Vec<Finding>,
 ) -> Vec<Choice<PaletteOptions>> {
     let PalettizeSection { rules, on_misfit, weight_threshold } = section;
-    let decided = check_rules(Section::Palettize, rules, layers, &vec![true; layers.len()], uses, findings);
+    let decided = check_rules(name, rules, layers, &vec![true; layers.len()], uses, findings);
     let choose = |((layer, rule), pruned): ((&LayerInfo, &RuleIndex), &Choice<PruneOptions>)| {
         let settings = match rules.settings(*rule) {
             Some(settings) => *settings,
@@ -182,7 +210,7 @@ fn resolve_palettize(
         vectors::fit(settings, layer, share, *on_misfit, findings).map_or(Choice::Leave(Why::Misfit), Choice::Apply)
     };
     let choices: Vec<_> = layers.iter().zip(&decided).zip(pruned).map(choose).collect();
-    left_alone(Section::Palettize, layers, &choices, findings);
+    left_alone(name, layers, &choices, findings);
     choices
 }
 

@@ -7,7 +7,7 @@ use super::effort;
 use super::fields::Fields;
 use super::finding::Finding;
 use super::mistake::Mistakes;
-use super::sections::{BudgetSection, CalibrationSection, ModelSection, PalettizeSection, PruneSection};
+use super::sections::{BudgetSection, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection};
 use super::tree::Node;
 use super::tune::TuneSection;
 use super::words::{SequencingWord, SolverKind, Target};
@@ -32,6 +32,12 @@ pub struct RunConfig {
     pub prune: Option<PruneSection>,
     /// Palettization; `None` palettizes nothing.
     pub palettize: Option<PalettizeSection>,
+    /// Palettization of the text encoders; `None` leaves them as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoders: Option<NetworkSection>,
+    /// Palettization of the VAE's decoder; `None` leaves it as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<NetworkSection>,
     /// The size that the result keeps to; `None` leaves it to the sections above.
     pub budget: Option<BudgetSection>,
     /// Training after the layers are compressed; `None` trains nothing.
@@ -67,6 +73,8 @@ impl Default for RunConfig {
             effort: Effort::default(),
             prune: None,
             palettize: Some(PalettizeSection::default()),
+            text_encoders: None,
+            vae: None,
             budget: None,
             tune: None,
             remarks: Remarks::default(),
@@ -83,6 +91,14 @@ impl RunConfig {
             || self.feeds_back()
     }
 
+    /// Whether the UNet is compressed: it is not where the config has sections for other networks
+    /// alone.
+    #[must_use]
+    pub fn compresses_unet(&self) -> bool {
+        let of_others = self.text_encoders.is_some() || self.vae.is_some();
+        self.prune.is_some() || self.palettize.is_some() || !of_others
+    }
+
     /// Whether a layer is rounded to fixed values with error feedback.
     fn feeds_back(&self) -> bool {
         self.palettize.as_ref().is_some_and(|section| section.quantizers().any(|quantizer| quantizer.feedback))
@@ -96,7 +112,7 @@ impl RunConfig {
     /// Reads a tree to its end. Mistakes are added to `mistakes`, with defaults in their places.
     pub(super) fn from_tree(root: &Node, mistakes: &mut Mistakes<'_>) -> RunConfig {
         use super::keys::root::*;
-        use super::keys::{budget, calibration, joint, model, palettize, prune, tune};
+        use super::keys::{budget, calibration, joint, model, palettize, prune, text_encoders, tune, vae};
         let fields = Fields::new(SECTION.name, &SECTION, root, mistakes);
         let prune = fields.section(&prune::SECTION, mistakes).map(|fields| PruneSection::read(&fields, mistakes));
         let palettize = fields.section(&palettize::SECTION, mistakes).map(|fields| PalettizeSection::read(&fields, mistakes));
@@ -112,6 +128,9 @@ impl RunConfig {
         let effort = fields.section(&joint::SECTION, mistakes).map(|fields| effort::read(&fields, mistakes));
         let budget = fields.section(&budget::SECTION, mistakes).map(|fields| BudgetSection::read(&fields, mistakes));
         let tune = fields.section(&tune::SECTION, mistakes).map(|fields| TuneSection::read(&fields, mistakes));
+        let text = fields.section(&text_encoders::SECTION, mistakes);
+        let text_encoders = text.map(|fields| NetworkSection::of_text_encoders(&fields, mistakes));
+        let vae = fields.section(&vae::SECTION, mistakes).map(|fields| NetworkSection::of_vae(&fields, mistakes));
         let config = RunConfig {
             model: model.unwrap_or_default(),
             calibration: calibration.unwrap_or_default(),
@@ -121,6 +140,8 @@ impl RunConfig {
             effort: effort.unwrap_or_default(),
             prune,
             palettize,
+            text_encoders,
+            vae,
             budget: budget.flatten(),
             tune,
             remarks: Remarks::default(),

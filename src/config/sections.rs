@@ -121,6 +121,16 @@ pub struct PalettizeSection {
     pub weight_threshold: u64,
 }
 
+/// How the layers of the text encoders or of the VAE's decoder are palettized.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct NetworkSection {
+    /// Texts, or pictures, to calibrate with. At least 1.
+    pub nsamples: usize,
+    /// The settings of the layers.
+    #[serde(flatten)]
+    pub palettize: PalettizeSection,
+}
+
 /// A size that the result keeps to, or a closeness that it reaches at the smallest size. Each layer
 /// gets settings of its own (see [`compress`](crate::compress)).
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -259,7 +269,7 @@ impl ModelSection {
     #[must_use]
     pub fn files(&self, model: PathBuf) -> ModelFiles {
         let ModelSection { path: _, base, vae, loras, lora_ignore, device: _, dtype: _ } = self.clone();
-        ModelFiles { model, base, vae, loras, lora_ignore }
+        ModelFiles { model, base, vae, loras, lora_ignore, ..ModelFiles::default() }
     }
 
     pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
@@ -363,6 +373,36 @@ impl PalettizeSection {
             weight_threshold: fields.value(&WEIGHT_THRESHOLD, mistakes),
         }
     }
+}
+
+impl NetworkSection {
+    pub(super) fn of_text_encoders(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::text_encoders::*;
+        let rules = fitted(fields, mistakes);
+        let (on_misfit, weight_threshold) = (fields.value(&ON_MISFIT, mistakes), fields.value(&WEIGHT_THRESHOLD, mistakes));
+        let palettize = PalettizeSection { rules, on_misfit, weight_threshold };
+        NetworkSection { nsamples: fields.value(&NSAMPLES, mistakes), palettize }
+    }
+
+    pub(super) fn of_vae(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+        use keys::vae::*;
+        let rules = fitted(fields, mistakes);
+        let (on_misfit, weight_threshold) = (fields.value(&ON_MISFIT, mistakes), fields.value(&WEIGHT_THRESHOLD, mistakes));
+        let palettize = PalettizeSection { rules, on_misfit, weight_threshold };
+        NetworkSection { nsamples: fields.value(&NSAMPLES, mistakes), palettize }
+    }
+}
+
+/// The rules of a section whose palettes are fitted: fixed values are a mistake.
+fn fitted(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Rules<PaletteOptions> {
+    let rules: Rules<PaletteOptions> = rules::read(fields, mistakes);
+    let fixed = rules.all_settings().find_map(|settings| settings.quantizer);
+    if let Some(Quantizer { grid, .. }) = fixed {
+        let (section, values) = (fields.name(), grid.name());
+        mistakes
+            .add(fields.position(), format!("`{section}` has fitted palettes alone (`values: kmeans`), not `values: {values}`"));
+    }
+    rules
 }
 
 impl BudgetSection {

@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::path::Path;
 
-use sdxl_model::checkpoint::{TensorSource, TensorSpec, Weights};
+use sdxl_model::checkpoint::{TensorSource, TensorSpec};
 use sdxl_model::text::ClipText;
-use sdxl_pipeline::{ModelFiles, PipelineFolder, UnetWeights};
+use sdxl_pipeline::{ModelFiles, NetworkWeights, PipelineFolder, UnetWeights};
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input;
@@ -24,7 +24,9 @@ pub fn diffusers(weights: UnetWeights, model: &PipelineFolder, out: &Path, progr
     let chain = weights.chain_of(model)?;
     let folder = NewFolder::create(out)?;
     match model.model_files() {
-        ModelFiles { model, base: None, vae: None, loras, .. } if model.is_dir() && loras.is_empty() => {
+        ModelFiles { model, base: None, vae: None, text_encoder: None, text_encoder_2: None, loras, .. }
+            if model.is_dir() && loras.is_empty() =>
+        {
             copy_all_but_unet_weights(model, folder.path(), 8)?;
         }
         ModelFiles { .. } => write_all_but_unet_weights(model, folder.path())?,
@@ -48,13 +50,13 @@ fn write_all_but_unet_weights(model: &PipelineFolder, to: &Path) -> Result<()> {
     write_json(&to.join("scheduler/scheduler_config.json"), &scheduler_of(model))?;
     write_json(&to.join("unet/config.json"), model.unet_config())?;
     write_json(&to.join("vae/config.json"), model.vae_config())?;
-    let weights = model.vae_weights()?;
-    write_weights(&weights, weights.tensors(), &to.join("vae/diffusion_pytorch_model.safetensors"))?;
+    let weights = model.vae_network()?;
+    write_weights(&weights, weights.tensors().into_iter(), &to.join("vae/diffusion_pytorch_model.safetensors"))?;
     for part in &model.text_encoders {
         write_json(&to.join(part.encoder).join("config.json"), part.config_entries())?;
-        let weights = model.text_weights(part)?;
+        let weights = model.text_network(part)?;
         let tensors = ClipText::tensors(&part.config)?;
-        let optional = weights.tensors().filter(|spec| spec.name.starts_with("text_model.final_layer_norm."));
+        let optional = weights.tensors().into_iter().filter(|spec| spec.name.starts_with("text_model.final_layer_norm."));
         let optional: Vec<TensorSpec> = optional.filter(|spec| !tensors.contains(spec)).collect();
         write_weights(&weights, tensors.into_iter().chain(optional), &to.join(part.encoder).join("model.safetensors"))?;
         let folder = to.join(part.tokenizer);
@@ -71,7 +73,7 @@ fn scheduler_of(model: &PipelineFolder) -> Map<String, Value> {
     entries
 }
 
-fn write_weights(weights: &Weights, tensors: impl Iterator<Item = TensorSpec>, path: &Path) -> Result<()> {
+fn write_weights(weights: &NetworkWeights, tensors: impl Iterator<Item = TensorSpec>, path: &Path) -> Result<()> {
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let named = tensors.map(|spec| Ok((source.tensor(&spec.name, &spec.shape)?, spec.name)).map(|(tensor, name)| (name, tensor)));
     Tensor::write_safetensors(&named.collect::<Result<Vec<_>>>()?, path)?;

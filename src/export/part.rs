@@ -46,8 +46,8 @@ pub fn coreml_part(
     progress: &dyn Progress,
 ) -> Result<WrittenPackage> {
     let vae = |kind| {
-        let weights = model.vae_weights()?;
-        write_part(kind, PartWeights { weights: &weights, config: model.vae_config() }, label, out, progress)
+        let weights = model.vae_network()?;
+        write_part(kind, PartWeights { weights: weights.stored(), config: model.vae_config() }, label, out, progress)
     };
     match part {
         PipelinePart::VaeDecoder => vae(Part::VaeDecoder { latents }),
@@ -56,8 +56,8 @@ pub fn coreml_part(
             let name = part.to_string();
             let lacks = || Error::Argument(format!("{} has no {name}", model.root().display()));
             let found = model.text_encoders.iter().find(|text| text.encoder == name).ok_or_else(lacks)?;
-            let weights = model.text_weights(found)?;
-            let weights = PartWeights { weights: &weights, config: found.config_entries() };
+            let weights = model.text_network(found)?;
+            let weights = PartWeights { weights: weights.stored(), config: found.config_entries() };
             write_part(Part::TextEncoder, weights, label, out, progress)
         }
     }

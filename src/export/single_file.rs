@@ -5,10 +5,10 @@ use std::path::Path;
 
 use half::f16;
 use safetensors::Dtype;
-use sdxl_model::checkpoint::{TensorBytes, TensorSource, View, Weights};
+use sdxl_model::checkpoint::{TensorBytes, View};
 use sdxl_model::ldm::{MARKERS, Names};
 use sdxl_model::unet::UnetChain;
-use sdxl_pipeline::{PipelineFolder, UnetWeights};
+use sdxl_pipeline::{NetworkWeights, PipelineFolder, UnetWeights};
 use serde_json::{Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::output::write_file;
@@ -30,7 +30,7 @@ enum Content<'a> {
     /// A tensor of the UNet, decoded.
     Unet(String, Vec<i64>),
     /// The views of a part's network on the stored tensor.
-    Part(&'a Weights, Vec<View>),
+    Part(&'a NetworkWeights, Vec<View>),
     /// Bytes that are known.
     Bytes(Vec<u8>),
 }
@@ -48,7 +48,7 @@ pub fn single_file(weights: UnetWeights, pipeline: Option<&PipelineFolder>, out:
         None => weights.chain()?,
     };
     let mut items = of_unet(&chain)?;
-    let mut parts: Vec<(String, Names, Weights)> = Vec::new();
+    let mut parts: Vec<(String, Names, NetworkWeights)> = Vec::new();
     if let Some(pipeline) = pipeline {
         let count = pipeline.text_encoders.len();
         for (number, part) in pipeline.text_encoders.iter().enumerate() {
@@ -56,9 +56,9 @@ pub fn single_file(weights: UnetWeights, pipeline: Option<&PipelineFolder>, out:
             let is_open_clip = number + 1 == count;
             let kind = if is_open_clip { "model" } else { "transformer" };
             let names = if is_open_clip { Names::of_open_clip(&part.config) } else { Names::of_clip(&part.config)? };
-            parts.push((format!("conditioner.embedders.{number}.{kind}."), names, pipeline.text_weights(part)?));
+            parts.push((format!("conditioner.embedders.{number}.{kind}."), names, pipeline.text_network(part)?));
         }
-        parts.push(("first_stage_model.".to_owned(), Names::of_vae(&pipeline.vae)?, pipeline.vae_weights()?));
+        parts.push(("first_stage_model.".to_owned(), Names::of_vae(&pipeline.vae)?, pipeline.vae_network()?));
         items.extend(markers(pipeline)?);
     }
     for (prefix, names, weights) in &parts {
@@ -81,7 +81,7 @@ fn of_unet(chain: &UnetChain) -> Result<Vec<Item<'static>>> {
 }
 
 /// The tensors of a part that are there: a folder may lack the VAE's encoder.
-fn of_part<'a>(prefix: &str, names: &Names, weights: &'a Weights) -> Vec<Item<'a>> {
+fn of_part<'a>(prefix: &str, names: &Names, weights: &'a NetworkWeights) -> Vec<Item<'a>> {
     let mut items = Vec::new();
     for (stored, views) in names.iter() {
         let first = &views[0].name;

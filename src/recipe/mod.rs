@@ -14,9 +14,9 @@ use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::UnetChain;
 pub use sequencing::Sequencing;
 use squeeze_base::error::Result;
-use squeeze_codebook::PruneOptions;
+use squeeze_codebook::{PruneMethod, PruneOptions};
 
-use crate::config::{LayerInfo, Resolution, RunConfig, SequencingWord, SolverKind, Target};
+use crate::config::{LayerInfo, Resolution, RunConfig, Section, SequencingWord, SolverKind, Target};
 
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug, Clone)]
@@ -64,6 +64,20 @@ impl Recipe {
         };
         Ok(Recipe { layers, sequencing, resolution })
     }
+}
+
+/// How each of `layers` is compressed by `section` of `config`, which is about other networks than
+/// the UNet, and the resolution that says so.
+///
+/// # Errors
+/// As [`Recipe::new`].
+pub fn network_layers(config: &RunConfig, section: Section, layers: &[LayerInfo]) -> Result<(LayerRecipes, Resolution)> {
+    let resolution = config.resolve_networks(section, layers).checked()?;
+    let joint = (config.solver == SolverKind::Joint).then_some(config.effort);
+    let recipe = |palettize| LayerRecipe { prune: None, method: PruneMethod::default(), palettize: Some(palettize), joint };
+    let settings = resolution.layers.iter().filter_map(|layer| Some((layer.name.clone(), *layer.palettize.settings()?)));
+    let recipes = settings.map(|(name, palettize)| (name, recipe(palettize))).collect();
+    Ok((recipes, resolution))
 }
 
 /// Every Conv2d and Linear of a UNet, in execution order.

@@ -8,7 +8,7 @@ use half::f16;
 use safetensors::{Dtype, SafeTensors};
 use sdxl_squeeze::checkpoint::{self, SafetensorsFile, TensorSource, TensorSpec, Weights};
 use sdxl_squeeze::codebook::{BitWidth, Codebook};
-use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Packed, SourceFile};
+use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Network, Packed, SourceFile};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::unet::{Unet, UnetChain, UnetConfig};
 use sdxl_squeeze::pipeline::{UnetWeights, verify};
@@ -254,7 +254,8 @@ fn emoji_info() -> ContainerInfo {
     let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
     let weights = "diffusion_pytorch_model.safetensors";
     ContainerInfo {
-        unet_config: config.as_object().unwrap().clone(),
+        network: Network::Unet,
+        config: config.as_object().unwrap().clone(),
         recipe: json!({ "palettize": { "n_bits": 4, "sparsity": 0.4 } }),
         sources: vec![SourceFile::read(&folder.join(weights), format!("unet/{weights}")).unwrap()],
         prediction_type: Some("epsilon".to_owned()),
@@ -439,7 +440,7 @@ fn lies_are_named() {
         ("version `02`", entry("version", "02")),
         ("`pruned_4.weight` has a `vector_length`, which version 1 does not know", set(pruned, "vector_length", json!(3))),
         ("`pruned_4.weight` has a `vector_length`, which version 1 does not know", set(pruned, "vector_length", json!(1))),
-        ("not a compressed UNet", entry("format", "pt")),
+        ("not a container", entry("format", "pt")),
         ("`weights`", entry("weights", "[1]")),
         ("`unet_config`", entry("unet_config", "7")),
         ("`sources`", entry("sources", "{")),

@@ -25,6 +25,7 @@ mod joint;
 mod lora;
 mod matrices;
 mod memory;
+mod networks;
 mod output_metric;
 mod outputs;
 mod overflow;

@@ -1,4 +1,4 @@
-//! The compressed UNet in one file, `unet.squeezed.safetensors`.
+//! A compressed network in one file: `unet.squeezed.safetensors`, for example.
 //!
 //! [`Container`] reads one, [`ContainerWriter`] writes one, and [`CompressedWeight`] is a weight in
 //! memory. Nothing here knows of libtorch or of a network: `pipeline::UnetWeights` builds a UNet
@@ -20,9 +20,9 @@ mod verify;
 mod weight;
 mod writer;
 
-pub use metadata::{ContainerInfo, FORMAT, VERSION};
+pub use metadata::{ContainerInfo, FORMAT, Network, VERSION};
 pub use packed::{Mask, Packed};
-pub use reader::{Container, StoredLayer};
+pub use reader::{Container, StoredLayer, is_container};
 pub use squeeze_base::input::SourceFile;
 pub use verify::Verification;
 pub use weight::{CompressedWeight, Values};

@@ -1,6 +1,7 @@
 //! The `__metadata__` of the file's header.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Display};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -26,17 +27,67 @@ const PREDICTION_TYPE: &str = "prediction_type";
 /// The hash of all metadata but itself.
 pub(super) const METADATA_HASH: &str = "metadata_sha256";
 
+/// The network of a pipeline that a container holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Network {
+    /// The UNet.
+    Unet,
+    /// The first text encoder.
+    TextEncoder,
+    /// The second text encoder, whose pooled text the UNet is told.
+    #[serde(rename = "text_encoder_2")]
+    TextEncoder2,
+    /// The VAE: its decoder, and its encoder where the model has one.
+    Vae,
+}
+
+impl Network {
+    /// All networks, in the order in which a picture needs them.
+    pub const ALL: [Network; 4] = [Network::TextEncoder, Network::TextEncoder2, Network::Unet, Network::Vae];
+
+    /// The name of the network's folder in diffusers' layout.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Network::Unet => "unet",
+            Network::TextEncoder => "text_encoder",
+            Network::TextEncoder2 => "text_encoder_2",
+            Network::Vae => "vae",
+        }
+    }
+
+    /// The metadata key of the network's `config.json`. A container has one of these keys, which
+    /// tells its network.
+    fn config_key(self) -> &'static str {
+        match self {
+            Network::Unet => "unet_config",
+            Network::TextEncoder => "text_encoder_config",
+            Network::TextEncoder2 => "text_encoder_2_config",
+            Network::Vae => "vae_config",
+        }
+    }
+}
+
+impl Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// Facts about a container as a whole.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ContainerInfo {
-    /// The UNet's `config.json`.
-    pub unet_config: Map<String, Value>,
+    /// The network that the tensors are of.
+    pub network: Network,
+    /// The network's `config.json`.
+    pub config: Map<String, Value>,
     /// The configuration that the weights were compressed with, as resolved.
     pub recipe: Value,
     /// The files that the uncompressed weights came from.
     pub sources: Vec<SourceFile>,
     /// What the UNet predicts (`epsilon`, `v_prediction`, `sample`), which a sampler must know;
-    /// `None` if it is not known, as in containers of older programs.
+    /// `None` if it is not known, as in containers of older programs, and for other networks.
     pub prediction_type: Option<String>,
 }
 
@@ -208,7 +259,7 @@ impl Metadata {
         let mut entries = BTreeMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("version".to_owned(), self.version.to_string()),
-            ("unet_config".to_owned(), to_json(&self.info.unet_config)),
+            (self.info.network.config_key().to_owned(), to_json(&self.info.config)),
             ("recipe".to_owned(), to_json(&self.info.recipe)),
             ("sources".to_owned(), to_json(&self.info.sources)),
             ("weights".to_owned(), to_json(&self.weights)),
@@ -230,7 +281,7 @@ impl Metadata {
         let wrong = |problem: String| Error::bad_file(path, problem);
         let text = |key: &str| entries.get(key).ok_or_else(|| wrong(format!("the metadata lacks `{key}`")));
         if entries.get("format").map(String::as_str) != Some(FORMAT) {
-            return Err(wrong(format!("not a compressed UNet: its metadata does not say format = {FORMAT}")));
+            return Err(wrong(format!("not a container: its metadata does not say format = {FORMAT}")));
         }
         let version = text("version")?;
         let Some(version) = (1..=VERSION).find(|known| *version == known.to_string()) else {
@@ -240,8 +291,19 @@ impl Metadata {
         if *text(METADATA_HASH)? != digest::of_entries(text_pairs(entries).filter(|(key, _)| *key != METADATA_HASH)) {
             return Err(wrong(format!("the metadata is damaged: it does not have the hash that `{METADATA_HASH}` says")));
         }
+        let told: Vec<Network> = Network::ALL.into_iter().filter(|network| entries.contains_key(network.config_key())).collect();
+        let network = match told[..] {
+            [] => Network::Unet,
+            [network] => network,
+            [one, other, ..] => {
+                let (one, other) = (one.config_key(), other.config_key());
+                return Err(wrong(format!("the metadata has both `{one}` and `{other}`, of which a container has one")));
+            }
+        };
+        let key = network.config_key();
         let info = ContainerInfo {
-            unet_config: json(path, "unet_config", text("unet_config")?)?,
+            network,
+            config: json(path, key, text(key)?)?,
             recipe: json(path, "recipe", text("recipe")?)?,
             sources: json(path, "sources", text("sources")?)?,
             prediction_type: entries.get(PREDICTION_TYPE).cloned(),

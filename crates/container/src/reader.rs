@@ -12,7 +12,7 @@ use squeeze_base::safetensors_file::{Magnitudes, SafetensorsFile};
 use squeeze_codebook::{BitWidth, Codebook, Scales};
 
 use super::half_bytes;
-use super::metadata::{ContainerInfo, Metadata, Part, WeightRow, table_hash};
+use super::metadata::{ContainerInfo, FORMAT, Metadata, Part, WeightRow, table_hash};
 use super::packed::{Mask, Packed};
 use super::weight::{CompressedWeight, Values, numel};
 
@@ -22,6 +22,13 @@ use super::weight::{CompressedWeight, Values, numel};
 pub struct Container {
     file: SafetensorsFile,
     metadata: Metadata,
+}
+
+/// Whether the file `path` says that it is a container. A file that is none may be a checkpoint.
+#[must_use]
+pub fn is_container(path: &Path) -> bool {
+    let is_ours = |file: SafetensorsFile| file.metadata().get("format").is_some_and(|format| format == FORMAT);
+    SafetensorsFile::open(path).is_ok_and(is_ours)
 }
 
 /// How a compressed weight is stored.

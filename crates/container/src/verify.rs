@@ -8,6 +8,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 
 use super::half_bytes;
+use super::metadata::Network;
 use super::reader::{Container, StoredLayer};
 
 /// A verified container, in numbers.
@@ -16,6 +17,8 @@ pub struct Verification {
     /// The file.
     #[serde(serialize_with = "squeeze_base::shorten::path_as_text")]
     pub path: PathBuf,
+    /// The network that it holds.
+    pub network: Network,
     /// Its length.
     pub bytes: u64,
     /// The bytes of tensors; the rest is the header with names and metadata.
@@ -87,6 +90,7 @@ impl Container {
         let per_element = |n: f64| if weight_elements == 0 { 0.0 } else { n / weight_elements as f64 };
         Ok(Verification {
             path: self.path().to_owned(),
+            network: self.info().network,
             bytes,
             payload_bytes,
             version: self.metadata().version,

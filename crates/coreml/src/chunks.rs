@@ -35,8 +35,9 @@ pub struct WrittenChunk {
 /// a transformer. Every weight is in one of the packages.
 ///
 /// # Errors
-/// As [`write`](super::write); [`Error::Argument`] if the program is to make noise of the prediction. If the second package cannot be written, the first is left: write
-/// both into a new folder that appears when it is whole.
+/// As [`write`](super::write); [`Error::Argument`] if the program is to make noise of the
+/// prediction. If the second package cannot be written, the first is left: write both into a new
+/// folder that appears when it is whole.
 pub fn write_chunks(
     weights: UnetWeights,
     options: &Options,

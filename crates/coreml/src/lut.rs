@@ -86,6 +86,12 @@ impl Lut {
         ArrayType::new(Element::F16, shape)
     }
 
+    /// Its entries widened to fp32, as little-endian bytes.
+    #[must_use]
+    pub fn wide_bytes(&self) -> Vec<u8> {
+        self.entries.iter().flat_map(|entry| entry.to_f32().to_le_bytes()).collect()
+    }
+
     /// Its entries as little-endian bytes.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {

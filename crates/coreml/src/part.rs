@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use sdxl_model::checkpoint::{ConfigFile, Weights};
+use sdxl_model::checkpoint::ConfigFile;
 use sdxl_model::text::{ClipText, TextConfig};
 use sdxl_model::vae::{VaeConfig, VaeDecoder, VaeEncoder};
+use sdxl_pipeline::StoredNetwork;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::Progress;
@@ -42,10 +43,10 @@ pub enum Part {
 }
 
 /// A part's weights and its `config.json`. A VAE's are those of both halves.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct PartWeights<'a> {
-    /// The weights, which are stored as fp16.
-    pub weights: &'a Weights,
+    /// The weights: dense ones are stored as fp16, compressed ones stay compressed.
+    pub weights: &'a dyn StoredNetwork,
     /// The entries of the config.
     pub config: &'a Map<String, Value>,
 }
@@ -77,12 +78,12 @@ pub fn write_part(
 ) -> Result<WrittenPackage> {
     check_name(out)?;
     let PartWeights { weights, config } = weights;
-    let file = ConfigFile::from_entries(weights.folder(), config.clone());
+    let file = ConfigFile::from_entries(weights.path(), config.clone());
     match part {
         Part::TextEncoder => {
             let text = TextConfig::parse(file)?;
             check_text(weights, &text)?;
-            let lower = |_, program| lower_text_encoder(&text, weights, program, progress);
+            let lower = |_, program| lower_text_encoder(&text, &weights, program, progress);
             let about = "A text encoder of an SDXL pipeline: token ids to states and pooled text";
             write_program(out, &[MAIN], lower, |blobs, _| metadata(about, TEXT_ENCODER_CONFIG, "fp16", config, label, blobs))
         }
@@ -90,8 +91,8 @@ pub fn write_part(
             let vae = VaeConfig::parse(file)?;
             check_latents(latents, &vae)?;
             let compute = compute_element(&vae).to_string();
-            weights.check(&VaeDecoder::tensors(&vae)?, VaeDecoder::is_unused)?;
-            let lower = |_, program| lower_decoder(&vae, weights, latents, program, progress);
+            weights.check_against(&VaeDecoder::tensors(&vae)?, &VaeDecoder::is_unused)?;
+            let lower = |_, program| lower_decoder(&vae, &weights, latents, program, progress);
             let about = "The decoder of an SDXL pipeline's VAE: unscaled latents to a picture with values from -1 to 1";
             write_program(out, &[MAIN], lower, |blobs, _| metadata(about, VAE_DECODER_CONFIG, &compute, config, label, blobs))
         }
@@ -99,8 +100,8 @@ pub fn write_part(
             let vae = VaeConfig::parse(file)?;
             check_latents(latents, &vae)?;
             let compute = compute_element(&vae).to_string();
-            weights.check(&VaeEncoder::tensors(&vae)?, VaeEncoder::is_unused)?;
-            let lower = |_, program| lower_encoder(&vae, weights, latents, program, progress);
+            weights.check_against(&VaeEncoder::tensors(&vae)?, &VaeEncoder::is_unused)?;
+            let lower = |_, program| lower_encoder(&vae, &weights, latents, program, progress);
             let about = "The encoder of an SDXL pipeline's VAE: a picture with values from -1 to 1 to unscaled latents";
             write_program(out, &[MAIN], lower, |blobs, _| metadata(about, VAE_ENCODER_CONFIG, &compute, config, label, blobs))
         }
@@ -109,9 +110,11 @@ pub fn write_part(
 
 /// Checks that exactly an encoder's tensors are there. The file of an encoder without a projection
 /// may have one that is unused.
-fn check_text(weights: &Weights, config: &TextConfig) -> Result<()> {
+fn check_text(weights: &dyn StoredNetwork, config: &TextConfig) -> Result<()> {
     let pools = config.projection_dim.is_some();
-    weights.check(&ClipText::tensors(config)?, |name| ClipText::is_unused(name) || (!pools && name == "text_projection.weight"))
+    weights.check_against(&ClipText::tensors(config)?, &|name| {
+        ClipText::is_unused(name) || (!pools && name == "text_projection.weight")
+    })
 }
 
 /// Checks the size of latents, and of their picture.

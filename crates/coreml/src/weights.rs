@@ -2,10 +2,10 @@
 //! ML's constant expressions.
 
 use half::f16;
-use sdxl_model::checkpoint::Weights;
-use sdxl_pipeline::{StoredTensor, UnetWeights};
+use sdxl_pipeline::{StoredNetwork, StoredTensor, UnetWeights};
 use squeeze_base::error::{Error, Result};
-use squeeze_container::{CompressedWeight, Values};
+use squeeze_codebook::Codebook;
+use squeeze_container::{CompressedWeight, Packed, Values};
 
 use super::element::{ArrayType, Element};
 use super::literal::Literal;
@@ -27,20 +27,27 @@ impl StoredTensors for UnetWeights<'_> {
     }
 }
 
-impl StoredTensors for Weights {
+impl StoredTensors for &dyn StoredNetwork {
     fn read_stored(&self, name: &str, shape: &[i64]) -> Result<StoredTensor> {
-        Ok(StoredTensor::Dense(self.halves(name, shape)?))
+        StoredNetwork::read_stored(*self, name, shape)
     }
 }
 
 /// Adds a tensor to a program that computes in fp32. Kernels and matrices are stored as halves,
 /// which the constant expression `constexpr_cast` widens; vectors, which are small, as fp32.
+/// Palettes are stored in fp32, whose entries `constexpr_lut_to_dense` gives as they are.
 ///
 /// # Errors
-/// [`Error::Argument`] if the tensor is compressed: palettes have fp16 values.
+/// [`Error::Argument`] if the tensor is pruned: Core ML's masks are of fp16 values.
 pub(super) fn add_wide(program: &mut ProgramBuilder, name: &str, shape: &[u64], stored: StoredTensor) -> Result<Var> {
-    let StoredTensor::Dense(values) = stored else {
-        return Err(Error::Argument(format!("`{name}` is compressed, but its network is computed in fp32")));
+    let values = match stored {
+        StoredTensor::Dense(values) => values,
+        StoredTensor::Compressed(weight) => {
+            let (None, Values::Palettized { codebook, indices }) = (&weight.mask, &weight.values) else {
+                return Err(Error::Argument(format!("`{name}` is pruned, but its network is computed in fp32")));
+            };
+            return add_palettized(program, name, shape, &weight, codebook, indices, Element::F32);
+        }
     };
     if shape.len() < 2 {
         let values: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
@@ -96,12 +103,7 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
             let element = Element::Unsigned(codebook.bits);
             let vector_axis = (vector_length > 1).then_some(("vector_axis", Arg::InlineLiteral(Literal::Int(0))));
             let Some((array, mask)) = mask else {
-                let mut parameters = vec![
-                    ("indices", inline(program, (name, "indices"), ArrayType::new(element, vectors), indices.bytes())?),
-                    ("lut", inline(program, (name, "lut"), lut_array, &lut_bytes)?),
-                ];
-                parameters.extend(vector_axis);
-                return program.op("constexpr_lut_to_dense", name, &parameters);
+                return add_palettized(program, name, shape, &weight, codebook, indices, Element::F16);
             };
             let mut parameters = vec![
                 ("indices_mask", inline(program, (name, "indices_mask"), array, mask.bytes())?),
@@ -120,6 +122,34 @@ pub(super) fn add(program: &mut ProgramBuilder, name: &str, shape: &[u64], store
         }
         (None, Values::Plain(values)) => program.halves(name, shape, values),
     }
+}
+
+/// Adds a weight of palettes and indices alone. `values` is the dtype of its entries: fp16, or
+/// fp32, which holds each fp16 number exactly.
+fn add_palettized(
+    program: &mut ProgramBuilder,
+    name: &str,
+    shape: &[u64],
+    weight: &CompressedWeight,
+    codebook: &Codebook,
+    indices: &Packed,
+    values: Element,
+) -> Result<Var> {
+    let lut = Lut::of(weight, codebook)?;
+    let (array, bytes) = match values {
+        Element::F32 => (ArrayType::new(Element::F32, lut.array(shape.len()).shape), lut.wide_bytes()),
+        _ => (lut.array(shape.len()), lut.bytes()),
+    };
+    let vector_length = weight.vector_length() as u64;
+    let mut vectors = shape.to_vec();
+    vectors.iter_mut().take(1).for_each(|outputs| *outputs /= vector_length);
+    let element = Element::Unsigned(codebook.bits);
+    let mut parameters = vec![
+        ("indices", inline(program, (name, "indices"), ArrayType::new(element, vectors), indices.bytes())?),
+        ("lut", inline(program, (name, "lut"), array, &bytes)?),
+    ];
+    parameters.extend((vector_length > 1).then_some(("vector_axis", Arg::InlineLiteral(Literal::Int(0)))));
+    program.op("constexpr_lut_to_dense", name, &parameters)
 }
 
 /// A parameter of the constant expression `name` whose value is inside the operation.

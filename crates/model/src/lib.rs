@@ -5,6 +5,7 @@ pub mod checkpoint;
 mod layer;
 pub mod ldm;
 mod network;
+mod pieces;
 mod resnet;
 pub mod scheduler;
 pub mod text;
@@ -14,4 +15,5 @@ pub mod unet;
 pub mod vae;
 
 pub use layer::{ConvGeometry, Layer, LayerInput, Observer, Operation, Unobserved};
+pub use pieces::{Pieces, States};
 pub use resnet::ResnetShape;

@@ -42,6 +42,11 @@ impl<'a> Builder<'a> {
         Builder { source: self.source, path: self.name(name), layers: self.layers }
     }
 
+    /// The number of layers so far.
+    pub(crate) fn count(&self) -> usize {
+        self.layers.len()
+    }
+
     fn name(&self, leaf: impl Display) -> String {
         if self.path.is_empty() { leaf.to_string() } else { format!("{}.{leaf}", self.path) }
     }

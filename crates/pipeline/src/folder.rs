@@ -15,9 +15,11 @@ use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
 use squeeze_base::shorten::shorten;
+use squeeze_container::Container;
 
 use super::image_channels::ImageChannels;
 use super::lora;
+use super::network_weights::NetworkWeights;
 use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
 /// A pipeline in diffusers layout (`model_index.json` and a folder for each part), or a single-file
@@ -113,6 +115,13 @@ impl PipelineFolder {
             let config = TextConfig::parse(config.file())?;
             text_encoders.push(TextPart { tokenizer, encoder, config, place });
         }
+        let vae = VaeConfig::parse(parts.vae.file())?;
+        for (container, fits) in parts.containers(&text_encoders, &vae)? {
+            if !fits {
+                let problem = format!("holds another architecture than {}", files.model.display());
+                return Err(Error::bad_file(&container, problem));
+            }
+        }
         let folder = PipelineFolder {
             name: index.optional::<Value>("_name_or_path")?.as_ref().and_then(Value::as_str).map(str::to_owned),
             force_zeros_for_empty_prompt: index.or("force_zeros_for_empty_prompt", true)?,
@@ -120,7 +129,7 @@ impl PipelineFolder {
             is_cosxl_edit: index.or("is_cosxl_edit", false)?,
             text_encoders,
             unet: UnetChain::new(UnetConfig::parse(parts.unet.file())?),
-            vae: VaeConfig::parse(parts.vae.file())?,
+            vae,
             scheduler,
             files: files.clone(),
             parts,
@@ -130,7 +139,17 @@ impl PipelineFolder {
         index.finish();
         let encoders: Vec<_> = folder.text_encoders.iter().map(|part| (part.lora_part(), &part.config)).collect();
         let loras = lora::open(files, &folder.unet, &encoders)?;
-        Ok(PipelineFolder { loras, ..folder })
+        let folder = PipelineFolder { loras, ..folder };
+        for part in &folder.text_encoders {
+            if let (Some(container), Some(_)) = (&part.place.container, folder.loras_of(part.lora_part())) {
+                let (path, name) = (container.path().display(), part.encoder);
+                return Err(Error::Argument(format!(
+                    "{path} is compressed, so that the LoRAs' changes of the {name} cannot be merged into it; compress the {name} \
+                     with these LoRAs, or leave out the tensors by --lora-ignore"
+                )));
+            }
+        }
+        Ok(folder)
     }
 
     /// The LoRAs that are merged into the pipeline's weights.
@@ -315,6 +334,30 @@ impl PipelineFolder {
         Ok(weights.with_loras(self.loras_of(part.lora_part())))
     }
 
+    /// A text encoder's weights as pictures are drawn with them: those of its container if one was
+    /// given, else its own.
+    ///
+    /// # Errors
+    /// As [`unet_weights`](Self::unet_weights).
+    pub fn text_network(&self, part: &TextPart) -> Result<NetworkWeights> {
+        let Some(container) = &part.place.container else { return Ok(NetworkWeights::Dense(self.text_weights(part)?)) };
+        let weights = NetworkWeights::Container(Arc::clone(container));
+        weights.stored().check_against(&ClipText::tensors(&part.config)?, &|_| false)?;
+        Ok(weights)
+    }
+
+    /// The VAE's weights as pictures are drawn with them: those of its container if one was given,
+    /// else its own.
+    ///
+    /// # Errors
+    /// As [`unet_weights`](Self::unet_weights).
+    pub fn vae_network(&self) -> Result<NetworkWeights> {
+        let Some(container) = &self.parts.vae_container else { return Ok(NetworkWeights::Dense(self.vae_weights()?)) };
+        let weights = NetworkWeights::Container(Arc::clone(container));
+        weights.stored().check_against(&VaeDecoder::tensors(&self.vae)?, &VaeDecoder::is_unused)?;
+        Ok(weights)
+    }
+
     /// The files that the encoding of a prompt depends on: text encoders, tokenizers, their configs
     /// and the scheduler's, each with its hash, by name. A single-file checkpoint is hashed once.
     ///
@@ -328,6 +371,9 @@ impl PipelineFolder {
             // A config that the tensors told is in the checkpoint itself.
             paths.extend(Some(place.config.path.clone()).filter(|path| path.extension() == Some("json".as_ref())));
             match &place.weights {
+                _ if place.container.is_some() => {
+                    paths.extend(place.container.iter().map(|container| container.path().to_owned()))
+                }
                 WeightsAt::Folder(_) => paths.extend(self.text_weights(part)?.files().map(Path::to_owned)),
                 WeightsAt::Checkpoint(file) if checkpoints.iter().any(|other| other.path() == file.path()) => {}
                 WeightsAt::Checkpoint(file) => checkpoints.push(file),
@@ -361,7 +407,7 @@ impl PipelineFolder {
     /// # Errors
     /// If one cannot be read.
     pub fn vae_files(&self) -> Result<Vec<SourceFile>> {
-        self.named_files(&self.vae_weights()?)
+        self.vae_network()?.source_files(|path| self.name_of(path))
     }
 
     fn named_files(&self, weights: &Weights) -> Result<Vec<SourceFile>> {
@@ -427,6 +473,24 @@ impl PipelineFolder {
             return Err(Error::bad_file(path, problem));
         }
         Ok(tokenizer.for_embeddings(vocabulary))
+    }
+}
+
+impl Parts {
+    /// The paths of the containers in the place of text encoders and VAE, and whether each is of
+    /// the architecture of the part that it replaces.
+    fn containers(&self, text_encoders: &[TextPart], vae: &VaeConfig) -> Result<Vec<(PathBuf, bool)>> {
+        let mut containers = Vec::new();
+        let file = |container: &Container| ConfigFile::from_entries(container.path(), container.info().config.clone());
+        for part in text_encoders {
+            if let Some(container) = &part.place.container {
+                containers.push((container.path().to_owned(), TextConfig::parse(file(container))? == part.config));
+            }
+        }
+        if let Some(container) = &self.vae_container {
+            containers.push((container.path().to_owned(), VaeConfig::parse(file(container))? == *vae));
+        }
+        Ok(containers)
     }
 }
 

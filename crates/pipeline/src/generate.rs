@@ -334,8 +334,8 @@ pub fn generate(
 /// # Errors
 /// If it cannot be read.
 pub fn load_vae(folder: &PipelineFolder, placement: Placement) -> Result<VaeDecoder> {
-    let weights = folder.vae_weights()?;
-    VaeDecoder::load(&folder.vae, &weights.source(Placement { kind: Kind::Float, ..placement }))
+    let weights = folder.vae_network()?;
+    VaeDecoder::load(&folder.vae, weights.source(Placement { kind: Kind::Float, ..placement }).as_ref())
 }
 
 /// Decodes latents [1, c, h, w] to a picture.

@@ -25,9 +25,9 @@ impl PictureEncoder {
     /// # Errors
     /// If it cannot be read.
     pub fn load(folder: &PipelineFolder, placement: Placement) -> Result<Self> {
-        let weights = folder.vae_weights()?;
-        weights.check(&VaeEncoder::tensors(&folder.vae)?, VaeEncoder::is_unused)?;
-        let vae = VaeEncoder::load(&folder.vae, &weights.source(Placement { kind: Kind::Float, ..placement }))?;
+        let weights = folder.vae_network()?;
+        weights.stored().check_against(&VaeEncoder::tensors(&folder.vae)?, &VaeEncoder::is_unused)?;
+        let vae = VaeEncoder::load(&folder.vae, weights.source(Placement { kind: Kind::Float, ..placement }).as_ref())?;
         Ok(PictureEncoder { vae, placement, scales_shown: folder.is_cosxl_edit })
     }
 

@@ -10,6 +10,7 @@ use sdxl_model::scheduler::SchedulerConfig;
 use serde_json::{Map, Value};
 use squeeze_base::error::Result;
 use squeeze_base::input::{self, Limit};
+use squeeze_container::Container;
 
 use super::lora_file::LoraFile;
 
@@ -20,8 +21,13 @@ pub struct ModelFiles {
     pub model: PathBuf,
     /// What a single-file checkpoint lacks: another pipeline, as a folder or a single file.
     pub base: Option<PathBuf>,
-    /// A VAE in the place of the pipeline's own: a folder in diffusers layout, or a file.
+    /// A VAE in the place of the pipeline's own: a folder in diffusers layout, a file, or a
+    /// container.
     pub vae: Option<PathBuf>,
+    /// A container with the first text encoder, in the place of the pipeline's own.
+    pub text_encoder: Option<PathBuf>,
+    /// A container with the second text encoder, in the place of the pipeline's own.
+    pub text_encoder_2: Option<PathBuf>,
     /// LoRAs that are merged into UNet and text encoders, in this order.
     pub loras: Vec<LoraFile>,
     /// A regular expression for whole names of tensors in the LoRAs that are left out.
@@ -88,6 +94,8 @@ pub(crate) struct TextPlace {
     pub encoder: &'static str,
     pub config: Config,
     pub weights: WeightsAt,
+    /// The container that is used in the place of the weights.
+    pub container: Option<Arc<Container>>,
     pub vocabulary: VocabularyAt,
 }
 
@@ -102,6 +110,8 @@ pub(crate) struct Parts {
     pub unet_weights: WeightsAt,
     pub vae: Config,
     pub vae_weights: VaeAt,
+    /// The container that is used in the place of the VAE's weights.
+    pub vae_container: Option<Arc<Container>>,
     pub text: Vec<TextPlace>,
     /// The files of index and scheduler, if there are any, for the identity of encoded prompts.
     pub files: Vec<PathBuf>,
@@ -130,6 +140,7 @@ impl Parts {
                     encoder,
                     config: Config::read(root.join(encoder).join("config.json"))?,
                     weights: WeightsAt::Folder(root.join(encoder)),
+                    container: None,
                     vocabulary: VocabularyAt::Folder(root.join(tokenizer)),
                 });
             }
@@ -147,6 +158,7 @@ impl Parts {
             unet_weights: WeightsAt::Folder(root.join("unet")),
             vae: Config::read(root.join("vae/config.json"))?,
             vae_weights: VaeAt::Folder(root.join("vae")),
+            vae_container: None,
             text,
         })
     }

@@ -46,9 +46,9 @@ impl PromptEncoder {
             .text_encoders
             .iter()
             .map(|part| {
-                let weights = folder.text_weights(part)?;
+                let weights = folder.text_network(part)?;
                 let load = |source: &dyn TensorSource| ClipText::load(&part.config, source);
-                let model = load(&Prefetched::for_network(&weights.source(placement), load)?)?;
+                let model = load(&Prefetched::for_network(weights.source(placement).as_ref(), load)?)?;
                 Ok((folder.tokenizer(part)?, model))
             })
             .collect::<Result<_>>()?;

@@ -8,7 +8,9 @@ use sdxl_model::ldm::{Family, Prediction, SingleFile, VaeFile};
 use sdxl_model::scheduler::SchedulerConfig;
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
+use squeeze_container::{Network, is_container};
 
+use super::network_weights::open_container;
 use super::parts::{Config, ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
 
 impl Parts {
@@ -36,14 +38,29 @@ impl Parts {
         if let Some(vae) = &files.vae {
             parts.replace_vae(vae, &files.model)?;
         }
+        for (network, path) in [(Network::TextEncoder, &files.text_encoder), (Network::TextEncoder2, &files.text_encoder_2)] {
+            let Some(path) = path else { continue };
+            let lacks =
+                || Error::Argument(format!("{} has no {network} to replace by {}", files.model.display(), path.display()));
+            let place = parts.text.iter_mut().find(|place| place.encoder == network.name()).ok_or_else(lacks)?;
+            place.container = Some(open_container(path, network)?);
+        }
         Ok(parts)
     }
 
-    /// Takes another VAE: a folder in diffusers layout, or a safetensors file, whose architecture
-    /// is told by its shapes, or is that of the pipeline's own.
+    /// Takes another VAE: a folder in diffusers layout, a container, or a safetensors file, whose
+    /// architecture is told by its shapes, or is that of the pipeline's own.
     fn replace_vae(&mut self, path: &Path, model: &Path) -> Result<()> {
         if path.is_dir() {
             (self.vae, self.vae_weights) = (Config::read(path.join("config.json"))?, VaeAt::Folder(path.to_owned()));
+            return Ok(());
+        }
+        if is_container(path) {
+            let container = open_container(path, Network::Vae)?;
+            if self.vae.entries.is_empty() {
+                self.vae = Config { path: path.to_owned(), entries: container.info().config.clone() };
+            }
+            self.vae_container = Some(container);
             return Ok(());
         }
         let file = VaeFile::open(path)?;
@@ -119,7 +136,7 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
     for (tokenizer, encoder) in TEXT_PARTS.into_iter().filter(|(_, encoder)| file.has_encoder(encoder)) {
         let config = derived(path, encoder, file.text_config(encoder))?;
         let weights = WeightsAt::Checkpoint(Arc::clone(file));
-        text.push(TextPlace { tokenizer, encoder, config, weights, vocabulary: VocabularyAt::Shipped });
+        text.push(TextPlace { tokenizer, encoder, config, weights, container: None, vocabulary: VocabularyAt::Shipped });
     }
     let (vae, vae_weights) = match file.vae() {
         Some(vae) => (derived(path, "the VAE's architecture", vae.config(family))?, VaeAt::File(vae.clone())),
@@ -134,6 +151,7 @@ fn of_single_file(file: &Arc<SingleFile>, base: Option<Parts>, has_vae: bool) ->
         unet_weights,
         vae,
         vae_weights,
+        vae_container: None,
         text,
         files: Vec::new(),
     })

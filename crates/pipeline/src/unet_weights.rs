@@ -9,11 +9,12 @@ use sdxl_model::unet::{UnetChain, UnetConfig};
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
-use squeeze_container::{CompressedWeight, Container, Verification};
+use squeeze_container::{Container, Network};
 use squeeze_numerics::device::Placement;
 use tch::Tensor;
 
 use super::folder::PipelineFolder;
+use super::stored::{StoredTensor, placed};
 
 /// The source of a UNet's weights: everything that an exporter reads.
 #[derive(Debug, Clone, Copy)]
@@ -37,15 +38,6 @@ impl<'a> From<&'a Container> for UnetWeights<'a> {
     }
 }
 
-/// A tensor as it is stored.
-#[derive(Debug)]
-pub enum StoredTensor {
-    /// Its values in row-major order.
-    Dense(Vec<f16>),
-    /// A pruned or palettized weight.
-    Compressed(CompressedWeight),
-}
-
 impl<'a> UnetWeights<'a> {
     /// The container's file, or the checkpoint's folder.
     #[must_use]
@@ -60,7 +52,7 @@ impl<'a> UnetWeights<'a> {
     #[must_use]
     pub fn config(&self) -> &'a Map<String, Value> {
         match self {
-            UnetWeights::Container(container) => &container.info().unet_config,
+            UnetWeights::Container(container) => &container.info().config,
             UnetWeights::Dense { config, .. } => config,
         }
     }
@@ -86,9 +78,16 @@ impl<'a> UnetWeights<'a> {
     /// The UNet's chain of stages, after a check that exactly its tensors are there.
     ///
     /// # Errors
-    /// [`Error::ConfigKey`] if the architecture is not implemented; [`Error::Tensors`] naming the
-    /// tensors that are missing, misshapen or surplus.
+    /// [`Error::BadFile`] for a container of another network; [`Error::ConfigKey`] if the
+    /// architecture is not implemented; [`Error::Tensors`] naming the tensors that are missing,
+    /// misshapen or surplus.
     pub fn chain(&self) -> Result<UnetChain> {
+        if let UnetWeights::Container(container) = self
+            && container.info().network != Network::Unet
+        {
+            let held = container.info().network;
+            return Err(Error::bad_file(self.path(), format!("holds a {held}, where a UNet is needed")));
+        }
         let config = ConfigFile::from_entries(self.path(), self.config().clone());
         let chain = UnetChain::new(UnetConfig::parse(config)?);
         self.check(&chain.tensors()?)?;
@@ -149,16 +148,7 @@ impl<'a> UnetWeights<'a> {
     /// has a value that fp16 does not hold; [`Error::Read`]; [`Error::Changed`].
     pub fn read(&self, name: &str, shape: &[i64]) -> Result<StoredTensor> {
         match self {
-            UnetWeights::Container(container) => {
-                if let Some(stored) = container.shape(name).filter(|stored| *stored != shape) {
-                    let problem = format!("tensor `{name}` is {stored:?}, not {shape:?}");
-                    return Err(Error::Tensors { path: container.path().to_owned(), problem });
-                }
-                match container.has_weight(name) {
-                    true => Ok(StoredTensor::Compressed(container.weight(name)?)),
-                    false => Ok(StoredTensor::Dense(container.tensor(name)?)),
-                }
-            }
+            UnetWeights::Container(container) => StoredTensor::of_container(container, name, shape),
             UnetWeights::Dense { weights, .. } => Ok(StoredTensor::Dense(weights.halves(name, shape)?)),
         }
     }
@@ -199,17 +189,6 @@ impl TensorSource for UnetSource<'_> {
             return weights.source(placement).tensor(name, shape);
         }
         let values = weights.decode(name, shape)?;
-        Ok(Tensor::f_from_slice(&values)?.f_view(shape)?.f_to_device(placement.device)?.f_to_kind(placement.kind)?)
+        placed(&values, shape, placement)
     }
-}
-
-/// Checks the container `path`: that it has exactly the tensors of its architecture, and everything
-/// that [`Container::verify`] checks.
-///
-/// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming the problem and the weight.
-pub fn verify(path: &Path) -> Result<Verification> {
-    let container = Container::open_unverified(path)?;
-    UnetWeights::from(&container).chain()?;
-    container.verify()
 }

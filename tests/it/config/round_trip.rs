@@ -183,13 +183,27 @@ fn config() -> impl Strategy<Value = String> {
         palettize.prop_map(|section| Some(format!("palettize: {section}"))),
         optional("joint", joint),
         prop::option::of(budget),
+        networks("text_encoders"),
+        networks("vae"),
     );
-    (solver, sections).prop_map(|(solver, (a, b, c, d, e, budget))| {
+    (solver, sections).prop_map(|(solver, (a, b, c, d, e, budget, text, vae))| {
         // Only the joint solver accepts a budget.
         let spends = solver.as_ref().is_none_or(|solver| !solver.contains("sequential"));
         let budget = budget.filter(|_| spends).map(|budget| format!("budget: {budget}"));
-        mapping(vec![a, b, solver, c, d, e, budget])
+        mapping(vec![a, b, solver, c, d, e, budget, text, vae])
     })
+}
+
+/// A section for other networks than the UNet.
+fn networks(section: &'static str) -> impl Strategy<Value = Option<String>> {
+    let rules = [
+        "global_config: {n_bits: 6, granularity: per_grouped_channel, group_size: 16}",
+        "module_name_configs: {'.*conv_out': null, '.*': {n_bits: 8, cluster_dim: 2}}, weight_threshold: 7",
+        "module_type_configs: {Linear: {channel_axis: 1}}, on_misfit: dense",
+    ];
+    let written =
+        (1..=u32::MAX, prop::sample::select(rules.to_vec())).prop_map(|(count, rules)| format!("{{nsamples: {count}, {rules}}}"));
+    prop::option::of(written).prop_map(move |written| written.map(|written| format!("{section}: {written}")))
 }
 
 proptest! {

@@ -13,8 +13,15 @@ use sdxl_squeeze::inspect::{Inspection, inspect};
 use crate::support::{emoji, repo};
 use crate::synth::PUBLISHED_SDXL_BASE;
 
-/// The configs in a folder, by their names without `.yaml`.
+/// The configs in a folder that compress the UNet, by their names without `.yaml`.
 fn configs(folder: &str) -> BTreeMap<String, RunConfig> {
+    let mut all = all_configs(folder);
+    all.retain(|_, config| config.compresses_unet());
+    all
+}
+
+/// All configs in a folder, by their names without `.yaml`.
+fn all_configs(folder: &str) -> BTreeMap<String, RunConfig> {
     let entries = std::fs::read_dir(repo(folder)).unwrap().map(|entry| entry.unwrap().path());
     let entries = entries.filter(|path| path.extension() == Some("yaml".as_ref()));
     let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
@@ -296,4 +303,28 @@ fn files_of_prompts() {
     assert_eq!(Prompts::List(vec!["a".into()]).load().unwrap(), ["a"]);
     let absent = RunConfig::read(&folder.path().join("absent.yaml")).unwrap_err();
     assert!(absent.is_bad_input() && absent.to_string().contains("cannot read"));
+}
+
+/// The configs for text encoders and VAE: the same settings for the bundled model and for SDXL, and
+/// the ends of the decoder stay fp16.
+#[test]
+fn the_configs_for_text_encoders_and_vae_compress_nothing_else() {
+    let of = |folder: &str| -> BTreeMap<String, RunConfig> {
+        all_configs(folder).into_iter().filter(|(_, config)| !config.compresses_unet()).collect()
+    };
+    let (sdxl, emoji) = (of("configs"), of("configs/emoji"));
+    assert_eq!(sdxl.keys().collect::<Vec<_>>(), ["squeeze-text-vae"]);
+    assert_eq!(emoji.keys().collect::<Vec<_>>(), ["squeeze-text-vae"]);
+    let (sdxl, emoji) = (&sdxl["squeeze-text-vae"], &emoji["squeeze-text-vae"]);
+    assert_eq!((&sdxl.text_encoders, sdxl.solver), (&emoji.text_encoders, SolverKind::Joint));
+    assert_eq!(sdxl.vae, emoji.vae);
+    for config in [sdxl, emoji] {
+        assert_eq!(config.calibration.prompts.load().unwrap().len(), 48);
+        assert!(config.calibration.captions.as_ref().is_some_and(|path| repo(&path.to_string_lossy()).is_file()));
+        let rules = &config.vae.as_ref().unwrap().palettize.rules;
+        let ends = rules.module_name_configs.iter().find(|(pattern, _)| pattern.value.matches("decoder.conv_out"));
+        assert!(ends.unwrap().1.is_none());
+        let written = RunConfig::parse("x".as_ref(), config.to_yaml().as_bytes()).unwrap();
+        assert_eq!(&written, config);
+    }
 }

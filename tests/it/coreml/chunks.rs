@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::checkpoint::{ConfigFile, TensorSource, Weights};
 use sdxl_squeeze::codebook::{BitWidth, Codebook};
-use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter};
+use sdxl_squeeze::container::{CompressedWeight, Container, ContainerInfo, ContainerWriter, Network};
 use sdxl_squeeze::coreml::{Io, Layout, Options, WrittenChunk, verify, write};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::export::{CHUNKS, coreml_chunks};
@@ -163,7 +163,8 @@ fn heavy_in(heavy: &str, path: &Path) {
     let weights = pipeline.unet_weights().unwrap();
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let info = ContainerInfo {
-        unet_config: ConfigFile::read(&model.join("unet/config.json")).unwrap().into_entries(),
+        network: Network::Unet,
+        config: ConfigFile::read(&model.join("unet/config.json")).unwrap().into_entries(),
         recipe: json!({ "heavy": heavy }),
         sources: Vec::new(),
         prediction_type: None,

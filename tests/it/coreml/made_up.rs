@@ -5,7 +5,7 @@ use std::path::Path;
 use half::f16;
 use sdxl_squeeze::checkpoint::{ConfigFile, TensorSource};
 use sdxl_squeeze::codebook::{BitWidth, Codebook};
-use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter};
+use sdxl_squeeze::container::{CompressedWeight, ContainerInfo, ContainerWriter, Network};
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::pipeline::PipelineFolder;
 use serde_json::{Value, json};
@@ -36,7 +36,8 @@ fn write(model: &Path, path: &Path, masked_vectors: bool) {
     let weights = pipeline.unet_weights().unwrap();
     let source = weights.source(Placement { device: Device::Cpu, kind: Kind::Half });
     let info = ContainerInfo {
-        unet_config: ConfigFile::read(&model.join("unet/config.json")).unwrap().into_entries(),
+        network: Network::Unet,
+        config: ConfigFile::read(&model.join("unet/config.json")).unwrap().into_entries(),
         recipe: json!({ "made": "up" }),
         sources: Vec::new(),
         prediction_type: None,

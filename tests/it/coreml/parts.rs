@@ -12,7 +12,7 @@ use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::export::{PipelinePart, coreml_part};
 use sdxl_squeeze::model::text::ClipText;
 use sdxl_squeeze::model::vae::{VaeDecoder, VaeEncoder};
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
 use sdxl_squeeze::progress::Silent;
 use sdxl_squeeze::random::noise;
 use serde_json::{Value, json};
@@ -226,7 +226,7 @@ fn export_writes_parts_and_refuses_what_has_no_effect() {
     refused(refiner, &["has no text_encoder"]);
     let container = repo("tests/golden/container/unet.squeezed.safetensors");
     let of_container = Squeeze::new("export").arg(container).args(["--to", "coreml", "--part", "vae_decoder"]);
-    refused(of_container, &["is a container, which has no vae_decoder"]);
+    refused(of_container, &["is a container; name the pipeline in its place, and a container of the vae_decoder"]);
     refused(
         Squeeze::new("export").arg(emoji()).args(["--to", "diffusers", "--part", "unet"]),
         &["--part has no effect with this --to"],
@@ -265,4 +265,57 @@ fn force_upcast_decides_the_dtype() {
     std::fs::write(&path, config.to_string()).unwrap();
     let run = Squeeze::new("export").arg(&model).args(["--to", "coreml", "--part", "vae_decoder"]);
     run.out(folder.path().join("x.mlpackage")).is_refused(&["force_upcast", "neither true nor false"]);
+}
+
+/// Compressed networks stay compressed in their packages, whether they compute in fp16 or fp32.
+#[test]
+fn programs_of_compressed_networks_equal_the_decoded_networks() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("networks.yaml");
+    let settings = "nsamples: 2, on_misfit: smaller_group, weight_threshold: 500, global_config: {n_bits: 4, granularity: per_grouped_channel, group_size: 16}";
+    let text = format!(
+        "solver: sequential\ncalibration: {{prompts: [a cat, two dogs], steps: 1}}\ntext_encoders: {{{settings}}}\nvae: {{{settings}}}\n"
+    );
+    std::fs::write(&config, text).unwrap();
+    let mut elements = BTreeSet::new();
+    for (number, model) in models().iter().enumerate() {
+        let out = folder.path().join(number.to_string());
+        Squeeze::new("compress").config_file(&config).model(model).out(&out).succeeds();
+        let at = |name: &str| Some(out.join(format!("{name}.squeezed.safetensors"))).filter(|path| path.exists());
+        let files = ModelFiles {
+            text_encoder: at("text_encoder"),
+            text_encoder_2: at("text_encoder_2"),
+            vae: at("vae"),
+            ..ModelFiles::of(model)
+        };
+        let pipeline = PipelineFolder::open_files(&files).unwrap();
+        let package = |part: PipelinePart| {
+            let out = folder.path().join(format!("{number}-{part}.mlpackage"));
+            let written = coreml_part(&pipeline, part, [6, 10], &Label::default(), &out, &Silent).unwrap();
+            let found = verify(&out).unwrap();
+            assert!(found.hashed && written.compressed > 3 && found.compressed == written.compressed, "{written:?}");
+            let own = folder.path().join(format!("{number}-{part}-own.mlpackage"));
+            let dense = write_part(model, part, [6, 10], &own);
+            assert!(written.weight_bytes < dense.weight_bytes, "{written:?} {dense:?}");
+            out
+        };
+        for part in &pipeline.text_encoders {
+            let kind = if part.encoder == "text_encoder" { PipelinePart::TextEncoder } else { PipelinePart::TextEncoder2 };
+            let out = package(kind);
+            let weights = pipeline.text_network(part).unwrap();
+            let encoder = ClipText::load(&part.config, weights.source(Placement::CPU).as_ref()).unwrap();
+            let ids = Tensor::from_slice(&pipeline.tokenizer(part).unwrap().encode("a red cat").unwrap().ids).unsqueeze(0);
+            let (made, expected) = (run(&out, "input_ids", &ids), encoder.forward(&ids).unwrap());
+            let error = relative_error(&made["hidden_embeds"], &expected.penultimate);
+            assert!(error < 1e-4, "{} {kind}: {error}", model.display());
+        }
+        let out = package(PipelinePart::VaeDecoder);
+        elements.insert(format!("{:?}", verify(&out).unwrap().inputs).contains("fp32"));
+        let weights = pipeline.vae_network().unwrap();
+        let z = noise(&[1, 4, 6, 10], 5, Kind::Float).unwrap();
+        let expected = VaeDecoder::load(&pipeline.vae, weights.source(Placement::CPU).as_ref()).unwrap().forward(&z).unwrap();
+        let error = relative_error(&run(&out, "z", &z)["image"], &expected);
+        assert!(error < 1e-4, "{}: {error}", model.display());
+    }
+    assert_eq!(elements.len(), 2, "a VAE in fp32 and one in fp16");
 }

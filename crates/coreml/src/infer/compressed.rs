@@ -9,8 +9,8 @@ pub(super) const VECTOR_AXIS: &str = "vector_axis";
 
 pub(super) fn lut_to_dense(operands: &Operands) -> Inferred {
     let indices = constant(operands, "indices")?;
-    let Vectors { shape, .. } = vectors(operands, indices.array.element, &indices.array.shape)?;
-    Ok(vec![ArrayType::new(Element::F16, shape)])
+    let Vectors { shape, element, .. } = vectors(operands, indices.array.element, &indices.array.shape)?;
+    Ok(vec![ArrayType::new(element, shape)])
 }
 
 /// The mask of elements, and the kept values. With vector palettes the given mask has a bit for
@@ -20,9 +20,12 @@ pub(super) fn lut_to_sparse(operands: &Operands) -> Inferred {
     bits(mask)?;
     let indices = constant(operands, "indices_nonzero_data")?;
     let [kept] = indices.array.shape[..] else { return Err(format!("the kept indices are {}", indices.array)) };
-    let Vectors { shape, length } = vectors(operands, indices.array.element, &mask.array.shape)?;
+    let Vectors { shape, length, element } = vectors(operands, indices.array.element, &mask.array.shape)?;
     counted(mask, kept)?;
     let values = kept.checked_mul(length).ok_or("too many values are kept")?;
+    if element != Element::F16 {
+        return Err(format!("the lut of a mask is {element}"));
+    }
     Ok(vec![ArrayType::new(Element::BIT, shape), ArrayType::new(Element::F16, [values])])
 }
 
@@ -70,6 +73,8 @@ struct Vectors {
     shape: Vec<u64>,
     /// The values that an index stands for, along one axis.
     length: u64,
+    /// Their dtype: fp16, or fp32 in a network that computes in it.
+    element: Element,
 }
 
 /// The dense weight that indices of `element` and `shape` into `lut` make: lut [g0, g1, .., 2^bits,
@@ -81,7 +86,7 @@ fn vectors(operands: &Operands, element: Element, shape: &[u64]) -> Result<Vecto
     let wrong = || format!("the lut is {} for {element} {shape:?}", lut.array);
     let Some((groups, [entries, length])) = lut.array.shape.split_at_checked(shape.len()) else { return Err(wrong()) };
     let whole = groups.iter().zip(shape).all(|(groups, size)| size.is_multiple_of(*groups));
-    if !whole || *entries != width.entries() as u64 || lut.array.element != Element::F16 {
+    if !whole || *entries != width.entries() as u64 || !matches!(lut.array.element, Element::F16 | Element::F32) {
         return Err(wrong());
     }
     let mut shape = shape.to_vec();
@@ -89,5 +94,5 @@ fn vectors(operands: &Operands, element: Element, shape: &[u64]) -> Result<Vecto
         let axis = axis(operands.int(VECTOR_AXIS)?, shape.len())?;
         shape[axis] = shape[axis].checked_mul(*length).ok_or_else(wrong)?;
     }
-    Ok(Vectors { shape, length: *length })
+    Ok(Vectors { shape, length: *length, element: lut.array.element })
 }

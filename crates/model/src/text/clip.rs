@@ -1,13 +1,16 @@
 //! CLIP's text encoder.
 
+use std::ops::Range;
+
 use squeeze_base::error::{Error, Result};
 use squeeze_numerics::elementwise::sigmoid_in_place;
 use tch::{Kind, Tensor};
 
 use super::config::{Activation, EndOfText, TextConfig};
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
-use crate::layer::{Layer, Unobserved};
+use crate::layer::{Layer, Observer, Unobserved};
 use crate::network::{Builder, LayerId, LayerNorm, Run, attend, split_heads};
+use crate::pieces::{Pieces, States};
 
 /// The number of tokens of a prompt in every CLIP text encoder, padding included.
 pub const CLIP_LENGTH: i64 = 77;
@@ -116,6 +119,10 @@ impl ClipText {
     /// # Errors
     /// As [`forward`](Self::forward), and if there are not so many layers.
     pub fn forward_skipping(&self, ids: &Tensor, skip: usize) -> Result<TextStates> {
+        self.encode(ids, skip)
+    }
+
+    fn check_ids(&self, ids: &Tensor) -> Result<()> {
         let (_, length) = ids.size2()?;
         if length > self.config.max_position_embeddings {
             return Err(Error::range("the number of tokens", length, format!("at most {}", self.config.max_position_embeddings)));
@@ -125,11 +132,48 @@ impl ClipText {
             let wrong = if lowest < 0 { lowest } else { highest };
             return Err(Error::range("a token id", wrong, format!("below {} and not negative", self.config.vocab_size)));
         }
-        let mut observer = Unobserved;
-        let mut run = Run::new(&self.layers, &mut observer);
+        Ok(())
+    }
+
+    /// The states before the first layer, [b, s, hidden_size], and the ids, of token ids [b, s].
+    ///
+    /// # Errors
+    /// If there are more positions than the encoder has, or an id is outside its vocabulary.
+    pub fn embed(&self, ids: &Tensor) -> Result<States> {
+        self.check_ids(ids)?;
+        let length = ids.size2()?.1;
         let ids = ids.f_to_device(self.token_embedding.device())?;
         let tokens = Tensor::f_embedding(&self.token_embedding, &ids, -1, false, false)?;
-        let mut hidden = tokens.f_add(&self.position_embedding.f_narrow(0, 0, length)?)?;
+        let hidden = tokens.f_add(&self.position_embedding.f_narrow(0, 0, length)?)?;
+        Ok(States { hidden, ids: Some(ids) })
+    }
+
+    /// Replaces the table of the tokens' embeddings [vocab_size, hidden_size]. Its dtype becomes
+    /// that of the old one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shapes differ.
+    pub fn replace_token_embedding(&mut self, table: &Tensor) -> Result<()> {
+        let old = &self.token_embedding;
+        if table.size() != old.size() {
+            return Err(Error::shape("the new token embedding", table.size(), format!("{:?}", old.size())));
+        }
+        self.token_embedding = table.f_to_device(old.device())?.f_to_kind(old.f_kind()?)?;
+        Ok(())
+    }
+
+    /// The table of the tokens' embeddings [vocab_size, hidden_size].
+    #[must_use]
+    pub fn token_embedding(&self) -> &Tensor {
+        &self.token_embedding
+    }
+
+    /// Encodes token ids [b, s], as [`forward`](Self::forward) says.
+    fn encode(&self, ids: &Tensor, skip: usize) -> Result<TextStates> {
+        let mut observer = Unobserved;
+        let mut run = Run::new(&self.layers, &mut observer);
+        let States { mut hidden, ids } = self.embed(ids)?;
+        let ids = ids.expect("the states before the first layer have the ids");
         let (last, before) = self.blocks.split_last().expect("the config has at least one layer");
         let few =
             || Error::Argument(format!("a text encoder of {} layers cannot leave out {skip} more than 1", self.blocks.len()));
@@ -143,12 +187,16 @@ impl ClipText {
         }
         let pooled = match &self.pooling {
             None => None,
-            Some(pooling) => {
-                let final_states = pooling.final_layer_norm.forward(&last.forward(&hidden, &mut run)?)?;
-                Some(run.layer(pooling.text_projection, &self.at_end_of_text(&final_states, &ids)?)?)
-            }
+            Some(pooling) => Some(self.pooled(pooling, &last.forward(&hidden, &mut run)?, &ids, &mut run)?),
         };
         Ok(TextStates { penultimate: states, pooled })
+    }
+
+    /// The projected state at the end of each text: [b, projection_dim] of the states after the
+    /// last layer [b, s, width].
+    fn pooled(&self, pooling: &Pooling, states: &Tensor, ids: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let normed = pooling.final_layer_norm.forward(states)?;
+        run.layer(pooling.text_projection, &self.at_end_of_text(&normed, ids)?)
     }
 
     /// The state at the end of each text: [b, width] of states [b, s, width].
@@ -160,6 +208,38 @@ impl ClipText {
         let width = states.size3()?.2;
         let index = ends.f_view([-1, 1, 1])?.f_expand([-1, 1, width], false)?;
         Ok(states.f_gather(1, &index, false)?.f_squeeze_dim(1)?)
+    }
+}
+
+/// Each encoder layer is a piece, and the projection the last one.
+impl Pieces for ClipText {
+    fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
+    }
+
+    fn pieces(&self) -> Vec<(String, Range<usize>)> {
+        let block = |index| (format!("layers.{index}"), index * Block::LAYERS..(index + 1) * Block::LAYERS);
+        let mut pieces: Vec<_> = (0..self.blocks.len()).map(block).collect();
+        let end = self.blocks.len() * Block::LAYERS;
+        pieces.extend(self.pooling.as_ref().map(|_| ("text_projection".to_owned(), end..self.layers.len())));
+        pieces
+    }
+
+    fn run_piece(&self, index: usize, states: States, observer: &mut dyn Observer) -> Result<Tensor> {
+        let mut run = Run::new(&self.layers, observer);
+        if let Some(block) = self.blocks.get(index) {
+            return block.forward(&states.hidden, &mut run);
+        }
+        match (&self.pooling, &states.ids) {
+            (Some(pooling), Some(ids)) => self.pooled(pooling, &states.hidden, ids, &mut run),
+            (None, _) | (_, None) => {
+                Err(Error::internal("a text encoder without a projection, or without ids, has no such piece"))
+            }
+        }
     }
 }
 
@@ -180,15 +260,19 @@ struct Block {
 }
 
 impl Block {
+    /// Layers of a block.
+    const LAYERS: usize = 6;
+
     fn build(b: &mut Builder, config: &TextConfig) -> Result<Self> {
         let width = config.hidden_size;
         let layer_norm1 = b.layer_norm("layer_norm1", width, config.layer_norm_eps)?;
         let mut attention = b.at("self_attn");
+        let normed = attention.features("q_proj");
         Ok(Block {
             layer_norm1,
-            q_proj: attention.linear("q_proj", width, width, true)?,
-            k_proj: attention.linear("k_proj", width, width, true)?,
-            v_proj: attention.linear("v_proj", width, width, true)?,
+            q_proj: attention.linear_of("q_proj", normed.clone(), width, width, true)?,
+            k_proj: attention.linear_of("k_proj", normed.clone(), width, width, true)?,
+            v_proj: attention.linear_of("v_proj", normed, width, width, true)?,
             out_proj: attention.linear("out_proj", width, width, true)?,
             layer_norm2: b.layer_norm("layer_norm2", width, config.layer_norm_eps)?,
             fc1: b.at("mlp").linear("fc1", width, config.intermediate_size, true)?,

@@ -1,13 +1,16 @@
 //! The decoder: from latents to a picture.
 
+use std::ops::Range;
+
 use squeeze_base::error::Result;
 use squeeze_numerics::elementwise::silu_in_place;
 use tch::Tensor;
 
 use super::config::VaeConfig;
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
-use crate::layer::{ConvGeometry, Layer, Unobserved};
+use crate::layer::{ConvGeometry, Layer, Observer, Unobserved};
 use crate::network::{Builder, GroupNorm, LayerId, Run, attend, split_heads};
+use crate::pieces::{Pieces, States};
 use crate::resnet::{Resnet, ResnetShape};
 
 /// The decoding half of `diffusers.AutoencoderKL` (Rombach et al. 2022).
@@ -22,6 +25,8 @@ pub struct VaeDecoder {
     up_blocks: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: LayerId,
+    /// The number of layers up to the end of each piece.
+    ends: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -51,6 +56,7 @@ impl VaeDecoder {
             config.use_post_quant_conv.then(|| top.conv2d("post_quant_conv", latents, latents, 1, point)).transpose()?;
         let mut decoder = top.at("decoder");
         let conv_in = decoder.conv2d("conv_in", latents, deepest, 3, same)?;
+        let mut ends = vec![decoder.count()];
         let mut mid = decoder.at("mid_block");
         let mid_resnet_0 = Resnet::build(&mut mid.at("resnets").at(0), shape(deepest, deepest))?;
         let mid_attention = config
@@ -58,6 +64,8 @@ impl VaeDecoder {
             .then(|| Attention::build(&mut mid.at("attentions").at(0), deepest, groups))
             .transpose()?;
         let mid_resnet_1 = Resnet::build(&mut mid.at("resnets").at(1), shape(deepest, deepest))?;
+        drop(mid);
+        ends.push(decoder.count());
         let mut up_blocks = Vec::new();
         for (i, width) in widths.iter().copied().enumerate() {
             let mut block = decoder.at(format_args!("up_blocks.{i}"));
@@ -68,9 +76,11 @@ impl VaeDecoder {
             let upsampler =
                 (i + 1 < widths.len()).then(|| block.at("upsamplers").at(0).conv2d("conv", width, width, 3, same)).transpose()?;
             up_blocks.push(UpBlock { resnets, upsampler });
+            ends.push(block.count());
         }
         let conv_norm_out = decoder.group_norm("conv_norm_out", groups, first, EPS)?;
         let conv_out = decoder.conv2d("conv_out", first, config.out_channels, 3, same)?;
+        ends.push(decoder.count());
         Ok(VaeDecoder {
             config: config.clone(),
             layers,
@@ -81,6 +91,7 @@ impl VaeDecoder {
             up_blocks,
             conv_norm_out,
             conv_out,
+            ends,
         })
     }
 
@@ -156,25 +167,63 @@ impl VaeDecoder {
     /// # Errors
     /// If libtorch refuses an operation.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut observer = Unobserved;
-        let mut run = Run::new(&self.layers, &mut observer);
-        let quantized = self.post_quant_conv.map(|conv| run.layer(conv, latents)).transpose()?;
-        let mut hidden = run.layer(self.conv_in, quantized.as_ref().unwrap_or(latents))?;
-        hidden = self.mid_resnets[0].forward(&hidden, None, &mut run)?;
+        let pieces = 0..self.ends.len();
+        let first = latents.shallow_clone();
+        pieces.into_iter().try_fold(first, |hidden, piece| self.run_piece(piece, States { hidden, ids: None }, &mut Unobserved))
+    }
+
+    fn run_mid_block(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let mut hidden = self.mid_resnets[0].forward(input, None, run)?;
         if let Some(attention) = &self.mid_attention {
-            hidden = attention.forward(&hidden, &mut run)?;
+            hidden = attention.forward(&hidden, run)?;
         }
-        hidden = self.mid_resnets[1].forward(&hidden, None, &mut run)?;
-        for block in &self.up_blocks {
-            for resnet in &block.resnets {
-                hidden = resnet.forward(&hidden, None, &mut run)?;
+        self.mid_resnets[1].forward(&hidden, None, run)
+    }
+}
+
+/// The pieces are the input convolutions, the mid block, each up block, and the last convolution.
+impl Pieces for VaeDecoder {
+    fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
+    }
+
+    fn pieces(&self) -> Vec<(String, Range<usize>)> {
+        let ups = (0..self.up_blocks.len()).map(|index| format!("decoder.up_blocks.{index}"));
+        let names = ["decoder.conv_in".to_owned(), "decoder.mid_block".to_owned()].into_iter().chain(ups);
+        let names = names.chain(["decoder.conv_out".to_owned()]);
+        let begins = std::iter::once(0).chain(self.ends.iter().copied());
+        names.zip(begins.zip(&self.ends).map(|(begin, end)| begin..*end)).collect()
+    }
+
+    fn run_piece(&self, index: usize, states: States, observer: &mut dyn Observer) -> Result<Tensor> {
+        let mut run = Run::new(&self.layers, observer);
+        let input = states.hidden;
+        match index {
+            0 => {
+                let quantized = self.post_quant_conv.map(|conv| run.layer(conv, &input)).transpose()?;
+                run.layer(self.conv_in, quantized.as_ref().unwrap_or(&input))
             }
-            if let Some(conv) = block.upsampler {
-                let (_, _, height, width) = hidden.size4()?;
-                hidden = run.layer(conv, &hidden.f_upsample_nearest2d([2 * height, 2 * width], None, None)?)?;
-            }
+            1 => self.run_mid_block(&input, &mut run),
+            index => match self.up_blocks.get(index - 2) {
+                Some(block) => block.forward(input, &mut run),
+                None => run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&input)?)?),
+            },
         }
-        run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&hidden)?)?)
+    }
+}
+
+impl UpBlock {
+    fn forward(&self, mut hidden: Tensor, run: &mut Run) -> Result<Tensor> {
+        for resnet in &self.resnets {
+            hidden = resnet.forward(&hidden, None, run)?;
+        }
+        let Some(conv) = self.upsampler else { return Ok(hidden) };
+        let (_, _, height, width) = hidden.size4()?;
+        run.layer(conv, &hidden.f_upsample_nearest2d([2 * height, 2 * width], None, None)?)
     }
 }
 
