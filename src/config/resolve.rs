@@ -88,6 +88,7 @@ impl RunConfig {
     /// Patterns that match nothing, groups that do not divide the channels and the like are
     /// findings. Warnings are logged too. [`Resolution::checked`] turns findings that are errors
     /// into an [`Error`].
+    #[must_use]
     pub fn resolve(&self, layers: &[LayerInfo]) -> Resolution {
         let RunConfig { prune, palettize, remarks, .. } = self;
         let mut findings = remarks.0.clone();
@@ -106,6 +107,7 @@ impl RunConfig {
     /// Gives each layer of the networks of `section`, of the text encoders or the VAE, its
     /// settings, as [`resolve`](Self::resolve) does for the UNet's. Where the config has no such
     /// section, every layer is left alone.
+    #[must_use]
     pub fn resolve_networks(&self, section: Section, layers: &[LayerInfo]) -> Resolution {
         let of_section = match section {
             Section::TextEncoders => self.text_encoders.as_ref(),

@@ -15,7 +15,8 @@ use super::unet_weights::UnetWeights;
 /// that [`Container::verify`] checks.
 ///
 /// # Errors
-/// [`Error::Read`]; [`Error::BadFile`] or [`Error::Tensors`] naming the problem and the weight.
+/// [`Error::Read`](squeeze_base::Error::Read); [`Error::BadFile`](squeeze_base::Error::BadFile) or
+/// [`Error::Tensors`](squeeze_base::Error::Tensors) naming the problem and the weight.
 pub fn verify(path: &Path) -> Result<Verification> {
     let container = Container::open_unverified(path)?;
     check_architecture(&container)?;
@@ -26,8 +27,9 @@ pub fn verify(path: &Path) -> Result<Verification> {
 /// encoder.
 ///
 /// # Errors
-/// [`Error::ConfigKey`] if the architecture is not implemented; [`Error::Tensors`] naming the
-/// tensors that are missing, misshapen or surplus.
+/// [`Error::ConfigKey`](squeeze_base::Error::ConfigKey) if the architecture is not implemented;
+/// [`Error::Tensors`](squeeze_base::Error::Tensors) naming the tensors that are missing, misshapen
+/// or surplus.
 pub fn check_architecture(container: &Container) -> Result<()> {
     let config = ConfigFile::from_entries(container.path(), container.info().config.clone());
     match container.info().network {

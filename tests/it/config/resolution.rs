@@ -335,7 +335,7 @@ fn a_model_without_a_type_or_without_layers() {
     ];
     let yaml = "prune: {global_config: {n_m_ratio: [2, 4]}}\npalettize: {on_misfit: smaller_group, weight_threshold: 0, global_config: {granularity: per_grouped_channel, group_size: 4294967295, channel_axis: 1}}";
     for layers in [&[][..], &strange[..]] {
-        parsed(yaml).resolve(layers);
+        let _ = parsed(yaml).resolve(layers);
     }
 }
 

@@ -279,10 +279,10 @@ fn export_writes_two_packages_into_a_folder() {
     export(&out).is_refused(&["is there already"]);
     export(&folder.path().join("x.mlpackage")).is_refused(&["written into a folder", "must not end in .mlpackage"]);
     let other = Squeeze::new("export").arg(emoji()).args(["--to", "coreml", "--part", "vae_decoder", "--chunks", "2"]);
-    other.out(&folder.path().join("y")).is_refused(&["--chunks has no effect with --part vae_decoder"]);
+    other.out(folder.path().join("y")).is_refused(&["--chunks has no effect with --part vae_decoder"]);
     let other = Squeeze::new("export").arg(&container).args(["--to", "coreml", "--chunks", "3"]);
-    other.out(&folder.path().join("y")).is_refused(&["3 is not in 1..=2"]);
+    other.out(folder.path().join("y")).is_refused(&["3 is not in 1..=2"]);
     let other = Squeeze::new("export").arg(&container).args(["--to", "single-file", "--chunks", "2"]);
-    other.out(&folder.path().join("y")).is_refused(&["--chunks has no effect with this --to"]);
+    other.out(folder.path().join("y")).is_refused(&["--chunks has no effect with this --to"]);
     assert!(!folder.path().join("x.mlpackage").exists() && !folder.path().join("y").exists());
 }

@@ -87,7 +87,7 @@ fn predictions(pipeline: &PipelineFolder, out: &Path, timestep: f64, own: f64) -
     let inputs: BTreeMap<String, Tensor> = given.into_iter().map(|(name, x)| (name.to_owned(), x)).collect();
     let made = evaluate(&mut Package::read(out), &inputs).remove("noise_pred").unwrap();
     let weights = pipeline.unet_weights().unwrap();
-    let unet = Unet::resident(pipeline.unet.clone(), &weights.source(Placement::CPU), &Silent).unwrap();
+    let unet = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
     let conditioning = Conditioning { encoder_hidden_states: text, text_embeds: pooled, time_ids, timestep_cond: None };
     let predicted = unet.forward(&sample, own, &conditioning, &mut Unobserved).unwrap();
     [made, predicted, sample]

@@ -163,7 +163,6 @@ impl ClipText {
     }
 
     /// The table of the tokens' embeddings [vocab_size, hidden_size].
-    #[must_use]
     pub fn token_embedding(&self) -> &Tensor {
         &self.token_embedding
     }
