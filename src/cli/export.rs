@@ -122,8 +122,8 @@ impl ChunksArg {
 /// The size of the pictures that packages are for.
 #[derive(Debug, clap::Args)]
 pub(super) struct SizeArgs {
-    /// Height of the pictures in pixels; several (512,768,1024) are functions of one UNet package
-    /// [default: the UNet's own]
+    /// Height of the pictures in pixels; `export` of a UNet takes several (512,768,1024), each a
+    /// function of the package [default: the UNet's own]
     #[arg(long, value_name = "H", value_delimiter = ',')]
     height: Vec<i64>,
     /// Width of the pictures in pixels: as many as heights, or none for several squares

@@ -54,6 +54,13 @@ fn resolved(function: &Function, blobs: &[u8]) -> (Function, Vec<Vec<u8>>) {
     (function, bytes)
 }
 
+/// A container of a small UNet with compressed weights of every kind.
+fn base_like(folder: &Path) -> Container {
+    let path = folder.join("c.safetensors");
+    made_up::container(&repo("tests/golden/base-like"), &path);
+    Container::open(&path).unwrap()
+}
+
 #[test]
 fn each_function_is_the_program_of_its_own_package() {
     let folder = tempfile::tempdir().unwrap();
@@ -110,9 +117,7 @@ fn each_function_is_the_program_of_its_own_package() {
 #[test]
 fn chunks_can_have_several_functions() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("c.safetensors");
-    made_up::container(&repo("tests/golden/base-like"), &path);
-    let container = Container::open(&path).unwrap();
+    let container = base_like(folder.path());
     let weights = UnetWeights::from(&container);
     let options = Options { functions: sizes(), ..Options::new(weights.chain().unwrap().config()) };
     let out = folder.path().join("chunks");
@@ -131,9 +136,7 @@ fn chunks_can_have_several_functions() {
 #[test]
 fn the_same_functions_have_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("c.safetensors");
-    made_up::container(&repo("tests/golden/base-like"), &path);
-    let container = Container::open(&path).unwrap();
+    let container = base_like(folder.path());
     let weights = UnetWeights::from(&container);
     let options = Options { functions: sizes(), ..Options::new(weights.chain().unwrap().config()) };
     let [first, second] = ["a.mlpackage", "b.mlpackage"].map(|name| {
@@ -282,9 +285,7 @@ fn block<'a>(package: &'a mut Package, name: &str) -> &'a mut sdxl_squeeze::core
 #[test]
 fn each_fault_of_a_function_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("c.safetensors");
-    made_up::container(&repo("tests/golden/base-like"), &path);
-    let container = Container::open(&path).unwrap();
+    let container = base_like(folder.path());
     let weights = UnetWeights::from(&container);
     let options = Options { functions: sizes(), ..Options::new(weights.chain().unwrap().config()) };
     let out = folder.path().join("good.mlpackage");
