@@ -59,8 +59,8 @@ impl NoiseOutput {
         }
     }
 
-    /// Whether the output is made of the UNet's prediction and the noisy latents. Else the prediction
-    /// is noise, and only the timesteps are others.
+    /// Whether the output is made of the UNet's prediction and the noisy latents. Else the
+    /// prediction is noise, and only the timesteps are others.
     pub(super) fn converts(&self) -> bool {
         self.predicted != Predicted::Noise
     }

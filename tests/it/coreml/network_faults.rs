@@ -26,8 +26,11 @@ use crate::support::repo;
 
 const LUT: &str = "constexpr_lut_to_dense";
 
-/// The tensors of a network of the small base in fp16, and its config.
-fn network(network: Network) -> (Vec<(TensorSpec, Vec<f16>)>, Map<String, Value>) {
+/// Tensors in fp16.
+type Tensors = Vec<(TensorSpec, Vec<f16>)>;
+
+/// The tensors of a network of the small base, and its config.
+fn network(network: Network) -> (Tensors, Map<String, Value>) {
     let pipeline = PipelineFolder::open(&repo("tests/golden/base-like")).unwrap();
     let read = |specs: Vec<TensorSpec>, source: &dyn TensorSource| {
         let values = |spec: &TensorSpec| {
@@ -74,7 +77,7 @@ fn good(network_name: Network, part: PipelinePart, folder: &Path) -> Package {
     let (tensors, config) = network(network_name);
     write(&tensors, network_name, config, &path);
     verify_container(&path).unwrap();
-    let mut files = ModelFiles::of(&repo("tests/golden/base-like"));
+    let mut files = ModelFiles::of(repo("tests/golden/base-like"));
     match network_name {
         Network::Vae => files.vae = Some(path),
         _ => files.text_encoder_2 = Some(path),
@@ -214,7 +217,7 @@ fn each_fault_of_a_compressed_network_is_named() {
 
 /// What is wrong in a container: a change of the tensors or of the config, the network that the
 /// container names, and what `verify` must say.
-type Wrong = (fn(&mut Vec<(TensorSpec, Vec<f16>)>, &mut Map<String, Value>), Network, &'static [&'static str]);
+type Wrong = (fn(&mut Tensors, &mut Map<String, Value>), Network, &'static [&'static str]);
 
 #[test]
 fn each_fault_of_a_networks_container_is_named() {
