@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use sdxl_squeeze::Result;
 use sdxl_squeeze::calibration::{PromptSet, settings};
-use sdxl_squeeze::compare::{EmbeddingError, Judging, NetworkComparison, PictureError, compare_networks};
+use sdxl_squeeze::compare::{EmbeddingError, Judging, LatentError, NetworkComparison, PictureError, compare_networks};
 use sdxl_squeeze::config::{CalibrationSection, read_prompts};
 use sdxl_squeeze::container::Network;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
@@ -89,11 +89,16 @@ fn tables(compared: &NetworkComparison) -> String {
         }
         text = format!("{}\n\n", table::right_aligned(rows, 1));
     }
+    if let Some(LatentError { means, deviations }) = compared.latents {
+        let mut rows = table::new(&["VAE's encoder", "means", "standard deviations"]);
+        rows.add_row(["latents".to_owned(), percent(means), percent(deviations)]);
+        text += &format!("{}\n\n", table::right_aligned(rows, 1));
+    }
     let mut rows = table::new(&["compressed", "PSNR, dB", "lowest", "SSIM"]);
     for PictureError { networks, psnr, lowest_psnr, ssim } in &compared.pictures {
         let names: Vec<&str> = networks.iter().copied().map(Network::name).collect();
         rows.add_row([names.join(", "), format!("{psnr:.2}"), format!("{lowest_psnr:.2}"), format!("{ssim:.4}")]);
     }
-    let about = "relative errors of the encoders' outputs; pictures by the same UNet against those of the model's own networks";
+    let about = "relative errors of the encoders' outputs, of the VAE's on the model's own pictures; pictures by the same UNet against those of the model's own networks";
     format!("{text}{}\n({} prompts; {about})\n", table::right_aligned(rows, 1), compared.prompts)
 }

@@ -5,11 +5,14 @@ use std::time::Instant;
 
 use sdxl_squeeze::calibration::calibrate;
 use sdxl_squeeze::compare::{Closeness, Reached, Reaching, reach};
-use sdxl_squeeze::compress::{JobReport, NetworkReport, Prepared, PreparedNetwork, run as run_job, workspace_folder};
+use sdxl_squeeze::compress::{
+    JobReport, NetworkReport, Prepared, PreparedNetwork, check_disk_of, run as run_job, workspace_folder,
+};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
 use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::plan::Plan;
 use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
 
@@ -64,6 +67,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         true => Some(task(&folder, &config, shares, &options, &container)?),
         false => None,
     };
+    check_disk_of(&networks, task.as_ref().map(|task| &task.plan().disk))?;
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
 
     let samples = match &args.samples_out {
@@ -130,6 +134,15 @@ enum Task<'a> {
     Run(Box<Prepared<'a>>),
     /// Several runs, for the smallest size of a closeness.
     Search(Box<Reaching<'a>>),
+}
+
+impl Task<'_> {
+    fn plan(&self) -> &Plan {
+        match self {
+            Task::Run(prepared) => prepared.plan(),
+            Task::Search(reaching) => reaching.plan(),
+        }
+    }
 }
 
 /// What is said of a run that has written its container.

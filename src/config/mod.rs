@@ -40,6 +40,7 @@ pub use rules::{RuleIndex, Rules};
 pub use run_config::{Remarks, RunConfig};
 pub use sections::{
     BudgetSection, BudgetTarget, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection, SizeSearch,
+    VaeSection,
 };
 pub use squeeze_base::error::{Mistake, Place};
 pub use tune::TuneSection;

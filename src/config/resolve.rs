@@ -111,7 +111,7 @@ impl RunConfig {
     pub fn resolve_networks(&self, section: Section, layers: &[LayerInfo]) -> Resolution {
         let of_section = match section {
             Section::TextEncoders => self.text_encoders.as_ref(),
-            Section::Vae => self.vae.as_ref(),
+            Section::Vae => self.vae.as_ref().map(|section| &section.network),
             Section::Prune | Section::Palettize => None,
         };
         let left = || layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect::<Vec<_>>();

@@ -7,7 +7,9 @@ use super::effort;
 use super::fields::Fields;
 use super::finding::Finding;
 use super::mistake::Mistakes;
-use super::sections::{BudgetSection, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection};
+use super::sections::{
+    BudgetSection, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection, VaeSection,
+};
 use super::tree::Node;
 use super::tune::TuneSection;
 use super::words::{SequencingWord, SolverKind, Target};
@@ -35,9 +37,9 @@ pub struct RunConfig {
     /// Palettization of the text encoders; `None` leaves them as they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoders: Option<NetworkSection>,
-    /// Palettization of the VAE's decoder; `None` leaves it as it is.
+    /// Palettization of the VAE; `None` leaves it as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub vae: Option<NetworkSection>,
+    pub vae: Option<VaeSection>,
     /// The size that the result keeps to; `None` leaves it to the sections above.
     pub budget: Option<BudgetSection>,
     /// Training after the layers are compressed; `None` trains nothing.
@@ -130,7 +132,7 @@ impl RunConfig {
         let tune = fields.section(&tune::SECTION, mistakes).map(|fields| TuneSection::read(&fields, mistakes));
         let text = fields.section(&text_encoders::SECTION, mistakes);
         let text_encoders = text.map(|fields| NetworkSection::of_text_encoders(&fields, mistakes));
-        let vae = fields.section(&vae::SECTION, mistakes).map(|fields| NetworkSection::of_vae(&fields, mistakes));
+        let vae = fields.section(&vae::SECTION, mistakes).map(|fields| VaeSection::read(&fields, mistakes));
         let config = RunConfig {
             model: model.unwrap_or_default(),
             calibration: calibration.unwrap_or_default(),

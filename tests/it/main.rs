@@ -53,5 +53,6 @@ mod tokens;
 #[cfg(unix)]
 mod traps;
 mod tune;
+mod vae_encoder;
 mod vector_palettes;
 mod watched;
