@@ -300,7 +300,7 @@ fn rules_are_about_the_layers_of_both_encoders() {
     }
 }
 
-/// The error of the first encoder at 3 bits, whose layers are fitted to the outputs that `target` names.
+/// The error of the first encoder at 3 bits, fitted to the outputs that `target` names.
 fn error_at_three_bits(folder: &Path, target: &str) -> f64 {
     let (file, out, judge) = (folder.join("c.yaml"), folder.join(target), folder.join("judge.txt"));
     let text = "calibration: {prompts: calibration/emoji-varied.txt}\ntext_encoders:\n  on_misfit: smaller_group\n  \

@@ -6,48 +6,16 @@ use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::{PipelineFolder, TextPart};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
-use squeeze_container::Network;
 use tch::{Device, Kind, Tensor};
 
+use super::amount::evenly;
 use super::prepare::PreparedNetwork;
 use crate::calibration::final_latents;
 use crate::compress::workspace::Workspace;
-use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
+use crate::config::{CalibrationSection, Prompts};
 
 /// Texts that run through an encoder as one batch.
 pub(super) const TEXTS_TOGETHER: usize = 8;
-
-/// `count` of the texts that a config names for calibration, evenly: the prompts, the captions, and
-/// the empty text of negative prompts.
-///
-/// # Errors
-/// If a file cannot be read.
-pub(super) fn texts(config: &RunConfig, count: usize) -> Result<Vec<String>> {
-    let mut texts = config.calibration.prompts.load()?;
-    if let Some(path) = &config.calibration.captions {
-        texts.extend(read_prompts(path)?);
-    }
-    let mut texts = evenly(texts, count.saturating_sub(1).max(1));
-    texts.push(String::new());
-    Ok(texts)
-}
-
-/// The number of texts or pictures that `network` is calibrated on, if `nsamples` are asked for.
-///
-/// # Errors
-/// If a file cannot be read.
-pub(super) fn count(config: &RunConfig, network: Network, nsamples: usize) -> Result<usize> {
-    match network {
-        Network::Vae => Ok(config.calibration.prompts.load()?.len().min(nsamples)),
-        Network::Unet | Network::TextEncoder | Network::TextEncoder2 => Ok(texts(config, nsamples)?.len()),
-    }
-}
-
-/// `count` of `items`, evenly.
-fn evenly<T: Clone>(items: Vec<T>, count: usize) -> Vec<T> {
-    let all = items.len();
-    if all <= count { items } else { (0..count).map(|k| items[k * all / count].clone()).collect() }
-}
 
 /// The states before the first layer of `encoder`, of each batch of `texts`.
 ///

@@ -6,6 +6,7 @@
 //! the VAE's decoder from latents that the dense pipeline draws, those of its encoder from their
 //! pictures.
 
+mod amount;
 mod dense;
 mod disk;
 mod inputs;

@@ -18,7 +18,7 @@ use crate::geometry::input_geometry;
 use crate::plan::{Disk, Memory, Work, solving_bytes, stored_bytes};
 
 /// Bytes that each element of a table of embeddings takes while its palettes are made.
-const BYTES_OF_A_PALETTIZED_ELEMENT: u64 = 20;
+const BYTES_OF_A_PALETTIZED_ELEMENT: u64 = 16;
 
 /// Tensors of the size of a layer's output that are alive at once in a forward: the input, the
 /// normalized input, the output, the residual, and a copy for padding or another dtype.
@@ -77,10 +77,10 @@ impl PreparedNetwork<'_> {
         let recipe = |spec: &TensorSpec| self.recipes.get(spec.name.strip_suffix(".weight")?);
         let compressed = |spec: &TensorSpec| recipe(spec).map(|recipe| stored_bytes(&spec.shape, recipe));
         let stored = |spec: &TensorSpec| compressed(spec).unwrap_or(2 * spec.numel());
-        let (mut peak_bytes, mut work) = (self.table_bytes(&tensors), Work::default());
+        let (mut peak_bytes, mut work) = (0, Work::default());
         for half in self.dense.halves() {
             let outline = self.dense.outline(*half)?;
-            peak_bytes = peak_bytes.max(self.peak_of(outline.pieces())?);
+            peak_bytes = peak_bytes.max(self.peak_of(outline.pieces(), self.table_bytes(&tensors))?);
             work += self.work(outline.pieces())?;
         }
         let payload_bytes = tensors.iter().map(stored).sum();
@@ -114,8 +114,8 @@ impl PreparedNetwork<'_> {
     }
 
     /// The bytes that a half takes at most: its weights, the samples between two pieces, those of
-    /// one forward, and the layer that takes most. Without samples, that layer alone.
-    fn peak_of(&self, net: &dyn Pieces) -> Result<u64> {
+    /// one forward, and the layer or the `table` that takes most. Without samples, that alone.
+    fn peak_of(&self, net: &dyn Pieces, table: u64) -> Result<u64> {
         let Placement { device, kind } = self.placement();
         let element = kind.elt_size_in_bytes() as u64;
         let has_dense_target = self.sequencing().has_dense_target();
@@ -127,7 +127,7 @@ impl PreparedNetwork<'_> {
             let residual = if recipe.needs_hessian() && has_dense_target { OutputResidual::bytes(&shape) } else { 0 };
             Some(weight_bytes(layer) + hessian + residual + solving_bytes(geometry, &shape, recipe, device))
         };
-        let layer = net.layers().iter().filter_map(of_layer).max().unwrap_or(0);
+        let layer = net.layers().iter().filter_map(of_layer).max().unwrap_or(0).max(table);
         if !self.is_calibrated() {
             return Ok(layer);
         }

@@ -8,8 +8,8 @@ use squeeze_container::Network;
 use squeeze_numerics::device::Placement;
 use tch::Kind;
 
+use super::amount;
 use super::dense::{Dense, Halves};
-use super::inputs;
 use crate::compress::prepare::{check_place, settled};
 use crate::config::{LayerInfo, RunConfig, Section, read_prompts};
 use crate::recipe::{LayerRecipe, LayerRecipes, RunOptions, network_layers};
@@ -58,7 +58,7 @@ impl<'a> PreparedNetwork<'a> {
         if prepared.iter().any(PreparedNetwork::is_calibrated) {
             config.calibration.captions.as_deref().map(read_prompts).transpose()?;
             for network in &mut prepared {
-                network.nsamples = inputs::count(&config, network.network(), network.nsamples)?;
+                network.nsamples = amount::count(&config, network.network(), network.nsamples)?;
             }
         }
         for network in &prepared {

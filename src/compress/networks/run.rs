@@ -11,6 +11,7 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::ContainerInfo;
 
+use super::amount;
 use super::dense::{Dense, Half, Loaded, TOKEN_EMBEDDING};
 use super::inputs;
 use super::prepare::PreparedNetwork;
@@ -40,7 +41,7 @@ impl PreparedNetwork<'_> {
         let network = self.network();
         let weights = self.dense.weights()?;
         let (claim, sources) = Claim::of(&workspace_folder(&self.path))?.during(|_| self.sources(&weights, progress))?;
-        let texts = if self.is_calibrated() { inputs::texts(&self.config, self.nsamples)? } else { Vec::new() };
+        let texts = if self.is_calibrated() { amount::texts(&self.config, self.nsamples)? } else { Vec::new() };
         let mut store = claim.open(&self.identity(&sources, &texts)?, self.options.resume)?;
         let source = weights.source(self.placement());
         let samples = match self.is_calibrated() {
