@@ -124,7 +124,7 @@ fn configs_that_ask_for_what_is_not_implemented() {
         ("unet/config.json", "norm_num_groups", json!(7), "norm_num_groups"),
         ("unet/config.json", "attention_head_dim", json!([3, 3, 3]), "attention_head_dim"),
         ("unet/config.json", "in_channels", json!("four"), "in_channels"),
-        ("scheduler/scheduler_config.json", "use_beta_sigmas", json!(true), "use_beta_sigmas"),
+        ("scheduler/scheduler_config.json", "beta_schedule", json!("sigmoid"), "beta_schedule"),
         ("text_encoder/config.json", "hidden_act", json!("relu"), "hidden_act"),
         (
             "vae/config.json",
