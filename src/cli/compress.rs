@@ -18,6 +18,7 @@ use sdxl_squeeze::{Error, Result};
 
 use super::edits::Edits;
 use super::limits::LimitArgs;
+use super::own_files::{REPORT, RESOLVED, check_own};
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::{stdout, table};
@@ -46,8 +47,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let (config, folder) = args.edits.resolve(&args.config)?;
     let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };
-    let [container, resolved, about] =
-        ["unet.squeezed.safetensors", "config.yaml", "report.json"].map(|name| args.out.join(name));
+    let [container, resolved, about] = ["unet.squeezed.safetensors", RESOLVED, REPORT].map(|name| args.out.join(name));
     let outputs = Paths::default().run("--config", &args.config, &config).puts_into("--out", &args.out);
     let outputs = outputs.fills("the work folder", &workspace_folder(&container));
     let networks = PreparedNetwork::all(&folder, &config, &options, &args.out)?;
@@ -63,6 +63,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let outputs = [&container, &resolved, &about].into_iter().fold(outputs, |outputs, path| outputs.writes("--out", Some(path)));
     outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
     let shares = args.samples_out.is_some();
+    check_own(&args.out)?;
     let task = match config.compresses_unet() {
         true => Some(task(&folder, &config, shares, &options, &container)?),
         false => None,

@@ -15,8 +15,10 @@ mod export;
 mod failure;
 mod generate;
 mod inspect;
+mod json_log;
 mod limits;
 mod man;
+mod own_files;
 mod paths;
 mod place;
 mod plan;
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use json_log::JsonLog;
 use profile::Profile;
 use progress::{Mode, Reporter};
 use sdxl_squeeze::Error;
@@ -105,7 +108,7 @@ pub(crate) fn main() -> ExitCode {
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::init();
     match Args::try_parse() {
-        Ok(args) => ExitCode::from(failure::exit_code(|| run(args))),
+        Ok(args) => ExitCode::from(failure::exit_code(args.progress == Mode::Json, || run(args))),
         Err(answer) => tell(&answer),
     }
 }
@@ -116,7 +119,7 @@ fn tell(answer: &clap::Error) -> ExitCode {
     let printed = answer.print().and_then(|()| io::stdout().flush());
     match printed {
         Err(why) if !answer.use_stderr() && why.kind() != io::ErrorKind::BrokenPipe => {
-            failure::report(&Error::write("standard output".as_ref())(why));
+            failure::report(&Error::write("standard output".as_ref())(why), false);
             ExitCode::from(1)
         }
         _ => code,
@@ -142,11 +145,19 @@ fn run(args: Args) -> Result<(), Error> {
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
-    let log = reporter.log_writer();
-    let lines = tracing_subscriber::fmt::layer().with_writer(move || log.clone()).without_time().with_target(false);
+    let (json, lines) = match args.progress {
+        Mode::Json => (Some(JsonLog), None),
+        Mode::Auto | Mode::None => {
+            let log = reporter.log_writer();
+            let lines = tracing_subscriber::fmt::layer().with_writer(move || log.clone()).with_ansi(terminal::has_colours());
+            (None, Some(lines.without_time().with_target(false)))
+        }
+    };
+    let level = LevelFilter::from_level(level);
     let profile = args.profile.map(|path| (path, Profile::default()));
     let times = profile.as_ref().map(|(_, profile)| profile.clone());
-    tracing_subscriber::registry().with(lines.with_filter(LevelFilter::from_level(level))).with(times).init();
+    let log = tracing_subscriber::registry().with(lines.with_filter(level)).with(json.with_filter(level));
+    log.with(times).init();
     if matches!(args.command, Command::Compress(_) | Command::Compare(_) | Command::CompareNetworks(_)) {
         environment::settle();
     }

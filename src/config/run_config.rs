@@ -84,6 +84,9 @@ impl Default for RunConfig {
     }
 }
 
+/// The first words of [`RunConfig::to_yaml`].
+pub const RESOLVED_BY: &str = "# The config as resolved by sdxl-squeeze";
+
 impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
     #[must_use]
@@ -225,6 +228,6 @@ impl RunConfig {
         let yaml = serde_yaml::to_string_with_options(self, options)
             .expect("a config consists of text, numbers, lists and mappings with text as keys");
         let version = env!("CARGO_PKG_VERSION");
-        format!("# The config as resolved by sdxl-squeeze {version}, with all defaults and flags.\n{yaml}")
+        format!("{RESOLVED_BY} {version}, with all defaults and flags.\n{yaml}")
     }
 }

@@ -50,7 +50,7 @@ fn pruned_and_palettized_end_to_end() {
 
     // The resolved config is a valid config and gives the same bytes.
     let again = folder.path().join("again");
-    Squeeze::new("compress").config_file(out.join("config.yaml")).model(emoji()).out(&again).succeeds();
+    Squeeze::new("compress").config_file(out.join("resolved.yaml")).model(emoji()).out(&again).succeeds();
     assert!(
         std::fs::read(again.join("unet.squeezed.safetensors")).unwrap() == std::fs::read(&file).unwrap(),
         "another run, other bytes"
@@ -181,7 +181,7 @@ fn what_cannot_be_done_is_said() {
     let out = folder.path().join("x");
     let run = Squeeze::new("compress").config("tutorial-s40-4bit-gs16").out(&out);
     run.ends_with(2).says(&["which model?"]);
-    run.clone().model("/nowhere").ends_with(2).says(&["cannot read"]);
+    run.clone().model("/nowhere").ends_with(2).says(&["/nowhere: does not exist"]);
     let run = run.model(emoji());
     run.clone().with("--target-sparsity", "1.0").ends_with(2).says(&["--target-sparsity"]);
     run.clone().with("--n-bits", "5").ends_with(2).says(&["--n-bits"]);

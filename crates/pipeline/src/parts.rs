@@ -13,6 +13,7 @@ use squeeze_base::input::{self, Limit};
 use squeeze_container::Container;
 
 use super::lora_file::LoraFile;
+use super::no_model::check_model;
 
 /// The files of a pipeline, as a command or a config names them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -129,6 +130,7 @@ impl Parts {
     /// # Errors
     /// If one cannot be read.
     pub(crate) fn of_folder(root: &Path) -> Result<Self> {
+        check_model(root)?;
         let index = Config::read(root.join("model_index.json"))?;
         let scheduler_path = root.join("scheduler/scheduler_config.json");
         let scheduler = SchedulerConfig::read(&scheduler_path)?;

@@ -52,7 +52,7 @@ impl PreparedNetwork<'_> {
         let info = ContainerInfo {
             network,
             config: self.dense.config().clone(),
-            recipe: self.settings().to_json(),
+            recipe: self.settings().without_folders().to_json(),
             sources,
             prediction_type: None,
         };
