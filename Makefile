@@ -52,7 +52,7 @@ wheel: setup $(TOOLS)
 	$(TOOLS)/bin/twine check --strict target/wheels/*.whl
 
 test-wheel: wheel
-	$(TOOLS)/bin/python tests/wheel/check.py target/wheels/*.whl --torch "$(SITE)" --demo
+	$(TOOLS)/bin/python tests/wheel/check.py target/wheels/*.whl --torch "$(SITE)" --paths --demo
 
 test-python: setup $(TESTS)
 	cd python && ../$(TESTS)/bin/mypy && ../$(TESTS)/bin/python -m pytest

@@ -48,7 +48,8 @@ def build_wheel(
 ) -> str:
     """Compiles the program and writes the wheel into `wheel_directory`. Returns the wheel's file name.
 
-    The setting `program` names a program that is compiled already: it is packed in the place of a new one.
+    The setting `program` names a program that is compiled already, by its path or that in the repository: it is packed in
+    the place of a new one.
     """
     import maturin
 
@@ -68,7 +69,7 @@ def build_wheel(
         else:
             info = maturin.prepare_metadata_for_build_wheel(str(content), settings)
             name = f"{info.removesuffix('.dist-info')}-{wheel_tag(content / info)}.whl"
-            take_program(Path(given), content)
+            take_program(ROOT / given, content)
         finish(content)
         wheel_path = pack(content, packed / name)
         if "-linux_" in name:

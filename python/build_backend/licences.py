@@ -16,6 +16,7 @@ OF_FILES = {
     "crates/coreml/src/proto/LICENSE.txt": "LICENSE-coremltools.txt",
     "crates/model/src/text/vocabulary/LICENSE": "LICENSE-clip-vocabulary.txt",
     "src/report/font/LICENSE-DEJAVU": "LICENSE-dejavu-font.txt",
+    "models/emoji-sdxl/README.md": "LICENSE-emoji-sdxl.md",
 }
 OF_CRATES = "LICENSES-crates.txt"
 STARTS = ("license", "licence", "copying", "copyright", "notice", "unlicense")

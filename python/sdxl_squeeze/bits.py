@@ -38,7 +38,7 @@ def has_stray_bits(stream: Tensor, bits: int, count: int) -> bool:
 
 def count_ones(stream: Tensor) -> int:
     """The number of set bits of the bytes `stream`."""
-    ones = torch.tensor([n.bit_count() for n in range(256)], dtype=torch.uint8)
+    ones = torch.tensor([n.bit_count() for n in range(256)], dtype=torch.uint8, device=stream.device)
     # In pieces: indices take four bytes each.
     total = 0
     for start in range(0, len(stream), 1 << 20):

@@ -77,7 +77,7 @@ def test_gradients_reach_the_inputs(squeezed_unet):
     "name, words",
     [
         ("config_is_not_a_unet", "AutoencoderKL"),
-        ("config_of_millions_of_layers", "more blocks than the file has tensors"),
+        ("config_of_millions_of_layers", "far more blocks than the file has tensors"),
     ],
 )
 def test_a_config_that_lies_is_refused_before_a_model_is_made(name, words):

@@ -1,20 +1,23 @@
 """Installs a wheel in every way that people have and runs it: `make test-wheel`.
 
-    python3 check.py WHEEL --torch SITE [--python PYTHON ...] [--demo] [--download]
+    python3 check.py WHEEL --torch SITE [--python PYTHON ...] [--paths] [--demo] [--download]
 
 SITE is a folder of packages with torch 2.11.0, which most environments here get as links instead of 2 GB each; `--download`
 has pip fetch torch from PyPI once. Each `--python` gets a virtual environment. `--demo` compresses the bundled model from an
-empty folder, with the configs and prompts that are in the program.
+empty folder, with the configs and prompts that are in the program. `--paths` looks for folders of this machine in a program that
+was compiled here.
 """
 
 import argparse
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WANTED = "2.11.0"
@@ -69,6 +72,35 @@ def fake_torch(site, version):
     (site / "torch/lib").mkdir(parents=True)
     (site / "torch/__init__.py").write_text("raise SystemExit('the launcher must not import torch')\n")
     (site / "torch/version.py").write_text(f"__version__ = '{version}'\n" if version else "")
+
+
+def contents(folder, _python, wheel, _torch):
+    """The program may be executed and finds libtorch beside its package; every licence in the metadata is there."""
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        (program,) = (entry for entry in files.infolist() if entry.filename.endswith("/bin/sdxl-squeeze"))
+        if program.external_attr >> 16 & 0o111 != 0o111:
+            sys.exit("the program may not be executed")
+        if b"\0$ORIGIN/../../torch/lib\0" not in files.read(program):
+            sys.exit("the program has another rpath")
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        licences = metadata.replace("METADATA", "licenses/")
+        listed = re.findall(r"^License-File: (.+)$", files.read(metadata).decode(), re.MULTILINE)
+        if sorted(licences + name for name in listed) != sorted(name for name in names if name.startswith(licences) and name != licences):
+            sys.exit(f"the licences in the metadata are {listed}")
+        crates = files.read(f"{licences}LICENSES-crates.txt").decode()
+        expect(crates, "torch-sys 0.24", "safetensors 0.", "faer 0.24", "Permission is hereby granted")
+
+
+def no_paths(_folder, _python, wheel, _torch):
+    """The program names no folder of this machine."""
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith("/bin/sdxl-squeeze"))
+        program = files.read(name)
+    for path in (str(ROOT), str(pathlib.Path.home() / ".cargo"), ".libtorch/"):
+        if path.encode() in program:
+            at = program.index(path.encode())
+            sys.exit(f"the program names {program[at : at + 120]}")
 
 
 def virtual_environment(folder, python, wheel, torch):
@@ -195,12 +227,14 @@ def main():
     arguments.add_argument("wheel", type=pathlib.Path)
     arguments.add_argument("--torch", type=pathlib.Path, required=True)
     arguments.add_argument("--python", action="append")
+    arguments.add_argument("--paths", action="store_true")
     arguments.add_argument("--demo", action="store_true")
     arguments.add_argument("--download", action="store_true")
     given = arguments.parse_args()
     wheel, torch = given.wheel.resolve(), given.torch.resolve()
     pythons = given.python or [sys.executable]
-    cases = [(virtual_environment, python) for python in pythons]
+    cases = [(contents, pythons[0])] + [(no_paths, pythons[0])] * given.paths
+    cases += [(virtual_environment, python) for python in pythons]
     cases += [(case, pythons[0]) for case in (torch_elsewhere, conda, user_install, debian, refusals)]
     cases += [(real_install, pythons[0])] * given.download + [(demo, pythons[0])] * given.demo
     for case, python in cases:
