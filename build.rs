@@ -7,12 +7,22 @@ use sha2::{Digest, Sha256};
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    if let Some(libraries) = std::env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) {
-        // Without links in its path, the program also works when the checkout has moved.
-        let libraries = libraries.canonicalize().unwrap_or(libraries);
+    println!("cargo:rerun-if-env-changed=SDXL_SQUEEZE_RPATH");
+    if let Some(libraries) = libraries() {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", libraries.display());
     }
     println!("cargo:rustc-env=SDXL_SQUEEZE_BUILD={}", build_id());
+}
+
+/// The folder in which the program looks for libtorch: that of the build, or what
+/// `SDXL_SQUEEZE_RPATH` says, for a program that is shipped (`python/build_backend/`).
+fn libraries() -> Option<PathBuf> {
+    if let Some(given) = std::env::var_os("SDXL_SQUEEZE_RPATH") {
+        return Some(PathBuf::from(given));
+    }
+    let libraries = PathBuf::from(std::env::var_os("DEP_TCH_LIBTORCH_LIB")?);
+    // Without links in its path, the program also works when the checkout has moved.
+    Some(libraries.canonicalize().unwrap_or(libraries))
 }
 
 /// The first 16 hex digits of a hash of the sources and of `Cargo.lock`.
