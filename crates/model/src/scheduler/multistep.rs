@@ -52,13 +52,13 @@ impl Level {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Algorithm {
     /// DPM-Solver++: the predicted picture.
-    OfPicture,
+    Picture,
     /// DPM-Solver (Lu et al. 2022, arXiv:2206.00927): the predicted noise.
-    OfNoise,
+    Noise,
     /// The stochastic variant of DPM-Solver++.
-    OfPictureWithNoise,
+    StochasticPicture,
     /// The stochastic variant of DPM-Solver.
-    OfNoiseWithNoise,
+    StochasticNoise,
 }
 
 /// The solver, and what it remembers of the steps before.
@@ -101,15 +101,15 @@ impl Multistep {
         let algorithm: Option<String> = file.optional("algorithm_type")?;
         let algorithm = match (algorithm.as_deref(), end) {
             // diffusers treats "deis" as "dpmsolver++", but refuses a final sigma of zero with it.
-            (None | Some("dpmsolver++"), _) | (Some("deis"), FinalSigma::SigmaMin) => Algorithm::OfPicture,
-            (Some("sde-dpmsolver++"), _) => Algorithm::OfPictureWithNoise,
-            (Some("dpmsolver"), _) => Algorithm::OfNoise,
+            (None | Some("dpmsolver++"), _) | (Some("deis"), FinalSigma::SigmaMin) => Algorithm::Picture,
+            (Some("sde-dpmsolver++"), _) => Algorithm::StochasticPicture,
+            (Some("dpmsolver"), _) => Algorithm::Noise,
             (Some("sde-dpmsolver"), _) if order == 3 => {
                 return Err(
                     file.error("solver_order", "= 3 is not a form of `algorithm_type: sde-dpmsolver`, in diffusers neither")
                 );
             }
-            (Some("sde-dpmsolver"), _) => Algorithm::OfNoiseWithNoise,
+            (Some("sde-dpmsolver"), _) => Algorithm::StochasticNoise,
             (Some(other), _) => {
                 let known = "dpmsolver++, sde-dpmsolver++, dpmsolver and sde-dpmsolver are";
                 return Err(file.error("algorithm_type", format!("= {other:?} is not supported ({known})")));
@@ -134,7 +134,7 @@ impl Multistep {
 
     /// Whether the solver takes predictions of the noise, and not of the picture.
     pub(super) fn is_of_noise(&self) -> bool {
-        matches!(self.algorithm, Algorithm::OfNoise | Algorithm::OfNoiseWithNoise)
+        matches!(self.algorithm, Algorithm::Noise | Algorithm::StochasticNoise)
     }
 
     /// Whether terms of higher order divide by the length of the last step, which may be zero.
@@ -162,8 +162,8 @@ impl Multistep {
     /// The noise of a step in the shape of `sample`; `None` if the solver adds none.
     pub(super) fn noise(&self, sample: &Tensor, kind: Kind, generator: &mut Generator) -> Result<Option<Tensor>> {
         match self.algorithm {
-            Algorithm::OfPicture | Algorithm::OfNoise => Ok(None),
-            Algorithm::OfPictureWithNoise | Algorithm::OfNoiseWithNoise => Ok(Some(noise_like(sample, kind, generator)?)),
+            Algorithm::Picture | Algorithm::Noise => Ok(None),
+            Algorithm::StochasticPicture | Algorithm::StochasticNoise => Ok(Some(noise_like(sample, kind, generator)?)),
         }
     }
 
@@ -182,7 +182,7 @@ impl Multistep {
         let h = to.lambda - from.lambda;
         let heun = order == 3 || self.solver == SolverType::Heun;
         Ok(match self.algorithm {
-            Algorithm::OfPicture => {
+            Algorithm::Picture => {
                 let decay = exp(-h)? - 1.0;
                 Factors {
                     sample: to.noise / from.noise,
@@ -192,7 +192,7 @@ impl Multistep {
                     noise: 0.0,
                 }
             }
-            Algorithm::OfPictureWithNoise => {
+            Algorithm::StochasticPicture => {
                 let loss = 1.0 - exp(-2.0 * h)?;
                 let twice = 2.0 * h;
                 Factors {
@@ -203,7 +203,7 @@ impl Multistep {
                     noise: to.noise * sqrt(loss)?,
                 }
             }
-            Algorithm::OfNoise => {
+            Algorithm::Noise => {
                 let growth = exp(h)? - 1.0;
                 Factors {
                     sample: to.signal / from.signal,
@@ -213,7 +213,7 @@ impl Multistep {
                     noise: 0.0,
                 }
             }
-            Algorithm::OfNoiseWithNoise => {
+            Algorithm::StochasticNoise => {
                 let growth = exp(h)? - 1.0;
                 Factors {
                     sample: to.signal / from.signal,
