@@ -7,6 +7,7 @@ mod image_channels;
 mod image_input;
 mod lora;
 mod lora_file;
+mod missing;
 mod network_weights;
 mod parts;
 pub mod picture;
