@@ -165,3 +165,35 @@ fn models_that_are_none_are_told_what_is_wanted() {
     std::fs::remove_file(model.join("text_encoder/config.json")).unwrap();
     plan(&model).is_refused(&["scheduler/scheduler_config.json, text_encoder/config.json", "not whole"]);
 }
+
+/// The commands in the blocks `sh` of a page, each in one line without its comment.
+fn commands(page: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(repo("docs").join(page)).unwrap().replace("\\\n", " ");
+    let blocks = text.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let lines = blocks.flat_map(str::lines).map(|line| line.split(" #").next().unwrap().split(" > ").next().unwrap());
+    lines.map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect()
+}
+
+/// With `--help` at its end a command is parsed and not run: an unknown flag before it is an error.
+#[test]
+fn the_commands_of_the_tutorial_have_flags_and_names_that_exist() {
+    let all: Vec<String> = ["tutorial.md", "from-coremltools.md"].into_iter().flat_map(commands).collect();
+    assert!(all.len() > 15, "{all:?}");
+    let mut names = 0;
+    for line in &all {
+        // Texts in quotes have no flags.
+        let words: Vec<&str> = line.split('"').step_by(2).flat_map(str::split_whitespace).collect();
+        let [program, command, arguments @ ..] = &words[..] else { panic!("{line}") };
+        assert_eq!(*program, "sdxl-squeeze", "{line}");
+        // The text of a prompt was taken away.
+        let arguments: Vec<&str> =
+            arguments.iter().flat_map(|word| if *word == "--prompt" { vec![*word, "x"] } else { vec![*word] }).collect();
+        Squeeze::new(command).args(&arguments).arg("--help").succeeds();
+        let is_config = |word: &str| word.starts_with("emoji/") || word.starts_with("dense-") || word.starts_with("tutorial-s");
+        for word in arguments.iter().filter(|word| is_config(word) && !word.ends_with(".png")) {
+            assert!(shipped::config(word.as_ref()).is_some(), "{line}: no config {word}");
+            names += 1;
+        }
+    }
+    assert!(names > 8, "{names}");
+}
