@@ -9,7 +9,7 @@ use sdxl_model::text::ClipText;
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::VaeDecoder;
 use sdxl_model::{ConvGeometry, Layer, Operation};
-use sdxl_pipeline::{PipelineFolder, UnetFolder, check_model};
+use sdxl_pipeline::{PipelineFolder, UnetFolder, check_index};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
@@ -115,7 +115,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     }
     let config = path.join("config.json");
     if !config.is_file() {
-        check_model(path)?;
+        check_index(path)?;
     }
     let chain = UnetChain::new(UnetConfig::read(&config)?);
     let weights = if_there(UnetFolder::open(path).map(|folder| folder.weights), path)?;

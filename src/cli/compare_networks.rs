@@ -13,7 +13,7 @@ use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
 use super::beside_model::BesideModel;
 use super::paths::Paths;
 use super::progress::Reporter;
-use super::{container, stdout, table};
+use super::{bundled, container, stdout, table};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -52,8 +52,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let args = Args { model: bundled::found(args.model)?, ..args };
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
-    args.with.read_in(Paths::default().model("--model", Some(&args.model))).reads("--judge", Some(&args.judge)).check()?;
+    args.with.read_in(Paths::default().model("--model", Some(&args.model))).prompts("--judge", Some(&args.judge)).check()?;
     let files = args.with.files(args.model);
     let is_compressed = files.vae.as_deref().is_some_and(container::is_container);
     // A VAE that is no container is part of both.

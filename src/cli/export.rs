@@ -16,7 +16,7 @@ use sdxl_squeeze::{Error, Result, export};
 use super::beside_model::BesideModel;
 use super::paths::Paths;
 use super::progress::Reporter;
-use super::{container, stdout};
+use super::{bundled, container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -210,6 +210,7 @@ enum IoArg {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let args = Args { path: bundled::found(args.path)?, model: args.model.map(bundled::found).transpose()?, ..args };
     let of_model = if args.to == Format::Coremltools { args.with.first_given() } else { None };
     if let Some(flag) = args.misplaced().or(of_model) {
         return Err(Error::Argument(format!("{flag} has no effect with this --to")));

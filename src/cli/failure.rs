@@ -103,7 +103,7 @@ fn readable(message: &str) -> String {
 }
 
 /// An error and its causes in one line.
-fn chain(error: &Error) -> String {
+pub(super) fn chain(error: &Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

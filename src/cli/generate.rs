@@ -20,6 +20,7 @@ use serde_json::json;
 use tch::Kind;
 
 use super::beside_model::BesideModel;
+use super::bundled;
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::stdout;
@@ -123,6 +124,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
+    let args = Args { model: bundled::found(args.model)?, ..args };
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
     // Wrong paths are refused before minutes of work.
     args.with

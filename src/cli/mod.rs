@@ -2,12 +2,15 @@
 
 mod beside_model;
 mod bundle;
+mod bundled;
 mod compare;
 mod compare_networks;
 mod completions;
 mod compress;
+mod configs;
 mod container;
 mod device_limit;
+mod doctor;
 mod edits;
 mod entries;
 mod environment;
@@ -29,6 +32,8 @@ mod synth;
 mod table;
 mod terminal;
 mod verify;
+mod version;
+mod wanted;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -45,9 +50,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-
-/// The version, and the build: a run goes on only with the build that began it.
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (build ", env!("SDXL_SQUEEZE_BUILD"), ")");
+use version::VERSION;
 
 /// Makes the SDXL UNet small enough for a phone and keeps its pictures.
 #[derive(Debug, Parser)]
@@ -93,6 +96,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Write a whole pipeline with made-up weights, for tests and benchmarks
     Synth(synth::Args),
+    /// List the configs in the program, or print one
+    Configs(configs::Args),
+    /// Say what a run would find on this machine, and what would fail
+    Doctor(doctor::Args),
     /// Print a shell's completion script
     Completions(completions::Args),
     /// Print the man page, or write those of all commands
@@ -179,6 +186,8 @@ fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
         Command::Generate(args) => generate::run(*args, reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, reporter),
+        Command::Configs(args) => configs::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args, Args::command()),
         Command::Man(args) => man::run(args, Args::command()),
     }

@@ -27,6 +27,7 @@ mod sections;
 mod settings;
 mod tree;
 mod tune;
+mod unshipped;
 mod vectors;
 mod without_folders;
 mod words;

@@ -37,7 +37,7 @@ fn refused(model: &Path, more: &[&str], words: &[&str]) {
 
 #[test]
 fn a_missing_folder_or_part_is_named() {
-    refused(Path::new("/nowhere/model"), &[], &["/nowhere/model: does not exist", "model_index.json", "single-file checkpoint"]);
+    refused(Path::new("/nowhere/model"), &[], &["cannot read", "/nowhere/model/model_index.json", "No such file"]);
     let folder = model();
     std::fs::remove_file(folder.path().join("vae/config.json")).unwrap();
     refused(folder.path(), &[], &["cannot read", "vae/config.json"]);
@@ -225,10 +225,10 @@ fn a_folder_that_is_no_package_and_numbers_that_the_model_is_not_told() {
 
 #[test]
 fn inspect_refuses_what_is_no_model() {
-    assert!(ended_with(2, &squeeze(&["inspect", "/nowhere"])).contains("/nowhere: does not exist"));
+    assert!(ended_with(2, &squeeze(&["inspect", "/nowhere"])).contains("there is no /nowhere; a model is a folder"));
     let folder = tempfile::tempdir().unwrap();
     assert!(
         ended_with(2, &squeeze(&["inspect", folder.path().to_str().unwrap()]))
-            .contains("has no model_index.json; a model is a folder with")
+            .contains("model_index.json: No such file or directory; a model is a folder")
     );
 }

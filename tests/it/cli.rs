@@ -172,7 +172,7 @@ fn every_command_has_a_man_page() {
     let compress = std::fs::read_to_string(folder.join("sdxl-squeeze-compress.1")).unwrap();
     assert!(compress.contains("sdxl\\-squeeze compress") && compress.contains("sequencing"), "{compress}");
     assert!(!compress.contains("granularity"), "a former name is not shown");
-    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 13);
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 15);
 }
 
 #[test]

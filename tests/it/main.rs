@@ -16,6 +16,8 @@ mod devices;
 mod ends;
 #[cfg(unix)]
 mod evidence;
+#[cfg(unix)]
+mod first_run;
 mod first_second;
 mod gpu;
 mod habits;

@@ -93,13 +93,16 @@ fn names_and_folders_that_are_no_model() {
     };
     let repository = Path::new("stabilityai/stable-diffusion-xl-base-1.0");
     refused(repository, &["hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir DIR"]);
-    refused(&folder.path().join("nothing.safetensors"), &["nothing.safetensors: does not exist", "model_index.json"]);
+    refused(
+        &folder.path().join("nothing.safetensors"),
+        &["there is no", "nothing.safetensors; a model is a folder", "single-file checkpoint"],
+    );
     let cache = folder.path().join("models--owner--name");
     let snapshot = cache.join("snapshots/abc");
     std::fs::create_dir_all(snapshot.parent().unwrap()).unwrap();
-    refused(&cache, &["has no model_index.json", "as diffusers writes it"]);
+    refused(&cache, &["models--owner--name/model_index.json: No such file", "a model is a folder"]);
     copy(tiny(), &snapshot);
-    refused(&cache, &["is the hub's cache of a model; give the snapshot in it", "snapshots/abc"]);
+    refused(&cache, &["is the hub's cache of a model; name the snapshot in it", "snapshots/abc"]);
     // Of a UNet alone, a package can be written; all else needs the pipeline.
     let package = folder.path().join("unet.mlpackage");
     Squeeze::new("export").arg(tiny().join("unet")).with("--to", "coreml").out(&package).succeeds();
@@ -108,7 +111,7 @@ fn names_and_folders_that_are_no_model() {
     let weights = |package: &Path| std::fs::read(package.join("Data/com.apple.CoreML/weights/weight.bin")).unwrap();
     assert!(weights(&package) == weights(&whole));
     let alone = Squeeze::new("compress").config("dense-4bit").model(tiny().join("unet"));
-    alone.out(folder.path().join("out")).is_refused(&["is the folder of a UNet alone; give the folder above it"]);
+    alone.out(folder.path().join("out")).is_refused(&["is one part of the model"]);
 }
 
 /// A VAE that cannot be read is found before the prompt is encoded; so is a UNet.

@@ -100,7 +100,10 @@ impl Weights {
         } else {
             ""
         };
-        Err(Error::bad_file(folder, format!("no {stem}.safetensors in this folder{hint}")))
+        Err(Error::bad_file(
+            folder,
+            format!("no {stem}.safetensors in this folder, nor its .fp16 variant, nor shards with their index{hint}"),
+        ))
     }
 
     /// The tensors of `file` that `views` makes of its stored tensors: none, one or several of
