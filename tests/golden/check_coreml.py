@@ -8,7 +8,9 @@
 2. values: each constant of the program that is a tensor of the UNet is materialized by coremltools,
    and equals the stored tensor bit for bit.
 3. forward: mil_torch.py evaluates the program in fp32, and the output is within 1e-4 of that of
-   diffusers' UNet with the same weights. The program is also evaluated in fp16.
+   diffusers' UNet with the same weights, or where the program is for Apple's samplers and the
+   model's own sampler is known, of the noise that diffusers makes of it. The program is also
+   evaluated in fp16.
 """
 
 import argparse
@@ -21,13 +23,18 @@ import numpy as np
 import torch
 from make_container import unpack
 from mil_torch import Package, evaluate
+from noise_of_predictions import noise_of, own_timesteps
 
 
 class Stored:
-    """The UNet's tensors by name, read one at a time from a container (docs/container.md) or a diffusers folder."""
+    """A network's tensors by name, read one at a time from a container (docs/container.md) or a diffusers folder,
+    of which it is the UNet.
 
-    def __init__(self, path):
+    `model` is the folder whose sampler a package for Apple's pipeline was written with: by default the source itself."""
+
+    def __init__(self, path, model=None):
         path = pathlib.Path(path)
+        self.model = pathlib.Path(model) if model else path if path.is_dir() else None
         self.rows = {}
         if path.is_dir():
             from safetensors import safe_open
@@ -41,7 +48,8 @@ class Stored:
         self.table = json.loads(bytes(self.data[8 : 8 + length]))
         metadata = self.table.pop("__metadata__")
         self.start = 8 + length
-        self.config = json.loads(metadata["unet_config"])
+        (config,) = (key for key in metadata if key.endswith("_config"))
+        self.config = json.loads(metadata[config])
         self.rows = json.loads(metadata["weights"])
         parts = {f"{name}.{part}" for name in self.rows for part in ("mask", "indices", "palettes", "scales", "values")}
         self.names = sorted(set(self.table) - parts | set(self.rows))
@@ -189,10 +197,21 @@ def prediction(stored, inputs, apple):
     return unet(inputs["sample"], inputs["timestep"], text, timestep_cond=guidance, added_cond_kwargs=added).sample
 
 
+def expected(stored, inputs):
+    """What a package must make of its inputs: the prediction, and for Apple's samplers noise."""
+    apple = len(inputs["encoder_hidden_states"].shape) == 4
+    if not apple or not stored.model:
+        return prediction(stored, inputs, apple)
+    own, sampler = own_timesteps(stored.model)
+    (timestep,) = {int(timestep) for timestep in inputs["timestep"]}
+    made = prediction(stored, inputs | {"timestep": torch.full_like(inputs["timestep"], own[timestep])}, apple)
+    return noise_of(sampler, made, inputs["sample"], timestep)
+
+
 def forward(package, stored, seed=0):
     inputs = random_inputs(package, seed)
     with torch.no_grad():
-        wanted = prediction(stored, inputs, apple=len(inputs["encoder_hidden_states"].shape) == 4)
+        wanted = expected(stored, inputs)
         error = lambda made: float((made - wanted).double().norm() / wanted.double().norm())
         single = error(evaluate(package, inputs)["noise_pred"])
         half = error(evaluate(package, inputs, half=True)["noise_pred"])

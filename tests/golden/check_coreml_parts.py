@@ -1,6 +1,6 @@
 """Checks Core ML packages of text encoders and of a VAE's halves, without any of the Rust code.
 
-    python check_coreml_parts.py PACKAGE --part text_encoder|text_encoder_2|vae_decoder|vae_encoder --model MODELDIR
+    python check_coreml_parts.py PACKAGE --part text_encoder|text_encoder_2|vae_decoder|vae_encoder --model MODELDIR [--container FILE]
     python check_coreml_parts.py --all SDXL-SQUEEZE OUT.json     # every part of the models of this repository
     python check_coreml_parts.py --operations OUT.json           # the parameters of operations in networks that coremltools converts
 
@@ -10,6 +10,12 @@
 3. forward: mil_torch.py evaluates the program in fp32, and each output is within 1e-4 of that of
    transformers' or diffusers' network with the same weights. The program is also evaluated with
    every value that it declares as fp16 rounded to fp16.
+
+A compressed network's MODELDIR has its decoded weights (`export --to diffusers`). With --container, the
+tensors are compared with those that check_coreml.py decodes from the container.
+
+--all also compresses the text encoders and the VAE's decoder of each model. A package that misses is in
+the file with what it missed, and the script then ends with code 1.
 """
 
 import argparse
@@ -22,7 +28,7 @@ import tempfile
 
 import numpy as np
 import torch
-from check_coreml import loader, patterns
+from check_coreml import Stored, loader, patterns
 from mil_torch import Package, evaluate
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -86,8 +92,11 @@ def vae_calls(model, part, shape):
             yield {"x": given}, {"latent": encoded}
 
 
-def stored(model, part):
-    """The network's tensors by name, rounded to fp16."""
+def stored(model, part, container=None):
+    """The network's tensors by name, rounded to fp16, or those of a container."""
+    if container:
+        tensors = Stored(container)
+        return {name: tensors.tensor(name) for name in tensors.names if part != "vae_decoder" or not name.startswith(("encoder.", "quant_conv."))}
     if part.startswith("text"):
         network = text_network(model, part)
         named = dict(network.named_parameters())
@@ -109,7 +118,8 @@ def values(program, tensors):
         assert made.dtype in (np.float16, np.float32), (op.outputs[0].name, made.dtype)
         assert np.array_equal(made, wanted.reshape(made.shape).astype(made.dtype)), f"{op.outputs[0].name} differs"
     assert not left, f"not in the program: {sorted(left)[:5]}"
-    return {"tensors_equal_bit_for_bit": len(tensors)}
+    compressed = [op for op in program.functions["main"].operations if op.op_type == "constexpr_lut_to_dense"]
+    return {"tensors_equal_bit_for_bit": len(tensors), "of_them_compressed": len(compressed)}
 
 
 def forward(package, calls):
@@ -125,27 +135,67 @@ def forward(package, calls):
     return {"relative_error_fp32": float(f"{single:.2g}"), "relative_error_fp16": float(f"{half:.2g}")}
 
 
-def check(path, part, model):
+def check(path, part, model, container=None):
     program, row = loader(path)
     package = Package(path)
     shape = next(iter(package.inputs.values()))[1]
     calls = text_calls(model, part) if part.startswith("text") else vae_calls(model, part, shape)
-    return row | values(program, stored(model, part)) | forward(package, calls)
+    row |= values(program, stored(model, part, container)) | forward(package, calls)
+    if container:
+        assert row["of_them_compressed"] == len(Stored(container).rows) > 0, row
+    return row
+
+
+def run(*arguments):
+    done = subprocess.run(list(map(str, arguments)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, f"{arguments[1]}: {done.stderr}"
+
+
+def compressed(squeeze, model, folder):
+    """Compresses text encoders and VAE. Returns the containers by network, and the model with the decoded weights."""
+    config = (ROOT / "configs/emoji/squeeze-text-vae.yaml").read_text()
+    for section in ("text_encoders", "vae"):
+        # Most layers of the small models have few weights.
+        config = config.replace(f"{section}:\n", f"{section}:\n  weight_threshold: 500\n")
+    (folder / "config.yaml").write_text(config)
+    out = folder / f"{model.name}-compressed"
+    run(squeeze, "compress", "--config", folder / "config.yaml", "--model", model, "--calibration-nsamples", 4, "--steps", 4, "--out", out)
+    containers = {path.name.split(".")[0]: path for path in sorted(out.glob("*.squeezed.safetensors"))}
+    decoded = folder / f"{model.name}-decoded"
+    run(squeeze, "export", model, "--to", "diffusers", *flags(containers), "--out", decoded)
+    return containers, decoded
+
+
+def flags(containers):
+    return [flag for name, path in containers.items() for flag in (f"--{name.replace('_', '-')}", path)]
 
 
 def check_all(squeeze, out):
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
         for model in MODELS:
-            for part in PARTS:
-                if not (model / (part if part.startswith("text") else "vae")).exists():
-                    continue
-                package = pathlib.Path(folder) / f"{model.name}-{part}.mlpackage"
-                subprocess.run([squeeze, "export", model, "--to", "coreml", "--part", part, "--out", package], check=True, stdout=subprocess.DEVNULL)
-                subprocess.run([squeeze, "verify", package], check=True, stdout=subprocess.DEVNULL)
-                found[f"{model.name}, {part}"] = check(package, part, model)
-                print(model.name, part, found[f"{model.name}, {part}"], flush=True)
-    pathlib.Path(out).write_text(json.dumps(found, indent=1) + "\n")
+            for dense in (True, False):
+                containers, weights = ({}, model) if dense else compressed(squeeze, model, folder)
+                for part in PARTS:
+                    network = part if part.startswith("text") else "vae"
+                    if not (model / network).exists() or not dense and part == "vae_encoder":
+                        continue
+                    name = f"{model.name}, {part}" + ("" if dense else ", compressed")
+                    package = folder / f"{name}.mlpackage"
+                    try:
+                        run(squeeze, "export", model, "--to", "coreml", "--part", part, *flags(containers), "--out", package)
+                        run(squeeze, "verify", package)
+                        if not dense:
+                            run(squeeze, "verify", containers[network])
+                        found[name] = check(package, part, weights, containers.get(network))
+                    except AssertionError as miss:
+                        found[name] = {"missed": str(miss)}
+                    print(name, found[name], flush=True)
+                    pathlib.Path(out).write_text("{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items()) + "\n}\n")
+    missed = [f"{name}: {row['missed']}" for name, row in found.items() if "missed" in row]
+    print(f"{len(missed)} of {len(found)} missed", *missed, sep="\n")
+    return 1 if missed else 0
 
 
 class Text(torch.nn.Module):
@@ -232,15 +282,16 @@ def main():
     parser.add_argument("package", nargs="?")
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--model", type=pathlib.Path)
+    parser.add_argument("--container", type=pathlib.Path)
     parser.add_argument("--all", nargs=2, metavar=("SDXL-SQUEEZE", "OUT"))
     parser.add_argument("--operations", metavar="OUT")
     args = parser.parse_args()
     if args.all:
-        check_all(pathlib.Path(args.all[0]).resolve(), args.all[1])
-    elif args.operations:
+        return check_all(pathlib.Path(args.all[0]).resolve(), args.all[1])
+    if args.operations:
         operations(args.operations)
     else:
-        print(json.dumps(check(args.package, args.part, args.model), indent=1))
+        print(json.dumps(check(args.package, args.part, args.model, args.container), indent=1))
 
 
 if __name__ == "__main__":

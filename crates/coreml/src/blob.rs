@@ -9,6 +9,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use squeeze_base::allocator;
 use squeeze_base::error::{Error, Result};
 
 use super::element::ArrayType;
@@ -28,6 +29,8 @@ pub(super) struct BlobWriter {
     hash: Sha256,
     count: u32,
     length: u64,
+    /// The bytes that were pushed since freed memory was given back.
+    since: usize,
     /// The offsets of the records so far by a hash of name, type and content, if records are
     /// shared.
     shared: Option<BTreeMap<String, u64>>,
@@ -52,7 +55,7 @@ impl BlobWriter {
         let mut file = BufWriter::with_capacity(1 << 20, file);
         // The count is not known yet.
         file.write_all(&[0; UNIT as usize]).map_err(Error::write(path))?;
-        Ok(BlobWriter { path: path.to_owned(), file, hash: Sha256::new(), count: 0, length: UNIT, shared: None })
+        Ok(BlobWriter { path: path.to_owned(), file, hash: Sha256::new(), count: 0, length: UNIT, since: 0, shared: None })
     }
 
     /// Makes later records of equal name, type and content one record. The functions of a program
@@ -69,6 +72,14 @@ impl BlobWriter {
     /// [`Error::Internal`] if the bytes are not the array's, or no blob has its dtype;
     /// [`Error::Write`].
     pub(crate) fn push(&mut self, name: &str, array: &ArrayType, data: &[u8]) -> Result<u64> {
+        /// The allocator keeps freed tensors, between which operations of the program come to lie,
+        /// so that larger tensors do not fit into their places.
+        const KEPT: usize = 256 << 20;
+        self.since += data.len();
+        if self.since >= KEPT {
+            self.since = 0;
+            allocator::give_back();
+        }
         if self.shared.is_none() {
             return self.record(array, data);
         }

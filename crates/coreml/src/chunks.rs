@@ -4,7 +4,7 @@ use std::path::Path;
 
 use sdxl_pipeline::UnetWeights;
 use serde::Serialize;
-use squeeze_base::error::{Error, Result};
+use squeeze_base::error::Result;
 use squeeze_base::progress::Progress;
 
 use super::chunk::{self, CHUNKS};
@@ -31,13 +31,13 @@ pub struct WrittenChunk {
 /// the bytes of the stored weights are halved most nearly. The first package passes on, in fp32,
 /// the image features `hidden_states` (unless they are the newest skip connection), the skip
 /// connections that are left `down_block_res_samples_N`, [b, c, h, w], and the embedding after its
-/// SiLU `silu_temb`, [b, c] or [b, c, 1, 1]. The second reads these, and the text states if it has
-/// a transformer. Every weight is in one of the packages.
+/// SiLU `silu_temb`, [b, c] or [b, c, 1, 1]. The second reads these, the text states if it has a
+/// transformer, and `sample` and `timestep` if it makes noise of a prediction that is none
+/// ([`Options::noise`]). Every weight is in one of the packages.
 ///
 /// # Errors
-/// As [`write`](super::write); [`Error::Argument`] if the program is to make noise of the
-/// prediction. If the second package cannot be written, the first is left: write both into a new
-/// folder that appears when it is whole.
+/// As [`write`](super::write). If the second package cannot be written, the first is left: write
+/// both into a new folder that appears when it is whole.
 pub fn write_chunks(
     weights: UnetWeights,
     options: &Options,
@@ -47,11 +47,6 @@ pub fn write_chunks(
     let chain = weights.chain()?;
     out.into_iter().try_for_each(check_name)?;
     options.check_all(chain.config())?;
-    if options.noise.is_some() {
-        let problem =
-            "a UNet whose prediction is turned into noise is one package: in two, the second would not know the latents";
-        return Err(Error::Argument(problem.into()));
-    }
     check_scales(weights)?;
     let [first, second] = Portion::halves(&chain, weights)?;
     let write = |portion: &Portion, out: &Path| -> Result<WrittenChunk> {

@@ -59,6 +59,19 @@ impl NoiseOutput {
         }
     }
 
+    /// Whether the output is made of the UNet's prediction and the noisy latents. Else the
+    /// prediction is noise, and only the timesteps are others.
+    pub(super) fn converts(&self) -> bool {
+        self.predicted != Predicted::Noise
+    }
+
+    /// Whether the program of a UNet, or of a chunk that begins or ends it, has a table: of the
+    /// UNet's timesteps, which the input block reads, or for the conversion, which follows the
+    /// output block.
+    pub(super) fn is_made_in(&self, begins: bool, ends: bool) -> bool {
+        (begins && self.timesteps.is_some()) || (ends && self.converts())
+    }
+
     /// A value for each of the sampler's timesteps, from its ᾱ.
     pub(super) fn table(&self, value: impl Fn(f64) -> f64) -> Vec<f32> {
         self.signal.iter().map(|signal| value(f64::from(*signal)) as f32).collect()

@@ -46,8 +46,9 @@ pub(super) const UNET_CONFIG: &str = "sdxl-squeeze.unet_config";
 const PREDICTION_TYPE: &str = "sdxl-squeeze.prediction_type";
 /// The metadata key of a UNet's layout.
 pub(super) const LAYOUT: &str = "sdxl-squeeze.layout";
-/// The metadata key of what the program's output is, where the program makes it of the UNet's
-/// prediction or tells the UNet other timesteps than it is told: `epsilon`.
+/// The metadata key of what the UNet's output is, where the program makes it of the UNet's
+/// prediction or tells the UNet other timesteps than it is told: `epsilon`. A chunk that does
+/// neither has no such entry.
 pub(super) const OUTPUT_TYPE: &str = "sdxl-squeeze.output_type";
 /// The metadata keys of the `config.json` of all networks. A package has one of them, which tells
 /// its network.
@@ -141,6 +142,9 @@ pub(super) fn write_portion(
     let lower = |function: usize, program| lower_unet(chain, weights, &functions[function].1, portion, program, progress);
     write_program(out, &names, lower, |blobs, has_vectors| {
         let mut metadata = metadata(weights, &tensors, options, blobs, has_vectors);
+        if options.noise.as_ref().is_some_and(|noise| noise.is_made_in(portion.begins(), portion.ends())) {
+            metadata.user_defined.insert(OUTPUT_TYPE.to_owned(), "epsilon".to_owned());
+        }
         if !portion.is_whole() {
             describe_chunk(&mut metadata, portion);
         }
@@ -287,9 +291,6 @@ fn metadata(
     user_defined.insert(UNET_CONFIG.to_owned(), text(&Value::Object(weights.config().clone())));
     if let Some(prediction) = weights.prediction_type() {
         user_defined.insert(PREDICTION_TYPE.to_owned(), prediction.to_owned());
-    }
-    if options.noise.is_some() {
-        user_defined.insert(OUTPUT_TYPE.to_owned(), "epsilon".to_owned());
     }
     if let UnetWeights::Container(container) = weights {
         let layers: Vec<_> = container.layers().filter(|layer| tensors.contains(&layer.name)).collect();

@@ -104,13 +104,15 @@ impl Portion {
     }
 
     /// The names of the UNet's own inputs that the parts read, in the order of Apple's UNet. A
-    /// whole UNet has all of them.
-    pub(super) fn inputs(&self, chain: &UnetChain) -> Vec<&'static str> {
+    /// whole UNet has all of them. If the program `converts` the prediction into noise, the output
+    /// block's also reads the noisy latents and their timestep.
+    pub(super) fn inputs(&self, chain: &UnetChain, converts: bool) -> Vec<&'static str> {
+        let latents = self.begins() || (converts && self.ends());
         let has_attention = self.stages(chain).any(|stage| stage.transformers().iter().any(|shape| shape.depth > 0));
         let guided = chain.config().time_cond_proj_dim.is_some();
         let inputs = [
-            ("sample", self.begins()),
-            ("timestep", self.begins()),
+            ("sample", latents),
+            ("timestep", latents),
             ("encoder_hidden_states", has_attention || self.is_whole()),
             ("time_ids", self.begins()),
             ("text_embeds", self.begins()),

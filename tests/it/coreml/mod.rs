@@ -14,6 +14,7 @@ mod flips;
 mod functions;
 mod interpreter;
 pub(crate) mod made_up;
+mod network_faults;
 mod noise_output;
 mod part_faults;
 mod parts;

@@ -2,13 +2,13 @@
 //!
 //! `tests/golden/check_swift.py` compares them with diffusers, and draws pictures with them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::Result;
 use sdxl_squeeze::coreml::{Io, Layout, NoiseOutput, Options, Predicted, verify, write};
 use sdxl_squeeze::device::Placement;
-use sdxl_squeeze::export::{AppleNoise, apple_mismatch, apple_noise};
+use sdxl_squeeze::export::{AppleNoise, apple_mismatch, apple_noise, coreml_chunks};
 use sdxl_squeeze::model::Unobserved;
 use sdxl_squeeze::model::scheduler::SchedulerConfig;
 use sdxl_squeeze::model::unet::{Conditioning, Unet};
@@ -18,7 +18,8 @@ use sdxl_squeeze::random::noise;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use super::faults::{Fault, bound, error_chain, fault};
+use super::chunks::{paths, predict};
+use super::faults::{Fault, bound, error_chain, fault, missed};
 use super::file::Package;
 use super::interpreter::evaluate;
 use super::write::known_operations;
@@ -52,7 +53,8 @@ fn model(folder: &Path, name: &str, keys: Value) -> PathBuf {
     model
 }
 
-/// Writes the package of a model's UNet as Apple's samplers need it.
+/// Writes the package of a model's UNet as Apple's samplers need it, or two packages if `out` is a
+/// folder's name.
 fn package(model: &Path, layout: Layout, out: &Path) -> (PipelineFolder, AppleNoise) {
     let pipeline = PipelineFolder::open(model).unwrap();
     let weights = pipeline.unet_weights().unwrap();
@@ -64,6 +66,10 @@ fn package(model: &Path, layout: Layout, out: &Path) -> (PipelineFolder, AppleNo
     let made = apple_noise(source, &pipeline.scheduler).unwrap();
     let (noise, time_ids) = (made.output.clone(), pipeline.time_ids());
     let options = Options { layout, io: Io::Apple, noise, time_ids, ..Options::new(pipeline.unet.config()) };
+    if out.extension().is_none() {
+        coreml_chunks(source, &options, out, &Silent).unwrap();
+        return (pipeline, made);
+    }
     write(source, &options, out, &Silent).unwrap();
     let found = verify(out).unwrap();
     assert!(found.hashed && found.named);
@@ -71,24 +77,34 @@ fn package(model: &Path, layout: Layout, out: &Path) -> (PipelineFolder, AppleNo
     (pipeline, made)
 }
 
-/// What a package and the model's UNet make of the same noisy latents at a timestep of Apple's, the
-/// UNet at its `own` timestep.
-fn predictions(pipeline: &PipelineFolder, out: &Path, timestep: f64, own: f64) -> [Tensor; 3] {
-    let sample = noise(&[2, 4, 8, 8], 3, Kind::Float).unwrap();
+/// The entries of a package's metadata.
+fn entries(out: &Path) -> HashMap<String, String> {
+    Package::read(out).model.description.unwrap().metadata.unwrap().user_defined.into_iter().collect()
+}
+
+/// Inputs of a package at a timestep of Apple's, and the conditioning in them.
+fn inputs(timestep: f64) -> (BTreeMap<String, Tensor>, Conditioning) {
     let (text, pooled) = (noise(&[2, 77, 40], 4, Kind::Float).unwrap(), noise(&[2, 32], 5, Kind::Float).unwrap());
     let time_ids = Tensor::from_slice(&[1024f32, 1024.0, 0.0, 0.0, 1024.0, 1024.0]).repeat([2, 1]);
     let given = [
-        ("sample", sample.shallow_clone()),
+        ("sample", noise(&[2, 4, 8, 8], 3, Kind::Float).unwrap()),
         ("timestep", Tensor::from_slice(&[timestep as f32; 2])),
         ("encoder_hidden_states", text.transpose(1, 2).unsqueeze(2)),
         ("time_ids", time_ids.shallow_clone()),
         ("text_embeds", pooled.shallow_clone()),
     ];
-    let inputs: BTreeMap<String, Tensor> = given.into_iter().map(|(name, x)| (name.to_owned(), x)).collect();
+    let conditioning = Conditioning { encoder_hidden_states: text, text_embeds: pooled, time_ids, timestep_cond: None };
+    (given.into_iter().map(|(name, x)| (name.to_owned(), x)).collect(), conditioning)
+}
+
+/// What a package and the model's UNet make of the same noisy latents at a timestep of Apple's, the
+/// UNet at its `own` timestep.
+fn predictions(pipeline: &PipelineFolder, out: &Path, timestep: f64, own: f64) -> [Tensor; 3] {
+    let (inputs, conditioning) = inputs(timestep);
+    let sample = inputs["sample"].shallow_clone();
     let made = evaluate(&mut Package::read(out), &inputs).remove("noise_pred").unwrap();
     let weights = pipeline.unet_weights().unwrap();
     let unet = Unet::resident(pipeline.unet.clone(), weights.source(Placement::CPU), &Silent).unwrap();
-    let conditioning = Conditioning { encoder_hidden_states: text, text_embeds: pooled, time_ids, timestep_cond: None };
     let predicted = unet.forward(&sample, own, &conditioning, &mut Unobserved).unwrap();
     [made, predicted, sample]
 }
@@ -171,6 +187,40 @@ fn other_noise_schedules_are_told_their_own_timesteps() {
     for (signal, timestep) in apples.iter().zip(timesteps) {
         let sigma = f64::from((1.0 - signal) / signal).sqrt();
         assert!((0.25 * sigma.ln() - f64::from(timestep)).abs() < 1e-4);
+    }
+}
+
+/// Two packages make the noise that one makes. Each has the tables that its parts need, and the
+/// second reads the latents and the timestep only if it makes noise of another prediction: Swift
+/// feeds it the first's inputs and outputs.
+#[test]
+fn the_second_of_two_packages_makes_noise() {
+    let folder = tempfile::tempdir().unwrap();
+    let zero_snr = json!({ "prediction_type": "v_prediction", "rescale_betas_zero_snr": true });
+    let linear = json!({ "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02 });
+    for (name, keys, layout, says) in [
+        ("velocity", json!({ "prediction_type": "v_prediction" }), Layout::Linear, [false, true]),
+        ("picture", json!({ "prediction_type": "sample" }), Layout::SplitEinsum, [false, true]),
+        ("zero-snr", zero_snr, Layout::SplitEinsum, [true, true]),
+        ("other-betas", linear, Layout::Linear, [true, false]),
+        ("noise", json!({}), Layout::Linear, [false, false]),
+    ] {
+        let model = model(folder.path(), name, keys);
+        let (whole, chunks) = (folder.path().join(format!("{name}.mlpackage")), folder.path().join(format!("{name}-chunks")));
+        package(&model, layout, &whole);
+        package(&model, layout, &chunks);
+        let chunks = paths(&chunks);
+        for (path, says) in chunks.iter().zip(says) {
+            let found = verify(path).unwrap();
+            assert!(found.hashed && found.named, "{name}");
+            assert_eq!(entries(path).contains_key("sdxl-squeeze.output_type"), says, "{name}: {}", path.display());
+        }
+        let converts = says[1];
+        let first = verify(&chunks[1]).unwrap().inputs.remove(0);
+        assert_eq!(first.starts_with("sample: fp16 [2, 4, 8, 8]"), converts, "{name}: {first}");
+        let (inputs, _) = inputs(741.0);
+        let made = predict(&chunks, &inputs);
+        assert!(made.equal(&evaluate(&mut Package::read(&whole), &inputs)["noise_pred"]), "{name}: chunks differ from the whole");
     }
 }
 
@@ -270,6 +320,45 @@ fn faults_in_programs_that_make_noise_are_named() {
         let why = error_chain(&verify(&bad).unwrap_err());
         assert!(why.contains(expected), "{at}: {why}, not {expected}");
     }
+    // In two packages: each has exactly the tables and the inputs that its metadata tells of.
+    let (velocity, betas) = (json!({ "prediction_type": "v_prediction" }), json!({ "beta_end": 0.02 }));
+    let says = |package: &mut Package| {
+        let metadata = package.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
+        metadata.user_defined.insert("sdxl-squeeze.output_type".into(), "epsilon".into());
+    };
+    let silent = |package: &mut Package| {
+        let metadata = package.model.description.as_mut().unwrap().metadata.as_mut().unwrap();
+        metadata.user_defined.remove("sdxl-squeeze.output_type").unwrap();
+    };
+    let cases: [(Value, [Vec<Fault>; 2]); 2] = [
+        (
+            velocity,
+            [
+                vec![fault("it has no tables for that", says)],
+                vec![
+                    fault("the inputs do not begin with those that this chunk reads", silent),
+                    fault("`predicted_factors` is used more than once", |package| {
+                        *bound(package.named("noise_latents_factors"), "x") = "predicted_factors".into();
+                    }),
+                ],
+            ],
+        ),
+        (
+            betas,
+            [
+                vec![fault("the weight `own_timesteps` is not of this UNet", silent)],
+                vec![fault("the inputs do not begin with those that this chunk reads", says)],
+            ],
+        ),
+    ];
+    for (at, (keys, faults)) in cases.iter().enumerate() {
+        let out = folder.path().join(format!("chunks-{at}"));
+        package(&model(folder.path(), &format!("model-{at}"), keys.clone()), Layout::Linear, &out);
+        for (path, faults) in paths(&out).iter().zip(faults) {
+            let found = missed(&Package::read(path), faults, path);
+            assert!(found.is_empty(), "{found:?}");
+        }
+    }
     // A package that makes no noise, and says that it does.
     let plain = folder.path().join("plain.mlpackage");
     package(&model(folder.path(), "plain", json!({})), Layout::Linear, &plain);
@@ -291,7 +380,6 @@ fn export_and_bundle_make_noise() {
         Squeeze::new("export").arg(source).with("--to", "coreml").with("--io", io).out(out).succeeds()
     };
     export(&model, "apple", &out).says(&["makes noise of what the UNet predicts (`v_prediction`)", "apple-zero-snr: "]);
-    let entries = |out: &Path| Package::read(out).model.description.unwrap().metadata.unwrap().user_defined;
     let found = entries(&out);
     assert_eq!((&*found["sdxl-squeeze.prediction_type"], &*found["sdxl-squeeze.output_type"]), ("v_prediction", "epsilon"));
     let plain = folder.path().join("y.mlpackage");
@@ -306,10 +394,11 @@ fn export_and_bundle_make_noise() {
     Squeeze::new("bundle").model(&noise).with("--unet", &container).out(folder.path().join("none")).is_refused(&words);
     let run = Squeeze::new("export").arg(&container).with("--to", "coreml").with("--io", "apple").model(&noise);
     run.out(folder.path().join("none.mlpackage")).is_refused(&words);
-    // The second of two packages does not know the latents.
+    // The second of two packages is told the latents.
     let halves = folder.path().join("halves");
-    Squeeze::new("bundle").model(&model).with("--chunks", "2").out(&halves).is_refused(&["turned into noise is one package"]);
-    assert!(!halves.exists());
+    Squeeze::new("bundle").model(&model).with("--chunks", "2").out(&halves).succeeds().says(&["apple-zero-snr: "]);
+    let inputs = verify(&paths(&halves)[1]).unwrap().inputs;
+    assert!(inputs[0].starts_with("sample: fp16 ") && inputs[1] == "timestep: fp16 [2]", "{inputs:?}");
     let resources = folder.path().join("Resources");
     Squeeze::new("bundle").model(&model).out(&resources).succeeds().says(&["apple-zero-snr: "]);
     assert_eq!(entries(&resources.join("Unet.mlpackage"))["sdxl-squeeze.output_type"], "epsilon");

@@ -19,7 +19,7 @@ fn content(op: &mut Operation) -> &mut Content {
     content_of(op.attributes.get_mut("val").unwrap())
 }
 
-fn content_of(value: &mut Value) -> &mut Content {
+pub(super) fn content_of(value: &mut Value) -> &mut Content {
     let Some(Kind::ImmediateValue(value)) = &mut value.value else { panic!() };
     let Some(Immediate::Tensor(tensor)) = &mut value.value else { panic!() };
     tensor.value.as_mut().unwrap()

@@ -7,7 +7,7 @@ use super::program::Checked;
 use crate::chunk::{CHUNK, read_chunk};
 use crate::element::{ArrayType, Element};
 use crate::options::{BoundarySizes, Layout, check_latents};
-use crate::package::LAYOUT;
+use crate::package::{LAYOUT, OUTPUT_TYPE};
 use crate::portion::Portion;
 
 /// The output of a UNet's program.
@@ -23,7 +23,8 @@ pub(super) fn check(model: &ModelFile, chain: &UnetChain, program: &Checked) -> 
     let Some(entry) = model.entry(CHUNK) else { return Ok(Portion::whole(chain)) };
     let portion = read_chunk(entry, chain)?;
     let sizes = sizes(model, chain, program)?;
-    let own = portion.inputs(chain);
+    let converts = model.entry(OUTPUT_TYPE).is_some();
+    let own = portion.inputs(chain, converts);
     let (given, passed) = program.inputs.split_at(own.len().min(program.inputs.len()));
     if !given.iter().map(|(name, _)| name.as_str()).eq(own.iter().copied()) {
         return Err(format!("the inputs do not begin with those that this chunk reads of the UNet's: {}", own.join(", ")));
@@ -39,7 +40,7 @@ pub(super) fn check(model: &ModelFile, chain: &UnetChain, program: &Checked) -> 
     Ok(portion)
 }
 
-/// The sizes by the chunk's latents: its input in the first chunk, its output in the second.
+/// The sizes by the chunk's latents, or by its output in a chunk that is not given them.
 fn sizes(model: &ModelFile, chain: &UnetChain, program: &Checked) -> Result<BoundarySizes, String> {
     let images = program.inputs.iter().filter(|(name, _)| name == "sample");
     let images = images.chain(program.outputs.iter().filter(|(name, _)| name == PREDICTION));

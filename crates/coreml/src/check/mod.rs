@@ -84,7 +84,7 @@ pub struct VerifiedFunction {
 pub fn verify(path: &Path) -> Result<PackageVerification> {
     let wrong = |problem: String| Error::bad_file(path, problem);
     let manifest = manifest::read(path)?;
-    let model = model::read(&manifest.model)?;
+    let mut model = model::read(&manifest.model)?;
     let ours = model.names_maker() || manifest.has_our_identifiers;
     // For a damaged program, the checks below name the damage more precisely.
     let whole = if ours { model.check_own_hash() } else { Ok(()) };

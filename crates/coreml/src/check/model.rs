@@ -1,5 +1,6 @@
 //! The model's file: version, description and hashes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use prost::Message;
@@ -121,17 +122,27 @@ impl ModelFile {
     }
 
     /// Checks that a package of this library has all required entries, and the hash of its program.
-    pub(super) fn check_own_hash(&self) -> Result<(), String> {
-        let (of_model, _) = (self.required(MODEL_HASH)?, self.required(WEIGHTS_HASH)?);
+    /// The model is afterwards as before: it is lent to the check, because a program with several
+    /// functions takes hundreds of megabytes and a copy of it as much again.
+    pub(super) fn check_own_hash(&mut self) -> Result<(), String> {
+        let of_model = self.required(MODEL_HASH)?.to_owned();
+        self.required(WEIGHTS_HASH)?;
         if CONFIGS.iter().all(|key| self.entry(key).is_none()) {
             return Err(format!("the metadata is damaged: it lacks `{UNET_CONFIG}`, or the config of another network"));
         }
-        let mut model = Model { r#type: Some(model::Type::MlProgram(self.program.clone())), ..self.model.clone() };
+        let mut model = std::mem::take(&mut self.model);
+        model.r#type = Some(model::Type::MlProgram(std::mem::take(&mut self.program)));
         let whole = model.encode_to_vec() == self.content;
-        if let Some(metadata) = model.description.as_mut().and_then(|description| description.metadata.as_mut()) {
-            metadata.user_defined.remove(MODEL_HASH);
+        let hash = own_entries(&mut model).and_then(|entries| entries.remove(MODEL_HASH));
+        let computed = digest::of_bytes(&model.encode_to_vec());
+        if let (Some(entries), Some(hash)) = (own_entries(&mut model), hash) {
+            entries.insert(MODEL_HASH.to_owned(), hash);
         }
-        if !whole || digest::of_bytes(&model.encode_to_vec()) != of_model {
+        if let Some(model::Type::MlProgram(program)) = model.r#type.take() {
+            self.program = program;
+        }
+        self.model = model;
+        if !whole || computed != of_model {
             return Err(format!("the program is damaged: it does not have the hash that `{MODEL_HASH}` says"));
         }
         Ok(())
@@ -159,10 +170,13 @@ impl ModelFile {
     }
 }
 
+/// The entries of a model's own metadata.
+fn own_entries(model: &mut Model) -> Option<&mut BTreeMap<String, String>> {
+    Some(&mut model.description.as_mut()?.metadata.as_mut()?.user_defined)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::proto::mil_spec::{Function, NamedValueType};
     use crate::proto::specification::ModelDescription;
@@ -198,7 +212,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_is_found() {
         let whole = small();
-        let good = parse(Path::new("m"), whole.clone()).unwrap();
+        let mut good = parse(Path::new("m"), whole.clone()).unwrap();
         assert!(good.names_maker());
         good.check_own_hash().unwrap();
         let text = manifest(&whole);
@@ -206,7 +220,7 @@ mod tests {
         for bit in 0..8 * whole.len() {
             let mut damaged = whole.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
-            let Ok(model) = parse(Path::new("m"), damaged) else { continue };
+            let Ok(mut model) = parse(Path::new("m"), damaged) else { continue };
             assert!(model.names_maker(), "bit {bit}");
             assert!(model.check_own_hash().is_err() && model.check_manifest(&text).is_err(), "bit {bit}");
         }

@@ -14,7 +14,7 @@ use super::chunk;
 use super::model::ModelFile;
 use super::program::Checked;
 use crate::element::{ArrayType, Element};
-use crate::lower::{CAUSAL_MASK, NOISE_TABLES, compute_element};
+use crate::lower::{CAUSAL_MASK, compute_element, noise_tables};
 use crate::package::{CONFIGS, OUTPUT_TYPE, TEXT_ENCODER_CONFIG, VAE_DECODER_CONFIG, VAE_ENCODER_CONFIG};
 use crate::program::identifier;
 
@@ -27,6 +27,8 @@ struct Network {
     ends: Option<Ends>,
     /// A layer whose operation has the name of the program's output.
     last: Option<&'static str>,
+    /// The tables with which the program can make noise.
+    tables: &'static [&'static str],
 }
 
 /// Inputs and outputs, in order.
@@ -49,13 +51,13 @@ pub(super) fn check(model: &ModelFile, program: &Checked) -> Result<bool, String
         check_ends("inputs", network.what, &ends.inputs, &program.inputs)?;
         check_ends("outputs", network.what, &ends.outputs, &program.outputs)?;
     }
-    let tables = if model.entry(OUTPUT_TYPE).is_some() { &NOISE_TABLES[..] } else { &[] };
-    if !tables.is_empty() && !tables.iter().any(|table| program.values.contains_key(*table)) {
+    let makes_noise = model.entry(OUTPUT_TYPE).is_some();
+    if makes_noise && !network.tables.iter().any(|table| program.values.contains_key(*table)) {
         return Err(format!(
             "`{OUTPUT_TYPE}` says that the program makes noise of what it predicts, but it has no tables for that"
         ));
     }
-    check_tensors(&network, tables, program)?;
+    check_tensors(&network, if makes_noise { network.tables } else { &[] }, program)?;
     Ok(true)
 }
 
@@ -78,7 +80,7 @@ fn network(model: &ModelFile, key: &str, config: ConfigFile, program: &Checked) 
             let inputs = vec![("input_ids", floats(&[1, length]))];
             let outputs = vec![("hidden_embeds", floats(&[1, length, width])), ("pooled_outputs", floats(&[1, pooled]))];
             let ends = Some(Ends { inputs, outputs });
-            Network { what: "text encoder", tensors: ClipText::tensors(&config).map_err(say)?, ends, last: None }
+            Network { what: "text encoder", tensors: ClipText::tensors(&config).map_err(say)?, ends, last: None, tables: &[] }
         }
         VAE_DECODER_CONFIG => {
             let config = VaeConfig::parse(config).map_err(say)?;
@@ -89,7 +91,7 @@ fn network(model: &ModelFile, key: &str, config: ConfigFile, program: &Checked) 
             let image = floats(&[1, config.out_channels as u64, larger_height, larger_width]);
             let ends = Some(Ends { inputs: vec![("z", z)], outputs: vec![("image", image)] });
             let last = (compute == Element::F32).then_some("decoder.conv_out");
-            Network { what: "VAE decoder", tensors: VaeDecoder::tensors(&config).map_err(say)?, ends, last }
+            Network { what: "VAE decoder", tensors: VaeDecoder::tensors(&config).map_err(say)?, ends, last, tables: &[] }
         }
         VAE_ENCODER_CONFIG => {
             let config = VaeConfig::parse(config).map_err(say)?;
@@ -100,12 +102,13 @@ fn network(model: &ModelFile, key: &str, config: ConfigFile, program: &Checked) 
             let ends = Some(Ends { inputs: vec![("x", x)], outputs: vec![("latent", latent)] });
             let layer = if config.use_quant_conv { "quant_conv" } else { "encoder.conv_out" };
             let last = (compute_element(&config) == Element::F32).then_some(layer);
-            Network { what: "VAE encoder", tensors: VaeEncoder::tensors(&config).map_err(say)?, ends, last }
+            Network { what: "VAE encoder", tensors: VaeEncoder::tensors(&config).map_err(say)?, ends, last, tables: &[] }
         }
         _ => {
             let chain = UnetChain::new(UnetConfig::parse(config).map_err(say)?);
             let portion = chunk::check(model, &chain, program)?;
-            Network { what: "UNet", tensors: portion.tensors(&chain).map_err(say)?, ends: None, last: None }
+            let tensors = portion.tensors(&chain).map_err(say)?;
+            Network { what: "UNet", tensors, ends: None, last: None, tables: noise_tables(portion.begins(), portion.ends()) }
         }
     })
 }

@@ -14,7 +14,7 @@ mod vae;
 
 use network::Network;
 pub(super) use text::{CAUSAL_MASK, lower as lower_text_encoder};
-pub(super) use unet::{NOISE_TABLES, lower as lower_unet};
+pub(super) use unet::{lower as lower_unet, noise_tables};
 pub(super) use vae::{compute_element, lower_decoder, lower_encoder};
 
 use crate::program::{ProgramBuilder, Var};

@@ -8,14 +8,14 @@ mod stage;
 mod transformer;
 
 use inputs::Inputs;
-pub(crate) use noise::TABLES as NOISE_TABLES;
+pub(crate) use noise::tables as noise_tables;
 use sdxl_model::unet::UnetChain;
 use sdxl_pipeline::UnetWeights;
 use squeeze_base::error::Result;
 use squeeze_base::progress::{Progress, Task};
 
 use super::{Lowered, Network};
-use crate::noise_output::{NoiseOutput, Predicted};
+use crate::noise_output::NoiseOutput;
 use crate::options::Options;
 use crate::portion::Portion;
 use crate::program::{ProgramBuilder, Var};
@@ -51,8 +51,9 @@ pub(crate) fn lower(
     let tensors = portion.tensors(chain)?;
     let task = Task::begin(progress, "writing the package", "tensors", tensors.len());
     let mut network = Network::new(program, &weights, options.layout, task);
-    let inputs = Inputs::declare(&mut network, config, options, pooled, &portion.inputs(chain));
-    let noise = options.noise.as_ref();
+    let noise = options.noise.as_ref().filter(|noise| noise.is_made_in(portion.begins(), portion.ends()));
+    let converts = noise.is_some_and(NoiseOutput::converts);
+    let inputs = Inputs::declare(&mut network, config, options, pooled, &portion.inputs(chain, converts));
     let positions = noise.map(|_| noise::positions(&mut network, inputs.get("timestep")?)).transpose()?;
     let sizes = options.boundary_sizes();
     let mut passed = Vec::new();
@@ -75,7 +76,7 @@ pub(crate) fn lower(
     }
     let outputs = match (noise, &positions) {
         _ if !portion.ends() => lowering.pass_on(&hidden, &portion.passed_on(chain, sizes))?,
-        (Some(output), Some(positions)) if output.predicted != Predicted::Noise => {
+        (Some(output), Some(positions)) if output.converts() => {
             let prediction = lowering.output_block(config, "prediction", &hidden)?;
             let sample = inputs.get("sample")?;
             vec![noise::noise(&mut lowering.network, "noise_pred", output, positions, &prediction, sample)?]

@@ -6,12 +6,19 @@ use super::super::Network;
 use crate::noise_output::{NoiseOutput, Predicted};
 use crate::program::Var;
 
-/// The names of the tables by timestep: the UNet's own timesteps, and the factors of what it
-/// predicts and of the noisy latents, whose sum is the noise.
-pub(crate) const TABLES: [&str; 3] = [OWN_TIMESTEPS, PREDICTED_FACTORS, LATENT_FACTORS];
+/// All tables by timestep.
+const TABLES: [&str; 3] = [OWN_TIMESTEPS, PREDICTED_FACTORS, LATENT_FACTORS];
+/// The UNet's own timesteps, which the input block reads.
 const OWN_TIMESTEPS: &str = "own_timesteps";
+/// The factors of what the UNet predicts and of the noisy latents, whose sum is the noise.
 const PREDICTED_FACTORS: &str = "predicted_factors";
 const LATENT_FACTORS: &str = "latent_factors";
+
+/// The names of the tables that the program of some parts can have: parts that begin the UNet or
+/// end it.
+pub(crate) fn tables(begins: bool, ends: bool) -> &'static [&'static str] {
+    &TABLES[usize::from(!begins)..if ends { TABLES.len() } else { 1 }]
+}
 
 /// The sampler's timesteps [b] as positions in the tables. They are whole numbers, which fp16
 /// holds up to 2,048.
