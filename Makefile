@@ -1,6 +1,8 @@
 # make demo   compress the bundled model, compare the results; pictures and a report are left in out/
 # make test   run the tests
 # make lint   check formatting, clippy and docs
+# make wheel  build the Python wheel, with the program and the package that reads containers, into target/wheels/
+# make test-wheel, make test-python   install the wheel in many ways and run it; test the Python package
 # make deny   check licences and sources of the dependencies (needs cargo-deny)
 # Each installs libtorch into .libtorch/ first, unless it is found.
 
@@ -9,7 +11,14 @@ SQUEEZE = target/release/sdxl-squeeze
 # The tutorial's recipe at three sizes and this project's at one: within three minutes on two slow cores.
 DEMO = $(foreach size,4bit s40-4bit s50-4bit,configs/emoji/tutorial-$(size)-gs16.yaml) configs/emoji/squeeze-s40-4bit-gs16.yaml
 
-.PHONY: all demo test lint deny bench setup clean
+PYTHON ?= python3
+# Environments of Python: what packs the wheel, and what the tests of the package import.
+TOOLS = target/python/tools
+TESTS = target/python/tests
+# The folder of packages that libtorch's torch lies in.
+SITE = $$(dirname "$$(readlink -f .libtorch/current)")
+
+.PHONY: all demo test lint deny bench wheel test-wheel test-python setup clean
 
 all: setup
 	$(CARGO) build --release
@@ -36,6 +45,27 @@ lint: setup
 
 deny:
 	$(CARGO) deny check
+
+wheel: setup $(TOOLS)
+	rm -rf target/wheels
+	$(TOOLS)/bin/python -m build --wheel --outdir target/wheels python
+	$(TOOLS)/bin/twine check --strict target/wheels/*.whl
+
+test-wheel: wheel
+	$(TOOLS)/bin/python tests/wheel/check.py target/wheels/*.whl --torch "$(SITE)" --paths --demo
+
+test-python: setup $(TESTS)
+	cd python && ../$(TESTS)/bin/mypy && ../$(TESTS)/bin/python -m pytest
+
+$(TOOLS):
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet build twine
+
+# torch is not installed a second time: a .pth file names where it is.
+$(TESTS): | setup
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet numpy diffusers==0.42.1 pytest mypy
+	echo "$(SITE)" > "$$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
 
 bench: setup
 	$(CARGO) bench

@@ -9,7 +9,7 @@ use sdxl_model::text::ClipText;
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use sdxl_model::vae::VaeDecoder;
 use sdxl_model::{ConvGeometry, Layer, Operation};
-use sdxl_pipeline::PipelineFolder;
+use sdxl_pipeline::{PipelineFolder, UnetFolder, check_index};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use squeeze_base::error::{Error, Result};
@@ -100,7 +100,8 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     if path.is_file() {
         return inspect_single_file(&SingleFile::open(path)?);
     }
-    if path.join("model_index.json").is_file() {
+    // A link to nothing is named as such when it is read.
+    if path.join("model_index.json").symlink_metadata().is_ok() {
         let folder = PipelineFolder::open(path)?;
         let mut parts = Vec::new();
         for part in &folder.text_encoders {
@@ -114,16 +115,11 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
     }
     let config = path.join("config.json");
     if !config.is_file() {
-        let problem = if path.is_dir() { "has neither model_index.json nor config.json" } else { "is not a folder" };
-        return Err(Error::bad_file(path, problem));
+        check_index(path)?;
     }
     let chain = UnetChain::new(UnetConfig::read(&config)?);
-    let open = || {
-        let weights = Weights::open(path, "diffusion_pytorch_model", str::to_owned)?;
-        weights.check(&chain.tensors()?, |_| false)?;
-        Ok(weights)
-    };
-    inspect_unet(&chain, if_there(open(), path)?.as_ref(), Vec::new())
+    let weights = if_there(UnetFolder::open(path).map(|folder| folder.weights), path)?;
+    inspect_unet(&chain, weights.as_ref(), Vec::new())
 }
 
 /// The stages are those that the shapes of the tensors tell.

@@ -52,6 +52,7 @@
 //! | [`solver`] | Hessians, SparseGPT, palettes and the joint solver, on matrices |
 //! | [`pipeline`] | a diffusers folder, prompts, the denoising loop, pictures |
 //! | [`synth`] | whole pipelines with made-up weights |
+//! | [`shipped`] | the configs, prompts and the small model inside of the program |
 //! | [`config`] | a run as YAML |
 //! | [`recipe`] | a config, resolved on the layers of one UNet; devices and limits of a run |
 //! | [`calibration`] | the inputs of the UNet, recorded while the dense pipeline draws |
@@ -91,6 +92,7 @@ pub mod inspect;
 pub mod plan;
 pub mod recipe;
 pub mod report;
+pub mod shipped;
 pub mod synth;
 pub mod tune;
 
@@ -106,5 +108,7 @@ pub use squeeze_container as container;
 pub use squeeze_coreml as coreml;
 #[doc(hidden)]
 pub use squeeze_numerics::allow_tf32;
+#[doc(hidden)]
+pub use squeeze_numerics::libtorch;
 pub use squeeze_numerics::{Numerics, device, init, random};
 pub use squeeze_solver as solver;

@@ -14,7 +14,7 @@ use super::beside_model::BesideModel;
 use super::export::{ChunksArg, LayoutArg, SizeArgs};
 use super::paths::Paths;
 use super::progress::Reporter;
-use super::{container, stdout};
+use super::{bundled, container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -60,6 +60,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let args = Args { model: bundled::found(args.model)?, ..args };
     let paths = Paths::default()
         .model("--model", Some(&args.model))
         .reads("--unet", args.unet.as_deref())

@@ -104,7 +104,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         None => entries::of_configs(&args.configs, &args.edits)?,
     };
     let mut curves: Vec<String> = Vec::new();
-    let mut outputs = Paths::default().reads("--judge", Some(judge)).puts_into("--out", out);
+    let mut outputs = Paths::default().prompts("--judge", Some(judge)).puts_into("--out", out);
     outputs = outputs.reads("--lpips", args.lpips.as_deref());
     for Named { path, entry } in &named {
         let Entry { name, config, curve } = entry;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use sdxl_squeeze::Result;
 use sdxl_squeeze::calibration::{PromptSet, settings};
-use sdxl_squeeze::compare::{EmbeddingError, Judging, NetworkComparison, PictureError, compare_networks};
+use sdxl_squeeze::compare::{EmbeddingError, Judging, LatentError, NetworkComparison, PictureError, compare_networks};
 use sdxl_squeeze::config::{CalibrationSection, read_prompts};
 use sdxl_squeeze::container::Network;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
@@ -13,7 +13,7 @@ use sdxl_squeeze::pipeline::{ModelFiles, PipelineFolder};
 use super::beside_model::BesideModel;
 use super::paths::Paths;
 use super::progress::Reporter;
-use super::{container, stdout, table};
+use super::{bundled, container, stdout, table};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -52,8 +52,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let args = Args { model: bundled::found(args.model)?, ..args };
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
-    args.with.read_in(Paths::default().model("--model", Some(&args.model))).reads("--judge", Some(&args.judge)).check()?;
+    args.with.read_in(Paths::default().model("--model", Some(&args.model))).prompts("--judge", Some(&args.judge)).check()?;
     let files = args.with.files(args.model);
     let is_compressed = files.vae.as_deref().is_some_and(container::is_container);
     // A VAE that is no container is part of both.
@@ -89,11 +90,16 @@ fn tables(compared: &NetworkComparison) -> String {
         }
         text = format!("{}\n\n", table::right_aligned(rows, 1));
     }
+    if let Some(LatentError { means, deviations }) = compared.latents {
+        let mut rows = table::new(&["VAE's encoder", "means", "standard deviations"]);
+        rows.add_row(["latents".to_owned(), percent(means), percent(deviations)]);
+        text += &format!("{}\n\n", table::right_aligned(rows, 1));
+    }
     let mut rows = table::new(&["compressed", "PSNR, dB", "lowest", "SSIM"]);
     for PictureError { networks, psnr, lowest_psnr, ssim } in &compared.pictures {
         let names: Vec<&str> = networks.iter().copied().map(Network::name).collect();
         rows.add_row([names.join(", "), format!("{psnr:.2}"), format!("{lowest_psnr:.2}"), format!("{ssim:.4}")]);
     }
-    let about = "relative errors of the encoders' outputs; pictures by the same UNet against those of the model's own networks";
+    let about = "relative errors of the encoders' outputs, of the VAE's on the model's own pictures; pictures by the same UNet against those of the model's own networks";
     format!("{text}{}\n({} prompts; {about})\n", table::right_aligned(rows, 1), compared.prompts)
 }

@@ -5,25 +5,35 @@ use std::time::Instant;
 
 use sdxl_squeeze::calibration::calibrate;
 use sdxl_squeeze::compare::{Closeness, Reached, Reaching, reach};
-use sdxl_squeeze::compress::{JobReport, NetworkReport, Prepared, PreparedNetwork, run as run_job, workspace_folder};
+use sdxl_squeeze::compress::{
+    JobReport, NetworkReport, Prepared, PreparedNetwork, check_disk_of, run as run_job, workspace_folder,
+};
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
 use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::plan::Plan;
 use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
 
 use super::edits::Edits;
 use super::limits::LimitArgs;
+use super::own_files::{REPORT, RESOLVED, check_own};
 use super::paths::Paths;
 use super::progress::Reporter;
+use super::wanted::{self, Wanted};
 use super::{stdout, table};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The run, in YAML; see docs/config.md and configs/
-    #[arg(long, value_name = "FILE.yaml")]
-    config: PathBuf,
+    /// The run, in YAML, see docs/config.md; or the name of a config in the program, which
+    /// `sdxl-squeeze configs` lists
+    #[arg(long, value_name = "FILE.yaml|NAME")]
+    config: Option<PathBuf>,
+    /// Compress to a file of this size at most, e.g. 1GB, without a config: each layer gets what
+    /// spares most for its bytes, as configs/squeeze-3bits.yaml says
+    #[arg(long, value_name = "SIZE", conflicts_with = "config")]
+    size: Option<String>,
     /// The folder for the container, the config as resolved, and the report
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -39,13 +49,23 @@ pub(super) struct Args {
     limits: LimitArgs,
 }
 
+impl Args {
+    /// The run that the flags ask for.
+    fn wanted(&self) -> Result<Wanted> {
+        match (&self.config, &self.size) {
+            (Some(path), _) => Wanted::by_config(path, &self.edits),
+            (None, Some(size)) => Wanted::by_size(size, &self.edits),
+            (None, None) => Err(wanted::nothing()),
+        }
+    }
+}
+
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
-    let (config, folder) = args.edits.resolve(&args.config)?;
+    let Wanted { path, config, folder, size } = args.wanted()?;
     let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };
-    let [container, resolved, about] =
-        ["unet.squeezed.safetensors", "config.yaml", "report.json"].map(|name| args.out.join(name));
-    let outputs = Paths::default().run("--config", &args.config, &config).puts_into("--out", &args.out);
+    let [container, resolved, about] = ["unet.squeezed.safetensors", RESOLVED, REPORT].map(|name| args.out.join(name));
+    let outputs = Paths::default().run("--config", &path, &config).puts_into("--out", &args.out);
     let outputs = outputs.fills("the work folder", &workspace_folder(&container));
     let networks = PreparedNetwork::all(&folder, &config, &options, &args.out)?;
     let outputs = networks.iter().fold(outputs, |outputs, network| {
@@ -60,10 +80,12 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let outputs = [&container, &resolved, &about].into_iter().fold(outputs, |outputs, path| outputs.writes("--out", Some(path)));
     outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
     let shares = args.samples_out.is_some();
+    check_own(&args.out)?;
     let task = match config.compresses_unet() {
         true => Some(task(&folder, &config, shares, &options, &container)?),
         false => None,
     };
+    check_disk_of(&networks, task.as_ref().map(|task| &task.plan().disk))?;
     std::fs::create_dir_all(&args.out).map_err(Error::write(&args.out))?;
 
     let samples = match &args.samples_out {
@@ -101,12 +123,31 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         return stdout::print(&format!("{summary}{}: {time}{peak}\n", args.out.display()));
     }
     let bytes = std::fs::metadata(&container).map_err(Error::read(&container))?.len();
+    if let Some(size) = size.filter(|size| bytes > *size) {
+        let [bytes, size] = [bytes, size].map(number::count);
+        tracing::warn!(
+            "the file has {bytes} bytes, more than --size, which is {size}: its header is larger than was allowed for"
+        );
+    }
     stdout::print(&format!(
         "{summary}\n{}: {} ({}), {time}{peak}\n",
         container.display(),
         number::size(bytes),
         number::count(bytes),
     ))
+}
+
+/// Checks a run with all checks that are possible before it computes. Returns the plan of a single
+/// run on the UNet; `None` for a search, or if the UNet is not compressed.
+pub(super) fn planned(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions, out: &Path) -> Result<Option<Plan>> {
+    PreparedNetwork::all(folder, config, options, out)?;
+    if !config.compresses_unet() {
+        return Ok(None);
+    }
+    Ok(match task(folder, config, false, options, &out.join("unet.squeezed.safetensors"))? {
+        Task::Run(prepared) => Some(prepared.plan().clone()),
+        Task::Search(_) => None,
+    })
 }
 
 /// The work that `config` asks for on the UNet, after all checks that are possible before it
@@ -130,6 +171,15 @@ enum Task<'a> {
     Run(Box<Prepared<'a>>),
     /// Several runs, for the smallest size of a closeness.
     Search(Box<Reaching<'a>>),
+}
+
+impl Task<'_> {
+    fn plan(&self) -> &Plan {
+        match self {
+            Task::Run(prepared) => prepared.plan(),
+            Task::Search(reaching) => reaching.plan(),
+        }
+    }
 }
 
 /// What is said of a run that has written its container.

@@ -6,7 +6,10 @@ use std::path::Path;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, value_parser};
 use sdxl_squeeze::config::{ConfigFlag, Edit, RunConfig, flags};
 use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::shipped::{self, ShippedConfig};
 use sdxl_squeeze::{Error, Result};
+
+use super::bundled;
 
 /// The edits that the command line makes to every config it names.
 #[derive(Debug, Clone)]
@@ -30,12 +33,12 @@ impl Edits {
 
     /// Reads a config and edits it, with a further edit.
     pub(super) fn config_with(&self, path: &Path, further: Option<Edit>) -> Result<RunConfig> {
-        RunConfig::read_edited(path, &self.and(further))
+        bundled::in_config(RunConfig::read_edited(path, &self.and(further))?)
     }
 
-    /// Reads a config from memory and edits it, with a further edit; `path` names it in mistakes.
-    pub(super) fn parsed_with(&self, path: &Path, yaml: &[u8], further: Option<Edit>) -> Result<RunConfig> {
-        RunConfig::parse_edited(path, yaml, &self.and(further))
+    /// Reads a config of the program and edits it, with a further edit.
+    pub(super) fn shipped_with(&self, config: ShippedConfig, further: Option<Edit>) -> Result<RunConfig> {
+        bundled::in_config(RunConfig::parse_edited(config.path.as_ref(), config.yaml.as_bytes(), &self.and(further))?)
     }
 
     fn and(&self, further: Option<Edit>) -> Vec<Edit> {
@@ -52,7 +55,12 @@ impl Edits {
 
 /// The model that a config names.
 pub(super) fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
-    let missing = || Error::Argument("which model? give --model DIR, or model: {path: DIR} in the config".into());
+    let missing = || {
+        Error::Argument(format!(
+            "which model? give --model DIR, or model: {{path: DIR}} in the config; --model {} is the bundled one",
+            shipped::BUNDLED
+        ))
+    };
     let model = config.model.path.clone().ok_or_else(missing)?;
     PipelineFolder::open_files(&config.model.files(model))
 }

@@ -41,7 +41,7 @@ impl Source<'_> {
     fn config(&self, edits: &Edits, further: Option<Edit>) -> Result<RunConfig> {
         match self {
             Source::File(path) => edits.config_with(path, further),
-            Source::Shipped(Shipped { path, yaml, .. }) => edits.parsed_with(Path::new(path), yaml.as_bytes(), further),
+            Source::Shipped(shipped) => edits.shipped_with(shipped.config(), further),
         }
     }
 }

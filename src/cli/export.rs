@@ -9,18 +9,19 @@ use sdxl_squeeze::coreml::{self, FunctionSize, Io, Label, Layout, Options, Writt
 use sdxl_squeeze::export::{AppleNoise, PipelinePart, SmallWeights};
 use sdxl_squeeze::model::unet::UnetConfig;
 use sdxl_squeeze::number;
-use sdxl_squeeze::pipeline::{PipelineFolder, UnetWeights};
+use sdxl_squeeze::pipeline::{PipelineFolder, UnetFolder, UnetWeights};
 use sdxl_squeeze::progress::{Event, Progress};
 use sdxl_squeeze::{Error, Result, export};
 
 use super::beside_model::BesideModel;
 use super::paths::Paths;
 use super::progress::Reporter;
-use super::{container, stdout};
+use super::{bundled, container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A container; or a pipeline, as a folder or a single-file checkpoint, for its dense UNet
+    /// A container; or a pipeline, as a folder or a single-file checkpoint, or the folder of a UNet
+    /// alone, for its dense UNet
     #[arg(value_name = "FILE|DIR")]
     path: PathBuf,
     /// Use the container without checking its hashes
@@ -209,6 +210,7 @@ enum IoArg {
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+    let args = Args { path: bundled::found(args.path)?, model: args.model.map(bundled::found).transpose()?, ..args };
     let of_model = if args.to == Format::Coremltools { args.with.first_given() } else { None };
     if let Some(flag) = args.misplaced().or(of_model) {
         return Err(Error::Argument(format!("{flag} has no effect with this --to")));
@@ -468,6 +470,8 @@ enum Unet {
     Container(Box<Container>),
     /// The pipeline's own weights.
     Dense(Weights),
+    /// The folder of a UNet alone.
+    Alone(Box<UnetFolder>),
 }
 
 impl OpenedUnet {
@@ -479,6 +483,12 @@ impl OpenedUnet {
         if is_model && let Some(model) = &args.model {
             let (path, model) = (args.path.display(), model.display());
             return Err(Error::Argument(format!("{path} is a model, not a container, so that --model {model} has no effect")));
+        }
+        if is_model && UnetFolder::is_at(&args.path) {
+            if let Some(flag) = args.with.first_given() {
+                return Err(Error::Argument(format!("{flag} has no effect on the folder of a UNet alone")));
+            }
+            return Ok(OpenedUnet { unet: Unet::Alone(Box::new(UnetFolder::open(&args.path)?)), pipeline: None });
         }
         if is_model {
             let pipeline = open(&args.path)?;
@@ -507,6 +517,9 @@ impl OpenedUnet {
                 config: pipeline.unet_config(),
                 prediction_type: Some(pipeline.scheduler.prediction()),
             }),
+            (Unet::Alone(folder), _) => {
+                Ok(UnetWeights::Dense { weights: &folder.weights, config: &folder.config, prediction_type: None })
+            }
             (Unet::Dense(_), None) => Err(Error::internal("dense weights without their pipeline")),
         }
     }

@@ -5,12 +5,13 @@
 
 use std::backtrace::Backtrace;
 use std::error::Error as _;
-use std::fmt::Display;
-use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
 use std::sync::{Mutex, PoisonError};
 
 use sdxl_squeeze::Error;
+use serde_json::json;
+
+use super::progress::{VERSION, print_line};
 
 /// Mistakes of a config that are shown.
 const MISTAKES: usize = 100;
@@ -18,18 +19,19 @@ const MISTAKES: usize = 100;
 /// The message, place and backtrace of the last panic of any thread, for [`report_panic`].
 static LAST_PANIC: Mutex<Option<(String, Backtrace)>> = Mutex::new(None);
 
-/// Runs `command` and returns the program's exit code. Reports a failure on standard error.
-pub(super) fn exit_code(command: impl FnOnce() -> Result<(), Error>) -> u8 {
+/// Runs `command` and returns the program's exit code. Reports a failure on standard error, `as_json`
+/// or in plain lines.
+pub(super) fn exit_code(as_json: bool, command: impl FnOnce() -> Result<(), Error>) -> u8 {
     // Rust's own hook would print at once, in the midst of a progress bar.
     panic::set_hook(Box::new(keep));
     match panic::catch_unwind(AssertUnwindSafe(command)) {
         Ok(Ok(())) => 0,
         Ok(Err(error)) => {
-            report(&error);
+            report(&error, as_json);
             if error.is_bad_input() { 2 } else { 1 }
         }
         Err(_) => {
-            report_panic();
+            report_panic(as_json);
             1
         }
     }
@@ -52,40 +54,39 @@ fn keep(panic: &PanicHookInfo<'_>) {
 }
 
 /// Prints an error with its causes, as one line; every mistake of a config on a line of its own.
-pub(super) fn report(error: &Error) {
+pub(super) fn report(error: &Error, as_json: bool) {
     match error {
         Error::Config { mistakes } => {
-            mistakes.iter().take(MISTAKES).for_each(|mistake| complain(&mistake.to_string()));
+            mistakes.iter().take(MISTAKES).for_each(|mistake| complain(&mistake.to_string(), None, as_json));
             if mistakes.len() > MISTAKES {
-                complain(&format!("and {} more mistakes", mistakes.len() - MISTAKES));
+                complain(&format!("and {} more mistakes", mistakes.len() - MISTAKES), None, as_json);
             }
         }
-        error => complain(&chain(error)),
-    }
-    if let Some(bug) = error.bug() {
-        trace(&bug.backtrace);
+        error => complain(&chain(error), error.bug().map(|bug| &bug.backtrace), as_json),
     }
 }
 
 /// Prints the last panic of any thread.
-fn report_panic() {
+fn report_panic(as_json: bool) {
     let panic = LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
     let (message, backtrace) = panic.expect("the hook has kept every panic since before the command began");
-    complain(&format!("internal error, please report it: {message}"));
-    trace(&backtrace);
+    complain(&format!("internal error, please report it: {message}"), Some(&backtrace), as_json);
 }
 
-fn complain(message: &str) {
-    write(&format_args!("sdxl-squeeze: error: {}", readable(message)));
-}
-
-fn trace(backtrace: &Backtrace) {
-    write(&format_args!("{}", backtrace.to_string().trim_end()));
-}
-
-fn write(line: &dyn Display) {
-    // Nobody is left to be told of a failure here.
-    let _ = writeln!(io::stderr().lock(), "{line}");
+fn complain(message: &str, backtrace: Option<&Backtrace>, as_json: bool) {
+    let message = readable(message);
+    let backtrace = backtrace.map(|backtrace| backtrace.to_string().trim_end().to_owned());
+    if as_json {
+        let mut line = json!({"version": VERSION, "event": "error", "text": message});
+        if let Some(backtrace) = backtrace {
+            line["backtrace"] = backtrace.into();
+        }
+        return print_line(&line.to_string());
+    }
+    print_line(&format!("sdxl-squeeze: error: {message}"));
+    if let Some(backtrace) = backtrace {
+        print_line(&backtrace);
+    }
 }
 
 /// A message of readable length, whatever it quotes: names in damaged files may have megabytes.
@@ -102,7 +103,7 @@ fn readable(message: &str) -> String {
 }
 
 /// An error and its causes in one line.
-fn chain(error: &Error) -> String {
+pub(super) fn chain(error: &Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -115,6 +116,7 @@ fn chain(error: &Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
     use std::process::Command;
 
     use super::*;
@@ -144,7 +146,8 @@ mod tests {
     #[ignore = "runs only as a process of its own, which the tests below start"]
     #[expect(clippy::exit, reason = "this process is a command, whose exit code is tested")]
     fn child() {
-        let code = exit_code(|| match std::env::var("FAILURE").unwrap().as_str() {
+        let as_json = std::env::var_os("FAILURE_AS_JSON").is_some();
+        let code = exit_code(as_json, || match std::env::var("FAILURE").unwrap().as_str() {
             "bad input" => Err(Error::Argument("no such device".into())),
             "failure" => Err(Error::Failed("no memory".into())),
             "bug" => Err(Error::layer("conv_in")(Error::internal("no stage is loaded"))),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use sdxl_squeeze::checkpoint::TensorBytes;
+use sdxl_squeeze::config::file_name;
 use sdxl_squeeze::device::{Placement, parse_device, parse_dtype};
 use sdxl_squeeze::model::scheduler::SpacingKind;
 use sdxl_squeeze::number;
@@ -19,6 +20,7 @@ use serde_json::json;
 use tch::Kind;
 
 use super::beside_model::BesideModel;
+use super::bundled;
 use super::paths::Paths;
 use super::progress::Reporter;
 use super::stdout;
@@ -30,12 +32,12 @@ pub(super) struct Args {
     model: PathBuf,
     #[command(flatten)]
     with: BesideModel,
-    /// Description of the picture
-    #[arg(long, value_name = "TEXT")]
+    /// Description of the picture; "" draws one of no subject
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
     /// Description of what the picture must not show [default: the pipeline's own, zeros for SDXL
     /// base]
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     negative_prompt: Option<String>,
     /// A picture to begin with, as PNG: it is changed by --strength, redrawn where --mask is white,
     /// or edited as the prompt says by an edit model. Its size is that of the result
@@ -57,8 +59,9 @@ pub(super) struct Args {
     /// Encode prompts of more than 77 tokens in pieces, which are cut otherwise
     #[arg(long)]
     long_prompts: bool,
-    /// Seed of the noise, which equals that of `torch.Generator().manual_seed(N)` on a CPU
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    /// Seed of the noise, which equals that of `torch.Generator().manual_seed(N)` on a CPU; -1
+    /// chooses one by chance, which the result names
+    #[arg(long, value_name = "N", default_value = "0", value_parser = seed, allow_negative_numbers = true)]
     seed: u64,
     /// Denoising steps [default: 30, or the few of a distilled model]
     #[arg(long, value_name = "N")]
@@ -114,13 +117,14 @@ pub(super) struct Args {
     /// Write the final latents to this file
     #[arg(long, value_name = "FILE.safetensors")]
     latents_out: Option<PathBuf>,
-    /// The picture
+    /// The picture, as PNG; a file of that name is replaced
     #[arg(long, short, value_name = "OUT.png")]
     output: PathBuf,
 }
 
 pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
+    let args = Args { model: bundled::found(args.model)?, ..args };
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
     // Wrong paths are refused before minutes of work.
     args.with
@@ -131,6 +135,7 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         .writes("-o", Some(&args.output))
         .writes("--latents-out", args.latents_out.as_deref())
         .check_writable()?;
+    check_name(&args.output)?;
     let files = args.with.files(args.model.clone());
     let folder = PipelineFolder::open_files(&files)?;
     let defaults = SamplingDefaults::of(&folder, 30, 5.0);
@@ -183,6 +188,27 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
     stdout::print(&format!("{line}\n"))
 }
 
+/// A seed: -1 is one of 32 bits by chance, so that other programs can take it too.
+fn seed(text: &str) -> std::result::Result<u64, String> {
+    match text {
+        "-1" => Ok(rand::random::<u32>().into()),
+        _ => text.parse().map_err(|_| format!("must be a whole number from 0 to {}, or -1 for one by chance", u64::MAX)),
+    }
+}
+
+/// Refuses names of other formats: a viewer goes by the name.
+fn check_name(path: &Path) -> Result<()> {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+    match extension.as_deref() {
+        None | Some("png") => Ok(()),
+        Some(_) if is_standard_output(path) => Ok(()),
+        Some(other) => Err(Error::Argument(format!(
+            "-o {} ends in .{other}, but pictures are written as PNG: end it in .png",
+            path.display()
+        ))),
+    }
+}
+
 /// The two values of a size.
 fn height_and_width(values: &[i64]) -> Option<(i64, i64)> {
     match values {
@@ -211,7 +237,7 @@ fn image_request(
 }
 
 /// The PNG's texts: the prompt for viewers, and all settings, with which the picture can be drawn
-/// again.
+/// again. Files are there by name, without their folders, as pictures are shown to others.
 fn metadata(
     request: &GenerateRequest,
     generated: &Generated,
@@ -220,11 +246,12 @@ fn metadata(
     image: Option<&Path>,
 ) -> Vec<(&'static str, String)> {
     let (height, width) = generated.size;
-    let shown = |path: &Path| path.display().to_string();
+    let shown = |path: &Path| file_name(path).display().to_string();
+    let lora = |lora: &LoraFile| LoraFile { path: file_name(&lora.path), ..lora.clone() }.to_string();
     let ModelFiles { model, base, vae, text_encoder, text_encoder_2, loras, lora_ignore } = files;
     let mut settings = json!({
         "model": shown(model), "base": base.as_deref().map(shown), "vae": vae.as_deref().map(shown),
-        "loras": loras.iter().map(LoraFile::to_string).collect::<Vec<_>>(), "lora_ignore": lora_ignore,
+        "loras": loras.iter().map(lora).collect::<Vec<_>>(), "lora_ignore": lora_ignore,
         "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "seed": request.seed, "steps": request.steps, "guidance": request.guidance,
         "guidance_rescale": request.guidance_rescale, "timestep_spacing": request.timestep_spacing, "eta": request.eta, "height": height, "width": width,
@@ -245,7 +272,7 @@ fn metadata(
         }
     }
     if let (Some(path), Some(image)) = (image, &request.image) {
-        settings["image"] = path.display().to_string().into();
+        settings["image"] = shown(path).into();
         settings["strength"] = image.strength.into();
         settings["image_guidance"] = image.guidance.into();
         settings["mask"] = image.mask.is_some().into();

@@ -10,7 +10,7 @@ use sdxl_squeeze::number::{count, size as bytes};
 use sdxl_squeeze::pipeline::check_architecture;
 
 use super::table::{new as table, right_aligned};
-use super::{container, stdout};
+use super::{bundled, container, stdout};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -30,6 +30,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
+    let args = Args { path: bundled::found(args.path)?, ..args };
     if args.path.is_file() && container::is_container(&args.path) {
         return inspect_container(&container::open(&args.path, args.no_verify)?, args.json, args.summary);
     }

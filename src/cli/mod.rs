@@ -2,12 +2,15 @@
 
 mod beside_model;
 mod bundle;
+mod bundled;
 mod compare;
 mod compare_networks;
 mod completions;
 mod compress;
+mod configs;
 mod container;
 mod device_limit;
+mod doctor;
 mod edits;
 mod entries;
 mod environment;
@@ -15,8 +18,10 @@ mod export;
 mod failure;
 mod generate;
 mod inspect;
+mod json_log;
 mod limits;
 mod man;
+mod own_files;
 mod paths;
 mod place;
 mod plan;
@@ -27,6 +32,8 @@ mod synth;
 mod table;
 mod terminal;
 mod verify;
+mod version;
+mod wanted;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -34,6 +41,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use json_log::JsonLog;
 use profile::Profile;
 use progress::{Mode, Reporter};
 use sdxl_squeeze::Error;
@@ -42,9 +50,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-
-/// The version, and the build: a run goes on only with the build that began it.
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (build ", env!("SDXL_SQUEEZE_BUILD"), ")");
+use version::VERSION;
 
 /// Makes the SDXL UNet small enough for a phone and keeps its pictures.
 #[derive(Debug, Parser)]
@@ -90,6 +96,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Write a whole pipeline with made-up weights, for tests and benchmarks
     Synth(synth::Args),
+    /// List the configs in the program, or print one
+    Configs(configs::Args),
+    /// Say what a run would find on this machine, and what would fail
+    Doctor(doctor::Args),
     /// Print a shell's completion script
     Completions(completions::Args),
     /// Print the man page, or write those of all commands
@@ -105,7 +115,7 @@ pub(crate) fn main() -> ExitCode {
     unsafe { std::env::set_var("NVIDIA_TF32_OVERRIDE", "0") };
     sdxl_squeeze::init();
     match Args::try_parse() {
-        Ok(args) => ExitCode::from(failure::exit_code(|| run(args))),
+        Ok(args) => ExitCode::from(failure::exit_code(args.progress == Mode::Json, || run(args))),
         Err(answer) => tell(&answer),
     }
 }
@@ -116,7 +126,7 @@ fn tell(answer: &clap::Error) -> ExitCode {
     let printed = answer.print().and_then(|()| io::stdout().flush());
     match printed {
         Err(why) if !answer.use_stderr() && why.kind() != io::ErrorKind::BrokenPipe => {
-            failure::report(&Error::write("standard output".as_ref())(why));
+            failure::report(&Error::write("standard output".as_ref())(why), false);
             ExitCode::from(1)
         }
         _ => code,
@@ -142,11 +152,19 @@ fn run(args: Args) -> Result<(), Error> {
         (false, 1) => Level::INFO,
         (false, _) => Level::DEBUG,
     };
-    let log = reporter.log_writer();
-    let lines = tracing_subscriber::fmt::layer().with_writer(move || log.clone()).without_time().with_target(false);
+    let (json, lines) = match args.progress {
+        Mode::Json => (Some(JsonLog), None),
+        Mode::Auto | Mode::None => {
+            let log = reporter.log_writer();
+            let lines = tracing_subscriber::fmt::layer().with_writer(move || log.clone()).with_ansi(terminal::has_colours());
+            (None, Some(lines.without_time().with_target(false)))
+        }
+    };
+    let level = LevelFilter::from_level(level);
     let profile = args.profile.map(|path| (path, Profile::default()));
     let times = profile.as_ref().map(|(_, profile)| profile.clone());
-    tracing_subscriber::registry().with(lines.with_filter(LevelFilter::from_level(level))).with(times).init();
+    let log = tracing_subscriber::registry().with(lines.with_filter(level)).with(json.with_filter(level));
+    log.with(times).init();
     if matches!(args.command, Command::Compress(_) | Command::Compare(_) | Command::CompareNetworks(_)) {
         environment::settle();
     }
@@ -168,6 +186,8 @@ fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
         Command::Generate(args) => generate::run(*args, reporter),
         Command::Inspect(args) => inspect::run(args),
         Command::Synth(args) => synth::run(args, reporter),
+        Command::Configs(args) => configs::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args, Args::command()),
         Command::Man(args) => man::run(args, Args::command()),
     }

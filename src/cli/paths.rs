@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::config::{Prompts, RunConfig};
 use sdxl_squeeze::output::{check_file, check_folder};
-use sdxl_squeeze::{Error, Result};
+use sdxl_squeeze::{Error, Result, shipped};
 
 /// The folders of a pipeline's parts, into which no output may be written.
 const PARTS: [&str; 7] = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"];
@@ -36,6 +36,11 @@ impl Paths {
         self
     }
 
+    /// A file of prompts that is read, unless it is in the program.
+    pub(super) fn prompts(self, flag: &str, path: Option<&Path>) -> Self {
+        self.reads(flag, path.filter(|path| shipped::prompts_for(path).is_none()))
+    }
+
     /// Files that are read by one flag.
     pub(super) fn read_by<'p>(self, flag: &str, paths: impl IntoIterator<Item = &'p Path>) -> Self {
         paths.into_iter().fold(self, |named, path| named.reads(flag, Some(path)))
@@ -59,15 +64,15 @@ impl Paths {
             Some(Prompts::File(path)) => Some(path.as_path()),
             Some(Prompts::List(_)) | None => None,
         };
-        self.reads(flag, Some(file))
+        self.reads(flag, Some(file).filter(|file| shipped::config_for(file).is_none()))
             .model("the model", config.model.path.as_deref())
             .model("the base", config.model.base.as_deref())
             .model("the VAE", config.model.vae.as_deref())
             .read_by("a LoRA", config.model.loras.iter().map(|lora| lora.path.as_path()))
-            .reads("the prompts", prompts)
+            .prompts("the prompts", prompts)
             .reads("the samples", calibration.samples.as_deref())
-            .reads("the captions", calibration.captions.as_deref())
-            .reads("the prompts of the target", judged)
+            .prompts("the captions", calibration.captions.as_deref())
+            .prompts("the prompts of the target", judged)
     }
 
     /// A file that is written.

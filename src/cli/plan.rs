@@ -153,14 +153,15 @@ fn planned_networks(config: &RunConfig, options: &RunOptions, architecture: Opti
 /// A table of the networks beside the UNet.
 fn of_networks(networks: &[NetworkPlan], device: Device) -> Result<String> {
     let rate = measured_rate(device)?;
-    let mut rows = table::new(&["network", "layers", "bytes", "in fp16", "peak memory", "TFLOP", "time"]);
-    for NetworkPlan { network, layers, payload_bytes, dense_bytes, peak_bytes, work } in networks {
+    let mut rows = table::new(&["network", "layers", "bytes", "in fp16", "peak memory", "on the disk", "TFLOP", "time"]);
+    for NetworkPlan { network, layers, payload_bytes, dense_bytes, peak_bytes, disk, work } in networks {
         rows.add_row([
             network.to_string(),
             layers.to_string(),
             number::count(*payload_bytes),
             number::count(*dense_bytes),
             number::size(*peak_bytes),
+            number::size(disk.peak()),
             number::fixed(2e-12 * work.multiply_adds(), 2),
             number::time(work.seconds(rate)),
         ]);

@@ -107,11 +107,6 @@ impl Reporter {
     fn tasks(&self) -> MutexGuard<'_, Vec<Running>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn print_line(&self, line: &str) {
-        // The work goes on even if its progress cannot be shown.
-        let _ = writeln!(io::stderr().lock(), "{line}");
-    }
 }
 
 impl Running {
@@ -172,9 +167,7 @@ impl Reporter {
             bar
         });
         if self.display == Display::Json {
-            self.print_line(
-                &json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string(),
-            );
+            print_line(&json!({"version": VERSION, "event": "begin", "task": task, "unit": unit, "total": total}).to_string());
         }
         let (task, unit) = (task.to_owned(), unit.to_owned());
         self.tasks().push(Running { task, unit, total, begun: 0, finished: 0, start: now, shown: now, bar });
@@ -195,7 +188,7 @@ impl Reporter {
             Display::Lines if running.shown.elapsed() >= PAUSE => {
                 running.shown = Instant::now();
                 let (done, total) = (running.done(), running.total);
-                self.print_line(&format!("{}: {done}/{total} {}, {item}, {}", running.task, running.unit, running.status()));
+                print_line(&format!("{}: {done}/{total} {}, {item}, {}", running.task, running.unit, running.status()));
             }
             Display::Json => {
                 let (rate, left) = running.pace().unzip();
@@ -204,7 +197,7 @@ impl Reporter {
                     "task": running.task, "done": running.done(), "total": running.total,
                     "per_second": rate, "seconds_left": left, "peak_bytes": sdxl_squeeze::memory::peak(),
                 })));
-                self.print_line(&Value::Object(line).to_string());
+                print_line(&Value::Object(line).to_string());
             }
             Display::Lines | Display::Nothing => {}
         }
@@ -213,9 +206,9 @@ impl Reporter {
     /// Shows a line of its own.
     fn remark(&self, event: &Event<'_>, line: &str) {
         match (self.display, &self.bars) {
-            (Display::Bars, Some(bars)) => bars.suspend(|| self.print_line(line)),
-            (Display::Bars | Display::Lines, _) => self.print_line(line),
-            (Display::Json, _) => self.print_line(&Value::Object(json_of(event)).to_string()),
+            (Display::Bars, Some(bars)) => bars.suspend(|| print_line(line)),
+            (Display::Bars | Display::Lines, _) => print_line(line),
+            (Display::Json, _) => print_line(&Value::Object(json_of(event)).to_string()),
             (Display::Nothing, _) => {}
         }
     }
@@ -235,20 +228,26 @@ impl Reporter {
                     "version": VERSION, "event": "end", "task": running.task, "done": done, "total": running.total,
                     "seconds": seconds,
                 });
-                self.print_line(&line.to_string());
+                print_line(&line.to_string());
             }
             // A short task needs no line at its end.
             Display::Lines if running.start.elapsed() >= PAUSE => {
-                self.print_line(&format!("{}: {}", running.task, number::time(running.start.elapsed().as_secs_f64())));
+                print_line(&format!("{}: {}", running.task, number::time(running.start.elapsed().as_secs_f64())));
             }
             Display::Bars | Display::Lines | Display::Nothing => {}
         }
     }
 }
 
+/// Prints a line to standard error.
+pub(super) fn print_line(line: &str) {
+    // The work goes on even if nobody can be told.
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
 /// The version of the JSON lines. It grows when a member is renamed, removed or gets another
 /// meaning; new members and events leave it as it is. See docs/progress.md.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// The members that say what an event is; the caller adds where the task stands.
 fn json_of(event: &Event<'_>) -> Map<String, Value> {

@@ -1,6 +1,6 @@
 //! A terminal that may be closed while the program runs.
 
-use std::io;
+use std::io::{self, IsTerminal};
 
 use console::Term;
 use indicatif::{ProgressDrawTarget, TermLike};
@@ -11,6 +11,12 @@ use indicatif::{ProgressDrawTarget, TermLike};
 /// between the bars. A closed terminal must not end the run.
 pub(super) fn stderr() -> ProgressDrawTarget {
     ProgressDrawTarget::term_like_with_hz(Box::new(Forgiving(Term::buffered_stderr())), 20)
+}
+
+/// Whether lines on standard error may have colours: on a terminal, unless `NO_COLOR` is set
+/// (<https://no-color.org>).
+pub(super) fn has_colours() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Passes all calls on and ignores their errors.

@@ -9,7 +9,7 @@ use sdxl_model::checkpoint::{TensorSource, Weights};
 use sdxl_model::unet::{Carry, Conditioning, Unet};
 use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::picture::Picture;
-use sdxl_pipeline::{Guidance, ImageChannels, PipelineFolder, Predictor, decode_with, load_vae, sample};
+use sdxl_pipeline::{Guidance, ImageChannels, NetworkWeights, PipelineFolder, Predictor, decode_with, decoder, sample};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Silent, Task};
 use squeeze_numerics::device::Placement;
@@ -31,6 +31,8 @@ pub(super) struct Judge<'a> {
     pairs: Vec<Pair>,
     /// The calls of each pair's dense run that are kept.
     kept: Vec<Vec<usize>>,
+    /// The weights of the VAE, which is loaded when pictures are decoded.
+    vae: NetworkWeights,
 }
 
 /// The dense model's runs of some of the pairs: the reference of every measurement.
@@ -61,12 +63,15 @@ impl<'a> Judge<'a> {
     /// Spreads the held-out calls over all pairs and timesteps. Nothing is computed yet.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there are no prompts or no noises, or the sampler cannot be made.
+    /// [`Error::Argument`] if there are no prompts or no noises, or the sampler cannot be made; if
+    /// the VAE is missing or damaged.
     pub(super) fn new(folder: &'a PipelineFolder, judging: &'a Judging, placement: Placement) -> Result<Self> {
         let pairs = pairs::pairs(judging.set.prompts.len(), judging.set.seed, judging.seeds)?;
+        // A VAE that cannot be read is found before the hours of a compression.
+        let vae = folder.vae_network()?;
         let held_out = judging.held_out.unwrap_or(pairs.len().max(Judging::HELD_OUT));
         let kept = judging.set.spread_over(pairs.len(), held_out)?;
-        Ok(Judge { folder, judging, placement, pairs, kept })
+        Ok(Judge { folder, judging, placement, pairs, kept, vae })
     }
 
     /// All pictures, in their order.
@@ -100,7 +105,7 @@ impl<'a> Judge<'a> {
     pub(super) fn record(&'a self, range: Range<usize>, unet: &Unet, progress: &dyn Progress) -> Result<Reference<'a>> {
         let (folder, set) = (self.folder, &self.judging.set);
         let encoder = set.encoder(folder, self.placement)?;
-        let vae = load_vae(folder, self.placement)?;
+        let vae = decoder(folder, &self.vae, self.placement)?;
         let mut pictures = PicturesInTurn::load(folder, set.size, self.placement)?;
         let mut reference = Reference { judge: self, range: range.clone(), runs: Vec::new(), held_out: Vec::new(), vae };
         let task = Task::begin(progress, "dense pictures", "prompts", range.len());

@@ -24,7 +24,7 @@ pub use entry::{Entry, container_path, prices_path, row_path};
 use judge::Judge;
 pub use judging::Judging;
 pub use lpips::Lpips;
-pub use networks::{EmbeddingError, NetworkComparison, PictureError, compare_networks};
+pub use networks::{EmbeddingError, LatentError, NetworkComparison, PictureError, compare_networks};
 use part::PartFile;
 pub use part::{Part, merge};
 pub use reach::{Closeness, Ending, Goal, Reached, Reaching, TriedSize, reach};

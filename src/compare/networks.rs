@@ -3,6 +3,7 @@
 use sdxl_model::checkpoint::{Prefetched, TensorSource};
 use sdxl_model::text::ClipText;
 use sdxl_model::unet::Unet;
+use sdxl_model::vae::{VaeDecoder, VaeEncoder};
 use sdxl_pipeline::picture::Picture;
 use sdxl_pipeline::{PipelineFolder, TextPart, decode_with, load_vae};
 use serde::Serialize;
@@ -22,6 +23,8 @@ pub struct NetworkComparison {
     pub prompts: usize,
     /// The compressed text encoders.
     pub embeddings: Vec<EmbeddingError>,
+    /// The compressed encoder of the VAE; `None` if it is not compressed.
+    pub latents: Option<LatentError>,
     /// Pictures by the same UNet: with the compressed text encoders, with the compressed VAE, and
     /// with both, as far as they are compressed.
     pub pictures: Vec<PictureError>,
@@ -36,6 +39,15 @@ pub struct EmbeddingError {
     pub hidden_embeds: f64,
     /// The same of the pooled text; absent for an encoder without a projection.
     pub pooled_outputs: Option<f64>,
+}
+
+/// The errors of the VAE's encoder on the pictures that the pipeline's own networks draw.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct LatentError {
+    /// ‖μ - μ'‖ / ‖μ‖ of the latents' means, over all pictures.
+    pub means: f64,
+    /// The same of their standard deviations.
+    pub deviations: f64,
 }
 
 /// The distance of pictures from those of the pipeline's own networks.
@@ -99,6 +111,14 @@ pub fn compare_networks(
         latents.iter().map(|latents| task.go_on().and_then(|()| decode_with(&vae, latents))).collect()
     };
     let reference = decoded(own, &own_latents)?;
+    let compresses_encoder = has_vae && {
+        let network = compressed.vae_network()?;
+        network.container().is_some_and(|container| container.layers().any(|layer| VaeDecoder::is_unused(&layer.name)))
+    };
+    let latents = match compresses_encoder {
+        true => Some(latent_error(own, compressed, &reference, placement, progress)?),
+        false => None,
+    };
     let mut pictures = Vec::new();
     if let Some(latents) = &compressed_latents {
         pictures.push(picture_error(encoders.clone(), &reference, &decoded(own, latents)?)?);
@@ -110,7 +130,7 @@ pub fn compare_networks(
             pictures.push(picture_error(all, &reference, &decoded(compressed, latents)?)?);
         }
     }
-    Ok(NetworkComparison { prompts: set.prompts.len(), embeddings, pictures })
+    Ok(NetworkComparison { prompts: set.prompts.len(), embeddings, latents, pictures })
 }
 
 /// The errors of one encoder's outputs over the prompts of `set`.
@@ -128,21 +148,68 @@ fn embedding_error(
     };
     let (own_encoder, encoder) = (load(own, own_part)?, load(compressed, part)?);
     let tokenizer = own.tokenizer(own_part)?;
-    // Squares of the differences and of the dense outputs: of the states, and of the pooled text.
-    let mut sums = [[0.0_f64; 2]; 2];
+    let mut sums = [Squares::default(); 2];
     for prompt in &set.prompts {
         let ids = Tensor::f_from_slice(&tokenizer.encode(prompt)?.ids)?.f_unsqueeze(0)?;
         let (dense, made) = (own_encoder.forward(&ids)?, encoder.forward(&ids)?);
         let pairs = [Some((dense.penultimate, made.penultimate)), dense.pooled.zip(made.pooled)];
         for (sums, (dense, made)) in sums.iter_mut().zip(pairs).filter_map(|(sums, pair)| Some((sums, pair?))) {
-            let dense = dense.f_to_kind(Kind::Double)?;
-            let squares = |x: Tensor| -> Result<f64> { Ok(x.f_square()?.f_sum(None::<Kind>)?.f_double_value(&[])?) };
-            sums[0] += squares(made.f_to_kind(Kind::Double)?.f_sub(&dense)?)?;
-            sums[1] += squares(dense)?;
+            sums.add(&dense, &made)?;
         }
     }
-    let [states, pooled] = sums.map(|[difference, own]| (own > 0.0).then(|| (difference / own).sqrt()));
+    let [states, pooled] = sums.map(Squares::relative_error);
     Ok(EmbeddingError { network, hidden_embeds: states.unwrap_or(0.0), pooled_outputs: pooled })
+}
+
+/// The errors of the encoder of `compressed` on `pictures`.
+fn latent_error(
+    own: &PipelineFolder,
+    compressed: &PipelineFolder,
+    pictures: &[Picture],
+    placement: Placement,
+    progress: &dyn Progress,
+) -> Result<LatentError> {
+    let placement = Placement { kind: Kind::Float, ..placement };
+    let load = |folder: &PipelineFolder| -> Result<VaeEncoder> {
+        let weights = folder.vae_network()?;
+        weights.stored().check_against(&VaeEncoder::tensors(&folder.vae)?, &VaeEncoder::is_unused)?;
+        VaeEncoder::load(&folder.vae, weights.source(placement).as_ref())
+    };
+    let (own, compressed) = (load(own)?, load(compressed)?);
+    let task = Task::begin(progress, "encoding", "pictures", pictures.len());
+    let mut sums = [Squares::default(); 2];
+    for picture in pictures {
+        task.go_on()?;
+        let picture = picture.to_tensor()?.f_to_device(placement.device)?;
+        let (dense, made) = (own.forward(&picture)?, compressed.forward(&picture)?);
+        for (sums, (dense, made)) in sums.iter_mut().zip([(dense.mean, made.mean), (dense.std, made.std)]) {
+            sums.add(&dense, &made)?;
+        }
+    }
+    let [means, deviations] = sums.map(|sums| sums.relative_error().unwrap_or(0.0));
+    Ok(LatentError { means, deviations })
+}
+
+/// Sums of squares: of the differences of a network's outputs, and of the dense outputs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Squares {
+    difference: f64,
+    dense: f64,
+}
+
+impl Squares {
+    fn add(&mut self, dense: &Tensor, made: &Tensor) -> Result<()> {
+        let dense = dense.f_to_kind(Kind::Double)?;
+        let squares = |x: &Tensor| -> Result<f64> { Ok(x.f_square()?.f_sum(None::<Kind>)?.f_double_value(&[])?) };
+        self.difference += squares(&made.f_to_kind(Kind::Double)?.f_sub(&dense)?)?;
+        self.dense += squares(&dense)?;
+        Ok(())
+    }
+
+    /// The root of their ratio; `None` if there were no dense outputs.
+    fn relative_error(self) -> Option<f64> {
+        (self.dense > 0.0).then(|| (self.difference / self.dense).sqrt())
+    }
 }
 
 fn picture_error(networks: Vec<Network>, reference: &[Picture], pictures: &[Picture]) -> Result<PictureError> {

@@ -69,7 +69,7 @@ impl Inputs {
         // The caller's samples have been encoded already.
         if (given.is_none() && !inputs.prompts.is_empty()) || encodes {
             inputs.prompt_files = folder.prompt_files()?;
-            inputs.entries.insert("text encoders and scheduler".to_owned(), json!(inputs.prompt_files));
+            inputs.entries.insert(ENCODERS.to_owned(), json!(inputs.prompt_files));
         }
         Ok(inputs)
     }
@@ -96,6 +96,18 @@ impl Inputs {
     pub(super) fn section(&self, section: &CalibrationSection) -> CalibrationSection {
         let prompts = if self.prompts.is_empty() { section.prompts.clone() } else { Prompts::List(self.prompts.clone()) };
         CalibrationSection { prompts, ..section.clone() }
+    }
+
+    /// The config as the result records it: with the names of files and the hashes of their texts,
+    /// without the folders of a user.
+    pub(super) fn recipe(&self, config: &RunConfig) -> Value {
+        let mut recipe = config.without_folders().to_json();
+        let mut hashes = self.entries.clone();
+        hashes.remove(ENCODERS);
+        if !hashes.is_empty() {
+            recipe["sha256"] = Value::Object(hashes);
+        }
+        recipe
     }
 
     /// Everything that a result depends on, entry by entry, for
@@ -136,6 +148,9 @@ pub(super) fn of_any_size(config: &RunConfig) -> RunConfig {
 
 /// The entry with the hash of the prompts that the UNet is tuned with.
 const TUNING_PROMPTS: &str = "tuning prompts";
+
+/// The entry with the files that encode prompts.
+const ENCODERS: &str = "text encoders and scheduler";
 
 /// The hash of a list of texts.
 fn of_lines(texts: &[String]) -> String {

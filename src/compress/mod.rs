@@ -57,7 +57,7 @@ pub use identity::BUILD;
 pub use job::{Calibration, Job, Machine, Model};
 pub use layer::{CompressedLayer, Evidence, LayerErrors};
 pub use mean_bits::MeanBits;
-pub use networks::{NetworkPlan, NetworkReport, PreparedNetwork};
+pub use networks::{NetworkPlan, NetworkReport, PreparedNetwork, check_disk_of};
 pub use one_layer::compress_layer;
 pub use prepare::{Prepared, plan_of_run};
 pub use report::{JobReport, LayerReport};

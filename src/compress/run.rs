@@ -120,7 +120,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let info = ContainerInfo {
         network: Network::Unet,
         config: folder.unet_config().clone(),
-        recipe: config.to_json(),
+        recipe: inputs.recipe(&config),
         sources,
         prediction_type: Some(folder.scheduler.prediction().to_owned()),
     };

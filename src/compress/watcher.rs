@@ -64,6 +64,11 @@ impl Watched {
         watched
     }
 
+    /// The same inputs, and the output residuals of `layers` alone, by name.
+    pub(super) fn fitted(self, layers: &[String]) -> Self {
+        Watched { targets: layers.iter().cloned().collect(), ..self }
+    }
+
     /// Ends forwards with [`Error::SeenEnough`] once the single input, or the outputs of its layers
     /// where they have a dense target, have been seen.
     pub(super) fn ending_early(self) -> Self {

@@ -3,6 +3,7 @@
 use std::fmt::{self, Display};
 
 use squeeze_base::error::{Mistake, Place};
+use squeeze_base::number;
 use squeeze_codebook::{BitWidth, LayerKind, Misfit, NmRatio};
 
 /// The sections that have rules for layers.
@@ -194,6 +195,17 @@ pub enum Finding {
         /// The layers, in the model's order.
         layers: Vec<String>,
     },
+    /// No layer is left to compress, by any section.
+    Nothing,
+    /// Palettes of some layers take more bytes than the weights in fp16.
+    LargerThanFp16 {
+        /// The layers, in the model's order.
+        layers: Vec<String>,
+        /// Their bytes with palettes.
+        bytes: u64,
+        /// Their bytes in fp16.
+        dense: u64,
+    },
     /// Layers that a section leaves alone. A note.
     LeftAlone {
         /// The section.
@@ -221,7 +233,7 @@ impl Finding {
     #[must_use]
     pub fn severity(&self) -> Severity {
         match self {
-            Finding::NoStage { .. } | Finding::NoLayer { .. } | Finding::RatioMisfit { .. } => Severity::Error,
+            Finding::NoStage { .. } | Finding::NoLayer { .. } | Finding::RatioMisfit { .. } | Finding::Nothing => Severity::Error,
             Finding::GroupMisfit { becomes: Misfit::Error, .. } => Severity::Error,
             Finding::VectorMisfit { becomes: VectorMisfit::Error, .. } => Severity::Error,
             Finding::VectorMisfit { becomes: VectorMisfit::Shorter(_) | VectorMisfit::Dense, .. } => Severity::Warning,
@@ -233,6 +245,7 @@ impl Finding {
             | Finding::WiderGroups { .. }
             | Finding::TooSmallForVectors { .. }
             | Finding::NotJoint { .. }
+            | Finding::LargerThanFp16 { .. }
             | Finding::Idle { .. } => Severity::Warning,
             Finding::NoMidBlock { .. } | Finding::LeftAlone { .. } => Severity::Note,
         }
@@ -255,6 +268,8 @@ impl Finding {
             | Finding::WiderGroups { .. }
             | Finding::TooSmallForVectors { .. }
             | Finding::NotJoint { .. }
+            | Finding::Nothing
+            | Finding::LargerThanFp16 { .. }
             | Finding::RatioMisfit { .. }
             | Finding::LeftAlone { .. } => Place::Default,
         }
@@ -293,6 +308,20 @@ impl Display for Finding {
             Finding::Idle { section } => {
                 let what = if *section == Section::Prune { "prune" } else { "palettize" };
                 write!(f, "{section}: no layer is left to {what}")
+            }
+            Finding::Nothing => f.write_str(
+                "no layer of the UNet is left to compress: the sections `prune` and `palettize` leave all of them alone, for the \
+                 reasons above",
+            ),
+            Finding::LargerThanFp16 { layers, bytes, dense } => {
+                let (bits, fp16) = (16.0 * *bytes as f64 / (*dense).max(1) as f64, number::count(*dense));
+                write!(
+                    f,
+                    "palettize: palettes make these layers larger than fp16, {bits:.1} bits a weight, {} bytes in the place of \
+                     {fp16}; take larger groups, fewer bits or a higher `weight_threshold` for {}",
+                    number::count(*bytes),
+                    some(layers)
+                )
             }
             Finding::GroupMisfit { layer, channels, group_size, becomes } => {
                 write!(f, "palettize: `{layer}` has {channels} channels, which groups of {group_size} do not divide; ")?;

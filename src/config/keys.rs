@@ -283,8 +283,12 @@ keys! {
 }
 
 keys! {
-    /// Which layers of the VAE's decoder are palettized, and how. The VAE's encoder stays fp16.
+    /// Which layers of the VAE are palettized, and how: those of the decoder, and with `encoder`
+    /// those of the encoder too.
     vae "vae" settings palette_settings {
+        /// Whether the VAE's encoder is palettized too, which image to image needs. Its layers are
+        /// `encoder.*` and `quant_conv`; without it they stay fp16.
+        ENCODER: bool = ("encoder", kinds::BOOLEAN, Preset::Boolean(false));
         /// Pictures to calibrate with, evenly over the calibration's prompts. The dense pipeline
         /// draws their latents.
         NSAMPLES: usize = ("nsamples", kinds::COUNT, Preset::Integer(8));

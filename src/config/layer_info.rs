@@ -16,7 +16,7 @@ pub struct LayerInfo {
 }
 
 impl LayerInfo {
-    pub(super) fn elements(&self) -> u64 {
+    pub(crate) fn elements(&self) -> u64 {
         // A dimension below 0, which no tensor has, counts as 0.
         self.shape.iter().map(|n| n.max(&0).unsigned_abs()).fold(1, u64::saturating_mul)
     }

@@ -27,7 +27,9 @@ mod sections;
 mod settings;
 mod tree;
 mod tune;
+mod unshipped;
 mod vectors;
+mod without_folders;
 mod words;
 
 pub use edit::{ConfigFlag, Edit, flags};
@@ -37,10 +39,12 @@ pub use mistake::Written;
 pub use prompts::{Prompts, read_prompts};
 pub use resolve::{Choice, LayerResolution, Resolution, RuleUse};
 pub use rules::{RuleIndex, Rules};
-pub use run_config::{Remarks, RunConfig};
+pub use run_config::{RESOLVED_BY, Remarks, RunConfig};
 pub use sections::{
     BudgetSection, BudgetTarget, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection, SizeSearch,
+    VaeSection,
 };
 pub use squeeze_base::error::{Mistake, Place};
 pub use tune::TuneSection;
+pub use without_folders::file_name;
 pub use words::{Feed, SequencingWord, SolverKind, Target, TimestepWeighting, TuneWeighting};

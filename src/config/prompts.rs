@@ -9,14 +9,17 @@ use squeeze_base::number;
 use squeeze_base::shorten::path_as_text;
 
 use super::fields::{text, texts};
-use super::mistake::Mistakes;
+use super::mistake::{Mistakes, nearest};
 use super::tree::{Node, Value};
+use super::unshipped::unshipped;
+use crate::shipped;
 
 /// Prompts, or a file of prompts.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Prompts {
-    /// A file for [`read_prompts`]. A relative path starts at the current folder.
+    /// A file for [`read_prompts`]: a relative path starts at the current folder, and where no file
+    /// is there, it may name prompts in the program.
     File(#[serde(serialize_with = "path_as_text")] PathBuf),
     /// The prompts themselves; at least one.
     List(Vec<String>),
@@ -31,14 +34,32 @@ fn too_many(prompts: usize) -> Option<String> {
     (prompts > PROMPTS).then(|| format!("has {} prompts; at most {}", count(prompts), count(PROMPTS)))
 }
 
-/// Reads a file with one prompt a line. Blank lines are skipped, and so are lines that begin with
-/// `#`.
+/// Reads a file with one prompt a line: a file on the disk, or where there is none of that name, a
+/// [shipped](crate::shipped) one. Blank lines are skipped, and so are lines that begin with `#`.
 ///
 /// # Errors
 /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file, is larger than 16 MiB or not
 /// UTF-8, has no prompt in it, more than 100,000 of them, or one of more than 64 KiB.
 pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
-    let text = input::read_text(path, Limit::PROMPTS)?;
+    if let Some(shipped) = shipped::prompts_for(path) {
+        tracing::info!("{}: read from the program", shipped.path);
+        return of_text(shipped.path.as_ref(), shipped.text);
+    }
+    let text = input::read_text(path, Limit::PROMPTS).map_err(|error| unknown(path, error))?;
+    of_text(path, &text)
+}
+
+/// The error about prompts that are neither a file nor shipped, with the name that was probably
+/// meant.
+fn unknown(path: &Path, error: Error) -> Error {
+    let meant = |name: &str| nearest(name, shipped::prompts().map(|prompts| prompts.name));
+    let names: Vec<&str> = shipped::prompts().map(|prompts| prompts.name).collect();
+    let absent = format!("the program's own prompts are {}", names.join(", "));
+    unshipped(path, error, ("calibration/", ".txt"), meant, &absent)
+}
+
+/// The prompts in the text of a file, which `path` names in errors.
+fn of_text(path: &Path, text: &str) -> Result<Vec<String>> {
     // Editors on Windows put a byte order mark in front, which is in the middle once files are
     // joined. Old Macs end lines with CR alone.
     let lines = text.split(['\n', '\r']).map(|line| line.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}'));

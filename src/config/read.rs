@@ -1,15 +1,16 @@
 //! Reads a config: parses it, applies the command line's edits and reports all mistakes.
 
-use std::io::ErrorKind;
 use std::path::Path;
 
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
 
 use super::edit::{self, Edit};
-use super::mistake::Mistakes;
+use super::mistake::{Mistakes, nearest};
 use super::run_config::{Remarks, RunConfig};
 use super::tree::{self, Value};
+use super::unshipped::unshipped;
+use crate::shipped;
 
 impl RunConfig {
     /// Reads a config.
@@ -20,13 +21,18 @@ impl RunConfig {
         RunConfig::read_edited(path, &[])
     }
 
-    /// Reads a config that flags of the command line edit.
+    /// Reads a config that flags of the command line edit: a file, or where there is none of that
+    /// name, a [shipped](crate::shipped) config.
     ///
     /// # Errors
     /// [`Error::Read`]; [`Error::BadFile`] if it is not a regular file of at most 1 MiB;
     /// [`Error::Config`] with all mistakes of file and flags.
     pub fn read_edited(path: &Path, edits: &[Edit]) -> Result<RunConfig> {
-        let bytes = input::read(path, Limit::RUN_CONFIG).map_err(|error| renamed(path).unwrap_or(error))?;
+        if let Some(config) = shipped::config_for(path) {
+            return RunConfig::parse_edited(config.path.as_ref(), config.yaml.as_bytes(), edits);
+        }
+        let bytes =
+            input::read(path, Limit::RUN_CONFIG).map_err(|error| renamed(path).unwrap_or_else(|| unknown(path, error)))?;
         RunConfig::parse_edited(path, &bytes, edits)
     }
 
@@ -66,11 +72,28 @@ impl RunConfig {
 /// The error about a config that is read under a former name: the `joint-*` ones of `configs/`,
 /// which run the sequential solver, are called `tutorial-*`.
 fn renamed(path: &Path) -> Option<Error> {
-    let missing = std::fs::symlink_metadata(path).is_err_and(|why| why.kind() == ErrorKind::NotFound);
     let recipe = path.file_name()?.to_str()?.strip_prefix("joint-")?;
     let present = path.with_file_name(format!("tutorial-{recipe}"));
-    (missing && present.is_file()).then(|| {
+    let is_there = present.is_file() || shipped::config_for(&present).is_some();
+    (std::fs::symlink_metadata(path).is_err() && is_there).then(|| {
         let (path, present) = (path.display(), present.display());
         Error::Argument(format!("{path} has been renamed: it is {present} now, as it runs the sequential solver"))
     })
+}
+
+/// The error about a config that is neither a file nor shipped, with the name that was probably
+/// meant.
+fn unknown(path: &Path, error: Error) -> Error {
+    let meant = |name: &str| {
+        let of_bundled = format!("emoji/{name}");
+        let twin = shipped::configs().find(|config| config.name == of_bundled).map(|config| config.name);
+        twin.or_else(|| nearest(name, shipped::configs().map(|config| config.name)))
+    };
+    unshipped(
+        path,
+        error,
+        ("configs/", ".yaml"),
+        meant,
+        "no config of this name is in the program; `sdxl-squeeze configs` lists them",
+    )
 }

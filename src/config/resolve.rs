@@ -71,6 +71,14 @@ pub struct RuleUse {
 }
 
 impl Resolution {
+    /// Adds a warning that was found after the rules were applied, and logs it.
+    pub(crate) fn add(&mut self, warning: Option<Finding>) {
+        let Some(warning) = warning else { return };
+        tracing::warn!("{}", warning.mistake());
+        let warnings = self.findings.partition_point(|finding| finding.severity() >= Severity::Warning);
+        self.findings.insert(warnings, warning);
+    }
+
     /// The resolution, if none of its findings is an error.
     ///
     /// # Errors
@@ -111,7 +119,7 @@ impl RunConfig {
     pub fn resolve_networks(&self, section: Section, layers: &[LayerInfo]) -> Resolution {
         let of_section = match section {
             Section::TextEncoders => self.text_encoders.as_ref(),
-            Section::Vae => self.vae.as_ref(),
+            Section::Vae => self.vae.as_ref().map(|section| &section.network),
             Section::Prune | Section::Palettize => None,
         };
         let left = || layers.iter().map(|_| Choice::Leave(Why::NoSection)).collect::<Vec<_>>();

@@ -7,7 +7,9 @@ use super::effort;
 use super::fields::Fields;
 use super::finding::Finding;
 use super::mistake::Mistakes;
-use super::sections::{BudgetSection, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection};
+use super::sections::{
+    BudgetSection, CalibrationSection, ModelSection, NetworkSection, PalettizeSection, PruneSection, VaeSection,
+};
 use super::tree::Node;
 use super::tune::TuneSection;
 use super::words::{SequencingWord, SolverKind, Target};
@@ -35,9 +37,9 @@ pub struct RunConfig {
     /// Palettization of the text encoders; `None` leaves them as they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoders: Option<NetworkSection>,
-    /// Palettization of the VAE's decoder; `None` leaves it as it is.
+    /// Palettization of the VAE; `None` leaves it as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub vae: Option<NetworkSection>,
+    pub vae: Option<VaeSection>,
     /// The size that the result keeps to; `None` leaves it to the sections above.
     pub budget: Option<BudgetSection>,
     /// Training after the layers are compressed; `None` trains nothing.
@@ -81,6 +83,9 @@ impl Default for RunConfig {
         }
     }
 }
+
+/// The first words of [`RunConfig::to_yaml`].
+pub const RESOLVED_BY: &str = "# The config as resolved by sdxl-squeeze";
 
 impl RunConfig {
     /// Whether calibration is needed, unless no layer is left that needs it.
@@ -130,7 +135,7 @@ impl RunConfig {
         let tune = fields.section(&tune::SECTION, mistakes).map(|fields| TuneSection::read(&fields, mistakes));
         let text = fields.section(&text_encoders::SECTION, mistakes);
         let text_encoders = text.map(|fields| NetworkSection::of_text_encoders(&fields, mistakes));
-        let vae = fields.section(&vae::SECTION, mistakes).map(|fields| NetworkSection::of_vae(&fields, mistakes));
+        let vae = fields.section(&vae::SECTION, mistakes).map(|fields| VaeSection::read(&fields, mistakes));
         let config = RunConfig {
             model: model.unwrap_or_default(),
             calibration: calibration.unwrap_or_default(),
@@ -223,6 +228,6 @@ impl RunConfig {
         let yaml = serde_yaml::to_string_with_options(self, options)
             .expect("a config consists of text, numbers, lists and mappings with text as keys");
         let version = env!("CARGO_PKG_VERSION");
-        format!("# The config as resolved by sdxl-squeeze {version}, with all defaults and flags.\n{yaml}")
+        format!("{RESOLVED_BY} {version}, with all defaults and flags.\n{yaml}")
     }
 }

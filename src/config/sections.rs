@@ -121,7 +121,7 @@ pub struct PalettizeSection {
     pub weight_threshold: u64,
 }
 
-/// How the layers of the text encoders or of the VAE's decoder are palettized.
+/// How the layers of the text encoders or of the VAE are palettized.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct NetworkSection {
     /// Texts, or pictures, to calibrate with. At least 1.
@@ -129,6 +129,17 @@ pub struct NetworkSection {
     /// The settings of the layers.
     #[serde(flatten)]
     pub palettize: PalettizeSection,
+}
+
+/// How the layers of the VAE are palettized.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VaeSection {
+    /// Whether the encoder is palettized too, and not the decoder alone.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub encoder: bool,
+    /// Pictures to calibrate with, and the settings of the layers.
+    #[serde(flatten)]
+    pub network: NetworkSection,
 }
 
 /// A size that the result keeps to, or a closeness that it reaches at the smallest size. Each layer
@@ -383,13 +394,16 @@ impl NetworkSection {
         let palettize = PalettizeSection { rules, on_misfit, weight_threshold };
         NetworkSection { nsamples: fields.value(&NSAMPLES, mistakes), palettize }
     }
+}
 
-    pub(super) fn of_vae(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
+impl VaeSection {
+    pub(super) fn read(fields: &Fields<'_>, mistakes: &mut Mistakes<'_>) -> Self {
         use keys::vae::*;
         let rules = fitted(fields, mistakes);
         let (on_misfit, weight_threshold) = (fields.value(&ON_MISFIT, mistakes), fields.value(&WEIGHT_THRESHOLD, mistakes));
         let palettize = PalettizeSection { rules, on_misfit, weight_threshold };
-        NetworkSection { nsamples: fields.value(&NSAMPLES, mistakes), palettize }
+        let network = NetworkSection { nsamples: fields.value(&NSAMPLES, mistakes), palettize };
+        VaeSection { encoder: fields.value(&ENCODER, mistakes), network }
     }
 }
 

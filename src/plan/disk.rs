@@ -81,7 +81,8 @@ pub(crate) fn check(folder: &Path, needed: u64, there: u64, what: &str) -> Resul
 
 /// Free bytes on the file system of `folder` for this user; `None` if unknown.
 #[cfg(unix)]
-fn free(folder: &Path) -> Option<u64> {
+#[must_use]
+pub fn free(folder: &Path) -> Option<u64> {
     let existing = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("."));
     let existing = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
     let status = rustix::fs::statvfs(existing).ok()?;
@@ -90,7 +91,8 @@ fn free(folder: &Path) -> Option<u64> {
 }
 
 #[cfg(not(unix))]
-fn free(_folder: &Path) -> Option<u64> {
+#[must_use]
+pub fn free(_folder: &Path) -> Option<u64> {
     None
 }
 

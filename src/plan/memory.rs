@@ -68,7 +68,7 @@ impl Memory {
     }
 
     /// Bytes of the program on the device.
-    pub(super) fn program(&self) -> u64 {
+    pub(crate) fn program(&self) -> u64 {
         if self.device.is_cuda() { CUDA_CONTEXT + CUDA_WORKSPACES } else { PROGRAM + WAITING }
     }
 

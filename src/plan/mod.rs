@@ -14,7 +14,7 @@ mod tuning;
 mod work;
 
 pub use card::{Card, Drawing};
-pub use disk::Disk;
+pub use disk::{Disk, free as free_disk};
 pub(crate) use disk::{check as check_disk, of_samples, taken};
 pub use memory::{CUDA_CONTEXT, Memory, WAITING};
 pub(crate) use memory::{batched_layer_bytes, solving_bytes};

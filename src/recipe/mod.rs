@@ -13,10 +13,11 @@ use sdxl_model::Layer;
 use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::UnetChain;
 pub use sequencing::Sequencing;
-use squeeze_base::error::Result;
+use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{PruneMethod, PruneOptions};
 
-use crate::config::{LayerInfo, Resolution, RunConfig, Section, SequencingWord, SolverKind, Target};
+use crate::config::{Finding, LayerInfo, Resolution, RunConfig, Section, SequencingWord, SolverKind, Target};
+use crate::plan::stored_bytes;
 
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug, Clone)]
@@ -42,7 +43,7 @@ impl Recipe {
     /// nothing, a group that does not divide.
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
         let infos = layers_of(chain)?;
-        let resolution = config.resolve(&infos).checked()?;
+        let mut resolution = config.resolve(&infos).checked()?;
         let method = config.prune.as_ref().map(|section| section.algorithm).unwrap_or_default();
         let mut layers = LayerRecipes::new();
         for layer in &resolution.layers {
@@ -58,6 +59,10 @@ impl Recipe {
                 layers.insert(layer.name.clone(), recipe);
             }
         }
+        if layers.is_empty() && config.compresses_unet() {
+            return Err(Error::Config { mistakes: vec![Finding::Nothing.mistake()] });
+        }
+        resolution.add(larger_than_fp16(&infos, &layers));
         let sequencing = match config.sequencing {
             SequencingWord::Stage => Sequencing::Stage,
             SequencingWord::Sublayer => Sequencing::Sublayer { dense_target: config.target == Target::Dense },
@@ -72,12 +77,28 @@ impl Recipe {
 /// # Errors
 /// As [`Recipe::new`].
 pub fn network_layers(config: &RunConfig, section: Section, layers: &[LayerInfo]) -> Result<(LayerRecipes, Resolution)> {
-    let resolution = config.resolve_networks(section, layers).checked()?;
+    let mut resolution = config.resolve_networks(section, layers).checked()?;
     let joint = (config.solver == SolverKind::Joint).then_some(config.effort);
     let recipe = |palettize| LayerRecipe { prune: None, method: PruneMethod::default(), palettize: Some(palettize), joint };
     let settings = resolution.layers.iter().filter_map(|layer| Some((layer.name.clone(), *layer.palettize.settings()?)));
     let recipes = settings.map(|(name, palettize)| (name, recipe(palettize))).collect();
+    resolution.add(larger_than_fp16(layers, &recipes));
     Ok((recipes, resolution))
+}
+
+/// The layers whose compressed weights are larger than those in fp16.
+fn larger_than_fp16(infos: &[LayerInfo], recipes: &LayerRecipes) -> Option<Finding> {
+    let (mut layers, mut bytes, mut dense) = (Vec::new(), 0, 0);
+    for info in infos {
+        let Some(recipe) = recipes.get(&info.name).filter(|recipe| recipe.palettize.is_some()) else { continue };
+        let (compressed, fp16) = (stored_bytes(&info.shape, recipe), 2 * info.elements());
+        if compressed > fp16 {
+            layers.push(info.name.clone());
+            bytes += compressed;
+            dense += fp16;
+        }
+    }
+    (!layers.is_empty()).then_some(Finding::LargerThanFp16 { layers, bytes, dense })
 }
 
 /// Every Conv2d and Linear of a UNet, in execution order.

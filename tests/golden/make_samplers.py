@@ -25,6 +25,10 @@ writes the final latents of image to image and of inpainting, with the picture a
 NAME/image@0.6 and NAME/mask@0.6, where 0.6 is the strength; some also at other strengths, and as NAME/inpainting@0.6 by the UNet of
 inpainting-like, which is told of the mask.
 
+    python tests/golden/make_samplers.py tests/golden/samplers-further.safetensors
+
+writes the cases of FURTHER in the form of the first: settings that few models have, which also need scipy.
+
 The Brownian tree of DPM++ SDE is seeded with 7 too, except where a config has `noise_sampler_seed`.
 """
 
@@ -56,6 +60,7 @@ CLASSES = {
     "edm-euler": "EDMEulerScheduler",
     "edm-dpmpp-2m": "EDMDPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "dpmpp-2m": "DPMSolverMultistepScheduler",
 }
 # What a name sets besides the class.
 SETS = {"dpmpp-2m-sde": {"algorithm_type": "sde-dpmsolver++"}, "plms": {"skip_prk_steps": True}}
@@ -195,6 +200,47 @@ CASES = {
         "deis": {"algorithm_type": "deis", "solver_type": "logrho", **MIN},
     },
 }
+BETA = {"use_beta_sigmas": True}
+LU = {"use_lu_lambdas": True}
+THIRD = {"solver_order": 3}
+NOISE = {"algorithm_type": "dpmsolver", **MIN}
+NOISE_SDE = {"algorithm_type": "sde-dpmsolver", **MIN}
+THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
+FURTHER = {
+    "euler": {"beta": {**SDXL, **BETA}, "beta-range": {**SCALED, **BETA, **RANGE}, "beta-linspace-v": {**SDXL, **BETA, **LINSPACE, **V}},
+    "heun": {"beta": {**SDXL, **BETA}},
+    "dpmpp-sde": {"beta": {**SDXL, **BETA}},
+    "unipc": {
+        "beta": {**SDXL, **BETA},
+        "threshold": {**SDXL, **THRESHOLD},
+        "threshold-of-noise": {**SDXL, **MIN, **THRESHOLD, "predict_x0": False},
+    },
+    "dpmpp-2m": {
+        "beta": {**SDXL, **BETA},
+        "beta-range": {**SDXL, **BETA, **RANGE},
+        "lu": {**SDXL, **LU},
+        "lu-before-exponential": {**SDXL, **LU, **EXPONENTIAL, **RANGE},
+        "karras-before-lu": {**SDXL, **LU, **KARRAS},
+        "lu-cosine": {**COSINE, **LU},
+        "third-order": {**SDXL, **THIRD},
+        "third-order-full": {**SDXL, **THIRD, **MIN, "lower_order_final": False},
+        "third-order-karras-v": {**SDXL, **THIRD, **KARRAS, **V},
+        "third-order-sde": {**SDE, **THIRD},
+        "third-order-of-noise": {**SDXL, **THIRD, **NOISE},
+        "of-noise": {**SDXL, **NOISE},
+        "of-noise-heun-v": {**SDXL, **NOISE, **V, "solver_type": "heun"},
+        "of-noise-first-order-sample": {**SDXL, **NOISE, **SAMPLE, "solver_order": 1},
+        "of-noise-sde": {**SDXL, **NOISE_SDE},
+        "of-noise-sde-heun": {**SDXL, **NOISE_SDE, "solver_type": "heun"},
+        "threshold": {**SDXL, **THRESHOLD},
+        "threshold-defaults": {**SDXL, "thresholding": True},
+        "threshold-of-noise": {**SDXL, **NOISE, **THRESHOLD},
+    },
+    "edm-dpmpp-2m": {"third-order": THIRD, "threshold": {**PLAYGROUND, **THRESHOLD}},
+    "ddim": {"threshold": {**SDXL, **THRESHOLD}, "threshold-before-clip": {**SDXL, **THRESHOLD, "clip_sample": True}},
+    "ddpm": {"threshold": {**SDXL, **THRESHOLD}},
+    "lcm": {"threshold": {**LCM, **THRESHOLD}},
+}
 # Etas of the steps; other cases of these classes have 0, as in a pipeline.
 ETAS = {"tcd": 0.3, "ddim": 0.6, "tcd/v": 1.0, "tcd/sample": 0.0}
 # Class of the file, its keys, the name it is overridden with.
@@ -239,18 +285,18 @@ def run(config, override, eta, steps, kind):
     return scheduler, sample.flatten()
 
 
-def cases():
-    for name, configs in CASES.items():
+def cases(of):
+    for name, configs in of.items():
         for case, keys in configs.items():
             yield f"{name}/{case}", {"_class_name": CLASSES[name], **keys}, None, ETAS.get(f"{name}/{case}", ETAS.get(name))
-    for case, (name, keys, override) in OVERRIDDEN.items():
+    for case, (name, keys, override) in OVERRIDDEN.items() if of is CASES else ():
         yield f"from-config/{case}", {"_class_name": CLASSES[name], **keys}, override, None
 
 
 def main(out):
     out = pathlib.Path(out)
     tensors, index = {}, []
-    for name, config, override, eta in cases():
+    for name, config, override, eta in cases(FURTHER if out.stem.endswith("further") else CASES):
         index.append({"name": name, "config": config, "override": override, "eta": eta, "steps": STEPS})
         runs = [run(config, override, eta, count, torch.float32) for count in STEPS]
         tensors[f"{name}.timesteps"] = torch.cat([scheduler.timesteps.double() for scheduler, _ in runs])
@@ -307,7 +353,7 @@ def pictures(out, folder, architectures):
         "mask": (inpaint, parts, {"mask_image": mask}),
         "inpainting": (inpaint, {**parts, "unet": told}, {"mask_image": mask}),
     }
-    cases = [(name, what, 0.6) for name in CLASSES for what in ("image", "mask")]
+    cases = [(name, what, 0.6) for name in CLASSES if name != "dpmpp-2m" for what in ("image", "mask")]
     cases += [(name, "image", strength) for name in ("plms", "unipc", "dpmpp-sde") for strength in (0.2, 0.8, 1.0)]
     cases += [(name, "mask", 1.0) for name in ("lcm", "dpmpp-sde", "plms", "edm-euler")]
     cases += [(name, "inpainting", strength) for name in ("euler-ancestral", "dpmpp-sde", "heun") for strength in (0.6, 1.0)]

@@ -124,7 +124,7 @@ fn configs_that_ask_for_what_is_not_implemented() {
         ("unet/config.json", "norm_num_groups", json!(7), "norm_num_groups"),
         ("unet/config.json", "attention_head_dim", json!([3, 3, 3]), "attention_head_dim"),
         ("unet/config.json", "in_channels", json!("four"), "in_channels"),
-        ("scheduler/scheduler_config.json", "use_beta_sigmas", json!(true), "use_beta_sigmas"),
+        ("scheduler/scheduler_config.json", "beta_schedule", json!("sigmoid"), "beta_schedule"),
         ("text_encoder/config.json", "hidden_act", json!("relu"), "hidden_act"),
         (
             "vae/config.json",
@@ -157,8 +157,7 @@ fn keys_that_nobody_knows_are_said() {
 #[test]
 fn arguments_that_cannot_be_honoured() {
     let root = emoji();
-    refused(&root, &["--prompt", ""], &["the prompt is empty"]);
-    refused(&root, &["--prompt", " \n"], &["the prompt is empty"]);
+    refused(&root, &["--seed", "-2"], &["-1 for one by chance"]);
     refused(&root, &["--height", "60", "--width", "64"], &["height 60", "multiple of 8"]);
     refused(&root, &["--height", "64", "--width", "-8"], &["width -8"]);
     refused(&root, &["--height", "64", "--width", "9999999999"], &["width 9999999999"]);
@@ -226,10 +225,10 @@ fn a_folder_that_is_no_package_and_numbers_that_the_model_is_not_told() {
 
 #[test]
 fn inspect_refuses_what_is_no_model() {
-    assert!(ended_with(2, &squeeze(&["inspect", "/nowhere"])).contains("is not a folder"));
+    assert!(ended_with(2, &squeeze(&["inspect", "/nowhere"])).contains("there is no /nowhere; a model is a folder"));
     let folder = tempfile::tempdir().unwrap();
     assert!(
         ended_with(2, &squeeze(&["inspect", folder.path().to_str().unwrap()]))
-            .contains("neither model_index.json nor config.json")
+            .contains("model_index.json: No such file or directory; a model is a folder")
     );
 }

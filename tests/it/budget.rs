@@ -56,7 +56,7 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
 
     // The recipe has a rule for each layer and keeps to the limits. The layer that the config
     // leaves dense is not in the report.
-    let recipe = RunConfig::read(&out.join("config.yaml")).unwrap();
+    let recipe = RunConfig::read(&out.join("resolved.yaml")).unwrap();
     assert_eq!(recipe.budget, None);
     let (prune, palettize) = (recipe.prune.unwrap(), recipe.palettize.unwrap());
     let named = palettize.rules.module_name_configs.len();
@@ -78,7 +78,7 @@ budget: {target_bits: 4.0, min_bits: 3, max_sparsity: 0.4}
 
     // The recipe gives the same bytes when it is run as a plain config.
     let again = folder.path().join("again");
-    compress(out.join("config.yaml"), &again).succeeds();
+    compress(out.join("resolved.yaml"), &again).succeeds();
     assert!(container(&again) == container(&out));
 }
 

@@ -82,6 +82,22 @@ fn progress_is_written_as_json_or_not_at_all() {
 }
 
 #[test]
+fn warnings_and_errors_are_json_among_json_and_have_no_colours_elsewhere() {
+    let out = tempfile::tempdir().unwrap();
+    let run = |prompt: &str| generate(prompt).with("--steps", "1").with("-o", out.path().join("x.png"));
+    let long = "red apple ".repeat(50);
+    let json = |text: &str| -> Vec<Value> { text.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
+    let warned = json(&run(&long).arg("--progress=json").succeeds().stderr);
+    assert!(warned.iter().any(|line| line["event"] == "log" && line["level"] == "warn" && line["version"] == 1));
+    let refused = json(&run("owl").with("--device", "abacus").arg("--progress=json").ends_with(2).stderr);
+    let [error] = &refused[..] else { panic!("{refused:?}") };
+    assert!(error["event"] == "error" && error["text"].as_str().unwrap().contains("abacus"), "{error}");
+
+    let plain = run(&long).succeeds().stderr;
+    assert!(plain.contains("WARN") && !plain.contains('\u{1b}'), "{plain}");
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_error() {
     let command =
         format!("'{}' inspect '{}' | head -n 1; exit ${{PIPESTATUS[0]}}", env!("CARGO_BIN_EXE_sdxl-squeeze"), emoji().display());
@@ -156,7 +172,7 @@ fn every_command_has_a_man_page() {
     let compress = std::fs::read_to_string(folder.join("sdxl-squeeze-compress.1")).unwrap();
     assert!(compress.contains("sdxl\\-squeeze compress") && compress.contains("sequencing"), "{compress}");
     assert!(!compress.contains("granularity"), "a former name is not shown");
-    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 13);
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 15);
 }
 
 #[test]

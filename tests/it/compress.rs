@@ -50,7 +50,7 @@ fn pruned_and_palettized_end_to_end() {
 
     // The resolved config is a valid config and gives the same bytes.
     let again = folder.path().join("again");
-    Squeeze::new("compress").config_file(out.join("config.yaml")).model(emoji()).out(&again).succeeds();
+    Squeeze::new("compress").config_file(out.join("resolved.yaml")).model(emoji()).out(&again).succeeds();
     assert!(
         std::fs::read(again.join("unet.squeezed.safetensors")).unwrap() == std::fs::read(&file).unwrap(),
         "another run, other bytes"

@@ -179,6 +179,6 @@ fn containers_list_their_loras_and_a_lora_of_zeros_changes_nothing() {
     let export = Squeeze::new("export").arg(&container).with("--lora", file("sgm")).out(folder.path().join("x.mlpackage"));
     export.clone().with("--to", "coreml").is_refused(&["--lora has no effect on a container without --model"]);
     export.with("--to", "coremltools").is_refused(&["--lora has no effect with this --to"]);
-    let text = std::fs::read_to_string(folder.path().join("both/config.yaml")).unwrap();
+    let text = std::fs::read_to_string(folder.path().join("both/resolved.yaml")).unwrap();
     assert!(text.contains("kohya.safetensors:0.5"), "{text}");
 }

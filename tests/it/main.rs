@@ -16,8 +16,11 @@ mod devices;
 mod ends;
 #[cfg(unix)]
 mod evidence;
+#[cfg(unix)]
+mod first_run;
 mod first_second;
 mod gpu;
+mod habits;
 mod images;
 mod inputs;
 mod integrity;
@@ -53,5 +56,7 @@ mod tokens;
 #[cfg(unix)]
 mod traps;
 mod tune;
+mod vae_encoder;
 mod vector_palettes;
 mod watched;
+mod wrong_files;

@@ -18,12 +18,17 @@ const NAMES: [&str; 3] = ["text_encoder", "text_encoder_2", "vae"];
 
 /// Writes a config for all networks beside the UNet, with `bits` for each index.
 fn config(folder: &Path, bits: u8, more: &str) -> PathBuf {
+    config_of(folder, bits, false, more)
+}
+
+/// The same, for the VAE's encoder too if `encoder` says so.
+fn config_of(folder: &Path, bits: u8, encoder: bool, more: &str) -> PathBuf {
     let path = folder.join(format!("networks-{bits}.yaml"));
     let settings = format!("global_config: {{n_bits: {bits}, granularity: per_grouped_channel, group_size: 16}}");
     let text = format!(
         "calibration: {{prompts: calibration/emoji-varied.txt, steps: 4}}\n\
          text_encoders:\n  nsamples: 24\n  on_misfit: smaller_group\n  {settings}\n\
-         vae:\n  nsamples: 2\n  on_misfit: smaller_group\n  {settings}\n  module_name_configs: {{'decoder\\.conv_out': null}}\n{more}"
+         vae:\n  encoder: {encoder}\n  nsamples: 2\n  on_misfit: smaller_group\n  {settings}\n  module_name_configs: {{'decoder\\.conv_out': null}}\n{more}"
     );
     std::fs::write(&path, text).unwrap();
     path
@@ -150,7 +155,7 @@ fn each_network_has_a_container_that_pictures_are_drawn_with() {
 #[test]
 fn the_same_bytes_on_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
-    let (config, out) = (config(folder.path(), 4, ""), folder.path().join("out"));
+    let (config, out) = (config_of(folder.path(), 4, true, ""), folder.path().join("out"));
     same_on_all_threads(&["1", "3"], &compress(&config, &out), || {
         let bytes = containers(&out);
         std::fs::remove_dir_all(&out).unwrap();
@@ -161,7 +166,8 @@ fn the_same_bytes_on_any_number_of_threads() {
 #[test]
 fn killed_and_resumed_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let config = config(folder.path(), 4, "palettize: {module_name_configs: {'mid_block.*': {n_bits: 4}}}\nsolver: sequential\n");
+    let more = "palettize: {module_name_configs: {'mid_block.*': {n_bits: 4}}}\nsolver: sequential\n";
+    let config = config_of(folder.path(), 4, true, more);
     let (whole, out) = (folder.path().join("whole"), folder.path().join("killed"));
     let joint = |out: &Path| compress(&config, out).with("--solver", "joint").with("--calibration-nsamples", "4");
     let begin = Instant::now();
@@ -292,4 +298,50 @@ fn rules_are_about_the_layers_of_both_encoders() {
         let error = crate::support::relative_error(tensor, &own[name].to_kind(Kind::Half));
         assert!(if expected.contains(name) { error > 0.0 && error < 0.02 } else { error == 0.0 }, "{name}: {error}");
     }
+}
+
+/// The error of the first encoder at 3 bits, fitted to the outputs that `target` names.
+fn error_at_three_bits(folder: &Path, target: &str) -> f64 {
+    let (file, out, judge) = (folder.join("c.yaml"), folder.join(target), folder.join("judge.txt"));
+    let text = "calibration: {prompts: calibration/emoji-varied.txt}\ntext_encoders:\n  on_misfit: smaller_group\n  \
+                global_config: {n_bits: 3, granularity: per_grouped_channel, group_size: 16}\n  \
+                module_name_configs: {'text_encoder_2\\..*': null, 'text_encoder\\.text_model\\.embeddings\\..*': null}\n";
+    std::fs::write(&file, text).unwrap();
+    std::fs::write(&judge, "a red apple\na blue fish with a hat\n").unwrap();
+    compress(&file, &out).with("--target", target).succeeds();
+    let compare = Squeeze::new("compare-networks").model(emoji()).with("--judge", judge).args(["--steps", "1"]);
+    let compare = compare.with("--text-encoder", path(&out, "text_encoder")).arg("--json").succeeds();
+    compare.json::<Value>()["embeddings"][0]["hidden_embeds"].as_f64().unwrap()
+}
+
+#[test]
+fn layers_are_fitted_to_the_outputs_that_the_config_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let [dense, current] = ["dense", "current"].map(|target| error_at_three_bits(folder.path(), target));
+    assert!(dense < 0.95 * current, "{dense} {current}");
+}
+
+#[test]
+fn too_little_memory_is_refused_with_what_would_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path(), 4, "");
+    let with = |command: &str, memory: &str| {
+        let run = Squeeze::new(command).model(emoji()).with("--memory-budget", memory);
+        if command == "plan" { run.arg(&config) } else { run.config_file(&config).out(folder.path().join("out")) }
+    };
+    for command in ["plan", "compress"] {
+        with(command, "300MiB").is_refused(&["of memory are too little to compress the text_encoder; ", "would do"]);
+    }
+    assert!(!folder.path().join("out").exists());
+    let plan = with("plan", "2GiB").arg("--json").succeeds().json::<Value>();
+    let networks = plan[0]["networks"].as_array().unwrap();
+    for network in networks {
+        let disk = |key: &str| network["disk"][key].as_u64().unwrap();
+        assert_eq!(disk("result"), network["payload_bytes"].as_u64().unwrap());
+        assert!(disk("parts") > 0 && disk("parts") < disk("result"), "{network}");
+        assert_eq!(disk("samples") > 0, network["network"] == "vae", "{network}");
+    }
+    let most = networks.iter().map(|network| network["peak_bytes"].as_u64().unwrap()).max().unwrap();
+    with("plan", &format!("{}B", most - 1)).is_refused(&["would do"]);
+    with("plan", &format!("{most}B")).succeeds().says(&["on the disk"]);
 }

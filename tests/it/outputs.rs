@@ -112,8 +112,8 @@ fn no_output_destroys_an_input_or_another_output() {
     export(&container, "coremltools", &container).is_refused(&["--out would write"]);
 
     compress(&config, &model, model.join("out")).is_refused(&["--out would write", "the model reads"]);
-    let resolved = here("made/config.yaml");
-    compress(&resolved, &model, here("made")).is_refused(&["config.yaml, but --config reads"]);
+    let resolved = here("made/resolved.yaml");
+    compress(&resolved, &model, here("made")).is_refused(&["resolved.yaml, but --config reads"]);
     let prompts = here("out/unet.squeezed.work/prompts.txt");
     std::fs::create_dir_all(prompts.parent().unwrap()).unwrap();
     std::fs::write(&prompts, "a cat\n").unwrap();

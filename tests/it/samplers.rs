@@ -48,13 +48,41 @@ fn run(config: &SchedulerConfig, steps: usize, kind: Kind) -> (Tensor, Vec<f64>,
 /// How far a sample may be off. In one case the first picture is what is left of two numbers that
 /// are 20,000 times as large, which makes much of their last bits.
 fn bound(name: &str) -> f64 {
-    if name == "unipc/karras-cosine" { 1e-4 } else { 5e-6 }
+    match name {
+        "unipc/karras-cosine" => 1e-4,
+        _ if is_cut(name) => 2e-2,
+        _ => 5e-6,
+    }
+}
+
+/// Whether timesteps are truncated to whole numbers, which may be others where the square roots of
+/// the processor are rounded differently (see `bounds_elsewhere` of the first samplers).
+fn is_cut(name: &str) -> bool {
+    let of_class = name.starts_with("dpmpp-2m/") || name.starts_with("unipc/");
+    of_class && ["/beta", "/lu-cosine"].iter().any(|case| name.contains(case))
+}
+
+/// How far a timestep may be off.
+fn timestep_bound(name: &str) -> f64 {
+    if is_cut(name) { 1.0 } else { 1.3e-4 }
 }
 
 #[test]
 fn every_further_sampler_equals_that_of_diffusers() {
-    let golden = tensors(&repo("tests/golden/samplers.safetensors"));
-    let cases: Vec<Case> = serde_json::from_str(&std::fs::read_to_string(repo("tests/golden/samplers.json")).unwrap()).unwrap();
+    equal_those_of("samplers");
+}
+
+/// Beta sigmas, Lu's lambdas, the third order, DPM-Solver on the noise, dynamic thresholding.
+#[test]
+fn settings_that_few_models_have_equal_those_of_diffusers() {
+    equal_those_of("samplers-further");
+}
+
+/// Runs the cases of a golden file.
+fn equal_those_of(file: &str) {
+    let golden = tensors(&repo(&format!("tests/golden/{file}.safetensors")));
+    let list = std::fs::read_to_string(repo(&format!("tests/golden/{file}.json"))).unwrap();
+    let cases: Vec<Case> = serde_json::from_str(&list).unwrap();
     let mut failures = Vec::new();
     for Case { name, config, name_of_other, eta, steps } in &cases {
         let read = read(&config.to_string()).unwrap();
@@ -73,7 +101,7 @@ fn every_further_sampler_equals_that_of_diffusers() {
             let expected_init = theirs("init").double_value(&[index as i64]);
             let apart_init = (init - expected_init).abs() / expected_init;
             let apart_sample = error(&sample, &theirs("float32").get(index as i64));
-            if apart > 1.3e-4 || apart_init > 2.5e-7 || apart_sample.is_nan() || apart_sample > bound(name) {
+            if apart > timestep_bound(name) || apart_init > 2.5e-7 || apart_sample.is_nan() || apart_sample > bound(name) {
                 failures.push(format!(
                     "{name} in {steps} steps: timesteps differ by {apart:.1e}, the first factor by {apart_init:.1e}, the sample \
                      by {apart_sample:.1e}"
@@ -252,7 +280,7 @@ fn a_distilled_model_is_compressed_with_its_own_stochastic_sampler() {
         let flags = ["--config", paths[0], "--model", paths[1], "--out", paths[2], "--samples-out", paths[3]];
         let run = squeeze(&[&["compress", "--quiet"][..], &flags, &["--calibration-nsamples", "4"]].concat());
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-        let resolved = std::fs::read_to_string(out.join("config.yaml")).unwrap();
+        let resolved = std::fs::read_to_string(out.join("resolved.yaml")).unwrap();
         assert!(resolved.contains("steps: 4\n") && resolved.contains("guidance: 0.0\n"), "{resolved}");
         std::fs::read(samples).unwrap()
     });
@@ -286,7 +314,7 @@ fn calibration_reads_prompts_as_generate_does() {
     for (name, options, flags, keys) in cases {
         let out = here.path().join(name);
         run().args(flags).out(&out).with("--samples-out", &samples).succeeds();
-        let recorded = std::fs::read_to_string(out.join("config.yaml")).unwrap();
+        let recorded = std::fs::read_to_string(out.join("resolved.yaml")).unwrap();
         let written: Vec<&str> = recorded
             .split_inclusive('\n')
             .map(str::trim_start)
@@ -426,7 +454,7 @@ fn every_second_prompt_of_a_mix_is_fed_as_by_apples_pipeline() {
         run.args(["--calibration-nsamples", "6", "--steps", "4"]).out(here.path().join(out))
     };
     run("mixed").args(["--mix", "diffusers", "--mix", "swift"]).with("--samples-out", &samples).succeeds();
-    let recorded = std::fs::read_to_string(here.path().join("mixed/config.yaml")).unwrap();
+    let recorded = std::fs::read_to_string(here.path().join("mixed/resolved.yaml")).unwrap();
     assert!(recorded.contains("mix:\n    - diffusers\n    - swift"), "{recorded}");
     let encoder = PromptEncoder::load(&folder, Placement::CPU).unwrap();
     let encoded = |text: &str| encoder.encode(&[text]).unwrap().states;
@@ -452,7 +480,7 @@ fn every_second_prompt_of_a_mix_is_fed_as_by_apples_pipeline() {
     alone.is_refused(&["calls of different shapes", "guidance scale above 1"]);
     // The default is not written, so that configs and containers are what they were.
     run("plain").succeeds();
-    assert!(!std::fs::read_to_string(here.path().join("plain/config.yaml")).unwrap().contains("  mix:"));
+    assert!(!std::fs::read_to_string(here.path().join("plain/resolved.yaml")).unwrap().contains("  mix:"));
 
     let judge = here.path().join("judge.txt");
     std::fs::write(&judge, "an owl\n").unwrap();
@@ -461,4 +489,26 @@ fn every_second_prompt_of_a_mix_is_fed_as_by_apples_pipeline() {
     compare.succeeds();
     let report = std::fs::read_to_string(here.path().join("compared/report.json")).unwrap();
     assert!(report.contains("Apple's Swift pipeline") && report.contains("PNDMScheduler"));
+}
+
+/// A model whose index names a class that is not implemented can be looked at, exported and used
+/// with another sampler; `plan` says what a run would refuse.
+#[test]
+fn a_class_of_the_index_that_is_not_implemented_stops_only_what_needs_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    copy(crate::support::tiny(), &model);
+    let index = model.join("model_index.json");
+    let text = std::fs::read_to_string(&index).unwrap();
+    std::fs::write(&index, text.replace("EulerDiscreteScheduler", "LMSDiscreteScheduler")).unwrap();
+    Squeeze::new("inspect").arg(&model).succeeds();
+    Squeeze::new("export").arg(&model).with("--to", "coreml").out(folder.path().join("unet.mlpackage")).succeeds();
+    let draw = || {
+        Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1"]).with("-o", folder.path().join("x.png"))
+    };
+    draw().is_refused(&["LMSDiscreteScheduler"]);
+    draw().with("--scheduler", "euler").succeeds();
+    let config = repo("configs/emoji/tutorial-s50-4bit-gs16.yaml");
+    Squeeze::new("plan").arg(&config).model(&model).is_refused(&["LMSDiscreteScheduler"]);
+    Squeeze::new("plan").arg(&config).model(&model).with("--scheduler", "euler").succeeds();
 }

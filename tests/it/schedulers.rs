@@ -200,7 +200,8 @@ fn keys_that_are_not_implemented_are_refused_by_name() {
         ("prediction_type", json!({"prediction_type": "flow_prediction"})),
     ];
     let sigmas = [
-        ("use_beta_sigmas", json!({"use_beta_sigmas": true})),
+        ("use_beta_sigmas", json!({"use_beta_sigmas": true, "use_karras_sigmas": true})),
+        ("use_beta_sigmas", json!({"use_beta_sigmas": "yes"})),
         ("use_karras_sigmas", json!({"use_karras_sigmas": true, "use_exponential_sigmas": true})),
         ("sigma_min", json!({"sigma_min": 0})),
         ("sigma_max", json!({"sigma_max": -3.5})),
@@ -210,20 +211,24 @@ fn keys_that_are_not_implemented_are_refused_by_name() {
     let euler =
         [("interpolation_type", json!({"interpolation_type": "cubic"})), ("timestep_type", json!({"timestep_type": "random"}))];
     let ddim = [
-        ("thresholding", json!({"thresholding": true})),
+        ("dynamic_thresholding_ratio", json!({"thresholding": true, "dynamic_thresholding_ratio": 2})),
+        ("sample_max_value", json!({"thresholding": true, "sample_max_value": 0.5})),
         ("clip_sample_range", json!({"clip_sample_range": 0})),
         ("clip_sample", json!({"clip_sample": "yes"})),
         ("set_alpha_to_one", json!({"set_alpha_to_one": 1})),
         ("prediction_type", json!({"rescale_betas_zero_snr": true, "timestep_spacing": "trailing", "clip_sample": false})),
     ];
     let dpm = [
-        ("thresholding", json!({"thresholding": true})),
-        ("use_lu_lambdas", json!({"use_lu_lambdas": true})),
+        ("thresholding", json!({"thresholding": 1})),
+        ("sample_max_value", json!({"thresholding": true, "sample_max_value": 0.0})),
+        ("use_lu_lambdas", json!({"use_lu_lambdas": "yes"})),
         ("use_flow_sigmas", json!({"use_flow_sigmas": true})),
-        ("solver_order", json!({"solver_order": 3})),
+        ("solver_order", json!({"solver_order": 4})),
+        ("solver_order", json!({"solver_order": 3, "algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"})),
         ("solver_type", json!({"solver_type": "bh3"})),
-        ("algorithm_type", json!({"algorithm_type": "dpmsolver"})),
-        ("algorithm_type", json!({"algorithm_type": "sde-dpmsolver"})),
+        ("algorithm_type", json!({"algorithm_type": "euler"})),
+        ("final_sigmas_type", json!({"algorithm_type": "dpmsolver"})),
+        ("final_sigmas_type", json!({"algorithm_type": "sde-dpmsolver"})),
         ("algorithm_type", json!({"algorithm_type": "deis", "final_sigmas_type": "zero"})),
         ("variance_type", json!({"variance_type": "learned_range"})),
         ("lambda_min_clipped", json!({"lambda_min_clipped": 100})),

@@ -76,7 +76,10 @@ fn errors_are_as_reviewed() {
     let config = "configs/dense-4bit.yaml";
     let runs = [
         ("no-command", Squeeze::new("--quiet")),
+        ("unknown-command", Squeeze::new("compres")),
         ("unknown-flag", Squeeze::new("plan").arg("--bits")),
+        ("no-config", Squeeze::new("compress").model("models/emoji-sdxl").out("out")),
+        ("unknown-config", Squeeze::new("plan").arg("squeeze-s40-4bit-gs61").model("models/emoji-sdxl")),
         ("unknown-key", Squeeze::new("plan").arg("tests/attacks/config/key_unknown.yaml").model("models/emoji-sdxl")),
         ("number-that-is-none", Squeeze::new("plan").arg("tests/attacks/config/number_nan.yaml").model("models/emoji-sdxl")),
         ("no-model", Squeeze::new("plan").arg(config)),

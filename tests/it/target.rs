@@ -87,10 +87,10 @@ fn check_found(scene: &Scene, out: &str, measure: &str, usual: &Value, is_close:
     let mut files: Vec<String> =
         std::fs::read_dir(scene.at(out)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     files.sort();
-    assert_eq!(files, ["config.yaml", "report.json", "unet.squeezed.safetensors"]);
+    assert_eq!(files, ["report.json", "resolved.yaml", "unet.squeezed.safetensors"]);
 
     // The recipe that was found is a plain config, of which a comparison shows the same.
-    let row = scene.compared(&scene.at(out).join("config.yaml"), &format!("{out}-compared"));
+    let row = scene.compared(&scene.at(out).join("resolved.yaml"), &format!("{out}-compared"));
     assert_eq!((&row["bytes"], &row["unet_error"]), (&best["bytes"], &best["unet_error"]));
     if measure == "psnr" {
         assert_eq!(row["psnr"]["mean"], best["psnr"]);
@@ -196,7 +196,7 @@ fn targets_that_cannot_be_are_refused_and_plans_say_how_many_solves() {
     assert!(!scene.at("no/unet.squeezed.work").exists());
     run.clone().with("--target-prompts", scene.at("absent.txt")).is_refused(&["cannot read", "absent.txt"]);
     run.clone().with("--target-bits", "3").ends_with(2).says(&["--target-bits and --target-error exclude each other"]);
-    run.with("--target-prompts", scene.at("no/config.yaml")).is_refused(&["would write", "the prompts of the target reads"]);
+    run.with("--target-prompts", scene.at("no/resolved.yaml")).is_refused(&["would write", "the prompts of the target reads"]);
     // A comparison has sizes; it does not search for them.
     let compare = Squeeze::new("compare").arg(scene.at("search.yaml")).model(tiny()).with("--judge", scene.at("judge.txt"));
     let compare = compare.with("--target-error", "1%").samples(6, 3).out(scene.at("compared"));

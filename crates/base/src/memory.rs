@@ -38,20 +38,44 @@ pub fn available() -> Option<u64> {
 /// # Errors
 /// [`Error::Argument`] for any other text. KB, MB and GB are refused because they are ambiguous.
 pub fn parse_size(text: &str) -> Result<u64> {
+    parse(text, |unit| match unit {
+        "K" | "KB" | "M" | "MB" | "G" | "GB" => Err("use KiB, MiB or GiB"),
+        _ => Err("the units are KiB, MiB, GiB and TiB"),
+    })
+}
+
+/// Parses the largest size of a file: as [`parse_size`], or with the unit kB, MB or GB (`1GB`),
+/// which count by thousands as those of disks and of app stores. That is the smaller one of their
+/// two meanings, so that a file within it is within the other one too.
+///
+/// # Errors
+/// [`Error::Argument`] for any other text.
+pub fn parse_file_size(text: &str) -> Result<u64> {
+    parse(text, |unit| match unit {
+        "kB" | "KB" => Ok(1e3),
+        "MB" => Ok(1e6),
+        "GB" => Ok(1e9),
+        _ => Err("the units are MB and GB, KiB, MiB, GiB and TiB"),
+    })
+}
+
+/// Parses a number with a unit. `other` gives the bytes of units that do not count by 1,024, or a
+/// reason to refuse them.
+fn parse(text: &str, other: impl FnOnce(&str) -> Result<f64, &'static str>) -> Result<u64> {
     let wrong = |why: &str| Error::Argument(format!("`{}` is not a size: {why}", shorten(text)));
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let number: f64 = number.parse().map_err(|_| wrong("sizes begin with a number, as in 8GiB"))?;
-    let shift = match unit.trim() {
-        "" | "B" => 0,
-        "KiB" => 10,
-        "MiB" => 20,
-        "GiB" => 30,
-        "TiB" => 40,
-        "K" | "KB" | "M" | "MB" | "G" | "GB" => return Err(wrong("use KiB, MiB or GiB")),
-        _ => return Err(wrong("the units are KiB, MiB, GiB and TiB")),
+    let binary = |shift: u32| (1u64 << shift) as f64;
+    let of_unit = match unit.trim() {
+        "" | "B" => 1.0,
+        "KiB" => binary(10),
+        "MiB" => binary(20),
+        "GiB" => binary(30),
+        "TiB" => binary(40),
+        unit => other(unit).map_err(wrong)?,
     };
-    let bytes = number * (1u64 << shift) as f64;
+    let bytes = number * of_unit;
     if bytes < 1.0 || bytes > (1u64 << 50) as f64 { Err(wrong("the range is 1 byte to 1024 TiB")) } else { Ok(bytes as u64) }
 }
 
@@ -67,6 +91,16 @@ mod tests {
         }
         for bad in ["", "GiB", "-1GiB", "8GB", "8 G", "0", "8gib", "1e99", "99999999TiB", "..", "8 GiB x"] {
             assert!(parse_size(bad).unwrap_err().is_bad_input(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn files_may_be_counted_by_thousands() {
+        for (text, bytes) in [("1GB", 1_000_000_000), ("3.5 MB", 3_500_000), ("10kB", 10_000), ("1GiB", 1 << 30), ("7", 7)] {
+            assert_eq!(parse_file_size(text).unwrap(), bytes, "{text}");
+        }
+        for bad in ["", "GB", "1G", "1gb", "1 TB", "0MB", "1e9GB"] {
+            assert!(parse_file_size(bad).unwrap_err().is_bad_input(), "{bad}");
         }
     }
 

@@ -4,6 +4,7 @@ pub mod brownian;
 pub mod device;
 pub mod elementwise;
 pub mod finite;
+pub mod libtorch;
 pub mod one_thread;
 pub mod product;
 pub mod random;

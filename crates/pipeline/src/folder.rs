@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sdxl_model::checkpoint::lora::{LoraPart, Loras, PartLoras};
 use sdxl_model::checkpoint::{ConfigFile, SourceFile, Weights};
-use sdxl_model::ldm::{MARKERS, SingleFile};
+use sdxl_model::ldm::SingleFile;
 use sdxl_model::scheduler::SchedulerConfig;
 use sdxl_model::text::{ClipText, ClipTokenizer, TextConfig, vocabulary};
 use sdxl_model::unet::{UnetChain, UnetConfig};
@@ -14,13 +14,13 @@ use sdxl_model::vae::{VaeConfig, VaeDecoder};
 use serde_json::{Map, Value, json};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit};
-use squeeze_base::shorten::shorten;
 use squeeze_container::Container;
 
 use super::image_channels::ImageChannels;
 use super::lora;
 use super::network_weights::NetworkWeights;
 use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
+use super::unet_folder::known_weights;
 
 /// A pipeline in diffusers layout (`model_index.json` and a folder for each part), or a single-file
 /// checkpoint. Opening it reads configs and headers only.
@@ -100,7 +100,7 @@ impl PipelineFolder {
         if let Some((_library, class)) = index.optional::<(String, String)>("scheduler")?
             && class != scheduler.class()
         {
-            scheduler = scheduler.with_override(&class)?;
+            scheduler = scheduler.with_class(&class);
         }
         let mut text_encoders = Vec::new();
         for (tokenizer, encoder) in TEXT_PARTS {
@@ -492,24 +492,6 @@ impl Parts {
         }
         Ok(containers)
     }
-}
-
-/// The weights of the UNet in `folder`. Marks of single-file checkpoints and moving averages, which
-/// some converters copy into it, are not read, as in diffusers, and the log names them.
-fn known_weights(folder: &Path) -> Result<Weights> {
-    let weights = Weights::open(folder, "diffusion_pytorch_model", str::to_owned)?;
-    let (weights, surplus) = weights.without(|name| MARKERS.contains(&name) || name.starts_with("model_ema."));
-    if !surplus.is_empty() {
-        const SHOWN: usize = 4;
-        let names = surplus.iter().take(SHOWN).map(|name| shorten(name)).collect::<Vec<_>>().join(", ");
-        let more = if surplus.len() > SHOWN { ", …" } else { "" };
-        tracing::warn!(
-            "{}: {} tensors are not read ({names}{more}): they are no part of the UNet, and the sampler's config says what it predicts",
-            folder.display(),
-            surplus.len(),
-        );
-    }
-    Ok(weights)
 }
 
 /// The pipelines that are known. What a model does is told by its UNet's channels.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sdxl_model::checkpoint::TensorSource;
+use sdxl_model::checkpoint::{TensorSource, Weights};
 use sdxl_model::scheduler::{Scheduler, SchedulerConfig, SpacingKind};
 use sdxl_model::unet::Unet;
 use sdxl_model::vae::VaeDecoder;
@@ -17,6 +17,7 @@ use tch::{Kind, Tensor};
 use super::folder::PipelineFolder;
 use super::image_channels::ImageChannels;
 use super::image_input::PictureEncoder;
+use super::network_weights::NetworkWeights;
 use super::picture_file::Mask;
 use super::prompt::{Guidance, PromptEncoder};
 use super::prompt_options::PromptOptions;
@@ -28,7 +29,7 @@ use crate::picture::Picture;
 /// The settings of a picture.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
-    /// The prompt.
+    /// The prompt; the empty text draws a picture of no subject, as in diffusers.
     pub prompt: String,
     /// The negative prompt; `None` is the pipeline's default, `Some("")` the encoded empty text.
     pub negative_prompt: Option<String>,
@@ -98,9 +99,6 @@ pub struct Generated {
 /// Checks a request against a pipeline, before anything is loaded: the size in pixels and the
 /// sampler.
 fn resolve(folder: &PipelineFolder, request: &GenerateRequest) -> Result<((i64, i64), SchedulerConfig)> {
-    if request.prompt.trim().is_empty() {
-        return Err(Error::Argument("the prompt is empty".into()));
-    }
     check_prompt("the prompt", &request.prompt)?;
     if let Some(negative) = &request.negative_prompt {
         check_prompt("the negative prompt", negative)?;
@@ -267,6 +265,10 @@ pub fn generate(
 ) -> Result<Generated> {
     squeeze_numerics::init();
     let (size, config) = resolve(folder, request)?;
+    // Parts that are missing or damaged are found before minutes of work, by their headers.
+    let vae = folder.vae_network()?;
+    let open = if request.unverified { Container::open_unverified } else { Container::open };
+    let dense = if request.unet.is_none() { Some(folder.unet_weights()?) } else { None };
     let mut scheduler = config.scheduler(request.steps)?;
 
     let guidance = {
@@ -289,26 +291,22 @@ pub fn generate(
     };
 
     let latents = {
-        let weights;
-        let open = if request.unverified { Container::open_unverified } else { Container::open };
         let container = request.unet.as_deref().map(open).transpose()?;
-        let source: Box<dyn TensorSource + Sync> = match &container {
-            Some(container) => {
+        let source: Box<dyn TensorSource + Sync> = match (&container, &dense) {
+            (Some(container), _) => {
                 let weights = UnetWeights::from(container);
                 weights.chain_of(folder)?;
                 Box::new(weights.source(placement))
             }
-            None => {
-                weights = folder.unet_weights()?;
-                Box::new(weights.source(placement))
-            }
+            (None, Some(weights)) => Box::new(weights.source(placement)),
+            (None, None) => return Err(Error::internal("neither a container nor a checkpoint is open")),
         };
         let unet = if request.low_memory {
             Unet::one_at_a_time(folder.unet.clone(), source.as_ref())?
         } else {
             Unet::resident(folder.unet.clone(), source.as_ref(), progress)?
         };
-        sample_from(
+        let latents = sample_from(
             &unet,
             scheduler.as_mut(),
             &guidance,
@@ -316,16 +314,32 @@ pub fn generate(
             &mut beginning.generator,
             &mut |_, _| Ok(()),
             progress,
-        )?
+        );
+        latents.map_err(|why| cause(why, folder, dense.as_ref()))?
     };
 
     let picture = {
         let task = Task::begin(progress, "decoding the picture", "pictures", 1);
-        let vae = load_vae(folder, placement)?;
+        let vae = decoder(folder, &vae, placement)?;
         task.advance("decoding");
         decode_with(&vae, &latents)?
     };
     Ok(Generated { latents, picture, size, scheduler: config.class().to_owned() })
+}
+
+/// The tensors of the checkpoint with a NaN, if latents became NaN because of them. The values of
+/// containers were checked when they were opened.
+fn cause(why: Error, folder: &PipelineFolder, unet: Option<&Weights>) -> Error {
+    if !matches!(why, Error::NotFinite(_)) {
+        return why;
+    }
+    let is_finite = || -> Result<()> {
+        for part in &folder.text_encoders {
+            folder.text_network(part)?.check_finite()?;
+        }
+        unet.map_or(Ok(()), Weights::check_finite)
+    };
+    is_finite().err().unwrap_or(why)
 }
 
 /// Loads a pipeline's VAE decoder, in fp32 whatever the model's dtype: SDXL's VAE overflows in
@@ -334,7 +348,14 @@ pub fn generate(
 /// # Errors
 /// If it cannot be read.
 pub fn load_vae(folder: &PipelineFolder, placement: Placement) -> Result<VaeDecoder> {
-    let weights = folder.vae_network()?;
+    decoder(folder, &folder.vae_network()?, placement)
+}
+
+/// As [`load_vae`], from the pipeline's `weights`, which are open.
+///
+/// # Errors
+/// If they cannot be read.
+pub fn decoder(folder: &PipelineFolder, weights: &NetworkWeights, placement: Placement) -> Result<VaeDecoder> {
     VaeDecoder::load(&folder.vae, weights.source(Placement { kind: Kind::Float, ..placement }).as_ref())
 }
 

@@ -129,6 +129,18 @@ impl NetworkWeights {
         }
     }
 
+    /// Reads all values for a NaN or an infinity. Those of a container were checked when it was
+    /// opened.
+    ///
+    /// # Errors
+    /// As [`Weights::check_finite`].
+    pub fn check_finite(&self) -> Result<()> {
+        match self {
+            NetworkWeights::Dense(weights) => weights.check_finite(),
+            NetworkWeights::Container(_) => Ok(()),
+        }
+    }
+
     /// The files, each with its hash, under the name that `name_of` gives.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use squeeze_base::input::{self, Limit};
 use squeeze_container::Container;
 
 use super::lora_file::LoraFile;
+use super::missing;
 
 /// The files of a pipeline, as a command or a config names them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -129,7 +130,13 @@ impl Parts {
     /// # Errors
     /// If one cannot be read.
     pub(crate) fn of_folder(root: &Path) -> Result<Self> {
+        missing::check_index(root)?;
         let index = Config::read(root.join("model_index.json"))?;
+        let encoders =
+            TEXT_PARTS.into_iter().map(|(_, encoder)| encoder).filter(|encoder| has_component(&index.entries, encoder));
+        let wanted = ["scheduler/scheduler_config.json", UNET_CONFIG, "vae/config.json"].into_iter().map(PathBuf::from);
+        let wanted = wanted.chain(encoders.map(|encoder| Path::new(encoder).join("config.json")));
+        missing::check_files(root, &wanted.collect::<Vec<_>>())?;
         let scheduler_path = root.join("scheduler/scheduler_config.json");
         let scheduler = SchedulerConfig::read(&scheduler_path)?;
         let mut text = Vec::new();

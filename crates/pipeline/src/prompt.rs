@@ -104,13 +104,14 @@ impl PromptEncoder {
         for text in texts {
             self.say_of_brackets(text);
         }
+        let mut has_said = vec![false; texts.len()];
         for (tokenizer, model) in &self.parts {
             let mut side_by_side = Vec::new();
             let mut first_pooled = None;
             for piece in 0..count {
                 let mut ids = Vec::new();
-                for text in texts {
-                    ids.extend(if count == 1 { cut(tokenizer, text)? } else { nth_piece(tokenizer, text, piece)? });
+                for (text, has_said) in texts.iter().zip(&mut has_said) {
+                    ids.extend(if count == 1 { cut(tokenizer, text, has_said)? } else { nth_piece(tokenizer, text, piece)? });
                 }
                 let ids = Tensor::f_from_slice(&ids)?.f_view([texts.len() as i64, -1])?;
                 let encoded = model.forward_skipping(&ids, skip)?;
@@ -159,10 +160,12 @@ impl PromptEncoder {
     }
 }
 
-/// The ids of a text that is cut to one piece, which the log says.
-pub(super) fn cut(tokenizer: &ClipTokenizer, text: &str) -> Result<Vec<i64>> {
+/// The ids of a text that is cut to one piece, which the log says unless it `has_said` so for
+/// another encoder.
+pub(super) fn cut(tokenizer: &ClipTokenizer, text: &str, has_said: &mut bool) -> Result<Vec<i64>> {
     let tokens = tokenizer.encode(text)?;
-    if let Some(end) = tokens.dropped {
+    if let Some(end) = tokens.dropped.filter(|_| !*has_said) {
+        *has_said = true;
         tracing::warn!("the prompt is cut to {} tokens; not read: `{}`", tokenizer.length(), both_ends(&end));
     }
     Ok(tokens.ids)

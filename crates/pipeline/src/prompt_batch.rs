@@ -78,7 +78,11 @@ impl IdsOfText {
     fn of(encoder: &PromptEncoder, text: &str) -> Result<Self> {
         encoder.say_of_brackets(text);
         let in_pieces = encoder.options.long_prompts || encoder.least_pieces > 1;
-        let ids = |tokenizer: &ClipTokenizer| if in_pieces { tokenizer.pieces(text) } else { Ok(vec![cut(tokenizer, text)?]) };
+        let mut has_said = false;
+        let mut ids = |tokenizer: &ClipTokenizer| match in_pieces {
+            true => tokenizer.pieces(text),
+            false => Ok(vec![cut(tokenizer, text, &mut has_said)?]),
+        };
         Ok(IdsOfText(encoder.parts.iter().map(|(tokenizer, _)| ids(tokenizer)).collect::<Result<_>>()?))
     }
 

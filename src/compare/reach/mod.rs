@@ -28,6 +28,7 @@ use super::judging::Judging;
 use crate::calibration::{PromptSet, Samples, settings};
 use crate::compress::{MeanBits, Prepared, Solved, Tries};
 use crate::config::{RunConfig, SizeSearch};
+use crate::plan::Plan;
 use crate::recipe::RunOptions;
 use crate::report::or_nan;
 
@@ -104,6 +105,12 @@ impl<'a> Reaching<'a> {
         calibration_prompts(std::slice::from_ref(&entry), &judging.set)?;
         let prepared = Tries::prepared(folder, config, shares, options, path)?;
         Ok(Reaching { folder, options: options.clone(), prepared, goal, judging, solves: section.solves })
+    }
+
+    /// The plan of one of the runs, at the size of the config as it is.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        self.prepared.plan()
     }
 }
 

@@ -19,13 +19,29 @@ pub(super) const TOKEN_EMBEDDING: &str = "text_model.embeddings.token_embedding"
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Dense<'a> {
     Text(&'a PipelineFolder, &'a TextPart),
-    Vae(&'a PipelineFolder),
+    Vae(&'a PipelineFolder, Halves),
 }
 
-/// A network with its weights.
+/// Which halves of a VAE are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Halves {
+    Decoder,
+    Both,
+}
+
+/// What samples run through: a text encoder, or a half of a VAE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Half {
+    Text,
+    Decoder,
+    Encoder,
+}
+
+/// A text encoder or a half of a VAE, with its weights.
 pub(super) enum Loaded {
     Text(Box<ClipText>),
-    Vae(Box<VaeDecoder>),
+    Decoder(Box<VaeDecoder>),
+    Encoder(Box<VaeEncoder>),
 }
 
 impl<'a> Dense<'a> {
@@ -38,7 +54,7 @@ impl<'a> Dense<'a> {
         match self {
             Dense::Text(_, part) if part.encoder == Network::TextEncoder2.name() => Network::TextEncoder2,
             Dense::Text(..) => Network::TextEncoder,
-            Dense::Vae(_) => Network::Vae,
+            Dense::Vae(..) => Network::Vae,
         }
     }
 
@@ -46,7 +62,16 @@ impl<'a> Dense<'a> {
     pub(super) fn config(self) -> &'a Map<String, Value> {
         match self {
             Dense::Text(_, part) => part.config_entries(),
-            Dense::Vae(folder) => folder.vae_config(),
+            Dense::Vae(folder, _) => folder.vae_config(),
+        }
+    }
+
+    /// What is compressed of the network, in the order in which it is.
+    pub(super) fn halves(self) -> &'static [Half] {
+        match self {
+            Dense::Text(..) => &[Half::Text],
+            Dense::Vae(_, Halves::Decoder) => &[Half::Decoder],
+            Dense::Vae(_, Halves::Both) => &[Half::Decoder, Half::Encoder],
         }
     }
 
@@ -58,7 +83,7 @@ impl<'a> Dense<'a> {
     pub(super) fn weights(self) -> Result<Weights> {
         let (folder, container) = match self {
             Dense::Text(folder, part) => (folder, folder.text_network(part)?),
-            Dense::Vae(folder) => (folder, folder.vae_network()?),
+            Dense::Vae(folder, _) => (folder, folder.vae_network()?),
         };
         if let Some(container) = container.container() {
             let (path, network) = (container.path().display(), self.network());
@@ -68,7 +93,13 @@ impl<'a> Dense<'a> {
         }
         match self {
             Dense::Text(_, part) => folder.text_weights(part),
-            Dense::Vae(_) => folder.vae_weights(),
+            Dense::Vae(_, halves) => {
+                let weights = folder.vae_weights()?;
+                if halves == Halves::Both {
+                    weights.check(&VaeEncoder::tensors(&folder.vae)?, VaeEncoder::is_unused)?;
+                }
+                Ok(weights)
+            }
         }
     }
 
@@ -87,19 +118,28 @@ impl<'a> Dense<'a> {
         };
         match self {
             Dense::Text(_, part) => ClipText::tensors(&part.config),
-            Dense::Vae(folder) => vae(&folder.vae),
+            Dense::Vae(folder, _) => vae(&folder.vae),
         }
     }
 
-    /// Builds the network from `source`.
+    /// Builds a half of the network from `source`.
     ///
     /// # Errors
     /// If a tensor is missing or misshapen.
-    pub(super) fn load(self, source: &dyn TensorSource) -> Result<Loaded> {
-        Ok(match self {
-            Dense::Text(_, part) => Loaded::Text(Box::new(ClipText::load(&part.config, source)?)),
-            Dense::Vae(folder) => Loaded::Vae(Box::new(VaeDecoder::load(&folder.vae, source)?)),
+    pub(super) fn load(self, half: Half, source: &dyn TensorSource) -> Result<Loaded> {
+        Ok(match (self, half) {
+            (Dense::Text(_, part), _) => Loaded::Text(Box::new(ClipText::load(&part.config, source)?)),
+            (Dense::Vae(folder, _), Half::Encoder) => Loaded::Encoder(Box::new(VaeEncoder::load(&folder.vae, source)?)),
+            (Dense::Vae(folder, _), _) => Loaded::Decoder(Box::new(VaeDecoder::load(&folder.vae, source)?)),
         })
+    }
+
+    /// A half of the network without its weights.
+    ///
+    /// # Errors
+    /// If libtorch cannot make a tensor at all.
+    pub(super) fn outline(self, half: Half) -> Result<Loaded> {
+        self.load(half, &Blueprint::default())
     }
 
     /// The layers that can be compressed, in execution order, under the names that a config's rules
@@ -108,7 +148,6 @@ impl<'a> Dense<'a> {
     /// # Errors
     /// If libtorch cannot make a tensor at all.
     pub(super) fn infos(self) -> Result<Vec<LayerInfo>> {
-        let loaded = self.load(&Blueprint::default())?;
         let stage = Some(self.network().name().to_owned());
         let table = match self {
             Dense::Text(_, part) => Some(LayerInfo {
@@ -117,7 +156,7 @@ impl<'a> Dense<'a> {
                 module_type: LayerKind::Linear,
                 shape: vec![part.config.vocab_size, part.config.hidden_size],
             }),
-            Dense::Vae(_) => None,
+            Dense::Vae(..) => None,
         };
         let info = |layer: &sdxl_model::Layer| LayerInfo {
             name: self.ruled(layer.name()),
@@ -125,14 +164,18 @@ impl<'a> Dense<'a> {
             module_type: layer.kind(),
             shape: layer.weight().size(),
         };
-        Ok(table.into_iter().chain(loaded.pieces().layers().iter().map(info)).collect())
+        let mut infos: Vec<LayerInfo> = table.into_iter().collect();
+        for half in self.halves() {
+            infos.extend(self.outline(*half)?.pieces().layers().iter().map(info));
+        }
+        Ok(infos)
     }
 
     /// The name of a layer in a config's rules.
     pub(super) fn ruled(self, layer: &str) -> String {
         match self {
             Dense::Text(..) => format!("{}.{layer}", self.network()),
-            Dense::Vae(_) => layer.to_owned(),
+            Dense::Vae(..) => layer.to_owned(),
         }
     }
 }
@@ -141,14 +184,16 @@ impl Loaded {
     pub(super) fn pieces(&self) -> &dyn Pieces {
         match self {
             Loaded::Text(text) => text.as_ref(),
-            Loaded::Vae(vae) => vae.as_ref(),
+            Loaded::Decoder(decoder) => decoder.as_ref(),
+            Loaded::Encoder(encoder) => encoder.as_ref(),
         }
     }
 
     pub(super) fn pieces_mut(&mut self) -> &mut dyn Pieces {
         match self {
             Loaded::Text(text) => text.as_mut(),
-            Loaded::Vae(vae) => vae.as_mut(),
+            Loaded::Decoder(decoder) => decoder.as_mut(),
+            Loaded::Encoder(encoder) => encoder.as_mut(),
         }
     }
 }

@@ -1,41 +1,21 @@
-//! What a network is calibrated on: token ids, or final latents.
+//! What a network is calibrated on: token ids, final latents, or their pictures.
 
 use sdxl_model::States;
 use sdxl_model::text::ClipText;
 use sdxl_model::vae::VaeDecoder;
 use sdxl_pipeline::{PipelineFolder, TextPart};
 use squeeze_base::error::{Error, Result};
-use squeeze_base::progress::Progress;
+use squeeze_base::progress::{Progress, Task};
 use tch::{Device, Kind, Tensor};
 
+use super::amount::evenly;
 use super::prepare::PreparedNetwork;
 use crate::calibration::final_latents;
 use crate::compress::workspace::Workspace;
-use crate::config::{CalibrationSection, Prompts, RunConfig, read_prompts};
+use crate::config::{CalibrationSection, Prompts};
 
 /// Texts that run through an encoder as one batch.
-const TEXTS_TOGETHER: usize = 8;
-
-/// `count` of the texts that a config names for calibration, evenly: the prompts, the captions, and
-/// the empty text of negative prompts.
-///
-/// # Errors
-/// If a file cannot be read.
-pub(super) fn texts(config: &RunConfig, count: usize) -> Result<Vec<String>> {
-    let mut texts = config.calibration.prompts.load()?;
-    if let Some(path) = &config.calibration.captions {
-        texts.extend(read_prompts(path)?);
-    }
-    let mut texts = evenly(texts, count.saturating_sub(1).max(1));
-    texts.push(String::new());
-    Ok(texts)
-}
-
-/// `count` of `items`, evenly.
-fn evenly<T: Clone>(items: Vec<T>, count: usize) -> Vec<T> {
-    let all = items.len();
-    if all <= count { items } else { (0..count).map(|k| items[k * all / count].clone()).collect() }
-}
+pub(super) const TEXTS_TOGETHER: usize = 8;
 
 /// The states before the first layer of `encoder`, of each batch of `texts`.
 ///
@@ -97,6 +77,19 @@ pub(super) fn of_pictures(
         Ok(States { hidden: decoder.unscale(&latents)?, ids: None })
     };
     drawn.iter().map(states).collect()
+}
+
+/// The pictures [1, 3, h, w] in [-1, 1] that `decoder` makes of each of `latents`, for the encoder.
+///
+/// # Errors
+/// If libtorch refuses an operation; [`Error::Stopped`].
+pub(super) fn pictures(decoder: &VaeDecoder, latents: &[States], progress: &dyn Progress) -> Result<Vec<States>> {
+    let task = Task::begin(progress, "decoding", "pictures", latents.len());
+    let picture = |latents: &States| {
+        task.go_on()?;
+        Ok(States { hidden: decoder.forward(&latents.hidden)?.f_clamp(-1.0, 1.0)?, ids: None })
+    };
+    latents.iter().map(picture).collect()
 }
 
 /// Latents in a file: the bits of their fp32 values, which JSON's decimals would round.

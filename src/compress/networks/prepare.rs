@@ -8,7 +8,8 @@ use squeeze_container::Network;
 use squeeze_numerics::device::Placement;
 use tch::Kind;
 
-use super::dense::Dense;
+use super::amount;
+use super::dense::{Dense, Halves};
 use crate::compress::prepare::{check_place, settled};
 use crate::config::{LayerInfo, RunConfig, Section, read_prompts};
 use crate::recipe::{LayerRecipe, LayerRecipes, RunOptions, network_layers};
@@ -25,7 +26,7 @@ pub struct PreparedNetwork<'a> {
     /// By checkpoint name, without the network's.
     pub(super) recipes: LayerRecipes,
     pub(super) findings: Vec<String>,
-    /// Texts or pictures to calibrate with.
+    /// Texts or pictures to calibrate with, as many as there are.
     pub(super) nsamples: usize,
 }
 
@@ -35,7 +36,7 @@ impl<'a> PreparedNetwork<'a> {
     ///
     /// # Errors
     /// [`Error::Argument`](squeeze_base::Error::Argument) if `options` or `folder` are not those
-    /// that `config` names;
+    /// that `config` names, or the memory is too little;
     /// [`Error::Config`](squeeze_base::Error::Config) if a section does not fit the model; if
     /// weights or texts cannot be read.
     pub fn all(folder: &'a PipelineFolder, config: &RunConfig, options: &RunOptions, out: &Path) -> Result<Vec<Self>> {
@@ -50,14 +51,18 @@ impl<'a> PreparedNetwork<'a> {
             prepared.extend(of_section(folder, &config, options, (Section::TextEncoders, section.nsamples), &encoders, out)?);
         }
         if let Some(section) = &config.vae {
-            prepared.extend(of_section(folder, &config, options, (Section::Vae, section.nsamples), &[Dense::Vae(folder)], out)?);
-        }
-        for network in &prepared {
-            network.dense.weights()?;
+            let halves = if section.encoder { Halves::Both } else { Halves::Decoder };
+            let vae = [Dense::Vae(folder, halves)];
+            prepared.extend(of_section(folder, &config, options, (Section::Vae, section.network.nsamples), &vae, out)?);
         }
         if prepared.iter().any(PreparedNetwork::is_calibrated) {
-            config.calibration.prompts.load()?;
             config.calibration.captions.as_deref().map(read_prompts).transpose()?;
+            for network in &mut prepared {
+                network.nsamples = amount::count(&config, network.network(), network.nsamples)?;
+            }
+        }
+        for network in &prepared {
+            network.plan()?.check_memory(options.memory_budget()?)?;
         }
         Ok(prepared)
     }
@@ -85,7 +90,7 @@ impl<'a> PreparedNetwork<'a> {
         let placement = self.options.placement();
         match self.dense {
             Dense::Text(..) => placement,
-            Dense::Vae(_) => Placement { kind: Kind::Float, ..placement },
+            Dense::Vae(..) => Placement { kind: Kind::Float, ..placement },
         }
     }
 }
@@ -133,7 +138,7 @@ impl Dense<'_> {
     fn recipe(self, name: &str, recipe: &LayerRecipe) -> LayerRecipe {
         match self {
             Dense::Text(..) if name == super::dense::TOKEN_EMBEDDING => LayerRecipe { joint: None, ..recipe.clone() },
-            Dense::Text(..) | Dense::Vae(_) => recipe.clone(),
+            Dense::Text(..) | Dense::Vae(..) => recipe.clone(),
         }
     }
 }

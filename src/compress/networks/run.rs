@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use sdxl_model::States;
 use sdxl_model::checkpoint::{Prefetched, SourceFile, TensorSource, Weights};
 use sdxl_model::text::ClipText;
 use serde_json::{Map, Value, json};
@@ -10,16 +11,17 @@ use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
 use squeeze_container::ContainerInfo;
 
-use super::dense::{Dense, Loaded, TOKEN_EMBEDDING};
+use super::amount;
+use super::dense::{Dense, Half, Loaded, TOKEN_EMBEDDING};
 use super::inputs;
 use super::prepare::PreparedNetwork;
 use super::report::NetworkReport;
-use super::walk::{self, Solving};
+use super::walk::{self, Samples, Solving};
 use crate::compress::container::{Finished, write_container};
 use crate::compress::identity::BUILD;
 use crate::compress::report::LayerReport;
 use crate::compress::workspace::{Claim, Workspace, workspace_folder};
-use crate::config::{RunConfig, SequencingWord};
+use crate::config::{RunConfig, SequencingWord, Target};
 use crate::recipe::Sequencing;
 
 impl PreparedNetwork<'_> {
@@ -39,32 +41,18 @@ impl PreparedNetwork<'_> {
         let network = self.network();
         let weights = self.dense.weights()?;
         let (claim, sources) = Claim::of(&workspace_folder(&self.path))?.during(|_| self.sources(&weights, progress))?;
-        let texts = if self.is_calibrated() { inputs::texts(&self.config, self.nsamples)? } else { Vec::new() };
+        let texts = if self.is_calibrated() { amount::texts(&self.config, self.nsamples)? } else { Vec::new() };
         let mut store = claim.open(&self.identity(&sources, &texts)?, self.options.resume)?;
         let source = weights.source(self.placement());
-        let load = |source: &dyn TensorSource| self.dense.load(source);
-        let mut loaded = load(&Prefetched::for_network(&source, load)?)?;
-        let (states, samples) = match (&mut loaded, self.dense) {
-            (Loaded::Text(text), Dense::Text(folder, part)) => {
-                self.compress_embedding(text, &mut store, progress)?;
-                let states = inputs::of_texts(folder, part, text, &texts, self.config.calibration.reading.long_prompts)?;
-                (states, texts.len())
-            }
-            (Loaded::Vae(vae), Dense::Vae(_)) if self.is_calibrated() => {
-                let states = inputs::of_pictures(self, vae, &mut store, progress)?;
-                let count = states.len();
-                (states, count)
-            }
-            (Loaded::Vae(_) | Loaded::Text(_), Dense::Vae(_) | Dense::Text(..)) => (Vec::new(), 0),
+        let samples = match self.is_calibrated() {
+            true => self.compress_calibrated(&source, &texts, &mut store, progress)?,
+            false => self.compress_alone(&source, &mut store, progress)?,
         };
-        let solving =
-            Solving { recipes: &self.recipes, sequencing: self.sequencing(), device: self.placement().device, progress };
-        solving.run(loaded.pieces_mut(), states, &mut store)?;
 
         let info = ContainerInfo {
             network,
             config: self.dense.config().clone(),
-            recipe: self.settings().to_json(),
+            recipe: self.settings().without_folders().to_json(),
             sources,
             prediction_type: None,
         };
@@ -86,6 +74,71 @@ impl PreparedNetwork<'_> {
         })
     }
 
+    /// Compresses the layers behind samples; returns the number of texts or pictures.
+    fn compress_calibrated(
+        &self,
+        source: &(dyn TensorSource + Sync),
+        texts: &[String],
+        store: &mut Workspace,
+        progress: &dyn Progress,
+    ) -> Result<usize> {
+        let (mut samples, mut pictures) = (0, Vec::new());
+        for half in self.dense.halves() {
+            let load = |source: &dyn TensorSource| self.dense.load(*half, source);
+            let mut loaded = load(&Prefetched::for_network(source, load)?)?;
+            let (states, dense) = match (&mut loaded, self.dense) {
+                (Loaded::Text(text), Dense::Text(folder, part)) => {
+                    let embed = |text: &ClipText| {
+                        inputs::of_texts(folder, part, text, texts, self.config.calibration.reading.long_prompts)
+                    };
+                    let dense = if self.sequencing().has_dense_target() { embed(text)? } else { Vec::new() };
+                    self.compress_embedding(source, store, progress)?;
+                    let table = if store.has(TOKEN_EMBEDDING) { store.weight(TOKEN_EMBEDDING)? } else { None };
+                    if let Some(table) = table {
+                        text.replace_token_embedding(&walk::decoded(&table)?)?;
+                    }
+                    samples = texts.len();
+                    (embed(text)?, dense)
+                }
+                (Loaded::Decoder(decoder), _) => {
+                    let latents = inputs::of_pictures(self, decoder, store, progress)?;
+                    if self.dense.halves().contains(&Half::Encoder) {
+                        pictures = inputs::pictures(decoder, &latents, progress)?;
+                    }
+                    samples = latents.len();
+                    self.twice(latents)
+                }
+                (Loaded::Encoder(_), _) => self.twice(std::mem::take(&mut pictures)),
+                (Loaded::Text(_), Dense::Vae(..)) => return Err(Error::internal("a VAE was loaded as a text encoder")),
+            };
+            self.solving(None, progress).run(loaded.pieces_mut(), Samples { states, dense }, store)?;
+        }
+        Ok(samples)
+    }
+
+    /// Samples of the compressed and the dense network, which are the same in the beginning.
+    fn twice(&self, states: Vec<States>) -> (Vec<States>, Vec<States>) {
+        let dense = if self.sequencing().has_dense_target() { &states[..] } else { &[] };
+        let dense = dense.iter().map(States::shallow_clone).collect();
+        (states, dense)
+    }
+
+    /// Compresses layers that need no samples, with one weight in memory at a time; returns 0, the
+    /// number of samples.
+    fn compress_alone(&self, source: &dyn TensorSource, store: &mut Workspace, progress: &dyn Progress) -> Result<usize> {
+        self.compress_embedding(source, store, progress)?;
+        for half in self.dense.halves() {
+            let mut outline = self.dense.outline(*half)?;
+            self.solving(Some(source), progress).run(outline.pieces_mut(), Samples::default(), store)?;
+        }
+        Ok(0)
+    }
+
+    fn solving<'s>(&'s self, source: Option<&'s dyn TensorSource>, progress: &'s dyn Progress) -> Solving<'s> {
+        let (sequencing, device) = (self.sequencing(), self.placement().device);
+        Solving { recipes: &self.recipes, source, sequencing, device, progress }
+    }
+
     /// Removes the finished layers, once they are not needed to go on with.
     ///
     /// # Errors
@@ -99,7 +152,7 @@ impl PreparedNetwork<'_> {
     pub(super) fn sequencing(&self) -> Sequencing {
         match self.config.sequencing {
             SequencingWord::Stage => Sequencing::Stage,
-            SequencingWord::Sublayer => Sequencing::Sublayer { dense_target: false },
+            SequencingWord::Sublayer => Sequencing::Sublayer { dense_target: self.config.target == Target::Dense },
         }
     }
 
@@ -108,7 +161,7 @@ impl PreparedNetwork<'_> {
         let mut config = RunConfig { prune: None, palettize: None, budget: None, tune: None, ..self.config.clone() };
         match self.dense {
             Dense::Text(..) => config.vae = None,
-            Dense::Vae(_) => config.text_encoders = None,
+            Dense::Vae(..) => config.text_encoders = None,
         }
         config
     }
@@ -137,31 +190,27 @@ impl PreparedNetwork<'_> {
         if self.is_calibrated() {
             identity.insert("texts".to_owned(), json!(digest::of_bytes(json!(texts).to_string().as_bytes())));
             identity.insert("text encoders and scheduler".to_owned(), json!(self.folder.prompt_files()?));
-            if let Dense::Vae(folder) = self.dense {
+            if let Dense::Vae(folder, _) = self.dense {
                 identity.insert("unet".to_owned(), json!(folder.unet_files()?));
             }
         }
         Ok(identity)
     }
 
-    /// Compresses the table of the tokens' embeddings, if it has a recipe, and puts the compressed
-    /// one into `text`.
-    fn compress_embedding(&self, text: &mut ClipText, store: &mut Workspace, progress: &dyn Progress) -> Result<()> {
-        let Some(recipe) = self.recipes.get(TOKEN_EMBEDDING) else { return Ok(()) };
-        if !store.has(TOKEN_EMBEDDING) {
-            let task = Task::begin(progress, "compressing", "tables", 1);
-            task.go_on()?;
-            let table = text.token_embedding().shallow_clone();
-            let shape = table.size();
-            let solved = walk::solved(TOKEN_EMBEDDING, table, recipe, None, self.placement().device)?;
-            let report = LayerReport::new(TOKEN_EMBEDDING, "embeddings".to_owned(), shape, &solved.compressed, None);
-            walk::add(report, solved, store, &task)?;
-            store.flush()?;
+    /// Compresses the table of the tokens' embeddings, if it has a recipe.
+    fn compress_embedding(&self, source: &dyn TensorSource, store: &mut Workspace, progress: &dyn Progress) -> Result<()> {
+        let (Some(recipe), Dense::Text(_, part)) = (self.recipes.get(TOKEN_EMBEDDING), self.dense) else { return Ok(()) };
+        if store.has(TOKEN_EMBEDDING) {
+            return Ok(());
         }
-        if let Some(weight) = store.weight(TOKEN_EMBEDDING)? {
-            text.replace_token_embedding(&walk::decoded(&weight)?)?;
-        }
-        Ok(())
+        let task = Task::begin(progress, "compressing", "tables", 1);
+        task.go_on()?;
+        let shape = vec![part.config.vocab_size, part.config.hidden_size];
+        let table = source.tensor(&format!("{TOKEN_EMBEDDING}.weight"), &shape)?;
+        let solved = walk::solved(TOKEN_EMBEDDING, table, recipe, None, self.placement().device)?;
+        let report = LayerReport::new(TOKEN_EMBEDDING, "embeddings".to_owned(), shape, &solved.compressed, None);
+        walk::add(report, solved, store, &task)?;
+        store.flush()
     }
 
     /// The reports and notes of all compressed layers.

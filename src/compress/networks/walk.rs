@@ -1,8 +1,9 @@
-//! The samples on their way through a text encoder or a VAE's decoder, and the layers that are
+//! The samples on their way through a text encoder or a half of a VAE, and the layers that are
 //! solved on the way.
 
 use std::ops::Range;
 
+use sdxl_model::checkpoint::TensorSource;
 use sdxl_model::{Layer, LayerInput, Pieces, States, Unobserved};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::progress::{Progress, Task};
@@ -11,6 +12,7 @@ use tch::{Device, Tensor};
 
 use crate::calibration::is_held_out;
 use crate::compress::dense_outputs::DenseOutputs;
+use crate::compress::forward::unless_ended_early;
 use crate::compress::gather::{Gatherer, HELD_OUT_VECTORS};
 use crate::compress::problem::{Problem, SharedFactors, Solved, Sums};
 use crate::compress::report::LayerReport;
@@ -21,26 +23,37 @@ use crate::recipe::{LayerRecipe, LayerRecipes, Sequencing};
 /// How the layers of a network are compressed.
 pub(super) struct Solving<'a> {
     pub recipes: &'a LayerRecipes,
+    /// What weights are read from one at a time, where the network is not loaded.
+    pub source: Option<&'a dyn TensorSource>,
     pub sequencing: Sequencing,
     pub device: Device,
     pub progress: &'a dyn Progress,
 }
 
+/// Samples, all at the same piece of a network.
+#[derive(Default)]
+pub(super) struct Samples {
+    /// Those of the compressed network.
+    pub states: Vec<States>,
+    /// Those of the dense network, where layers are fitted to its outputs; else none.
+    pub dense: Vec<States>,
+}
+
 impl Solving<'_> {
-    /// Compresses the layers of `net` that `store` does not have yet, piece by piece. `states` are
-    /// the samples before the first piece; there may be none if no layer needs calibration.
+    /// Compresses the layers of `net` that `store` does not have yet, piece by piece. `samples` are
+    /// before the first piece; there may be none if no layer needs calibration.
     ///
     /// # Errors
     /// If a layer cannot be compressed, or activations become NaN or infinite; [`Error::Stopped`].
     /// Finished layers are kept.
-    pub(super) fn run(&self, net: &mut dyn Pieces, states: Vec<States>, store: &mut Workspace) -> Result<()> {
-        let ended = self.walk(net, states, store);
+    pub(super) fn run(&self, net: &mut dyn Pieces, samples: Samples, store: &mut Workspace) -> Result<()> {
+        let ended = self.walk(net, samples, store);
         // Layers that were finished before an error are kept.
         let flushed = store.flush();
         ended.and(flushed)
     }
 
-    fn walk(&self, net: &mut dyn Pieces, mut states: Vec<States>, store: &mut Workspace) -> Result<()> {
+    fn walk(&self, net: &mut dyn Pieces, mut samples: Samples, store: &mut Workspace) -> Result<()> {
         let pieces = net.pieces();
         let task = Task::begin(self.progress, "compressing", "pieces", pieces.len());
         let is_open = |store: &Workspace, layer: &Layer| self.recipes.contains_key(layer.name()) && !store.has(layer.name());
@@ -48,11 +61,13 @@ impl Solving<'_> {
             task.go_on()?;
             task.stage(name, index, pieces.len());
             let during = |what: &'static str| move |error: Error| error.during(&format!("{what} of `{name}`"));
+            let mut own = DenseWeights::of(&net.layers()[range.clone()]);
             for stop in stops(net.layers(), range, self.sequencing) {
-                let open: Vec<&Layer> =
-                    stop.iter().map(|layer| &net.layers()[*layer]).filter(|layer| is_open(store, layer)).collect();
-                if !open.is_empty() {
-                    let gathered = self.gather(net, (index, range), &states, &open).map_err(during("the Hessians"))?;
+                if stop.iter().any(|layer| is_open(store, &net.layers()[*layer])) {
+                    let open: Vec<usize> = stop.iter().copied().filter(|layer| is_open(store, &net.layers()[*layer])).collect();
+                    let gathered =
+                        self.gather(net, (index, range), &samples, (&open, &mut own)).map_err(during("the Hessians"))?;
+                    let open: Vec<&Layer> = open.iter().map(|layer| &net.layers()[*layer]).collect();
                     self.solve(name, &open, gathered, store, &task).map_err(during("the layers"))?;
                     store.hand_over()?;
                 }
@@ -60,46 +75,62 @@ impl Solving<'_> {
             }
             let later = pieces[index + 1..].iter().flat_map(|(_, range)| &net.layers()[range.clone()]);
             if later.into_iter().any(|layer| is_open(store, layer) && self.recipes[layer.name()].needs_hessian()) {
-                for state in &mut states {
+                for state in &mut samples.states {
                     state.hidden = net.run_piece(index, state.shallow_clone(), &mut Unobserved).map_err(during("the outputs"))?;
                 }
+                own.exchange(&mut net.layers_mut()[range.clone()])?;
+                for state in &mut samples.dense {
+                    state.hidden = net.run_piece(index, state.shallow_clone(), &mut Unobserved).map_err(during("the outputs"))?;
+                }
+                own.exchange(&mut net.layers_mut()[range.clone()])?;
             }
         }
         Ok(())
     }
 
     /// The Hessians of the inputs of `open` layers, which are of the piece `index` with the layers
-    /// `range`.
+    /// `range`, and what their outputs lack of the dense network's. `own` are the piece's dense
+    /// weights.
     fn gather(
         &self,
-        net: &dyn Pieces,
+        net: &mut dyn Pieces,
         (index, range): (usize, &Range<usize>),
-        states: &[States],
-        open: &[&Layer],
+        Samples { states, dense }: &Samples,
+        (open, own): (&[usize], &mut DenseWeights),
     ) -> Result<Gatherer> {
-        let wanted = || open.iter().copied().filter(|layer| self.recipes[layer.name()].needs_hessian());
-        let mut gatherer = Gatherer::new(wanted(), self.device)?;
-        if wanted().next().is_none() {
+        let needs_hessian = |layer: &&Layer| self.recipes[layer.name()].needs_hessian();
+        let wanted: Vec<&Layer> = open.iter().map(|index| &net.layers()[*index]).filter(needs_hessian).collect();
+        let mut gatherer = match dense.is_empty() {
+            true => Gatherer::new(wanted.iter().copied(), self.device)?,
+            false => Gatherer::with_targets(wanted.iter().copied(), self.device)?,
+        };
+        if wanted.is_empty() {
             return Ok(gatherer);
         }
         if states.is_empty() {
             return Err(Error::Argument("calibration needs samples, and there are none".into()));
         }
-        let inputs = inputs_of(&wanted().collect::<Vec<_>>());
+        let inputs = inputs_of(&wanted);
         // All layers of these inputs: the first of them shows the input, compressed or not.
         let watched = Watched::of(net.layers()[range.clone()].iter().filter(|layer| inputs.contains(&layer.input())), false);
         let watched = if inputs.len() == 1 { watched.ending_early() } else { watched };
+        let names: Vec<String> = wanted.iter().map(|layer| layer.name().to_owned()).collect();
+        let watched = if dense.is_empty() { watched } else { watched.fitted(&names) };
         for (number, state) in states.iter().enumerate() {
+            let mut targets = DenseOutputs::default();
             let batch = match is_held_out(number, states.len()) {
                 true => BatchUse::HeldOut { vectors: HELD_OUT_VECTORS },
                 false => BatchUse::Summed { weight: 1.0 },
             };
-            let mut take = |seen| gatherer.add_seen(seen);
-            let mut watcher = Watcher::new(&watched, batch, DenseOutputs::of(Vec::new()), &mut take);
-            match net.run_piece(index, state.shallow_clone(), &mut watcher) {
-                Ok(_) | Err(Error::SeenEnough) => {}
-                Err(error) => return Err(error),
+            if let (Some(dense), BatchUse::Summed { .. }) = (dense.get(number), batch) {
+                targets = DenseOutputs::of(names.clone()).ending_early();
+                own.exchange(&mut net.layers_mut()[range.clone()])?;
+                unless_ended_early(net.run_piece(index, dense.shallow_clone(), &mut targets))?;
+                own.exchange(&mut net.layers_mut()[range.clone()])?;
             }
+            let mut take = |seen| gatherer.add_seen(seen);
+            let mut watcher = Watcher::new(&watched, batch, targets, &mut take);
+            unless_ended_early(net.run_piece(index, state.shallow_clone(), &mut watcher))?;
         }
         Ok(gatherer)
     }
@@ -120,14 +151,17 @@ impl Solving<'_> {
                         Some(Sums {
                             hessian: hessian.to_device(self.device)?,
                             factors: factors.to_device(self.device)?,
-                            correction: None,
+                            correction: gathered.take_correction(layer.name()),
                             metric: None,
                             held_out: held_out.as_ref().map(Tensor::shallow_clone),
                         })
                     }
                     Some(_) | None => None,
                 };
-                let weight = layer.weight().shallow_clone();
+                let weight = match self.source {
+                    Some(source) => source.tensor(&format!("{}.weight", layer.name()), &layer.weight().size())?,
+                    None => layer.weight().shallow_clone(),
+                };
                 let solved = solved(layer.name(), weight, recipe, sums, self.device)?;
                 let (shape, compressed) = (layer.weight().size(), &solved.compressed);
                 let report = LayerReport::new(layer.name(), piece.to_owned(), shape, compressed, solved.vectors);
@@ -139,6 +173,9 @@ impl Solving<'_> {
 
     /// Replaces the weights of the layers `stop` by those that `store` has.
     fn install(&self, net: &mut dyn Pieces, stop: &[usize], store: &Workspace) -> Result<()> {
+        if self.source.is_some() {
+            return Ok(());
+        }
         for index in stop {
             let layer = &mut net.layers_mut()[*index];
             if !store.has(layer.name()) {
@@ -148,6 +185,26 @@ impl Solving<'_> {
                 let decoded = decoded(&weight)?.f_to_kind(layer.weight().f_kind()?)?;
                 layer.replace_weight(&decoded)?;
             }
+        }
+        Ok(())
+    }
+}
+
+/// The dense weights of a piece's layers, of which some have their compressed ones.
+struct DenseWeights(Vec<Tensor>);
+
+impl DenseWeights {
+    /// The weights of layers that all have their own.
+    fn of(layers: &[Layer]) -> Self {
+        DenseWeights(layers.iter().map(|layer| layer.weight().shallow_clone()).collect())
+    }
+
+    /// Puts these weights into `layers`, and keeps those that they had: a second exchange undoes
+    /// the first. No weight is copied.
+    fn exchange(&mut self, layers: &mut [Layer]) -> Result<()> {
+        for (own, layer) in self.0.iter_mut().zip(layers) {
+            let weight = std::mem::replace(own, layer.weight().shallow_clone());
+            layer.replace_weight(&weight)?;
         }
         Ok(())
     }

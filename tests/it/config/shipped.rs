@@ -321,7 +321,7 @@ fn the_configs_for_text_encoders_and_vae_compress_nothing_else() {
     for config in [sdxl, emoji] {
         assert_eq!(config.calibration.prompts.load().unwrap().len(), 48);
         assert!(config.calibration.captions.as_ref().is_some_and(|path| repo(&path.to_string_lossy()).is_file()));
-        let rules = &config.vae.as_ref().unwrap().palettize.rules;
+        let rules = &config.vae.as_ref().unwrap().network.palettize.rules;
         let ends = rules.module_name_configs.iter().find(|(pattern, _)| pattern.value.matches("decoder.conv_out"));
         assert!(ends.unwrap().1.is_none());
         let written = RunConfig::parse("x".as_ref(), config.to_yaml().as_bytes()).unwrap();

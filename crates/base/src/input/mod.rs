@@ -1,13 +1,15 @@
 //! Reads files that may be of any size and kind: devices, endless pipes, other formats.
 
+mod other_format;
 mod prompt;
 mod source_file;
 mod steady_file;
 
 use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
+pub use other_format::{START, other_format};
 pub use prompt::prompt_of_length;
 pub use prompt::{PROMPT_BYTES, check_prompt};
 pub use source_file::SourceFile;
@@ -61,7 +63,7 @@ pub fn open(path: &Path) -> Result<File> {
         // Without this flag, opening a pipe waits for a writer. For regular files it has no effect.
         options.custom_flags(libc::O_NONBLOCK);
     }
-    let file = options.open(path).map_err(Error::read(path))?;
+    let file = options.open(path).map_err(|why| unopened(path, why))?;
     let kind = file.metadata().map_err(Error::read(path))?.file_type();
     if kind.is_file() {
         return Ok(file);
@@ -69,10 +71,28 @@ pub fn open(path: &Path) -> Result<File> {
     Err(Error::bad_file(path, format!("is {}, not a regular file", name_of(kind))))
 }
 
+/// A link to nothing has a sentence of its own: for the system it is a file that does not exist.
+fn unopened(path: &Path, why: io::Error) -> Error {
+    match std::fs::read_link(path) {
+        Ok(target) if why.kind() == io::ErrorKind::NotFound => {
+            let target = target.display();
+            Error::bad_file(
+                path,
+                format!(
+                    "is a link to {target}, which does not exist. A model in the hub's cache is links to the folder `blobs` beside \
+                     `snapshots`: copy it with `cp -rL`, or download it again"
+                ),
+            )
+        }
+        _ => Error::read(path)(why),
+    }
+}
+
 /// Reads the whole of a small regular file.
 ///
 /// # Errors
-/// As [`open`]; [`Error::BadFile`] if it has more bytes than `limit` allows.
+/// As [`open`]; [`Error::BadFile`] if it has more bytes than `limit` allows, or is a pointer of
+/// git-lfs or a web page.
 pub fn read(path: &Path, limit: Limit) -> Result<Vec<u8>> {
     let file = open(path)?;
     let size = file.metadata().map_err(Error::read(path))?.len();
@@ -84,7 +104,13 @@ pub fn read(path: &Path, limit: Limit) -> Result<Vec<u8>> {
     // The size is that of a moment ago, and special files report 0: so the bytes are counted too.
     let mut content = Vec::with_capacity(size as usize);
     let count = file.take(limit.bytes + 1).read_to_end(&mut content).map_err(Error::read(path))? as u64;
-    if count > limit.bytes { Err(too_large(count)) } else { Ok(content) }
+    if count > limit.bytes {
+        return Err(too_large(count));
+    }
+    match other_format::placeholder(&content[..content.len().min(START)]) {
+        Some(problem) => Err(Error::bad_file(path, problem)),
+        None => Ok(content),
+    }
 }
 
 /// Reads the whole of a small regular file of UTF-8 text.

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::digest;
 use crate::error::{Error, Result};
-use crate::input::SteadyFile;
+use crate::input::{START, SteadyFile, other_format};
 
 /// A tensor's type and place in its file.
 #[derive(Debug, Clone)]
@@ -83,7 +83,12 @@ impl SafetensorsFile {
     pub fn open(path: &Path) -> Result<Self> {
         let file = SteadyFile::open(path)?;
         let bytes = file.bytes();
-        let wrong = |why: String| Error::bad_file(path, format!("not a whole safetensors file: {why} ({bytes} bytes)"));
+        let mut start = vec![0; bytes.min(START as u64) as usize];
+        file.read(&mut start, 0)?;
+        let wrong = |why: String| match other_format(&start) {
+            Some(problem) => Error::bad_file(path, problem),
+            None => Error::bad_file(path, format!("not a whole safetensors file: {why} ({bytes} bytes)")),
+        };
         if bytes < PREFIX {
             return Err(wrong("it is too short for a header".into()));
         }

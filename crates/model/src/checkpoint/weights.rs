@@ -1,7 +1,7 @@
 //! The tensors of one part of a pipeline: in one file, in shards with an index, or among others in
 //! a single-file checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::{self, Limit, SourceFile};
-use squeeze_base::safetensors_file::{Entry, SafetensorsFile};
+use squeeze_base::safetensors_file::{Entry, Magnitudes, SafetensorsFile};
 use squeeze_base::shorten::shorten;
 use squeeze_numerics::device::Placement;
 use tch::{Device, Kind, Tensor};
@@ -62,7 +62,8 @@ impl Weights {
     /// # Errors
     /// If there are none, or one is damaged, or an index disagrees with its shards.
     pub fn open(folder: &Path, stem: &str, rename: impl Fn(&str) -> String) -> Result<Self> {
-        let existing = |name: String| Some(folder.join(name)).filter(|path| path.exists());
+        // A link to nothing counts, so that it is refused and not passed over.
+        let existing = |name: String| Some(folder.join(name)).filter(|path| path.symlink_metadata().is_ok());
         for variant in ["", ".fp16"] {
             let mut single = existing(format!("{stem}{variant}.safetensors"));
             let names = [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")];
@@ -99,7 +100,10 @@ impl Weights {
         } else {
             ""
         };
-        Err(Error::bad_file(folder, format!("no {stem}.safetensors in this folder{hint}")))
+        Err(Error::bad_file(
+            folder,
+            format!("no {stem}.safetensors in this folder, nor its .fp16 variant, nor shards with their index{hint}"),
+        ))
     }
 
     /// The tensors of `file` that `views` makes of its stored tensors: none, one or several of
@@ -218,14 +222,39 @@ impl Weights {
             on_file(&name);
             let (sha256, magnitudes) = file.survey()?;
             sources.push(SourceFile { bytes: file.bytes(), file: format!("{prefix}{name}"), scale: None, sha256 });
-            for (name, place) in self.index.iter().filter(|(_, place)| place.file == number) {
-                if let Some(Err(problem)) = magnitudes.get(place.stored.as_str()).map(|magnitudes| magnitudes.check(Dtype::F16)) {
-                    problems.push(format!("`{name}` {problem}"));
-                }
-            }
+            problems.extend(self.problems_of(number, &magnitudes, Dtype::F16));
         }
+        self.refuse(problems)?;
+        Ok(sources)
+    }
+
+    /// Reads all files for tensors with a NaN or an infinity, as the cause of one in the network's
+    /// output.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] naming them; [`Error::Changed`]; [`Error::Read`].
+    pub fn check_finite(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        for (number, file) in self.files.iter().enumerate() {
+            problems.extend(self.problems_of(number, &file.survey()?.1, Dtype::F32));
+        }
+        self.refuse(problems)
+    }
+
+    /// What is wrong with the values of the file `number` in `dtype`, a sentence for each tensor.
+    fn problems_of(&self, number: usize, magnitudes: &BTreeMap<&str, Magnitudes>, dtype: Dtype) -> Vec<String> {
+        let of_file = self.index.iter().filter(|(_, place)| place.file == number);
+        let problem = |(name, place): (&String, &Place)| {
+            let problem = magnitudes.get(place.stored.as_str())?.check(dtype).err()?;
+            Some(format!("`{name}` {problem}"))
+        };
+        of_file.filter_map(problem).collect()
+    }
+
+    /// One error of all problems, if there are any.
+    fn refuse(&self, mut problems: Vec<String>) -> Result<()> {
         if problems.is_empty() {
-            return Ok(sources);
+            return Ok(());
         }
         const SHOWN: usize = 4;
         let more = if problems.len() > SHOWN { format!("; and {} tensors more", problems.len() - SHOWN) } else { String::new() };
@@ -324,6 +353,14 @@ pub fn check_tensors(
         }
     }
     let surplus: Vec<String> = surplus.into_keys().filter(|name| !unused(name)).map(str::to_owned).collect();
+    if let Some(prefix) = common_prefix(expected, &surplus) {
+        let problem = format!(
+            "all names of tensors begin with `{prefix}`, as where a wrapped network was saved (torch.compile makes `_orig_mod.`, \
+             DataParallel `module.`) or a part of a single-file checkpoint; save the network inside the wrapper, or take \
+             `{prefix}` off the names"
+        );
+        return Err(Error::Tensors { path: path.to_owned(), problem });
+    }
     let lists = [
         ("missing", missing),
         ("of another shape", misshapen),
@@ -336,6 +373,16 @@ pub fn check_tensors(
         return Ok(());
     }
     Err(Error::Tensors { path: path.to_owned(), problem: format!("tensors disagree with config.json: {}", problems.join("; ")) })
+}
+
+/// What stands before the names of all expected tensors in `stored`.
+fn common_prefix<'a>(expected: &[TensorSpec], stored: &'a [String]) -> Option<&'a str> {
+    let names: BTreeSet<&str> = stored.iter().map(String::as_str).collect();
+    let first = &expected.first()?.name;
+    let prefixes = stored.iter().filter_map(|name| name.strip_suffix(first.as_str()));
+    prefixes
+        .filter(|prefix| !prefix.is_empty())
+        .find(|prefix| expected.iter().all(|tensor| names.contains(format!("{prefix}{}", tensor.name).as_str())))
 }
 
 /// "3 missing (a, b, c)", with the first few names of a long list.

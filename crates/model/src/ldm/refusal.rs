@@ -1,32 +1,8 @@
 //! Files that are no SDXL checkpoint, told apart so that the refusal can say what to do.
 
-use std::io::Read;
-use std::path::Path;
-
 use safetensors::Dtype;
 use squeeze_base::error::{Error, Result};
-use squeeze_base::input;
 use squeeze_base::safetensors_file::SafetensorsFile;
-
-/// Refuses formats other than safetensors by their first bytes.
-///
-/// # Errors
-/// [`Error::BadFile`] that names the format and the remedy; [`Error::Read`].
-pub(super) fn by_first_bytes(path: &Path) -> Result<()> {
-    let mut start = Vec::new();
-    input::open(path)?.take(8).read_to_end(&mut start).map_err(Error::read(path))?;
-    // A pickle begins with its protocol, 2 to 5; since PyTorch 1.6 it lies in a ZIP archive.
-    let is_pickle = start.starts_with(b"PK\x03\x04") || matches!(start[..], [0x80, 2..=5, b'}' | b']' | b'c' | b'(' | 0x8a, ..]);
-    let problem = if start.starts_with(b"GGUF") {
-        "is a GGUF file, whose weights are quantized already; take the fp16 safetensors that it was made from"
-    } else if is_pickle {
-        "is a pickle (.ckpt, .pt), which can run any code when it is read; convert it to safetensors with a tool that you trust, \
-         such as A1111's checkpoint merger or diffusers' from_single_file and save_pretrained"
-    } else {
-        return Ok(());
-    };
-    Err(Error::bad_file(path, problem))
-}
 
 /// Refuses other models, and SDXL in forms that are not read.
 ///

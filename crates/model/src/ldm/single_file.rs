@@ -93,7 +93,6 @@ impl SingleFile {
     /// [`Error::BadFile`] if it is another model, or in a form that is not read, saying what it is
     /// and what to do; [`Error::Read`].
     pub fn open(path: &Path) -> Result<Self> {
-        refusal::by_first_bytes(path)?;
         let file = Arc::new(SafetensorsFile::open(path)?);
         refusal::by_tensors(&file)?;
         let has = |name: &str| file.entries().contains_key(name);

@@ -26,7 +26,6 @@ impl VaeFile {
     /// # Errors
     /// [`Error::BadFile`] if it has none, or is in a form that is not read; [`Error::Read`].
     pub fn open(path: &Path) -> Result<Self> {
-        refusal::by_first_bytes(path)?;
         let file = Arc::new(SafetensorsFile::open(path)?);
         refusal::by_tensors(&file)?;
         let found = ["first_stage_model.", ""].into_iter().find_map(|prefix| Self::within(Arc::clone(&file), prefix));

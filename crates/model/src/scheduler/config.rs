@@ -221,6 +221,13 @@ impl SchedulerConfig {
         &self.class
     }
 
+    /// The config for another class of diffusers, which takes the keys that it has from this file.
+    /// The class is checked when the sampler is made.
+    #[must_use]
+    pub fn with_class(&self, class: &str) -> Self {
+        SchedulerConfig { class: class.to_owned(), ..self.clone() }
+    }
+
     /// The config for the sampler called `name` (see [`SchedulerChoice`]), as by diffusers'
     /// `from_config`.
     ///
@@ -232,7 +239,7 @@ impl SchedulerConfig {
     /// [`Error::Argument`] if there is no such sampler.
     pub fn with_override(&self, name: &str) -> Result<Self> {
         let choice: SchedulerChoice = name.parse()?;
-        let mut config = SchedulerConfig { class: choice.kind.class().to_owned(), ..self.clone() };
+        let mut config = self.with_class(choice.kind.class());
         if choice.karras {
             config.entries.insert("use_karras_sigmas".to_owned(), Value::Bool(true));
         }

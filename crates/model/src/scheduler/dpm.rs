@@ -1,4 +1,4 @@
-//! The multistep DPM-Solver++ on the noise levels of training.
+//! The multistep DPM-Solver and DPM-Solver++ on the noise levels of training.
 
 use serde::Deserialize;
 use serde_json::json;
@@ -10,17 +10,18 @@ use super::multistep::{Level, Multistep};
 use super::noise::{NoiseSchedule, sigmas};
 use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind, countdown, linspace, reversed};
+use super::threshold::Threshold;
 use super::{Prediction, Scheduler, check_index, over, times};
 use crate::checkpoint::ConfigFile;
 
-/// diffusers' `DPMSolverMultistepScheduler` with `algorithm_type` "dpmsolver++" or
-/// "sde-dpmsolver++".
+/// diffusers' `DPMSolverMultistepScheduler`.
 #[derive(Debug)]
 pub(super) struct DpmSolver {
     timesteps: Vec<f64>,
     /// The noise before each step and after the last, relative to the picture.
     sigmas: Vec<f32>,
     prediction: Prediction,
+    threshold: Option<Threshold>,
     multistep: Multistep,
 }
 
@@ -28,13 +29,16 @@ impl DpmSolver {
     pub(super) fn new(file: &mut ConfigFile, noise: &NoiseSchedule, steps: usize) -> Result<Self> {
         let prediction = file.or("prediction_type", Prediction::Epsilon)?;
         let spacing = Spacing::read(file, SpacingKind::Linspace)?;
-        let curve = SigmaCurve::read(file)?;
+        let curve = SigmaCurve::read(file)?.or_lu(file)?;
         let end = file.or("final_sigmas_type", FinalSigma::Zero)?;
+        let threshold = Threshold::read(file)?;
         let solver = Multistep::read(file, end)?;
-        let lambda_min = lambda_min_clipped(file)?;
-        for key in ["use_lu_lambdas", "use_flow_sigmas"] {
-            file.only(key, &[json!(false)])?;
+        if solver.is_of_noise() && end == FinalSigma::Zero {
+            let problem = "= zero needs `algorithm_type: dpmsolver++` or `sde-dpmsolver++`, in diffusers too";
+            return Err(file.error("final_sigmas_type", problem));
         }
+        let lambda_min = lambda_min_clipped(file)?;
+        file.only("use_flow_sigmas", &[json!(false)])?;
         file.only("variance_type", &[])?;
 
         let signal = noise.positive_signal(file)?;
@@ -48,7 +52,7 @@ impl DpmSolver {
         let (timesteps, sigmas) = match curve.sigmas(max, min, steps) {
             Some(curved) => {
                 let timesteps = curved.iter().map(|sigma| timestep_of(*sigma, &logs));
-                let rounds = curve.is_karras() && !noise.cosine;
+                let rounds = curve.is_rounded() && !noise.cosine;
                 // Where diffusers does not round, it truncates to whole numbers.
                 let whole = timesteps.map(|timestep| if rounds { timestep.round_ties_even() } else { timestep.trunc() });
                 (whole.collect(), curved)
@@ -60,15 +64,15 @@ impl DpmSolver {
             }
         };
         let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| sigma as f32).collect();
-        // Two equal sigmas would make the second-order term 0 / 0.
-        if sigmas.is_empty() || solver.order() == 2 && sigmas.windows(2).any(|pair| pair[0] == pair[1]) {
+        // Two equal sigmas would make the terms of higher order 0 / 0.
+        if sigmas.is_empty() || solver.order() > 1 && sigmas.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(Error::Argument(format!(
                 "{steps} DPM-Solver steps do not fit into {noisiest} timesteps with this spacing; take fewer"
             )));
         }
         sigmas.push(if end == FinalSigma::Zero { 0.0 } else { table[0] });
         let multistep = solver.for_steps(timesteps.len());
-        Ok(DpmSolver { timesteps, sigmas, prediction, multistep })
+        Ok(DpmSolver { timesteps, sigmas, prediction, threshold, multistep })
     }
 
     /// The noise level before step `index`.
@@ -76,13 +80,27 @@ impl DpmSolver {
         Level::preserving(self.sigmas[index])
     }
 
-    /// The picture that a model output predicts.
-    fn picture(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+    /// The picture or the noise that a model output predicts, as the solver takes it.
+    fn converted(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         let Level { signal, noise, .. } = self.level(index)?;
-        match self.prediction {
-            Prediction::Epsilon => over(&sample.f_sub(&times(noise, model_output)?)?, signal),
-            Prediction::Sample => Ok(model_output.shallow_clone()),
-            Prediction::Velocity => Ok(times(signal, sample)?.f_sub(&times(noise, model_output)?)?),
+        let picture_of = |epsilon: &Tensor| over(&sample.f_sub(&times(noise, epsilon)?)?, signal);
+        let noise_of = |picture: &Tensor| over(&sample.f_sub(&times(signal, picture)?)?, noise);
+        if !self.multistep.is_of_noise() {
+            let picture = match self.prediction {
+                Prediction::Epsilon => picture_of(model_output)?,
+                Prediction::Sample => model_output.shallow_clone(),
+                Prediction::Velocity => times(signal, sample)?.f_sub(&times(noise, model_output)?)?,
+            };
+            return self.threshold.map_or(Ok(picture.shallow_clone()), |threshold| threshold.apply(&picture));
+        }
+        let epsilon = match self.prediction {
+            Prediction::Epsilon => model_output.shallow_clone(),
+            Prediction::Sample => noise_of(model_output)?,
+            Prediction::Velocity => times(signal, model_output)?.f_add(&times(noise, sample)?)?,
+        };
+        match self.threshold {
+            Some(threshold) => noise_of(&threshold.apply(&picture_of(&epsilon)?)?),
+            None => Ok(epsilon),
         }
     }
 }
@@ -94,12 +112,12 @@ impl Scheduler for DpmSolver {
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor> {
         self.multistep.check(index)?;
-        let picture = self.picture(index, model_output, sample)?;
-        let earlier = if index == 0 { None } else { Some(self.level(index - 1)?) };
-        let levels = (earlier, self.level(index)?, self.level(index + 1)?);
+        let output = self.converted(index, model_output, sample)?;
         let noise = self.multistep.noise(sample, Kind::Float, generator)?;
-        let next = self.multistep.step(index, levels, &picture, &sample.f_to_kind(Kind::Float)?, noise)?;
-        Ok(next.f_to_kind(picture.f_kind()?)?)
+        let sigmas = &self.sigmas;
+        let level = |index: usize| Level::preserving(sigmas[index]);
+        let next = self.multistep.step(index, &level, &output, &sample.f_to_kind(Kind::Float)?, noise)?;
+        Ok(next.f_to_kind(output.f_kind()?)?)
     }
 
     fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {

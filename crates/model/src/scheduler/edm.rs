@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::multistep::{Level, Multistep};
 use super::sigmas::FinalSigma;
+use super::threshold::Threshold;
 use super::{Prediction, Scheduler, check_index, log, over, scalar, sqrt, times};
 use crate::checkpoint::ConfigFile;
 
@@ -155,18 +156,25 @@ impl Scheduler for EdmEuler {
 #[derive(Debug)]
 pub(super) struct EdmDpmSolver {
     edm: Edm,
+    threshold: Option<Threshold>,
     multistep: Multistep,
 }
 
 impl EdmDpmSolver {
     pub(super) fn new(file: &mut ConfigFile, steps: usize) -> Result<Self> {
         let (edm, end) = Edm::read(file, steps, false)?;
+        let threshold = Threshold::read(file)?;
         let multistep = Multistep::read(file, end)?.for_steps(steps);
+        if multistep.is_of_noise() {
+            let problem = "of noise is not a form of this class, in diffusers neither (dpmsolver++ and sde-dpmsolver++ are)";
+            return Err(file.error("algorithm_type", problem));
+        }
         if end == FinalSigma::SigmaMin && multistep.divides_by_last_step() {
-            let problem = "= sigma_min makes a last step of length 0, which `solver_type: heun` cannot take";
+            let problem =
+                "= sigma_min makes a last step of length 0, which `solver_type: heun` and `solver_order: 3` cannot take";
             return Err(file.error("final_sigmas_type", problem));
         }
-        Ok(EdmDpmSolver { edm, multistep })
+        Ok(EdmDpmSolver { edm, threshold, multistep })
     }
 }
 
@@ -185,12 +193,12 @@ impl Scheduler for EdmDpmSolver {
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, generator: &mut Generator) -> Result<Tensor> {
         self.multistep.check(index)?;
-        let level = |index: usize| Level::exploding(self.edm.sigmas[index]);
-        let earlier = if index == 0 { None } else { Some(level(index - 1)?) };
-        let levels = (earlier, level(index)?, level(index + 1)?);
+        let sigmas = &self.edm.sigmas;
+        let level = |index: usize| Level::exploding(sigmas[index]);
         let picture = self.edm.denoised(index, model_output, sample)?;
+        let picture = self.threshold.map_or(Ok(picture.shallow_clone()), |threshold| threshold.apply(&picture))?;
         let noise = self.multistep.noise(sample, picture.f_kind()?, generator)?;
-        self.multistep.step(index, levels, &picture, sample, noise)
+        self.multistep.step(index, &level, &picture, sample, noise)
     }
 
     fn add_noise(&self, index: usize, picture: &Tensor, noise: &Tensor) -> Result<Tensor> {

@@ -25,6 +25,7 @@ mod predicted;
 mod sigmas;
 mod spacing;
 mod tcd;
+mod threshold;
 mod unipc;
 
 pub use config::SchedulerConfig;

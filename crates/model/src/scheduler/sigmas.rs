@@ -1,8 +1,8 @@
 //! Noise levels at fractional timesteps.
 
 use serde::Deserialize;
-use serde_json::json;
 use squeeze_base::error::Result;
+use statrs::function::beta::inv_beta_reg;
 
 use super::spacing::linspace;
 use crate::checkpoint::ConfigFile;
@@ -26,9 +26,15 @@ enum Shape {
     Karras,
     /// A geometric progression.
     Exponential,
+    /// The quantiles of the Beta distribution with α = β = 0.6 (Lee et al. 2024,
+    /// arXiv:2407.12173).
+    Beta,
+    /// Evenly spaced logarithms, over the whole range of training (Lu et al. 2022,
+    /// arXiv:2206.00927).
+    Lu,
 }
 
-/// `use_karras_sigmas`, `use_exponential_sigmas`, `sigma_min` and `sigma_max`.
+/// `use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`, `sigma_min` and `sigma_max`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SigmaCurve {
     shape: Shape,
@@ -37,23 +43,35 @@ pub(super) struct SigmaCurve {
 }
 
 impl SigmaCurve {
-    /// Takes the four keys; refuses `use_beta_sigmas`, which is not implemented.
+    /// Takes the five keys.
     ///
     /// diffusers' DPM-Solver has no parameter `sigma_min`, but reads it from the config all the
     /// same, so these keys are taken for every class.
     pub(super) fn read(file: &mut ConfigFile) -> Result<Self> {
-        let karras: bool = file.or("use_karras_sigmas", false)?;
-        let exponential: bool = file.or("use_exponential_sigmas", false)?;
-        file.only("use_beta_sigmas", &[json!(false)])?;
-        let shape = match (karras, exponential) {
-            (true, true) => {
-                return Err(file.error("use_exponential_sigmas", "and `use_karras_sigmas` cannot both be true"));
+        const SHAPES: [(&str, Shape); 3] = [
+            ("use_karras_sigmas", Shape::Karras),
+            ("use_exponential_sigmas", Shape::Exponential),
+            ("use_beta_sigmas", Shape::Beta),
+        ];
+        let mut chosen: Option<(&str, Shape)> = None;
+        for (key, shape) in SHAPES {
+            if !file.or(key, false)? {
+                continue;
             }
-            (true, false) => Shape::Karras,
-            (false, true) => Shape::Exponential,
-            (false, false) => Shape::Trained,
-        };
+            if let Some((other, _)) = chosen {
+                return Err(file.error(key, format!("and `{other}` cannot both be true")));
+            }
+            chosen = Some((key, shape));
+        }
+        let shape = chosen.map_or(Shape::Trained, |(_, shape)| shape);
         Ok(SigmaCurve { shape, min: positive(file, "sigma_min")?, max: positive(file, "sigma_max")? })
+    }
+
+    /// The curve with `use_lu_lambdas`, which one class has. As in diffusers, Karras's sigmas come
+    /// before it, and it before the others.
+    pub(super) fn or_lu(self, file: &mut ConfigFile) -> Result<Self> {
+        let is_lu: bool = file.or("use_lu_lambdas", false)? && !self.is_karras();
+        Ok(if is_lu { SigmaCurve { shape: Shape::Lu, min: None, max: None } } else { self })
     }
 
     /// Whether the sigmas are those of training.
@@ -64,6 +82,12 @@ impl SigmaCurve {
     /// Whether the sigmas are Karras's.
     pub(super) fn is_karras(&self) -> bool {
         self.shape == Shape::Karras
+    }
+
+    /// Whether diffusers' DPM-Solver rounds the timesteps of these sigmas, and does not truncate
+    /// them.
+    pub(super) fn is_rounded(&self) -> bool {
+        matches!(self.shape, Shape::Karras | Shape::Lu)
     }
 
     /// The curve without `sigma_min` and `sigma_max` where it is Karras's: a class that has neither
@@ -91,6 +115,17 @@ impl SigmaCurve {
                 Some(linspace(0.0, 1.0, steps).into_iter().map(|ramp| (max + ramp * (min - max)).powf(RHO)).collect())
             }
             Shape::Exponential => Some(linspace(max.ln(), min.ln(), steps).into_iter().map(f64::exp).collect()),
+            Shape::Beta => {
+                const ALPHA: f64 = 0.6;
+                let quantile = |ramp: f64| inv_beta_reg(ALPHA, ALPHA, 1.0 - ramp);
+                Some(linspace(0.0, 1.0, steps).into_iter().map(|ramp| min + quantile(ramp) * (max - min)).collect())
+            }
+            // diffusers has these logarithms in fp32.
+            Shape::Lu => {
+                let logarithm = |sigma: f64| f64::from(numpy_log(sigma as f32));
+                let (max, min) = (logarithm(max), logarithm(min));
+                Some(linspace(0.0, 1.0, steps).into_iter().map(|ramp| (max + ramp * (min - max)).exp()).collect())
+            }
         }
     }
 }

@@ -14,6 +14,7 @@ use super::multistep::Level;
 use super::noise::{NoiseSchedule, sigmas};
 use super::sigmas::{FinalSigma, SigmaCurve, logarithms, sigma_at, timestep_of};
 use super::spacing::{Spacing, SpacingKind};
+use super::threshold::Threshold;
 use super::{Prediction, Scheduler, check_index, over, times};
 use crate::checkpoint::ConfigFile;
 
@@ -39,6 +40,7 @@ pub(super) struct UniPc {
     solver: SolverType,
     /// Whether the picture is predicted, or the noise.
     of_picture: bool,
+    threshold: Option<Threshold>,
     lower_order_final: bool,
     /// The steps whose result is not corrected.
     uncorrected: Vec<usize>,
@@ -64,7 +66,9 @@ impl UniPc {
         let of_picture: bool = file.or("predict_x0", true)?;
         let lower_order_final: bool = file.or("lower_order_final", true)?;
         let uncorrected: Vec<usize> = file.or("disable_corrector", Vec::new())?;
-        for key in ["thresholding", "use_flow_sigmas", "use_dynamic_shifting"] {
+        // Where the noise is predicted, diffusers has the key without effect.
+        let threshold = Threshold::read(file)?.filter(|_| of_picture);
+        for key in ["use_flow_sigmas", "use_dynamic_shifting"] {
             file.only(key, &[json!(false)])?;
         }
         file.only("solver_p", &[])?;
@@ -101,7 +105,7 @@ impl UniPc {
             (FinalSigma::SigmaMin, true) => table[0],
             (FinalSigma::SigmaMin, false) => {
                 let problem =
-                    "= sigma_min makes a last step of length 0 with Karras or exponential sigmas, which UniPC cannot take";
+                    "= sigma_min makes a last step of length 0 with Karras, exponential or beta sigmas, which UniPC cannot take";
                 return Err(file.error("final_sigmas_type", problem));
             }
         };
@@ -120,6 +124,7 @@ impl UniPc {
             order,
             solver,
             of_picture,
+            threshold,
             lower_order_final,
             uncorrected,
             outputs: VecDeque::new(),
@@ -135,12 +140,16 @@ impl UniPc {
     /// The prediction of the solver's kind that a model output makes.
     fn converted(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
         let Level { signal, noise, .. } = self.level(index)?;
-        match (self.of_picture, self.prediction) {
+        let converted = match (self.of_picture, self.prediction) {
             (true, Prediction::Epsilon) => over(&sample.f_sub(&times(noise, model_output)?)?, signal),
             (true, Prediction::Sample) | (false, Prediction::Epsilon) => Ok(model_output.shallow_clone()),
             (true, Prediction::Velocity) => Ok(times(signal, sample)?.f_sub(&times(noise, model_output)?)?),
             (false, Prediction::Sample) => over(&sample.f_sub(&times(signal, model_output)?)?, noise),
             (false, Prediction::Velocity) => Ok(times(signal, model_output)?.f_add(&times(noise, sample)?)?),
+        };
+        match self.threshold {
+            Some(threshold) => threshold.apply(&converted?),
+            None => converted,
         }
     }
 

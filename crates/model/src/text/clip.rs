@@ -286,12 +286,14 @@ impl Block {
         let query = split_heads(&run.layer(self.q_proj, &normed)?, self.heads)?;
         let key = split_heads(&run.layer(self.k_proj, &normed)?, self.heads)?;
         let value = split_heads(&run.layer(self.v_proj, &normed)?, self.heads)?;
+        run.onto(self.out_proj, hidden)?;
         let hidden = run.layer(self.out_proj, &attend(&query, &key, &value, true)?)?.f_add_(hidden)?;
         let inner = run.layer(self.fc1, &self.layer_norm2.forward(&hidden)?)?;
         let inner = match self.activation {
             Activation::Gelu => inner.f_gelu("none")?,
             Activation::QuickGelu => sigmoid_in_place(inner.f_mul_scalar(1.702)?)?.f_mul_(&inner)?,
         };
+        run.onto(self.fc2, &hidden)?;
         Ok(run.layer(self.fc2, &inner)?.f_add_(&hidden)?)
     }
 }

@@ -171,14 +171,20 @@ impl VaeDecoder {
         let first = latents.shallow_clone();
         pieces.into_iter().try_fold(first, |hidden, piece| self.run_piece(piece, States { hidden, ids: None }, &mut Unobserved))
     }
+}
 
-    fn run_mid_block(&self, input: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let mut hidden = self.mid_resnets[0].forward(input, None, run)?;
-        if let Some(attention) = &self.mid_attention {
-            hidden = attention.forward(&hidden, run)?;
-        }
-        self.mid_resnets[1].forward(&hidden, None, run)
+/// The mid block of either half: a resnet, attention where the config has it, a resnet.
+pub(super) fn run_mid_block(
+    resnets: &[Resnet; 2],
+    attention: Option<&Attention>,
+    input: &Tensor,
+    run: &mut Run,
+) -> Result<Tensor> {
+    let mut hidden = resnets[0].forward(input, None, run)?;
+    if let Some(attention) = attention {
+        hidden = attention.forward(&hidden, run)?;
     }
+    resnets[1].forward(&hidden, None, run)
 }
 
 /// The pieces are the input convolutions, the mid block, each up block, and the last convolution.
@@ -207,7 +213,7 @@ impl Pieces for VaeDecoder {
                 let quantized = self.post_quant_conv.map(|conv| run.layer(conv, &input)).transpose()?;
                 run.layer(self.conv_in, quantized.as_ref().unwrap_or(&input))
             }
-            1 => self.run_mid_block(&input, &mut run),
+            1 => run_mid_block(&self.mid_resnets, self.mid_attention.as_ref(), &input, &mut run),
             index => match self.up_blocks.get(index - 2) {
                 Some(block) => block.forward(input, &mut run),
                 None => run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&input)?)?),
@@ -254,6 +260,7 @@ impl Attention {
         let query = split_heads(&run.layer(self.to_q, &tokens)?, 1)?;
         let key = split_heads(&run.layer(self.to_k, &tokens)?, 1)?;
         let value = split_heads(&run.layer(self.to_v, &tokens)?, 1)?;
+        run.onto(self.to_out, input)?;
         let mixed = run.layer(self.to_out, &attend(&query, &key, &value, false)?)?;
         Ok(mixed.f_transpose(1, 2)?.f_reshape(shape)?.f_add(input)?)
     }

@@ -1,14 +1,17 @@
 //! The encoder: from a picture to latents.
 
+use std::ops::Range;
+
 use squeeze_base::error::Result;
 use squeeze_numerics::elementwise::silu_in_place;
 use tch::Tensor;
 
 use super::config::VaeConfig;
-use super::decoder::{Attention, EPS};
+use super::decoder::{Attention, EPS, run_mid_block};
 use crate::checkpoint::{Blueprint, TensorSource, TensorSpec};
-use crate::layer::{ConvGeometry, Layer, Unobserved};
+use crate::layer::{ConvGeometry, Layer, Observer, Unobserved};
 use crate::network::{Builder, GroupNorm, LayerId, Run};
+use crate::pieces::{Pieces, States};
 use crate::resnet::{Resnet, ResnetShape};
 
 /// The encoding half of `diffusers.AutoencoderKL` (Rombach et al. 2022), for pictures of three
@@ -24,6 +27,8 @@ pub struct VaeEncoder {
     conv_norm_out: GroupNorm,
     conv_out: LayerId,
     quant_conv: Option<LayerId>,
+    /// The number of layers up to the end of each piece.
+    ends: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -68,6 +73,7 @@ impl VaeEncoder {
 
         let mut encoder = top.at("encoder");
         let conv_in = encoder.conv2d("conv_in", config.out_channels, widths[0], 3, same)?;
+        let mut ends = vec![encoder.count()];
         let mut down_blocks = Vec::new();
         for (i, width) in widths.iter().copied().enumerate() {
             let mut block = encoder.at(format_args!("down_blocks.{i}"));
@@ -79,16 +85,19 @@ impl VaeEncoder {
                 .then(|| block.at("downsamplers.0").conv2d("conv", width, width, 3, ConvGeometry::new(2, 0)))
                 .transpose()?;
             down_blocks.push(DownBlock { resnets, downsampler });
+            ends.push(block.count());
         }
         let mut mid = encoder.at("mid_block");
         let mid_resnet_0 = Resnet::build(&mut mid.at("resnets.0"), shape(deepest, deepest))?;
         let mid_attention =
             config.mid_block_add_attention.then(|| Attention::build(&mut mid.at("attentions.0"), deepest, groups)).transpose()?;
         let mid_resnet_1 = Resnet::build(&mut mid.at("resnets.1"), shape(deepest, deepest))?;
+        ends.push(mid.count());
         let conv_norm_out = encoder.group_norm("conv_norm_out", groups, deepest, EPS)?;
         let conv_out = encoder.conv2d("conv_out", deepest, moments, 3, same)?;
         let quant_conv =
             config.use_quant_conv.then(|| top.conv2d("quant_conv", moments, moments, 1, ConvGeometry::new(1, 0))).transpose()?;
+        ends.push(top.count());
         Ok(VaeEncoder {
             config: config.clone(),
             layers,
@@ -99,6 +108,7 @@ impl VaeEncoder {
             conv_norm_out,
             conv_out,
             quant_conv,
+            ends,
         })
     }
 
@@ -124,27 +134,10 @@ impl VaeEncoder {
     /// # Errors
     /// If libtorch refuses an operation.
     pub fn forward(&self, picture: &Tensor) -> Result<LatentDistribution> {
-        let mut observer = Unobserved;
-        let mut run = Run::new(&self.layers, &mut observer);
-        let mut hidden = run.layer(self.conv_in, picture)?;
-        for block in &self.down_blocks {
-            for resnet in &block.resnets {
-                hidden = resnet.forward(&hidden, None, &mut run)?;
-            }
-            if let Some(conv) = block.downsampler {
-                // One row and column of zeros at the end, and none at the begin.
-                hidden = run.layer(conv, &hidden.f_constant_pad_nd([0, 1, 0, 1])?)?;
-            }
-        }
-        hidden = self.mid_resnets[0].forward(&hidden, None, &mut run)?;
-        if let Some(attention) = &self.mid_attention {
-            hidden = attention.forward(&hidden, &mut run)?;
-        }
-        hidden = self.mid_resnets[1].forward(&hidden, None, &mut run)?;
-        let moments = run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&hidden)?)?)?;
-        let quantized = self.quant_conv.map(|conv| run.layer(conv, &moments)).transpose()?;
+        let first = picture.shallow_clone();
+        let moments = (0..self.ends.len())
+            .try_fold(first, |hidden, piece| self.run_piece(piece, States { hidden, ids: None }, &mut Unobserved))?;
         let channels = self.config.latent_channels;
-        let moments = quantized.as_ref().unwrap_or(&moments);
         let log_variance = moments.f_narrow(1, channels, channels)?.f_clamp(-30.0, 20.0)?;
         Ok(LatentDistribution { mean: moments.f_narrow(1, 0, channels)?, std: log_variance.f_mul_scalar(0.5)?.f_exp()? })
     }
@@ -174,5 +167,55 @@ impl VaeEncoder {
     #[must_use]
     pub fn config(&self) -> &VaeConfig {
         &self.config
+    }
+}
+
+/// The pieces are the first convolution, each down block, the mid block, and the last convolutions,
+/// whose result is means and logarithms of variances [b, 2c, h, w].
+impl Pieces for VaeEncoder {
+    fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
+    }
+
+    fn pieces(&self) -> Vec<(String, Range<usize>)> {
+        let downs = (0..self.down_blocks.len()).map(|index| format!("encoder.down_blocks.{index}"));
+        let names = std::iter::once("encoder.conv_in".to_owned()).chain(downs);
+        let names = names.chain(["encoder.mid_block".to_owned(), "encoder.conv_out".to_owned()]);
+        let begins = std::iter::once(0).chain(self.ends.iter().copied());
+        names.zip(begins.zip(&self.ends).map(|(begin, end)| begin..*end)).collect()
+    }
+
+    fn run_piece(&self, index: usize, states: States, observer: &mut dyn Observer) -> Result<Tensor> {
+        let mut run = Run::new(&self.layers, observer);
+        let input = states.hidden;
+        let Some(index) = index.checked_sub(1) else { return run.layer(self.conv_in, &input) };
+        if let Some(block) = self.down_blocks.get(index) {
+            return block.forward(input, &mut run);
+        }
+        if index == self.down_blocks.len() {
+            return run_mid_block(&self.mid_resnets, self.mid_attention.as_ref(), &input, &mut run);
+        }
+        let moments = run.layer(self.conv_out, &silu_in_place(self.conv_norm_out.forward(&input)?)?)?;
+        match self.quant_conv {
+            Some(conv) => run.layer(conv, &moments),
+            None => Ok(moments),
+        }
+    }
+}
+
+impl DownBlock {
+    fn forward(&self, mut hidden: Tensor, run: &mut Run) -> Result<Tensor> {
+        for resnet in &self.resnets {
+            hidden = resnet.forward(&hidden, None, run)?;
+        }
+        match self.downsampler {
+            // One row and column of zeros at the end, and none at the begin.
+            Some(conv) => run.layer(conv, &hidden.f_constant_pad_nd([0, 1, 0, 1])?),
+            None => Ok(hidden),
+        }
     }
 }
