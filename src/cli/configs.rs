@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use sdxl_squeeze::checkpoint::ConfigFile;
 use sdxl_squeeze::config::{BudgetTarget, LayerInfo, RunConfig};
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
-use sdxl_squeeze::plan::stored_bytes;
+use sdxl_squeeze::recipe::stored_bytes;
 use sdxl_squeeze::recipe::{Recipe, layers_of};
 use sdxl_squeeze::shipped::{self, ShippedConfig};
 use sdxl_squeeze::synth::Preset;

@@ -19,8 +19,8 @@ const MISTAKES: usize = 100;
 /// The message, place and backtrace of the last panic of any thread, for [`report_panic`].
 static LAST_PANIC: Mutex<Option<(String, Backtrace)>> = Mutex::new(None);
 
-/// Runs `command` and returns the program's exit code. Reports a failure on standard error, `as_json`
-/// or in plain lines.
+/// Runs `command` and returns the program's exit code. Reports a failure on standard error,
+/// `as_json` or in plain lines.
 pub(super) fn exit_code(as_json: bool, command: impl FnOnce() -> Result<(), Error>) -> u8 {
     // Rust's own hook would print at once, in the midst of a progress bar.
     panic::set_hook(Box::new(keep));

@@ -9,7 +9,6 @@ mod memory;
 mod need;
 mod part;
 mod schedule;
-mod size;
 mod tuning;
 mod work;
 
@@ -25,7 +24,6 @@ use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::{CarryShape, Part, PartName, Scope, UnetChain};
 use sdxl_model::{Layer, LayerInput};
 use serde::Serialize;
-pub use size::{kept, stored_bytes};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_solver::{Hessian, OutputGradients};
@@ -36,7 +34,7 @@ pub use work::{Work, measured_rate};
 
 use crate::calibration::{Calls, drawing_activations};
 use crate::geometry::input_geometry;
-use crate::recipe::{LayerRecipes, Sequencing};
+use crate::recipe::{LayerRecipes, Sequencing, kept, stored_bytes};
 
 /// Where recorded carries wait between the stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -10,10 +10,9 @@ use squeeze_numerics::waiting::WaitingTensor;
 use super::memory::{Memory, working_set};
 use super::need::{Need, Room};
 use super::schedule::{Gather, Schedule, Stop, Then, by_block, by_stage};
-use super::size::stored_bytes;
 use super::work::Work;
 use crate::calibration::{Calls, is_held_out};
-use crate::recipe::{LayerRecipe, LayerRecipes, Sequencing};
+use crate::recipe::{LayerRecipe, LayerRecipes, Sequencing, stored_bytes};
 
 /// A stage in a [`Plan`](super::Plan).
 #[derive(Debug, Clone, Serialize)]

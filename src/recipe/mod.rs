@@ -6,6 +6,7 @@
 mod layer;
 mod options;
 mod sequencing;
+mod size;
 
 pub use layer::{LayerRecipe, LayerRecipes};
 pub use options::{Devices, RunOptions};
@@ -13,11 +14,11 @@ use sdxl_model::Layer;
 use sdxl_model::checkpoint::Blueprint;
 use sdxl_model::unet::UnetChain;
 pub use sequencing::Sequencing;
+pub use size::{kept, stored_bytes};
 use squeeze_base::error::{Error, Result};
 use squeeze_codebook::{PruneMethod, PruneOptions};
 
 use crate::config::{Finding, LayerInfo, Resolution, RunConfig, Section, SequencingWord, SolverKind, Target};
-use crate::plan::stored_bytes;
 
 /// A config, resolved on the layers of one UNet.
 #[derive(Debug, Clone)]

@@ -15,8 +15,8 @@ use super::super::walk::{Visitor, Walk, execute};
 use super::super::workspace::Workspace;
 use super::measurement::{Limits, Measurement};
 use super::prices::Settings;
-use crate::plan::{Stop, stored_bytes};
-use crate::recipe::{LayerRecipe, LayerRecipes};
+use crate::plan::Stop;
+use crate::recipe::{LayerRecipe, LayerRecipes, stored_bytes};
 
 /// A setting of a layer with its size and error.
 #[derive(Debug, Clone)]

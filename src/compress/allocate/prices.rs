@@ -8,8 +8,7 @@ use squeeze_base::output::parent;
 
 use super::super::kept::{self, Kept};
 use super::choose::Choice;
-use crate::plan::stored_bytes;
-use crate::recipe::LayerRecipe;
+use crate::recipe::{LayerRecipe, stored_bytes};
 
 /// The settings that each layer may get, by its name.
 pub(in super::super) type Settings = BTreeMap<String, Vec<LayerRecipe>>;

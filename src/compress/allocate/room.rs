@@ -4,8 +4,8 @@ use squeeze_base::error::{Error, Result};
 
 use super::prices::{Prices, Shapes};
 use crate::config::BudgetTarget;
-use crate::plan::{Plan, stored_bytes};
-use crate::recipe::Recipe;
+use crate::plan::Plan;
+use crate::recipe::{Recipe, stored_bytes};
 
 /// What a result consists of besides the layers that are allocated.
 #[derive(Debug, Clone, Copy)]

@@ -15,7 +15,8 @@ use super::inputs::TEXTS_TOGETHER;
 use super::prepare::PreparedNetwork;
 use super::walk::stops;
 use crate::geometry::input_geometry;
-use crate::plan::{Disk, Memory, Work, solving_bytes, stored_bytes};
+use crate::plan::{Disk, Memory, Work, solving_bytes};
+use crate::recipe::stored_bytes;
 
 /// Bytes that each element of a table of embeddings takes while its palettes are made.
 const BYTES_OF_A_PALETTIZED_ELEMENT: u64 = 16;

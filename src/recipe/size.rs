@@ -2,7 +2,7 @@
 
 use squeeze_codebook::{Grouping, NmRatio, PaletteOptions, PruneMethod, Sparsity};
 
-use crate::recipe::LayerRecipe;
+use super::layer::LayerRecipe;
 
 /// Elements of a weight [o, d] that `recipe` keeps. With palettes of vectors, whole vectors of
 /// output channels are pruned.
