@@ -73,6 +73,9 @@ pub(super) fn run(args: Args) -> Result<()> {
             None => of_model(&config, options.placement())?,
         };
         let recipe = Recipe::new(&config, &target.chain)?;
+        if config.compresses_unet() {
+            recipe.check_not_empty()?;
+        }
         let drawn = target.drawn.filter(|_| recipe.needs_samples()).transpose()?;
         let memory = Memory::new(options.memory_budget()?, options.kind, options.placement().device);
         let memory = memory.with_encoders(target.encoders);

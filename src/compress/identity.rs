@@ -104,6 +104,10 @@ impl Inputs {
         let mut recipe = config.without_folders().to_json();
         let mut hashes = self.entries.clone();
         hashes.remove(ENCODERS);
+        if config.calibration.samples.is_none() {
+            // The caller has drawn these from the prompts, as the run itself would.
+            hashes.remove("samples");
+        }
         if !hashes.is_empty() {
             recipe["sha256"] = Value::Object(hashes);
         }

@@ -53,6 +53,7 @@ impl<'a> Prepared<'a> {
         check_place(folder, config, options)?;
         let config = &settled(folder, config);
         let recipe = Recipe::new(config, &folder.unet)?;
+        recipe.check_not_empty()?;
         let weights = folder.unet_weights()?;
         folder.scheduler.train_timesteps()?;
         let calls = if recipe.needs_samples() { Some(calls(folder, config)?) } else { None };

@@ -37,6 +37,15 @@ impl Recipe {
         self.layers.values().any(LayerRecipe::needs_hessian)
     }
 
+    /// Refuses a config of the user's that leaves every layer alone. A budget may end with such a
+    /// recipe: the settings of least error are fp16.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check_not_empty(&self) -> Result<()> {
+        if self.layers.is_empty() { Err(Error::Config { mistakes: vec![Finding::Nothing.mistake()] }) } else { Ok(()) }
+    }
+
     /// Resolves `config` on the layers of `chain`.
     ///
     /// # Errors
@@ -59,9 +68,6 @@ impl Recipe {
             if recipe.prune.is_some() || recipe.palettize.is_some() {
                 layers.insert(layer.name.clone(), recipe);
             }
-        }
-        if layers.is_empty() && config.compresses_unet() {
-            return Err(Error::Config { mistakes: vec![Finding::Nothing.mistake()] });
         }
         resolution.add(larger_than_fp16(&infos, &layers));
         let sequencing = match config.sequencing {

@@ -171,7 +171,7 @@ fn killed_and_resumed_gives_the_same_bytes() {
     let (whole, out) = (folder.path().join("whole"), folder.path().join("killed"));
     let joint = |out: &Path| compress(&config, out).with("--solver", "joint").with("--calibration-nsamples", "4");
     let begin = Instant::now();
-    joint(&whole).succeeds();
+    joint(&whole).succeeds().says(&["24 texts are few for `target: dense`"]);
     let time = begin.elapsed();
     let resume = joint(&out).arg("--resume");
     for moment in [0.3, 0.4, 0.6] {
@@ -194,10 +194,14 @@ fn the_joint_solver_keeps_embeddings_and_pictures_closer_than_palettes_alone() {
     let config = config(folder.path(), 3, "");
     let compared = |solver: &str| {
         let out = folder.path().join(solver);
-        compress(&config, &out).with("--solver", solver).succeeds();
+        // 24 texts are few for the dense outputs, which a run says.
+        let said = compress(&config, &out).with("--solver", solver).with("--target", "current").succeeds();
+        assert!(!said.text().contains("texts are few"), "{said}");
         let compare = Squeeze::new("compare-networks").model(emoji()).with("--judge", repo("calibration/emoji-judge.txt"));
         let compare = compare.args(["--steps", "4"]).args(flags(&out));
-        compare.clone().succeeds().says(&["hidden_embeds", "text_encoder, text_encoder_2, vae"]);
+        if solver == "joint" {
+            compare.clone().succeeds().says(&["hidden_embeds", "text_encoder, text_encoder_2, vae"]);
+        }
         compare.arg("--json").succeeds().json::<Value>()
     };
     let [joint, palettes] = ["joint", "sequential"].map(compared);

@@ -362,21 +362,21 @@ fn calibration_reads_prompts_as_generate_does() {
 #[test]
 fn keys_that_the_further_samplers_lack_are_refused_by_name() {
     let flow = json!({"use_flow_sigmas": true});
-    let cases: [(&str, &str, Value); 30] = [
+    let cases: [(&str, &str, Value); 31] = [
         ("EulerAncestralDiscreteScheduler", "prediction_type", json!({"prediction_type": "sample"})),
         ("LCMScheduler", "original_inference_steps", json!({"original_inference_steps": 0})),
         ("LCMScheduler", "original_inference_steps", json!({"original_inference_steps": 1001})),
-        ("LCMScheduler", "thresholding", json!({"thresholding": true})),
+        ("LCMScheduler", "dynamic_thresholding_ratio", json!({"thresholding": true, "dynamic_thresholding_ratio": -1})),
         ("LCMScheduler", "prediction_type", json!({"rescale_betas_zero_snr": true})),
         ("TCDScheduler", "original_inference_steps", json!({"original_inference_steps": 2000})),
         ("DDPMScheduler", "variance_type", json!({"variance_type": "learned_range"})),
         ("DDPMScheduler", "variance_type", json!({"variance_type": "fixed_large_log"})),
-        ("DDPMScheduler", "thresholding", json!({"thresholding": true})),
+        ("DDPMScheduler", "sample_max_value", json!({"thresholding": true, "sample_max_value": 0.5})),
         ("DDPMScheduler", "beta_schedule", json!({"beta_schedule": "exp"})),
         ("HeunDiscreteScheduler", "beta_schedule", json!({"beta_schedule": "sigmoid"})),
-        ("HeunDiscreteScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true})),
+        ("HeunDiscreteScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true, "use_karras_sigmas": true})),
         ("DPMSolverSDEScheduler", "prediction_type", json!({"prediction_type": "sample"})),
-        ("DPMSolverSDEScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true})),
+        ("DPMSolverSDEScheduler", "use_beta_sigmas", json!({"use_beta_sigmas": true, "use_exponential_sigmas": true})),
         ("DPMSolverSDEScheduler", "noise_sampler_seed", json!({"noise_sampler_seed": -1})),
         ("DPMSolverSDEScheduler", "noise_sampler_seed", json!({"noise_sampler_seed": [1, 2]})),
         ("PNDMScheduler", "skip_prk_steps", json!({})),
@@ -391,7 +391,8 @@ fn keys_that_the_further_samplers_lack_are_refused_by_name() {
         ("UniPCMultistepScheduler", "solver_p", json!({"solver_p": "DDIMScheduler"})),
         ("EDMEulerScheduler", "sigma_min", json!({"sigma_min": 80.0})),
         ("EDMEulerScheduler", "prediction_type", json!({"prediction_type": "sample"})),
-        ("EDMDPMSolverMultistepScheduler", "solver_order", json!({"solver_order": 3})),
+        ("EDMDPMSolverMultistepScheduler", "solver_order", json!({"solver_order": 4})),
+        ("EDMDPMSolverMultistepScheduler", "algorithm_type", json!({"algorithm_type": "dpmsolver"})),
         (
             "EDMDPMSolverMultistepScheduler",
             "final_sigmas_type",

@@ -95,7 +95,7 @@ fn check_found(scene: &Scene, out: &str, measure: &str, usual: &Value, is_close:
     if measure == "psnr" {
         assert_eq!(row["psnr"]["mean"], best["psnr"]);
     }
-    let compared = std::fs::read(scene.at(&format!("{out}-compared/config.squeezed.safetensors"))).unwrap();
+    let compared = std::fs::read(scene.at(&format!("{out}-compared/resolved.squeezed.safetensors"))).unwrap();
     assert!(compared == container(&scene.at(out)));
 }
 
