@@ -49,8 +49,8 @@ impl Recipe {
     /// Resolves `config` on the layers of `chain`.
     ///
     /// # Errors
-    /// [`Error::Config`](squeeze_base::Error::Config) with every mistake: a pattern that matches
-    /// nothing, a group that does not divide.
+    /// [`Error::Config`] with every mistake: a pattern that matches nothing, a group that does not
+    /// divide.
     pub fn new(config: &RunConfig, chain: &UnetChain) -> Result<Self> {
         let infos = layers_of(chain)?;
         let mut resolution = config.resolve(&infos).checked()?;
