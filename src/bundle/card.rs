@@ -1,6 +1,7 @@
 //! The model card and the script of a bundle.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use sdxl_model::checkpoint::SourceFile;
 use sdxl_pipeline::{NetworkWeights, PipelineFolder, UnetWeights};
@@ -12,6 +13,7 @@ use squeeze_coreml::{Predicted, VECTORS_NEED};
 use super::licence::stated_licence;
 use super::options::{BundleOptions, Named, Network};
 use super::refiner::Refiner;
+use crate::config::file_name;
 use crate::export::{PipelinePart, apple_noise};
 
 /// Everything that a card tells.
@@ -197,8 +199,12 @@ fn compressed_network(container: &Container) -> String {
     format!("{} ({:.2} bits a weight)", container.info().network, if all > 0.0 { bits / all } else { 16.0 })
 }
 
+/// A file in a table. One from outside of the model's folder is named by its path, of which the
+/// card has the name alone: it is given to others.
 fn row(file: &SourceFile) -> String {
     let SourceFile { bytes, file, scale, sha256 } = file;
+    let path = Path::new(file);
+    let file = if path.is_absolute() { file_name(path).to_string_lossy().into_owned() } else { file.clone() };
     let scale = scale.map_or(String::new(), |scale| format!(", a LoRA times {scale}"));
     format!("| `{file}`{scale} | {bytes} | `{sha256}` |")
 }

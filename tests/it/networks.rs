@@ -137,6 +137,9 @@ fn each_network_has_a_container_that_pictures_are_drawn_with() {
         assert!(verified["compressed"].as_u64().unwrap() > fewest, "{verified}");
     }
     let card = std::fs::read_to_string(bundle.join("README.md")).unwrap();
+    // The card is given to others: it names the containers, and no folders of their maker.
+    assert!(card.contains("| `text_encoder.squeezed.safetensors` |"), "{card}");
+    assert!(!card.contains(folder.path().to_str().unwrap()), "{card}");
     for part in
         ["Compressed beside the UNet: text_encoder (", "vae (", "text_encoder_2.squeezed.safetensors", "\"text_encoders\": {"]
     {
