@@ -2,6 +2,7 @@
 # make test   run the tests
 # make lint   check formatting, clippy and docs
 # make wheel  build the Python wheel, with the program and the package that reads containers, into target/wheels/
+# make wheel TARGET=aarch64-unknown-linux-gnu (or aarch64-apple-darwin)   the wheel for another machine: see scripts/cross.sh
 # make test-wheel, make test-python   install the wheel in many ways and run it; test the Python package
 # make deny   check licences and sources of the dependencies (needs cargo-deny)
 # Each installs libtorch into .libtorch/ first, unless it is found.
@@ -15,6 +16,8 @@ PYTHON ?= python3
 # Environments of Python: what packs the wheel, and what the tests of the package import.
 TOOLS = target/python/tools
 TESTS = target/python/tests
+# What sets a compilation for another machine, TARGET, and fetches the libtorch of that machine.
+CROSS = $(if $(TARGET),PYTHON="$(abspath $(TOOLS))/bin/python" sh scripts/cross.sh $(TARGET))
 # The folder of packages that libtorch's torch lies in.
 SITE = $$(dirname "$$(readlink -f .libtorch/current)")
 
@@ -46,9 +49,10 @@ lint: setup
 deny:
 	$(CARGO) deny check
 
-wheel: setup $(TOOLS)
+wheel: $(if $(TARGET),,setup) $(TOOLS)
 	rm -rf target/wheels
-	$(TOOLS)/bin/python -m build --wheel --outdir target/wheels python
+	$(if $(findstring darwin,$(TARGET)),$(TOOLS)/bin/pip install --quiet ziglang)
+	$(CROSS) $(TOOLS)/bin/python -m build --wheel --outdir target/wheels python
 	$(TOOLS)/bin/twine check --strict target/wheels/*.whl
 
 test-wheel: wheel

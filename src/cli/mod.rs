@@ -38,7 +38,6 @@ mod wanted;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use json_log::JsonLog;
@@ -137,8 +136,9 @@ fn tell(answer: &clap::Error) -> ExitCode {
 fn prepare() -> Result<(), Error> {
     place::check()?;
     // A write beyond `ulimit -f` kills a program that does not catch the signal. With a handler the
-    // write fails instead, and is reported like any other failure.
-    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())
+    // write fails instead, and is reported like any other failure. Windows has no such limit.
+    #[cfg(unix)]
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default())
         .map_err(|why| Error::Failed(format!("the signal of the file size limit cannot be caught: {why}")))?;
     Ok(())
 }

@@ -89,10 +89,10 @@ impl Reporter {
     /// nothing is lost, and the second one at once.
     pub(super) fn end_on_interrupt(&self) -> sdxl_squeeze::Result<()> {
         let failed = |why: io::Error| sdxl_squeeze::Error::Failed(format!("interrupts cannot be caught: {why}"));
-        for signal in signal_hook::consts::TERM_SIGNALS.iter().filter(|signal| **signal != signal_hook::consts::SIGQUIT) {
+        for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
             // In this order the first interrupt finds the flag unset.
-            signal_hook::flag::register_conditional_shutdown(*signal, 1, self.interrupted.clone()).map_err(failed)?;
-            signal_hook::flag::register(*signal, self.interrupted.clone()).map_err(failed)?;
+            signal_hook::flag::register_conditional_shutdown(signal, 1, self.interrupted.clone()).map_err(failed)?;
+            signal_hook::flag::register(signal, self.interrupted.clone()).map_err(failed)?;
         }
         Ok(())
     }

@@ -90,6 +90,7 @@ pub fn free(folder: &Path) -> Option<u64> {
     (status.f_blocks > 0).then(|| status.f_bavail.saturating_mul(status.f_frsize))
 }
 
+/// Free bytes on the file system of `folder`: not known on this system.
 #[cfg(not(unix))]
 #[must_use]
 pub fn free(_folder: &Path) -> Option<u64> {

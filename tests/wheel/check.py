@@ -5,12 +5,13 @@
 SITE is a folder of packages with torch 2.11.0, which most environments here get as links instead of 2 GB each; `--download`
 has pip fetch torch from PyPI once. Each `--python` gets a virtual environment. `--demo` compresses the bundled model from an
 empty folder, with the configs and prompts that are in the program. `--paths` looks for folders of this machine in a program that
-was compiled here.
+was compiled here. A wheel for another machine is only looked into: its files, and what the loader there will read.
 """
 
 import argparse
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -19,8 +20,16 @@ import tempfile
 import time
 import zipfile
 
+import binaries
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WANTED = "2.11.0"
+# All that a program may be linked to: torch's libraries, and those of every system of its kind.
+LIBRARIES = {
+    "linux": r"lib(torch_cpu|c10)\.so|lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so\.\d|ld-linux-.*",
+    "macosx": r"@rpath/lib(torch|torch_cpu|c10)\.dylib|/usr/lib/lib(System\.B|c\+\+\.1|iconv\.2)\.dylib",
+}
+ORIGIN = {"linux": "$ORIGIN", "macosx": "@loader_path"}
 BLANK = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LIBTORCH")
 
 
@@ -81,8 +90,7 @@ def contents(folder, _python, wheel, _torch):
         (program,) = (entry for entry in files.infolist() if entry.filename.endswith("/bin/sdxl-squeeze"))
         if program.external_attr >> 16 & 0o111 != 0o111:
             sys.exit("the program may not be executed")
-        if b"\0$ORIGIN/../../torch/lib\0" not in files.read(program):
-            sys.exit("the program has another rpath")
+        starts_as_tagged(wheel, binaries.read(files.read(program)))
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         licences = metadata.replace("METADATA", "licenses/")
         listed = re.findall(r"^License-File: (.+)$", files.read(metadata).decode(), re.MULTILINE)
@@ -90,6 +98,34 @@ def contents(folder, _python, wheel, _torch):
             sys.exit(f"the licences in the metadata are {listed}")
         crates = files.read(f"{licences}LICENSES-crates.txt").decode()
         expect(crates, "torch-sys 0.24", "safetensors 0.", "faer 0.24", "Permission is hereby granted")
+
+
+def tags(wheel):
+    """System and machine in the tag of a wheel, such as `linux` and `aarch64`, and the oldest release of the system."""
+    found = re.search(r"-(?:many)?(linux|macosx)_(\d+_\d+_)?(\w+)\.whl$", wheel.name)
+    if not found:
+        sys.exit(f"{wheel.name} has the tag of no system")
+    return found[1], found[3], (found[2] or "").strip("_").replace("_", ".")
+
+
+def starts_as_tagged(wheel, program):
+    """The program is one for the machine of the tag, and finds all libraries there, libtorch beside its package."""
+    system, machine, oldest = tags(wheel)
+    if (program.system, program.machine) != (system, machine):
+        sys.exit(f"the program is one for {program.system} on {program.machine}, and the wheel's tag is another")
+    if program.folders != [f"{ORIGIN[system]}/../../torch/lib"]:
+        sys.exit(f"the program has another rpath: {program.folders}")
+    if others := [library for library in program.libraries if not re.fullmatch(LIBRARIES[system], library)]:
+        sys.exit(f"the program is linked to {others}")
+    if not any("libtorch_cpu" in library for library in program.libraries):
+        sys.exit("the program is not linked to libtorch")
+    if system == "macosx" and (program.oldest != oldest or not program.is_signed):
+        sys.exit(f"the program is for macOS {program.oldest} and later, signed: {program.is_signed}")
+
+
+def is_of_this_machine(wheel):
+    system = {"Linux": "linux", "Darwin": "macosx"}.get(platform.system())
+    return tags(wheel)[:2] == (system, platform.machine())
 
 
 def no_paths(_folder, _python, wheel, _torch):
@@ -236,9 +272,18 @@ def main():
     wheel, torch = given.wheel.resolve(), given.torch.resolve()
     pythons = given.python or [sys.executable]
     cases = [(contents, pythons[0])] + [(no_paths, pythons[0])] * given.paths
+    if not is_of_this_machine(wheel):
+        if given.download or given.demo:
+            print("not done: --download and --demo would run the program, which is one for another machine")
+        return check(cases, wheel, torch)
     cases += [(virtual_environment, python) for python in pythons]
     cases += [(case, pythons[0]) for case in (torch_elsewhere, conda, user_install, debian, refusals)]
     cases += [(real_install, pythons[0])] * given.download + [(demo, pythons[0])] * given.demo
+    check(cases, wheel, torch)
+
+
+def check(cases, wheel, torch):
+    """Does each case with its Python, in a folder of its own."""
     for case, python in cases:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,11 @@ pub mod random;
 mod seed_sequence;
 mod settings;
 pub mod sum;
+#[cfg(unix)]
+mod symbols;
+#[cfg(not(unix))]
+#[path = "no_symbols.rs"]
+mod symbols;
 pub mod waiting;
 
 pub use settings::{Numerics, allow_tf32, init};

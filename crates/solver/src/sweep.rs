@@ -205,3 +205,51 @@ fn add<S: Simd, const N: usize>(simd: S, errors: &[Lanes], after: &mut [Lanes; N
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A number from -1 to 1 for each seed.
+    fn number(seed: usize) -> f32 {
+        (seed.wrapping_mul(2_654_435_761) >> 7 & 0xffff) as f32 / 32768.0 - 1.0
+    }
+
+    /// Vectors of any width give the bits of the definition, one row at a time with fused
+    /// multiply-adds: so AVX2, AVX-512 and NEON prune alike.
+    #[test]
+    fn the_lanes_give_the_bits_of_single_rows() {
+        // Without FMA pulp multiplies and adds in two steps.
+        if matches!(Arch::new(), Arch::Scalar) {
+            return;
+        }
+        #[cfg(target_arch = "aarch64")]
+        assert!(matches!(Arch::new(), Arch::Neon(_)));
+        // A full tile and a part of one; strips of 8 columns and a rest.
+        let (rows, columns) = (LANES + 3, 29);
+        let upper: Vec<f32> =
+            (0..columns * columns).map(|at| if at % (columns + 1) == 0 { 1.5 + number(at) } else { number(at + 7) }).collect();
+        let original: Vec<f32> = (0..rows * columns).map(|at| number(at + 1000)).collect();
+        let mut pruned: Vec<bool> = (0..rows * columns).map(|at| number(3 * at) > 0.1).collect();
+
+        let mut expected = original.clone();
+        let mut squares = 0.0;
+        for (row, pruned) in expected.chunks_mut(columns).zip(pruned.chunks(columns)) {
+            for column in 0..columns {
+                let upper = &upper[column * columns..][..columns];
+                let error = if pruned[column] { -row[column] / upper[column] } else { 0.0 };
+                row[column] = if pruned[column] { 0.0 } else { row[column] };
+                for after in column + 1..columns {
+                    row[after] = error.mul_add(upper[after], row[after]);
+                }
+                squares += f64::from(error) * f64::from(error);
+            }
+        }
+
+        let mut weight = original.clone();
+        let block = Block { weight: &mut weight, pruned: &mut pruned, upper: &upper, columns, rows_together: 1 };
+        let found = sweep(block, None);
+        assert!(weight.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+        assert!((found / squares - 1.0).abs() < 1e-12 && weight != original);
+    }
+}

@@ -34,7 +34,7 @@ pub(super) fn new_folder(target: &Path) -> io::Result<(TempDir, File)> {
     attempts(|| {
         let folder = Builder::new().prefix(&prefix(target)).rand_bytes(RANDOM).tempdir_in(parent(target))?;
         // Where another run has removed it already, there is nothing to open.
-        let Ok(lock) = File::open(folder.path()) else { return Ok(None) };
+        let Ok(lock) = options().open(folder.path()) else { return Ok(None) };
         Ok(is_ours(&lock, folder.path())?.then_some((folder, lock)))
     })
 }
@@ -81,14 +81,7 @@ fn remove_if_dead(path: &Path) -> io::Result<bool> {
     if !kind.is_file() && !kind.is_dir() {
         return Ok(false);
     }
-    let mut options = OpenOptions::new();
-    options.read(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    }
-    let opened = options.open(path)?;
+    let opened = options().open(path)?;
     // It is removed with its lock held, so that a run which has only just made it sees that it is
     // gone.
     if opened.try_lock().is_err() || !is_at(&opened, path)? {
@@ -100,6 +93,26 @@ fn remove_if_dead(path: &Path) -> io::Result<bool> {
         std::fs::remove_file(path)?
     }
     Ok(true)
+}
+
+/// How a sibling is opened to be locked, be it a file or a folder: no link is followed, and no pipe
+/// is waited for.
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    }
+    #[cfg(windows)]
+    {
+        use std::os::windows::fs::OpenOptionsExt;
+        /// Without this flag of `CreateFile` Windows opens no folders.
+        const FILE_FLAG_BACKUP_SEMANTICS: u32 = 0x0200_0000;
+        options.custom_flags(FILE_FLAG_BACKUP_SEMANTICS);
+    }
+    options
 }
 
 /// Whether `path` still names the opened file.

@@ -24,7 +24,12 @@ pub(super) fn sync_tree(folder: &Path) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
         share(&path)?;
-        if path.is_dir() { sync_tree(&path)? } else { File::open(&path)?.sync_all()? }
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            // Windows only syncs what is open for writing.
+            File::options().read(true).write(cfg!(windows)).open(&path)?.sync_all()?;
+        }
     }
     sync_folder(folder)
 }

@@ -1,35 +1,37 @@
-//! The memory of this process, on systems that report it (Linux).
+//! The memory of this process, on systems that report it (Linux, macOS), and sizes as text.
 
 use crate::error::{Error, Result};
 use crate::shorten::shorten;
+
+#[cfg(target_os = "linux")]
+#[path = "linux.rs"]
+mod system;
+#[cfg(target_os = "macos")]
+#[path = "macos.rs"]
+mod system;
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+#[path = "unknown.rs"]
+mod system;
 
 /// Peak resident bytes since the start of the process or the last [`reset_peak`]; none if the
 /// system does not report them.
 #[must_use]
 pub fn peak() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    system::peak()
 }
 
 /// Resets the peak to the bytes that are resident now; returns whether the system allowed it.
 #[must_use]
 pub fn reset_peak() -> bool {
-    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+    system::reset_peak()
 }
 
-/// Bytes that this process can still allocate without swapping: the least of the system's available
-/// memory and the remainder of the process's control group. None if the system does not report
-/// them.
+/// Bytes that this process can still allocate without swapping. Linux: the least of the system's
+/// available memory and the remainder of the process's control group. macOS: the pages that are
+/// free or inactive. None if the system does not report them.
 #[must_use]
 pub fn available() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let system = 1024 * line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?;
-    let number = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
-    let group = number("memory.max").zip(number("memory.current")).map(|(most, now)| most.saturating_sub(now));
-    Some(group.map_or(system, |group| group.min(system)))
+    system::available()
 }
 
 /// Parses a size: a number of bytes, or a number with the unit KiB, MiB, GiB or TiB (`8GiB`, `512

@@ -1,0 +1,10 @@
+//! libtorch for Windows is built with another C++ interface, in which [`crate::symbols`] of Unix has
+//! no names: its settings stay as they are, and [`crate::Numerics::note`] reports that.
+
+pub(crate) fn set_tf32(_allowed: bool) -> bool {
+    false
+}
+
+pub(crate) fn mkl_strict() -> bool {
+    false
+}
