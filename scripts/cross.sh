@@ -57,16 +57,30 @@ aarch64-apple-darwin)
     zig=${ZIG:-"$python -m ziglang"}
     # zig would link its own C++ library for `-lc++`: macos_libcxx.py says why it must not.
     mkdir -p "$folder/bin"
-    stub=$folder/bin/libc++.1.tbd
-    "$python" "$root/scripts/macos_libcxx.py" "$stub" "$folder/torch/lib/libtorch_cpu.dylib" "$folder/torch/lib/libtorch_python.dylib"
+    "$python" "$root/scripts/macos_libcxx.py" "$folder/bin" "$folder/torch/lib/libtorch_cpu.dylib" "$folder/torch/lib/libtorch_python.dylib"
     export CXXSTDLIB_aarch64_apple_darwin=c++.1
     # The annotations keep the headers to what the C++ library of macOS 11 has.
-    machine="-target aarch64-macos.11.0 -fno-sanitize=undefined"
     annotations="-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS -D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1"
-    for tool in "ar" "cc $machine -L$folder/bin" "c++ $machine $annotations -fno-sized-deallocation"; do
-        printf '#!/bin/sh\nexec %s %s "$@"\n' "$zig" "$tool" >"$folder/bin/${tool%% *}"
+    for tool in "cc -L$folder/bin" "c++ $annotations -fno-sized-deallocation"; do
+        # zig has names of its own for the machine, and refuses Apple's.
+        cat >"$folder/bin/${tool%% *}" <<TOOL
+#!/bin/sh
+before=
+for argument; do
+    shift
+    case \$before\$argument in
+    -arch* | --target=* | -mmacosx-version-min=*) ;;
+    *) set -- "\$@" "\$argument" ;;
+    esac
+    before=
+    [ "\$argument" != -arch ] || before=-arch
+done
+exec $zig $tool -target aarch64-macos.11.0 -fno-sanitize=undefined "\$@"
+TOOL
         chmod +x "$folder/bin/${tool%% *}"
     done
+    printf '#!/bin/sh\nexec %s ar "$@"\n' "$zig" >"$folder/bin/ar"
+    chmod +x "$folder/bin/ar"
     export LIBTORCH="$folder/torch" MACOSX_DEPLOYMENT_TARGET=11.0
     export CC_aarch64_apple_darwin="$folder/bin/cc" CXX_aarch64_apple_darwin="$folder/bin/c++" AR_aarch64_apple_darwin="$folder/bin/ar"
     export CARGO_TARGET_AARCH64_APPLE_DARWIN_LINKER="$folder/bin/cc"

@@ -1,8 +1,8 @@
-"""Writes a stub of macOS's C++ library, so that zig links programs to it: macos_libcxx.py STUB LIBRARY...
+"""Writes stubs of macOS's C++ library and of its iconv, so that zig links programs to them: macos_libcxx.py FOLDER LIBRARY...
 
 zig has a C++ library of its own, which it would put into the program. But an exception that libtorch throws is caught only by
 code that shares its C++ library. So the program has to be linked to `/usr/lib/libc++.1.dylib`, of which only Apple has the file:
-the stub (`.tbd`) lists in its place what PyPI's libtorch for macOS takes from it, and a few names that are as old.
+the stub (`.tbd`) lists in its place what PyPI's libtorch for macOS takes from it, and a few names that are as old. Rust's crate libc links every program to iconv, which zig does not have.
 """
 
 import pathlib
@@ -48,12 +48,17 @@ def imports(data):
             yield data[start : data.index(b"\0", start)].decode()
 
 
-def main():
-    stub, *libraries = map(pathlib.Path, sys.argv[1:])
-    names = sorted({name for library in libraries for name in imports(library.read_bytes())}.union(OLD))
-    lines = ["--- !tapi-tbd", "tbd-version: 4", "targets: [ arm64-macos ]", f"install-name: '{INSTALLED}'", "exports:"]
+def write_stub(path, installed, names):
+    lines = ["--- !tapi-tbd", "tbd-version: 4", "targets: [ arm64-macos ]", f"install-name: '{installed}'", "exports:"]
     lines += ["  - targets: [ arm64-macos ]", f"    symbols: [ {', '.join(names)} ]", "..."]
-    stub.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main():
+    folder, *libraries = map(pathlib.Path, sys.argv[1:])
+    names = {name for library in libraries for name in imports(library.read_bytes())}
+    write_stub(folder / "libc++.1.tbd", INSTALLED, sorted(names.union(OLD)))
+    write_stub(folder / "libiconv.tbd", "/usr/lib/libiconv.2.dylib", ["_iconv", "_iconv_close", "_iconv_open"])
 
 
 if __name__ == "__main__":
