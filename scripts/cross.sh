@@ -58,7 +58,6 @@ aarch64-apple-darwin)
     # zig would link its own C++ library for `-lc++`: macos_libcxx.py says why it must not.
     mkdir -p "$folder/bin"
     "$python" "$root/scripts/macos_libcxx.py" "$folder/bin" "$folder/torch/lib/libtorch_cpu.dylib" "$folder/torch/lib/libtorch_python.dylib"
-    export CXXSTDLIB_aarch64_apple_darwin=c++.1
     # The annotations keep the headers to what the C++ library of macOS 11 has.
     annotations="-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS -D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1"
     for tool in "cc -L$folder/bin" "c++ $annotations -fno-sized-deallocation"; do
@@ -70,6 +69,7 @@ for argument; do
     shift
     case \$before\$argument in
     -arch* | --target=* | -mmacosx-version-min=*) ;;
+    -lc++) set -- "\$@" -lc++.1 ;;
     *) set -- "\$@" "\$argument" ;;
     esac
     before=
