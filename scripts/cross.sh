@@ -17,16 +17,13 @@ folder=$root/target/torch/$target
 # Its full path: the compilers run where another Python may be the first.
 python=$(command -v "${PYTHON:-python3}")
 
-# Unpacks the wheel $1 for the platforms after it: the files that programs are compiled and run with.
+# Unpacks into a folder beside its last place, which takes its name when all is there.
+partial=$folder.partial-$$
+
+# Unpacks the wheel $1 for the platform $2: the files that programs are compiled and run with.
 fetch() {
-    wheel=$1
-    shift
-    platforms=$(printf -- '--platform %s ' "$@")
-    mkdir -p "$folder"
-    # Without quotes: one word for each option.
-    # shellcheck disable=SC2086
-    "$python" -m pip download --quiet --no-deps --only-binary :all: --python-version 312 $platforms --dest "$folder/wheels" "$wheel" >&2
-    "$python" - "$folder" <<'PYTHON'
+    "$python" -m pip download --quiet --no-deps --only-binary :all: --python-version 312 --platform "$2" --dest "$partial/wheels" "$1" >&2
+    "$python" - "$partial" <<'PYTHON'
 import pathlib, sys, zipfile
 folder = pathlib.Path(sys.argv[1])
 wanted = ("torch/lib/", "torch/include/", "torch/version.py", "nvidia/")
@@ -39,13 +36,14 @@ PYTHON
 
 case $target in
 aarch64-unknown-linux-gnu)
-    [ -d "$folder/torch/lib" ] || fetch "torch==$version" manylinux_2_28_aarch64
     # libtorch_cpu.so is linked to two small libraries of CUDA. libtorch.so is linked to libtorch_cuda.so, and that to 2 GB of others:
     # an empty library in its place is enough to link the program and to run it without a GPU.
-    [ -d "$folder/nvidia" ] || {
+    [ -d "$folder" ] || {
+        fetch "torch==$version" manylinux_2_28_aarch64
         fetch "nvidia-cuda-runtime==13.0.*" manylinux2014_aarch64
         fetch "nvidia-cuda-cupti==13.0.*" manylinux_2_25_aarch64
-        aarch64-linux-gnu-gcc -shared -Wl,-soname,libtorch_cuda.so -x c /dev/null -o "$folder/torch/lib/libtorch_cuda.so"
+        aarch64-linux-gnu-gcc -shared -Wl,-soname,libtorch_cuda.so -x c /dev/null -o "$partial/torch/lib/libtorch_cuda.so"
+        mv "$partial" "$folder"
     }
     export LIBTORCH="$folder/torch" STRIP=aarch64-linux-gnu-strip
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
@@ -53,7 +51,10 @@ aarch64-unknown-linux-gnu)
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
     ;;
 aarch64-apple-darwin)
-    [ -d "$folder/torch/lib" ] || fetch "torch==$version" macosx_11_0_arm64
+    [ -d "$folder" ] || {
+        fetch "torch==$version" macosx_11_0_arm64
+        mv "$partial" "$folder"
+    }
     zig=${ZIG:-"$python -m ziglang"}
     # zig would link its own C++ library for `-lc++`: macos_libcxx.py says why it must not.
     mkdir -p "$folder/bin"

@@ -10,8 +10,12 @@ import struct
 import sys
 
 INSTALLED = "/usr/lib/libc++.1.dylib"
-# Of strings, streams that fail, shared pointers and memory: in every release of macOS with libc++.
+# Of strings, streams that fail, shared pointers and memory: in every release of macOS with libc++. Of threads that wait for a
+# value, as those of the crate faer do: since macOS 11.
 OLD = [
+    "__ZNSt3__120__libcpp_atomic_waitEPVKvx",
+    "__ZNSt3__123__cxx_atomic_notify_allEPVKv",
+    "__ZNSt3__123__libcpp_atomic_monitorEPVKv",
     "__ZNSt3__112basic_stringIcNS_11char_traitsIcEENS_9allocatorIcEEE6__initEPKcm",
     "__ZNSt3__112basic_stringIcNS_11char_traitsIcEENS_9allocatorIcEEE6__initEmc",
     "__ZNSt3__112basic_stringIcNS_11char_traitsIcEENS_9allocatorIcEEEC1ERKS5_mmRKS4_",

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "[console_scripts]\nsdxl-squeeze=sdxl_squeeze.launcher:main\n"
 PROGRAM = "sdxl_squeeze/bin/sdxl-squeeze"
 # Libraries of torch, which the wheel depends on.
-OF_TORCH = ("libtorch_cpu.so", "libc10.so")
+OF_TORCH = ("libtorch_cpu.so", "libtorch.so", "libc10.so")
 # The first day that a zip file can name.
 EPOCH = "315532800"
 

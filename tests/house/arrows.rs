@@ -18,6 +18,7 @@ const FLOORS: &[&[&str]] = &[
     &["output", "safetensors_file"],
     &["codebook"],
     &["container"],
+    &["symbols", "no_symbols"],
     &[
         "product",
         "sum",

@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 WANTED = "2.11.0"
 # All that a program may be linked to: torch's libraries, and those of every system of its kind.
 LIBRARIES = {
-    "linux": r"lib(torch_cpu|c10)\.so|lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so\.\d|ld-linux-.*",
+    "linux": r"lib(torch|torch_cpu|c10)\.so|lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so\.\d|ld-linux-.*",
     "macosx": r"@rpath/lib(torch|torch_cpu|c10)\.dylib|/usr/lib/lib(System\.B|c\+\+\.1|iconv\.2)\.dylib",
 }
 ORIGIN = {"linux": "$ORIGIN", "macosx": "@loader_path"}

@@ -1,5 +1,5 @@
-//! libtorch for Windows is built with another C++ interface, in which [`crate::symbols`] of Unix has
-//! no names: its settings stay as they are, and [`crate::Numerics::note`] reports that.
+//! libtorch for Windows is built with another C++ interface, in which its functions have other
+//! names: its settings stay as they are, and [`crate::Numerics::note`] reports that.
 
 pub(crate) fn set_tf32(_allowed: bool) -> bool {
     false

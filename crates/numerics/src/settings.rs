@@ -80,7 +80,8 @@ mod tests {
         type Context = unsafe extern "C" fn() -> *mut c_void;
         type Get = unsafe extern "C" fn(*const c_void) -> bool;
         let process = Library::this();
-        // SAFETY: as in `symbols::set_tf32`; the getter is a const member function without arguments.
+        // SAFETY: as in `symbols::set_tf32`; the getter is a const member function without
+        // arguments.
         let allowed = unsafe {
             let context: Symbol<Context> = process.get(b"_ZN2at13globalContextEv\0").unwrap();
             let get: Symbol<Get> = process.get(b"_ZNK2at7Context15allowTF32CuBLASEv\0").unwrap();
