@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::config::{Prompts, RunConfig};
-use sdxl_squeeze::output::{check_file, check_folder};
+use sdxl_squeeze::output::{check_file, check_folder, would_replace};
 use sdxl_squeeze::{Error, Result, shipped};
 
 /// The folders of a pipeline's parts, into which no output may be written.
@@ -115,6 +115,20 @@ impl Paths {
             check_outputs(folder, folders.iter().take(index).filter(|other| folder.is_in(other) || other.is_in(folder)))?;
         }
         Ok(())
+    }
+
+    /// Checks that no file that is written is there already, unless the user lets it be replaced.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the first that is there.
+    pub(super) fn check_new(&self, overwrite: bool) -> Result<()> {
+        match self.files.iter().find(|file| !overwrite && would_replace(&file.written)) {
+            None => Ok(()),
+            Some(Named { flag, written, .. }) => Err(Error::Argument(format!(
+                "{flag} would replace {}, which is there already; name another place, or add --overwrite",
+                written.display()
+            ))),
+        }
     }
 
     /// Checks the paths like [`check`](Self::check), and that the folder of each output file
@@ -244,6 +258,21 @@ mod tests {
         refused(Paths::default().writes("-o", Some(&here("absent"))).writes("--latents-out", Some(&here("dangling"))));
         let null = Some(Path::new("/dev/null"));
         Paths::default().reads("--unet", null).writes("-o", null).writes("--latents-out", null).check().unwrap();
+    }
+
+    #[test]
+    fn only_files_stand_in_the_way_of_new_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = |name: &str| folder.path().join(name);
+        std::fs::write(here("there"), b"x").unwrap();
+        std::os::unix::fs::symlink(here("there"), here("link")).unwrap();
+        for name in ["there", "link"] {
+            let paths = Paths::default().writes("-o", Some(&here("new"))).writes("--latents-out", Some(&here(name)));
+            let refused = paths.check_new(false).unwrap_err();
+            assert!(refused.is_bad_input() && refused.to_string().starts_with("--latents-out would replace "), "{refused}");
+            paths.check_new(true).unwrap();
+        }
+        Paths::default().writes("-o", Some(Path::new("/dev/null"))).check_new(false).unwrap();
     }
 
     #[test]

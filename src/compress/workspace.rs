@@ -22,6 +22,15 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
 }
 
+/// Whether a run for the container `path` was begun and waits to be resumed. A run that is at work
+/// does not wait.
+#[must_use]
+pub fn is_unfinished(path: &Path) -> bool {
+    let folder = workspace_folder(path);
+    let is_at_work = || File::open(folder.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err());
+    folder.join(RUN).is_file() && !is_at_work()
+}
+
 /// A folder beside the result, which is removed once the result is written.
 ///
 /// `run.json` has the identity of the run. Finished layers are in `part-NNNN.safetensors`, each a
