@@ -651,7 +651,7 @@ fn transformers_of_no_blocks_are_seen() {
 }
 
 /// `values` of `tests/golden/make_family.py`.
-fn values(name: &str, shape: &[usize]) -> Vec<u8> {
+pub(crate) fn values(name: &str, shape: &[usize]) -> Vec<u8> {
     let offset = u64::from(crc32fast::hash(name.as_bytes()));
     let count: usize = shape.iter().product();
     let unit = |place: usize| {
