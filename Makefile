@@ -9,7 +9,10 @@
 CARGO ?= cargo
 SQUEEZE = target/release/sdxl-squeeze
 # The tutorial's recipe at three sizes and this project's at one: within three minutes on two slow cores.
-DEMO = $(foreach size,4bit s40-4bit s50-4bit,configs/emoji/tutorial-$(size)-gs16.yaml) configs/emoji/squeeze-s40-4bit-gs16.yaml
+OURS = configs/emoji/squeeze-s40-4bit-gs16.yaml
+DEMO = $(foreach size,4bit s40-4bit s50-4bit,configs/emoji/tutorial-$(size)-gs16.yaml) $(OURS)
+JUDGED = --model models/emoji-sdxl --judge calibration/emoji-judge.txt --out out/demo
+DRAW = $(SQUEEZE) generate --model models/emoji-sdxl --prompt "a picture of a cat face!" --seed 231 --guidance 4 --overwrite
 
 PYTHON ?= python3
 # Environments of Python: what packs the wheel, and what the tests of the package import.
@@ -26,12 +29,13 @@ all: setup
 setup:
 	@sh scripts/libtorch.sh
 
+# The first compressed picture is there before the comparison begins.
 demo: all
 	mkdir -p out
-	$(SQUEEZE) generate --model models/emoji-sdxl --prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat.png
-	$(SQUEEZE) compare $(DEMO) --model models/emoji-sdxl --judge calibration/emoji-judge.txt --out out/demo
-	$(SQUEEZE) generate --model models/emoji-sdxl --unet out/demo/squeeze-s40-4bit-gs16.squeezed.safetensors \
-		--prompt "a picture of a cat face!" --seed 231 --guidance 4 -o out/cat-squeezed.png
+	$(DRAW) -o out/cat.png
+	$(SQUEEZE) compare $(OURS) --containers-only $(JUDGED)
+	$(DRAW) --unet out/demo/squeeze-s40-4bit-gs16.squeezed.safetensors -o out/cat-squeezed.png
+	$(SQUEEZE) compare $(DEMO) $(JUDGED)
 
 # INSTA_UPDATE=no: a text that differs from its snapshot fails, and no file is written.
 test: setup

@@ -13,13 +13,13 @@ squeeze=${SQUEEZE:-target/release/sdxl-squeeze}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 record() { # pixels count
-    "$squeeze" -q compress --config configs/tutorial-s40-4bit-gs16.yaml --model "$model" --prompts calibration/emoji.txt --steps 50 --guidance 4 \
+    "$squeeze" -q --overwrite compress --config configs/tutorial-s40-4bit-gs16.yaml --model "$model" --prompts calibration/emoji.txt --steps 50 --guidance 4 \
         --height "$1" --width "$1" --calibration-nsamples "$2" --out "$out/record" --samples-out "$out/samples-$1.safetensors" > /dev/null 2>&1
 }
 run() { # pixels count more...
     pixels=$1 count=$2
     shift 2
-    "$squeeze" -q compress --config configs/tutorial-s40-4bit-gs16.yaml --model "$model" --samples "$out/samples-$pixels.safetensors" \
+    "$squeeze" -q --overwrite compress --config configs/tutorial-s40-4bit-gs16.yaml --model "$model" --samples "$out/samples-$pixels.safetensors" \
         --calibration-nsamples "$count" --out "$out/run" "$@" 2> /dev/null | tail -1 | sed 's/.*), //'
 }
 base=${PIXELS:-64}

@@ -6,7 +6,8 @@ use std::time::Instant;
 use sdxl_squeeze::calibration::calibrate;
 use sdxl_squeeze::compare::{Closeness, Reached, Reaching, reach};
 use sdxl_squeeze::compress::{
-    JobReport, NetworkReport, Prepared, PreparedNetwork, check_disk_of, run as run_job, workspace_folder,
+    JobReport, NetworkReport, Prepared, PreparedNetwork, check_disk_of, is_unfinished, run as run_job,
+    workspace_folder,
 };
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::number;
@@ -60,7 +61,7 @@ impl Args {
     }
 }
 
-pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let Wanted { path, config, model, size } = args.wanted()?;
     let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };
@@ -78,12 +79,18 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         )));
     }
     let outputs = [&container, &resolved, &about].into_iter().fold(outputs, |outputs, path| outputs.writes("--out", Some(path)));
-    outputs.writes("--samples-out", args.samples_out.as_deref()).check()?;
+    let outputs = outputs.writes("--samples-out", args.samples_out.as_deref());
+    outputs.check()?;
     let shares = args.samples_out.is_some();
     if shares {
         model.pipeline("--samples-out")?;
     }
     check_own(&args.out)?;
+    // A run that is resumed finds files of its own.
+    if !args.resume && !overwrite {
+        check_no_run(std::iter::once(container.as_path()).chain(networks.iter().map(PreparedNetwork::path)))?;
+        outputs.check_new(overwrite)?;
+    }
     let task = match config.compresses_unet() {
         true => Some(task(model.unet(), &config, shares, &options, &container)?),
         false => None,
@@ -139,6 +146,20 @@ pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
         number::size(bytes),
         number::count(bytes),
     ))
+}
+
+/// Checks that no run for one of the `containers` waits to be resumed.
+///
+/// # Errors
+/// [`Error::Argument`] naming its folder.
+fn check_no_run<'p>(mut containers: impl Iterator<Item = &'p Path>) -> Result<()> {
+    match containers.find(|path| is_unfinished(path)) {
+        None => Ok(()),
+        Some(path) => Err(Error::Argument(format!(
+            "{} has an unfinished run; --resume continues it, --overwrite begins anew",
+            workspace_folder(path).display()
+        ))),
+    }
 }
 
 /// Checks a run with all checks that are possible before it computes. Returns the plan of a single

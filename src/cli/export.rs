@@ -209,13 +209,15 @@ enum IoArg {
     Apple,
 }
 
-pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()> {
     let args = Args { path: bundled::found(args.path)?, model: args.model.map(bundled::found).transpose()?, ..args };
     let of_model = if args.to == Format::Coremltools { args.with.first_given() } else { None };
     if let Some(flag) = args.misplaced().or(of_model) {
         return Err(Error::Argument(format!("{flag} has no effect with this --to")));
     }
-    args.paths().check()?;
+    let paths = args.paths();
+    paths.check()?;
+    paths.check_new(overwrite)?;
     match args.to {
         Format::Diffusers => {
             let unet = OpenedUnet::open(&args)?;

@@ -117,24 +117,26 @@ pub(super) struct Args {
     /// Write the final latents to this file
     #[arg(long, value_name = "FILE.safetensors")]
     latents_out: Option<PathBuf>,
-    /// The picture, as PNG; a file of that name is replaced
+    /// The picture, as PNG
     #[arg(long, short, value_name = "OUT.png")]
     output: PathBuf,
 }
 
-pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let args = Args { model: bundled::found(args.model)?, ..args };
     let placement = Placement { device: parse_device(&args.device)?, kind: parse_dtype(&args.dtype)? };
     // Wrong paths are refused before minutes of work.
-    args.with
+    let paths = args
+        .with
         .read_in(Paths::default().model("--model", Some(&args.model)))
         .reads("--unet", args.unet.as_deref())
         .reads("--image", args.image.as_deref())
         .reads("--mask", args.mask.as_deref())
         .writes("-o", Some(&args.output))
-        .writes("--latents-out", args.latents_out.as_deref())
-        .check_writable()?;
+        .writes("--latents-out", args.latents_out.as_deref());
+    paths.check_writable()?;
+    paths.check_new(overwrite)?;
     check_name(&args.output)?;
     let files = args.with.files(args.model.clone());
     let folder = PipelineFolder::open_files(&files)?;

@@ -43,6 +43,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use json_log::JsonLog;
+use paths::Paths;
 use profile::Profile;
 use progress::{Mode, Reporter};
 use sdxl_squeeze::Error;
@@ -70,6 +71,10 @@ struct Args {
     /// Write the time of each kind of step to FILE, as JSON
     #[arg(long, global = true, value_name = "FILE")]
     profile: Option<PathBuf>,
+    /// Replace files that are there already, each in one step once the new one is whole; folders
+    /// and packages are never replaced
+    #[arg(long, global = true)]
+    overwrite: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -162,6 +167,7 @@ fn run(args: Args) -> Result<(), Error> {
         }
     };
     let level = LevelFilter::from_level(level);
+    Paths::default().writes("--profile", args.profile.as_deref()).check_new(args.overwrite)?;
     let profile = args.profile.map(|path| (path, Profile::default()));
     let times = profile.as_ref().map(|(_, profile)| profile.clone());
     let log = tracing_subscriber::registry().with(lines.with_filter(level)).with(json.with_filter(level));
@@ -169,27 +175,27 @@ fn run(args: Args) -> Result<(), Error> {
     if matches!(args.command, Command::Compress(_) | Command::Compare(_) | Command::CompareNetworks(_)) {
         environment::settle();
     }
-    let result = command(args.command, &reporter);
+    let result = command(args.command, args.overwrite, &reporter);
     // A run that was stopped has a profile, too.
     let written = profile.map_or(Ok(()), |(path, profile)| profile.write(&path));
     result.and(written)
 }
 
-fn command(command: Command, reporter: &Reporter) -> Result<(), Error> {
+fn command(command: Command, overwrite: bool, reporter: &Reporter) -> Result<(), Error> {
     match command {
-        Command::Compress(args) => compress::run(args, reporter),
+        Command::Compress(args) => compress::run(args, overwrite, reporter),
         Command::Compare(args) => compare::run(args, reporter),
         Command::CompareNetworks(args) => compare_networks::run(args, reporter),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
-        Command::Export(args) => export::run(args, reporter),
+        Command::Export(args) => export::run(args, overwrite, reporter),
         Command::Bundle(args) => bundle::run(args, reporter),
-        Command::Generate(args) => generate::run(*args, reporter),
+        Command::Generate(args) => generate::run(*args, overwrite, reporter),
         Command::Inspect(args) => inspect::run(args),
-        Command::Synth(args) => synth::run(args, reporter),
+        Command::Synth(args) => synth::run(args, overwrite, reporter),
         Command::Configs(args) => configs::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args, Args::command()),
-        Command::Man(args) => man::run(args, Args::command()),
+        Command::Man(args) => man::run(args, overwrite, Args::command()),
     }
 }

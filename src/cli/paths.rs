@@ -117,6 +117,20 @@ impl Paths {
         Ok(())
     }
 
+    /// Checks that no file that is written is there already, unless the user lets it be replaced.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the first that is there.
+    pub(super) fn check_new(&self, overwrite: bool) -> Result<()> {
+        match self.files.iter().find(|file| !overwrite && file.real.is_file()) {
+            None => Ok(()),
+            Some(Named { flag, written, .. }) => Err(Error::Argument(format!(
+                "{flag} would replace {}, which is there already; name another place, or add --overwrite",
+                written.display()
+            ))),
+        }
+    }
+
     /// Checks the paths like [`check`](Self::check), and that the folder of each output file
     /// exists.
     pub(super) fn check_writable(&self) -> Result<()> {
@@ -244,6 +258,21 @@ mod tests {
         refused(Paths::default().writes("-o", Some(&here("absent"))).writes("--latents-out", Some(&here("dangling"))));
         let null = Some(Path::new("/dev/null"));
         Paths::default().reads("--unet", null).writes("-o", null).writes("--latents-out", null).check().unwrap();
+    }
+
+    #[test]
+    fn only_files_stand_in_the_way_of_new_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = |name: &str| folder.path().join(name);
+        std::fs::write(here("there"), b"x").unwrap();
+        std::os::unix::fs::symlink(here("there"), here("link")).unwrap();
+        for name in ["there", "link"] {
+            let paths = Paths::default().writes("-o", Some(&here("new"))).writes("--latents-out", Some(&here(name)));
+            let refused = paths.check_new(false).unwrap_err();
+            assert!(refused.is_bad_input() && refused.to_string().starts_with("--latents-out would replace "), "{refused}");
+            paths.check_new(true).unwrap();
+        }
+        Paths::default().writes("-o", Some(Path::new("/dev/null"))).check_new(false).unwrap();
     }
 
     #[test]

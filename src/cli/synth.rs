@@ -8,6 +8,7 @@ use sdxl_squeeze::device::parse_dtype;
 use sdxl_squeeze::number;
 use sdxl_squeeze::synth::{Preset, synthesize, synthesize_single_file};
 
+use super::paths::Paths;
 use super::progress::Reporter;
 use super::stdout;
 
@@ -32,9 +33,10 @@ pub(super) struct Args {
     dtype: String,
 }
 
-pub(super) fn run(args: Args, reporter: &Reporter) -> Result<()> {
+pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let preset: Preset = args.preset.parse()?;
+    Paths::default().writes("--out", Some(&args.out).filter(|_| args.single_file).map(PathBuf::as_path)).check_new(overwrite)?;
     let write = if args.single_file { synthesize_single_file } else { synthesize };
     write(preset, &args.out, args.seed, parse_dtype(&args.dtype)?, reporter)?;
     let peak = sdxl_squeeze::memory::peak().map_or(String::new(), |peak| format!(", peak memory {}", number::size(peak)));

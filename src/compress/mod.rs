@@ -64,4 +64,4 @@ pub use report::{JobReport, LayerReport};
 pub use run::{compress, run};
 pub use statistics::{PartStatistics, Statistics};
 pub use tries::{Solved, Tries};
-pub use workspace::{Workspace, workspace_folder};
+pub use workspace::{Workspace, is_unfinished, workspace_folder};

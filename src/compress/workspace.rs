@@ -22,6 +22,12 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
 }
 
+/// Whether a run for the container `path` was begun and waits to be resumed.
+#[must_use]
+pub fn is_unfinished(path: &Path) -> bool {
+    workspace_folder(path).join(RUN).is_file()
+}
+
 /// A folder beside the result, which is removed once the result is written.
 ///
 /// `run.json` has the identity of the run. Finished layers are in `part-NNNN.safetensors`, each a

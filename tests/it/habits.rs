@@ -59,7 +59,9 @@ fn a_users_own_files_are_not_replaced() {
     assert_eq!(std::fs::read_to_string(&config).unwrap(), mine);
     let resolved = folder.path().join("resolved.yaml");
     assert!(has(&resolved, "The config as resolved by sdxl-squeeze"));
-    // A run replaces what an earlier one wrote, and nothing else.
+    // With leave, a run replaces what an earlier one wrote, and nothing else.
+    run().is_refused(&["--out would replace ", "unet.squeezed.safetensors, which is there already", "--overwrite"]);
+    let run = || run().arg("--overwrite");
     run().succeeds();
     std::fs::write(&resolved, mine).unwrap();
     run().is_refused(&["resolved.yaml was not written by this program", "name another --out"]);
@@ -67,6 +69,42 @@ fn a_users_own_files_are_not_replaced() {
     std::fs::remove_file(&resolved).unwrap();
     std::fs::write(folder.path().join("report.json"), "{}").unwrap();
     run().is_refused(&["report.json was not written by this program"]);
+}
+
+#[test]
+fn no_command_replaces_a_file_without_leave() {
+    let folder = tempfile::tempdir().unwrap();
+    let there = folder.path().join("there");
+    std::fs::write(&there, "mine").unwrap();
+    let new = folder.path().join("new");
+    let palettes = || Squeeze::new("compress").config("emoji/tutorial-4bit-gs16").model(tiny());
+    let picture = || Squeeze::new("generate").model(tiny()).args(["--prompt", "a cat", "--steps", "1"]);
+    let to_file = || Squeeze::new("export").arg(tiny()).with("--to", "single-file");
+    let synth = || Squeeze::new("synth").args(["--preset", "tiny", "--single-file"]);
+    for (command, flag) in [
+        (palettes().out(&new).with("--samples-out", &there), "--samples-out"),
+        (picture().with("-o", &there), "-o"),
+        (picture().with("-o", &new).with("--latents-out", &there), "--latents-out"),
+        (to_file().out(&there), "--out"),
+        (synth().out(&there), "--out"),
+        (Squeeze::new("configs").with("--profile", &there), "--profile"),
+    ] {
+        command.is_refused(&[flag, " would replace ", "there, which is there already", "add --overwrite"]);
+        assert!(std::fs::read_to_string(&there).unwrap() == "mine" && !new.exists());
+    }
+    synth().out(&there).arg("--overwrite").succeeds();
+    assert!(std::fs::metadata(&there).unwrap().len() > 4);
+    let pages = || Squeeze::new("man").out(folder.path().join("pages"));
+    pages().succeeds();
+    pages().is_refused(&["sdxl-squeeze.1, which is there already"]);
+    pages().arg("--overwrite").succeeds();
+
+    // Layers that are solved are a result, too.
+    let work = new.join("unet.squeezed.work");
+    std::fs::create_dir_all(&work).unwrap();
+    std::fs::write(work.join("run.json"), "{}").unwrap();
+    palettes().out(&new).is_refused(&["unet.squeezed.work has an unfinished run", "--resume continues it, --overwrite begins anew"]);
+    assert!(work.join("run.json").is_file());
 }
 
 #[test]
