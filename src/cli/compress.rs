@@ -6,8 +6,7 @@ use std::time::Instant;
 use sdxl_squeeze::calibration::calibrate;
 use sdxl_squeeze::compare::{Closeness, Reached, Reaching, reach};
 use sdxl_squeeze::compress::{
-    JobReport, NetworkReport, Prepared, PreparedNetwork, check_disk_of, is_unfinished, run as run_job,
-    workspace_folder,
+    JobReport, NetworkReport, Prepared, PreparedNetwork, check_disk_of, is_unfinished, run as run_job, workspace_folder,
 };
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::number;

@@ -35,7 +35,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Tensors)) {
 fn picture(model: &Path, out: &Path) -> Vec<u8> {
     let latents = out.join("latents.safetensors");
     let png = out.join("x.png");
-    let run = Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "1"]);
+    let run = Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "1", "--overwrite"]);
     run.with("--latents-out", &latents).with("-o", &png).succeeds();
     std::fs::read(latents).unwrap()
 }
@@ -123,7 +123,7 @@ fn pictures_of_72_and_96_pixels() {
     let (folder, model) = (tempfile::tempdir().unwrap(), emoji());
     for (height, width) in [("72", "72"), ("96", "96"), ("72", "96"), ("96", "72")] {
         let png = folder.path().join("x.png");
-        let run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1"]);
+        let run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1", "--overwrite"]);
         run.args(["--height", height, "--width", width]).with("-o", &png).succeeds();
         let bytes = std::fs::read(&png).unwrap();
         let side = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()).to_string();
@@ -156,7 +156,7 @@ fn weights_that_are_there_twice_are_read_as_diffusers_reads_them() {
         edit(stale, |tensors| {
             tensors.values_mut().filter(|(dtype, ..)| *dtype == Dtype::F16).for_each(|(_, _, data)| data.fill(0));
         });
-        let run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1"]);
+        let run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "1", "--overwrite"]);
         let latents = folder.path().join("latents.safetensors");
         let said = run.with("--latents-out", &latents).with("-o", folder.path().join("x.png")).succeeds();
         let (read, left) = (format!("{stem}.safetensors.index.json"), format!("{stem}.safetensors"));
