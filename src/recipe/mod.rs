@@ -37,8 +37,8 @@ impl Recipe {
         self.layers.values().any(LayerRecipe::needs_hessian)
     }
 
-    /// What of a run by `config` needs more of a pipeline than its UNet, in words; `None` if the UNet
-    /// alone does.
+    /// What of a run by `config` needs more of a pipeline than its UNet, in words; `None` if the
+    /// UNet alone does.
     #[must_use]
     pub fn needs_pipeline(&self, config: &RunConfig) -> Option<&'static str> {
         if config.budget.is_some() {

@@ -252,7 +252,8 @@ fn dead_columns_and_constant_weights() {
     assert!(off < 1.5, "not pruned, they stay near what they were: {off}");
 }
 
-/// One input, one output, equal rows, equal columns with equal inputs, and inputs that are all zero.
+/// One input, one output, equal rows, equal columns with equal inputs, and inputs that are all
+/// zero.
 #[test]
 fn layers_with_little_in_them() {
     let (wide, inputs) = (numbers(&[16, 64], 31), correlated(200, 64, 33, 32));

@@ -11,8 +11,8 @@ use super::folder::PipelineFolder;
 use super::missing;
 use super::unet_folder::UnetFolder;
 
-/// A dense UNet. One alone has no text encoders, no sampler and no VAE, so that nothing can be drawn
-/// with it: it does for runs that need no calibration.
+/// A dense UNet. One alone has no text encoders, no sampler and no VAE, so that nothing can be
+/// drawn with it: it does for runs that need no calibration.
 #[derive(Debug, Clone, Copy)]
 pub enum DenseUnet<'a> {
     /// The UNet of a pipeline.
