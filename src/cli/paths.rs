@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use sdxl_squeeze::config::{Prompts, RunConfig};
-use sdxl_squeeze::output::{check_file, check_folder};
+use sdxl_squeeze::output::{check_file, check_folder, would_replace};
 use sdxl_squeeze::{Error, Result, shipped};
 
 /// The folders of a pipeline's parts, into which no output may be written.
@@ -122,7 +122,7 @@ impl Paths {
     /// # Errors
     /// [`Error::Argument`] naming the first that is there.
     pub(super) fn check_new(&self, overwrite: bool) -> Result<()> {
-        match self.files.iter().find(|file| !overwrite && file.real.is_file()) {
+        match self.files.iter().find(|file| !overwrite && would_replace(&file.written)) {
             None => Ok(()),
             Some(Named { flag, written, .. }) => Err(Error::Argument(format!(
                 "{flag} would replace {}, which is there already; name another place, or add --overwrite",

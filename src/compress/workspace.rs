@@ -22,10 +22,13 @@ pub fn workspace_folder(path: &Path) -> PathBuf {
     path.with_extension("work")
 }
 
-/// Whether a run for the container `path` was begun and waits to be resumed.
+/// Whether a run for the container `path` was begun and waits to be resumed. A run that is at work
+/// does not wait.
 #[must_use]
 pub fn is_unfinished(path: &Path) -> bool {
-    workspace_folder(path).join(RUN).is_file()
+    let folder = workspace_folder(path);
+    let is_at_work = || File::open(folder.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err());
+    folder.join(RUN).is_file() && !is_at_work()
 }
 
 /// A folder beside the result, which is removed once the result is written.

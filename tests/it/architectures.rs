@@ -164,7 +164,7 @@ fn the_whole_program_runs_on_every_architecture() {
             let tensors = |out: &Path| crate::support::tensors(&out.join("unet.squeezed.safetensors"));
             assert_eq!(tensors(&again), tensors(&out));
         }
-        let mut run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "2"]);
+        let mut run = Squeeze::new("generate").model(&model).args(["--prompt", "a cat", "--steps", "2", "--overwrite"]);
         if ["inpainting-like", "edit-like"].contains(&name) {
             run = run.with("--image", golden("image.png"));
         }

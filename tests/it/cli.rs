@@ -78,13 +78,13 @@ fn progress_is_written_as_json_or_not_at_all() {
     let count = |kind: &str| events.iter().filter(|e| e["event"] == kind).count();
     assert_eq!(count("begin"), count("end"));
 
-    assert_eq!(run.arg("--quiet").succeeds().stderr, "");
+    assert_eq!(run.args(["--quiet", "--overwrite"]).succeeds().stderr, "");
 }
 
 #[test]
 fn warnings_and_errors_are_json_among_json_and_have_no_colours_elsewhere() {
     let out = tempfile::tempdir().unwrap();
-    let run = |prompt: &str| generate(prompt).with("--steps", "1").with("-o", out.path().join("x.png"));
+    let run = |prompt: &str| generate(prompt).with("--steps", "1").arg("--overwrite").with("-o", out.path().join("x.png"));
     let long = "red apple ".repeat(50);
     let json = |text: &str| -> Vec<Value> { text.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
     let warned = json(&run(&long).arg("--progress=json").succeeds().stderr);

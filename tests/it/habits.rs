@@ -103,7 +103,9 @@ fn no_command_replaces_a_file_without_leave() {
     let work = new.join("unet.squeezed.work");
     std::fs::create_dir_all(&work).unwrap();
     std::fs::write(work.join("run.json"), "{}").unwrap();
-    palettes().out(&new).is_refused(&["unet.squeezed.work has an unfinished run", "--resume continues it, --overwrite begins anew"]);
+    palettes()
+        .out(&new)
+        .is_refused(&["unet.squeezed.work has an unfinished run", "--resume continues it, --overwrite begins anew"]);
     assert!(work.join("run.json").is_file());
 }
 
@@ -135,7 +137,8 @@ fn configs_that_compress_nothing_are_refused_and_those_that_enlarge_are_said() {
 fn prompts_of_any_form_and_seeds_by_chance() {
     let folder = tempfile::tempdir().unwrap();
     let draw = |arguments: &[&str]| {
-        let run = Squeeze::new("generate").model(tiny()).args(["--steps", "1"]).with("-o", folder.path().join("x.png"));
+        let run =
+            Squeeze::new("generate").model(tiny()).args(["--steps", "1", "--overwrite"]).with("-o", folder.path().join("x.png"));
         run.args(arguments).succeeds()
     };
     draw(&["--prompt", ""]);

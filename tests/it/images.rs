@@ -245,7 +245,7 @@ fn prompts_of_a_batch_have_the_states_of_single_ones() {
 fn weights_in_brackets_are_said_once_and_long_prompts_are_drawn() {
     let folder = tempfile::tempdir().unwrap();
     let png = folder.path().join("x.png");
-    let run = Squeeze::new("generate").model(repo("tests/golden/base-like")).args(["--steps", "1", "--prompt"]);
+    let run = Squeeze::new("generate").model(repo("tests/golden/base-like")).args(["--steps", "1", "--overwrite", "--prompt"]);
     let ended = run.clone().arg("a (red:1.3) cat").args(["--negative-prompt", "((blurry))"]).with("-o", &png).succeeds();
     assert_eq!(ended.text().matches("weights in brackets are not interpreted").count(), 1, "{ended}");
     assert!(ended.text().contains("`(red:1.3) cat`"), "{ended}");

@@ -30,7 +30,7 @@ fn flip(path: &Path, bit: usize) {
 
 /// `generate` with one step.
 fn generate(model: &Path, picture: &Path) -> Squeeze {
-    Squeeze::new("generate").model(model).args(["--prompt", "a", "--steps", "1"]).with("-o", picture)
+    Squeeze::new("generate").model(model).args(["--prompt", "a", "--steps", "1", "--overwrite"]).with("-o", picture)
 }
 
 /// Writes a small model whose weights are fp32.

@@ -117,7 +117,8 @@ fn each_network_has_a_container_that_pictures_are_drawn_with() {
 
     let picture = |name: &str, flags: &[String]| {
         let to = folder.path().join(name);
-        let draw = Squeeze::new("generate").model(emoji()).args(["--prompt", "red apple", "--steps", "8"]).args(flags);
+        let draw =
+            Squeeze::new("generate").model(emoji()).args(["--prompt", "red apple", "--steps", "8", "--overwrite"]).args(flags);
         draw.with("-o", &to).succeeds();
         to
     };

@@ -78,7 +78,7 @@ fn a_picture_goes_into_whatever_takes_bytes() {
     let (target, link) = (folder.path().join("target.png"), folder.path().join("link.png"));
     std::os::unix::fs::symlink(&target, &link).unwrap();
     for _ in 0..2 {
-        draw_into(&base, &link).succeeds();
+        draw_into(&base, &link).arg("--overwrite").succeeds();
         assert!(link.is_symlink() && std::fs::read(&target).unwrap() == expected);
     }
     let socket = folder.path().join("socket");
@@ -195,7 +195,7 @@ fn paths_that_are_not_text_work_or_are_refused_by_name() {
     std::fs::copy(&made, &copied).unwrap();
     Squeeze::new("verify").arg(&copied).arg("--json").succeeds().says(&["\u{fffd}", "\"version\""]);
     Squeeze::new("inspect").arg(&copied).succeeds();
-    draw_into(&model, &picture).arg("--unet").arg(&copied).succeeds();
+    draw_into(&model, &picture).arg("--unet").arg(&copied).arg("--overwrite").succeeds();
     let exported = here(b"e\xff");
     export(&copied, "diffusers", &exported).model(&model).succeeds();
     assert!(exported.join("unet/diffusion_pytorch_model.safetensors").exists());

@@ -77,7 +77,7 @@ impl Scene {
                 args.extend(["--model", text(tiny())]);
             }
             if format == "coremltools" {
-                args.extend(["--small-weights", "move"]);
+                args.extend(["--small-weights", "move", "--overwrite"]);
             }
             Action { new: Some(new.clone()), ..plain(name, &args) }
         };
@@ -103,6 +103,7 @@ impl Scene {
                     "a cat",
                     "--steps",
                     "3",
+                    "--overwrite",
                     "--latents-out",
                     text(&latents),
                     "-o",
@@ -406,11 +407,24 @@ fn flip_containers(scene: &Scene, count: usize, random: &mut ChaCha8Rng, table: 
         ("container: export --to diffusers", vec!["export", file, "--to", "diffusers", "--model", model, "--out", text(&folder)]),
         (
             "container: export --to coremltools",
-            vec!["export", file, "--to", "coremltools", "--small-weights", "move", "--out", text(&dense)],
+            vec!["export", file, "--to", "coremltools", "--small-weights", "move", "--overwrite", "--out", text(&dense)],
         ),
         (
             "container: generate --unet",
-            vec!["generate", "--model", model, "--unet", file, "--prompt", "a cat", "--steps", "1", "-o", text(&picture)],
+            vec![
+                "generate",
+                "--model",
+                model,
+                "--unet",
+                file,
+                "--prompt",
+                "a cat",
+                "--steps",
+                "1",
+                "--overwrite",
+                "-o",
+                text(&picture),
+            ],
         ),
     ];
     // The commands must accept the undamaged file. Otherwise their refusals would not show that

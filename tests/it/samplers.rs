@@ -297,7 +297,7 @@ fn calibration_reads_prompts_as_generate_does() {
     let prompts = json!(["a cat", long]);
     let text = format!("calibration: {{prompts: {prompts}, steps: 2}}\npalettize: {{weight_threshold: 0, {rules}}}\n");
     std::fs::write(&config, text).unwrap();
-    let run = || Squeeze::new("compress").config_file(&config).model(&model).args(["--calibration-nsamples", "4"]);
+    let run = || Squeeze::new("compress").config_file(&config).model(&model).args(["--calibration-nsamples", "4", "--overwrite"]);
     let mut containers = Vec::new();
     let cases: [(&str, PromptOptions, &[&str], &[&str]); 4] = [
         ("usual", PromptOptions::default(), &[], &[]),

@@ -188,7 +188,7 @@ fn a_container_becomes_a_single_file_of_its_decoded_weights() {
 }
 
 fn generate(model: &Path) -> Squeeze {
-    Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "1"])
+    Squeeze::new("generate").model(model).args(["--prompt", "a cat", "--steps", "1", "--overwrite"])
 }
 
 /// The latents after one step.
@@ -242,7 +242,12 @@ fn the_unet_of_an_lcm_runs_as_one_on_a_base_that_is_none() {
     assert_eq!((folder.scheduler.class(), folder.unet.config().time_cond_proj_dim), ("LCMScheduler", Some(16)));
     let draw = |run: Squeeze| {
         let path = here.path().join("latents.safetensors");
-        let ended = run.with("--prompt", "a cat").with("--latents-out", &path).with("-o", here.path().join("x.png")).succeeds();
+        let ended = run
+            .with("--prompt", "a cat")
+            .arg("--overwrite")
+            .with("--latents-out", &path)
+            .with("-o", here.path().join("x.png"))
+            .succeeds();
         (std::fs::read(path).unwrap(), ended)
     };
     let (drawn, ended) = draw(Squeeze::new("generate").model(&unet).with("--base", &base));
@@ -694,7 +699,7 @@ fn a_file_of_the_family_needs_nothing_else() {
     family(&path);
     let text = |key: &str| notes[key].as_str().map_or_else(|| notes[key].to_string(), str::to_owned);
     let draw = |model: &Path| {
-        let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));
+        let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt")).arg("--overwrite");
         let run = run.with("--negative-prompt", text("negative_prompt")).with("--steps", text("steps"));
         let run = run.with("--guidance", text("guidance")).with("--seed", text("seed"));
         let run = run.with("--height", text("size")).with("--width", text("size"));
@@ -740,7 +745,7 @@ fn edm_models_draw_what_diffusers_draws() {
         }
         write(&made, &path);
         let draw = |model: &Path, base: Option<&Path>| {
-            let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt"));
+            let run = Squeeze::new("generate").model(model).with("--prompt", text("prompt")).arg("--overwrite");
             let run = run.with("--negative-prompt", text("negative_prompt")).with("--steps", text("steps"));
             let run = run.with("--guidance", text("guidance")).with("--seed", text("seed"));
             let run = match name.as_str() {

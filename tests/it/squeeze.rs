@@ -227,7 +227,7 @@ const NARROWER: [(&str, &str); 3] =
 pub(crate) fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
     for narrower in [&[][..], &NARROWER] {
         let mut on = |threads: &str| {
-            let run = squeeze.clone().env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads);
+            let run = squeeze.clone().arg("--overwrite").env("OMP_NUM_THREADS", threads).env("RAYON_NUM_THREADS", threads);
             narrower.iter().fold(run, |run, (name, value)| run.env(name, value)).succeeds();
             result()
         };

@@ -78,7 +78,7 @@ fn a_single_file_has_the_weights_of_the_folder() {
     let run = || Squeeze::new("synth").args(["--preset", "tiny", "--seed", "5"]);
     run().out(&folder).succeeds();
     std::fs::write(&file, "an older file").unwrap();
-    run().args(["--single-file"]).out(&file).succeeds();
+    run().args(["--single-file", "--overwrite"]).out(&file).succeeds();
     // `export --to single-file` was compared with diffusers.
     Squeeze::new("export").arg(&folder).with("--to", "single-file").out(&exported).succeeds();
     assert!(std::fs::read(&file).unwrap() == std::fs::read(&exported).unwrap());

@@ -99,7 +99,7 @@ fn a_token_without_an_embedding_is_refused_where_a_prompt_has_it() {
     copy(&emoji(), &model);
     std::fs::write(model.join("tokenizer_2/added_tokens.json"), r#"{"<cat>": 3514}"#).unwrap();
     let draw = |prompt: &str| {
-        let run = Squeeze::new("generate").model(&model).args(["--prompt", prompt, "--steps", "1"]);
+        let run = Squeeze::new("generate").model(&model).args(["--prompt", prompt, "--steps", "1", "--overwrite"]);
         run.with("-o", folder.path().join("x.png"))
     };
     draw("a cat").succeeds();

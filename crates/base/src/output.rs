@@ -8,7 +8,7 @@ mod leftovers;
 mod parent;
 mod persist;
 
-pub use destination::is_standard_output;
+pub use destination::{is_standard_output, would_replace};
 pub use file::{check_file, write_file};
 pub use folder::{NewFolder, check_folder};
 pub use parent::parent;

@@ -52,7 +52,7 @@ fn draw(settings: &Value, as_swift: bool, folder: &Path) -> PathBuf {
         run = run.with("--negative-prompt", settings["negative"].as_str().unwrap());
         run = run.arg("--original-size").args(sides("original_size")).arg("--target-size").args(sides("target_size"));
     }
-    run.with("-o", &out).succeeds();
+    run.arg("--overwrite").with("-o", &out).succeeds();
     out
 }
 

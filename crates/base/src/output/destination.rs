@@ -49,6 +49,13 @@ pub fn is_standard_output(path: &Path) -> bool {
     matches!(Destination::of(path), Ok(Destination::Stream(Stream::StandardOutput)))
 }
 
+/// Whether [`write_file`](super::write_file) would replace a file. Devices, pipes and open
+/// descriptors are not replaced.
+#[must_use]
+pub fn would_replace(path: &Path) -> bool {
+    matches!(Destination::of(path), Ok(Destination::File(end)) if end.is_file())
+}
+
 /// Where the new folder `path` will be.
 pub(super) fn of_folder(path: &Path) -> Result<PathBuf> {
     let there = |what: &str| Err(Error::Argument(format!("{} is {what}; name a new folder", path.display())));
