@@ -121,7 +121,7 @@ fn unets_of_other_kinds_are_completed_by_a_plain_base() {
         let draw = |run: Squeeze, flags: &[&str]| {
             let run = run.args(flags);
             let golden = crate::architectures::golden;
-            let run = run.args(["--prompt", "a cat", "--steps", "2", "--guidance", "4", "-o", "/dev/null"]);
+            let run = run.args(["--prompt", "a cat", "--steps", "2", "--guidance", "4", "--overwrite", "-o", "/dev/null"]);
             let run = match name {
                 "inpainting-like" => run.with("--image", golden("image.png")).with("--mask", golden("mask.png")),
                 "edit-like" => run.with("--image", golden("image.png")),
