@@ -11,7 +11,7 @@ use sdxl_squeeze::compress::{
 use sdxl_squeeze::config::RunConfig;
 use sdxl_squeeze::number;
 use sdxl_squeeze::output::{check_file, write_file};
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::{DenseUnet, PipelineFolder};
 use sdxl_squeeze::plan::Plan;
 use sdxl_squeeze::recipe::RunOptions;
 use sdxl_squeeze::{Error, Result};
@@ -62,12 +62,12 @@ impl Args {
 
 pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
-    let Wanted { path, config, folder, size } = args.wanted()?;
+    let Wanted { path, config, model, size } = args.wanted()?;
     let options = RunOptions { resume: args.resume, ..args.limits.options(&config)? };
     let [container, resolved, about] = ["unet.squeezed.safetensors", RESOLVED, REPORT].map(|name| args.out.join(name));
     let outputs = Paths::default().run("--config", &path, &config).puts_into("--out", &args.out);
     let outputs = outputs.fills("the work folder", &workspace_folder(&container));
-    let networks = PreparedNetwork::all(&folder, &config, &options, &args.out)?;
+    let networks = networks(model.unet(), &config, &options, &args.out)?;
     let outputs = networks.iter().fold(outputs, |outputs, network| {
         outputs.fills("the work folder", &workspace_folder(network.path())).writes("--out", Some(network.path()))
     });
@@ -81,6 +81,9 @@ pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()
     let outputs = outputs.writes("--samples-out", args.samples_out.as_deref());
     outputs.check()?;
     let shares = args.samples_out.is_some();
+    if shares {
+        model.pipeline("--samples-out")?;
+    }
     check_own(&args.out)?;
     // A run that is resumed finds files of its own.
     if !args.resume && !overwrite {
@@ -88,7 +91,7 @@ pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()
         outputs.check_new(overwrite)?;
     }
     let task = match config.compresses_unet() {
-        true => Some(task(&folder, &config, shares, &options, &container)?),
+        true => Some(task(model.unet(), &config, shares, &options, &container)?),
         false => None,
     };
     check_disk_of(&networks, task.as_ref().map(|task| &task.plan().disk))?;
@@ -98,7 +101,8 @@ pub(super) fn run(args: Args, overwrite: bool, reporter: &Reporter) -> Result<()
         None => None,
         Some(path) => {
             check_file(path)?;
-            let samples = calibrate(&folder, &folder.unet_weights()?, &config.calibration, &options, reporter)?;
+            let folder = model.pipeline("--samples-out")?;
+            let samples = calibrate(folder, &folder.unet_weights()?, &config.calibration, &options, reporter)?;
             samples.write(path)?;
             Some(samples)
         }
@@ -164,24 +168,30 @@ pub(super) fn planned(folder: &PipelineFolder, config: &RunConfig, options: &Run
     if !config.compresses_unet() {
         return Ok(None);
     }
-    Ok(match task(folder, config, false, options, &out.join("unet.squeezed.safetensors"))? {
+    Ok(match task(folder.into(), config, false, options, &out.join("unet.squeezed.safetensors"))? {
         Task::Run(prepared) => Some(prepared.plan().clone()),
         Task::Search(_) => None,
     })
 }
 
+/// The networks beside the UNet that `config` compresses, after all checks that are possible before
+/// it computes.
+fn networks<'a>(unet: DenseUnet<'a>, config: &RunConfig, options: &RunOptions, out: &Path) -> Result<Vec<PreparedNetwork<'a>>> {
+    if config.text_encoders.is_none() && config.vae.is_none() {
+        return Ok(Vec::new());
+    }
+    PreparedNetwork::all(unet.pipeline("compression of text encoders and VAE")?, config, options, out)
+}
+
 /// The work that `config` asks for on the UNet, after all checks that are possible before it
 /// computes.
-fn task<'a>(
-    folder: &'a PipelineFolder,
-    config: &RunConfig,
-    shares: bool,
-    options: &RunOptions,
-    container: &Path,
-) -> Result<Task<'a>> {
+fn task<'a>(unet: DenseUnet<'a>, config: &RunConfig, shares: bool, options: &RunOptions, container: &Path) -> Result<Task<'a>> {
     Ok(match config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
-        true => Task::Search(Box::new(Reaching::new(folder, config, shares, options, container)?)),
-        false => Task::Run(Box::new(Prepared::new(folder, config, shares, options, container)?)),
+        true => {
+            let folder = unet.pipeline("a budget")?;
+            Task::Search(Box::new(Reaching::new(folder, config, shares, options, container)?))
+        }
+        false => Task::Run(Box::new(Prepared::new(unet, config, shares, options, container)?)),
     })
 }
 

@@ -1,7 +1,7 @@
 //! The flags that edit a config. The library declares them, each with the key that it edits.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, value_parser};
 use sdxl_squeeze::config::{ConfigFlag, Edit, RunConfig, flags};
@@ -44,25 +44,22 @@ impl Edits {
     fn and(&self, further: Option<Edit>) -> Vec<Edit> {
         self.0.iter().cloned().chain(further).collect()
     }
-
-    /// Reads a config, edits it and opens its model.
-    pub(super) fn resolve(&self, path: &Path) -> Result<(RunConfig, PipelineFolder)> {
-        let config = self.config(path)?;
-        let folder = model_of(&config)?;
-        Ok((config, folder))
-    }
 }
 
-/// The model that a config names.
+/// The pipeline that a config names.
 pub(super) fn model_of(config: &RunConfig) -> Result<PipelineFolder> {
+    PipelineFolder::open_files(&config.model.files(model_path(config)?))
+}
+
+/// The path of the model that a config names.
+pub(super) fn model_path(config: &RunConfig) -> Result<PathBuf> {
     let missing = || {
         Error::Argument(format!(
             "which model? give --model DIR, or model: {{path: DIR}} in the config; --model {} is the bundled one",
             shipped::BUNDLED
         ))
     };
-    let model = config.model.path.clone().ok_or_else(missing)?;
-    PipelineFolder::open_files(&config.model.files(model))
+    config.model.path.clone().ok_or_else(missing)
 }
 
 impl clap::Args for Edits {

@@ -21,6 +21,7 @@ mod inspect;
 mod json_log;
 mod limits;
 mod man;
+mod opened;
 mod own_files;
 mod paths;
 mod place;

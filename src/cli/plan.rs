@@ -8,7 +8,7 @@ use sdxl_squeeze::config::{BudgetSection, CalibrationSection, RunConfig, read_pr
 use sdxl_squeeze::device::Placement;
 use sdxl_squeeze::model::text::CLIP_LENGTH;
 use sdxl_squeeze::model::unet::{UnetChain, UnetConfig};
-use sdxl_squeeze::pipeline::{ImageChannels, PipelineFolder};
+use sdxl_squeeze::pipeline::{DenseUnet, ImageChannels, PipelineFolder, UnetFolder};
 use sdxl_squeeze::plan::{Card, CarriesIn, Drawing, Memory, Plan, TuningPlan, measured_rate};
 use sdxl_squeeze::recipe::{Recipe, RunOptions};
 use sdxl_squeeze::synth::Preset;
@@ -17,6 +17,7 @@ use tch::Device;
 
 use super::edits::{Edits, model_of};
 use super::limits::LimitArgs;
+use super::opened::Opened;
 use super::{stdout, table};
 
 #[derive(Debug, clap::Args)]
@@ -195,7 +196,12 @@ fn of_budget(budget: &BudgetSection, plan: &Plan) -> String {
 }
 
 fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
-    let unet = UnetConfig::parse(preset.unet_config())?;
+    // SDXL is published in fp16.
+    Ok(of_unet(UnetConfig::parse(preset.unet_config())?, config, Box::new(|_| 2)))
+}
+
+/// A UNet of which no pipeline is known.
+fn of_unet(unet: UnetConfig, config: &RunConfig, bytes_of: Box<dyn Fn(&str) -> usize>) -> Target {
     let [height, width] = config.calibration.size.map_or(unet.sample_size, |(height, width)| [height / 8, width / 8]);
     // Every preset predicts all of the latents' channels.
     let channels = ImageChannels::of(unet.in_channels, unet.out_channels);
@@ -207,20 +213,32 @@ fn of_architecture(preset: Preset, config: &RunConfig) -> Result<Target> {
         width,
         text: CLIP_LENGTH,
     };
-    // SDXL is published in fp16.
-    Ok(Target {
+    Target {
         chain: UnetChain::new(unet),
         calls,
         each: config.calibration.steps.unwrap_or(CalibrationSection::STEPS),
         drawn: None,
         drawing: Drawing::default(),
         encoders: 0,
-        bytes_of: Box::new(|_| 2),
-    })
+        bytes_of,
+    }
+}
+
+/// A UNet alone. A config that needs more is refused, as a run would refuse it.
+fn of_alone(alone: UnetFolder, config: &RunConfig, placement: Placement) -> Result<Target> {
+    if let Some(what) = Recipe::new(config, &alone.chain)?.needs_pipeline(config) {
+        DenseUnet::from(&alone).pipeline(what)?;
+    }
+    let UnetFolder { chain, weights, .. } = alone;
+    let bytes_of = move |name: &str| weights.narrow_bytes(name, placement).expect("the folder's tensors were checked");
+    Ok(of_unet(chain.config().clone(), config, Box::new(bytes_of)))
 }
 
 fn of_model(config: &RunConfig, placement: Placement) -> Result<Target> {
-    let folder = model_of(config)?;
+    let folder = match Opened::of(config)? {
+        Opened::Unet(alone) => return of_alone(*alone, config, placement),
+        Opened::Pipeline(folder) => *folder,
+    };
     let weights = folder.unet_weights()?;
     let mut calls = expected_calls(&folder, &config.calibration)?;
     let mut drawn = None;

@@ -5,18 +5,19 @@ use std::path::{Path, PathBuf};
 use sdxl_squeeze::compare::Shipped;
 use sdxl_squeeze::config::{Edit, RunConfig};
 use sdxl_squeeze::memory::parse_file_size;
-use sdxl_squeeze::pipeline::PipelineFolder;
+use sdxl_squeeze::pipeline::DenseUnet;
 use sdxl_squeeze::recipe::layers_of;
 use sdxl_squeeze::{Error, Result, number, shipped};
 
-use super::edits::{Edits, model_of};
+use super::edits::Edits;
+use super::opened::Opened;
 
 /// A run, and its model.
 pub(super) struct Wanted {
     /// The path of the config, which names it in messages.
     pub path: PathBuf,
     pub config: RunConfig,
-    pub folder: PipelineFolder,
+    pub model: Opened,
     /// The most bytes of the container, if a size was asked for.
     pub size: Option<u64>,
 }
@@ -27,8 +28,8 @@ const TARGETS: [&str; 4] = ["target-bits", "target-size", "target-error", "targe
 impl Wanted {
     /// The run of a config.
     pub(super) fn by_config(path: &Path, edits: &Edits) -> Result<Self> {
-        let (config, folder) = edits.resolve(path)?;
-        Ok(Wanted { path: path.to_owned(), config, folder, size: None })
+        let config = edits.config(path)?;
+        Ok(Wanted { path: path.to_owned(), model: Opened::of(&config)?, config, size: None })
     }
 
     /// The run of the program's own config for all means of compression, with a budget that makes a
@@ -40,8 +41,8 @@ impl Wanted {
         }
         let base = Shipped::BASE.config();
         // Only the model tells how large the header will be.
-        let folder = model_of(&edits.shipped_with(base, None)?)?;
-        let header = header_bytes(&folder)?;
+        let model = Opened::of(&edits.shipped_with(base, None)?)?;
+        let header = header_bytes(model.unet())?;
         let Some(tensors) = most.checked_sub(header).filter(|bytes| *bytes > 0) else {
             return Err(Error::Argument(format!(
                 "--size {size} is too little: the names and the report of the file's tensors take about {} bytes alone",
@@ -49,18 +50,18 @@ impl Wanted {
             )));
         };
         let config = edits.shipped_with(base, Some(Edit::new("target-size", format!("{tensors} B"))?))?;
-        Ok(Wanted { path: base.path.into(), config, folder, size: Some(most) })
+        Ok(Wanted { path: base.path.into(), config, model, size: Some(most) })
     }
 }
 
 /// The most bytes of a container's header, by estimate: tensors with their names and places, and
 /// for each layer a row of the report and a rule of the recipe. The header of the bundled model,
 /// with 264 layers, has 277 kB.
-fn header_bytes(folder: &PipelineFolder) -> Result<u64> {
+fn header_bytes(unet: DenseUnet<'_>) -> Result<u64> {
     const WHOLE: u64 = 16 << 10;
     const LAYER: u64 = 1300;
     const TENSOR: u64 = 160;
-    let (layers, tensors) = (layers_of(&folder.unet)?.len() as u64, folder.unet.tensors()?.len() as u64);
+    let (layers, tensors) = (layers_of(unet.chain())?.len() as u64, unet.chain().tensors()?.len() as u64);
     Ok(WHOLE + LAYER * layers + TENSOR * tensors.saturating_sub(layers))
 }
 
@@ -90,7 +91,7 @@ mod tests {
     #[test]
     fn a_size_is_that_of_the_tensors_and_of_the_header() {
         let wanted = Wanted::by_size("3.5MB", &edits(&[])).unwrap();
-        let header = header_bytes(&wanted.folder).unwrap();
+        let header = header_bytes(wanted.model.unet()).unwrap();
         // A container of the bundled model with a rule for each layer, whose header has 277,424
         // bytes: squeeze-as-s50, with output probes.
         assert!((277_424 * 11 / 10..277_424 * 2).contains(&header), "{header}");

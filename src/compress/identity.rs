@@ -2,7 +2,7 @@
 //! reads.
 
 use sdxl_model::checkpoint::{SafetensorsFile, SourceFile, Weights};
-use sdxl_pipeline::PipelineFolder;
+use sdxl_pipeline::{DenseUnet, PipelineFolder};
 use serde_json::{Map, Value, json};
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
@@ -38,7 +38,7 @@ impl Inputs {
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub(super) fn read(folder: &PipelineFolder, config: &RunConfig, given: Option<&Samples>, needed: bool) -> Result<Self> {
+    pub(super) fn read(unet: DenseUnet<'_>, config: &RunConfig, given: Option<&Samples>, needed: bool) -> Result<Self> {
         let section = &config.calibration;
         let mut inputs = Inputs::default();
         let mut add = |key: &str, value: Value| inputs.entries.insert(key.to_owned(), value);
@@ -49,7 +49,7 @@ impl Inputs {
             (None, Some(path)) if needed => {
                 let file = SafetensorsFile::open(path)?;
                 add("samples", json!(file.sha256()?));
-                inputs.samples = Some(Samples::from_file(&file, folder.unet.config(), section.calibration_nsamples)?);
+                inputs.samples = Some(Samples::from_file(&file, unet.chain().config(), section.calibration_nsamples)?);
             }
             _ => {}
         }
@@ -68,7 +68,7 @@ impl Inputs {
         let encodes = !inputs.captions.is_empty() || !inputs.tuning_prompts.is_empty();
         // The caller's samples have been encoded already.
         if (given.is_none() && !inputs.prompts.is_empty()) || encodes {
-            inputs.prompt_files = folder.prompt_files()?;
+            inputs.prompt_files = unet.pipeline("the encoding of prompts")?.prompt_files()?;
             inputs.entries.insert(ENCODERS.to_owned(), json!(inputs.prompt_files));
         }
         Ok(inputs)
@@ -167,10 +167,10 @@ fn of_lines(texts: &[String]) -> String {
 ///
 /// # Errors
 /// As [`Weights::survey`].
-pub(super) fn sources_of(folder: &PipelineFolder, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
+pub(super) fn sources_of(unet: DenseUnet<'_>, weights: &Weights, progress: &dyn Progress) -> Result<Vec<SourceFile>> {
     let task = Task::begin(progress, "checking the model", "files", weights.files().count());
-    let files = weights.survey(folder.unet_folder(), |name| task.advance(name))?;
-    Ok(folder.unet_config_file().cloned().into_iter().chain(files).chain(folder.lora_files()?).collect())
+    let files = weights.survey(unet.folder(), |name| task.advance(name))?;
+    Ok(unet.config_file().cloned().into_iter().chain(files).chain(unet.lora_files()?).collect())
 }
 
 #[cfg(test)]
@@ -191,7 +191,7 @@ mod tests {
         let folder = PipelineFolder::open(&root).unwrap();
         let yaml = b"prune: {global_config: {target_sparsity: 0.5}}\ncalibration: {prompts: [a, b]}\n";
         let config = RunConfig::parse(Path::new("c.yaml"), yaml).unwrap();
-        let inputs = Inputs::read(&folder, &config, None, true).unwrap();
+        let inputs = Inputs::read((&folder).into(), &config, None, true).unwrap();
         inputs.check_prompt_files(&folder).unwrap();
         assert_eq!(inputs.prompts, ["a", "b"]);
         let identity = |options: &RunOptions| inputs.identity(&config, &[], options);
@@ -213,6 +213,6 @@ mod tests {
         }
         inputs.check_prompt_files(&folder).unwrap();
         // A run that reads no prompts does not depend on them.
-        assert_eq!(Inputs::read(&folder, &config, None, false).unwrap().entries.len(), 0);
+        assert_eq!(Inputs::read((&folder).into(), &config, None, false).unwrap().entries.len(), 0);
     }
 }

@@ -39,7 +39,8 @@ pub(super) fn teach(
     stored: &Stored<'_>,
     progress: &dyn Progress,
 ) -> Result<Taught> {
-    let Prepared { folder, options, weights, .. } = prepared;
+    let Prepared { options, weights, .. } = prepared;
+    let folder = prepared.folder()?;
     let samples = calibrate(folder, weights, calibration, options, progress)?;
     let placement = options.placement();
     let encoder = set.encoder(folder, placement)?;
@@ -58,7 +59,7 @@ pub(super) fn teach(
     let measured = (0..PROBES).map(|number| (2 * number + 1) * set.prompts.len() / (2 * PROBES));
     let measured = measured.map(|index| probe(index, &set.prompts[index])).collect::<Result<Vec<_>>>()?;
     drop(encoder);
-    let drawing = drawing(prepared, set, &probes);
+    let drawing = drawing(prepared, set, &probes)?;
     let source = weights.source(placement);
     let dense = unet(prepared, &source, progress)?;
     let weights = match section.timestep_weighting {
@@ -86,13 +87,16 @@ pub(super) fn teach(
 }
 
 /// How pictures of `set` are drawn.
-pub(super) fn drawing<'a>(prepared: &Prepared<'_>, set: &'a PromptSet, probes: &[Probe]) -> Drawing<'a> {
-    let Prepared { folder, options, .. } = prepared;
+///
+/// # Errors
+/// [`Error::Argument`] for a UNet alone.
+pub(super) fn drawing<'a>(prepared: &Prepared<'_>, set: &'a PromptSet, probes: &[Probe]) -> Result<Drawing<'a>> {
+    let (folder, options) = (prepared.folder()?, &prepared.options);
     let scale = folder.vae.scale();
     let shape = [1, folder.vae.latent_channels, set.size.0 / scale, set.size.1 / scale];
     let rows = probes.first().map_or(1, |probe| probe.guidance.conditioning.encoder_hidden_states.size()[0]);
     let first = rows * folder.unet.first_carry(shape[2], shape[3]).numel();
-    Drawing { scheduler: &set.scheduler, steps: set.steps, shape, joined: joined(first, options.placement().device) }
+    Ok(Drawing { scheduler: &set.scheduler, steps: set.steps, shape, joined: joined(first, options.placement().device) })
 }
 
 /// The calls with the dense predictions. All count alike where there are no `weights`.
@@ -125,11 +129,11 @@ fn lessons(calls: &[Sample], dense: &Unet<'_>, weights: Option<&[Weight]>, progr
 
 /// A UNet with weights of `source`, in memory if two of them fit.
 fn unet<'a>(prepared: &Prepared<'_>, source: &'a (dyn TensorSource + Sync), progress: &dyn Progress) -> Result<Unet<'a>> {
-    let Prepared { folder, options, .. } = prepared;
-    let elements: u64 = folder.unet.tensors()?.iter().map(|tensor| tensor.numel()).sum();
+    let (chain, options) = (prepared.unet.chain(), &prepared.options);
+    let elements: u64 = chain.tensors()?.iter().map(|tensor| tensor.numel()).sum();
     let bytes = elements * options.kind.elt_size_in_bytes() as u64;
     match 2 * bytes <= options.memory_budget()?.saturating_sub(1 << 30) {
-        true => Unet::resident(folder.unet.clone(), source, progress),
-        false => Unet::one_at_a_time(folder.unet.clone(), source),
+        true => Unet::resident(chain.clone(), source, progress),
+        false => Unet::one_at_a_time(chain.clone(), source),
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use sdxl_model::checkpoint::Weights;
 use sdxl_model::unet::UnetChain;
-use sdxl_pipeline::{LoraFile, ModelFiles, PipelineFolder};
+use sdxl_pipeline::{DenseUnet, LoraFile, ModelFiles, PipelineFolder};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::number;
 use squeeze_base::output::parent;
@@ -23,7 +23,7 @@ use crate::tune::split;
 /// model, its prompts can be read, and memory and disk are enough by its [plan](Plan).
 #[derive(Debug)]
 pub struct Prepared<'a> {
-    pub(super) folder: &'a PipelineFolder,
+    pub(super) unet: DenseUnet<'a>,
     pub(super) config: RunConfig,
     pub(super) options: RunOptions,
     pub(super) path: PathBuf,
@@ -35,14 +35,22 @@ pub struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    /// Prepares to compress the UNet of `folder` by `config` into the container `path`. `shares`
-    /// says whether the run will be given its samples; it does not keep those.
+    /// Prepares to compress `unet`, that of a pipeline or one alone, by `config` into the container
+    /// `path`. `shares` says whether the run will be given its samples; it does not keep those.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `options` or `folder` are not those that `config` names, or memory or
-    /// disk are too small; [`Error::Config`] if the config does not fit the model; if weights,
+    /// [`Error::Argument`] if `options` or the model are not those that `config` names, if the
+    /// config needs more of a pipeline than the UNet and there is no more, or memory or disk are
+    /// too small; [`Error::Config`] if the config does not fit the model; if weights,
     /// prompts or samples cannot be read.
-    pub fn new(folder: &'a PipelineFolder, config: &RunConfig, shares: bool, options: &RunOptions, path: &Path) -> Result<Self> {
+    pub fn new(
+        unet: impl Into<DenseUnet<'a>>,
+        config: &RunConfig,
+        shares: bool,
+        options: &RunOptions,
+        path: &Path,
+    ) -> Result<Self> {
+        let unet = unet.into();
         if config.budget.as_ref().is_some_and(|budget| budget.target.is_closeness()) {
             return Err(Error::Argument(
                 "`target_error` and `target_psnr` are reached by a search over several sizes, which `sdxl-squeeze compress` and \
@@ -50,32 +58,45 @@ impl<'a> Prepared<'a> {
                     .into(),
             ));
         }
-        check_place(folder, config, options)?;
-        let config = &settled(folder, config);
-        let recipe = Recipe::new(config, &folder.unet)?;
+        check_place(unet, config, options)?;
+        let config = &match unet {
+            DenseUnet::OfPipeline(folder) => settled(folder, config),
+            DenseUnet::Alone(_) => config.clone(),
+        };
+        let recipe = Recipe::new(config, unet.chain())?;
         recipe.check_not_empty()?;
-        let weights = folder.unet_weights()?;
-        folder.scheduler.train_timesteps()?;
-        let calls = if recipe.needs_samples() { Some(calls(folder, config)?) } else { None };
+        if let Some(what) = recipe.needs_pipeline(config) {
+            unet.pipeline(what)?;
+        }
+        let weights = unet.weights()?;
+        let (calls, encoders) = match unet {
+            DenseUnet::OfPipeline(folder) => {
+                folder.scheduler.train_timesteps()?;
+                let calls = if recipe.needs_samples() { Some(calls(folder, config)?) } else { None };
+                (calls, encoder_bytes(folder, options.kind.elt_size_in_bytes() as u64)?)
+            }
+            DenseUnet::Alone(_) => (None, 0),
+        };
         let mut budget = options.memory_budget()?;
         if let (None, Some(calls), Device::Cpu) = (options.budget, &calls, options.placement().device) {
             // The samples wait in the CPU's memory and will take a share of what is free now.
-            let samples = plan::of_samples(calls, folder.unet.config());
+            let samples = plan::of_samples(calls, unet.chain().config());
             let size = number::size;
             let few = || Error::Argument(format!("{} of memory are too little for {} of samples", size(budget), size(samples)));
             budget = budget.checked_sub(samples).ok_or_else(few)?;
         }
         let placement = options.placement();
         let memory = Memory::new(budget, options.kind, placement.device);
-        let memory = memory.with_encoders(encoder_bytes(folder, memory.element_bytes)?);
+        let memory = memory.with_encoders(encoders);
         let bytes_of = |name: &str| weights.narrow_bytes(name, placement).unwrap_or(4);
-        let mut plan = plan_of_run(&folder.unet, config, &recipe, calls, memory, &bytes_of)?;
+        let mut plan = plan_of_run(unet.chain(), config, &recipe, calls, memory, &bytes_of)?;
         if let Some(section) = &config.tune {
+            let folder = unet.pipeline("tuning")?;
             // Too few prompts would be found hours later otherwise.
             split(&section.prompts.as_ref().unwrap_or(&config.calibration.prompts).load()?)?;
             let shape = expected_calls(folder, &CalibrationSection { samples: None, ..config.calibration.clone() })?;
             let steps = settings(folder, &config.calibration)?.calls()?;
-            let tuning = TuningPlan::new(&folder.unet, section, &recipe.layers, (shape, steps), memory, &bytes_of)?;
+            let tuning = TuningPlan::new(unet.chain(), section, &recipe.layers, (shape, steps), memory, &bytes_of)?;
             tuning.check(budget)?;
             plan.disk.parts += tuning.disk_bytes;
         }
@@ -89,7 +110,7 @@ impl<'a> Prepared<'a> {
             // Later, blocks that libtorch keeps for its next tensors would not count as free.
             options.budget = Some(budget);
         }
-        Ok(Prepared { folder, config, options, path, weights, recipe, prices: None, plan })
+        Ok(Prepared { unet, config, options, path, weights, recipe, prices: None, plan })
     }
 
     /// The run with a file, in a folder that exists, for what the settings of its budget cost. Runs
@@ -100,10 +121,19 @@ impl<'a> Prepared<'a> {
         Prepared { prices: Some(path), ..self }
     }
 
-    /// The pipeline.
+    /// The UNet that is compressed.
     #[must_use]
-    pub fn folder(&self) -> &PipelineFolder {
-        self.folder
+    pub fn unet(&self) -> DenseUnet<'a> {
+        self.unet
+    }
+
+    /// The pipeline, for what draws or encodes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a UNet alone. [`new`](Self::new) has refused the configs that need
+    /// more.
+    pub(super) fn folder(&self) -> Result<&'a PipelineFolder> {
+        self.unet.pipeline("calibration")
     }
 
     /// The config of the run.
@@ -140,7 +170,7 @@ impl<'a> Prepared<'a> {
     ) -> Result<Plan> {
         let placement = self.options.placement();
         let bytes_of = |name: &str| self.weights.narrow_bytes(name, placement).unwrap_or(4);
-        let plan = Plan::new(&self.folder.unet, recipes, sequencing, calls, memory, &bytes_of)?;
+        let plan = Plan::new(self.unet.chain(), recipes, sequencing, calls, memory, &bytes_of)?;
         // Whether samples are kept on the disk was decided with the first plan.
         let keeps = self.plan.disk.samples > 0;
         let disk = if keeps { plan.disk } else { plan.disk.without_samples() };
@@ -187,9 +217,9 @@ pub fn plan_of_run(
     Ok(plan)
 }
 
-/// Checks that options and folder are those that the config names, because the config is kept with
+/// Checks that options and model are those that the config names, because the config is kept with
 /// the result as its description.
-pub(super) fn check_place(folder: &PipelineFolder, config: &RunConfig, options: &RunOptions) -> Result<()> {
+pub(super) fn check_place(unet: DenseUnet<'_>, config: &RunConfig, options: &RunOptions) -> Result<()> {
     let disagrees = |key: &str, named: &str, given: String| {
         Err(Error::Argument(format!("the config's `model.{key}` is {named}, but the run was given {given}")))
     };
@@ -201,7 +231,15 @@ pub(super) fn check_place(folder: &PipelineFolder, config: &RunConfig, options: 
         return disagrees("dtype", &model.dtype, format!("{:?}", options.kind));
     }
     let real = |path: &Path| path.canonicalize().map_err(Error::read(path));
-    let ModelFiles { model: path, base, vae, text_encoder, text_encoder_2, loras, lora_ignore } = folder.model_files();
+    let alone;
+    let files = match unet {
+        DenseUnet::OfPipeline(folder) => folder.model_files(),
+        DenseUnet::Alone(folder) => {
+            alone = ModelFiles::of(&folder.path);
+            &alone
+        }
+    };
+    let ModelFiles { model: path, base, vae, text_encoder, text_encoder_2, loras, lora_ignore } = files;
     if let Some(container) = text_encoder.as_ref().or(text_encoder_2.as_ref()) {
         return Err(Error::Argument(format!(
             "a config has no key for a compressed text encoder such as {}; calibrate with the dense ones",

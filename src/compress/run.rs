@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use sdxl_model::Layer;
 use sdxl_model::checkpoint::TensorSource;
+use sdxl_pipeline::{DenseUnet, PipelineFolder};
 use squeeze_base::error::{Error, Result};
 use squeeze_base::input::SourceFile;
 use squeeze_base::number;
@@ -75,15 +76,16 @@ pub fn compress(job: &Job<'_>, captions: Gatherer, store: &mut Workspace, progre
 /// is written to while it is read; [`Error::Stopped`](squeeze_base::Error::Stopped).
 pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progress) -> Result<JobReport> {
     let numerics = crate::init();
-    let Prepared { folder, config, options, path, weights, recipe, .. } = prepared;
-    let mut inputs = Inputs::read(folder, config, samples, recipe.needs_samples())?;
+    let Prepared { unet, config, options, path, weights, recipe, .. } = prepared;
+    let mut inputs = Inputs::read(*unet, config, samples, recipe.needs_samples())?;
     let is_drawn = samples.is_none() && inputs.samples.is_none() && recipe.needs_samples();
-    let hash = |progress: &dyn Progress| tracing::debug_span!("hash").in_scope(|| sources_of(folder, weights, progress));
+    let hash = |progress: &dyn Progress| tracing::debug_span!("hash").in_scope(|| sources_of(*unet, weights, progress));
     let (claim, (sources, first)) = Claim::of(&workspace_folder(path))?.during(|claim| {
         // Which run an unfinished one is, is known once its model is hashed.
         if !is_drawn || (options.resume && claim.has_run()) {
             return Ok((hash(progress)?, None));
         }
+        let folder = prepared.folder()?;
         let draw = |progress: &dyn Progress| {
             let section = inputs.section(&config.calibration);
             tracing::debug_span!("calibration").in_scope(|| calibrate(folder, weights, &section, options, progress))
@@ -104,6 +106,7 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
     let mut run = Run::new(prepared, &inputs, samples.or(drawn.as_ref()).unwrap_or(&none), progress)?;
     run.notes.extend(numerics.note());
     run.notes.extend(few_prompts(config, recipe, inputs.prompts.len()));
+    run.notes.extend(unknown_prediction(*unet));
     run.notes.iter().for_each(|note| tracing::warn!("{note}"));
     let source = weights.narrow_source(options.placement());
     let (config, recipe) = run.settle_budget(&source, &sources, &mut workspace)?;
@@ -119,14 +122,14 @@ pub fn run(prepared: &Prepared, samples: Option<&Samples>, progress: &dyn Progre
 
     let info = ContainerInfo {
         network: Network::Unet,
-        config: folder.unet_config().clone(),
+        config: unet.config().clone(),
         recipe: inputs.recipe(&config),
         sources,
-        prediction_type: Some(folder.scheduler.prediction().to_owned()),
+        prediction_type: unet.prediction_type().map(str::to_owned),
     };
-    let tensors = folder.unet.tensors()?;
-    let unet = Finished { info, tensors, weights, layers: &workspace, tuned: tuned.as_ref() };
-    let (written, sums) = tracing::debug_span!("container").in_scope(|| write_container(path, unet, progress))?;
+    let tensors = unet.chain().tensors()?;
+    let finished = Finished { info, tensors, weights, layers: &workspace, tuned: tuned.as_ref() };
+    let (written, sums) = tracing::debug_span!("container").in_scope(|| write_container(path, finished, progress))?;
     let is_calibrated = drawn.is_some() || plan.calls.is_some();
     let layers = in_execution_order(&recipe, &workspace);
     let report = JobReport {
@@ -158,12 +161,12 @@ pub(super) fn forecast(
     workspace: &mut Workspace,
     progress: &dyn Progress,
 ) -> Result<Forecast> {
-    let Prepared { folder, config, options, weights, recipe, .. } = prepared;
+    let Prepared { unet, config, options, weights, recipe, .. } = prepared;
     let budget = config.budget.as_ref().ok_or_else(|| Error::internal("a forecast was asked for without a budget"))?;
-    let inputs = Inputs::read(folder, config, Some(samples), recipe.needs_samples())?;
+    let inputs = Inputs::read(*unet, config, Some(samples), recipe.needs_samples())?;
     let run = Run::new(prepared, &inputs, samples, progress)?;
     let plan = run.plan(&recipe.layers, recipe.sequencing)?;
-    let shapes = allocate::shapes(&folder.unet)?;
+    let shapes = allocate::shapes(unet.chain())?;
     let settings = allocate::settings(recipe, &shapes, budget)?;
     let source = weights.narrow_source(options.placement());
     let prices = run.prices(&settings, &shapes, budget.probes, (&source, sources), workspace)?;
@@ -187,17 +190,17 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(prepared: &'a Prepared<'a>, inputs: &'a Inputs, samples: &'a Samples, progress: &'a dyn Progress) -> Result<Self> {
-        let Prepared { folder, config, options, .. } = prepared;
-        let scheduler = calibration::scheduler(folder, &config.calibration)?;
+        let Prepared { unet, config, options, .. } = prepared;
+        let (sample_weights, timesteps) = match unet {
+            DenseUnet::OfPipeline(folder) => of_samples(folder, config, samples)?,
+            DenseUnet::Alone(_) => (Vec::new(), Vec::new()),
+        };
         Ok(Run {
             prepared,
             inputs,
             samples,
-            sample_weights: match config.calibration.timestep_weighting {
-                TimestepWeighting::Uniform => Vec::new(),
-                by @ (TimestepWeighting::Early | TimestepWeighting::Log) => calibration::weights(samples, &scheduler, by)?,
-            },
-            timesteps: scheduler.training_timesteps()?,
+            sample_weights,
+            timesteps,
             section: inputs.section(&config.calibration),
             // Samples take memory too, and there may be fewer than were planned with.
             memory: Memory::new(options.memory_budget()?, options.kind, options.placement().device),
@@ -211,9 +214,9 @@ impl<'a> Run<'a> {
     }
 
     fn job<'b>(&'b self, source: &'b (dyn TensorSource + Sync), layers: &'b LayerRecipes, plan: &'b Plan) -> Job<'b> {
-        let Prepared { folder, options, .. } = self.prepared;
+        let Prepared { unet, options, .. } = self.prepared;
         Job {
-            model: Model { chain: &folder.unet, source },
+            model: Model { chain: unet.chain(), source },
             layers,
             plan,
             calibration: Calibration { samples: self.samples, weights: &self.sample_weights, timesteps: &self.timesteps },
@@ -224,7 +227,8 @@ impl<'a> Run<'a> {
     /// The Hessians of text and time from the captions.
     fn captions(&self, layers: &LayerRecipes) -> Result<Gatherer> {
         let _span = tracing::debug_span!("captions").entered();
-        let Prepared { folder, options, weights, .. } = self.prepared;
+        let Prepared { options, weights, .. } = self.prepared;
+        let folder = self.prepared.folder()?;
         let needs_hessian = |layer: &Layer| layers.get(layer.name()).is_some_and(LayerRecipe::needs_hessian);
         let captions = captions::Captions { lines: &self.inputs.captions, section: &self.section };
         let gathered = captions::gather(folder, weights, captions, &needs_hessian, options, self.progress)
@@ -244,13 +248,13 @@ impl<'a> Run<'a> {
         workspace: &mut Workspace,
     ) -> Result<(RunConfig, Recipe)> {
         const ALLOCATED: &str = "recipe.yaml";
-        let Prepared { folder, config, recipe, .. } = self.prepared;
+        let Prepared { unet, config, recipe, .. } = self.prepared;
         let Some(budget) = &config.budget else { return Ok((config.clone(), recipe.clone())) };
         let allocated = if let Some(kept) = workspace.kept(ALLOCATED) {
             RunConfig::parse(&workspace.folder().join(ALLOCATED), &kept)?
         } else {
             let plan = self.plan(&recipe.layers, recipe.sequencing)?;
-            let shapes = allocate::shapes(&folder.unet)?;
+            let shapes = allocate::shapes(unet.chain())?;
             let settings = allocate::settings(recipe, &shapes, budget)?;
             let prices = self.prices(&settings, &shapes, budget.probes, (source, sources), workspace)?;
             let allocation = allocate::allocate(&prices, &shapes, config, recipe, &plan, budget)?;
@@ -260,7 +264,7 @@ impl<'a> Run<'a> {
             workspace.keep(ALLOCATED, allocation.config.to_yaml().as_bytes())?;
             allocation.config
         };
-        let recipe = Recipe::new(&allocated, &folder.unet)?;
+        let recipe = Recipe::new(&allocated, unet.chain())?;
         Ok((allocated, recipe))
     }
 
@@ -342,6 +346,27 @@ impl<'a> Run<'a> {
     }
 }
 
+/// The weight of each of `samples` (none if all weigh the same), and the training timesteps.
+fn of_samples(folder: &PipelineFolder, config: &RunConfig, samples: &Samples) -> Result<(Vec<f64>, Vec<f64>)> {
+    let scheduler = calibration::scheduler(folder, &config.calibration)?;
+    let weights = match config.calibration.timestep_weighting {
+        TimestepWeighting::Uniform => Vec::new(),
+        by @ (TimestepWeighting::Early | TimestepWeighting::Log) => calibration::weights(samples, &scheduler, by)?,
+    };
+    Ok((weights, scheduler.training_timesteps()?))
+}
+
+/// A remark if nothing says what the UNet predicts.
+fn unknown_prediction(unet: DenseUnet<'_>) -> Option<String> {
+    let remark = || {
+        format!(
+            "{} is a UNet alone, without the sampler's config that says what the UNet predicts: the container does not record it",
+            unet.path().display()
+        )
+    };
+    unet.prediction_type().is_none().then(remark)
+}
+
 /// The samples of a run that is given none: read from the config's file, `drawn` already, or drawn
 /// if a layer needs them.
 pub(super) fn own_samples(
@@ -351,10 +376,11 @@ pub(super) fn own_samples(
     workspace: &mut Workspace,
     progress: &dyn Progress,
 ) -> Result<Option<Samples>> {
-    let Prepared { folder, config, options, weights, recipe, .. } = prepared;
+    let Prepared { config, options, weights, recipe, .. } = prepared;
     match inputs.samples.take() {
         Some(read) => Ok(Some(read)),
         None if recipe.needs_samples() => {
+            let folder = prepared.folder()?;
             let samples = match drawn {
                 Some(drawn) => {
                     samples::keep(&drawn, workspace)?;

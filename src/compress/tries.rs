@@ -95,11 +95,11 @@ impl<'a> Tries<'a> {
         also: Value,
         progress: &dyn Progress,
     ) -> Result<Self> {
-        let Prepared { folder, weights, recipe, config: settled, path, .. } = &prepared;
-        let (folder, config, path) = (*folder, settled.clone(), path.clone());
-        let mut inputs = Inputs::read(folder, settled, samples, recipe.needs_samples())?;
+        let Prepared { unet, weights, recipe, config: settled, path, .. } = &prepared;
+        let (folder, config, path) = (prepared.folder()?, settled.clone(), path.clone());
+        let mut inputs = Inputs::read(*unet, settled, samples, recipe.needs_samples())?;
         let claim = Claim::of(&workspace_folder(&path))?;
-        let (claim, sources) = claim.during(|_| sources_of(folder, weights, progress))?;
+        let (claim, sources) = claim.during(|_| sources_of(*unet, weights, progress))?;
         let mut identity = inputs.identity(&of_any_size(settled), &sources, options);
         identity.insert("judged".to_owned(), also);
         let mut workspace = claim.open(&identity, options.resume)?;

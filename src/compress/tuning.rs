@@ -33,7 +33,8 @@ pub(super) fn tune_layers(
     workspace: &mut Workspace,
     progress: &dyn Progress,
 ) -> Result<Trained> {
-    let Prepared { folder, options, config, .. } = prepared;
+    let Prepared { options, config, .. } = prepared;
+    let folder = prepared.folder()?;
     let state = newest_state(workspace);
     let workspace = &*workspace;
     let stored = Stored { workspace, source };
@@ -52,7 +53,7 @@ pub(super) fn tune_layers(
     let Placement { device, kind } = options.placement();
     // On a CPU gradients of fp16 and bf16 are slow, or are not there at all.
     let placement = Placement { device, kind: if device == Device::Cpu { Kind::Float } else { kind } };
-    let judge = Judge { drawing: drawing(prepared, &set, &taught.probes), probes: taught.probes, dense: taught.dense };
+    let judge = Judge { drawing: drawing(prepared, &set, &taught.probes)?, probes: taught.probes, dense: taught.dense };
     let training = Training {
         chain: &folder.unet,
         lessons: &taught.lessons,

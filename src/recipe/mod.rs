@@ -37,6 +37,23 @@ impl Recipe {
         self.layers.values().any(LayerRecipe::needs_hessian)
     }
 
+    /// What of a run by `config` needs more of a pipeline than its UNet, in words; `None` if the
+    /// UNet alone does.
+    #[must_use]
+    pub fn needs_pipeline(&self, config: &RunConfig) -> Option<&'static str> {
+        if config.budget.is_some() {
+            Some("a budget")
+        } else if self.needs_samples() {
+            Some("calibration")
+        } else if config.tune.is_some() {
+            Some("tuning")
+        } else if config.text_encoders.is_some() || config.vae.is_some() {
+            Some("compression of text encoders and VAE")
+        } else {
+            None
+        }
+    }
+
     /// Refuses a config of the user's that leaves every layer alone. A budget may end with such a
     /// recipe: the settings of least error are fp16.
     ///

@@ -310,6 +310,92 @@ fn the_prediction_type_is_recorded() {
     }
 }
 
+/// A UNet without its pipeline does for a run that needs no calibration: the container has the
+/// tensors of the whole pipeline's, and does not record what the UNet predicts.
+#[test]
+fn a_unet_alone_does_where_nothing_is_calibrated() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = folder.path().join("my-unet");
+    copy(&tiny().join("unet"), &alone);
+    let compressed = |model: &Path, out: &str| {
+        let out = folder.path().join(out);
+        let said = Squeeze::new("compress").config("dense-4bit").model(model).out(&out).succeeds();
+        (out.join("unet.squeezed.safetensors"), said)
+    };
+    let ((whole, _), (own, said)) = (compressed(tiny(), "whole"), compressed(&alone, "own"));
+    said.says(&["my-unet is a UNet alone, without the sampler's config that says what the UNet predicts"]);
+    let notes = crate::support::report(own.parent().unwrap())["notes"].to_string();
+    assert!(notes.contains("is a UNet alone"), "{notes}");
+    verify(&own).unwrap();
+    let tensors = |path: &Path| -> Tensors {
+        let bytes = std::fs::read(path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = |(name, view): (String, TensorView<'_>)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+        file.tensors().into_iter().map(tensor).collect()
+    };
+    assert!(tensors(&own) == tensors(&whole));
+    let [whole, opened] = [&whole, &own].map(|path| Container::open(path).unwrap());
+    assert_eq!(opened.info().sources, whole.info().sources);
+    assert_eq!(opened.info().config, whole.info().config);
+    assert_eq!((opened.info().prediction_type.as_deref(), whole.info().prediction_type.as_deref()), (None, Some("epsilon")));
+    // With its pipeline the container draws.
+    let png = folder.path().join("x.png");
+    let draw = Squeeze::new("generate").model(tiny()).with("--unet", &own).args(["--prompt", "a cat", "--steps", "1"]);
+    draw.with("-o", &png).succeeds();
+    let planned = |model: &Path| {
+        let plan = Squeeze::new("plan").arg(repo("configs/dense-4bit.yaml")).model(model).arg("--json").succeeds();
+        let plans: serde_json::Value = serde_json::from_str(&plan.stdout).unwrap();
+        plans[0]["plan"]["payload_bytes"].clone()
+    };
+    assert_eq!(planned(&alone), planned(tiny()));
+}
+
+/// What needs the pipeline around a UNet is refused before any work.
+#[test]
+fn what_needs_the_pipeline_is_refused_for_a_unet_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (alone, out) = (folder.path().join("my-unet"), folder.path().join("out"));
+    copy(&tiny().join("unet"), &alone);
+    let compress = || Squeeze::new("compress").model(&alone).out(&out);
+    let gives = "my-unet seems to be one part of a model, without the folder around it";
+    let calibrated = ["calibration needs the pipeline and not its UNet alone", gives];
+    compress().config("emoji/tutorial-s50-4bit-gs16").is_refused(&calibrated);
+    Squeeze::new("plan").arg(repo("configs/emoji/tutorial-s50-4bit-gs16.yaml")).model(&alone).is_refused(&calibrated);
+    compress().with("--size", "1MB").is_refused(&["a budget needs the pipeline", gives]);
+    compress().config("squeeze-text-vae").is_refused(&["compression of text encoders and VAE needs the pipeline", gives]);
+    let dense = || compress().config("dense-4bit");
+    dense().with("--samples-out", folder.path().join("s.safetensors")).is_refused(&["--samples-out needs the pipeline", gives]);
+    dense().with("--vae", tiny().join("vae")).is_refused(&["another VAE needs the pipeline", gives]);
+    assert!(!out.exists());
+    // The folder of another part is no UNet.
+    let vae = Squeeze::new("compress").config("dense-4bit").model(tiny().join("vae")).out(&out);
+    vae.is_refused(&["vae is one part of the model"]);
+}
+
+/// Tensors of one file in fp16, fp32 and fp64, all of which hold fp16's values.
+#[test]
+fn tensors_of_several_dtypes_in_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    copy(tiny(), &model);
+    for part in
+        ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    {
+        edit(&model.join(part), |tensors| {
+            let halves = tensors.values_mut().filter(|(dtype, ..)| *dtype == Dtype::F16);
+            for (number, (dtype, _, data)) in halves.enumerate() {
+                let values = data.chunks_exact(2).map(|half| half::f16::from_le_bytes([half[0], half[1]]));
+                match number % 3 {
+                    0 => (*dtype, *data) = (Dtype::F32, values.flat_map(|value| value.to_f32().to_le_bytes()).collect()),
+                    1 => (*dtype, *data) = (Dtype::F64, values.flat_map(|value| value.to_f64().to_le_bytes()).collect()),
+                    _ => {}
+                }
+            }
+        });
+    }
+    assert!(picture(&model, folder.path()) == picture(tiny(), folder.path()));
+}
+
 /// Sets the elements that `which` picks to bytes that are zero except for the last one, which is
 /// `last`.
 fn fill(tensors: &mut Tensors, name: &str, last: u8, which: impl Fn(usize) -> bool) {

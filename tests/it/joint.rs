@@ -252,6 +252,39 @@ fn dead_columns_and_constant_weights() {
     assert!(off < 1.5, "not pruned, they stay near what they were: {off}");
 }
 
+/// One input, one output, equal rows, equal columns with equal inputs, and inputs that are all
+/// zero.
+#[test]
+fn layers_with_little_in_them() {
+    let (wide, inputs) = (numbers(&[16, 64], 31), correlated(200, 64, 33, 32));
+    let equal = |tensor: &Tensor, dimension: i64| tensor.narrow(dimension, 0, 1).expand_as(tensor).contiguous();
+    let cases = [
+        ("one input", numbers(&[16, 1], 33), numbers(&[50, 1], 34)),
+        ("one output", wide.narrow(0, 0, 1), inputs.shallow_clone()),
+        ("equal rows", equal(&wide, 0), inputs.shallow_clone()),
+        ("equal columns with equal inputs", equal(&wide, 1), equal(&inputs, 1)),
+        ("no inputs but zeros", wide.shallow_clone(), inputs.zeros_like()),
+        ("weights and inputs of zeros", wide.zeros_like(), inputs.zeros_like()),
+    ];
+    for (what, weight, inputs) in cases {
+        let seen = hessian(&inputs);
+        for prune in [None, pruned(Sparsity::Unstructured(0.5))] {
+            let found = solve(&weight, &seen, &JointOptions::new(prune, Some(palette(2, None))));
+            assert!(found.weight.iter().all(|value| value.is_finite()), "{what}");
+            if output_energy(&weight, &seen).unwrap() > 0.0 {
+                consistent(&found, &weight, &seen);
+            } else {
+                assert!(found.loss < 1e-6, "{what}: {}", found.loss);
+            }
+            // Few different numbers need no more entries than there are.
+            if prune.is_none() && what.starts_with("equal columns") {
+                let size = output_energy(&weight, &seen).unwrap();
+                assert!(found.loss < 0.2 * size, "{what}: {} of {size}", found.loss);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_is_refused() {
     let (weight, seen) = (numbers(&[16, 64], 18), hessian(&correlated(200, 64, 19, 20)));

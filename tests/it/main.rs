@@ -43,6 +43,7 @@ mod report;
 mod resume;
 mod samplers;
 mod schedulers;
+mod settings;
 mod single_file;
 mod snapshots;
 mod sparsegpt;

@@ -93,8 +93,7 @@ fn the_same_bytes_by_the_joint_solver_on_any_number_of_threads() {
 fn the_same_picture_on_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
     let picture = folder.path().join("x.png");
-    let draw =
-        Squeeze::new("generate").model(tiny()).args(["--prompt", "a cat", "--steps", "3", "--overwrite"]).with("-o", &picture);
+    let draw = Squeeze::new("generate").model(tiny()).args(["--prompt", "a cat", "--steps", "3"]).with("-o", &picture);
     same_on_all_threads(&["1", "2", "3", "7"], &draw, || std::fs::read(&picture).unwrap());
 }
 

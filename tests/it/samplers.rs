@@ -404,6 +404,8 @@ fn keys_that_the_further_samplers_lack_are_refused_by_name() {
         assert!(error.to_string().contains(&format!("`{key}`")), "{class} {keys}: {error}");
         assert!(matches!(error, Error::ConfigKey { .. }), "{class} {keys}: {error:?}");
     }
+    let runge_kutta = refusal(&config("PNDMScheduler", json!({})), 20).to_string();
+    assert!(runge_kutta.contains("which `--scheduler plms` sets"), "{runge_kutta}");
 }
 
 #[test]

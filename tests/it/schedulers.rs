@@ -165,6 +165,44 @@ fn every_sampler_equals_that_of_diffusers() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// Every spacing with every curve, solver and prediction, at 1 to 25 steps
+/// (tests/golden/make_sampler_grid.py).
+#[test]
+fn a_grid_of_settings_equals_diffusers() {
+    #[derive(Deserialize)]
+    struct Setting {
+        class: String,
+        keys: Value,
+        steps: Vec<usize>,
+        #[serde(rename = "final")]
+        finals: Vec<Vec<f64>>,
+    }
+    let text = std::fs::read_to_string(repo("tests/golden/sampler-grid.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let settings: Vec<Setting> = serde_json::from_value(golden["settings"].clone()).unwrap();
+    assert!(settings.len() > 128);
+    let noise: Vec<f64> = serde_json::from_value(golden["noise"].clone()).unwrap();
+    let noise = Tensor::from_slice(&noise).to_kind(Kind::Float).view([1, 1, 2, 2]);
+    let roots = &tensors(&repo("tests/golden/schedulers.safetensors"))["roots"];
+    let alike = Tensor::linspace(0.01, 200.0, 1000, (Kind::Float, tch::Device::Cpu)).sqrt() == *roots;
+    let mut failures = Vec::new();
+    for Setting { class, keys, steps, finals } in settings {
+        let mut entries = golden["sdxl"].clone();
+        entries.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let read = config(&class, entries);
+        for (steps, expected) in steps.into_iter().zip(finals) {
+            assert!((1..=25).contains(&steps));
+            let result = run(read.scheduler(steps).unwrap().as_mut(), &noise).pop().unwrap();
+            let off = error(&result, &Tensor::from_slice(&expected));
+            // On other processors, timesteps of a curve may be cut to other whole numbers.
+            if off > if alike { 1e-6 } else { 2e-2 } {
+                failures.push(format!("{class} {keys} in {steps} steps: {off:.1e}"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
 #[test]
 fn a_model_that_always_predicts_one_picture_ends_there() {
     let picture = noise(&[1, 4, 3, 5], 1, Kind::Float).unwrap();

@@ -393,6 +393,10 @@ fn other_models_and_other_forms_are_refused_with_the_remedy() {
         (f32s(&[("model.diffusion_model.double_blocks.0.x", vec![1])]), &["is a Flux model"]),
         (f32s(&[("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", vec![1])]), &["is a LoRA", "--lora"]),
         (f32s(&[("control_model.input_blocks.0.0.weight", vec![1])]), &["is a ControlNet"]),
+        (
+            f32s(&[("model.diffusion_model.down_blocks.0.resnets.0.conv1.weight", vec![1])]),
+            &["has a UNet with diffusers' names behind the prefix", "take the prefix `model.diffusion_model.` off", "--base"],
+        ),
         (f32s(&[("decoder.conv_in.weight", vec![1])]), &["has a VAE and no UNet", "--vae"]),
         (f32s(&[("text_model.embeddings.token_embedding.weight", vec![1])]), &["has text encoders and no UNet"]),
         (f32s(&[("input_blocks.0.0.weight", vec![1])]), &["has a UNet that is not of the SDXL family"]),
@@ -656,7 +660,7 @@ fn transformers_of_no_blocks_are_seen() {
 }
 
 /// `values` of `tests/golden/make_family.py`.
-fn values(name: &str, shape: &[usize]) -> Vec<u8> {
+pub(crate) fn values(name: &str, shape: &[usize]) -> Vec<u8> {
     let offset = u64::from(crc32fast::hash(name.as_bytes()));
     let count: usize = shape.iter().product();
     let unit = |place: usize| {

@@ -222,7 +222,8 @@ const NARROWER: [(&str, &str); 3] =
     [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_CBWR", "AVX2,STRICT"), ("ATEN_CPU_CAPABILITY", "avx2")];
 
 /// Asserts that a command writes equal bytes on each number of threads, both with the instructions
-/// of this processor and with those of a narrower one. `result` takes the bytes that a run wrote.
+/// of this processor and with those of a narrower one. `result` takes the bytes that a run wrote,
+/// which the next run replaces.
 #[track_caller]
 pub(crate) fn same_on_all_threads(threads: &[&str], squeeze: &Squeeze, mut result: impl FnMut() -> Vec<u8>) {
     for narrower in [&[][..], &NARROWER] {

@@ -58,7 +58,11 @@ fn the_vae_is_fp32_whatever_force_upcast_says() {
         config["force_upcast"] = value;
         std::fs::write(&path, config.to_string()).unwrap();
         let picture = here.path().join("x.png");
-        Squeeze::new("generate").model(&model).args(["--prompt", "x", "--steps", "2", "--overwrite", "-o"]).arg(&picture).succeeds();
+        Squeeze::new("generate")
+            .model(&model)
+            .args(["--prompt", "x", "--steps", "2", "--overwrite", "-o"])
+            .arg(&picture)
+            .succeeds();
         std::fs::read(&picture).unwrap()
     });
     assert!(pictures[0] == pictures[1] && pictures[1] == pictures[2]);
@@ -71,7 +75,8 @@ fn distilled_models_in_files_are_told_their_sampler() {
     let draw = |name: &str, more: &[&str]| {
         let path = here.path().join(name);
         family(&path);
-        let run = Squeeze::new("generate").model(&path).args(["--prompt", "a cat", "--height", "64", "--width", "64", "--overwrite"]);
+        let run =
+            Squeeze::new("generate").model(&path).args(["--prompt", "a cat", "--height", "64", "--width", "64", "--overwrite"]);
         run.args(more).with("-o", here.path().join("x.png")).succeeds()
     };
     let said = draw("sdxl_lightning_2step.safetensors", &[]);
@@ -116,7 +121,7 @@ fn unets_of_other_kinds_are_completed_by_a_plain_base() {
         let draw = |run: Squeeze, flags: &[&str]| {
             let run = run.args(flags);
             let golden = crate::architectures::golden;
-            let run = run.args(["--prompt", "a cat", "--steps", "2", "--guidance", "4", "-o", "/dev/null"]);
+            let run = run.args(["--prompt", "a cat", "--steps", "2", "--guidance", "4", "--overwrite", "-o", "/dev/null"]);
             let run = match name {
                 "inpainting-like" => run.with("--image", golden("image.png")).with("--mask", golden("mask.png")),
                 "edit-like" => run.with("--image", golden("image.png")),

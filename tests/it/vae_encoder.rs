@@ -72,7 +72,7 @@ fn the_encoder_is_compressed_where_the_config_asks_for_it() {
     assert!(verified["compressed"].as_u64().unwrap() > 15, "{verified}");
     let draw = |image: Option<&Path>, vae: Option<&Path>| {
         let to = here("picture.png");
-        let mut draw = Squeeze::new("generate").model(emoji()).args(["--prompt", "red apple", "--steps", "2"]);
+        let mut draw = Squeeze::new("generate").model(emoji()).args(["--prompt", "red apple", "--steps", "2", "--overwrite"]);
         draw = image.into_iter().fold(draw, |draw, image| draw.with("--image", image).with("--strength", "0.5"));
         draw = vae.into_iter().fold(draw, |draw, vae| draw.with("--vae", vae));
         draw.with("-o", &to).succeeds();

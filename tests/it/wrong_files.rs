@@ -103,15 +103,16 @@ fn names_and_folders_that_are_no_model() {
     refused(&cache, &["models--owner--name/model_index.json: No such file", "a model is a folder"]);
     copy(tiny(), &snapshot);
     refused(&cache, &["is the hub's cache of a model; name the snapshot in it", "snapshots/abc"]);
-    // Of a UNet alone, a package can be written; all else needs the pipeline.
+    // Of a UNet alone, a package can be written, and it can be compressed without calibration; all
+    // else needs the pipeline.
     let package = folder.path().join("unet.mlpackage");
     Squeeze::new("export").arg(tiny().join("unet")).with("--to", "coreml").out(&package).succeeds();
     let whole = folder.path().join("whole.mlpackage");
     Squeeze::new("export").arg(tiny()).with("--to", "coreml").out(&whole).succeeds();
     let weights = |package: &Path| std::fs::read(package.join("Data/com.apple.CoreML/weights/weight.bin")).unwrap();
     assert!(weights(&package) == weights(&whole));
-    let alone = Squeeze::new("compress").config("dense-4bit").model(tiny().join("unet"));
-    alone.out(folder.path().join("out")).is_refused(&["is one part of the model"]);
+    let alone = Squeeze::new("generate").model(tiny().join("unet")).args(["--prompt", "a cat"]);
+    alone.with("-o", folder.path().join("x.png")).is_refused(&["is one part of the model"]);
 }
 
 /// A VAE that cannot be read is found before the prompt is encoded; so is a UNet.

@@ -20,7 +20,7 @@ use super::image_channels::ImageChannels;
 use super::lora;
 use super::network_weights::NetworkWeights;
 use super::parts::{ModelFiles, Parts, TEXT_PARTS, TextPlace, VaeAt, VocabularyAt, WeightsAt};
-use super::unet_folder::known_weights;
+use super::unet_folder::{UnetFolder, known_weights};
 
 /// A pipeline in diffusers layout (`model_index.json` and a folder for each part), or a single-file
 /// checkpoint. Opening it reads configs and headers only.
@@ -297,7 +297,7 @@ impl PipelineFolder {
     #[must_use]
     pub fn unet_folder(&self) -> &'static str {
         match &self.parts.unet_weights {
-            WeightsAt::Folder(_) => "unet/",
+            WeightsAt::Folder(_) => UnetFolder::IN_PIPELINE,
             WeightsAt::Checkpoint(_) => "",
         }
     }

@@ -1,5 +1,6 @@
 //! From a prompt to a picture, as `diffusers.StableDiffusionXLPipeline` computes it.
 
+mod dense_unet;
 mod few_step;
 mod folder;
 mod generate;
@@ -24,6 +25,7 @@ mod unet_folder;
 mod unet_weights;
 mod verify;
 
+pub use dense_unet::DenseUnet;
 pub use few_step::SamplingDefaults;
 pub use folder::{PipelineFolder, TextPart};
 pub use generate::{GenerateRequest, Generated, ImageRequest, decode_with, decoder, generate, load_vae};

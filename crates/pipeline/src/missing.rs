@@ -40,7 +40,7 @@ fn exists(path: &Path) -> bool {
 }
 
 /// A sentence about a path without `model_index.json`.
-fn what_it_is(root: &Path) -> String {
+pub(crate) fn what_it_is(root: &Path) -> String {
     const WANTED: &str = "a model is a folder in diffusers layout (model_index.json and the folders scheduler, unet, vae, text_encoder, \
                           text_encoder_2, tokenizer, tokenizer_2) or a single-file checkpoint (.safetensors)";
     let shown = root.display();

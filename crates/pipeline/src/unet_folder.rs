@@ -1,30 +1,48 @@
 //! The folder of a UNet alone, which people have without the rest of its pipeline.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use sdxl_model::checkpoint::{ConfigFile, Weights};
+use sdxl_model::checkpoint::{ConfigFile, SourceFile, Weights};
 use sdxl_model::ldm::MARKERS;
 use sdxl_model::unet::{UnetChain, UnetConfig};
 use serde_json::{Map, Value};
 use squeeze_base::error::Result;
+use squeeze_base::input::{self, Limit};
 use squeeze_base::shorten::shorten;
 
 /// A UNet in diffusers layout: `config.json` and weights.
 #[derive(Debug)]
 pub struct UnetFolder {
+    /// The folder.
+    pub path: PathBuf,
     /// The chain of stages.
     pub chain: UnetChain,
     /// `config.json`, every entry.
     pub config: Map<String, Value>,
+    /// The length and hash of `config.json`, under its name in a pipeline.
+    pub config_file: SourceFile,
     /// The weights, which are those of the chain.
     pub weights: Weights,
 }
 
 impl UnetFolder {
-    /// Whether `path` is such a folder, and not a pipeline's.
+    /// What stands before the names of a UNet's files in a pipeline.
+    pub const IN_PIPELINE: &str = "unet/";
+
+    /// Whether `path` is such a folder, and not a pipeline's or that of another part. A config that
+    /// cannot be read may be a UNet's: opening it says what is wrong.
     #[must_use]
     pub fn is_at(path: &Path) -> bool {
-        path.join("config.json").is_file() && path.join("model_index.json").symlink_metadata().is_err()
+        let config = path.join("config.json");
+        if !config.is_file() || path.join("model_index.json").symlink_metadata().is_ok() {
+            return false;
+        }
+        let Ok(entries) = ConfigFile::read(&config).map(ConfigFile::into_entries) else { return true };
+        match entries.get("_class_name").and_then(Value::as_str) {
+            Some(class) => class.starts_with("UNet"),
+            // The configs of transformers, as those of text encoders.
+            None => !entries.contains_key("architectures") && !entries.contains_key("model_type"),
+        }
     }
 
     /// Opens the folder.
@@ -33,11 +51,15 @@ impl UnetFolder {
     /// If the config or the weights cannot be read, the architecture is not implemented, or the
     /// two disagree.
     pub fn open(path: &Path) -> Result<Self> {
-        let config = ConfigFile::read(&path.join("config.json"))?.into_entries();
-        let chain = UnetChain::new(UnetConfig::parse(ConfigFile::from_entries(&path.join("config.json"), config.clone()))?);
+        let at = path.join("config.json");
+        // Read once, so that the recorded hash is that of the config in use.
+        let content = input::read(&at, Limit::MODEL_CONFIG)?;
+        let config = ConfigFile::from_bytes(&at, &content)?.into_entries();
+        let chain = UnetChain::new(UnetConfig::parse(ConfigFile::from_entries(&at, config.clone()))?);
         let weights = known_weights(path)?;
         weights.check(&chain.tensors()?, |_| false)?;
-        Ok(UnetFolder { chain, config, weights })
+        let config_file = SourceFile::of_bytes(&content, format!("{}config.json", Self::IN_PIPELINE));
+        Ok(UnetFolder { path: path.to_owned(), chain, config, config_file, weights })
     }
 }
 

@@ -43,7 +43,7 @@ impl<'a> PreparedNetwork<'a> {
         if config.text_encoders.is_none() && config.vae.is_none() {
             return Ok(Vec::new());
         }
-        check_place(folder, config, options)?;
+        check_place(folder.into(), config, options)?;
         let config = settled(folder, config);
         let mut prepared = Vec::new();
         if let Some(section) = &config.text_encoders {

@@ -288,6 +288,59 @@ mod tests {
         assert_eq!(file.data_sha256().unwrap(), (digest::of_bytes(&whole[start..]), (whole.len() - start) as u64));
     }
 
+    /// Files that other writers make, and some that nobody should: what the safetensors library
+    /// reads is read to the same bytes, and what it refuses is refused.
+    #[test]
+    fn odd_files_are_read_as_the_safetensors_library_reads_them() {
+        const A: &str = r#""a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}"#;
+        const B: &str = r#""b":{"dtype":"U8","shape":[3],"data_offsets":[4,7]}"#;
+        let of = |entries: &[&str]| format!("{{{}}}", entries.join(","));
+        let cases = [
+            ("as usual", of(&[A, B]), true),
+            ("another order than that of the data", of(&[B, A]), true),
+            ("blanks after the header", format!("{}   ", of(&[A, B])), true),
+            ("line ends in the header", of(&[A, B]).replace(',', ",\n"), true),
+            ("an odd length", format!("{} ", of(&[A, B])), true),
+            ("metadata of nothing", of(&[r#""__metadata__":{}"#, A, B]), true),
+            ("metadata of null", of(&[r#""__metadata__":null"#, A, B]), true),
+            ("metadata of text", of(&[r#""__metadata__":{"format":"pt","ü":""}"#, A, B]), true),
+            ("metadata of a number", of(&[r#""__metadata__":{"step":3}"#, A, B]), false),
+            ("a scalar", of(&[A, B, r#""c":{"dtype":"U8","shape":[],"data_offsets":[7,8]}"#]), true),
+            ("no elements", of(&[A, B, r#""c":{"dtype":"F32","shape":[0,3],"data_offsets":[7,7]}"#]), true),
+            ("names that are escaped", of(&[A, B]).replace("\"b\"", r#""\u0062 \ud83d\ude00""#), true),
+            ("a name of nothing", of(&[A, B]).replace("\"b\"", "\"\""), true),
+            ("a key that nobody knows", of(&[A, B]).replace("\"shape\":[3]", "\"shape\":[3],\"of\":1"), true),
+            ("no tensors", "{}".to_owned(), true),
+            ("a byte-order mark", format!("\u{feff}{}", of(&[A, B])), false),
+            ("sizes with a point", of(&[A, B]).replace("[3]", "[3.0]"), false),
+            ("a dtype in small letters", of(&[A, B]).replace("F16", "f16"), false),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let data: Vec<u8> = (1..=8).collect();
+        for (what, header, is_good) in cases {
+            // As many bytes of data as the header has places for.
+            let ends = [(",8]", 8), (",7]", 7)].into_iter().find(|(end, _)| header.replace('\n', "").contains(end));
+            let data = &data[..ends.map_or(0, |(_, end)| end)];
+            let whole = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat();
+            std::fs::write(&path, &whole).unwrap();
+            let theirs = safetensors::SafeTensors::deserialize(&whole);
+            let ours = SafetensorsFile::open(&path);
+            let ends = (theirs.is_ok(), ours.is_ok());
+            assert_eq!(ends, (is_good, is_good), "{what}");
+            let (Ok(theirs), Ok(ours)) = (theirs, ours) else { continue };
+            let names: Vec<String> = theirs.tensors().into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names.len(), ours.entries().len(), "{what}");
+            for name in names {
+                let view = theirs.tensor(&name).unwrap();
+                let entry = &ours.entries()[&name];
+                let shape: Vec<usize> = entry.shape.iter().map(|size| *size as usize).collect();
+                assert_eq!((entry.dtype, &shape[..]), (view.dtype(), view.shape()), "{what}: {name}");
+                assert_eq!(ours.read(&name).unwrap(), view.data(), "{what}: {name}");
+            }
+        }
+    }
+
     #[test]
     fn headers_are_not_believed() {
         let folder = tempfile::tempdir().unwrap();

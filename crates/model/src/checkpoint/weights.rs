@@ -21,7 +21,7 @@ use super::tensor::{float_kind, halves, read_entry};
 use super::view::View;
 
 /// The weights of a part (`unet/`, `text_encoder/`, …), under the names of this library's networks.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Weights {
     folder: PathBuf,
     files: Vec<Arc<SafetensorsFile>>,
@@ -32,7 +32,7 @@ pub struct Weights {
 }
 
 /// The place of a tensor.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Place {
     /// The file's index.
     file: usize,

@@ -329,7 +329,10 @@ const UNKNOWN: &str = "tensors of no known part";
 /// Says what a file without an SDXL UNet has.
 fn without_unet(file: &SafetensorsFile) -> String {
     let any = |prefix: &str| file.entries().keys().any(|name| name.starts_with(prefix));
-    let what = if any(UNET) || any("input_blocks.") || any("down_blocks.") {
+    let what = if any(&format!("{UNET}down_blocks.")) {
+        "has a UNet with diffusers' names behind the prefix of single-file checkpoints, which neither diffusers nor this program \
+         reads; take the prefix `model.diffusion_model.` off the names, and give the pipeline of the UNet as --base"
+    } else if any(UNET) || any("input_blocks.") || any("down_blocks.") {
         "has a UNet that is not of the SDXL family (no embedding of pooled text and sizes)"
     } else if any(VAE) || any("decoder.") {
         "has a VAE and no UNet; give it as --vae, with the model as --model"

@@ -3,7 +3,6 @@
 
 use std::collections::VecDeque;
 
-use serde_json::json;
 use squeeze_base::error::{Error, Result};
 use squeeze_numerics::random::Generator;
 use tch::Tensor;
@@ -42,7 +41,11 @@ impl Plms {
         }
         let spacing = Spacing::read(file, SpacingKind::Leading)?;
         let ends_at_one: bool = file.or("set_alpha_to_one", false)?;
-        file.exactly("skip_prk_steps", &json!(true), &json!(false))?;
+        if !file.or("skip_prk_steps", false)? {
+            let problem = "= false, which begins with Runge-Kutta steps, is not supported; Stable Diffusion's own configs have true, \
+                           which `--scheduler plms` sets, and other samplers do without";
+            return Err(file.error("skip_prk_steps", problem));
+        }
         let table = noise.signal()?;
         let last = if ends_at_one { 1.0 } else { table[0] };
         let stride = table.len() / steps;
