@@ -11,6 +11,9 @@ pub(super) fn share(path: &Path) -> std::io::Result<()> {
         let mode = if path.is_dir() { 0o755 } else { 0o644 };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     }
+    // Other systems have no modes.
+    #[cfg(not(unix))]
+    let _ = path;
     Ok(())
 }
 
