@@ -158,7 +158,9 @@ fn models_that_are_none_are_told_what_is_wanted() {
     let elsewhere = Elsewhere::new();
     let plan = |model: &Path| elsewhere.run("plan").arg("dense-4bit").model(model);
     plan("stabilityai/sdxl".as_ref()).is_refused(&["cannot read", "hf download stabilityai/sdxl --local-dir DIR"]);
-    plan(&emoji().join("unet")).is_refused(&["is one part of the model", "name that folder"]);
+    plan(&emoji().join("vae")).is_refused(&["is one part of the model", "name that folder"]);
+    let calibrated = elsewhere.run("plan").arg("tutorial-s40-4bit-gs16").model(emoji().join("unet"));
+    calibrated.is_refused(&["calibration needs the pipeline", "is one part of the model", "name that folder"]);
     let model = elsewhere.at("model");
     copy(&emoji(), &model);
     std::fs::remove_dir_all(model.join("scheduler")).unwrap();
