@@ -60,7 +60,7 @@ wheel: $(if $(TARGET),,setup) $(TOOLS)
 	$(TOOLS)/bin/twine check --strict target/wheels/*.whl
 
 test-wheel: wheel
-	$(TOOLS)/bin/python tests/wheel/check.py target/wheels/*.whl --torch "$(SITE)" --paths --demo
+	$(TOOLS)/bin/python tests/wheel/check.py target/wheels/*.whl --torch "$(SITE)" --python "$$(command -v $(PYTHON))" --paths --demo
 
 test-python: setup $(TESTS)
 	cd python && ../$(TESTS)/bin/mypy && ../$(TESTS)/bin/python -m pytest

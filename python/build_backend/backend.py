@@ -57,10 +57,12 @@ def build_wheel(
     settings = dict(config_settings or {})
     given = settings.pop("program", None)
     with tempfile.TemporaryDirectory() as folder:
-        compiled, content, packed = (Path(folder, name) for name in ("compiled", "content", "packed"))
-        for made in (compiled, content, packed):
+        own, compiled, content, packed = (Path(folder, name) for name in ("own", "compiled", "content", "packed"))
+        for made in (own, compiled, content, packed):
             made.mkdir()
         if given is None:
+            # maturin makes its wheel in cargo's folder, where the finished one is to be alone, and then copies it.
+            settings["maturin.build-args"] = [*maturin.get_maturin_pep517_args(settings), "--out", str(own)]
             with compiling():
                 name = maturin.build_wheel(str(compiled), settings, None)
             with zipfile.ZipFile(compiled / name) as wheel:
