@@ -1,4 +1,5 @@
-//! Refuses outputs that would overwrite an input of the same command, or another of its outputs.
+//! Refuses outputs that would overwrite an input of the same command, another of its outputs, or a
+//! file that is there already.
 
 use std::path::{Path, PathBuf};
 
