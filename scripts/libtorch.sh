@@ -38,7 +38,7 @@ elif torch=$(of_python "$PWD/.libtorch/site") && usable "$torch"; then
 else
     echo "libtorch.sh: installing torch $version into .libtorch/site (2 to 3 GB to fetch, a few minutes)" >&2
     rm -rf .libtorch/partial .libtorch/site
-    "$python" -m pip install --quiet --no-warn-script-location --target .libtorch/partial "torch==$version" >&2
+    "$python" -m pip install --quiet --no-cache-dir --no-warn-script-location --target .libtorch/partial "torch==$version" >&2
     mv .libtorch/partial .libtorch/site
     torch=$(of_python "$PWD/.libtorch/site")
     if ! usable "$torch"; then
