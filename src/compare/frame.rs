@@ -86,26 +86,34 @@ fn bytes_of_files<'a>(files: impl Iterator<Item = &'a Path>) -> Result<u64> {
 /// Every prompt that an entry is calibrated on, once.
 ///
 /// # Errors
-/// [`Error::Argument`] if one of them, or a caption of a calibration, is among the judged prompts;
-/// if a file of prompts cannot be read.
+/// [`Error::Argument`] if one of them, a caption of a calibration or a prompt that layers are tuned
+/// on is among the judged prompts; if a file of prompts cannot be read.
 pub(super) fn calibration_prompts(entries: &[Entry], judged: &PromptSet) -> Result<Vec<String>> {
-    let refuse =
-        |prompt: &str, verb: &str| Err(Error::Argument(format!("`{}` is judged on, so it cannot be {verb}", shorten(prompt))));
+    let check = |prompts: &[String], verb: &str| match prompts.iter().find(|prompt| judged.prompts.contains(prompt)) {
+        Some(prompt) => Err(Error::Argument(format!("`{}` is judged on, so it cannot be {verb}", shorten(prompt)))),
+        None => Ok(()),
+    };
     let mut calibration: Vec<String> = Vec::new();
-    for entry in entries.iter().filter(|entry| entry.config.is_calibrated() && entry.config.calibration.samples.is_none()) {
-        let section = &entry.config.calibration;
-        for prompt in section.prompts.load()? {
-            if judged.prompts.contains(&prompt) {
-                return refuse(&prompt, "calibrated on");
-            }
-            if !calibration.contains(&prompt) {
-                calibration.push(prompt);
-            }
+    for Entry { config, .. } in entries {
+        let section = &config.calibration;
+        if let Some(tune) = &config.tune {
+            check(&tune.prompts.as_ref().unwrap_or(&section.prompts).load()?, "tuned on")?;
         }
-        if let Some(path) = &section.captions
-            && let Some(caption) = read_prompts(path)?.into_iter().find(|caption| judged.prompts.contains(caption))
-        {
-            return refuse(&caption, "a caption of the calibration");
+        if !config.is_calibrated() {
+            continue;
+        }
+        if let Some(path) = &section.captions {
+            check(&read_prompts(path)?, "a caption of the calibration")?;
+        }
+        // Samples that are given do not say which prompts they were drawn with.
+        if section.samples.is_none() {
+            let prompts = section.prompts.load()?;
+            check(&prompts, "calibrated on")?;
+            for prompt in prompts {
+                if !calibration.contains(&prompt) {
+                    calibration.push(prompt);
+                }
+            }
         }
     }
     Ok(calibration)

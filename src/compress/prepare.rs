@@ -184,7 +184,7 @@ impl<'a> Prepared<'a> {
 /// the config as it is.
 ///
 /// # Errors
-/// [`Error::Argument`] if the memory is too little.
+/// [`Error::Argument`] if the memory is too little, or the budget too small for any settings.
 pub fn plan_of_run(
     chain: &UnetChain,
     config: &RunConfig,
@@ -195,6 +195,7 @@ pub fn plan_of_run(
 ) -> Result<Plan> {
     let mut plan = Plan::new(chain, &recipe.layers, recipe.sequencing, calls, memory, bytes_of)?;
     if let Some(budget) = &config.budget {
+        allocate::check(chain, recipe, &plan, budget)?;
         let recipes = allocate::measuring(&recipe.layers);
         let measuring = Plan::new(chain, &recipes, Sequencing::Stage, calls, memory, bytes_of)?.disk;
         let result = budget.bytes(&plan).unwrap_or(plan.payload_bytes);

@@ -91,7 +91,11 @@ fn too_few_bytes_are_refused_with_how_many_would_do() {
         let run = compress(&config, &out).with("--solver", "joint").with("--target-size", format!("{bytes} B"));
         (run.ends_with(code).text(), out)
     };
-    let (refused, _) = with(2, 10_240);
+    // It is found before anything is computed.
+    let (refused, out) = with(2, 10_240);
+    assert!(!out.exists());
+    let plan = Squeeze::new("plan").arg(&config).model(tiny()).with("--solver", "joint").with("--target-size", "10240 B");
+    plan.is_refused(&["(10,240 bytes) are too few: the smallest settings take "]);
     let least =
         refused.split("(10,240 bytes) are too few: the smallest settings take ").nth(1).unwrap_or_else(|| panic!("{refused}"));
     let digits: String = least.split(['(', ')']).nth(1).unwrap().chars().filter(char::is_ascii_digit).collect();

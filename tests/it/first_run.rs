@@ -120,6 +120,7 @@ fn a_run_needs_a_config_or_a_size() {
     compress(&[]).is_refused(&["--size", "--config", "squeeze-s40-4bit-gs16, ", "emoji/kmeans-4bit"]);
     compress(&["--size", "1GB", "--target-bits", "3"]).is_refused(&["--size and --target-bits both set the size"]);
     compress(&["--size", "1"]).is_refused(&["--size 1 is too little", "take about"]);
+    compress(&["--size", "500kB"]).is_refused(&["are too few: the smallest settings take", "beside the file's header"]);
     compress(&["--size", "much"]).is_refused(&["--size: `much` is not a size"]);
     compress(&["--size", "1GB", "--config", "squeeze-3bits"]).ends_with(2).says(&["cannot be used with"]);
     assert!(!elsewhere.at("out").exists());

@@ -176,6 +176,32 @@ fn a_damaged_state_is_said_and_an_older_one_is_gone_on_with() {
     assert!(container(&out) == container(&whole));
 }
 
+/// Prompts that layers are tuned on say nothing about others: `compare` does not judge on them.
+#[test]
+fn what_is_judged_on_is_not_learned_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let [config, judge, captions] = ["tune.yaml", "judge.txt", "captions.txt"].map(|name| folder.path().join(name));
+    self::config(folder.path(), "");
+    std::fs::write(&judge, "a volcano\na ghost\n").unwrap();
+    std::fs::write(&captions, "a book\na volcano\n").unwrap();
+    let tuned = std::fs::read_to_string(&config).unwrap();
+    let compare = || {
+        let run = Squeeze::new("compare").arg(&config).model(tiny()).with("--judge", &judge).out(folder.path().join("out"));
+        run.arg("--no-noise-floor")
+    };
+    compare().is_refused(&["`a ghost` is judged on, so it cannot be tuned on"]);
+    let solved = tuned.replace("'a ghost', ", "").replace("algorithm: magnitude", "algorithm: sparse_gpt");
+    std::fs::write(&config, solved).unwrap();
+    compare()
+        .with("--captions", &captions)
+        .is_refused(&["`a volcano` is judged on, so it cannot be a caption of the calibration"]);
+    // Without prompts of its own the tuning has those of the calibration.
+    let own = tuned.split("tune: {prompts: ").next().unwrap().replace("['a cat']", "['a cat', 'a volcano']");
+    std::fs::write(&config, own + "tune: {nsamples: 40}\n").unwrap();
+    compare().is_refused(&["`a volcano` is judged on, so it cannot be tuned on"]);
+    assert!(!folder.path().join("out").exists());
+}
+
 #[test]
 fn mistakes_are_named() {
     let folder = tempfile::tempdir().unwrap();

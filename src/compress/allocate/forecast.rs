@@ -29,7 +29,7 @@ impl Forecast {
     /// The forecast at these `prices`; `plan` is that of `recipe` as it is.
     pub(in super::super) fn new(prices: &Prices, shapes: &Shapes, recipe: &Recipe, plan: &Plan) -> Self {
         let choices = prices.values().map(|priced| priced.iter().map(|priced| priced.choice).collect());
-        Forecast { choices: choices.collect(), room: Room::of(prices, shapes, recipe, plan) }
+        Forecast { choices: choices.collect(), room: Room::beside(prices.keys(), shapes, recipe, plan) }
     }
 
     /// What an allocation of `bits` is expected to be like; `None` if these are too few.

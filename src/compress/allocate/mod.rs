@@ -21,11 +21,10 @@ pub(super) use prices::{PriceFile, Prices, Settings, Shapes};
 use room::Room;
 use sdxl_model::unet::UnetChain;
 use squeeze_base::error::{Error, Result};
-use squeeze_base::number;
 
 use crate::config::{self, BudgetSection, RunConfig};
 use crate::plan::Plan;
-use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of};
+use crate::recipe::{LayerRecipe, LayerRecipes, Recipe, layers_of, stored_bytes};
 
 /// The result of an allocation.
 #[derive(Debug)]
@@ -67,6 +66,26 @@ pub(super) fn shapes(chain: &UnetChain) -> Result<Shapes> {
     Ok(layers_of(chain)?.into_iter().map(|layer| (layer.name, layer.shape)).collect())
 }
 
+/// Checks that the smallest settings of the layers of `recipe` have room within `budget`, which
+/// needs no measurement. `plan` is that of `recipe` as it is.
+///
+/// # Errors
+/// [`Error::Argument`] if they have not, or if no layer can be allocated.
+pub(crate) fn check(chain: &UnetChain, recipe: &Recipe, plan: &Plan, budget: &BudgetSection) -> Result<()> {
+    let shapes = shapes(chain)?;
+    let settings = settings(recipe, &shapes, budget)?;
+    if budget.target.is_closeness() {
+        return Ok(());
+    }
+    // A layer that turns out to have no effect on the output keeps its setting of the recipe.
+    let least = |(name, settings): (&String, &Vec<LayerRecipe>)| {
+        let own = std::iter::once(&recipe.layers[name]);
+        settings.iter().chain(own).map(|setting| stored_bytes(&shapes[name], setting)).min()
+    };
+    let room = Room::beside(settings.keys(), &shapes, recipe, plan);
+    room.bytes_of_layers(budget.target, settings.iter().filter_map(least).sum()).map(drop)
+}
+
 /// Measures the cost of each of `settings`, with `probes` samples for the sensitivities.
 ///
 /// # Errors
@@ -105,21 +124,13 @@ pub(super) fn allocate(
     budget: &BudgetSection,
 ) -> Result<Allocation> {
     let choices: Vec<Vec<Choice>> = prices.values().map(|priced| priced.iter().map(|priced| priced.choice).collect()).collect();
-    let room = Room::of(prices, shapes, recipe, plan);
-    let (fixed, total) = (room.fixed_bytes, room.total_bytes(budget.target)?);
-    let Some(chosen) = choose(&choices, total.saturating_sub(fixed)) else {
-        let least: u64 = choices.iter().filter_map(|choices| choices.iter().map(|choice| choice.bytes).min()).sum();
-        return Err(Error::Argument(format!(
-            "{} ({} bytes) are too few: the smallest settings take {} ({} bytes)",
-            number::size(total),
-            number::count(total),
-            number::size(fixed + least),
-            number::count(fixed + least)
-        )));
-    };
+    let room = Room::beside(prices.keys(), shapes, recipe, plan);
+    let least = choices.iter().filter_map(|choices| choices.iter().map(|choice| choice.bytes).min()).sum();
+    let most = room.bytes_of_layers(budget.target, least)?;
+    let chosen = choose(&choices, most).ok_or_else(|| Error::internal("the smallest settings do not fit, though they do"))?;
     let mut allocated = config.clone();
     allocated.budget = None;
-    let mut bytes = fixed;
+    let mut bytes = room.fixed_bytes;
     let mut rules = Vec::new();
     for ((name, priced), index) in prices.iter().zip(&chosen) {
         bytes += priced[*index].choice.bytes;
