@@ -10,8 +10,8 @@ import struct
 import sys
 
 INSTALLED = "/usr/lib/libc++.1.dylib"
-# Of strings, streams that fail, shared pointers and memory: in every release of macOS with libc++. Of threads that wait for a
-# value, as those of the crate faer do: since macOS 11.
+# Of strings, streams, shared pointers and memory: in every release of macOS with libc++. Of threads that wait for a value, as
+# those of the crate faer do: since macOS 11. LLVM's list of what Apple's library has: libcxx/lib/abi/arm64-apple-darwin*.abilist
 OLD = [
     "__ZNSt3__120__libcpp_atomic_waitEPVKvx",
     "__ZNSt3__123__cxx_atomic_notify_allEPVKv",
@@ -23,6 +23,7 @@ OLD = [
     "__ZNSt3__18ios_base7failureC1EPKcRKNS_10error_codeE",
     "__ZNSt3__18ios_base7failureD1Ev",
     "__ZTVNSt3__114__shared_countE",
+    "__ZTVNSt3__115basic_streambufIcNS_11char_traitsIcEEEE",
     "__ZTVNSt3__119__shared_weak_countE",
     "__ZTVNSt3__18ios_baseE",
     "__ZdlPvm",

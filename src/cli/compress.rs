@@ -335,23 +335,58 @@ fn summary(report: &JobReport) -> String {
     text
 }
 
-/// The notes, with equal notes on many of the layers in one line. The report lists each of them.
+/// The notes, with notes on many of the layers that differ in their numbers alone in one line. The
+/// report lists each of them.
 fn grouped(notes: &[&str], layers: &[&str]) -> Vec<String> {
     const FEW: usize = 3;
-    let mut groups: Vec<(&str, Vec<&str>)> = Vec::new();
+    let mut groups: Vec<(String, Vec<(&str, &str)>)> = Vec::new();
     for &note in notes {
-        let layer = note.split_once(": ").filter(|(name, _)| layers.contains(name));
-        // A note that is about no layer has no name.
-        let (name, text) = layer.unwrap_or(("", note));
-        match groups.iter_mut().find(|(grouped, _)| *grouped == text) {
-            Some((_, names)) => names.push(name),
-            None => groups.push((text, vec![name])),
+        let Some((name, text)) = note.split_once(": ").filter(|(name, _)| layers.contains(name)) else {
+            if !groups.iter().any(|(text, noted)| noted.is_empty() && text == note) {
+                groups.push((note.to_owned(), Vec::new()));
+            }
+            continue;
+        };
+        let kind = number::masked(text);
+        match groups.iter_mut().find(|(grouped, noted)| !noted.is_empty() && *grouped == kind) {
+            Some((_, noted)) => noted.push((name, text)),
+            None => groups.push((kind, vec![(name, text)])),
         }
     }
-    let line = |(text, names): (&str, Vec<&str>)| match names[..] {
-        [""] => vec![text.to_owned()],
-        [first, .., last] if names.len() > FEW => vec![format!("{} layers, {first} to {last}: {text}", names.len())],
-        _ => names.iter().map(|name| format!("{name}: {text}")).collect(),
+    let line = |(text, noted): (String, Vec<(&str, &str)>)| match noted[..] {
+        [] => vec![text],
+        [(first, text), .., (last, _)] if noted.len() > FEW => {
+            let such = if noted.iter().all(|(_, other)| *other == text) { "" } else { "for example " };
+            vec![format!("{} layers, {first} to {last}: {such}{text}", noted.len())]
+        }
+        _ => noted.iter().map(|(name, text)| format!("{name}: {text}")).collect(),
     };
     groups.into_iter().flat_map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_on_many_layers_take_a_line_for_each_kind() {
+        let layers = ["a", "b", "c", "d"];
+        let few = ["16", "16", "8", "16"].map(|count| format!("calibrated on {count} vectors, fewer than its 1,152 inputs"));
+        let notes =
+            |each: &[&str]| -> Vec<String> { layers.iter().zip(each).map(|(layer, note)| format!("{layer}: {note}")).collect() };
+        let text = |notes: &[String]| grouped(&notes.iter().map(String::as_str).collect::<Vec<_>>(), &layers);
+        let mut all = vec!["no layer: 3 prompts are few".to_owned(), "no layer: 4 prompts are few".to_owned()];
+        all.extend(notes(&[&few[0], &few[1], &few[2], &few[3]]));
+        all.extend(notes(&["equal for 2"; 4]));
+        all.extend(notes(&["seldom", "seldom"]));
+        let expected = [
+            "no layer: 3 prompts are few",
+            "no layer: 4 prompts are few",
+            "4 layers, a to d: for example calibrated on 16 vectors, fewer than its 1,152 inputs",
+            "4 layers, a to d: equal for 2",
+            "a: seldom",
+            "b: seldom",
+        ];
+        assert_eq!(text(&all), expected);
+    }
 }

@@ -192,11 +192,7 @@ impl Compressor<'_> {
     /// Reports a compressed layer and adds it to the workspace.
     pub(super) fn add(&mut self, stop: &Stop, layer: &Layer, solved: Solved, task: &Task<'_>) -> Result<()> {
         let Solved { compressed, vectors } = solved;
-        let mut notes = Vec::new();
-        for note in &compressed.notes {
-            tracing::warn!("{}: {note}", layer.name());
-            notes.push(format!("{}: {note}", layer.name()));
-        }
+        let notes = compressed.notes.iter().map(|note| format!("{}: {note}", layer.name())).collect();
         let report = LayerReport::of(layer, stop.part, &compressed, vectors);
         task.layer(report.progress());
         tracing::debug_span!("store").in_scope(|| self.store.push(report, notes, compressed.stored))

@@ -1,7 +1,7 @@
 //! On-disk store of finished layers: bounds memory and makes runs resumable. A thread writes layers
 //! while the next ones are solved.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 use squeeze_base::digest;
 use squeeze_base::error::{Error, Result};
+use squeeze_base::number;
 use squeeze_container::{CompressedWeight, Container, ContainerWriter, StoredLayer};
 
 use super::kept::{self, Kept};
@@ -50,6 +51,8 @@ pub struct Workspace {
     run: String,
     /// Warnings about damaged files.
     warnings: Vec<String>,
+    /// The kinds of notes on layers that were warned of: their texts without names and numbers.
+    noted: BTreeSet<String>,
     parts: Vec<Container>,
     finished: BTreeMap<String, Finished>,
     waiting: Vec<SolvedLayer>,
@@ -157,6 +160,7 @@ impl Workspace {
             _lock: lock,
             run: digest::of_bytes(&text),
             warnings: Vec::new(),
+            noted: BTreeSet::new(),
             parts: Vec::new(),
             finished: BTreeMap::new(),
             waiting: Vec::new(),
@@ -288,12 +292,26 @@ impl Workspace {
     /// # Errors
     /// [`Error::Write`], also of layers that were added before.
     pub fn push(&mut self, report: LayerReport, notes: Vec<String>, weight: Option<CompressedWeight>) -> Result<()> {
+        self.log(&report.name, &notes);
         if self.waiting.is_empty() {
             self.since = Instant::now();
         }
         self.waiting_bytes += weight.as_ref().map_or(0, CompressedWeight::stored_bytes);
         self.waiting.push(SolvedLayer { report, notes, weight });
         if self.waiting_bytes > MANY || self.since.elapsed() > WAIT { self.hand_over() } else { Ok(()) }
+    }
+
+    /// Logs `notes` on a layer: the first of each kind as a warning. Hundreds of layers may have
+    /// the same to say, and the report lists them all.
+    fn log(&mut self, layer: &str, notes: &[String]) {
+        for note in notes {
+            let kind = number::masked(note.strip_prefix(layer).unwrap_or(note));
+            if self.noted.insert(kind) {
+                tracing::warn!("{note} (other layers with such notes are in the report)");
+            } else {
+                tracing::info!("{note}");
+            }
+        }
     }
 
     /// Hands the layers that wait to the thread that writes them, once it has written those that it

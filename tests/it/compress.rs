@@ -29,8 +29,15 @@ fn pruned_and_palettized_end_to_end() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("s40");
     let ended = compress("tutorial-s40-4bit-gs16", &out).succeeds();
-    assert!(ended.text().contains("few") || ended.text().contains("fewer than its"), "{ended}");
     let report = report(&out);
+    // What many layers share is said once while the run goes on, once at the end, and of each layer
+    // in the report.
+    let lines = |text: &str| text.lines().filter(|line| line.contains("fewer than its")).count();
+    assert_eq!((lines(&ended.stderr), lines(&ended.stdout)), (1, 1), "{ended}");
+    ended.says(&[" layers, down_blocks.0.resnets.0.time_emb_proj to "]);
+    let noted =
+        report["notes"].as_array().unwrap().iter().filter(|note| note.as_str().unwrap().contains("fewer than its")).count();
+    assert!(noted > 20, "{noted} notes in the report");
     assert_eq!(report["samples"], 6);
     let layers = report["layers"].as_array().unwrap();
     for layer in layers.iter().filter(|layer| layer["vectors"].is_u64()) {

@@ -35,6 +35,22 @@ pub fn count(number: u64) -> String {
     spaced
 }
 
+/// A text with `#` in the place of each number: texts that differ in their numbers alone give the
+/// same.
+#[must_use]
+pub fn masked(text: &str) -> String {
+    let mut masked = String::new();
+    for character in text.chars() {
+        let of_number = character.is_ascii_digit() || (masked.ends_with('#') && matches!(character, '.' | ','));
+        match of_number {
+            true if masked.ends_with('#') => {}
+            true => masked.push('#'),
+            false => masked.push(character),
+        }
+    }
+    masked
+}
+
 /// A number with `decimals` decimals.
 #[must_use]
 pub fn fixed(number: f64, decimals: usize) -> String {
@@ -82,6 +98,7 @@ mod tests {
         assert_eq!(fixed(f64::NAN, 2), NONE);
         assert_eq!(maybe_percent(None), NONE);
         assert_eq!(shape(&[320, 4, 3, 3]), "320x4x3x3");
+        assert_eq!(masked("16 of 1,152 inputs: 0.029, not 1e-2"), "# of # inputs: # not #e-#");
     }
 
     #[test]

@@ -249,8 +249,7 @@ pub(super) fn solved(name: &str, weight: Tensor, recipe: &LayerRecipe, sums: Opt
 /// Reports a compressed layer and adds it to `store`.
 pub(super) fn add(report: LayerReport, solved: Solved, store: &mut Workspace, task: &Task<'_>) -> Result<()> {
     let named = |note: &String| format!("{}: {note}", report.name);
-    let notes: Vec<String> = solved.compressed.notes.iter().map(named).collect();
-    notes.iter().for_each(|note| tracing::warn!("{note}"));
+    let notes = solved.compressed.notes.iter().map(named).collect();
     task.layer(report.progress());
     store.push(report, notes, solved.compressed.stored)
 }
