@@ -47,8 +47,10 @@ aarch64-unknown-linux-gnu)
     }
     export LIBTORCH="$folder/torch" STRIP=aarch64-linux-gnu-strip
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-    # QEMU runs the programs and the tests, in the folder of Debian's C library for this processor.
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+    # QEMU runs the programs and the tests, in the folder of Debian's C library for this processor. Where the kernel knows QEMU
+    # (Debian's qemu-user-binfmt), it also runs the programs that tests start.
+    export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=qemu-aarch64
     ;;
 aarch64-apple-darwin)
     [ -d "$folder" ] || {

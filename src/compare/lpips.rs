@@ -158,8 +158,10 @@ mod tests {
                 1 => values * 0.1,
                 _ => values * (1.4 / fan_in.sqrt()),
             };
+            // libtorch's normal numbers differ in their last bits between processors. Means of
+            // other numbers would be some 1e-4 off.
             let mean = values.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
-            assert!((mean - tensor["mean"].as_f64().unwrap()).abs() < 1e-9, "{name}");
+            assert!((mean - tensor["mean"].as_f64().unwrap()).abs() < 1e-7, "{name}");
             (name, values)
         };
         let mut all: Vec<(String, Tensor)> = golden()["tensors"].as_array().unwrap().iter().map(drawn).collect();

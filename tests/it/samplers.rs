@@ -47,10 +47,23 @@ fn run(config: &SchedulerConfig, steps: usize, kind: Kind) -> (Tensor, Vec<f64>,
 
 /// How far a sample may be off. In one case the first picture is what is left of two numbers that
 /// are 20,000 times as large, which makes much of their last bits.
+///
+/// The golden values are those of an x86-64. Elsewhere libtorch's normal numbers, which most of
+/// these samplers add in each step, have other last bits. Where sigmas have other last bits too,
+/// values of a Brownian path between them differ by the square root of that: the path is rough.
 fn bound(name: &str) -> f64 {
+    const ELSEWHERE: bool = !cfg!(target_arch = "x86_64");
     match name {
-        "unipc/karras-cosine" => 1e-4,
+        "unipc/karras-cosine" => {
+            if ELSEWHERE {
+                1e-3
+            } else {
+                1e-4
+            }
+        }
         _ if is_cut(name) => 2e-2,
+        _ if ELSEWHERE && name.contains("dpmpp-sde") => 5e-3,
+        _ if ELSEWHERE => 2e-4,
         _ => 5e-6,
     }
 }

@@ -71,7 +71,7 @@ pub(super) fn shapes(chain: &UnetChain) -> Result<Shapes> {
 ///
 /// # Errors
 /// [`Error::Argument`] if they have not, or if no layer can be allocated.
-pub(crate) fn check(chain: &UnetChain, recipe: &Recipe, plan: &Plan, budget: &BudgetSection) -> Result<()> {
+pub(super) fn check(chain: &UnetChain, recipe: &Recipe, plan: &Plan, budget: &BudgetSection) -> Result<()> {
     let shapes = shapes(chain)?;
     let settings = settings(recipe, &shapes, budget)?;
     if budget.target.is_closeness() {
