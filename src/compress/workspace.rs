@@ -307,7 +307,7 @@ impl Workspace {
         for note in notes {
             let kind = number::masked(note.strip_prefix(layer).unwrap_or(note));
             if self.noted.insert(kind) {
-                tracing::warn!("{note} (other layers with such notes are in the report)");
+                tracing::warn!("{note} (the report names all layers with such a note)");
             } else {
                 tracing::info!("{note}");
             }

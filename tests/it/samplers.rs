@@ -54,13 +54,8 @@ fn run(config: &SchedulerConfig, steps: usize, kind: Kind) -> (Tensor, Vec<f64>,
 fn bound(name: &str) -> f64 {
     const ELSEWHERE: bool = !cfg!(target_arch = "x86_64");
     match name {
-        "unipc/karras-cosine" => {
-            if ELSEWHERE {
-                1e-3
-            } else {
-                1e-4
-            }
-        }
+        "unipc/karras-cosine" if ELSEWHERE => 1e-3,
+        "unipc/karras-cosine" => 1e-4,
         _ if is_cut(name) => 2e-2,
         _ if ELSEWHERE && name.contains("dpmpp-sde") => 5e-3,
         _ if ELSEWHERE => 2e-4,
